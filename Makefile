@@ -1,0 +1,43 @@
+# Every target makes and uses the virtual environment in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+DEMO   ?= build/demo-model
+
+.PHONY: setup demo test lint format bench clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(BIN)/coldframe demo-model $(DEMO) --size base
+	$(BIN)/coldframe run $(DEMO) --throttle 200MB/s -n 48 -p "Once upon a time, a replica slept at zero, and then a request"
+
+test: setup
+	$(BIN)/python -m pytest
+
+# mypy sees the repository as the package it is installed as.
+build/types/coldframe:
+	mkdir -p build/types
+	ln -s ../.. $@
+
+lint: setup build/types/coldframe
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/coldframe bench spine
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -1,0 +1,1 @@
+"""Cold-start benchmarks: ratios measured in one run, with the physical limit beside them."""

@@ -1,0 +1,1 @@
+"""Where weights go: the memory of a device, as arena segments."""

@@ -1,0 +1,1 @@
+"""The replica: engine, workers, hand-off, supervision and the command line."""

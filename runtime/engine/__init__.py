@@ -1,0 +1,1 @@
+"""The native engine: what turns token ids and weights into the next token."""

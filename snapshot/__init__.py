@@ -1,0 +1,1 @@
+"""Processes frozen warm and brought back as clones."""

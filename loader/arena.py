@@ -1,0 +1,181 @@
+"""Arenas: shared memory at one reserved address, mapped by every process that needs it.
+
+A reservation is address space without memory behind it. Segments are mapped over it, each a
+stretch of a descriptor: anonymous shared memory, or a weight file itself. As the address is
+the same in every process, before and after a snapshot is restored, pointers into it stay true.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coldframe.loader.errors import ArenaError
+
+__all__ = ["Segment", "Reservation", "WEIGHTS_BASE", "KV_BASE", "PAGE", "HUGE_PAGE", "round_up"]
+
+PAGE = mmap.PAGESIZE
+HUGE_PAGE = 2 << 20
+
+# Far from where Linux puts heaps (low, above the program) and libraries (below the top of the
+# 47-bit half), with 16 TiB each.
+WEIGHTS_BASE = 0x2000_0000_0000
+KV_BASE = 0x3000_0000_0000
+
+_MAP_FIXED_NOREPLACE = 0x100000
+_MAP_FIXED = 0x10
+_MAP_NORESERVE = 0x4000
+_PROT_NONE = 0
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def round_up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A stretch of a descriptor and its place in an arena.
+
+    Args:
+        fd: What is mapped.
+        fd_offset: Where in it the stretch starts; a multiple of the page size.
+        length: Bytes; the mapping is rounded up to whole pages.
+        offset: Where in the arena it lies; a multiple of the page size.
+        writable: Whether those who attach may write.
+    """
+
+    fd: int
+    fd_offset: int
+    length: int
+    offset: int
+    writable: bool
+
+    def to_wire(self) -> list[Any]:
+        """Everything but the descriptor, which travels beside the message."""
+        return [self.fd_offset, self.length, self.offset, self.writable]
+
+    @classmethod
+    def from_wire(cls, fd: int, data: list[Any]) -> Segment:
+        return cls(fd, *data)
+
+
+class Reservation:
+    """A range of addresses in this process, with the segments mapped into it.
+
+    Args:
+        size: Bytes; rounded up to whole pages.
+        base: The wanted address; None leaves it to the kernel.
+        exact: Whether another address than `base` is an error. A process whose pointers are
+            frozen in a snapshot needs that; a fresh one works at any address.
+
+    Raises:
+        ArenaError: The address is taken, or there is no address space left.
+    """
+
+    def __init__(self, size: int, base: int | None = None, *, exact: bool = False) -> None:
+        self.size = max(round_up(size, PAGE), PAGE)
+        address = None
+        if base is not None:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
+            address = _mmap(base, self.size, _PROT_NONE, flags, -1, 0)
+            # A kernel before 4.17 takes the address as a hint.
+            if address is not None and address != base:
+                _libc().munmap(address, self.size)
+                address = None
+            if address is None and exact:
+                raise ArenaError(
+                    "the arena's address is taken in this process",
+                    where=f"{self.size} bytes at {base:#x}",
+                    hint="Start the worker fresh instead of from a snapshot.",
+                )
+        if address is None:
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+            address = _mmap(None, self.size, _PROT_NONE, flags, -1, 0)
+        if address is None:
+            raise ArenaError(
+                "no address space is left for an arena",
+                expected=f"{self.size} bytes",
+                got=os.strerror(ctypes.get_errno()),
+                hint="Raise the limit on address space (ulimit -v).",
+            )
+        self.address = address
+
+    def attach(self, segments: Sequence[Segment]) -> None:
+        """Maps segments at their places.
+
+        Raises:
+            ArenaError: A segment lies outside the reservation or cannot be mapped.
+        """
+        for segment in segments:
+            if segment.offset % PAGE or segment.offset + segment.length > self.size:
+                raise ArenaError(
+                    "a segment does not fit its arena",
+                    where=f"offset {segment.offset}, {segment.length} bytes",
+                    expected=f"whole pages within {self.size} bytes",
+                )
+            protection = mmap.PROT_READ | (mmap.PROT_WRITE if segment.writable else 0)
+            mapped = _mmap(
+                self.address + segment.offset,
+                segment.length,
+                protection,
+                mmap.MAP_SHARED | _MAP_FIXED,
+                segment.fd,
+                segment.fd_offset,
+            )
+            if mapped is None:
+                raise ArenaError(
+                    "a segment cannot be mapped",
+                    where=f"offset {segment.offset}, {segment.length} bytes",
+                    got=os.strerror(ctypes.get_errno()),
+                )
+
+    def view(self, offset: int = 0, length: int | None = None) -> memoryview:
+        """The bytes at an offset. Python sees them as writable; the mapping's access decides."""
+        count = self.size - offset if length is None else length
+        if offset < 0 or count < 0 or offset + count > self.size:
+            raise ArenaError(
+                "a view reaches beyond its arena",
+                where=f"offset {offset}, {count} bytes",
+                expected=f"at most {self.size} bytes",
+            )
+        buffer = (ctypes.c_char * count).from_address(self.address + offset)
+        return memoryview(buffer).cast("B")
+
+    def close(self) -> None:
+        """Unmaps everything. Views taken before must not be touched again."""
+        if self.address:
+            _libc().munmap(self.address, self.size)
+            self.address = 0
+
+
+_LIBC: ctypes.CDLL | None = None
+
+
+def _libc() -> ctypes.CDLL:
+    global _LIBC
+    if _LIBC is None:
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = (
+            ctypes.c_void_p,
+            ctypes.c_size_t,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int,
+            ctypes.c_int64,
+        )
+        libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        _LIBC = libc
+    return _LIBC
+
+
+def _mmap(
+    address: int | None, size: int, protection: int, flags: int, fd: int, offset: int
+) -> int | None:
+    result = _libc().mmap(address, size, protection, flags, fd, offset)
+    return None if result == _FAILED else int(result)

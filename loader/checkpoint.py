@@ -1,0 +1,250 @@
+"""A Hugging Face directory, opened strictly: its config, its shards and where each tensor lies.
+
+Only metadata is read here; the weights are the stream's to read, and what a config means for a
+model is the engine's to say. A bad checkpoint never becomes wrong weights: what two readers could
+take for two different things is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import Any
+
+from coldframe.loader.errors import CheckpointError, SourceNotFound
+from coldframe.loader.files import open_regular, pread_exactly, read_whole, source_error
+from coldframe.loader.header import PREFIX_BYTES, TensorInfo, header_bytes, parse_header
+from coldframe.loader.strict_json import describe, parse_object
+
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "read_config"]
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+
+_MAX_CONFIG_BYTES = 10_000_000
+_MAX_INDEX_BYTES = 100_000_000  # as much as a header may have
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One safetensors file of a checkpoint, as it was when the checkpoint was opened.
+
+    Attributes:
+        name: Its file name in the directory.
+        path: Where to open it; a symbolic link is not resolved.
+        size: Bytes in the file.
+        mtime_ns: Time of the last change of its content, in nanoseconds.
+        inode: Number of the file in its file system.
+        device: Number of the file system.
+        data_offset: Where the header ends and the data begins.
+    """
+
+    name: str
+    path: str
+    size: int
+    mtime_ns: int
+    inode: int
+    device: int
+    data_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Config, shards and tensors of a model.
+
+    Attributes:
+        path: The directory.
+        config: `config.json` as it stands.
+        shards: In the order of their names.
+        tensors: By name, in the order of shards and of offsets.
+    """
+
+    path: str
+    config: dict[str, Any]
+    shards: tuple[Shard, ...]
+    tensors: dict[str, TensorInfo]
+
+    @staticmethod
+    def open(path: str | os.PathLike[str]) -> Checkpoint:
+        """Open the checkpoint in a directory, and read its headers.
+
+        Where both `model.safetensors` and an index are there, `model.safetensors` is taken, as
+        Transformers does. Files that the index does not name are ignored: some repositories hold
+        the weights twice. A shard may be a symbolic link, since the Hugging Face cache is made of
+        them, but its name must be a plain file name.
+
+        Args:
+            path: The directory.
+
+        Raises:
+            CheckpointError: What is there is not a sound checkpoint.
+            SourceNotFound: The directory, the config, the weights or a shard is missing.
+            SourceDenied: One of them may not be read.
+            SourceChanged: A file shrank while its header was read.
+            SourceError: The file system failed.
+        """
+        root = os.fspath(path)
+        _check_directory(root)
+        config = read_config(root)
+        weight_map = _read_index(root)
+        names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
+
+        shards: list[Shard] = []
+        tensors: dict[str, TensorInfo] = {}
+        for number, name in enumerate(names):
+            shard, found = _read_shard(root, name, number)
+            for tensor in found:
+                twin = tensors.setdefault(tensor.name, tensor)
+                if twin is not tensor:
+                    raise CheckpointError(
+                        "a tensor is in two shards",
+                        where=f"{root}, tensor {describe(tensor.name)}",
+                        expected="one shard for each tensor",
+                        got=f"{shards[twin.shard].name} and {name}",
+                        hint="Save the model again.",
+                    )
+            shards.append(shard)
+        if weight_map is not None:
+            _check_index(root, weight_map, names, tensors)
+        return Checkpoint(root, config, tuple(shards), tensors)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the config, the sizes of the shards and all headers, in hexadecimal.
+
+        The same checkpoint has the same fingerprint on every machine: neither the directory nor
+        times enter. The weights themselves do not either; reading them all is what a cold start
+        cannot wait for. It is computed anew at each call.
+        """
+        import hashlib
+        import json
+
+        content = [
+            self.config,
+            [[shard.name, shard.size, shard.data_offset] for shard in self.shards],
+            [
+                [t.name, t.dtype, t.shape, t.shard, t.offset, t.nbytes]
+                for t in self.tensors.values()
+            ],
+        ]
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_config(root: str) -> dict[str, Any]:
+    """The `config.json` of a model's directory, for whoever needs it before the weights.
+
+    Raises:
+        CheckpointError: It is not a JSON object.
+        SourceError: It is not there or cannot be read.
+    """
+    path = os.path.join(root, CONFIG_NAME)
+    return parse_object(
+        read_whole(path, _MAX_CONFIG_BYTES),
+        where=path,
+        hint="Download or save the model again.",
+        # Python writes Infinity, and configs in the wild have it (Mamba's time_step_limit).
+        allow_constants=True,
+    )
+
+
+def _check_directory(root: str) -> None:
+    try:
+        mode = os.stat(root).st_mode
+    except (OSError, ValueError) as error:
+        raise source_error(error, root, "Give the directory of a model.") from None
+    if not stat.S_ISDIR(mode):
+        raise CheckpointError(
+            "the model is not a directory",
+            where=root,
+            expected="a directory with config.json and safetensors",
+            got="a file",
+            hint="Give the directory that the file is in.",
+        )
+
+
+def _read_index(root: str) -> dict[str, str] | None:
+    """Tensor to shard as the index has it, or None for a checkpoint of one file."""
+    if os.path.lexists(os.path.join(root, WEIGHTS_NAME)):
+        return None
+    path = os.path.join(root, INDEX_NAME)
+    if not os.path.lexists(path):
+        raise SourceNotFound(
+            "there are no safetensors weights",
+            where=root,
+            expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
+            hint="Download the weights, or convert them to safetensors.",
+        )
+    hint = "Download or save the index again."
+    index = parse_object(read_whole(path, _MAX_INDEX_BYTES), where=path, hint=hint)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            "the index has no weight_map",
+            where=path,
+            expected="an object that names a shard for each tensor",
+            got="nothing" if weight_map is None else describe(weight_map),
+            hint=hint,
+        )
+    for tensor, name in weight_map.items():
+        if not _is_shard_name(name):
+            raise CheckpointError(
+                "the index names something that is not a shard of this directory",
+                where=f"{path}, tensor {describe(tensor)}",
+                expected="a plain file name that ends in .safetensors",
+                got=describe(name),
+                hint="Do not trust this checkpoint before you know why.",
+            )
+    return weight_map
+
+
+def _is_shard_name(name: object) -> bool:
+    return (
+        isinstance(name, str)
+        and name.endswith(".safetensors")
+        and not any(character in name for character in "/\\\0")
+    )
+
+
+def _check_index(
+    root: str, weight_map: dict[str, str], names: list[str], tensors: dict[str, TensorInfo]
+) -> None:
+    hint = "The index and the shards are not of one save; download the model again."
+    for name, shard in weight_map.items():
+        found = tensors.get(name)
+        if found is None or names[found.shard] != shard:
+            raise CheckpointError(
+                "a tensor is not in the shard that the index names",
+                where=f"{root}, tensor {describe(name)}",
+                expected=shard,
+                got="no such tensor in any shard" if found is None else names[found.shard],
+                hint=hint,
+            )
+    if len(tensors) != len(weight_map):
+        extra = next(tensor for tensor in tensors.values() if tensor.name not in weight_map)
+        raise CheckpointError(
+            "a shard holds a tensor that the index does not name",
+            where=f"{os.path.join(root, names[extra.shard])}, tensor {describe(extra.name)}",
+            expected=f"{len(weight_map)} tensors",
+            got=f"{len(tensors)} tensors",
+            hint=hint,
+        )
+
+
+def _read_shard(root: str, name: str, number: int) -> tuple[Shard, list[TensorInfo]]:
+    path = os.path.join(root, name)
+    fd, status = open_regular(path)
+    try:
+        size = status.st_size
+        prefix = pread_exactly(fd, path, min(PREFIX_BYTES, size), 0)
+        length = header_bytes(prefix, file_size=size, where=path)
+        header = pread_exactly(fd, path, length, PREFIX_BYTES)
+    finally:
+        os.close(fd)
+    tensors = parse_header(header, file_size=size, where=path, shard=number)
+    shard = Shard(
+        name, path, size, status.st_mtime_ns, status.st_ino, status.st_dev, PREFIX_BYTES + length
+    )
+    return shard, tensors

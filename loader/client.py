@@ -1,0 +1,253 @@
+"""A worker's side of the memory service: the arenas mapped, the stages awaited, KV blocks got."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
+from coldframe.loader.board import BoardView, Progress
+from coldframe.loader.errors import ColdframeError, ReplicaError, SourceUnreachable
+from coldframe.loader.plan import Plan
+from coldframe.loader.wire import Channel, Message
+
+__all__ = ["KvArena", "MemoryClient", "STALL_S"]
+
+STALL_S = 60.0
+"""How long a wait for weights goes on without a single byte coming in, in seconds."""
+
+
+class KvArena:
+    """The KV blocks' memory.
+
+    Args:
+        reservation: Its mapping here.
+        block_bytes: Bytes of one block.
+        blocks: How many there are.
+    """
+
+    def __init__(self, reservation: Reservation, block_bytes: int, blocks: int) -> None:
+        self.reservation = reservation
+        self.block_bytes = block_bytes
+        self.blocks = blocks
+
+    def view(self) -> memoryview:
+        return self.reservation.view(0, self.block_bytes * self.blocks)
+
+
+class MemoryClient:
+    """The connection of one worker.
+
+    A thread of its own reads what the service sends. The methods block until the answer is in,
+    and raise what the service reports, or ReplicaError once it is gone; none waits for ever.
+
+    Args:
+        path: The service's socket.
+        name: The worker's, for messages.
+        on_event: Called from the reading thread whenever something has changed: a stage, free
+            blocks, an error.
+        stall_s: See `STALL_S`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str,
+        *,
+        on_event: Callable[[], None] = lambda: None,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._channel = Channel.connect(path)
+        self._on_event = on_event
+        self._stall_s = stall_s
+        self._changed = threading.Condition()
+        self._asking = threading.Lock()
+        self._answers: list[Message] = []
+        self._segments: list[Segment] = []
+        self._ready: set[int] = set()
+        self._error: ColdframeError | None = None
+        self._mapped = False
+        self._seen = -1
+        self._seen_at = time.monotonic()
+        self.plan: Plan | None = None
+        self.weights: Reservation | None = None
+        self.kv: KvArena | None = None
+        self._board: BoardView | None = None
+        threading.Thread(target=self._read, name="memory-client", daemon=True).start()
+        self._channel.send({"type": "hello", "name": name})
+
+    # -- what has come ------------------------------------------------------------------------
+
+    @property
+    def error(self) -> ColdframeError | None:
+        """Why nothing more will come, where that is so."""
+        return self._error
+
+    @property
+    def progress(self) -> Progress:
+        return Progress(0, 0) if self._board is None else self._board.progress
+
+    def is_ready(self, stage: int) -> bool:
+        """Whether a stage's weights are in.
+
+        Raises:
+            ColdframeError: They will not come: the stream failed or the service died.
+        """
+        if stage in self._ready:
+            return True
+        if self._error is not None:
+            raise self._error
+        return False
+
+    def wait_arenas(self) -> tuple[Plan, Reservation, KvArena]:
+        """Waits until the weights' arena and the KV's are mapped here."""
+        self._wait(lambda: self._mapped and self.kv is not None, "the load plan")
+        assert self.plan is not None
+        assert self.weights is not None
+        assert self.kv is not None
+        return self.plan, self.weights, self.kv
+
+    def wait_stage(self, stage: int) -> None:
+        """Waits until a stage's weights are in."""
+        self._wait(lambda: self.is_ready(stage), f"stage {stage}")
+
+    def _wait(self, done: Callable[[], bool], what: str) -> None:
+        self._seen_at = time.monotonic()
+        with self._changed:
+            while not done():
+                if self._error is not None:
+                    raise self._error
+                self.check_stalled(what)
+                self._changed.wait(min(self._stall_s / 4, 1.0))
+
+    def check_stalled(self, what: str | None = None) -> None:
+        """For whoever waits for weights by its own means: call it now and then.
+
+        Args:
+            what: What is waited for, for the message.
+
+        Raises:
+            SourceUnreachable: Nothing has come in for too long.
+        """
+        done, total = self.progress
+        if done != self._seen:
+            self._seen, self._seen_at = done, time.monotonic()
+        elif time.monotonic() - self._seen_at > self._stall_s:
+            raise SourceUnreachable(
+                f"no byte of the weights came in for {self._stall_s:g} s",
+                where=what,
+                got=f"{done:,} of {total:,} bytes",
+                hint="Check the disk or the network that the weights come from.",
+            )
+
+    # -- KV -----------------------------------------------------------------------------------
+
+    def grant(self, count: int) -> list[int]:
+        """Asks for KV blocks: so many, or none while there are not enough (`on_event` follows)."""
+        blocks: list[int] = self._ask({"type": "grant", "count": count})["blocks"]
+        return blocks
+
+    def give_back(self, blocks: list[int]) -> None:
+        self._channel.send({"type": "give_back", "blocks": blocks})
+
+    def assign(self, request: str, attempt: int, blocks: list[int]) -> bool:
+        """Gives granted blocks to a request, held by this worker; see `BlockLedger.assign`."""
+        answer = self._ask(
+            {"type": "assign", "request": request, "attempt": attempt, "blocks": blocks}
+        )
+        return bool(answer["taken"])
+
+    def claim(self, request: str, attempt: int) -> list[int] | None:
+        """Takes over a request's blocks from whoever held them; see `BlockLedger.claim`."""
+        answer = self._ask({"type": "claim", "request": request, "attempt": attempt})
+        blocks: list[int] | None = answer["blocks"]
+        return blocks
+
+    def drop(self, request: str) -> None:
+        """Lets a request's blocks go: this worker touches them no more.
+
+        Returns once the ledger knows, so that who is told of the request next can claim them.
+        """
+        self._ask({"type": "drop", "request": request})
+
+    def renew(self, request: str) -> None:
+        """Keeps the blocks of a request that was dropped and not claimed yet."""
+        self._channel.send({"type": "renew", "request": request})
+
+    def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
+        with self._asking:
+            self._channel.send(body)
+            deadline = time.monotonic() + self._stall_s
+            with self._changed:
+                while not self._answers:
+                    if self._error is not None:
+                        raise self._error
+                    if time.monotonic() >= deadline:
+                        raise ReplicaError(
+                            "the memory service does not answer", where=str(body["type"])
+                        )
+                    self._changed.wait(1.0)
+                return self._answers.pop(0).body
+
+    # -- the reading thread ---------------------------------------------------------------------
+
+    def _read(self) -> None:
+        lost = ReplicaError("the memory service is gone", hint="The replica must start again.")
+        reason: ColdframeError = lost
+        try:
+            while (message := self._channel.recv()) is not None:
+                with self._changed:
+                    self._take(message)
+                    self._changed.notify_all()
+                self._on_event()
+        except ColdframeError as error:
+            reason = error
+        with self._changed:
+            # The first cause is the one that tells.
+            self._error = self._error or reason
+            self._changed.notify_all()
+        self._on_event()
+
+    def _take(self, message: Message) -> None:
+        body = message.body
+        match message.kind:
+            case "stage":
+                self._ready.add(body["stage"])
+            case "plan":
+                self.plan = Plan.from_wire(body["plan"])
+                self._board = BoardView(message.fds[0])
+                self.weights = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
+            case "segments" | "remap":
+                self._map(message)
+            case "kv":
+                (fd,) = message.fds
+                segment = Segment.from_wire(fd, body["segment"])
+                reservation = Reservation(segment.length, KV_BASE)
+                reservation.attach([segment])
+                os.close(fd)
+                self.kv = KvArena(reservation, body["block_bytes"], body["blocks"])
+            case "failed":
+                self._error = ColdframeError.from_wire(body["error"])
+            case "granted" | "assigned" | "claimed" | "dropped":
+                self._answers.append(message)
+
+    def _map(self, message: Message) -> None:
+        self._segments += [
+            Segment.from_wire(fd, data)
+            for fd, data in zip(message.fds, message.body["segments"], strict=True)
+        ]
+        if not message.body["last"]:
+            return
+        assert self.weights is not None
+        # Mapping over a mapping is one step for every other thread: a forward pass that runs
+        # meanwhile reads the same bytes from either.
+        self.weights.attach(self._segments)
+        for segment in self._segments:
+            os.close(segment.fd)
+        self._segments.clear()
+        self._mapped = True
+        if message.kind == "remap":
+            self._channel.send({"type": "remapped"})

@@ -1,0 +1,50 @@
+"""The CPU as a device: weights and KV in anonymous shared memory."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+from coldframe.loader.arena import PAGE, round_up
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.errors import DeviceError
+
+__all__ = ["CpuDevice"]
+
+
+class CpuDevice:
+    """Host memory, shared by descriptor.
+
+    A memfd rather than a file in /dev/shm, which is 64 MB in a container by default.
+    """
+
+    name = "cpu"
+
+    def available(self) -> int:
+        return memory_available()
+
+    def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
+        left = self.available()
+        # Shared memory that is not there kills whoever touches it, so ask before.
+        if now and nbytes > left:
+            raise DeviceError(
+                f"not enough memory for the {purpose}",
+                where=self.name,
+                expected=f"{nbytes:,} bytes",
+                got=f"{left:,} bytes available",
+                hint="Raise the container's memory limit or take a smaller model.",
+            )
+        fd = os.memfd_create(f"coldframe-{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, round_up(max(nbytes, 1), PAGE))
+            # Nobody who maps it need fear that it shrinks (SIGBUS).
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
+        except OSError as error:
+            os.close(fd)
+            raise DeviceError(
+                f"cannot allocate the {purpose}",
+                where=self.name,
+                expected=f"{nbytes:,} bytes",
+                got=error.strerror,
+            ) from error
+        return fd

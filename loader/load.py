@@ -1,0 +1,203 @@
+"""One checkpoint on its way into an arena: opened, planned, then mapped in place or streamed.
+
+A local file that is in the page cache already, all of it, is mapped where it lies: nothing is
+copied and every stage is ready at once. That is safe only under a read lease, which holds back
+whoever wants to write to the file; when one comes, the weights are copied out of the way
+(`move_out`) and the files let go, and no worker notices.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from coldframe.loader.arena import WEIGHTS_BASE, Reservation, Segment
+from coldframe.loader.board import Board, StageState
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices import Device
+from coldframe.loader.errors import ColdframeError
+from coldframe.loader.plan import Plan
+from coldframe.loader.sources.file import FileSource
+from coldframe.loader.stream import Stream, Throttle
+from coldframe.loader.timeline import Recorder, now
+
+__all__ = ["Load", "LoadOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load, and how.
+
+    Args:
+        path: A checkpoint's directory.
+        copy: Never map files in place.
+        throttle: Bytes per second at most, or None; implies `copy`.
+        threads: Readers.
+    """
+
+    path: str
+    copy: bool = False
+    throttle: float | None = None
+    threads: int = 2
+
+    def to_wire(self) -> dict[str, Any]:
+        return {
+            "path": self.path,
+            "copy": self.copy,
+            "throttle": self.throttle,
+            "threads": self.threads,
+        }
+
+
+class Load:
+    """A checkpoint being loaded.
+
+    Args:
+        options: What and how.
+        device: Whose memory it goes to.
+        recorder: Where its spans go.
+        on_plan: Called once plan, segments and board stand, before the first stage is ready.
+        on_stage: Called with each stage's index when its bytes are in.
+        on_end: Called at the end, with the error that ended it early or None.
+
+    The callbacks come from threads of the load's own.
+    """
+
+    plan: Plan
+    board: Board
+    segments: list[Segment]
+    mode: str
+    """`mapped` or `copied`."""
+    why: str | None = None
+    """Why it was not mapped, where it might have been."""
+
+    def __init__(
+        self,
+        options: LoadOptions,
+        device: Device,
+        recorder: Recorder,
+        *,
+        on_plan: Callable[[], None],
+        on_stage: Callable[[int], None],
+        on_end: Callable[[ColdframeError | None], None],
+    ) -> None:
+        self._options = options
+        self._device = device
+        self._recorder = recorder
+        self._on_plan = on_plan
+        self._on_stage = on_stage
+        self._on_end = on_end
+        self._source: FileSource | None = None
+        self._stream: Stream | None = None
+        self._reservation: Reservation | None = None
+
+    def run(self) -> None:
+        """Opens, plans and starts the stream; returns while that goes on.
+
+        Raises:
+            ColdframeError: The checkpoint is bad, cannot be read or does not fit.
+        """
+        with self._recorder.span("checkpoint_open"):
+            checkpoint = Checkpoint.open(self._options.path)
+        with self._recorder.span("plan"):
+            self.plan = Plan.build(checkpoint)
+            self._source = source = FileSource(checkpoint.shards)
+            mapped = self._may_map(source)
+        self.board = Board([stage.nbytes for stage in self.plan.stages])
+        if mapped:
+            self._map(source, checkpoint)
+        else:
+            self._copy(source)
+
+    def _may_map(self, source: FileSource) -> bool:
+        if self._options.copy or self._options.throttle is not None:
+            return False
+        if not source.fully_cached():
+            self.why = "not all in the page cache"
+            return False
+        self.why = source.take_lease()
+        return self.why is None
+
+    def _map(self, source: FileSource, checkpoint: Checkpoint) -> None:
+        start = now()
+        self.mode = "mapped"
+        self.segments = [
+            Segment(fd, 0, shard.size, base, False)
+            for fd, shard, base in zip(
+                source.fds, checkpoint.shards, self.plan.shard_bases, strict=True
+            )
+        ]
+        # Under the lease nothing can change any more; what changed before it shows here.
+        source.check_unchanged()
+        self._on_plan()
+        for stage in self.plan.stages:
+            self.board.advance(stage.index, stage.nbytes)
+            self.board.settle(stage.index, StageState.READY)
+            self._on_stage(stage.index)
+        self._recorder.add("weight_read", start, note="mapped in place")
+        self._on_end(None)
+
+    def _copy(self, source: FileSource) -> None:
+        self.mode = "copied"
+        fd = self._device.allocate("weights", self.plan.arena_bytes, now=True)
+        self._reservation = reservation = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
+        reservation.attach([Segment(fd, 0, self.plan.arena_bytes, 0, True)])
+        self.segments = [Segment(fd, 0, self.plan.arena_bytes, 0, False)]
+        self._on_plan()
+        throttle = self._options.throttle
+        self._stream = Stream(
+            self.plan,
+            source,
+            reservation.view(),
+            self.board,
+            on_stage=self._on_stage,
+            on_end=self._on_end,
+            recorder=self._recorder,
+            threads=self._options.threads,
+            throttle=None if throttle is None else Throttle(throttle),
+        )
+        self._stream.start()
+
+    @property
+    def writer_waits(self) -> bool:
+        """Whether somebody wants to write to a file that is mapped (see `move_out`)."""
+        return self._source is not None and self._source.lease_is_breaking
+
+    def move_out(self) -> list[Segment]:
+        """Copies mapped files into memory of our own, byte for byte at the same places.
+
+        Returns:
+            Segments to map over the present ones; after that, call `let_go`.
+
+        Raises:
+            DeviceError: There is no memory for a copy.
+        """
+        assert self._source is not None
+        size = self.plan.arena_bytes
+        fd = self._device.allocate("weights", size, now=True)
+        self._reservation = Reservation(size)
+        self._reservation.attach([Segment(fd, 0, size, 0, True)])
+        for shard, segment in enumerate(self.segments):
+            target = self._reservation.view(segment.offset, segment.length)
+            self._source.read_into(shard, 0, target)
+        self.mode, self.why = "copied", "somebody wanted to write to the files"
+        self.segments = [Segment(fd, 0, size, 0, False)]
+        return self.segments
+
+    def let_go(self) -> None:
+        """Ends the leases: writers may come in."""
+        if self._source is not None:
+            self._source.end_lease()
+
+    def close(self) -> None:
+        """Stops the stream and gives everything back."""
+        if self._stream is not None:
+            self._stream.cancel()
+        if self._reservation is not None:
+            self._reservation.close()
+            for segment in self.segments:
+                os.close(segment.fd)
+        if self._source is not None:
+            self._source.close()

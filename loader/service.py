@@ -1,0 +1,385 @@
+"""The memory service: the small process that owns the arenas and outlives the workers.
+
+It streams the weights, tells who is attached when a stage is in, and keeps the ledger of KV
+blocks. Its one owner, at the other end of the inherited socket, says what to load; when the
+owner ends, so does the service, and removes the run directory behind both.
+
+Messages in:  `load`, `kv`, `open`, `release` (from gateways), `hello`, `grant`, `give_back`,
+`assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
+Messages out: `plan` (board and segments), `kv`, `stage`, `remap`, `failed`, `loaded`,
+`granted`, `assigned`, `claimed`, `dropped`, `available`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from coldframe.loader.arena import PAGE, Segment, round_up
+from coldframe.loader.devices import open_device
+from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.ledger import BlockLedger
+from coldframe.loader.load import Load, LoadOptions
+from coldframe.loader.process import remove_run_dir
+from coldframe.loader.timeline import Recorder, now
+from coldframe.loader.wire import MAX_FDS, Channel, Message
+
+__all__ = ["MemoryService", "SOCKET_NAME", "main"]
+
+SOCKET_NAME = "memory.sock"
+_TICK_S = 1.0
+_SEND_TIMEOUT_S = 10
+
+
+class _Client:
+    """One connection: the owner, a gateway or a worker."""
+
+    def __init__(self, key: str, channel: Channel) -> None:
+        self.key = key
+        self.channel = channel
+        self.attached = False
+        self.remapping = False
+        self.waits_for_blocks = False
+
+
+class MemoryService:
+    """The service's state and its loop.
+
+    Args:
+        owner: The channel to the process that started it.
+        run_dir: The replica's private directory; the listening socket is made there.
+        recorder: Holds the spans of the start so far.
+    """
+
+    def __init__(self, owner: Channel, run_dir: str, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._device = open_device("cpu")
+        self._selector = selectors.DefaultSelector()
+        self._posted: deque[Callable[[], None]] = deque()
+        self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector.register(self._wakeup, selectors.EVENT_READ, None)
+        self._owner = _Client("owner", owner)
+        self._clients: dict[int, _Client] = {}
+        self._add(self._owner)
+        self._next_key = 0
+        self._run_dir = run_dir
+        self._listener: socket.socket | None = None
+        self._load: Load | None = None
+        self._ready: list[int] = []
+        self._planned = False
+        self._failure: ColdframeError | None = None
+        self._ledger: BlockLedger | None = None
+        self._kv: tuple[dict[str, Any], Segment] | None = None
+        self._running = True
+
+    def run(self) -> None:
+        """Serves until the owner is gone."""
+        # The first message is on its way already: load first, listen while it starts.
+        self._receive(self._owner)
+        if self._running:
+            self._listen()
+        signal.signal(signal.SIGIO, lambda *_: self._post(self._check_lease))
+        next_tick = time.monotonic() + _TICK_S
+        while self._running:
+            for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
+                self._dispatch(key)
+            if time.monotonic() >= next_tick:
+                next_tick = time.monotonic() + _TICK_S
+                if self._ledger is not None and self._ledger.expire(time.monotonic()):
+                    self._tell_available()
+
+    def close(self) -> None:
+        if self._load is not None:
+            self._load.close()
+        if self._listener is not None:
+            self._listener.close()
+        for client in self._clients.values():
+            client.channel.close()
+
+    # -- the loop ---------------------------------------------------------------------------
+
+    def _listen(self) -> None:
+        start = now()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(os.path.join(self._run_dir, SOCKET_NAME))
+        listener.listen(64)
+        listener.setblocking(False)
+        self._listener = listener
+        self._selector.register(listener, selectors.EVENT_READ, listener)
+        self._owner.channel.send({"type": "listening"})
+        self._recorder.add("listen", start)
+
+    def _dispatch(self, key: selectors.SelectorKey) -> None:
+        if key.data is None:
+            os.eventfd_read(self._wakeup)
+            while self._posted:
+                self._posted.popleft()()
+        elif isinstance(key.data, _Client):
+            self._receive(key.data)
+        else:
+            sock, _ = key.data.accept()
+            self._next_key += 1
+            self._add(_Client(f"client-{self._next_key}", Channel(sock)))
+
+    def _add(self, client: _Client) -> None:
+        client.channel.set_send_timeout(_SEND_TIMEOUT_S)
+        self._clients[client.channel.fileno()] = client
+        self._selector.register(client.channel.fileno(), selectors.EVENT_READ, client)
+
+    def _receive(self, client: _Client) -> None:
+        messages, ended = client.channel.receive_ready()
+        try:
+            for message in messages:
+                self._handle(client, message)
+        except (ColdframeError, KeyError, TypeError, ValueError) as error:
+            # A client that talks nonsense harms only itself.
+            print(f"coldframe memory: {client.key}: {error!r}", file=sys.stderr)
+            ended = True
+        if ended:
+            self._remove(client)
+
+    def _remove(self, client: _Client) -> None:
+        fd = client.channel.fileno()
+        if self._clients.pop(fd, None) is None:
+            return
+        self._selector.unregister(fd)
+        client.channel.close()
+        if client is self._owner:
+            self._running = False
+        if self._ledger is not None:
+            self._ledger.worker_gone(client.key, time.monotonic())
+            self._ledger.gateway_gone(client.key)
+            self._tell_available()
+        self._finish_move()
+
+    def _send(self, client: _Client, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        try:
+            client.channel.send(body, fds)
+        except ReplicaError:
+            self._remove(client)
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """Runs an action in the loop; for threads and signal handlers."""
+        self._posted.append(action)
+        os.eventfd_write(self._wakeup, 1)
+
+    def _handle(self, client: _Client, message: Message) -> None:
+        handler = getattr(self, f"_on_{message.kind}", None)
+        if handler is None:
+            raise ReplicaError("unknown message", where=client.key, got=message.kind)
+        body = {key: value for key, value in message.body.items() if key != "type"}
+        handler(client, **body)
+
+    # -- weights ----------------------------------------------------------------------------
+
+    def _on_load(self, client: _Client, **options: Any) -> None:
+        if client is not self._owner or self._load is not None:
+            raise ReplicaError("only the owner loads, and once", where=client.key)
+        self._load = Load(
+            LoadOptions(**options),
+            self._device,
+            self._recorder,
+            on_plan=lambda: self._post(self._planned_now),
+            on_stage=lambda stage: self._post(lambda: self._stage_now(stage)),
+            on_end=lambda error: self._post(lambda: self._ended_now(error)),
+        )
+        threading.Thread(target=self._run_load, name="load", daemon=True).start()
+
+    def _run_load(self) -> None:
+        assert self._load is not None
+        try:
+            self._load.run()
+        except ColdframeError as error:
+            failure = error
+            self._post(lambda: self._ended_now(failure))
+        except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
+            broken = ReplicaError("the load broke", got=repr(error))
+            self._post(lambda: self._ended_now(broken))
+
+    def _planned_now(self) -> None:
+        self._planned = True
+        for client in list(self._attached()):
+            self._send_plan(client)
+        self._send_plan(self._owner)
+
+    def _stage_now(self, stage: int) -> None:
+        self._ready.append(stage)
+        for client in list(self._attached()):
+            self._send(client, {"type": "stage", "stage": stage})
+
+    def _ended_now(self, error: ColdframeError | None) -> None:
+        spans = [span.to_wire() for span in self._recorder.drain()]
+        if error is None:
+            assert self._load is not None
+            body: dict[str, Any] = {
+                "type": "loaded",
+                "mode": self._load.mode,
+                "why": self._load.why,
+            }
+        else:
+            self._failure = error
+            body = {"type": "failed", "error": error.to_wire()}
+            for client in list(self._attached()):
+                self._send(client, body)
+        self._send(self._owner, {**body, "spans": spans})
+
+    def _attached(self) -> Iterator[_Client]:
+        return (client for client in self._clients.values() if client.attached)
+
+    def _send_plan(self, client: _Client) -> None:
+        assert self._load is not None
+        load = self._load
+        body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
+        if not client.attached:  # the owner watches, and maps nothing
+            self._send(client, body, (load.board.fd,))
+            return
+        self._send(client, {**body, "plan": load.plan.to_wire()}, (load.board.fd,))
+        self._send_segments(client, "segments", load.segments)
+
+    def _send_segments(self, client: _Client, kind: str, segments: list[Segment]) -> None:
+        for start in range(0, len(segments), MAX_FDS):
+            some = segments[start : start + MAX_FDS]
+            body = {
+                "type": kind,
+                "segments": [segment.to_wire() for segment in some],
+                "last": start + MAX_FDS >= len(segments),
+            }
+            self._send(client, body, tuple(segment.fd for segment in some))
+
+    def _on_hello(self, client: _Client, name: str) -> None:
+        client.key = f"{name}/{client.key}"
+        client.attached = True
+        if self._planned:
+            self._send_plan(client)
+        for stage in self._ready:
+            self._send(client, {"type": "stage", "stage": stage})
+        if self._kv is not None:
+            self._send(client, self._kv[0], (self._kv[1].fd,))
+        if self._failure is not None:
+            self._send(client, {"type": "failed", "error": self._failure.to_wire()})
+
+    # -- when somebody wants to write to a mapped file ----------------------------------------
+
+    def _check_lease(self) -> None:
+        load = self._load
+        if load is None or not load.writer_waits:
+            return
+        try:
+            segments = load.move_out()
+        except ColdframeError as error:
+            self._ended_now(error)
+            load.let_go()
+            return
+        for client in list(self._attached()):
+            client.remapping = True
+            self._send_segments(client, "remap", segments)
+        self._finish_move()
+
+    def _on_remapped(self, client: _Client) -> None:
+        client.remapping = False
+        self._finish_move()
+
+    def _finish_move(self) -> None:
+        moved = self._load is not None and self._load.writer_waits and self._load.mode == "copied"
+        if moved and not any(client.remapping for client in self._clients.values()):
+            assert self._load is not None
+            self._load.let_go()
+
+    # -- KV -----------------------------------------------------------------------------------
+
+    def _on_kv(self, client: _Client, block_bytes: int, blocks: int, lease_s: float) -> None:
+        if client is not self._owner or self._kv is not None:
+            raise ReplicaError("only the owner sizes the KV, and once", where=client.key)
+        size = round_up(block_bytes * blocks, PAGE)
+        try:
+            fd = self._device.allocate("kv", size, now=False)
+        except ColdframeError as error:
+            self._ended_now(error)
+            return
+        self._ledger = BlockLedger(blocks, lease_s)
+        segment = Segment(fd, 0, size, 0, True)
+        body = {
+            "type": "kv",
+            "block_bytes": block_bytes,
+            "blocks": blocks,
+            "segment": segment.to_wire(),
+        }
+        self._kv = (body, segment)
+        for attached in list(self._attached()):
+            self._send(attached, body, (fd,))
+
+    @property
+    def _books(self) -> BlockLedger:
+        if self._ledger is None:
+            raise ReplicaError("there is no KV yet")
+        return self._ledger
+
+    def _on_open(self, client: _Client, request: str) -> None:
+        self._books.open(request, client.key)
+
+    def _on_release(self, client: _Client, request: str) -> None:
+        self._books.release(request)
+        self._tell_available()
+
+    def _on_grant(self, client: _Client, count: int) -> None:
+        blocks = self._books.grant(client.key, count)
+        client.waits_for_blocks = not blocks
+        self._send(client, {"type": "granted", "blocks": blocks})
+
+    def _on_give_back(self, client: _Client, blocks: list[int]) -> None:
+        self._books.give_back(client.key, blocks)
+        self._tell_available()
+
+    def _on_assign(self, client: _Client, request: str, attempt: int, blocks: list[int]) -> None:
+        taken = self._books.assign(client.key, request, attempt, blocks)
+        self._send(client, {"type": "assigned", "taken": taken})
+
+    def _on_claim(self, client: _Client, request: str, attempt: int) -> None:
+        blocks = self._books.claim(client.key, request, attempt)
+        self._send(client, {"type": "claimed", "blocks": blocks})
+
+    def _on_drop(self, client: _Client, request: str) -> None:
+        self._books.drop(client.key, request, time.monotonic())
+        self._send(client, {"type": "dropped"})
+        self._tell_available()
+
+    def _on_renew(self, client: _Client, request: str) -> None:
+        self._books.renew(request, time.monotonic())
+
+    def _tell_available(self) -> None:
+        for client in list(self._clients.values()):
+            if client.waits_for_blocks:
+                client.waits_for_blocks = False
+                self._send(client, {"type": "available"})
+
+
+def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:
+    """The process's entry.
+
+    Args:
+        owner_fd: The inherited end of the owner's socket pair.
+        run_dir: The replica's private directory.
+        spawned_ns: When the owner started this process (CLOCK_MONOTONIC).
+        first_ns: When its first line of Python ran.
+    """
+    recorder = Recorder("memory")
+    recorder.add("interpreter", spawned_ns, first_ns)
+    recorder.add("imports", first_ns)
+    # The owner ends us by ending its socket, in its own time: a Ctrl-C is meant for it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    service = MemoryService(Channel.from_fd(owner_fd), run_dir, recorder)
+    try:
+        service.run()
+    finally:
+        with contextlib.suppress(OSError):
+            service.close()
+        remove_run_dir(run_dir)

@@ -1,0 +1,134 @@
+"""Weights from local files: positional reads, or the files themselves where they are cached."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import signal
+from collections.abc import Sequence
+
+from coldframe.loader.checkpoint import Shard
+from coldframe.loader.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
+from coldframe.loader.residency import cached_bytes
+
+__all__ = ["FileSource"]
+
+
+class FileSource:
+    """The shards of a checkpoint in a local directory, held open.
+
+    Raises:
+        SourceError: A shard is not there, may not be read, or is not the one that was planned.
+    """
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = tuple(shards)
+        self.fds: list[int] = []
+        self._leased = False
+        try:
+            for shard in self._shards:
+                self.fds.append(_open(shard))
+            self.check_unchanged()
+        except BaseException:
+            self.close()
+            raise
+
+    def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
+        done, wanted = 0, len(buffer)
+        while done < wanted:
+            try:
+                count = os.preadv(self.fds[shard], [buffer[done:]], offset + done)
+            except OSError as error:
+                raise SourceError(
+                    "a weight file cannot be read",
+                    where=f"{self._shards[shard].path} at {offset + done}",
+                    got=error.strerror,
+                    hint="Check the disk; then start again.",
+                ) from error
+            if count == 0:
+                raise self._changed(shard, "ended early", f"byte {offset + done}")
+            done += count
+
+    def check_unchanged(self) -> None:
+        for index, (shard, fd) in enumerate(zip(self._shards, self.fds, strict=True)):
+            status = os.fstat(fd)
+            if status.st_size != shard.size:
+                raise self._changed(index, "has another size", f"{status.st_size} bytes")
+            if (status.st_mtime_ns, status.st_ino) != (shard.mtime_ns, shard.inode):
+                raise self._changed(index, "was modified", "another file or modification time")
+
+    def fully_cached(self) -> bool:
+        """Whether every page of every shard is in the page cache."""
+        return all(
+            cached_bytes(fd) >= shard.size for shard, fd in zip(self._shards, self.fds, strict=True)
+        )
+
+    def take_lease(self) -> str | None:
+        """Asks for a read lease on every shard, so that no writer gets in before we are told.
+
+        The kernel sends SIGIO when somebody opens a shard for writing or cuts it, and holds them
+        back until `end_lease` (at most /proc/sys/fs/lease-break-time, 45 s by default). Install
+        a handler for SIGIO first.
+
+        Returns:
+            None, or the reason why there is none: the file system has no leases, the file is
+            somebody else's, or it is open for writing.
+        """
+        for shard, fd in zip(self._shards, self.fds, strict=True):
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGIO)
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+            except OSError as error:
+                self.end_lease()
+                if error.errno == errno.EAGAIN:
+                    return f"{shard.name} is open for writing elsewhere"
+                return f"no read lease on {shard.name}: {error.strerror}"
+        self._leased = True
+        return None
+
+    def end_lease(self) -> None:
+        """Lets writers in."""
+        self._leased = False
+        for fd in self.fds:
+            try:
+                fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            except OSError:  # there was none on this one
+                continue
+
+    @property
+    def lease_is_breaking(self) -> bool:
+        """Whether a writer is waiting for this lease to end."""
+        return self._leased and any(
+            fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK for fd in self.fds
+        )
+
+    def close(self) -> None:
+        for fd in self.fds:
+            os.close(fd)
+        self.fds.clear()
+
+    def _changed(self, shard: int, what: str, got: str) -> SourceChanged:
+        expected = self._shards[shard]
+        return SourceChanged(
+            f"a weight file {what} while it was loaded",
+            where=expected.path,
+            expected=f"{expected.size} bytes, unchanged",
+            got=got,
+            hint="Let nothing write to a checkpoint that is in use; then start again.",
+        )
+
+
+def _open(shard: Shard) -> int:
+    try:
+        return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise SourceNotFound("a weight file is gone", where=shard.path) from error
+    except PermissionError as error:
+        raise SourceDenied(
+            "a weight file may not be read", where=shard.path, hint="Check its permissions."
+        ) from error
+    except OSError as error:
+        raise SourceError(
+            "a weight file cannot be opened", where=shard.path, got=error.strerror
+        ) from error

@@ -1,0 +1,87 @@
+"""The command line: subcommands are found by name and imported when called.
+
+That keeps `--help` instant, and lets this floor call commands of the floor above it without
+importing it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
+    "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
+    "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
+    "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments; those of the process by default.
+
+    Returns:
+        The exit status: 0, 1 for an error of coldframe's, 2 for wrong usage, 130 after Ctrl-C.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"coldframe {version('coldframe')}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"coldframe: unknown command {name!r}; known are {known}", file=sys.stderr)
+        return 2
+    return _call(name, rest)
+
+
+def _call(name: str, arguments: list[str]) -> int:
+    from importlib import import_module
+
+    from coldframe.loader.errors import ColdframeError
+    from coldframe.runtime.flags import Parser
+
+    module_name, summary = COMMANDS[name]
+    module = import_module(module_name)
+    parser = Parser(prog=f"coldframe {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+    module.add_arguments(parser)
+    args = parser.parse(arguments)
+    try:
+        return int(module.run(args))
+    except ColdframeError as error:
+        print(f"coldframe: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Who read our output has seen enough; the interpreter's own flush must not complain.
+        import os
+
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: coldframe COMMAND [...]",
+            "",
+            "A scale-to-zero runtime for large language models.",
+            "",
+            *lines,
+            "",
+            "coldframe COMMAND --help says more. Every flag has a twin in the environment:",
+            "--throttle is also COLDFRAME_THROTTLE; the flag wins.",
+        ]
+    )

@@ -1,0 +1,87 @@
+"""Attention of a ragged batch over paged keys and values, through PyTorch's SDPA.
+
+Three cases: a fresh prompt attends causally to its own keys without touching the cache; a chunk
+with a context, or with a window that bites, gathers its blocks under an explicit mask; all
+sequences of one token, decode above all, attend together in one call.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from coldframe.runtime.engine.batch import Batch
+from coldframe.runtime.engine.kv import KVCache
+
+__all__ = ["attend"]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, batch: Batch, kv: KVCache, layer: int, window: int | None
+) -> Tensor:
+    """Attention of a batch whose keys and values are in the cache already.
+
+    Args:
+        q: `[T, heads, head_dim]`.
+        k, v: `[T, kv_heads, head_dim]`, as written to the cache.
+        batch: Which token belongs where.
+        kv: The cache.
+        layer: Which layer.
+        window: How many tokens a token sees, itself included; None is all.
+
+    Returns:
+        `[T, heads, head_dim]`.
+    """
+    sequences = len(batch.chunks)
+    if len(batch.singles) == sequences:
+        return _singles(q, batch, kv, layer, window)
+    if sequences == 1:
+        return _sequence(q, k, v, 0, batch, kv, layer, window)
+    out = torch.empty_like(q)
+    if batch.singles:
+        rows = batch.single_rows
+        out[rows] = _singles(q[rows], batch, kv, layer, window)
+    for s, (start, end) in enumerate(pairwise(batch.offsets)):
+        if end - start > 1:
+            part = slice(start, end)
+            out[part] = _sequence(q[part], k[part], v[part], s, batch, kv, layer, window)
+    return out
+
+
+def _sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sequence: int,
+    batch: Batch,
+    kv: KVCache,
+    layer: int,
+    window: int | None,
+) -> Tensor:
+    """One sequence of several tokens."""
+    queries = q.transpose(0, 1)[None]
+    if batch.chunks[sequence].start == 0 and (window is None or len(q) <= window):
+        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
+    else:
+        reach = batch.reach(sequence, window)
+        keys, values = kv.gather(layer, reach.table)
+        keys, values = keys[:, :, : reach.length], values[:, :, : reach.length]
+        out = scaled_dot_product_attention(
+            queries, keys, values, attn_mask=reach.mask, enable_gqa=True
+        )
+    return out[0].transpose(0, 1)
+
+
+def _singles(q: Tensor, batch: Batch, kv: KVCache, layer: int, window: int | None) -> Tensor:
+    """Sequences of one token: the heads that share keys stand in for query positions."""
+    reach = batch.single_reach(window)
+    keys, values = kv.gather(layer, reach.table)
+    keys, values = keys[:, :, : reach.length], values[:, :, : reach.length]
+    count, heads, dim = q.shape
+    grouped = q.view(count, keys.shape[1], -1, dim)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=reach.mask)
+    return out.reshape(count, heads, dim)

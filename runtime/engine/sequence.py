@@ -1,0 +1,151 @@
+"""One request inside a worker: its token ids, its KV blocks and the text made so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from coldframe.runtime.engine.batch import Chunk
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.sampling import Sampled, SampleInput
+
+__all__ = ["Emission", "Sequence", "TextStream"]
+
+
+class TextStream(Protocol):
+    """Turns token ids into text as they come."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        """The text that is safe to send now, and whether a stop string has ended the answer."""
+        ...
+
+    def flush(self) -> str:
+        """The text held back, at the end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """A token on its way to the client.
+
+    Args:
+        request: Whose.
+        attempt: By which attempt.
+        index: Its place among the generated tokens, from 0.
+        token: Its id.
+        text: What it adds to the answer; may be empty, or hold what earlier tokens held back.
+        finish: `stop` or `length` with the last token, else None.
+        logprob: Natural log-probability, where asked for.
+        top: The likeliest tokens with theirs.
+    """
+
+    request: str
+    attempt: int
+    index: int
+    token: int
+    text: str
+    finish: str | None = None
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+    def to_wire(self) -> list[Any]:
+        return [
+            self.request,
+            self.attempt,
+            self.index,
+            self.token,
+            self.text,
+            self.finish,
+            self.logprob,
+            self.top,
+        ]
+
+    @classmethod
+    def from_wire(cls, data: list[Any]) -> Emission:
+        *head, top = data
+        return cls(*head, top=tuple((int(token), float(value)) for token, value in top))
+
+
+class Sequence:
+    """A request that a worker computes.
+
+    Args:
+        request: Its id.
+        attempt: Which try at it this is.
+        prompt_ids: The prompt.
+        generated_ids: What has been generated before; its text has been sent already.
+        params: Sampling.
+        text: Makes its text; this replays what was generated before into it.
+        eos_ids: The model's own end-of-text tokens.
+    """
+
+    def __init__(
+        self,
+        request: str,
+        attempt: int,
+        prompt_ids: tuple[int, ...],
+        generated_ids: tuple[int, ...],
+        params: SamplingParams,
+        text: TextStream,
+        eos_ids: tuple[int, ...],
+    ) -> None:
+        self.request = request
+        self.attempt = attempt
+        self.prompt_ids = prompt_ids
+        self.generated_ids = list(generated_ids)
+        self.params = params
+        self.blocks: list[int] = []
+        self.kv_tokens = 0
+        """Tokens whose keys and values are in the blocks."""
+        self._text = text
+        self._ends = frozenset(params.stop_token_ids) | (
+            frozenset() if params.ignore_eos else frozenset(eos_ids)
+        )
+        for token in generated_ids:
+            text.push(token)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.generated_ids)
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that can come to lie in the KV: the last one generated never does."""
+        return len(self.prompt_ids) + self.params.max_tokens - 1
+
+    def chunk(self) -> Chunk:
+        """What is not in the KV yet, as the next thing to compute."""
+        prompt = len(self.prompt_ids)
+        start = self.kv_tokens
+        if start >= prompt:
+            fresh = self.generated_ids[start - prompt :]
+        else:
+            fresh = [*self.prompt_ids[start:], *self.generated_ids]
+        return Chunk(fresh, start, prompt, self.blocks)
+
+    def sample_input(self) -> SampleInput:
+        return SampleInput(self.params, self.prompt_ids, self.generated_ids, self.tokens)
+
+    def accept(self, sampled: Sampled) -> Emission:
+        """Takes the token that follows what was just computed."""
+        self.kv_tokens = self.tokens
+        self.generated_ids.append(sampled.token)
+        text, finish = "", None
+        if sampled.token in self._ends:
+            text, finish = self._text.flush(), "stop"
+        else:
+            text, stopped = self._text.push(sampled.token)
+            if stopped:
+                finish = "stop"
+            elif len(self.generated_ids) >= self.params.max_tokens:
+                text, finish = text + self._text.flush(), "length"
+        return Emission(
+            self.request,
+            self.attempt,
+            len(self.generated_ids) - 1,
+            sampled.token,
+            text,
+            finish,
+            sampled.logprob,
+            sampled.top,
+        )

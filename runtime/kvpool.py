@@ -1,0 +1,75 @@
+"""A worker's pocket of KV blocks: granted by the memory service in chunks, given to requests."""
+
+from __future__ import annotations
+
+from coldframe.loader.client import MemoryClient
+from coldframe.loader.errors import RequestError
+
+__all__ = ["KvPool"]
+
+_CHUNK = 64
+"""Blocks asked for at a time, so that most requests cost no question of their own."""
+
+
+class KvPool:
+    """Hands out blocks to requests.
+
+    A request gets at its start all the blocks that it can come to need. Memory is touched as
+    they fill, so that costs nothing; and no request can run dry half-way.
+
+    Args:
+        client: The memory service.
+        blocks: All the blocks that there are.
+        block_tokens: Tokens in one.
+    """
+
+    def __init__(self, client: MemoryClient, blocks: int, block_tokens: int) -> None:
+        self._client = client
+        self._blocks = blocks
+        self._block_tokens = block_tokens
+        # A pocket must not hold back what another worker could use, where there are few.
+        self._chunk = max(1, min(_CHUNK, blocks // 8))
+        self._pocket: list[int] = []
+
+    def take(self, request: str, attempt: int, tokens: int) -> list[int] | None:
+        """Blocks for a request, assigned to it in the ledger and held by this worker.
+
+        Returns:
+            The blocks; none of them where the request has ended meanwhile; None where there are
+            not enough at the moment.
+
+        Raises:
+            RequestError: It needs more than there are.
+        """
+        needed = -(-tokens // self._block_tokens)
+        if needed > self._blocks:
+            raise RequestError(
+                "the request needs more KV than there is",
+                where=request,
+                expected=f"at most {self._blocks * self._block_tokens} tokens",
+                got=f"{tokens} tokens of prompt and answer",
+                hint="Ask for fewer tokens or give the replica more KV memory.",
+            )
+        if not self._refill(needed):
+            return None
+        taken = self._pocket[:needed]
+        if not self._client.assign(request, attempt, taken):
+            return []
+        del self._pocket[:needed]
+        return taken
+
+    def trim(self) -> None:
+        """Gives back what is left over; for a worker that has nothing to do."""
+        if self._pocket:
+            self._client.give_back(self._pocket)
+            self._pocket = []
+
+    def _refill(self, needed: int) -> bool:
+        missing = needed - len(self._pocket)
+        if missing > 0:
+            for count in (max(missing, self._chunk), missing):
+                granted = self._client.grant(count)
+                if granted:
+                    self._pocket += granted
+                    break
+        return len(self._pocket) >= needed

@@ -1,0 +1,39 @@
+"""What a replica is asked to be, from the command line or the environment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from coldframe.loader.cgroup import cpu_count
+
+__all__ = ["ReplicaOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaOptions:
+    """One model on one machine.
+
+    Args:
+        model: The checkpoint's directory.
+        copy: Never map weight files in place.
+        throttle: Bytes per second to load at, at most; None for as fast as it goes.
+        overlap: Whether prefill starts before all weights are in. Off only to measure what that
+            is worth.
+        prefill: How many prefill workers.
+        decode: How many decode workers.
+        kv_bytes: KV memory; None lets the replica choose.
+        lease_s: How long KV blocks are kept while no worker holds them, in seconds.
+        threads: Threads of each worker's kernels.
+        run_dir: Where the replica's private directory is made; None chooses.
+    """
+
+    model: str
+    copy: bool = False
+    throttle: float | None = None
+    overlap: bool = True
+    prefill: int = 1
+    decode: int = 1
+    kv_bytes: int | None = None
+    lease_s: float = 30.0
+    threads: int = field(default_factory=cpu_count)
+    run_dir: str | None = None

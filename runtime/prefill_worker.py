@@ -1,0 +1,202 @@
+"""The prefill role: prompts in, first tokens and hand-offs out."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections import deque
+
+from coldframe.loader.errors import RequestError
+from coldframe.loader.timeline import now
+from coldframe.runtime.engine.prefill import Prefiller
+from coldframe.runtime.engine.sequence import Emission, Sequence
+from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.kvpool import KvPool
+from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
+
+__all__ = ["run"]
+
+_RENEW_S = 5.0
+
+
+def run(worker: Worker) -> None:
+    """Serves until the front is gone.
+
+    Raises:
+        ColdframeError: The weights will not come, or the memory service is gone.
+    """
+    _PrefillRole(worker).run()
+
+
+class _PrefillRole:
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._client = worker.client
+        self._prefiller = Prefiller(
+            worker.model,
+            self._client.is_ready if worker.overlap else self._all_ready,
+            worker.recorder,
+        )
+        self._pool = KvPool(self._client, worker.kv.blocks, BLOCK_TOKENS)
+        self._queue: deque[tuple[Job, Sequence]] = deque()
+        self._handed: dict[str, int] = {}
+        """Requests sent on and not acknowledged yet, with their attempts."""
+        self._inside: set[str] = set()
+        """Requests that are queued or computed here."""
+        self._cancelled: set[str] = set()
+        self._renew_at = 0.0
+
+    def run(self) -> None:
+        while True:
+            self._receive(block=False)
+            self._admit()
+            finished = self._prefiller.advance() if not self._prefiller.idle else None
+            if finished is None:
+                self._wait()
+                continue
+            for sequence, emission in finished:
+                self._hand_over(sequence, emission)
+            if finished:
+                self._worker.report_spans()
+
+    def _all_ready(self, _: int) -> bool:
+        return all(self._client.is_ready(stage.index) for stage in self._worker.plan.stages)
+
+    def _wait(self) -> None:
+        """Sleeps until there is a message, or news of the weights or the KV."""
+        started = now()
+        if self._prefiller.idle:
+            if not self._queue:
+                self._pool.trim()
+            self._receive(block=True)
+            self._worker.recorder.add("queue", started, waits_for="request")
+            return
+        stage = self._prefiller.blocked_on
+        self._client.check_stalled()
+        self._receive(block=True)
+        self._worker.recorder.add("wait", started, waits_for=f"stage_ready[{stage}]")
+
+    def _receive(self, *, block: bool) -> None:
+        if self._handed and time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + _RENEW_S
+            for request in self._handed:
+                self._client.renew(request)
+        try:
+            while True:
+                message = self._worker.inbox.get(block, 1.0 if block else None)
+                block = False
+                if message is None:
+                    self._worker.check_memory()
+                elif message.kind == "job":
+                    self._take(Job.from_wire(message.body["job"]))
+                elif message.kind == "ack":
+                    self._handed.pop(message.body["request"], None)
+                elif message.kind == "cancel":
+                    self._cancel(message.body["request"])
+        except queue.Empty:
+            return
+
+    def _take(self, job: Job) -> None:
+        started = now()
+        try:
+            self._queue.append((job, self._worker.sequence(job, self._tokenise(job))))
+            self._inside.add(job.request)
+        except RequestError as error:
+            self._worker.refuse(job, error)
+        self._worker.recorder.add("tokenize", started)
+
+    def _tokenise(self, job: Job) -> tuple[int, ...]:
+        """The prompt's ids, checked against the model.
+
+        Raises:
+            RequestError: There are none, too many, or some that the model does not have.
+        """
+        spec = self._worker.spec
+        ids = job.prompt_ids
+        if ids is None:
+            ids = tuple(self._worker.tokenizer.encode(job.prompt or ""))
+        if not ids:
+            raise RequestError(
+                "the prompt has no tokens", where=job.request, expected="at least one", got="none"
+            )
+        outside = next((i for i in ids if not 0 <= i < spec.vocab_size), None)
+        if outside is not None:
+            raise RequestError(
+                "a token id is out of range",
+                where=job.request,
+                expected=f"0 to {spec.vocab_size - 1}",
+                got=outside,
+                hint="Tokenise the prompt with this model's tokenizer.",
+            )
+        if len(ids) + job.params.max_tokens > spec.context_length:
+            raise RequestError(
+                "prompt and answer do not fit the model's context",
+                where=job.request,
+                expected=f"at most {spec.context_length} tokens",
+                got=f"{len(ids)} of prompt + {job.params.max_tokens} to generate",
+                hint="Shorten the prompt or ask for fewer tokens.",
+            )
+        job.params.validate(spec.vocab_size)
+        return ids
+
+    def _admit(self) -> None:
+        """Lets requests in, in their order, as far as there are KV blocks for them."""
+        while self._queue:
+            job, sequence = self._queue[0]
+            if job.request in self._cancelled:
+                self._leave(job.request)
+                self._queue.popleft()
+                continue
+            try:
+                blocks = self._pool.take(job.request, job.attempt, sequence.most_tokens)
+            except RequestError as error:
+                self._worker.refuse(job, error)
+                self._leave(job.request)
+                self._queue.popleft()
+                continue
+            if blocks is None:
+                return
+            self._queue.popleft()
+            if blocks:  # else the request ended while it waited
+                sequence.blocks = blocks
+                self._prefiller.admit(sequence)
+            else:
+                self._leave(job.request)
+
+    def _cancel(self, request: str) -> None:
+        if request in self._inside:
+            self._cancelled.add(request)
+        self._handed.pop(request, None)
+
+    def _leave(self, request: str) -> bool:
+        """The request is here no more. Whether it had been cancelled."""
+        self._inside.discard(request)
+        cancelled = request in self._cancelled
+        self._cancelled.discard(request)
+        return cancelled
+
+    def _hand_over(self, sequence: Sequence, emission: Emission) -> None:
+        request = sequence.request
+        # From here on the decode worker may take the blocks; the lease keeps them until then.
+        self._client.drop(request)
+        if self._leave(request):
+            return
+        self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
+        if emission.finish is not None:
+            return
+        self._handed[request] = sequence.attempt
+        job = Job(
+            request,
+            sequence.attempt,
+            sequence.params,
+            prompt_ids=sequence.prompt_ids,
+            generated_ids=tuple(sequence.generated_ids),
+        )
+        handoff = Handoff(
+            job,
+            self._worker.plan.hash,
+            kv_format(self._worker.spec.dtype),
+            tuple(sequence.blocks),
+            sequence.kv_tokens,
+        )
+        self._worker.control.send({"type": "handoff", "handoff": handoff.to_wire()})

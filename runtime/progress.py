@@ -1,0 +1,58 @@
+"""A progress bar for the load, on a terminal; nothing of the kind in a pipe."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from coldframe.loader.board import BoardView
+from coldframe.runtime.units import human_bytes, human_seconds
+
+__all__ = ["ProgressBar"]
+
+_EVERY_S = 0.1
+_WIDTH = 28
+
+
+class ProgressBar:
+    """Draws how far the weights are, with rate and time left.
+
+    Args:
+        stream: Where to; it draws only if that is a terminal.
+    """
+
+    def __init__(self, stream: TextIO = sys.stderr) -> None:
+        self._stream = stream
+        self.active = stream.isatty()
+        self._drawn_at = 0.0
+        self._started: float | None = None
+        self._shown = False
+
+    def update(self, board: BoardView | None) -> None:
+        if not self.active or board is None:
+            return
+        moment = time.monotonic()
+        self._started = self._started or moment
+        if moment - self._drawn_at < _EVERY_S:
+            return
+        self._drawn_at = moment
+        done, total = board.progress
+        rate = done / max(moment - self._started, 1e-3)
+        left = human_seconds((total - done) / rate) if rate else "?"
+        filled = _WIDTH * done // max(total, 1)
+        bar = "█" * filled + "░" * (_WIDTH - filled)
+        text = (
+            f"{bar} {human_bytes(done)} of {human_bytes(total)}, {human_bytes(rate)}/s, {left} left"
+        )
+        self._stream.write(f"\r\x1b[2K{text}")
+        self._stream.flush()
+        self._shown = True
+
+    def clear(self) -> None:
+        """Takes the bar away, before something else is written."""
+        if self._shown:
+            self._stream.write("\r\x1b[2K")
+            self._stream.flush()
+        self.active = False
+        self._shown = False

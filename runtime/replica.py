@@ -1,0 +1,413 @@
+"""A replica: its processes started all at once, watched, replaced when they die, and cleared away.
+
+The memory service starts first, since nothing beats the bytes; the workers import torch while the
+weights stream. Everything that follows is events: messages, deaths, the clock.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from coldframe.loader.board import BoardView
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.checkpoint import read_config
+from coldframe.loader.errors import (
+    ColdframeError,
+    DeviceError,
+    ReplicaError,
+    SourceChanged,
+)
+from coldframe.loader.process import (
+    Child,
+    make_run_dir,
+    remove_run_dir,
+    spawn_python,
+    sweep_run_dirs,
+)
+from coldframe.loader.timeline import Recorder, Span, now, time_namespace
+from coldframe.loader.wire import Channel
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.router import Listener, Router
+
+__all__ = ["Replica"]
+
+_MEMORY = (
+    "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
+)
+_WORKER = "from coldframe.runtime.worker import main; main(3, int(sys.argv[1]), first_ns)"
+_BLOCK_TOKENS = 32
+_MOST_KV = 4 << 30
+_CRASHES = 3
+_CRASH_WINDOW_S = 60.0
+_START_S = 300.0
+_MEMORY_END_S = 5.0
+
+
+class _Worker:
+    def __init__(self, name: str, role: str, child: Child, channel: Channel) -> None:
+        self.name = name
+        self.role = role
+        self.child = child
+        self.channel = channel
+        self.up = False
+
+
+class Replica:
+    """A model being served by processes of its own.
+
+    Args:
+        options: What it is to be.
+        recorder: Gets the front's spans; `spans` has those of all processes.
+
+    Use it as a context manager, or call `close`: it leaves nothing behind.
+
+    Raises:
+        ColdframeError: The model cannot be served. Nothing is left running then.
+    """
+
+    def __init__(self, options: ReplicaOptions, recorder: Recorder | None = None) -> None:
+        self.options = options
+        self.recorder = recorder or Recorder("front")
+        self.spans: list[Span] = []
+        self.facts: dict[str, Any] = {}
+        """What the memory service said of the load: `mode`, `why`, `weights_bytes`."""
+        self.board: BoardView | None = None
+        """How far the load is."""
+        self.loaded = False
+        self._selector = selectors.DefaultSelector()
+        self._workers: dict[str, _Worker] = {}
+        self._crashes: deque[float] = deque()
+        self._error: ColdframeError | None = None
+        self._listening = False
+        self._names = 0
+        self._next_tick = 0.0
+        self._requests = 0
+        self._closed = False
+        self._run_dir, self._lock = make_run_dir(options.run_dir)
+        self._router = Router(self, time.monotonic)
+        self._memory, self._memory_child = self._spawn_memory()
+        try:
+            for role, count in (("prefill", options.prefill), ("decode", options.decode)):
+                for _ in range(count):
+                    self._add_worker(role)
+            self._size_kv()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Replica:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    # -- what users of a replica call -------------------------------------------------------------
+
+    @property
+    def error(self) -> ColdframeError | None:
+        """Why the replica cannot go on, where that is so."""
+        return self._error
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is open."""
+        return self._router.open_requests == 0
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """The processes by name."""
+        workers = {worker.name: worker.child.pid for worker in self._workers.values()}
+        return {"memory": self._memory_child.pid, **workers}
+
+    def submit(
+        self,
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        prompt: str | None = None,
+        prompt_ids: tuple[int, ...] | None = None,
+    ) -> str:
+        """Takes a request and returns its id; the answer comes to the listener during `poll`.
+
+        Raises:
+            ColdframeError: The replica cannot go on.
+        """
+        if self._error is not None:
+            raise self._error
+        self._requests += 1
+        request = f"r{self._requests}-{os.urandom(4).hex()}"
+        self._router.submit(request, params, listener, prompt=prompt, prompt_ids=prompt_ids)
+        return request
+
+    def cancel(self, request: str) -> None:
+        self._router.cancel(request)
+
+    def poll(self, timeout: float | None = None) -> None:
+        """Handles what has happened; waits for something at most so many seconds."""
+        limit = max(0.0, self._next_tick - time.monotonic())
+        for key, _ in self._selector.select(limit if timeout is None else min(timeout, limit)):
+            key.data()
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + 1.0
+            self._router.tick()
+            self._kill_late_starters()
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Polls until something is so.
+
+        Raises:
+            ColdframeError: The replica cannot go on.
+        """
+        while not done():
+            if self._error is not None:
+                raise self._error
+            self.poll()
+
+    def close(self) -> None:
+        """Ends all processes and removes what they had."""
+        if self._closed:
+            return
+        self._closed = True
+        for worker in self._workers.values():
+            worker.channel.close()
+            worker.child.kill()
+        self._workers.clear()
+        # The end of its socket tells the memory service to go, and to clear up after itself.
+        self._memory.close()
+        deadline = time.monotonic() + _MEMORY_END_S
+        while self._memory_child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self._memory_child.kill()
+        remove_run_dir(self._run_dir)
+        os.close(self._lock)
+        self._selector.close()
+        sweep_run_dirs(self.options.run_dir)
+
+    # -- Transport, for the router ------------------------------------------------------------------
+
+    def to_worker(self, worker: str, message: dict[str, Any]) -> None:
+        found = self._workers.get(worker)
+        if found is not None:
+            self._send(found, message)
+
+    def to_memory(self, message: dict[str, Any]) -> None:
+        try:
+            self._memory.send(message)
+        except ReplicaError:  # its end is read from the socket, with the reason before it
+            return
+
+    def kill(self, worker: str) -> None:
+        found = self._workers.get(worker)
+        if found is not None:
+            self._bury(found, "it hung")
+
+    # -- the memory service ---------------------------------------------------------------------------
+
+    def _spawn_memory(self) -> tuple[Channel, Child]:
+        ours, theirs = Channel.pair()
+        started = now()
+        child = spawn_python(
+            _MEMORY, [self._run_dir, str(started)], theirs.fileno(), dict(os.environ)
+        )
+        theirs.close()
+        self._selector.register(ours.fileno(), selectors.EVENT_READ, self._on_memory)
+        options = self.options
+        load = {
+            "type": "load",
+            "path": options.model,
+            "copy": options.copy,
+            "throttle": options.throttle,
+        }
+        ours.send(load)
+        self.recorder.add("process_spawn", started, note="memory")
+        return ours, child
+
+    def _size_kv(self) -> None:
+        config = read_config(self.options.model)
+        self.spec = spec = ModelSpec.from_config(config)
+        self._config = config
+        block = spec.kv_block_bytes(spec.dtype_bytes, _BLOCK_TOKENS)
+        size = self.options.kv_bytes
+        if size is None:
+            # Memory is taken as blocks are touched, so what counts is to leave room for others.
+            size = max(block, min(_MOST_KV, memory_available() // 4))
+        if size < block:
+            raise DeviceError(
+                "the KV memory holds not one block",
+                expected=f"at least {block:,} bytes",
+                got=f"{size:,}",
+                hint="Give it more (--kv-memory).",
+            )
+        self.to_memory(
+            {
+                "type": "kv",
+                "block_bytes": block,
+                "blocks": size // block,
+                "lease_s": self.options.lease_s,
+            }
+        )
+
+    def _on_memory(self) -> None:
+        messages, ended = self._memory.receive_ready()
+        for message in messages:
+            body = message.body
+            match message.kind:
+                case "listening":
+                    self._listening = True
+                    for worker in self._workers.values():
+                        self._init(worker)
+                case "plan":
+                    self.board = BoardView(message.fds[0])
+                    self.facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
+                case "loaded":
+                    self.loaded = True
+                    self.facts |= {"mode": body["mode"], "why": body["why"]}
+                    self._add_spans(body["spans"])
+                case "failed":
+                    self._add_spans(body["spans"])
+                    self._fail(ColdframeError.from_wire(body["error"]))
+        if ended:
+            self._selector.unregister(self._memory.fileno())
+            code = self._memory_child.kill()
+            self._fail(
+                ReplicaError(
+                    "the memory service died",
+                    got=_ending(code),
+                    hint="Its last words are on standard error. Start the replica again.",
+                )
+            )
+
+    # -- workers ------------------------------------------------------------------------------------------
+
+    def _add_worker(self, role: str) -> None:
+        name = f"{role}-{self._names}"
+        self._names += 1
+        ours, theirs = Channel.pair()
+        started = now()
+        child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+        theirs.close()
+        self.recorder.add("process_spawn", started, note=name)
+        worker = _Worker(name, role, child, ours)
+        self._workers[name] = worker
+        self._selector.register(
+            ours.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
+        )
+        if self._listening:
+            self._init(worker)
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self.options.threads)
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # Threads that wait must sleep: spinning ones take the cores that the other workers,
+            # or the stream, need (a restored worker was seen to decode ten times slower).
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # No look for device plug-ins among all installed packages.
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        }
+
+    def _init(self, worker: _Worker) -> None:
+        self._send(
+            worker,
+            {
+                "type": "init",
+                "name": worker.name,
+                "role": worker.role,
+                "parent": os.getpid(),
+                "model": self.options.model,
+                "config": self._config,
+                "memory": os.path.join(self._run_dir, "memory.sock"),
+                "overlap": self.options.overlap,
+                "time_namespace": time_namespace(),
+            },
+        )
+        self._router.worker_added(worker.name, worker.role)
+
+    def _send(self, worker: _Worker, message: dict[str, Any]) -> None:
+        try:
+            worker.channel.send(message)
+        except ReplicaError:  # its end is read from the socket, after its last messages
+            return
+
+    def _on_worker(self, worker: _Worker) -> None:
+        messages, ended = worker.channel.receive_ready()
+        for message in messages:
+            match message.kind:
+                case "spans":
+                    self._add_spans(message.body["spans"])
+                case "clock":
+                    self._send(worker, {"type": "clock", "now": now()})
+                case "broken":
+                    self._fail(ColdframeError.from_wire(message.body["error"]))
+                case kind:
+                    worker.up = worker.up or kind == "up"
+                    self._router.on_message(worker.name, message.body)
+        if ended and worker.name in self._workers:
+            self._bury(worker, None)
+
+    def _bury(self, worker: _Worker, why: str | None) -> None:
+        """A worker is dead or has to be: reap it, start another, and move its requests there."""
+        del self._workers[worker.name]
+        self._selector.unregister(worker.channel.fileno())
+        worker.channel.close()
+        code = worker.child.kill()
+        if self._error is not None:
+            return
+        self._crashes.append(time.monotonic())
+        while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:
+            self._crashes.popleft()
+        ending = why or _ending(code)
+        if code == -signal.SIGBUS:
+            self._fail(
+                SourceChanged(
+                    "a weight file shrank under a worker that had it mapped",
+                    where=self.options.model,
+                    hint="Load a copy instead (--copy), or let nothing write to the checkpoint.",
+                )
+            )
+        elif len(self._crashes) > _CRASHES:
+            self._fail(
+                ReplicaError(
+                    "workers die again and again",
+                    where=worker.name,
+                    expected=f"at most {_CRASHES} ends in {_CRASH_WINDOW_S:g} s",
+                    got=ending,
+                    hint="Their last words are on standard error.",
+                )
+            )
+        else:
+            self._add_worker(worker.role)
+            self._router.worker_gone(worker.name)
+
+    def _kill_late_starters(self) -> None:
+        late = now() - int(_START_S * 1e9)
+        for worker in list(self._workers.values()):
+            if not worker.up and worker.child.spawned_ns < late:
+                self._bury(worker, f"it was not up after {_START_S:g} s")
+
+    def _fail(self, error: ColdframeError) -> None:
+        if self._error is None:
+            self._error = error
+            self._router.fail_all(error)
+
+    def _add_spans(self, wire: list[list[Any]]) -> None:
+        self.spans += [Span.from_wire(data) for data in wire]
+
+
+def _ending(code: int) -> str:
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"

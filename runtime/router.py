@@ -1,0 +1,264 @@
+"""The router: which worker has which request, and what happens to it when that one dies.
+
+Plain bookkeeping: it is told what happened and says what to send; sockets, processes and clocks
+are the replica's. Two rules make it safe to kill any worker at any moment. A token counts when
+it has the index that is due and comes from the attempt that is current, so none is sent twice.
+And a request is given out again only after its former worker is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.handoff import Handoff, Job
+
+__all__ = ["Listener", "Router", "TokenEvent", "Transport"]
+
+ACK_S = 30.0
+"""How long a worker that is up may take to acknowledge a hand-off, in seconds."""
+SILENCE_S = 60.0
+"""How long a decode worker may go on without a token for any of its requests, in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """A token for the client; see `coldframe.runtime.engine.sequence.Emission`."""
+
+    index: int
+    token: int
+    text: str
+    finish: str | None
+    logprob: float | None
+    top: tuple[tuple[int, float], ...]
+
+
+class Listener(Protocol):
+    """Who asked."""
+
+    def on_token(self, event: TokenEvent) -> None: ...
+
+    def on_error(self, error: ColdframeError) -> None: ...
+
+
+class Transport(Protocol):
+    """How the router reaches the other processes."""
+
+    def to_worker(self, worker: str, message: dict[str, Any]) -> None: ...
+
+    def to_memory(self, message: dict[str, Any]) -> None: ...
+
+    def kill(self, worker: str) -> None:
+        """Ends a worker that hangs; `worker_gone` follows."""
+        ...
+
+
+@dataclass(slots=True)
+class _Worker:
+    role: str
+    up: bool = False
+    heard: float = 0.0
+
+
+@dataclass(slots=True)
+class _Request:
+    job: Job
+    listener: Listener
+    generated: list[int] = field(default_factory=list)
+    handoff: Handoff | None = None
+    worker: str | None = None
+    acked: bool = False
+    sender: str | None = None
+    """The prefill worker that renews the lease until the `ack`."""
+
+
+class Router:
+    """Requests and workers.
+
+    Args:
+        transport: How to reach the processes.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, transport: Transport, clock: Callable[[], float]) -> None:
+        self._transport = transport
+        self._clock = clock
+        self._workers: dict[str, _Worker] = {}
+        self._requests: dict[str, _Request] = {}
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._requests)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        request: str,
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        prompt: str | None = None,
+        prompt_ids: tuple[int, ...] | None = None,
+    ) -> None:
+        """Takes a request; it waits where there is no worker yet."""
+        job = Job(request, 0, params.with_seed(), prompt, prompt_ids)
+        self._requests[request] = _Request(job, listener)
+        self._transport.to_memory({"type": "open", "request": request})
+        self._place(request)
+
+    def cancel(self, request: str) -> None:
+        """Forgets a request and frees what it holds."""
+        found = self._requests.get(request)
+        if found is None:
+            return
+        if found.worker is not None:
+            self._transport.to_worker(found.worker, {"type": "cancel", "request": request})
+        self._end(request)
+
+    def fail_all(self, error: ColdframeError) -> None:
+        """Ends every request with an error: the replica cannot go on."""
+        for request, found in list(self._requests.items()):
+            self._end(request)
+            found.listener.on_error(error)
+
+    # -- workers --------------------------------------------------------------------------------
+
+    def worker_added(self, worker: str, role: str) -> None:
+        """A worker was started; what waits for its role is given to it at once."""
+        self._workers[worker] = _Worker(role, heard=self._clock())
+        for request, found in self._requests.items():
+            if found.worker is None:
+                self._place(request)
+
+    def worker_gone(self, worker: str) -> None:
+        """A worker is dead: its requests go on elsewhere, or wait for its successor."""
+        self._workers.pop(worker, None)
+        for request, found in self._requests.items():
+            if found.worker == worker:
+                found.worker = None
+                found.acked = False
+                self._advance_attempt(found)
+                self._place(request)
+
+    def on_message(self, worker: str, body: dict[str, Any]) -> None:
+        """What a worker said."""
+        state = self._workers.get(worker)
+        if state is None:
+            return
+        state.heard = self._clock()
+        match body["type"]:
+            case "up":
+                state.up = True
+            case "tokens":
+                for item in body["items"]:
+                    self._token(worker, item)
+            case "handoff":
+                self._handed_over(worker, Handoff.from_wire(body["handoff"]))
+            case "ack":
+                self._acknowledged(worker, body["request"], body["attempt"])
+            case "failed":
+                self._failed(worker, body)
+
+    def tick(self) -> None:
+        """Kills workers that hang; call it about once a second."""
+        now = self._clock()
+        hung = set()
+        for found in self._requests.values():
+            state = self._workers.get(found.worker or "")
+            if state is None or not state.up or state.role != "decode":
+                continue
+            if now - state.heard > (SILENCE_S if found.acked else ACK_S):
+                hung.add(found.worker)
+        for worker in hung:
+            if worker is not None:
+                self._transport.kill(worker)
+
+    # -- the life of a request --------------------------------------------------------------------
+
+    def _place(self, request: str) -> None:
+        """Gives a request to the least loaded worker of the role that it needs, if there is one."""
+        found = self._requests[request]
+        role = "prefill" if found.handoff is None else "decode"
+        loads = {name: 0 for name, state in self._workers.items() if state.role == role}
+        for other in self._requests.values():
+            if other.worker in loads:
+                loads[other.worker] += 1
+        if not loads:
+            return
+        worker = min(loads, key=lambda name: (not self._workers[name].up, loads[name]))
+        found.worker, found.acked = worker, False
+        state = self._workers[worker]
+        if loads[worker] == 0:
+            state.heard = self._clock()
+        if found.handoff is None:
+            self._transport.to_worker(worker, {"type": "job", "job": found.job.to_wire()})
+        else:
+            self._transport.to_worker(
+                worker, {"type": "handoff", "handoff": found.handoff.to_wire()}
+            )
+
+    def _advance_attempt(self, found: _Request) -> None:
+        """Makes the request's job or hand-off say all that the client has seen."""
+        generated = tuple(found.generated)
+        found.job = replace(found.job, attempt=found.job.attempt + 1, generated_ids=generated)
+        if found.handoff is not None:
+            prompt = found.handoff.job.prompt_ids
+            assert prompt is not None
+            found.job = replace(found.job, prompt=None, prompt_ids=prompt)
+            kv_tokens = len(prompt) + len(generated) - 1
+            found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
+
+    def _token(self, worker: str, item: list[Any]) -> None:
+        request, attempt, index, token, text, finish, logprob, top = item
+        found = self._current(worker, request, attempt)
+        if found is None or index != len(found.generated):
+            return
+        found.generated.append(token)
+        if finish is not None:
+            self._end(request)
+        found.listener.on_token(
+            TokenEvent(index, token, text, finish, logprob, tuple((i, p) for i, p in top))
+        )
+
+    def _handed_over(self, worker: str, handoff: Handoff) -> None:
+        job = handoff.job
+        found = self._current(worker, job.request, job.attempt)
+        if found is None:
+            self._transport.to_worker(worker, {"type": "ack", "request": job.request})
+            return
+        found.handoff, found.sender, found.worker = handoff, worker, None
+        self._place(job.request)
+
+    def _acknowledged(self, worker: str, request: str, attempt: int) -> None:
+        found = self._current(worker, request, attempt)
+        if found is None or found.acked:
+            return
+        found.acked = True
+        self._thank_sender(request, found)
+
+    def _failed(self, worker: str, body: dict[str, Any]) -> None:
+        found = self._current(worker, body["request"], body["attempt"])
+        if found is not None:
+            self._end(body["request"])
+            found.listener.on_error(ColdframeError.from_wire(body["error"]))
+
+    def _current(self, worker: str, request: str, attempt: int) -> _Request | None:
+        """The request, if that worker's attempt at it is the one that counts."""
+        found = self._requests.get(request)
+        if found is None or found.worker != worker or found.job.attempt != attempt:
+            return None
+        return found
+
+    def _thank_sender(self, request: str, found: _Request) -> None:
+        if found.sender in self._workers:
+            self._transport.to_worker(found.sender, {"type": "ack", "request": request})
+        found.sender = None
+
+    def _end(self, request: str) -> None:
+        found = self._requests.pop(request)
+        self._thank_sender(request, found)
+        self._transport.to_memory({"type": "release", "request": request})

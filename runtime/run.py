@@ -1,0 +1,257 @@
+"""`coldframe run`: one cold start, one answer, the timeline."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError, RequestError, SourceError
+from coldframe.loader.timeline import Recorder, now, process_start_ns
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.progress import ProgressBar
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.units import byte_count, byte_rate
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("-p", "--prompt", help="the prompt")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="the prompt, read from a file")
+    prompt.add_argument("--prompt-ids", metavar="1,2,3", type=_ids, help="the prompt as token ids")
+    parser.add_argument(
+        "-n", "--max-tokens", type=int, default=64, help="tokens to generate at most (64)"
+    )
+    add_replica_arguments(parser)
+    _add_sampling_arguments(parser)
+    parser.flag("--json", action="store_true", help="print one JSON document and nothing else")
+    parser.flag(
+        "--timeline",
+        metavar="FILE",
+        help="write the timeline: .html a waterfall, .trace.json for chrome://tracing, else JSON",
+    )
+    parser.flag("--quiet", action="store_true", help="print the answer and no timeline")
+
+
+def add_replica_arguments(parser: Parser) -> None:
+    """The flags that say what a replica is to be."""
+    parser.flag(
+        "--copy", action="store_true", help="never map cached weight files in place, copy them"
+    )
+    parser.flag(
+        "--throttle", metavar="RATE", type=byte_rate, help="load at most so fast, as 200MB/s"
+    )
+    parser.flag(
+        "--no-overlap",
+        action="store_true",
+        help="wait for all weights before the prefill, to measure what overlapping is worth",
+    )
+    parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="memory for KV, as 2GiB")
+    parser.flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
+
+
+def _add_sampling_arguments(parser: Parser) -> None:
+    sampling = parser.add_argument_group("sampling (greedy by default)")
+    sampling.add_argument("--temperature", type=float, default=0.0)
+    sampling.add_argument("--top-k", type=int, default=0)
+    sampling.add_argument("--top-p", type=float, default=1.0)
+    sampling.add_argument("--min-p", type=float, default=0.0)
+    sampling.add_argument("--repetition-penalty", type=float, default=1.0)
+    sampling.add_argument("--frequency-penalty", type=float, default=0.0)
+    sampling.add_argument("--presence-penalty", type=float, default=0.0)
+    sampling.add_argument("--logit-bias", metavar="ID:BIAS", type=_bias, action="append")
+    sampling.add_argument("--seed", type=int)
+    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be given again")
+    sampling.add_argument("--stop-token-id", action="append", type=int, metavar="ID")
+    sampling.add_argument("--ignore-eos", action="store_true")
+    sampling.add_argument("--logprobs", type=int, metavar="N", help="with the N likeliest tokens")
+
+
+def replica_options(args: argparse.Namespace) -> ReplicaOptions:
+    """The options that `add_replica_arguments` stand for."""
+    options = ReplicaOptions(
+        model=args.model,
+        copy=args.copy,
+        throttle=args.throttle,
+        overlap=not args.no_overlap,
+        kv_bytes=args.kv_memory,
+    )
+    if args.threads is None:
+        return options
+    from dataclasses import replace
+
+    if args.threads < 1:
+        raise RequestError("there must be a thread", where="--threads", got=args.threads)
+    return replace(options, threads=args.threads)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        ColdframeError: There is no answer.
+    """
+    started = now()
+    exec_ns = min(process_start_ns(), started)
+    recorder = Recorder("front")
+    recorder.add("interpreter", exec_ns, started, note="and imports")
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        with Replica(replica_options(args), recorder) as replica:
+            answer = _Answer(exec_ns, quiet=args.json)
+            replica.submit(_params(args), answer, prompt=_prompt(args), prompt_ids=args.prompt_ids)
+            answer.follow(replica)
+            replica.run_until(lambda: replica.loaded)
+            document = answer.report(replica, args)
+    except ColdframeError as error:
+        if args.json:
+            print(json.dumps(error.to_wire()))
+        raise
+    if args.json:
+        print(json.dumps(document))
+    return 0
+
+
+class _Answer:
+    """What came back, printed as it comes."""
+
+    def __init__(self, exec_ns: int, *, quiet: bool) -> None:
+        self._exec_ns = exec_ns
+        self._quiet = quiet
+        self._events: list[TokenEvent] = []
+        self._times: list[int] = []
+        self._error: ColdframeError | None = None
+        self._bar = ProgressBar()
+
+    def on_token(self, event: TokenEvent) -> None:
+        self._bar.clear()
+        if not self._quiet and event.text:
+            sys.stdout.write(event.text)
+            sys.stdout.flush()
+        self._events.append(event)
+        self._times.append(now())
+
+    def on_error(self, error: ColdframeError) -> None:
+        self._error = error
+
+    def follow(self, replica: Replica) -> None:
+        """Waits for the end of the answer.
+
+        Raises:
+            ColdframeError: It has none.
+        """
+        try:
+            while self._error is None and not (self._events and self._events[-1].finish):
+                replica.poll(0.1 if self._bar.active else None)
+                self._bar.update(replica.board)
+        finally:
+            self._bar.clear()
+        if not self._quiet:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+        if self._error is not None:
+            raise self._error
+
+    def report(self, replica: Replica, args: argparse.Namespace) -> dict[str, Any]:
+        """The timeline, on standard error or in a file, and the JSON document."""
+        from coldframe.runtime.timeline import Timeline
+
+        recorder = replica.recorder
+        first = self._times[0]
+        head = [s.end_ns for s in replica.spans if s.name == "prefill[head]" and s.end_ns <= first]
+        recorder.add("first_token", max(head, default=first), first)
+        if len(self._times) > 1:
+            recorder.add("handoff", first, self._times[1], note="to the second token")
+            recorder.add("decode", self._times[1], self._times[-1])
+        recorder.add("last_token", self._times[-1], self._times[-1])
+        timeline = Timeline([*recorder.drain(), *replica.spans], self._exec_ns, first)
+        if args.timeline:
+            from coldframe.runtime.timeline_export import write
+
+            write(timeline, args.timeline)
+        if not self._quiet and not args.quiet:
+            from coldframe.runtime.timeline_text import render
+
+            print(f"\n{render(timeline)}", file=sys.stderr)
+        read = timeline.first("weight_read", "memory")
+        last_ready = timeline.last_stage_ready_ns()
+        last = self._events[-1]
+        document = {
+            "token_ids": [event.token for event in self._events],
+            "text": "".join(event.text for event in self._events),
+            "finish_reason": last.finish,
+            "load_s": None if last_ready is None else timeline.seconds(last_ready),
+            "first_byte_s": None if read is None else timeline.seconds(read.start_ns),
+            "weights_bytes": replica.facts.get("weights_bytes"),
+            "load_mode": replica.facts.get("mode"),
+            "load_mode_reason": replica.facts.get("why"),
+            "token_times_s": [timeline.seconds(moment) for moment in self._times],
+            **timeline.to_json(),
+        }
+        if args.logprobs is not None:
+            document["logprobs"] = [
+                {"token": e.token, "logprob": e.logprob, "top": [list(pair) for pair in e.top]}
+                for e in self._events
+            ]
+        return document
+
+
+def _prompt(args: argparse.Namespace) -> str | None:
+    if args.prompt_file is None:
+        text: str | None = args.prompt
+        return text
+    try:
+        with open(args.prompt_file, encoding="utf-8") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            "cannot read the prompt", where=args.prompt_file, got=str(error)
+        ) from error
+
+
+def _params(args: argparse.Namespace) -> SamplingParams:
+    return SamplingParams(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        frequency_penalty=args.frequency_penalty,
+        presence_penalty=args.presence_penalty,
+        logit_bias=dict(args.logit_bias or ()),
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        stop=tuple(args.stop or ()),
+        stop_token_ids=tuple(args.stop_token_id or ()),
+        ignore_eos=args.ignore_eos,
+        logprobs=args.logprobs,
+    )
+
+
+def _ids(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of token ids; write 1,2,3") from None
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition(":")
+    try:
+        return int(token), float(bias)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no bias; write ID:BIAS") from None
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    # Through the stack, so that the replica is closed on the way.
+    raise SystemExit(128 + number)

@@ -1,0 +1,236 @@
+"""A worker process: role-less until it is told, then prefill or decode.
+
+What takes long is done at the same moment: the main thread imports torch while a second one,
+which reads the control socket, maps the arenas and loads the tokenizer. The control socket is
+the worker's one tie to the front: when it ends, the worker ends, whatever it is doing.
+
+Messages in:  `init`, `clock`, then for a prefill worker `job`, `ack`; for a decode worker
+`handoff`; for both `cancel`.
+Messages out: `clock`, `up`, `tokens`, `handoff`, `ack`, `failed` (one request), `broken` (the
+worker), `spans`.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from coldframe.loader.client import KvArena, MemoryClient
+from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.plan import Plan
+from coldframe.loader.process import die_with_parent
+from coldframe.loader.timeline import Recorder, now, time_namespace
+from coldframe.loader.wire import Channel, Message
+
+if TYPE_CHECKING:
+    from coldframe.runtime.engine.model import Model
+    from coldframe.runtime.engine.sequence import Sequence
+    from coldframe.runtime.engine.spec import ModelSpec
+    from coldframe.runtime.handoff import Job
+    from coldframe.runtime.text import Tokenizer
+
+__all__ = ["BLOCK_TOKENS", "Worker", "kv_format", "main"]
+
+BLOCK_TOKENS = 32
+
+
+def kv_format(dtype: str) -> str:
+    """Names what KV blocks hold, so that no worker reads what another wrote differently."""
+    return f"block-layer-kv-token-head/{BLOCK_TOKENS}/{dtype}"
+
+
+@dataclass(slots=True)
+class _Setup:
+    """What the second thread has prepared."""
+
+    client: MemoryClient
+    spec: ModelSpec
+    tokenizer: Tokenizer
+    plan: Plan
+    kv: KvArena
+
+
+class Worker:
+    """What both roles share: the sockets, the engine, the clock and the requests' text.
+
+    Args:
+        control: The socket to the front.
+        recorder: Holds the spans of the start so far.
+    """
+
+    def __init__(self, control: Channel, recorder: Recorder) -> None:
+        self.control = control
+        self.recorder = recorder
+        self.inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        """Messages from the front; None says that the memory service has news."""
+        self.role = ""
+        self.overlap = True
+        self._setup: _Setup | None = None
+        self._failure: ColdframeError | None = None
+        self._prepared = threading.Event()
+        self._clock_asked = 0
+        threading.Thread(target=self._read, name="control", daemon=True).start()
+
+    # -- the start ------------------------------------------------------------------------------
+
+    def boot(self) -> None:
+        """Brings the engine up.
+
+        Raises:
+            ColdframeError: It cannot come up.
+        """
+        with self.recorder.span("imports"):
+            import torch
+
+            from coldframe.runtime.engine.kv import KVCache
+            from coldframe.runtime.engine.model import Model
+        waited = now()
+        self._prepared.wait()
+        self.recorder.add("attach", waited, waits_for="weights")
+        if self._failure is not None:
+            raise self._failure
+        assert self._setup is not None
+        setup = self._setup
+        started = now()
+        self.client, self.spec, self.tokenizer = setup.client, setup.spec, setup.tokenizer
+        self.plan, self.kv = setup.plan, setup.kv
+        assert self.client.weights is not None
+        memory = torch.frombuffer(self.client.weights.view(), dtype=torch.uint8)
+        dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+        self.spec.check(self.plan.placements)
+        tensors = {
+            p.name: memory[p.arena_offset : p.arena_offset + p.nbytes]
+            .view(dtypes[p.dtype])
+            .view(p.shape)
+            for p in self.plan.placements.values()
+            if p.dtype in dtypes
+        }
+        pages = torch.frombuffer(self.kv.view(), dtype=torch.uint8)
+        cache = KVCache(pages, self.spec, dtypes[self.spec.dtype], self.kv.blocks, BLOCK_TOKENS)
+        self.model: Model = Model(self.spec, tensors, cache)
+        self.recorder.add("kv_alloc", started, note="arenas as tensors")
+        self.report_spans()
+        self.control.send({"type": "up"})
+
+    def _read(self) -> None:
+        """The second thread: prepares on `init`, then passes on what the front says."""
+        while (message := self.control.recv()) is not None:
+            if message.kind == "init":
+                try:
+                    self._prepare(message.body)
+                except ColdframeError as error:
+                    self._failure = error
+                except Exception as error:  # noqa: BLE001 - the main thread must hear of it
+                    self._failure = ReplicaError("the worker cannot start", got=repr(error))
+                self._prepared.set()
+            elif message.kind == "clock":
+                self.recorder.calibrate(self._clock_asked, message.body["now"], now())
+            else:
+                self.inbox.put(message)
+        # The front is gone, or does not want this worker any more.
+        os._exit(0)
+
+    def _prepare(self, init: dict[str, Any]) -> None:
+        from coldframe.runtime.engine.spec import ModelSpec
+        from coldframe.runtime.text import Tokenizer
+
+        die_with_parent(init["parent"])
+        self.role = init["role"]
+        self.overlap = init["overlap"]
+        self.recorder.process = init["name"]
+        if init["time_namespace"] != time_namespace():
+            self._clock_asked = now()
+            self.control.send({"type": "clock"})
+        client = MemoryClient(init["memory"], init["name"], on_event=lambda: self.inbox.put(None))
+        with self.recorder.span("tokenizer"):
+            tokenizer = Tokenizer.load(init["model"])
+        plan, _, kv = client.wait_arenas()
+        spec = ModelSpec.from_config(init["config"], plan.placements)
+        self._setup = _Setup(client, spec, tokenizer, plan, kv)
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def sequence(self, job: Job, prompt_ids: tuple[int, ...]) -> Sequence:
+        """A request, ready to compute."""
+        from coldframe.runtime.answer import TextStream
+        from coldframe.runtime.engine.sequence import Sequence
+
+        return Sequence(
+            job.request,
+            job.attempt,
+            prompt_ids,
+            job.generated_ids,
+            job.params,
+            TextStream(self.tokenizer, prompt_ids, job.params.stop),
+            self.spec.eos_token_ids,
+        )
+
+    def refuse(self, job: Job, error: ColdframeError) -> None:
+        """Tells the front that one request has failed here."""
+        self.control.send(
+            {
+                "type": "failed",
+                "request": job.request,
+                "attempt": job.attempt,
+                "error": error.to_wire(),
+            }
+        )
+
+    def report_spans(self) -> None:
+        spans = self.recorder.drain()
+        if spans:
+            self.control.send({"type": "spans", "spans": [span.to_wire() for span in spans]})
+
+    def check_memory(self) -> None:
+        """Raises what the memory service reported, also where all weights are in already."""
+        if self.client.error is not None:
+            raise self.client.error
+
+
+def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
+    """The process's entry.
+
+    Args:
+        control_fd: The inherited end of the front's socket pair.
+        spawned_ns: When the front started this process (CLOCK_MONOTONIC).
+        first_ns: When its first line of Python ran.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    recorder = Recorder("worker")
+    recorder.add("interpreter", spawned_ns, first_ns)
+    control = Channel.from_fd(control_fd)
+    worker = Worker(control, recorder)
+    try:
+        worker.boot()
+        _loop(worker.role)(worker)
+    except ColdframeError as error:
+        worker.report_spans()
+        control.send({"type": "broken", "error": error.to_wire()})
+    except Exception as error:
+        control.send(
+            {
+                "type": "broken",
+                "error": ReplicaError(
+                    "a worker broke", where=worker.role, got=repr(error)
+                ).to_wire(),
+            }
+        )
+        raise
+    finally:
+        # Not through the interpreter's end: threads may be inside a kernel over mapped memory.
+        os._exit(1)
+
+
+def _loop(role: str) -> Callable[[Worker], None]:
+    if role == "prefill":
+        from coldframe.runtime.prefill_worker import run
+    elif role == "decode":
+        from coldframe.runtime.decode_worker import run
+    else:
+        raise ReplicaError("unknown role", expected="prefill or decode", got=role)
+    return run

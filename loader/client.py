@@ -79,7 +79,7 @@ class MemoryClient:
         threading.Thread(target=self._read, name="memory-client", daemon=True).start()
         self._channel.send({"type": "hello", "name": name})
 
-    # -- what has come ------------------------------------------------------------------------
+    # -- what has come ---------------------------------------------------------------------------
 
     @property
     def error(self) -> ColdframeError | None:
@@ -143,7 +143,7 @@ class MemoryClient:
                 hint="Check the disk or the network that the weights come from.",
             )
 
-    # -- KV -----------------------------------------------------------------------------------
+    # -- KV --------------------------------------------------------------------------------------
 
     def grant(self, count: int) -> list[int]:
         """Asks for KV blocks: so many, or none while there are not enough (`on_event` follows)."""
@@ -192,7 +192,7 @@ class MemoryClient:
                     self._changed.wait(1.0)
                 return self._answers.pop(0).body
 
-    # -- the reading thread ---------------------------------------------------------------------
+    # -- the reading thread ----------------------------------------------------------------------
 
     def _read(self) -> None:
         lost = ReplicaError("the memory service is gone", hint="The replica must start again.")

@@ -105,7 +105,7 @@ class MemoryService:
         for client in self._clients.values():
             client.channel.close()
 
-    # -- the loop ---------------------------------------------------------------------------
+    # -- the loop --------------------------------------------------------------------------------
 
     def _listen(self) -> None:
         start = now()
@@ -179,7 +179,7 @@ class MemoryService:
         body = {key: value for key, value in message.body.items() if key != "type"}
         handler(client, **body)
 
-    # -- weights ----------------------------------------------------------------------------
+    # -- weights ---------------------------------------------------------------------------------
 
     def _on_load(self, client: _Client, **options: Any) -> None:
         if client is not self._owner or self._load is not None:
@@ -267,7 +267,7 @@ class MemoryService:
         if self._failure is not None:
             self._send(client, {"type": "failed", "error": self._failure.to_wire()})
 
-    # -- when somebody wants to write to a mapped file ----------------------------------------
+    # -- when somebody wants to write to a mapped file -------------------------------------------
 
     def _check_lease(self) -> None:
         load = self._load
@@ -294,7 +294,7 @@ class MemoryService:
             assert self._load is not None
             self._load.let_go()
 
-    # -- KV -----------------------------------------------------------------------------------
+    # -- KV --------------------------------------------------------------------------------------
 
     def _on_kv(self, client: _Client, block_bytes: int, blocks: int, lease_s: float) -> None:
         if client is not self._owner or self._kv is not None:

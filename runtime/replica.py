@@ -109,7 +109,7 @@ class Replica:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    # -- what users of a replica call -------------------------------------------------------------
+    # -- what users of a replica call ------------------------------------------------------------
 
     @property
     def error(self) -> ColdframeError | None:
@@ -191,7 +191,7 @@ class Replica:
         self._selector.close()
         sweep_run_dirs(self.options.run_dir)
 
-    # -- Transport, for the router ------------------------------------------------------------------
+    # -- Transport, for the router ---------------------------------------------------------------
 
     def to_worker(self, worker: str, message: dict[str, Any]) -> None:
         found = self._workers.get(worker)
@@ -209,7 +209,7 @@ class Replica:
         if found is not None:
             self._bury(found, "it hung")
 
-    # -- the memory service ---------------------------------------------------------------------------
+    # -- the memory service ----------------------------------------------------------------------
 
     def _spawn_memory(self) -> tuple[Channel, Child]:
         ours, theirs = Channel.pair()
@@ -285,7 +285,7 @@ class Replica:
                 )
             )
 
-    # -- workers ------------------------------------------------------------------------------------------
+    # -- workers ---------------------------------------------------------------------------------
 
     def _add_worker(self, role: str) -> None:
         name = f"{role}-{self._names}"

@@ -93,7 +93,7 @@ class Router:
     def open_requests(self) -> int:
         return len(self._requests)
 
-    # -- requests -------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------
 
     def submit(
         self,
@@ -125,7 +125,7 @@ class Router:
             self._end(request)
             found.listener.on_error(error)
 
-    # -- workers --------------------------------------------------------------------------------
+    # -- workers ---------------------------------------------------------------------------------
 
     def worker_added(self, worker: str, role: str) -> None:
         """A worker was started; what waits for its role is given to it at once."""
@@ -177,7 +177,7 @@ class Router:
             if worker is not None:
                 self._transport.kill(worker)
 
-    # -- the life of a request --------------------------------------------------------------------
+    # -- the life of a request -------------------------------------------------------------------
 
     def _place(self, request: str) -> None:
         """Gives a request to the least loaded worker of the role that it needs, if there is one."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from coldframe.loader.timeline import Span
@@ -116,7 +117,7 @@ def _owners(
         edges.update(e for e in (span.start_ns, span.end_ns) if start_ns < e < end_ns)
     cuts = sorted(edges)
     steps = []
-    for left, right in zip(cuts, cuts[1:], strict=False):
+    for left, right in pairwise(cuts):
         active = [s for s in spans if s.start_ns <= left and s.end_ns >= right]
         name, process = _owner(active, worker)
         steps.append(PathStep(name, process, left, right))

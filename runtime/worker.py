@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -76,7 +77,7 @@ class Worker:
         self._clock_asked = 0
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
-    # -- the start ------------------------------------------------------------------------------
+    # -- the start -------------------------------------------------------------------------------
 
     def boot(self) -> None:
         """Brings the engine up.
@@ -153,7 +154,7 @@ class Worker:
         spec = ModelSpec.from_config(init["config"], plan.placements)
         self._setup = _Setup(client, spec, tokenizer, plan, kv)
 
-    # -- requests -------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------
 
     def sequence(self, job: Job, prompt_ids: tuple[int, ...]) -> Sequence:
         """A request, ready to compute."""
@@ -211,16 +212,10 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
     except ColdframeError as error:
         worker.report_spans()
         control.send({"type": "broken", "error": error.to_wire()})
-    except Exception as error:
-        control.send(
-            {
-                "type": "broken",
-                "error": ReplicaError(
-                    "a worker broke", where=worker.role, got=repr(error)
-                ).to_wire(),
-            }
-        )
-        raise
+    except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
+        broken = ReplicaError("a worker broke", where=worker.role, got=repr(error))
+        control.send({"type": "broken", "error": broken.to_wire()})
+        traceback.print_exc()
     finally:
         # Not through the interpreter's end: threads may be inside a kernel over mapped memory.
         os._exit(1)

@@ -62,8 +62,8 @@ class Emission:
 
     @classmethod
     def from_wire(cls, data: list[Any]) -> Emission:
-        *head, top = data
-        return cls(*head, top=tuple((int(token), float(value)) for token, value in top))
+        *rest, top = data
+        return cls(*rest, tuple((int(token), float(value)) for token, value in top))
 
 
 class Sequence:

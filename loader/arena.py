@@ -108,11 +108,15 @@ class Reservation:
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps segments at their places.
 
+        Mapping over a mapping replaces it in one step: a thread that reads there meanwhile gets
+        the bytes of the one or of the other.
+
         Raises:
             ArenaError: A segment lies outside the reservation or cannot be mapped.
         """
         for segment in segments:
-            if segment.offset % PAGE or segment.offset + segment.length > self.size:
+            end = segment.offset + segment.length
+            if segment.offset < 0 or segment.offset % PAGE or segment.length < 1 or end > self.size:
                 raise ArenaError(
                     "a segment does not fit its arena",
                     where=f"offset {segment.offset}, {segment.length} bytes",

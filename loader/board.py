@@ -91,24 +91,26 @@ class Board:
 class BoardView:
     """Everybody else's side: a read-only map of the board.
 
+    Args:
+        fd: As it was received; closed here in any case.
+
     Raises:
         ArenaError: The descriptor is not a board, or one of another version.
     """
 
     def __init__(self, fd: int) -> None:
-        size = os.fstat(fd).st_size
-        self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ) if size else None
-        os.close(fd)
-        words = memoryview(self._map).cast("Q") if self._map is not None else None
-        if words is None or words[0] != _MAGIC or words[1] != _VERSION:
-            raise ArenaError(
-                "this is no board of this version",
-                expected=f"magic {_MAGIC:#x}, version {_VERSION}",
-                got=None if words is None else f"{words[0]:#x}, {words[1]}",
-                hint="Run one version of coldframe in all processes.",
-            )
-        self._words = words
-        self.stages = int(words[2])
+        try:
+            size = os.fstat(fd).st_size
+            if not size or size % mmap.PAGESIZE:
+                raise _no_board(f"{size} bytes")
+            self._map = mmap.mmap(fd, size, prot=mmap.PROT_READ)
+        finally:
+            os.close(fd)
+        self._words = memoryview(self._map).cast("Q")
+        magic, version, self.stages = self._words[:3]
+        if magic != _MAGIC or version != _VERSION:
+            self.close()
+            raise _no_board(f"{magic:#x}, {version}")
 
     def state(self, stage: int) -> StageState:
         return StageState(self._words[_slot(stage)])
@@ -123,8 +125,16 @@ class BoardView:
 
     def close(self) -> None:
         self._words.release()
-        if self._map is not None:
-            self._map.close()
+        self._map.close()
+
+
+def _no_board(got: str) -> ArenaError:
+    return ArenaError(
+        "this is no board of this version",
+        expected=f"magic {_MAGIC:#x}, version {_VERSION}",
+        got=got,
+        hint="Run one version of coldframe in all processes.",
+    )
 
 
 def _slot(stage: int) -> int:

@@ -75,10 +75,12 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
         version = 2 if hierarchy == "0" and not controllers else 1
         if version == 1 and controller not in controllers.split(","):
             continue
-        mount = mounts.get(version)
-        if mount is None:
+        if version not in mounts:
             continue
-        folder = mount / path.strip("/")
+        mount, mounted = mounts[version]
+        # A bind mount shows a part of the tree; the paths in /proc begin at the tree's root.
+        inside = path.removeprefix(mounted) if f"{path}/".startswith(f"{mounted}/") else path
+        folder = mount / inside.strip("/")
         while True:
             if folder.is_dir():
                 yield version, folder
@@ -87,15 +89,17 @@ def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
             folder = folder.parent
 
 
-def _mounts(root: Path, controller: str) -> Iterator[tuple[int, Path]]:
+def _mounts(root: Path, controller: str) -> Iterator[tuple[int, tuple[Path, str]]]:
+    """By version: where a controller's tree is mounted, and which part of it, "" for all."""
     for line in (_text(root / "proc/self/mountinfo") or "").splitlines():
         left, _, right = line.partition(" - ")
         kind, _, options = right.split(" ", 2)
-        place = root / left.split(" ")[4].lstrip("/")
+        mounted, place = left.split(" ")[3:5]
+        found = root / place.lstrip("/"), mounted.rstrip("/")
         if kind == "cgroup2":
-            yield 2, place
+            yield 2, found
         elif kind == "cgroup" and controller in options.split(" ")[-1].split(","):
-            yield 1, place
+            yield 1, found
 
 
 def _meminfo(root: Path) -> int:

@@ -76,8 +76,25 @@ class MemoryClient:
         self.weights: Reservation | None = None
         self.kv: KvArena | None = None
         self._board: BoardView | None = None
-        threading.Thread(target=self._read, name="memory-client", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="memory-client", daemon=True)
+        self._reader.start()
         self._channel.send({"type": "hello", "name": name})
+
+    def close(self) -> None:
+        """Ends the connection and unmaps the arenas, which nobody may touch any more.
+
+        A worker need not: its end does it. Not to be called from `on_event`.
+        """
+        self._channel.hang_up()
+        self._reader.join()
+        self._channel.close()
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+        if self.weights is not None:
+            self.weights.close()
+        if self.kv is not None:
+            self.kv.reservation.close()
 
     # -- what has come ---------------------------------------------------------------------------
 
@@ -186,9 +203,11 @@ class MemoryClient:
                     if self._error is not None:
                         raise self._error
                     if time.monotonic() >= deadline:
-                        raise ReplicaError(
+                        # For good: a late answer would be taken for that of the next question.
+                        self._error = ReplicaError(
                             "the memory service does not answer", where=str(body["type"])
                         )
+                        raise self._error
                     self._changed.wait(1.0)
                 return self._answers.pop(0).body
 
@@ -205,6 +224,8 @@ class MemoryClient:
                 self._on_event()
         except ColdframeError as error:
             reason = error
+        except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
+            reason = ReplicaError("the memory service cannot be understood", got=repr(error))
         with self._changed:
             # The first cause is the one that tells.
             self._error = self._error or reason

@@ -67,11 +67,8 @@ class Load:
 
     plan: Plan
     board: Board
-    segments: list[Segment]
     mode: str
     """`mapped` or `copied`."""
-    why: str | None = None
-    """Why it was not mapped, where it might have been."""
 
     def __init__(
         self,
@@ -89,6 +86,9 @@ class Load:
         self._on_plan = on_plan
         self._on_stage = on_stage
         self._on_end = on_end
+        self.segments: list[Segment] = []
+        self.why: str | None = None
+        """Why it was not mapped, where it might have been."""
         self._source: FileSource | None = None
         self._stream: Stream | None = None
         self._reservation: Reservation | None = None
@@ -107,7 +107,11 @@ class Load:
             mapped = self._may_map(source)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
         if mapped:
-            self._map(source, checkpoint)
+            try:
+                self._map(source, checkpoint)
+            except BaseException:
+                self.let_go()
+                raise
         else:
             self._copy(source)
 
@@ -141,10 +145,7 @@ class Load:
 
     def _copy(self, source: FileSource) -> None:
         self.mode = "copied"
-        fd = self._device.allocate("weights", self.plan.arena_bytes, now=True)
-        self._reservation = reservation = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
-        reservation.attach([Segment(fd, 0, self.plan.arena_bytes, 0, True)])
-        self.segments = [Segment(fd, 0, self.plan.arena_bytes, 0, False)]
+        reservation = self._allocate(WEIGHTS_BASE)
         self._on_plan()
         throttle = self._options.throttle
         self._stream = Stream(
@@ -160,6 +161,20 @@ class Load:
         )
         self._stream.start()
 
+    def _allocate(self, base: int | None) -> Reservation:
+        """Memory for all of the arena: writable here, read-only for those who attach."""
+        size = self.plan.arena_bytes
+        fd = self._device.allocate("weights", size, now=True)
+        try:
+            reservation = Reservation(size, base)
+            reservation.attach([Segment(fd, 0, size, 0, True)])
+        except BaseException:
+            os.close(fd)
+            raise
+        self._reservation = reservation
+        self.segments = [Segment(fd, 0, size, 0, False)]
+        return reservation
+
     @property
     def writer_waits(self) -> bool:
         """Whether somebody wants to write to a file that is mapped (see `move_out`)."""
@@ -173,17 +188,16 @@ class Load:
 
         Raises:
             DeviceError: There is no memory for a copy.
+            SourceError: The files cannot be read, or the writer was let in before the end.
         """
         assert self._source is not None
-        size = self.plan.arena_bytes
-        fd = self._device.allocate("weights", size, now=True)
-        self._reservation = Reservation(size)
-        self._reservation.attach([Segment(fd, 0, size, 0, True)])
-        for shard, segment in enumerate(self.segments):
-            target = self._reservation.view(segment.offset, segment.length)
-            self._source.read_into(shard, 0, target)
+        mapped = self.segments
+        reservation = self._allocate(None)
+        for shard, segment in enumerate(mapped):
+            self._source.read_into(shard, 0, reservation.view(segment.offset, segment.length))
+        # The kernel holds a writer back for lease-break-time, not for ever.
+        self._source.check_unchanged()
         self.mode, self.why = "copied", "somebody wanted to write to the files"
-        self.segments = [Segment(fd, 0, size, 0, False)]
         return self.segments
 
     def let_go(self) -> None:

@@ -6,6 +6,9 @@ import ctypes
 import mmap
 import os
 
+from coldframe.loader.arena import Reservation, Segment
+from coldframe.loader.errors import ArenaError
+
 __all__ = ["cached_bytes"]
 
 # One number on every architecture that has it (Linux 6.5).
@@ -50,13 +53,17 @@ def _by_mincore(fd: int, size: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     pages = -(-size // mmap.PAGESIZE)
     vector = (ctypes.c_ubyte * pages)()
-    # A private mapping is writable for ctypes without write access to the file.
-    with mmap.mmap(fd, size, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ | mmap.PROT_WRITE) as area:
-        start = ctypes.c_char.from_buffer(area)
-        try:
-            address = ctypes.c_void_p(ctypes.addressof(start))
-            if libc.mincore(address, ctypes.c_size_t(size), vector) != 0:
-                return 0
-        finally:
-            del start
+    try:
+        area = Reservation(size)
+    except ArenaError:
+        return 0
+    try:
+        area.attach([Segment(fd, 0, size, 0, False)])
+        address = ctypes.c_void_p(area.address)
+        if libc.mincore(address, ctypes.c_size_t(size), vector) != 0:
+            return 0
+    except ArenaError:
+        return 0
+    finally:
+        area.close()
     return sum(state & 1 for state in bytes(vector))

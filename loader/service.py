@@ -29,7 +29,7 @@ from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.ledger import BlockLedger
 from coldframe.loader.load import Load, LoadOptions
-from coldframe.loader.process import remove_run_dir
+from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
 
@@ -45,7 +45,10 @@ class _Client:
 
     def __init__(self, key: str, channel: Channel) -> None:
         self.key = key
+        """Its name in the ledger."""
         self.channel = channel
+        self.gone = False
+        self.name = ""
         self.attached = False
         self.remapping = False
         self.waits_for_blocks = False
@@ -74,6 +77,7 @@ class MemoryService:
         self._run_dir = run_dir
         self._listener: socket.socket | None = None
         self._load: Load | None = None
+        self._load_ended = False
         self._ready: list[int] = []
         self._planned = False
         self._failure: ColdframeError | None = None
@@ -83,22 +87,26 @@ class MemoryService:
 
     def run(self) -> None:
         """Serves until the owner is gone."""
+        # Before any lease is taken: unhandled, the signal would end this process.
+        signal.signal(signal.SIGIO, lambda *_: self._post(self._check_lease))
         # The first message is on its way already: load first, listen while it starts.
         self._receive(self._owner)
         if self._running:
             self._listen()
-        signal.signal(signal.SIGIO, lambda *_: self._post(self._check_lease))
+        collect_garbage()
         next_tick = time.monotonic() + _TICK_S
         while self._running:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 self._dispatch(key)
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_S
+                self._check_lease()
                 if self._ledger is not None and self._ledger.expire(time.monotonic()):
                     self._tell_available()
 
     def close(self) -> None:
-        if self._load is not None:
+        # A load that is still being opened is left to the end of the process.
+        if self._load is not None and not self._opening.is_alive():
             self._load.close()
         if self._listener is not None:
             self._listener.close()
@@ -115,8 +123,8 @@ class MemoryService:
         listener.setblocking(False)
         self._listener = listener
         self._selector.register(listener, selectors.EVENT_READ, listener)
-        self._owner.channel.send({"type": "listening"})
         self._recorder.add("listen", start)
+        self._send(self._owner, {"type": "listening"})
 
     def _dispatch(self, key: selectors.SelectorKey) -> None:
         if key.data is None:
@@ -137,12 +145,17 @@ class MemoryService:
 
     def _receive(self, client: _Client) -> None:
         messages, ended = client.channel.receive_ready()
+        for fd in [fd for message in messages for fd in message.fds]:
+            os.close(fd)  # nobody has any to send here
         try:
             for message in messages:
-                self._handle(client, message)
-        except (ColdframeError, KeyError, TypeError, ValueError) as error:
+                # Once it is gone nothing may be booked on it any more: it would never come back.
+                if not client.gone:
+                    self._handle(client, message)
+        except (ColdframeError, AttributeError, LookupError, TypeError, ValueError) as error:
             # A client that talks nonsense harms only itself.
-            print(f"coldframe memory: {client.key}: {error!r}", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                print(f"coldframe memory: {client.key} {client.name}: {error!r}", file=sys.stderr)
             ended = True
         if ended:
             self._remove(client)
@@ -151,6 +164,7 @@ class MemoryService:
         fd = client.channel.fileno()
         if self._clients.pop(fd, None) is None:
             return
+        client.gone = True
         self._selector.unregister(fd)
         client.channel.close()
         if client is self._owner:
@@ -192,7 +206,8 @@ class MemoryService:
             on_stage=lambda stage: self._post(lambda: self._stage_now(stage)),
             on_end=lambda error: self._post(lambda: self._ended_now(error)),
         )
-        threading.Thread(target=self._run_load, name="load", daemon=True).start()
+        self._opening = threading.Thread(target=self._run_load, name="load", daemon=True)
+        self._opening.start()
 
     def _run_load(self) -> None:
         assert self._load is not None
@@ -217,6 +232,11 @@ class MemoryService:
             self._send(client, {"type": "stage", "stage": stage})
 
     def _ended_now(self, error: ColdframeError | None) -> None:
+        self._load_ended = True
+        self._report(error)
+        self._check_lease()
+
+    def _report(self, error: ColdframeError | None) -> None:
         spans = [span.to_wire() for span in self._recorder.drain()]
         if error is None:
             assert self._load is not None
@@ -256,7 +276,9 @@ class MemoryService:
             self._send(client, body, tuple(segment.fd for segment in some))
 
     def _on_hello(self, client: _Client, name: str) -> None:
-        client.key = f"{name}/{client.key}"
+        if client.attached or client is self._owner:
+            raise ReplicaError("a worker says hello, and once", where=client.key, got=name)
+        client.name = name
         client.attached = True
         if self._planned:
             self._send_plan(client)
@@ -271,16 +293,21 @@ class MemoryService:
 
     def _check_lease(self) -> None:
         load = self._load
-        if load is None or not load.writer_waits:
+        if load is None or not self._load_ended or self._failure is not None:
+            return
+        if load.mode == "copied" or not load.writer_waits:
             return
         try:
             segments = load.move_out()
         except ColdframeError as error:
-            self._ended_now(error)
-            load.let_go()
+            # The writer is held back still, as long as the kernel does that, or until the last
+            # of those who have the files mapped is gone: they must not compute with new bytes.
+            self._report(error)
             return
-        for client in list(self._attached()):
+        attached = list(self._attached())
+        for client in attached:
             client.remapping = True
+        for client in attached:
             self._send_segments(client, "remap", segments)
         self._finish_move()
 
@@ -303,7 +330,7 @@ class MemoryService:
         try:
             fd = self._device.allocate("kv", size, now=False)
         except ColdframeError as error:
-            self._ended_now(error)
+            self._report(error)
             return
         self._ledger = BlockLedger(blocks, lease_s)
         segment = Segment(fd, 0, size, 0, True)
@@ -342,6 +369,7 @@ class MemoryService:
     def _on_assign(self, client: _Client, request: str, attempt: int, blocks: list[int]) -> None:
         taken = self._books.assign(client.key, request, attempt, blocks)
         self._send(client, {"type": "assigned", "taken": taken})
+        self._tell_available()  # a new attempt frees what the old one has left
 
     def _on_claim(self, client: _Client, request: str, attempt: int) -> None:
         blocks = self._books.claim(client.key, request, attempt)
@@ -380,6 +408,7 @@ def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:
     try:
         service.run()
     finally:
+        # First, since closing waits for reads, and those for a disk or a file server.
+        remove_run_dir(run_dir)
         with contextlib.suppress(OSError):
             service.close()
-        remove_run_dir(run_dir)

@@ -67,7 +67,8 @@ class Stream:
         memory: The arena's bytes.
         board: Where progress is shown.
         on_stage: Called with a stage's index once its bytes are in; from a reader's thread.
-        on_end: Called once at the end, with the error that ended it early or None.
+        on_end: Called once at the end, with the error that ended it early or None; not after
+            `cancel`.
         threads: Readers.
         throttle: A limit on the rate, or None.
     """
@@ -138,7 +139,8 @@ class Stream:
         with self._lock:
             self._readers -= 1
             last = self._readers == 0
-        if last:
+            cancelled = self._error is None and any(self._left)
+        if last and not cancelled:
             self._recorder.add("weight_read", self._started_ns)
             self._on_end(self._error)
 

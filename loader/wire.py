@@ -2,7 +2,8 @@
 
 A frame is a 4-byte big-endian length, then one JSON object. Descriptors travel as SCM_RIGHTS
 on the frame's first byte; the object's `fds` field counts them, so that a reader that got
-several frames in one go knows whose they are. The end of the stream is the death of its owner.
+several frames in one go knows whose they are. The end of the stream is the death of its owner;
+who sends what is no frame is as good as dead, and its stream ends there too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import select
 import socket
 import struct
 import threading
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -80,6 +82,12 @@ class Channel:
     def fileno(self) -> int:
         return self._sock.fileno()
 
+    def wait_readable(self, timeout: float) -> bool:
+        """Waits at most so many seconds until there is something to receive."""
+        poll = select.poll()
+        poll.register(self._sock, select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+
     def detach(self) -> int:
         """The bare descriptor, which is the caller's to close."""
         return self._sock.detach()
@@ -120,13 +128,14 @@ class Channel:
         Raises:
             TimeoutError: Nothing came in time.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         while not self._inbox:
             if self._closed:
                 return None
-            if timeout is not None:
+            if deadline is not None:
                 poll = select.poll()
                 poll.register(self._sock, select.POLLIN)
-                if not poll.poll(timeout * 1000):
+                if not poll.poll(max(0.0, deadline - time.monotonic()) * 1000):
                     raise TimeoutError
             self._fill()
         return self._inbox.popleft()
@@ -138,6 +147,13 @@ class Channel:
         messages = list(self._inbox)
         self._inbox.clear()
         return messages, self._closed
+
+    def hang_up(self) -> None:
+        """Ends the stream in both directions, whoever else has the socket, and wakes `recv`."""
+        try:
+            self._sock.shutdown(socket.SHUT_RDWR)
+        except OSError:  # the other side was first
+            return
 
     def close(self) -> None:
         self._closed = True
@@ -171,7 +187,18 @@ class Channel:
             end = _LENGTH.size + length
             if len(self._buffer) < end:
                 return
-            body = json.loads(self._buffer[_LENGTH.size : end])
+            body = _parse(self._buffer[_LENGTH.size : end])
+            count = 0 if body is None else body.pop("fds", 0)
+            if body is None or type(count) is not int or not 0 <= count <= len(self._fds):
+                self._closed = True
+                return
             del self._buffer[:end]
-            count = int(body.pop("fds", 0))
             self._inbox.append(Message(body, tuple(self._fds.popleft() for _ in range(count))))
+
+
+def _parse(payload: bytearray) -> dict[str, Any] | None:
+    try:
+        body = json.loads(payload)
+    except (ValueError, RecursionError):
+        return None
+    return body if isinstance(body, dict) else None

@@ -31,7 +31,7 @@ class TextStream:
         """Takes the next token: the text to send now, and whether a stop string has come."""
         return self._matcher.push(self._detokenizer.push(token))
 
-    def flush(self) -> str:
-        """The text held back, at the end."""
-        text, _ = self._matcher.push(self._detokenizer.flush())
-        return text + self._matcher.flush()
+    def flush(self) -> tuple[str, bool]:
+        """The text held back, at the end, and whether a stop string was in it."""
+        text, stopped = self._matcher.push(self._detokenizer.flush())
+        return (text, True) if stopped else (text + self._matcher.flush(), False)

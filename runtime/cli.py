@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import sys
 
+TYPE_CHECKING = False  # `typing` itself is slow to import
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from types import ModuleType
+
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
@@ -16,6 +21,8 @@ COMMANDS = {
     "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
+_COLD_STARTS = {"run"}
+"""Commands that load a model: the memory service starts before their arguments are read."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,17 +52,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _call(name: str, arguments: list[str]) -> int:
-    from importlib import import_module
+    # The bytes first: nothing that is done here makes them come sooner.
+    cold = name in _COLD_STARTS and not {"-h", "--help"} & set(arguments)
+    if cold:
+        from coldframe.runtime.early import MemoryProcess
 
     from coldframe.loader.errors import ColdframeError
-    from coldframe.runtime.flags import Parser
 
-    module_name, summary = COMMANDS[name]
-    module = import_module(module_name)
-    parser = Parser(prog=f"coldframe {name}", description=f"{summary[0].upper()}{summary[1:]}.")
-    module.add_arguments(parser)
-    args = parser.parse(arguments)
     try:
+        memory = MemoryProcess() if cold else None
+        module, args = _parse(name, arguments)
+        args.memory = memory
         return int(module.run(args))
     except ColdframeError as error:
         print(f"coldframe: {type(error).__name__}: {error}", file=sys.stderr)
@@ -68,6 +75,18 @@ def _call(name: str, arguments: list[str]) -> int:
 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+
+
+def _parse(name: str, arguments: list[str]) -> tuple[ModuleType, Namespace]:
+    from importlib import import_module
+
+    from coldframe.runtime.flags import Parser
+
+    module_name, summary = COMMANDS[name]
+    module = import_module(module_name)
+    parser = Parser(prog=f"coldframe {name}", description=f"{summary[0].upper()}{summary[1:]}.")
+    module.add_arguments(parser)
+    return module, parser.parse(arguments)
 
 
 def _usage() -> str:

@@ -24,6 +24,7 @@ from typing import Any
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime import demo_tokenizer
 from coldframe.runtime.demo_weights import DTYPES, FAMILIES, SIZES, DemoModel, buffer
+from coldframe.runtime.flags import Parser
 from coldframe.runtime.safetensors_writer import write_safetensors
 
 __all__ = ["DemoModel", "add_arguments", "run", "write_demo_model"]
@@ -38,15 +39,15 @@ TOKENIZER_BYTES = 4 << 20
 """Room for everything but the weights; the largest tokenizer.json takes about 2.3 MB."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: Parser) -> None:
     """Declare the command's arguments."""
     default = DemoModel()
     parser.add_argument("dir", metavar="DIR", type=Path, help="where to write the checkpoint")
-    parser.add_argument("--size", choices=list(SIZES), default=default.size)
-    parser.add_argument("--family", choices=FAMILIES, default=default.family)
-    parser.add_argument("--seed", type=int, default=default.seed, help="seed of the weights")
-    parser.add_argument("--dtype", choices=list(DTYPES), default=default.dtype)
-    parser.add_argument(
+    parser.flag("--size", choices=list(SIZES), default=default.size)
+    parser.flag("--family", choices=FAMILIES, default=default.family)
+    parser.flag("--seed", type=int, default=default.seed, help="seed of the weights")
+    parser.flag("--dtype", choices=list(DTYPES), default=default.dtype)
+    parser.flag(
         "--force", action="store_true", help="replace another demo model that is in DIR"
     )
 
@@ -202,10 +203,9 @@ def _move_into_place(fresh: Path, target: Path) -> None:
         target.rename(old)
     try:
         fresh.rename(target)  # over an empty directory, too
-    except OSError:
-        if old.exists():
+    finally:
+        if old.exists() and not target.exists():
             old.rename(target)
-        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -15,7 +15,7 @@ __all__ = ["FIRST_WORD", "SPECIAL_TOKENS", "corpus", "tokenizer_config", "train"
 
 BOS, EOS, TURN_START, TURN_END = SPECIAL_TOKENS = (
     "<|begin_of_text|>",
-    "<|end_of_text|>",
+    "<|endoftext|>",
     "<|im_start|>",
     "<|im_end|>",
 )

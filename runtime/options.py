@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
-from coldframe.loader.cgroup import cpu_count
+from dataclasses import dataclass
 
 __all__ = ["ReplicaOptions"]
 
@@ -23,7 +21,7 @@ class ReplicaOptions:
         decode: How many decode workers.
         kv_bytes: KV memory; None lets the replica choose.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
-        threads: Threads of each worker's kernels.
+        threads: Threads of each worker's kernels; None follows the cgroup's CPU quota.
         run_dir: Where the replica's private directory is made; None chooses.
     """
 
@@ -35,5 +33,5 @@ class ReplicaOptions:
     decode: int = 1
     kv_bytes: int | None = None
     lease_s: float = 30.0
-    threads: int = field(default_factory=cpu_count)
+    threads: int | None = None
     run_dir: str | None = None

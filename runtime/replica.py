@@ -23,26 +23,16 @@ from coldframe.loader.errors import (
     ReplicaError,
     SourceChanged,
 )
-from coldframe.loader.process import (
-    Child,
-    make_run_dir,
-    remove_run_dir,
-    spawn_python,
-    sweep_run_dirs,
-)
+from coldframe.loader.process import remove_run_dir, sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now, time_namespace
-from coldframe.loader.wire import Channel
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import Listener, Router
 
 __all__ = ["Replica"]
 
-_MEMORY = (
-    "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
-)
-_WORKER = "from coldframe.runtime.worker import main; main(3, int(sys.argv[1]), first_ns)"
 _BLOCK_TOKENS = 32
 _MOST_KV = 4 << 30
 _CRASHES = 3
@@ -51,21 +41,13 @@ _START_S = 300.0
 _MEMORY_END_S = 5.0
 
 
-class _Worker:
-    def __init__(self, name: str, role: str, child: Child, channel: Channel) -> None:
-        self.name = name
-        self.role = role
-        self.child = child
-        self.channel = channel
-        self.up = False
-
-
 class Replica:
     """A model being served by processes of its own.
 
     Args:
         options: What it is to be.
         recorder: Gets the front's spans; `spans` has those of all processes.
+        launch: Its processes, where they were started before this module was imported.
 
     Use it as a context manager, or call `close`: it leaves nothing behind.
 
@@ -73,7 +55,12 @@ class Replica:
         ColdframeError: The model cannot be served. Nothing is left running then.
     """
 
-    def __init__(self, options: ReplicaOptions, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        options: ReplicaOptions,
+        recorder: Recorder | None = None,
+        launch: Launch | None = None,
+    ) -> None:
         self.options = options
         self.recorder = recorder or Recorder("front")
         self.spans: list[Span] = []
@@ -83,21 +70,22 @@ class Replica:
         """How far the load is."""
         self.loaded = False
         self._selector = selectors.DefaultSelector()
-        self._workers: dict[str, _Worker] = {}
+        self._workers: dict[str, WorkerProcess] = {}
         self._crashes: deque[float] = deque()
         self._error: ColdframeError | None = None
         self._listening = False
-        self._names = 0
         self._next_tick = 0.0
         self._requests = 0
         self._closed = False
-        self._run_dir, self._lock = make_run_dir(options.run_dir)
         self._router = Router(self, time.monotonic)
-        self._memory, self._memory_child = self._spawn_memory()
+        self._launch = launch or Launch(options, self.recorder)
+        self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
+        self._selector.register(self._memory.fileno(), selectors.EVENT_READ, self._on_memory)
         try:
-            for role, count in (("prefill", options.prefill), ("decode", options.decode)):
-                for _ in range(count):
-                    self._add_worker(role)
+            if launch is None:
+                self._launch.start_workers()
+            for worker in self._launch.workers:
+                self._adopt(worker)
             self._size_kv()
         except BaseException:
             self.close()
@@ -186,8 +174,8 @@ class Replica:
         while self._memory_child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         self._memory_child.kill()
-        remove_run_dir(self._run_dir)
-        os.close(self._lock)
+        remove_run_dir(self._launch.run_dir)
+        os.close(self._launch.lock)
         self._selector.close()
         sweep_run_dirs(self.options.run_dir)
 
@@ -210,25 +198,6 @@ class Replica:
             self._bury(found, "it hung")
 
     # -- the memory service ----------------------------------------------------------------------
-
-    def _spawn_memory(self) -> tuple[Channel, Child]:
-        ours, theirs = Channel.pair()
-        started = now()
-        child = spawn_python(
-            _MEMORY, [self._run_dir, str(started)], theirs.fileno(), dict(os.environ)
-        )
-        theirs.close()
-        self._selector.register(ours.fileno(), selectors.EVENT_READ, self._on_memory)
-        options = self.options
-        load = {
-            "type": "load",
-            "path": options.model,
-            "copy": options.copy,
-            "throttle": options.throttle,
-        }
-        ours.send(load)
-        self.recorder.add("process_spawn", started, note="memory")
-        return ours, child
 
     def _size_kv(self) -> None:
         config = read_config(self.options.model)
@@ -288,35 +257,18 @@ class Replica:
     # -- workers ---------------------------------------------------------------------------------
 
     def _add_worker(self, role: str) -> None:
-        name = f"{role}-{self._names}"
-        self._names += 1
-        ours, theirs = Channel.pair()
-        started = now()
-        child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
-        theirs.close()
-        self.recorder.add("process_spawn", started, note=name)
-        worker = _Worker(name, role, child, ours)
-        self._workers[name] = worker
+        self._adopt(self._launch.start_worker(role))
+
+    def _adopt(self, worker: WorkerProcess) -> None:
+        channel = worker.channel
+        self._workers[worker.name] = worker
         self._selector.register(
-            ours.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
+            channel.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
         )
         if self._listening:
             self._init(worker)
 
-    def _environment(self) -> dict[str, str]:
-        threads = str(self.options.threads)
-        return {
-            **os.environ,
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            # Threads that wait must sleep: spinning ones take the cores that the other workers,
-            # or the stream, need (a restored worker was seen to decode ten times slower).
-            "OMP_WAIT_POLICY": "PASSIVE",
-            # No look for device plug-ins among all installed packages.
-            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
-        }
-
-    def _init(self, worker: _Worker) -> None:
+    def _init(self, worker: WorkerProcess) -> None:
         self._send(
             worker,
             {
@@ -326,20 +278,20 @@ class Replica:
                 "parent": os.getpid(),
                 "model": self.options.model,
                 "config": self._config,
-                "memory": os.path.join(self._run_dir, "memory.sock"),
+                "memory": os.path.join(self._launch.run_dir, "memory.sock"),
                 "overlap": self.options.overlap,
                 "time_namespace": time_namespace(),
             },
         )
         self._router.worker_added(worker.name, worker.role)
 
-    def _send(self, worker: _Worker, message: dict[str, Any]) -> None:
+    def _send(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
         try:
             worker.channel.send(message)
         except ReplicaError:  # its end is read from the socket, after its last messages
             return
 
-    def _on_worker(self, worker: _Worker) -> None:
+    def _on_worker(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()
         for message in messages:
             match message.kind:
@@ -355,7 +307,7 @@ class Replica:
         if ended and worker.name in self._workers:
             self._bury(worker, None)
 
-    def _bury(self, worker: _Worker, why: str | None) -> None:
+    def _bury(self, worker: WorkerProcess, why: str | None) -> None:
         """A worker is dead or has to be: reap it, start another, and move its requests there."""
         del self._workers[worker.name]
         self._selector.unregister(worker.channel.fileno())

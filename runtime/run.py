@@ -7,17 +7,20 @@ import json
 import signal
 import sys
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, RequestError, SourceError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
-from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.progress import ProgressBar
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
 from coldframe.runtime.units import byte_count, byte_rate
+
+# The rest is imported when the processes are on their way: see `run`.
+if TYPE_CHECKING:
+    from coldframe.runtime.engine.params import SamplingParams
+    from coldframe.runtime.replica import Replica
+    from coldframe.runtime.router import TokenEvent
 
 __all__ = ["add_arguments", "run"]
 
@@ -106,7 +109,14 @@ def run(args: argparse.Namespace) -> int:
     recorder.add("interpreter", exec_ns, started, note="and imports")
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        with Replica(replica_options(args), recorder) as replica:
+        options = replica_options(args)
+        launch = Launch(options, recorder, args.memory)
+        launch.start_workers()
+        imported = now()
+        from coldframe.runtime.replica import Replica
+
+        recorder.add("imports", imported)
+        with Replica(options, recorder, launch) as replica:
             answer = _Answer(exec_ns, quiet=args.json)
             replica.submit(_params(args), answer, prompt=_prompt(args), prompt_ids=args.prompt_ids)
             answer.follow(replica)
@@ -130,6 +140,8 @@ class _Answer:
         self._events: list[TokenEvent] = []
         self._times: list[int] = []
         self._error: ColdframeError | None = None
+        from coldframe.runtime.progress import ProgressBar
+
         self._bar = ProgressBar()
 
     def on_token(self, event: TokenEvent) -> None:
@@ -219,6 +231,8 @@ def _prompt(args: argparse.Namespace) -> str | None:
 
 
 def _params(args: argparse.Namespace) -> SamplingParams:
+    from coldframe.runtime.engine.params import SamplingParams
+
     return SamplingParams(
         temperature=args.temperature,
         top_k=args.top_k,

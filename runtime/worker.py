@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.client import KvArena, MemoryClient
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.plan import Plan
-from coldframe.loader.process import die_with_parent
+from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now, time_namespace
 from coldframe.loader.wire import Channel, Message
 
@@ -79,17 +79,21 @@ class Worker:
 
     # -- the start -------------------------------------------------------------------------------
 
-    def boot(self) -> None:
+    def boot(self, first_ns: int) -> None:
         """Brings the engine up.
+
+        Args:
+            first_ns: When the process's first line of Python ran.
 
         Raises:
             ColdframeError: It cannot come up.
         """
-        with self.recorder.span("imports"):
-            import torch
+        import torch
 
-            from coldframe.runtime.engine.kv import KVCache
-            from coldframe.runtime.engine.model import Model
+        from coldframe.runtime.engine.kv import KVCache
+        from coldframe.runtime.engine.model import Model
+
+        self.recorder.add("imports", first_ns)
         waited = now()
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")
@@ -117,6 +121,7 @@ class Worker:
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
         self.report_spans()
         self.control.send({"type": "up"})
+        collect_garbage()
 
     def _read(self) -> None:
         """The second thread: prepares on `init`, then passes on what the front says."""
@@ -207,7 +212,7 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
     control = Channel.from_fd(control_fd)
     worker = Worker(control, recorder)
     try:
-        worker.boot()
+        worker.boot(first_ns)
         _loop(worker.role)(worker)
     except ColdframeError as error:
         worker.report_spans()

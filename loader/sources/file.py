@@ -55,7 +55,8 @@ class FileSource:
             status = os.fstat(fd)
             if status.st_size != shard.size:
                 raise self._changed(index, "has another size", f"{status.st_size} bytes")
-            if (status.st_mtime_ns, status.st_ino) != (shard.mtime_ns, shard.inode):
+            found = (status.st_mtime_ns, status.st_ino, status.st_dev)
+            if found != (shard.mtime_ns, shard.inode, shard.device):
                 raise self._changed(index, "was modified", "another file or modification time")
 
     def fully_cached(self) -> bool:
@@ -78,6 +79,8 @@ class FileSource:
         for shard, fd in zip(self._shards, self.fds, strict=True):
             try:
                 fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGIO)
+                # Else the signal is for the calling thread, and lost once that has ended.
+                fcntl.fcntl(fd, fcntl.F_SETOWN, os.getpid())
                 fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
             except OSError as error:
                 self.end_lease()

@@ -19,8 +19,8 @@ class TextStream(Protocol):
         """The text that is safe to send now, and whether a stop string has ended the answer."""
         ...
 
-    def flush(self) -> str:
-        """The text held back, at the end."""
+    def flush(self) -> tuple[str, bool]:
+        """The text held back, at the end, and whether a stop string was in it."""
         ...
 
 
@@ -59,11 +59,6 @@ class Emission:
             self.logprob,
             self.top,
         ]
-
-    @classmethod
-    def from_wire(cls, data: list[Any]) -> Emission:
-        *rest, top = data
-        return cls(*rest, tuple((int(token), float(value)) for token, value in top))
 
 
 class Sequence:
@@ -132,13 +127,14 @@ class Sequence:
         self.generated_ids.append(sampled.token)
         text, finish = "", None
         if sampled.token in self._ends:
-            text, finish = self._text.flush(), "stop"
+            text, finish = self._text.flush()[0], "stop"
         else:
             text, stopped = self._text.push(sampled.token)
             if stopped:
                 finish = "stop"
             elif len(self.generated_ids) >= self.params.max_tokens:
-                text, finish = text + self._text.flush(), "length"
+                rest, stopped = self._text.flush()
+                text, finish = text + rest, "stop" if stopped else "length"
         return Emission(
             self.request,
             self.attempt,

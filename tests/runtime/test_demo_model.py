@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -23,13 +22,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.demo_model import DemoModel, add_arguments, run, write_demo_model
 from coldframe.runtime.demo_weights import DTYPES, FAMILIES, SIZES
+from coldframe.runtime.flags import Parser
 
 PROMPT = "Once upon a time, a replica slept at zero, and then a request 🦀"
 
 COMMAND = """
-import argparse, sys
+import sys
 from coldframe.runtime import demo_model
-parser = argparse.ArgumentParser()
+from coldframe.runtime.flags import Parser
+parser = Parser()
 demo_model.add_arguments(parser)
 sys.exit(demo_model.run(parser.parse_args()))
 """
@@ -52,16 +53,17 @@ def digest(directory: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_transformers_loads_and_runs_it(demos: dict[str, Path], family: str) -> None:
-    model: Any
-    model, report = AutoModelForCausalLM.from_pretrained(demos[family], output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(demos[family], output_loading_info=True)
+    model, report = loaded
     assert not any(report.values())
     assert model.dtype == torch.bfloat16
     assert model.num_parameters() == DemoModel("tiny", family).parameters()
     assert model.config.tie_word_embeddings == family.startswith("qwen")
-    assert model.config.sliding_window == 64 if family == "mistral" else True
+    window = getattr(model.config, "sliding_window", None)
+    assert window == (64 if family == "mistral" else None)
     assert model.generation_config.eos_token_id == [1, 3]
 
-    tokenizer = AutoTokenizer.from_pretrained(demos[family])
+    tokenizer: Any = AutoTokenizer.from_pretrained(demos[family])
     ids = tokenizer(PROMPT)["input_ids"]
     assert ids == Tokenizer.from_file(str(demos[family] / "tokenizer.json")).encode(PROMPT).ids
     assert tokenizer.decode(ids, skip_special_tokens=True) == PROMPT
@@ -142,7 +144,7 @@ def test_shapes_of_every_size() -> None:
 def test_a_second_call_knows_its_own_work(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser()
     add_arguments(parser)
     target = tmp_path / "deep" / "er" / "demo"
     args = parser.parse_args([str(target), "--size", "tiny"])

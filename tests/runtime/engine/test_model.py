@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 
+from coldframe.loader.errors import ArenaError, RequestError
 from coldframe.runtime.engine.kv import KVCache
-from coldframe.runtime.engine.model import Batch, Model
+from coldframe.runtime.engine.model import Batch, Chunk, Model
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 ROPES: dict[str, dict[str, Any]] = {
@@ -42,8 +44,12 @@ EXACT = {"rtol": 0.0, "atol": 1e-4}
 
 
 @pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose seconds where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -272,3 +278,16 @@ def test_write_and_gather_by_slots(pair) -> None:
     torch.testing.assert_close(
         kv.gather(1, torch.tensor([[3]]))[1][0, :, :8].transpose(0, 1), v[32:]
     )
+
+
+def test_memory_that_is_too_small_is_refused(pair) -> None:
+    spec = pair("llama").spec
+    memory = torch.zeros(2 * spec.kv_block_bytes(4) - 1, dtype=torch.uint8)
+    with pytest.raises(ArenaError, match="too small"):
+        KVCache(memory, spec, torch.float32, 2)
+
+
+@pytest.mark.parametrize("chunk", [Chunk([], 0, 1, [0]), Chunk([5, 6], 31, 33, [0])])
+def test_tokens_without_room_are_refused(chunk) -> None:
+    with pytest.raises(RequestError, match="KV blocks"):
+        Batch.build([chunk])

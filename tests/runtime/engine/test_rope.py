@@ -85,7 +85,7 @@ def test_dynamic_keys_do_not_depend_on_the_chunks() -> None:
             for part in (positions[:cut], positions[cut:])
         ]
         for ours, expected in zip(zip(*parts, strict=True), whole, strict=True):
-            assert torch.equal(torch.cat(ours), expected)
+            torch.testing.assert_close(torch.cat(ours), expected, rtol=0, atol=2e-5)
     short = rope.cos_sin(positions[:256], torch.full((256,), 256), torch.float32)[0]
     assert not torch.allclose(short, whole[0][:256])
 

@@ -1,0 +1,102 @@
+"""The first instants of a replica: the memory service and the workers, started bare.
+
+Kept apart from the rest so that it can be imported and run before the rest is: the interpreter
+starts of the children, and the first read of the weights, then overlap with what the front still
+has to import. Nothing here waits for anything.
+"""
+
+from __future__ import annotations
+
+import os
+
+from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.process import Child, spawn_python
+from coldframe.loader.timeline import Recorder, now
+from coldframe.loader.wire import Channel
+from coldframe.runtime.early import MemoryProcess
+from coldframe.runtime.options import ReplicaOptions
+
+__all__ = ["Launch", "WorkerProcess"]
+
+_WORKER = "from coldframe.runtime.worker import main; main(3, int(sys.argv[1]), first_ns)"
+_FIRST_BYTE_S = 0.2
+
+
+class WorkerProcess:
+    """A worker as a process: not told yet what it is to be."""
+
+    def __init__(self, name: str, role: str, child: Child, channel: Channel) -> None:
+        self.name = name
+        self.role = role
+        self.child = child
+        self.channel = channel
+        self.up = False
+
+
+class Launch:
+    """Starts the processes of a replica, and tells the memory service what to load.
+
+    Args:
+        options: What the replica is to be.
+        recorder: Gets a span for each start.
+        memory: The memory service's process, where it was started before.
+
+    Raises:
+        PlatformError: A process or the run directory cannot be made.
+    """
+
+    def __init__(
+        self, options: ReplicaOptions, recorder: Recorder, memory: MemoryProcess | None = None
+    ) -> None:
+        self.options = options
+        self._recorder = recorder
+        self._names = 0
+        self.workers: list[WorkerProcess] = []
+        memory = memory or MemoryProcess(options.run_dir)
+        recorder.add("process_spawn", memory.started_ns, memory.spawned_ns, note="memory")
+        self.run_dir, self.lock = memory.run_dir, memory.lock
+        self.memory_child = memory.child
+        self.memory = Channel(memory.socket)
+        self.memory.send(
+            {
+                "type": "load",
+                "path": options.model,
+                "copy": options.copy,
+                "throttle": options.throttle,
+            }
+        )
+
+    def start_workers(self) -> None:
+        """Starts the workers that the options ask for.
+
+        Prefill at once, the first token needs it. The others, and all that the front does next,
+        keep off the cores until the memory service has asked for the first byte: on a small
+        machine they would only take turns with it.
+        """
+        self.workers += [self.start_worker("prefill") for _ in range(self.options.prefill)]
+        self.memory.wait_readable(_FIRST_BYTE_S)
+        self.workers += [self.start_worker("decode") for _ in range(self.options.decode)]
+
+    def start_worker(self, role: str) -> WorkerProcess:
+        """Starts one worker that will have the given role."""
+        name = f"{role}-{self._names}"
+        self._names += 1
+        ours, theirs = Channel.pair()
+        started = now()
+        child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+        theirs.close()
+        self._recorder.add("process_spawn", started, note=name)
+        return WorkerProcess(name, role, child, ours)
+
+    def _environment(self) -> dict[str, str]:
+        threads = str(self.options.threads or cpu_count())
+        return {
+            **os.environ,
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            # Threads that wait must sleep: spinning ones take the cores that the other workers,
+            # or the stream, need (a restored worker was seen to decode ten times slower).
+            "OMP_WAIT_POLICY": "PASSIVE",
+            # No look for device plug-ins among all installed packages.
+            "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+        }

@@ -1,0 +1,47 @@
+"""Small demo models, made once, and a check that tests leave no process behind."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coldframe.runtime.demo_model import DemoModel, write_demo_model
+
+
+@pytest.fixture(scope="session")
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes (once) a demo model: `demo_model(family="llama", dtype="float32")`."""
+    made: dict[DemoModel, Path] = {}
+
+    def make(family: str = "llama", dtype: str = "float32", size: str = "tiny") -> Path:
+        model = DemoModel(size=size, family=family, dtype=dtype)
+        if model not in made:
+            path = tmp_path_factory.mktemp("demo") / f"{size}-{family}-{dtype}"
+            write_demo_model(path, model)
+            made[model] = path
+        return made[model]
+
+    return make
+
+
+@pytest.fixture
+def no_leaks() -> Iterator[Path]:
+    """A folder for run directories; afterwards no child, directory or shared memory is left."""
+    # A socket's path is short, and pytest's own folders are not.
+    runs = Path(tempfile.mkdtemp(prefix="cf-"))
+    yield runs
+    left = [child for child in psutil.Process().children(recursive=True) if _ours(child)]
+    assert not left, f"processes left behind: {left}"
+    assert list(runs.iterdir()) == []
+    runs.rmdir()
+
+
+def _ours(process: psutil.Process) -> bool:
+    try:
+        return "coldframe" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False

@@ -1,0 +1,336 @@
+"""Replicas of real processes: right answers while loading and after, and after any death."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coldframe.loader.checkpoint import read_config
+from coldframe.loader.errors import (
+    CheckpointError,
+    DeviceError,
+    ReplicaError,
+    RequestError,
+    SourceNotFound,
+    UnsupportedModel,
+)
+from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica import Replica
+from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
+
+Make = Callable[..., Path]
+
+
+def options(model: Path, runs: Path, **more: object) -> ReplicaOptions:
+    return ReplicaOptions(model=str(model), run_dir=str(runs), **more)  # type: ignore[arg-type]
+
+
+def size_of(model: Path) -> int:
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def pid(replica: Replica, role: str) -> int:
+    (found,) = [p for name, p in replica.pids.items() if name.startswith(role)]
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, family: str) -> None:
+    model = demo_model(family)
+    prompts = [prompt_of(length, seed=length) for length in (1, 7, 64, 300)]
+    # Slow enough that the prompts are there before the weights: prefill runs while loading.
+    slow = options(model, no_leaks, throttle=size_of(model) / 1.5)
+    with Replica(slow) as replica:
+        loading = [ask(replica, prompt, 12) for prompt in prompts]
+        finish(replica, *loading)
+        loaded = [ask(replica, prompt, 12) for prompt in prompts]
+        finish(replica, *loaded)
+        assert replica.facts["mode"] == "copied"
+    for prompt, *clients in zip(prompts, loading, loaded, strict=True):
+        for client in clients:
+            assert client.error is None
+            assert client.tokens == expected(model, tuple(prompt), 12)
+
+
+def test_cached_weights_are_mapped_and_not_copied(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    for file in model.iterdir():
+        file.read_bytes()
+    with Replica(options(model, no_leaks)) as replica:
+        client = ask(replica, prompt_of(7), 5)
+        finish(replica, client)
+        assert replica.facts["mode"] == "mapped"
+        maps = Path(f"/proc/{pid(replica, 'decode')}/maps").read_text()
+        assert "model-00001-of-" in maps
+    assert client.tokens == expected(model, tuple(prompt_of(7)), 5)
+
+
+def test_overlap_can_be_switched_off(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    slow = options(model, no_leaks, throttle=size_of(model) / 1.0, overlap=False)
+    with Replica(slow) as replica:
+        client = ask(replica, prompt_of(7), 5)
+        finish(replica, client)
+        wait_for(replica, lambda: replica.loaded)
+        last_stage = max(s.end_ns for s in replica.spans if s.name.startswith("stage_ready"))
+        computed = [s for s in replica.spans if s.name.startswith("prefill")]
+        assert computed
+        assert all(span.start_ns >= last_stage for span in computed)
+    assert client.tokens == expected(model, tuple(prompt_of(7)), 5)
+
+
+def test_prefill_runs_ahead_of_the_weights(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 8.0)) as replica:
+        finish(replica, ask(replica, prompt_of(64), 2))
+        wait_for(replica, lambda: replica.loaded)
+        last_stage = max(s.end_ns for s in replica.spans if s.name.startswith("stage_ready"))
+        early = [s for s in replica.spans if s.name == "prefill[0]" and s.end_ns < last_stage]
+        assert early
+
+
+# -- deaths ---------------------------------------------------------------------------------
+
+
+def test_a_prefill_worker_killed_while_loading(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    prompt = prompt_of(40)
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 3.0)) as replica:
+        client = ask(replica, prompt, 8)
+        wait_for(replica, lambda: replica.board is not None and replica.board.progress.done > 0)
+        os.kill(pid(replica, "prefill"), signal.SIGKILL)
+        finish(replica, client)
+    assert client.tokens == expected(model, tuple(prompt), 8)
+
+
+def test_a_prefill_worker_killed_between_first_token_and_acknowledgement(
+    demo_model: Make, no_leaks: Path
+) -> None:
+    model = demo_model("llama")
+    prompt = prompt_of(40)
+    with Replica(options(model, no_leaks)) as replica:
+        warm = ask(replica, prompt_of(3), 2)
+        finish(replica, warm)
+        decode = pid(replica, "decode")
+        os.kill(decode, signal.SIGSTOP)
+        client = ask(replica, prompt, 8)
+        wait_for(replica, lambda: len(client.events) == 1)
+        old = pid(replica, "prefill")
+        os.kill(old, signal.SIGKILL)
+        wait_for(replica, lambda: old not in replica.pids.values())
+        assert len(client.events) == 1
+        os.kill(decode, signal.SIGCONT)
+        finish(replica, client)
+        assert pid(replica, "decode") == decode
+    assert client.tokens == expected(model, tuple(prompt), 8)
+
+
+def test_a_decode_worker_killed_before_it_acknowledges(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    prompt = prompt_of(40)
+    with Replica(options(model, no_leaks)) as replica:
+        finish(replica, ask(replica, prompt_of(3), 2))
+        decode = pid(replica, "decode")
+        os.kill(decode, signal.SIGSTOP)
+        client = ask(replica, prompt, 8)
+        wait_for(replica, lambda: len(client.events) == 1)
+        os.kill(decode, signal.SIGKILL)
+        finish(replica, client)
+    assert client.tokens == expected(model, tuple(prompt), 8)
+
+
+def test_a_decode_worker_killed_in_mid_stream(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    prompts = [prompt_of(length, seed=length) for length in (5, 33, 80)]
+    with Replica(options(model, no_leaks)) as replica:
+        clients = [ask(replica, prompt, 300) for prompt in prompts]
+        wait_for(replica, lambda: all(len(client.events) > 5 for client in clients))
+        os.kill(pid(replica, "decode"), signal.SIGKILL)
+        finish(replica, *clients)
+    for prompt, client in zip(prompts, clients, strict=True):
+        assert client.tokens == expected(model, tuple(prompt), 300)
+
+
+def test_a_request_whose_kv_was_lost_is_computed_again(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    prompt = prompt_of(70)
+    # The lease runs out long before another decode worker is up.
+    with Replica(options(model, no_leaks, lease_s=0.01)) as replica:
+        client = ask(replica, prompt, 200)
+        wait_for(replica, lambda: len(client.events) > 5)
+        os.kill(pid(replica, "decode"), signal.SIGKILL)
+        finish(replica, client)
+    assert client.tokens == expected(model, tuple(prompt), 200)
+
+
+def test_sampled_text_is_the_same_after_a_death(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "frequency_penalty": 0.3}
+    with Replica(options(model, no_leaks)) as replica:
+        undisturbed = ask(replica, prompt_of(20), 200, **sampling)
+        finish(replica, undisturbed)
+        client = ask(replica, prompt_of(20), 200, **sampling)
+        wait_for(replica, lambda: len(client.events) > 5)
+        os.kill(pid(replica, "decode"), signal.SIGKILL)
+        finish(replica, client)
+    assert client.tokens == undisturbed.tokens
+    assert client.text == undisturbed.text
+
+
+def test_the_memory_services_death_is_an_error(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 20.0)) as replica:
+        client = ask(replica, prompt_of(20), 8)
+        wait_for(replica, lambda: replica.board is not None)
+        os.kill(pid(replica, "memory"), signal.SIGKILL)
+        finish(replica, client, seconds=20)
+        assert isinstance(client.error, ReplicaError)
+        assert "memory service" in str(client.error)
+        with pytest.raises(ReplicaError):
+            ask(replica, prompt_of(3), 2)
+
+
+def test_workers_that_die_again_and_again_end_the_replica(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 60.0)) as replica:
+        client = ask(replica, prompt_of(20), 8)
+        for _ in range(4):
+            victim = pid(replica, "prefill")
+            os.kill(victim, signal.SIGKILL)
+            wait_for(replica, lambda gone=victim: gone not in replica.pids.values())  # type: ignore[misc]
+        finish(replica, client)
+        assert isinstance(client.error, ReplicaError)
+        assert "again and again" in str(client.error)
+        assert "SIGKILL" in str(client.error)
+
+
+# -- requests -------------------------------------------------------------------------------
+
+
+def test_bad_requests_fail_alone(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks)) as replica:
+        good = ask(replica, prompt_of(9), 6)
+        bad = {
+            "out of range": ask(replica, [1, 2, 10**6], 4),
+            "negative": ask(replica, [-1], 4),
+            "too long": ask(replica, prompt_of(100_000), 4),
+            "too many": ask(replica, prompt_of(9), 10**6),
+            "empty": ask(replica, [], 4),
+            "temperature": ask(replica, prompt_of(9), 4, temperature=-1.0),
+        }
+        finish(replica, good, *bad.values())
+        for name, client in bad.items():
+            assert isinstance(client.error, RequestError), name
+            assert client.events == []
+    assert good.tokens == expected(model, tuple(prompt_of(9)), 6)
+
+
+def test_requests_wait_for_kv_and_are_all_answered(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    block = ModelSpec.from_config(read_config(str(model))).kv_block_bytes(4)
+    with Replica(options(model, no_leaks, kv_bytes=3 * block)) as replica:
+        prompts = [prompt_of(30, seed=seed) for seed in range(5)]
+        clients = [ask(replica, prompt, 20) for prompt in prompts]  # two blocks each
+        too_large = ask(replica, prompt_of(80), 20)
+        finish(replica, too_large, *clients)
+    assert isinstance(too_large.error, RequestError)
+    assert "more KV than there is" in str(too_large.error)
+    for prompt, client in zip(prompts, clients, strict=True):
+        assert client.tokens == expected(model, tuple(prompt), 20)
+
+
+def test_kv_memory_for_less_than_one_block_is_refused(demo_model: Make, no_leaks: Path) -> None:
+    with pytest.raises(DeviceError, match="not one block"):
+        Replica(options(demo_model("llama"), no_leaks, kv_bytes=100))
+
+
+def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks)) as replica:
+        finish(replica, ask(replica, prompt_of(3), 2))
+        for _ in range(3):
+            client = ask(replica, prompt_of(20), 400)
+            wait_for(replica, lambda c=client: len(c.events) > 3)  # type: ignore[misc]
+            seen = len(client.events)
+            replica.cancel(client.request)
+            replica.poll(0.1)
+            assert len(client.events) == seen
+        again = ask(replica, prompt_of(20), 6)
+        finish(replica, again)
+    assert again.tokens == expected(model, tuple(prompt_of(20)), 6)
+
+
+# -- what cannot be served ----------------------------------------------------------------------
+
+
+def test_a_missing_model_is_not_found(tmp_path: Path, no_leaks: Path) -> None:
+    with pytest.raises(SourceNotFound):
+        Replica(options(tmp_path / "nowhere", no_leaks))
+
+
+def test_an_unsupported_model_is_refused_by_name(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    import json
+
+    config = json.loads((demo_model("llama") / "config.json").read_text())
+    config["architectures"] = ["MixtralForCausalLM"]
+    config["model_type"] = "mixtral"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match="mixture of experts"):
+        Replica(options(tmp_path, no_leaks))
+
+
+def test_a_broken_checkpoint_ends_the_replica_with_its_error(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(demo_model("llama"), broken)
+    shard = sorted(broken.glob("*.safetensors"))[-1]
+    with shard.open("r+b") as file:
+        file.truncate(shard.stat().st_size - 100)
+    with Replica(options(broken, no_leaks)) as replica:
+        client = ask(replica, prompt_of(5), 2)
+        finish(replica, client)
+        assert isinstance(client.error, CheckpointError)
+        assert shard.name in str(client.error)
+
+
+def test_nothing_is_left_when_the_parent_is_killed(
+    demo_model: Make, no_leaks: Path, tmp_path: Path
+) -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, time\n"
+        "from coldframe.runtime.options import ReplicaOptions\n"
+        "from coldframe.runtime.replica import Replica\n"
+        "r = Replica(ReplicaOptions(model=sys.argv[1], run_dir=sys.argv[2], throttle=1e5))\n"
+        "while r.board is None: r.poll(0.05)\n"
+        "print(*r.pids.values(), flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(demo_model("llama")), str(no_leaks)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    pids = [int(word) for word in parent.stdout.readline().split()]
+    assert len(pids) == 3
+    children = [psutil.Process(p) for p in pids]
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, alive = psutil.wait_procs(children, timeout=10)
+    assert alive == []

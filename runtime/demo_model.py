@@ -47,9 +47,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--family", choices=FAMILIES, default=default.family)
     parser.flag("--seed", type=int, default=default.seed, help="seed of the weights")
     parser.flag("--dtype", choices=list(DTYPES), default=default.dtype)
-    parser.flag(
-        "--force", action="store_true", help="replace another demo model that is in DIR"
-    )
+    parser.flag("--force", action="store_true", help="replace another demo model that is in DIR")
 
 
 def run(args: argparse.Namespace) -> int:

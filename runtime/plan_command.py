@@ -1,0 +1,188 @@
+"""`coldframe plan`: the stages of a model, what it will need and how fast it can be there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import socket
+import time
+from typing import Any, NamedTuple
+
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices import open_device
+from coldframe.loader.errors import RequestError
+from coldframe.loader.plan import Plan
+from coldframe.loader.process import spawn_python
+from coldframe.loader.residency import cached_bytes
+from coldframe.loader.sources.file import FileSource
+from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.prediction import predict_memory
+from coldframe.runtime.units import byte_rate, human_bytes, human_seconds
+
+__all__ = ["add_arguments", "run"]
+
+_PROBE_BYTES = 64 << 20
+_PROBE_S = 0.25
+_PROBE_CHUNK = 4 << 20
+_FIRST_BYTE_S = 0.1
+"""From the exec to the first byte asked for."""
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
+    parser.flag("--context", type=int, help="tokens of each sequence (the model's own limit)")
+    parser.flag("--batch", type=int, default=1, help="sequences at once (1)")
+    parser.flag("--rate", type=byte_rate, help="the path's bandwidth, as 2GB/s (a short probe)")
+    parser.flag("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        ColdframeError: The checkpoint is bad, or the engine does not run such a model.
+    """
+    checkpoint = Checkpoint.open(args.model)
+    plan = Plan.build(checkpoint)
+    spec = ModelSpec.from_config(checkpoint.config, plan.placements)
+    context = spec.context_length if args.context is None else args.context
+    if not 0 < context <= spec.context_length or args.batch < 1:
+        raise RequestError(
+            "no such context or batch",
+            where="--context, --batch",
+            expected=f"1 to {spec.context_length} tokens, at least one sequence",
+            got=f"{context} tokens, {args.batch} sequences",
+        )
+    path = _Path(args.rate, "given") if args.rate else _probe(checkpoint)
+    document = _document(args.model, plan, spec, context, args.batch, path, _worker_start_s())
+    print(json.dumps(document) if args.json else _table(document))
+    return 0
+
+
+class _Path(NamedTuple):
+    """How the weights will come: bytes per second, and how that is known."""
+
+    rate: float
+    source: str
+
+
+def _document(
+    model: str,
+    plan: Plan,
+    spec: ModelSpec,
+    context: int,
+    batch: int,
+    path: _Path,
+    worker_start_s: float,
+) -> dict[str, Any]:
+    memory = predict_memory(plan, spec, context=context, batch=batch)
+    stages, done = [], 0
+    for stage in plan.stages:
+        done += stage.nbytes
+        stages.append(
+            {
+                "name": stage.name,
+                "bytes": stage.nbytes,
+                "extents": len(stage.extents),
+                "ready_s": done / path.rate,
+            }
+        )
+    load_s = plan.read_bytes / path.rate
+    return {
+        "model": model,
+        "family": spec.family,
+        "dtype": spec.dtype,
+        "layout": plan.layout,
+        "plan_hash": plan.hash,
+        "weights_bytes": plan.weights_bytes,
+        "read_bytes": plan.read_bytes,
+        "skipped": list(plan.skipped),
+        "stages": stages,
+        "context": context,
+        "batch": batch,
+        "memory": {
+            "weights": memory.weights,
+            "kv": memory.kv,
+            "activations": memory.activations,
+            "overhead": memory.overhead,
+            "total": memory.total,
+            "available": open_device("cpu").available(),
+        },
+        "rate_bytes_per_s": None if path.rate == math.inf else path.rate,
+        "rate_source": path.source,
+        "predicted_load_s": load_s,
+        "worker_start_s": worker_start_s,
+        "predicted_ttft_s": max(_FIRST_BYTE_S + load_s, worker_start_s),
+    }
+
+
+def _table(document: dict[str, Any]) -> str:
+    lines = [
+        f"{document['model']}: {document['family']}, {document['dtype']}, layout "
+        f"{document['layout']}, plan {document['plan_hash'][:12]}",
+        "",
+        f"{'stage':<12}{'bytes':>10}{'reads':>7}{'ready at':>10}",
+    ]
+    for stage in document["stages"]:
+        lines.append(
+            f"{stage['name']:<12}{human_bytes(stage['bytes']):>10}{stage['extents']:>7}"
+            f"{human_seconds(stage['ready_s']):>10}"
+        )
+    memory = document["memory"]
+    lines += [
+        "",
+        f"memory for {document['batch']} x {document['context']} tokens: "
+        f"{human_bytes(memory['total'])} of {human_bytes(memory['available'])} available",
+        *(
+            f"  {name:<12}{human_bytes(memory[name]):>10}"
+            for name in ("weights", "kv", "activations", "overhead")
+        ),
+        "",
+        f"weights in after {human_seconds(document['predicted_load_s'])} ({_how(document)}), "
+        f"a fresh worker up after {human_seconds(document['worker_start_s'])}:",
+        f"first token of a short prompt after about {human_seconds(document['predicted_ttft_s'])}",
+    ]
+    if document["skipped"]:
+        lines.append(f"not loaded: {', '.join(document['skipped'])}")
+    return "\n".join(lines)
+
+
+def _how(document: dict[str, Any]) -> str:
+    rate = document["rate_bytes_per_s"]
+    source = str(document["rate_source"])
+    return source if rate is None else f"{human_bytes(rate)}/s, {source}"
+
+
+def _worker_start_s() -> float:
+    """How long a fresh process takes to import torch here."""
+    null, other = socket.socketpair()
+    with null, other:
+        started = time.monotonic()
+        child = spawn_python("import torch", [], null.fileno(), dict(os.environ))
+        child.wait()
+        return time.monotonic() - started
+
+
+def _probe(checkpoint: Checkpoint) -> _Path:
+    """The path's bandwidth: reads the first shard for a moment, unless all can be mapped."""
+    source = FileSource(checkpoint.shards)
+    buffer = memoryview(bytearray(_PROBE_CHUNK))
+    size = checkpoint.shards[0].size
+    try:
+        if source.fully_cached():
+            return _Path(math.inf, "cached, mapped in place")
+        cached = cached_bytes(source.fds[0]) >= size
+        started, done = time.monotonic(), 0
+        while done < min(size, _PROBE_BYTES) and time.monotonic() - started < _PROBE_S:
+            count = min(_PROBE_CHUNK, size - done)
+            source.read_into(0, done, buffer[:count])
+            done += count
+        # What this read brought into the page cache would make the next start look faster.
+        if not cached:
+            os.posix_fadvise(source.fds[0], 0, done, os.POSIX_FADV_DONTNEED)
+        return _Path(done / (time.monotonic() - started), "probed")
+    finally:
+        source.close()

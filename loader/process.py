@@ -25,7 +25,7 @@ __all__ = [
 _PR_SET_PDEATHSIG = 1
 _INHERITED_FD = 3
 _PREFIX = "coldframe-"
-_MOST_PATH_BYTES = 107 - len("/") - 24  # a socket's path has 107 bytes; its name is short
+_MOST_PATH_BYTES = 107 - len("/memory.sock")  # what the kernel takes for a socket
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 

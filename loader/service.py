@@ -152,8 +152,7 @@ class MemoryService:
                 # Once it is gone nothing may be booked on it any more: it would never come back.
                 if not client.gone:
                     self._handle(client, message)
-        except (ColdframeError, AttributeError, LookupError, TypeError, ValueError) as error:
-            # A client that talks nonsense harms only itself.
+        except Exception as error:  # noqa: BLE001 - who talks nonsense harms only itself
             with contextlib.suppress(OSError):
                 print(f"coldframe memory: {client.key} {client.name}: {error!r}", file=sys.stderr)
             ended = True

@@ -30,6 +30,7 @@ class WorkerProcess:
         self.role = role
         self.child = child
         self.channel = channel
+        self.imported = False
         self.up = False
 
 
@@ -57,12 +58,17 @@ class Launch:
         self.run_dir, self.lock = memory.run_dir, memory.lock
         self.memory_child = memory.child
         self.memory = Channel(memory.socket)
+        if not options.hold_load:
+            self.start_load()
+
+    def start_load(self) -> None:
+        """Tells the memory service what to load."""
         self.memory.send(
             {
                 "type": "load",
-                "path": options.model,
-                "copy": options.copy,
-                "throttle": options.throttle,
+                "path": self.options.model,
+                "copy": self.options.copy,
+                "throttle": self.options.throttle,
             }
         )
 
@@ -74,7 +80,8 @@ class Launch:
         machine they would only take turns with it.
         """
         self.workers += [self.start_worker("prefill") for _ in range(self.options.prefill)]
-        self.memory.wait_readable(_FIRST_BYTE_S)
+        if not self.options.hold_load:
+            self.memory.wait_readable(_FIRST_BYTE_S)
         self.workers += [self.start_worker("decode") for _ in range(self.options.decode)]
 
     def start_worker(self, role: str) -> WorkerProcess:

@@ -17,6 +17,8 @@ class ReplicaOptions:
         throttle: Bytes per second to load at, at most; None for as fast as it goes.
         overlap: Whether prefill starts before all weights are in. Off only to measure what that
             is worth.
+        hold_load: Start the processes and load nothing until `Replica.start_load`, to measure a
+            load with workers that are up.
         prefill: How many prefill workers.
         decode: How many decode workers.
         kv_bytes: KV memory; None lets the replica choose.
@@ -29,6 +31,7 @@ class ReplicaOptions:
     copy: bool = False
     throttle: float | None = None
     overlap: bool = True
+    hold_load: bool = False
     prefill: int = 1
     decode: int = 1
     kv_bytes: int | None = None

@@ -86,7 +86,8 @@ class Replica:
                 self._launch.start_workers()
             for worker in self._launch.workers:
                 self._adopt(worker)
-            self._size_kv()
+            if not options.hold_load:
+                self._size_kv()
         except BaseException:
             self.close()
             raise
@@ -137,6 +138,16 @@ class Replica:
 
     def cancel(self, request: str) -> None:
         self._router.cancel(request)
+
+    def start_load(self) -> None:
+        """Loads a model whose load was held (`ReplicaOptions.hold_load`)."""
+        self._launch.start_load()
+        self._size_kv()
+
+    @property
+    def imported(self) -> bool:
+        """Whether all workers have their libraries, so that only the model is missing."""
+        return all(worker.imported for worker in self._workers.values())
 
     def poll(self, timeout: float | None = None) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
@@ -297,6 +308,8 @@ class Replica:
             match message.kind:
                 case "spans":
                     self._add_spans(message.body["spans"])
+                case "imported":
+                    worker.imported = True
                 case "clock":
                     self._send(worker, {"type": "clock", "now": now()})
                 case "broken":

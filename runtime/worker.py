@@ -6,7 +6,7 @@ the worker's one tie to the front: when it ends, the worker ends, whatever it is
 
 Messages in:  `init`, `clock`, then for a prefill worker `job`, `ack`; for a decode worker
 `handoff`; for both `cancel`.
-Messages out: `clock`, `up`, `tokens`, `handoff`, `ack`, `failed` (one request), `broken` (the
+Messages out: `imported`, `clock`, `up`, `tokens`, `handoff`, `ack`, `failed` (one request), `broken` (the
 worker), `spans`.
 """
 
@@ -94,6 +94,7 @@ class Worker:
         from coldframe.runtime.engine.model import Model
 
         self.recorder.add("imports", first_ns)
+        self.control.send({"type": "imported"})
         waited = now()
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")

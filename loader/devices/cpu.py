@@ -39,12 +39,12 @@ class CpuDevice:
             os.ftruncate(fd, round_up(max(nbytes, 1), PAGE))
             # Nobody who maps it need fear that it shrinks (SIGBUS).
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             os.close(fd)
             raise DeviceError(
                 f"cannot allocate the {purpose}",
                 where=self.name,
                 expected=f"{nbytes:,} bytes",
-                got=error.strerror,
+                got=error.strerror if isinstance(error, OSError) else error,
             ) from error
         return fd

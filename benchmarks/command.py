@@ -1,0 +1,33 @@
+"""`coldframe bench NAME`: benchmarks found by name and imported when called."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from coldframe.runtime.flags import Parser
+
+__all__ = ["BENCHMARKS", "add_arguments", "run"]
+
+BENCHMARKS = {
+    "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
+}
+
+
+def add_arguments(parser: Parser) -> None:
+    names = "; ".join(f"{name}: {summary}" for name, (_, summary) in BENCHMARKS.items())
+    parser.add_argument("bench", choices=list(BENCHMARKS), help=names)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments; try --help")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs one benchmark.
+
+    Raises:
+        ColdframeError: It cannot be run.
+    """
+    module_name, summary = BENCHMARKS[args.bench]
+    module = import_module(module_name)
+    parser = Parser(prog=f"coldframe bench {args.bench}", description=summary)
+    module.add_arguments(parser)
+    return int(module.run(parser.parse(args.rest)))

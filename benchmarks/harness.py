@@ -1,0 +1,130 @@
+"""What benchmarks share: cold starts as real processes, medians, a table and a JSON document."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.errors import PlatformError
+
+__all__ = ["Row", "cold_start", "fingerprint", "import_torch_s", "print_rows", "warm_page_cache"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One figure.
+
+    Args:
+        name: What was measured.
+        runs: The values of the single runs.
+        unit: Their unit; `ratio` for what has none.
+        target: What it should be at most (or at least), or None for a figure that stands beside.
+        at_least: Whether the target is a lower bound.
+    """
+
+    name: str
+    runs: list[float]
+    unit: str
+    target: float | None = None
+    at_least: bool = False
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.runs)
+
+    @property
+    def met(self) -> bool | None:
+        if self.target is None:
+            return None
+        return self.median >= self.target if self.at_least else self.median <= self.target
+
+
+def cold_start(model: Path, *arguments: str, prompt_ids: Sequence[int], tokens: int) -> Any:
+    """Runs `coldframe run` once, as a process of its own, and returns its JSON document.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    command = [
+        str(Path(sys.executable).parent / "coldframe"),
+        "run",
+        str(model),
+        "--prompt-ids",
+        ",".join(map(str, prompt_ids)),
+        "-n",
+        str(tokens),
+        "--ignore-eos",
+        "--json",
+        *arguments,
+    ]
+    environment = {**os.environ, "COLDFRAME_EXEC_NS": str(time.monotonic_ns())}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PlatformError("a cold start failed", where=" ".join(command), got=done.stderr.strip())
+    return json.loads(done.stdout)
+
+
+def import_torch_s() -> float:
+    """Seconds from the exec of a fresh interpreter to its end, having imported torch alone."""
+    started = time.monotonic()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.monotonic() - started
+
+
+def warm_page_cache(model: Path) -> None:
+    """Reads all weight files, so that the next start finds them in the page cache."""
+    buffer = bytearray(8 << 20)
+    for file in sorted(model.glob("*.safetensors")):
+        with file.open("rb", buffering=0) as stream:
+            while stream.readinto(buffer):
+                pass
+
+
+def fingerprint() -> dict[str, Any]:
+    """The machine and the versions that the figures belong to."""
+    model = "unknown"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+            break
+    return {
+        "cpu": model,
+        "cpus": cpu_count(),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "coldframe": version("coldframe"),
+    }
+
+
+def print_rows(rows: Sequence[Row], more: dict[str, Any]) -> None:
+    """A table for people, then one JSON document as the last line."""
+    width = max(len(row.name) for row in rows)
+    print(f"{'':<{width}}  {'median':>9}  {'min':>9}  {'max':>9}  {'unit':<8}{'target':>10}")
+    for row in rows:
+        target = ""
+        if row.target is not None:
+            sign = ">=" if row.at_least else "<="
+            target = f"{sign} {row.target:.4g}"
+        verdict = {None: "", True: "  met", False: "  MISSED"}[row.met]
+        print(
+            f"{row.name:<{width}}  {row.median:>9.4g}  {min(row.runs):>9.4g}"
+            f"  {max(row.runs):>9.4g}  {row.unit:<8}{target:>10}{verdict}"
+        )
+    document = {
+        "rows": [{**asdict(row), "median": row.median, "met": row.met} for row in rows],
+        **more,
+        "fingerprint": fingerprint(),
+    }
+    print(json.dumps(document))

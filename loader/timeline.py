@@ -49,7 +49,11 @@ class Span:
 
 
 class Recorder:
-    """Collects the spans of one process; safe to use from several threads."""
+    """Collects the spans of one process; safe to use from several threads.
+
+    Args:
+        process: Its name. It may be set later: a worker learns it when it is given its role.
+    """
 
     def __init__(self, process: str) -> None:
         self.process = process
@@ -87,11 +91,9 @@ class Recorder:
         """The spans since the last call, in the starter's clock."""
         with self._lock:
             spans, self._spans = self._spans, []
-        if not self.offset_ns:
-            return spans
-        shift = self.offset_ns
+        shift, process = self.offset_ns, self.process
         return [
-            Span(s.name, s.process, s.start_ns + shift, s.end_ns + shift, s.note, s.waits_for)
+            Span(s.name, process, s.start_ns + shift, s.end_ns + shift, s.note, s.waits_for)
             for s in spans
         ]
 

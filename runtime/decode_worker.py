@@ -6,6 +6,7 @@ import queue
 
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.decode import Decoder
+from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
@@ -33,8 +34,10 @@ class _DecodeRole:
         self._pool = KvPool(self._client, worker.kv.blocks, BLOCK_TOKENS)
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""
-        self._without_kv: list[Handoff] = []
-        self._reported = False
+        self._waiting: list[Handoff] = []
+        """Requests that lost their KV, until there are blocks to compute it again in."""
+        self._recomputed: dict[str, list[int]] = {}
+        """Blocks of this worker's own with such KV, until the ledger has them as the request's."""
 
     def run(self) -> None:
         while True:
@@ -46,12 +49,13 @@ class _DecodeRole:
             for sequence, emission in emitted:
                 if emission.finish is not None:
                     self._let_go(sequence.request)
+                elif sequence.request in self._recomputed:
+                    self._publish(sequence)
             items = [emission.to_wire() for _, emission in emitted]
             self._worker.control.send({"type": "tokens", "items": items})
 
     def _receive(self, *, block: bool) -> None:
-        for handoff in self._without_kv[:]:
-            self._admit_without_kv(handoff)
+        self._waiting = [handoff for handoff in self._waiting if not self._admit(handoff)]
         try:
             while True:
                 message = self._worker.inbox.get(block, 1.0 if block else None)
@@ -70,12 +74,8 @@ class _DecodeRole:
         self._check(handoff)
         if self._seen.get(job.request, -1) < job.attempt:
             self._seen[job.request] = job.attempt
-            blocks = self._client.claim(job.request, job.attempt)
-            if blocks is None:
-                self._without_kv.append(handoff)
-                self._admit_without_kv(handoff)
-            else:
-                self._admit(handoff, blocks, handoff.kv_tokens)
+            if not self._admit(handoff):
+                self._waiting.append(handoff)
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
     def _check(self, handoff: Handoff) -> None:
@@ -89,35 +89,48 @@ class _DecodeRole:
                 got=got,
             )
 
-    def _admit(self, handoff: Handoff, blocks: list[int], kv_tokens: int) -> None:
+    def _admit(self, handoff: Handoff) -> bool:
+        """Takes a request in with its KV, or, where that is lost, with blocks to compute it again.
+
+        Returns:
+            Whether it is settled; else try again when something has changed.
+        """
         job = handoff.job
         assert job.prompt_ids is not None
         sequence = self._worker.sequence(job, job.prompt_ids)
+        blocks = self._client.claim(job.request, job.attempt)
+        if blocks is not None:
+            sequence.kv_tokens = handoff.kv_tokens
+        else:
+            try:
+                blocks = self._pool.reserve(job.request, sequence.most_tokens)
+            except RequestError as error:
+                self._seen.pop(job.request)
+                self._worker.refuse(job, error)
+                return True
+            if blocks is None:
+                return False
+            self._recomputed[job.request] = blocks
         sequence.blocks = blocks
-        sequence.kv_tokens = min(kv_tokens, len(blocks) * BLOCK_TOKENS)
         self._decoder.admit(sequence)
+        return True
 
-    def _admit_without_kv(self, handoff: Handoff) -> None:
-        """The KV is lost: its lease ran out, or its first owner died with it. Compute it again."""
-        job = handoff.job
-        assert job.prompt_ids is not None
-        tokens = len(job.prompt_ids) + job.params.max_tokens - 1
-        try:
-            blocks = self._pool.take(job.request, job.attempt, tokens)
-        except RequestError as error:
-            self._worker.refuse(job, error)
-            blocks = []
-        if blocks is None:
-            return  # not now; asked again when some are free
-        self._without_kv.remove(handoff)
-        if blocks:
-            self._admit(handoff, blocks, 0)
+    def _publish(self, sequence: Sequence) -> None:
+        """Makes blocks the request's, now that the KV in them is whole.
+
+        Not before: whoever claims a request's blocks takes them to hold what the hand-off says.
+        """
+        blocks = self._recomputed[sequence.request]
+        if self._client.assign(sequence.request, sequence.attempt, blocks):
+            del self._recomputed[sequence.request]
 
     def _cancel(self, request: str) -> None:
-        self._without_kv = [h for h in self._without_kv if h.job.request != request]
-        if self._decoder.remove(request) is not None:
+        self._waiting = [handoff for handoff in self._waiting if handoff.job.request != request]
+        self._decoder.remove(request)
+        if request in self._seen:
             self._let_go(request)
 
     def _let_go(self, request: str) -> None:
+        self._pool.put_back(self._recomputed.pop(request, []))
         self._client.drop(request)
         self._seen.pop(request, None)

@@ -35,8 +35,26 @@ class KvPool:
         """Blocks for a request, assigned to it in the ledger and held by this worker.
 
         Returns:
-            The blocks; none of them where the request has ended meanwhile; None where there are
-            not enough at the moment.
+            The blocks, or None where it cannot have them at the moment: there are not enough, or
+            the memory service has not heard yet that the request was opened, or that its former
+            worker is dead. Ask again until it works or the request is cancelled.
+
+        Raises:
+            RequestError: It needs more than there are.
+        """
+        blocks = self.reserve(request, tokens)
+        if blocks is None or self._client.assign(request, attempt, blocks):
+            return blocks
+        self.put_back(blocks)
+        return None
+
+    def reserve(self, request: str, tokens: int) -> list[int] | None:
+        """Blocks of the worker's own, for a request that they are not assigned to yet.
+
+        They come back with `put_back`, or become the request's with `MemoryClient.assign`.
+
+        Returns:
+            The blocks, or None where there are not enough at the moment.
 
         Raises:
             RequestError: It needs more than there are.
@@ -51,12 +69,16 @@ class KvPool:
                 hint="Ask for fewer tokens or give the replica more KV memory.",
             )
         if not self._refill(needed):
+            # Two workers that each kept what the other lacks would wait for each other.
+            self.trim()
             return None
         taken = self._pocket[:needed]
-        if not self._client.assign(request, attempt, taken):
-            return []
         del self._pocket[:needed]
         return taken
+
+    def put_back(self, blocks: list[int]) -> None:
+        """Takes back blocks that were reserved."""
+        self._pocket += blocks
 
     def trim(self) -> None:
         """Gives back what is left over; for a worker that has nothing to do."""

@@ -16,7 +16,7 @@ from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
 
 __all__ = ["run"]
 
-_RENEW_S = 5.0
+_REPORT_S = 5.0
 
 
 def run(worker: Worker) -> None:
@@ -39,12 +39,12 @@ class _PrefillRole:
         )
         self._pool = KvPool(self._client, worker.kv.blocks, BLOCK_TOKENS)
         self._queue: deque[tuple[Job, Sequence]] = deque()
-        self._handed: dict[str, int] = {}
-        """Requests sent on and not acknowledged yet, with their attempts."""
+        self._handed: set[str] = set()
+        """Requests sent on and not acknowledged yet: their leases are renewed here."""
         self._inside: set[str] = set()
         """Requests that are queued or computed here."""
         self._cancelled: set[str] = set()
-        self._renew_at = 0.0
+        self._report_at = 0.0
 
     def run(self) -> None:
         while True:
@@ -77,8 +77,9 @@ class _PrefillRole:
         self._worker.recorder.add("wait", started, waits_for=f"stage_ready[{stage}]")
 
     def _receive(self, *, block: bool) -> None:
-        if self._handed and time.monotonic() >= self._renew_at:
-            self._renew_at = time.monotonic() + _RENEW_S
+        if time.monotonic() >= self._report_at:
+            self._report_at = time.monotonic() + _REPORT_S
+            self._worker.control.send({"type": "alive"})
             for request in self._handed:
                 self._client.renew(request)
         try:
@@ -90,7 +91,7 @@ class _PrefillRole:
                 elif message.kind == "job":
                     self._take(Job.from_wire(message.body["job"]))
                 elif message.kind == "ack":
-                    self._handed.pop(message.body["request"], None)
+                    self._handed.discard(message.body["request"])
                 elif message.kind == "cancel":
                     self._cancel(message.body["request"])
         except queue.Empty:
@@ -119,13 +120,14 @@ class _PrefillRole:
             raise RequestError(
                 "the prompt has no tokens", where=job.request, expected="at least one", got="none"
             )
-        outside = next((i for i in ids if not 0 <= i < spec.vocab_size), None)
-        if outside is not None:
+        job.params.validate(spec.vocab_size)
+        outside = [i for i in ids if type(i) is not int or not 0 <= i < spec.vocab_size]
+        if outside:
             raise RequestError(
                 "a token id is out of range",
                 where=job.request,
                 expected=f"0 to {spec.vocab_size - 1}",
-                got=outside,
+                got=repr(outside[0]),
                 hint="Tokenise the prompt with this model's tokenizer.",
             )
         if len(ids) + job.params.max_tokens > spec.context_length:
@@ -136,7 +138,6 @@ class _PrefillRole:
                 got=f"{len(ids)} of prompt + {job.params.max_tokens} to generate",
                 hint="Shorten the prompt or ask for fewer tokens.",
             )
-        job.params.validate(spec.vocab_size)
         return ids
 
     def _admit(self) -> None:
@@ -157,16 +158,13 @@ class _PrefillRole:
             if blocks is None:
                 return
             self._queue.popleft()
-            if blocks:  # else the request ended while it waited
-                sequence.blocks = blocks
-                self._prefiller.admit(sequence)
-            else:
-                self._leave(job.request)
+            sequence.blocks = blocks
+            self._prefiller.admit(sequence)
 
     def _cancel(self, request: str) -> None:
         if request in self._inside:
             self._cancelled.add(request)
-        self._handed.pop(request, None)
+        self._handed.discard(request)
 
     def _leave(self, request: str) -> bool:
         """The request is here no more. Whether it had been cancelled."""
@@ -177,14 +175,14 @@ class _PrefillRole:
 
     def _hand_over(self, sequence: Sequence, emission: Emission) -> None:
         request = sequence.request
+        cancelled = self._leave(request)
+        if not cancelled:
+            self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
         # From here on the decode worker may take the blocks; the lease keeps them until then.
         self._client.drop(request)
-        if self._leave(request):
+        if cancelled or emission.finish is not None:
             return
-        self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
-        if emission.finish is not None:
-            return
-        self._handed[request] = sequence.attempt
+        self._handed.add(request)
         job = Job(
             request,
             sequence.attempt,

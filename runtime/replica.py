@@ -39,6 +39,7 @@ _CRASHES = 3
 _CRASH_WINDOW_S = 60.0
 _START_S = 300.0
 _MEMORY_END_S = 5.0
+_SEND_TIMEOUT_S = 10
 
 
 class Replica:
@@ -272,6 +273,7 @@ class Replica:
 
     def _adopt(self, worker: WorkerProcess) -> None:
         channel = worker.channel
+        channel.set_send_timeout(_SEND_TIMEOUT_S)
         self._workers[worker.name] = worker
         self._selector.register(
             channel.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
@@ -299,8 +301,10 @@ class Replica:
     def _send(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
         try:
             worker.channel.send(message)
-        except ReplicaError:  # its end is read from the socket, after its last messages
-            return
+        except ReplicaError:
+            # Dead, or as good as that: it does not read. Its end is read from the socket, after
+            # its last messages.
+            worker.child.kill()
 
     def _on_worker(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()

@@ -20,8 +20,9 @@ __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
 ACK_S = 30.0
 """How long a worker that is up may take to acknowledge a hand-off, in seconds."""
-SILENCE_S = 60.0
-"""How long a decode worker may go on without a token for any of its requests, in seconds."""
+SILENCE_S = {"prefill": 300.0, "decode": 60.0}
+"""How long a worker with requests may go without a word, in seconds. A decode worker speaks with
+every step, a prefill worker between any two layers, and a layer over a long prompt takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,8 @@ class Router:
 
     def fail_all(self, error: ColdframeError) -> None:
         """Ends every request with an error: the replica cannot go on."""
-        for request, found in list(self._requests.items()):
+        while self._requests:  # a listener may cancel others meanwhile
+            request, found = next(iter(self._requests.items()))
             self._end(request)
             found.listener.on_error(error)
 
@@ -169,9 +171,10 @@ class Router:
         hung = set()
         for found in self._requests.values():
             state = self._workers.get(found.worker or "")
-            if state is None or not state.up or state.role != "decode":
+            if state is None or not state.up:
                 continue
-            if now - state.heard > (SILENCE_S if found.acked else ACK_S):
+            unanswered = state.role == "decode" and not found.acked
+            if now - state.heard > (ACK_S if unanswered else SILENCE_S[state.role]):
                 hung.add(found.worker)
         for worker in hung:
             if worker is not None:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+_SPANS_NS = 1_000_000_000
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
@@ -120,7 +122,11 @@ def run(args: argparse.Namespace) -> int:
             answer = _Answer(exec_ns, quiet=args.json)
             replica.submit(_params(args), answer, prompt=_prompt(args), prompt_ids=args.prompt_ids)
             answer.follow(replica)
-            replica.run_until(lambda: replica.loaded)
+            # The spans of those who made the first token come behind it.
+            patience = now() + _SPANS_NS
+            replica.run_until(
+                lambda: replica.loaded and (answer.explained(replica) or now() > patience)
+            )
             document = answer.report(replica, args)
     except ColdframeError as error:
         if args.json:
@@ -167,11 +173,15 @@ class _Answer:
                 self._bar.update(replica.board)
         finally:
             self._bar.clear()
-        if not self._quiet:
+        if self._events and not self._quiet:
             sys.stdout.write("\n")
             sys.stdout.flush()
         if self._error is not None:
             raise self._error
+
+    def explained(self, replica: Replica) -> bool:
+        """Whether it is known what the first token was waiting for."""
+        return any(span.name == "prefill[head]" for span in replica.spans)
 
     def report(self, replica: Replica, args: argparse.Namespace) -> dict[str, Any]:
         """The timeline, on standard error or in a file, and the JSON document."""

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.timeline import Span
 from coldframe.runtime.timeline import UNATTRIBUTED, Timeline
 from coldframe.runtime.units import human_seconds
 
@@ -42,6 +43,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     """The trace-event format that chrome://tracing and Perfetto read; times in microseconds."""
     processes = sorted({span.process for span in timeline.spans})
     events: list[dict[str, Any]] = []
+    lanes: dict[str, list[list[Span]]] = {process: [] for process in processes}
     for number, process in enumerate([*processes, "critical path"]):
         events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": process}})
     for span in timeline.spans:
@@ -49,8 +51,7 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
             {
                 "ph": "X",
                 "name": span.name,
-                # Waiting and work overlap in one process, so each has a row of its own.
-                "tid": 1 if span.waits_for is None else 2,
+                "tid": _lane(lanes[span.process], span),
                 "pid": processes.index(span.process),
                 "ts": (span.start_ns - timeline.exec_ns) / 1e3,
                 "dur": (span.end_ns - span.start_ns) / 1e3,
@@ -69,6 +70,23 @@ def chrome_trace(timeline: Timeline) -> dict[str, Any]:
             }
         )
     return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def _lane(lanes: list[list[Span]], span: Span) -> int:
+    """A row of its process where the span lies apart from each other one, or inside it.
+
+    In one row of a trace neighbours must nest; a process's threads do not keep to that.
+
+    Args:
+        lanes: The spans of each row so far, in the order of their starts; the span is added.
+        span: The next one.
+    """
+    for number, lane in enumerate(lanes):
+        if all(s.end_ns <= span.start_ns or s.end_ns >= span.end_ns for s in lane):
+            lane.append(span)
+            return number + 1
+    lanes.append([span])
+    return len(lanes)
 
 
 def html_page(timeline: Timeline) -> str:

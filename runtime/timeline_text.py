@@ -45,7 +45,7 @@ def render(timeline: Timeline) -> str:
             f"  {human_seconds(row.busy_ns / 1e9):>8}  {bar}"
             + ("" if row.note is None else f"  {row.note}")
         )
-    return "\n".join([*lines, "", *_path(timeline)])
+    return "\n".join(line.rstrip() for line in [*lines, "", *_path(timeline)])
 
 
 def _path(timeline: Timeline) -> list[str]:
@@ -81,7 +81,10 @@ def _rows(spans: Sequence[Span]) -> list[_Row]:
             row.busy_ns += length
             row.count += 1
             row.note = None
-    return sorted(rows.values(), key=lambda row: (row.process != "front", row.start_ns))
+    first: dict[str, int] = {}
+    for row in rows.values():
+        first[row.process] = min(row.start_ns, first.get(row.process, row.start_ns))
+    return sorted(rows.values(), key=lambda row: (first[row.process], row.process, row.start_ns))
 
 
 def _group(name: str) -> str:

@@ -35,7 +35,7 @@ def byte_rate(text: str) -> float:
         argparse.ArgumentTypeError: It is not such a text.
     """
     size, slash, second = text.partition("/")
-    if slash and second.strip() != "s":
+    if (slash and second.strip() != "s") or _QUANTITY.fullmatch(size) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate; write 200MB/s")
     return float(byte_count(size))
 

@@ -6,8 +6,8 @@ the worker's one tie to the front: when it ends, the worker ends, whatever it is
 
 Messages in:  `init`, `clock`, then for a prefill worker `job`, `ack`; for a decode worker
 `handoff`; for both `cancel`.
-Messages out: `imported`, `clock`, `up`, `tokens`, `handoff`, `ack`, `failed` (one request), `broken` (the
-worker), `spans`.
+Messages out: `imported`, `clock`, `up`, `alive`, `tokens`, `handoff`, `ack`, `failed` (one
+request), `broken` (the worker), `spans`.
 """
 
 from __future__ import annotations
@@ -126,6 +126,14 @@ class Worker:
 
     def _read(self) -> None:
         """The second thread: prepares on `init`, then passes on what the front says."""
+        try:
+            self._follow_front()
+        except Exception:  # noqa: BLE001 - a deaf worker would be waited for in vain
+            traceback.print_exc()
+        # The front is gone, or does not want this worker any more.
+        os._exit(0)
+
+    def _follow_front(self) -> None:
         while (message := self.control.recv()) is not None:
             if message.kind == "init":
                 try:
@@ -139,8 +147,6 @@ class Worker:
                 self.recorder.calibrate(self._clock_asked, message.body["now"], now())
             else:
                 self.inbox.put(message)
-        # The front is gone, or does not want this worker any more.
-        os._exit(0)
 
     def _prepare(self, init: dict[str, Any]) -> None:
         from coldframe.runtime.engine.spec import ModelSpec

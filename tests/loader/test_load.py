@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldframe.loader.arena import Reservation
+from coldframe.loader.board import StageState
+from coldframe.loader.devices import open_device
+from coldframe.loader.errors import ColdframeError, DeviceError, SourceChanged
+from coldframe.loader.load import Load, LoadOptions
+from coldframe.loader.sources.file import FileSource
+from coldframe.loader.timeline import Recorder
+from tests.loader.weights import arena_tensors, layered, reference, shard_files
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return layered(tmp_path / "m")
+
+
+@pytest.fixture(autouse=True)
+def lease_signal() -> Iterator[None]:
+    before = signal.signal(signal.SIGIO, lambda *_: None)
+    yield
+    signal.signal(signal.SIGIO, before)
+
+
+class Watched:
+    """A load and what it has said."""
+
+    def __init__(self, root: Path, **options: Any) -> None:
+        self.said: list[object] = []
+        self.ends: list[ColdframeError | None] = []
+        self.load = Load(
+            LoadOptions(str(root), **options),
+            open_device("cpu"),
+            Recorder("memory"),
+            on_plan=lambda: self.said.append("plan"),
+            on_stage=self.said.append,
+            on_end=self.ends.append,
+        )
+
+    def tensors(self) -> dict[str, bytes]:
+        """What a worker sees that maps the segments."""
+        arena = Reservation(self.load.plan.arena_bytes)
+        arena.attach(self.load.segments)
+        found = arena_tensors(self.load.plan, arena.view())
+        arena.close()
+        return found
+
+    def close(self) -> None:
+        self.load.close()
+        self.load.board.close()
+
+
+def test_options_travel() -> None:
+    options = LoadOptions("/m", copy=True, throttle=1e6, threads=3)
+    assert LoadOptions(**options.to_wire()) == options
+
+
+def test_a_mapped_load_is_ready_at_once_and_closes_whole(model: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    watched = Watched(model)
+    watched.load.run()
+    stages = [stage.index for stage in watched.load.plan.stages]
+    assert watched.load.mode == "mapped"
+    assert watched.said == ["plan", *stages]
+    assert watched.ends == [None]
+    assert {watched.load.board.state(stage) for stage in stages} == {StageState.READY}
+    assert watched.tensors() == reference(model)
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_moved_out_weights_are_the_same_at_the_same_places(model: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    expected = reference(model)
+    watched = Watched(model)
+    watched.load.run()
+    (segment,) = watched.load.move_out()
+    assert (segment.offset, segment.writable) == (0, False)
+    assert watched.load.mode == "copied"
+    watched.load.let_go()
+    for path in shard_files(model):
+        os.truncate(path, 0)
+    assert watched.tensors() == expected
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_writer_that_got_in_before_the_copy_was_done_is_noticed(model: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    watched = Watched(model)
+    watched.load.run()
+    # As the kernel does when the time for breaking a lease is over.
+    watched.load.let_go()
+    path = shard_files(model)[1]
+    with open(path, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+    with pytest.raises(SourceChanged) as caught:
+        watched.load.move_out()
+    assert caught.value.where == str(path)
+    assert watched.load.mode == "mapped"
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_what_changed_before_the_lease_is_noticed_and_the_lease_let_go(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = shard_files(model)[1]
+    take_lease = FileSource.take_lease
+
+    def take_lease_late(source: FileSource) -> str | None:
+        os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+        return take_lease(source)
+
+    monkeypatch.setattr(FileSource, "take_lease", take_lease_late)
+    watched = Watched(model)
+    with pytest.raises(SourceChanged):
+        watched.load.run()
+    assert watched.said == []
+    os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # nothing holds a writer back
+    watched.close()
+
+
+class FullDevice:
+    name = "full"
+
+    def available(self) -> int:
+        return 0
+
+    def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
+        raise DeviceError("full")
+
+
+def test_without_memory_for_a_copy_the_mapping_stays(model: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    watched = Watched(model)
+    watched.load.run()
+    watched.load._device = FullDevice()
+    with pytest.raises(DeviceError, match="full"):
+        watched.load.move_out()
+    assert watched.tensors() == reference(model)
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_load_that_failed_closes_whole(model: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    watched = Watched(model, copy=True)
+    watched.load._device = FullDevice()
+    with pytest.raises(DeviceError, match="full"):
+        watched.load.run()
+    assert watched.said == watched.ends == []
+    watched.close()
+    assert len(os.listdir("/proc/self/fd")) == fds

@@ -1,0 +1,458 @@
+"""The router against workers that obey the protocol and die, hang and repeat themselves at will."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.router import ACK_S, SILENCE_S, Router, TokenEvent
+
+Wire = dict[str, Any]
+REFUSED = 13
+"""A token id that no worker takes."""
+
+
+def ids_of(text: str) -> tuple[int, ...]:
+    return tuple(text.encode())
+
+
+def token(prompt: tuple[int, ...], index: int) -> int:
+    """What the model says: it depends on the prompt and the place alone, as greedy decoding does."""
+    return (31 * sum(prompt) + 7 * index) % 1000
+
+
+def over_the_wire(message: Wire) -> Wire:
+    copy: Wire = json.loads(json.dumps(message))
+    return copy
+
+
+class Listener:
+    """A client; it knows what it should be told."""
+
+    def __init__(self, prompt: tuple[int, ...], count: int) -> None:
+        self.prompt = prompt
+        self.count = count
+        self.events: list[TokenEvent] = []
+        self.error: ColdframeError | None = None
+        self.cancelled = False
+
+    @property
+    def ended(self) -> bool:
+        return self.error is not None or bool(self.events and self.events[-1].finish)
+
+    def on_token(self, event: TokenEvent) -> None:
+        assert not self.ended
+        assert not self.cancelled
+        assert event.index == len(self.events)
+        assert event.token == token(self.prompt, event.index)
+        assert event.text == chr(event.token)
+        assert (event.finish is not None) == (event.index + 1 == self.count)
+        self.events.append(event)
+
+    def on_error(self, error: ColdframeError) -> None:
+        assert not self.ended
+        assert not self.cancelled
+        self.error = error
+
+
+def said(job: Job, prompt: tuple[int, ...], index: int) -> list[Any]:
+    finish = "length" if index + 1 == job.params.max_tokens else None
+    number = token(prompt, index)
+    return [job.request, job.attempt, index, number, chr(number), finish, None, []]
+
+
+@dataclass
+class Worker:
+    """A simulated process: `inbox` and `outbox` are its socket."""
+
+    name: str
+    role: str
+    alive: bool = True
+    hung: bool = False
+    inbox: deque[Wire] = field(default_factory=deque)
+    outbox: deque[Wire] = field(default_factory=deque)
+    past: list[Wire] = field(default_factory=list)
+    jobs: dict[str, Job] = field(default_factory=dict)
+    attempts: dict[str, int] = field(default_factory=dict)
+    handed: set[str] = field(default_factory=set)
+    """Requests whose lease it renews."""
+
+    def holds(self, request: str) -> bool:
+        """Whether it computes the request, or will."""
+        coming = (
+            (message.get("job") or message.get("handoff", {}).get("job"))["request"]
+            for message in self.inbox
+            if message["type"] in ("job", "handoff")
+        )
+        return self.alive and (request in self.jobs or request in coming)
+
+    def take(self) -> None:
+        """Reads one message."""
+        message = self.inbox.popleft()
+        match message["type"]:
+            case "job":
+                self._prompt(Job.from_wire(message["job"]))
+            case "handoff":
+                self._handoff(Handoff.from_wire(message["handoff"]))
+            case "ack":
+                self.handed.discard(message["request"])
+            case "cancel":
+                self.jobs.pop(message["request"], None)
+                self.attempts.pop(message["request"], None)
+                self.handed.discard(message["request"])
+
+    def _prompt(self, job: Job) -> None:
+        assert self.role == "prefill"
+        if job.prompt_ids is not None and REFUSED in job.prompt_ids:
+            error = RequestError("no such token").to_wire()
+            body = {"type": "failed", "request": job.request, "attempt": job.attempt}
+            self.outbox.append({**body, "error": error})
+        else:
+            self.jobs[job.request] = job
+
+    def _handoff(self, handoff: Handoff) -> None:
+        assert self.role == "decode"
+        job = handoff.job
+        assert job.prompt_ids is not None
+        # What the hand-off says of the KV agrees with what it says of the tokens.
+        assert handoff.kv_tokens == len(job.prompt_ids) + len(job.generated_ids) - 1
+        if self.attempts.get(job.request, -1) < job.attempt:
+            self.attempts[job.request] = job.attempt
+            self.jobs[job.request] = job
+        self.outbox.append({"type": "ack", "request": job.request, "attempt": job.attempt})
+
+    def step(self) -> None:
+        """Computes the next token of all that it has."""
+        for request, job in list(self.jobs.items()):
+            prompt = job.prompt_ids if job.prompt_ids is not None else ids_of(job.prompt or "")
+            index = len(job.generated_ids)
+            assert list(job.generated_ids) == [token(prompt, i) for i in range(index)]
+            item = said(job, prompt, index)
+            self.outbox.append({"type": "tokens", "items": [item]})
+            generated = (*job.generated_ids, item[3])
+            job = Job(request, job.attempt, job.params, None, prompt, generated)
+            if item[5] is not None or self.role == "prefill":
+                del self.jobs[request]
+                self.attempts.pop(request, None)
+            else:
+                self.jobs[request] = job
+            if item[5] is None and self.role == "prefill":
+                self.handed.add(request)
+                kv_tokens = len(prompt) + index
+                handoff = Handoff(job, "plan", "kv", (1, 2), kv_tokens)
+                self.outbox.append({"type": "handoff", "handoff": handoff.to_wire()})
+
+
+class Machine(RuleBasedStateMachine):
+    """The replica's part: processes, sockets and the clock, and the checks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.router = Router(self, lambda: self.now)
+        self.workers: dict[str, Worker] = {}
+        self.buried: list[Worker] = []
+        self.listeners: dict[str, Listener] = {}
+        self.memory: Counter[tuple[str, str]] = Counter()
+        self.names = 0
+
+    # -- Transport -------------------------------------------------------------------------------
+
+    def to_worker(self, worker: str, message: Wire) -> None:
+        assert worker in self.workers, "a message to a worker that is known to be dead"
+        if message["type"] in ("job", "handoff"):
+            body = message.get("job") or message["handoff"]["job"]
+            holders = [w.name for w in self.workers.values() if w.holds(body["request"])]
+            assert holders == [], "a request that another worker still has"
+        if self.workers[worker].alive:  # else it is lost, as what is sent to a dead socket
+            self.workers[worker].inbox.append(over_the_wire(message))
+
+    def to_memory(self, message: Wire) -> None:
+        self.memory[message["type"], message["request"]] += 1
+
+    def kill(self, worker: str) -> None:
+        self.workers[worker].alive = False
+        self._bury(self.workers[worker])
+
+    def _bury(self, worker: Worker) -> None:
+        del self.workers[worker.name]
+        self.buried.append(worker)
+        self._add(worker.role)
+        self.router.worker_gone(worker.name)
+
+    def _add(self, role: str) -> None:
+        self.names += 1
+        worker = Worker(f"{role}-{self.names}", role)
+        worker.outbox.append({"type": "up"})
+        self.workers[worker.name] = worker
+        self.router.worker_added(worker.name, role)
+
+    def _pick(self, data: st.DataObject, fits: Callable[[Worker], bool]) -> Worker | None:
+        found = [worker for worker in self.workers.values() if fits(worker)]
+        return data.draw(st.sampled_from(found)) if found else None
+
+    # -- what can happen -------------------------------------------------------------------------
+
+    @initialize(prefill=st.integers(0, 2), decode=st.integers(0, 2))
+    def begin(self, prefill: int, decode: int) -> None:
+        for _ in range(prefill):
+            self._add("prefill")
+        for _ in range(decode):
+            self._add("decode")
+
+    @rule(
+        prompt=st.one_of(st.text("abc", max_size=3), st.lists(st.integers(10, 14), max_size=3)),
+        count=st.integers(1, 5),
+    )
+    def submit(self, prompt: str | list[int], count: int) -> None:
+        request = f"r{len(self.listeners)}"
+        params = SamplingParams(max_tokens=count)
+        if isinstance(prompt, str):
+            self.listeners[request] = listener = Listener(ids_of(prompt), count)
+            self.router.submit(request, params, listener, prompt=prompt)
+        else:
+            self.listeners[request] = listener = Listener(tuple(prompt), count)
+            self.router.submit(request, params, listener, prompt_ids=tuple(prompt))
+
+    @precondition(lambda self: self.listeners)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.listeners)))
+        self.router.cancel(request)
+        self.listeners[request].cancelled |= not self.listeners[request].ended
+
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.alive and not w.hung and bool(w.inbox))
+        if worker is not None:
+            worker.take()
+
+    @rule(data=st.data())
+    def compute(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.alive and not w.hung and bool(w.jobs))
+        if worker is not None:
+            worker.step()
+
+    @rule(data=st.data())
+    def deliver(self, data: st.DataObject) -> None:
+        # What a process has sent arrives even if it is dead by then.
+        worker = self._pick(data, lambda w: bool(w.outbox))
+        if worker is not None:
+            self._deliver(worker)
+
+    def _deliver(self, worker: Worker) -> None:
+        message = over_the_wire(worker.outbox.popleft())
+        worker.past.append(message)
+        self.router.on_message(worker.name, message)
+
+    @rule(data=st.data())
+    def everything_goes_on(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.alive and not w.hung)
+        if worker is not None:
+            while worker.inbox:
+                worker.take()
+            worker.step()
+            while worker.outbox:
+                self._deliver(worker)
+
+    @rule(data=st.data())
+    def die(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.alive)
+        if worker is not None:
+            worker.alive = False
+            worker.jobs.clear()
+            kept = data.draw(st.integers(0, len(worker.outbox)), label="messages that got out")
+            while len(worker.outbox) > kept:
+                worker.outbox.pop()
+
+    @rule(data=st.data())
+    def find_the_dead(self, data: st.DataObject) -> None:
+        # The end of a socket is read after what was sent over it.
+        worker = self._pick(data, lambda w: not w.alive and not w.outbox)
+        if worker is not None:
+            self._bury(worker)
+
+    @rule(data=st.data())
+    def say_it_again(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: bool(w.past))
+        if worker is not None:
+            message = data.draw(st.sampled_from(worker.past))
+            # A second copy of a hand-off is answered at once, so its lease is not renewed again.
+            self.router.on_message(worker.name, message)
+
+    @precondition(lambda self: any(worker.past for worker in self.buried))
+    @rule(data=st.data())
+    def the_dead_speak(self, data: st.DataObject) -> None:
+        worker = data.draw(st.sampled_from([w for w in self.buried if w.past]))
+        self.router.on_message(worker.name, data.draw(st.sampled_from(worker.past)))
+
+    @rule(data=st.data())
+    def hang(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.alive)
+        if worker is not None:
+            worker.hung = True
+
+    @rule(seconds=st.sampled_from([1.0, ACK_S / 2, ACK_S + 1]))
+    def time_goes_by(self, seconds: float) -> None:
+        self.now += seconds
+        self.router.tick()
+
+    # -- what must hold --------------------------------------------------------------------------
+
+    @invariant()
+    def accounts_are_open_while_requests_are(self) -> None:
+        for request, listener in self.listeners.items():
+            assert self.memory["open", request] == 1
+            over = listener.ended or listener.cancelled
+            assert self.memory["release", request] == over
+        open_ones = [x for x in self.listeners.values() if not x.ended and not x.cancelled]
+        assert self.router.open_requests == len(open_ones)
+
+    def teardown(self) -> None:
+        """All is calm in the end: who hangs is found, and every request has come to its end."""
+        for role in ("prefill", "decode"):
+            if not any(worker.role == role for worker in self.workers.values()):
+                self._add(role)
+        for _ in range(200):
+            for worker in list(self.workers.values()):
+                while worker.inbox and worker.alive and not worker.hung:
+                    worker.take()
+                if worker.alive and not worker.hung:
+                    worker.step()
+                while worker.outbox:
+                    self._deliver(worker)
+                if not worker.alive and worker.name in self.workers:
+                    self._bury(worker)
+            if self.router.open_requests == 0:
+                break
+            if not any(w.inbox or w.jobs for w in self.workers.values() if not w.hung):
+                self.now += max(SILENCE_S.values()) + 1
+                self.router.tick()
+        assert self.router.open_requests == 0
+        self.accounts_are_open_while_requests_are()
+        for listener in self.listeners.values():
+            assert listener.ended or listener.cancelled
+            if listener.error is not None:
+                assert isinstance(listener.error, RequestError)
+                assert REFUSED in listener.prompt
+                assert listener.events == []
+        for worker in self.workers.values():
+            while worker.inbox and worker.alive and not worker.hung:
+                worker.take()
+            if worker.alive and not worker.hung:
+                assert worker.handed == set(), "a lease that is renewed for ever"
+                assert worker.jobs == {}
+
+
+def test_no_token_is_lost_or_repeated_whatever_dies() -> None:
+    run_state_machine_as_test(
+        Machine,
+        settings=settings(
+            max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+        ),
+    )
+
+
+# -- single cases -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine() -> Machine:
+    machine = Machine()
+    machine.begin(1, 1)
+    for worker in machine.workers.values():
+        machine._deliver(worker)
+    return machine
+
+
+def one(machine: Machine, role: str) -> Worker:
+    (worker,) = [worker for worker in machine.workers.values() if worker.role == role]
+    return worker
+
+
+def test_a_seed_is_drawn_where_a_request_enters(machine: Machine) -> None:
+    machine.submit("a", 3)
+    first = one(machine, "prefill")
+    seed = Job.from_wire(first.inbox[0]["job"]).params.seed
+    assert seed is not None
+    first.alive = False
+    machine._bury(first)
+    again = Job.from_wire(one(machine, "prefill").inbox[0]["job"])
+    assert again.params.seed == seed
+    assert again.attempt == 1
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_that_hangs_is_replaced(machine: Machine, role: str) -> None:
+    machine.submit("a", 3)
+    if role == "decode":
+        prefill = one(machine, "prefill")
+        prefill.take()
+        prefill.step()
+        while prefill.outbox:
+            machine._deliver(prefill)
+    hung = one(machine, role)
+    hung.hung = True
+    limit = ACK_S if role == "decode" else SILENCE_S[role]
+    machine.time_goes_by(limit - 1)
+    assert one(machine, role) is hung
+    machine.time_goes_by(2)
+    assert one(machine, role) is not hung
+    machine.teardown()
+
+
+def test_a_worker_that_speaks_is_left_alone(machine: Machine) -> None:
+    machine.submit("a", 3)
+    worker = one(machine, "prefill")
+    for _ in range(3):
+        machine.time_goes_by(SILENCE_S["prefill"] - 1)
+        worker.outbox.append({"type": "alive"})
+        machine._deliver(worker)
+    assert one(machine, "prefill") is worker
+
+
+def test_requests_go_to_the_worker_with_the_fewest(machine: Machine) -> None:
+    machine._add("prefill")
+    for _ in range(4):
+        machine.submit("a", 2)
+    first, second = [w for w in machine.workers.values() if w.role == "prefill"]
+    # The one that is up comes first whatever its load: the other may take a while.
+    assert (len(first.inbox), len(second.inbox)) == (4, 0)
+    machine._deliver(second)
+    for _ in range(4):
+        machine.submit("a", 2)
+    assert (len(first.inbox), len(second.inbox)) == (4, 4)
+
+
+def test_a_replica_that_ends_tells_every_listener(machine: Machine) -> None:
+    class Cancels(Listener):
+        def on_error(self, error: ColdframeError) -> None:
+            super().on_error(error)
+            machine.router.cancel("last")
+
+    listeners = {name: Cancels((1,), 2) for name in ("first", "second", "last")}
+    for name, listener in listeners.items():
+        machine.router.submit(name, SamplingParams(max_tokens=2), listener, prompt_ids=(1,))
+    error = ReplicaError("over")
+    machine.router.fail_all(error)
+    assert [listener.error for listener in listeners.values()] == [error, error, None]
+    assert machine.router.open_requests == 0
+    assert all(machine.memory["release", name] == 1 for name in listeners)

@@ -199,7 +199,7 @@ class MemoryClient:
             self._channel.send(body)
             deadline = time.monotonic() + self._stall_s
             with self._changed:
-                while not self._answers:
+                while self._error is not None or not self._answers:
                     if self._error is not None:
                         raise self._error
                     if time.monotonic() >= deadline:

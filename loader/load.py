@@ -1,9 +1,10 @@
 """One checkpoint on its way into an arena: opened, planned, then mapped in place or streamed.
 
-A local file that is in the page cache already, all of it, is mapped where it lies: nothing is
-copied and every stage is ready at once. That is safe only under a read lease, which holds back
-whoever wants to write to the file; when one comes, the weights are copied out of the way
-(`move_out`) and the files let go, and no worker notices.
+A local checkpoint that is in the page cache already is mapped where it lies: nothing is copied.
+The kernel may have dropped some of its pages, so each stage is given out once what is missing of
+it has been read. Mapping is safe only under a read lease, which holds back whoever wants to write
+to a file; when one comes, the weights are copied out of the way (`move_out`) and the files let go,
+and no worker notices.
 """
 
 from __future__ import annotations
@@ -14,16 +15,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldframe.loader.arena import WEIGHTS_BASE, Reservation, Segment
-from coldframe.loader.board import Board, StageState
+from coldframe.loader.board import Board
+from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices import Device
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.plan import Plan
 from coldframe.loader.sources.file import FileSource
 from coldframe.loader.stream import Stream, Throttle
-from coldframe.loader.timeline import Recorder, now
+from coldframe.loader.timeline import Recorder
 
 __all__ = ["Load", "LoadOptions"]
+
+_MOSTLY = 0.9
+"""Mapped is what has at least this share in the page cache; a cold file is read faster than mapped,
+since a page fault brings in little at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +40,13 @@ class LoadOptions:
         path: A checkpoint's directory.
         copy: Never map files in place.
         throttle: Bytes per second at most, or None; implies `copy`.
-        threads: Readers.
+        threads: Readers; None takes as many as there are CPUs, but at least 2 and at most 8.
     """
 
     path: str
     copy: bool = False
     throttle: float | None = None
-    threads: int = 2
+    threads: int | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -92,6 +98,7 @@ class Load:
         self._source: FileSource | None = None
         self._stream: Stream | None = None
         self._reservation: Reservation | None = None
+        self._copies: list[Segment] = []
 
     def run(self) -> None:
         """Opens, plans and starts the stream; returns while that goes on.
@@ -104,7 +111,7 @@ class Load:
         with self._recorder.span("plan"):
             self.plan = Plan.build(checkpoint)
             self._source = source = FileSource(checkpoint.shards)
-            mapped = self._may_map(source)
+            mapped = self._may_map(source, checkpoint)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
         if mapped:
             try:
@@ -115,17 +122,17 @@ class Load:
         else:
             self._copy(source)
 
-    def _may_map(self, source: FileSource) -> bool:
+    def _may_map(self, source: FileSource, checkpoint: Checkpoint) -> bool:
         if self._options.copy or self._options.throttle is not None:
             return False
-        if not source.fully_cached():
-            self.why = "not all in the page cache"
+        cached = source.cached_bytes() / sum(shard.size for shard in checkpoint.shards)
+        if cached < _MOSTLY:
+            self.why = f"{100 * cached:.0f} % of it are in the page cache"
             return False
         self.why = source.take_lease()
         return self.why is None
 
     def _map(self, source: FileSource, checkpoint: Checkpoint) -> None:
-        start = now()
         self.mode = "mapped"
         self.segments = [
             Segment(fd, 0, shard.size, base, False)
@@ -136,28 +143,29 @@ class Load:
         # Under the lease nothing can change any more; what changed before it shows here.
         source.check_unchanged()
         self._on_plan()
-        for stage in self.plan.stages:
-            self.board.advance(stage.index, stage.nbytes)
-            self.board.settle(stage.index, StageState.READY)
-            self._on_stage(stage.index)
-        self._recorder.add("weight_read", start, note="mapped in place")
-        self._on_end(None)
+        self._start(source, None, None)
 
     def _copy(self, source: FileSource) -> None:
         self.mode = "copied"
         reservation = self._allocate(WEIGHTS_BASE)
+        self.segments = self._copies
         self._on_plan()
-        throttle = self._options.throttle
+        rate = self._options.throttle
+        self._start(source, reservation.view(), None if rate is None else Throttle(rate))
+
+    def _start(
+        self, source: FileSource, memory: memoryview | None, throttle: Throttle | None
+    ) -> None:
         self._stream = Stream(
             self.plan,
             source,
-            reservation.view(),
+            memory,
             self.board,
             on_stage=self._on_stage,
             on_end=self._on_end,
             recorder=self._recorder,
-            threads=self._options.threads,
-            throttle=None if throttle is None else Throttle(throttle),
+            threads=self._options.threads or min(8, max(2, cpu_count())),
+            throttle=throttle,
         )
         self._stream.start()
 
@@ -172,7 +180,7 @@ class Load:
             os.close(fd)
             raise
         self._reservation = reservation
-        self.segments = [Segment(fd, 0, size, 0, False)]
+        self._copies = [Segment(fd, 0, size, 0, False)]
         return reservation
 
     @property
@@ -184,21 +192,24 @@ class Load:
         """Copies mapped files into memory of our own, byte for byte at the same places.
 
         Returns:
-            Segments to map over the present ones; after that, call `let_go`.
+            Segments for `adopt`, to be mapped over the present ones; after that, call `let_go`.
 
         Raises:
             DeviceError: There is no memory for a copy.
             SourceError: The files cannot be read, or the writer was let in before the end.
         """
         assert self._source is not None
-        mapped = self.segments
         reservation = self._allocate(None)
-        for shard, segment in enumerate(mapped):
+        for shard, segment in enumerate(self.segments):
             self._source.read_into(shard, 0, reservation.view(segment.offset, segment.length))
         # The kernel holds a writer back for lease-break-time, not for ever.
         self._source.check_unchanged()
+        return self._copies
+
+    def adopt(self, segments: list[Segment]) -> None:
+        """From now on the weights are where `move_out` has put them."""
         self.mode, self.why = "copied", "somebody wanted to write to the files"
-        return self.segments
+        self.segments = segments
 
     def let_go(self) -> None:
         """Ends the leases: writers may come in."""
@@ -211,7 +222,7 @@ class Load:
             self._stream.cancel()
         if self._reservation is not None:
             self._reservation.close()
-            for segment in self.segments:
+            for segment in self._copies:
                 os.close(segment.fd)
         if self._source is not None:
             self._source.close()

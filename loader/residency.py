@@ -1,10 +1,9 @@
-"""Whether a file is in the page cache, all of it: asked of the kernel, not guessed."""
+"""How much of a file is in the page cache: asked of the kernel, not guessed."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-import os
 
 from coldframe.loader.arena import Reservation, Segment
 from coldframe.loader.errors import ArenaError
@@ -31,38 +30,46 @@ class _Cachestat(ctypes.Structure):
     )
 
 
-def cached_bytes(fd: int) -> int:
-    """How many bytes of a file are in the page cache, counted in whole pages within its size."""
-    size = os.fstat(fd).st_size
-    if size == 0:
+def cached_bytes(fd: int, offset: int, length: int) -> int:
+    """How many bytes of a stretch of a file are in the page cache, counted in whole pages.
+
+    Args:
+        fd: The file.
+        offset: Where the stretch begins.
+        length: Its bytes; not beyond the file's end.
+    """
+    if length == 0:
         return 0
-    pages = _by_cachestat(fd, size)
+    first = offset - offset % mmap.PAGESIZE
+    span = offset + length - first
+    pages = _by_cachestat(fd, first, span)
     if pages is None:
-        pages = _by_mincore(fd, size)
-    return min(pages * mmap.PAGESIZE, size)
+        pages = _by_mincore(fd, first, span)
+    missing = -(-span // mmap.PAGESIZE) - pages
+    return max(0, length - missing * mmap.PAGESIZE)
 
 
-def _by_cachestat(fd: int, size: int) -> int | None:
+def _by_cachestat(fd: int, offset: int, length: int) -> int | None:
     libc = ctypes.CDLL(None, use_errno=True)
-    asked, answer = _Range(0, size), _Cachestat()
+    asked, answer = _Range(offset, length), _Cachestat()
     # A kernel before 6.5, a sandbox or a file system without page cache refuses: fall back.
     if libc.syscall(_SYS_CACHESTAT, fd, ctypes.byref(asked), ctypes.byref(answer), 0) != 0:
         return None
     return int(answer.cached)
 
 
-def _by_mincore(fd: int, size: int) -> int:
+def _by_mincore(fd: int, offset: int, length: int) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
-    pages = -(-size // mmap.PAGESIZE)
+    pages = -(-length // mmap.PAGESIZE)
     vector = (ctypes.c_ubyte * pages)()
     try:
-        area = Reservation(size)
+        area = Reservation(length)
     except ArenaError:
         return 0
     try:
-        area.attach([Segment(fd, 0, size, 0, False)])
+        area.attach([Segment(fd, offset, length, 0, False)])
         address = ctypes.c_void_p(area.address)
-        if libc.mincore(address, ctypes.c_size_t(size), vector) != 0:
+        if libc.mincore(address, ctypes.c_size_t(length), vector) != 0:
             return 0
     except ArenaError:
         return 0

@@ -6,7 +6,7 @@ owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `open`, `release` (from gateways), `hello`, `grant`, `give_back`,
 `assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
-Messages out: `plan` (board and segments), `kv`, `stage`, `remap`, `failed`, `loaded`,
+Messages out: `plan` (board and segments), `kv`, `stage`, `remap`, `failed`, `loaded`, `moved`,
 `granted`, `assigned`, `claimed`, `dropped`, `available`.
 """
 
@@ -24,10 +24,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from coldframe.loader.arena import PAGE, Segment, round_up
+from coldframe.loader.arena import Segment
+from coldframe.loader.connection import Connection
 from coldframe.loader.devices import open_device
-from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.ledger import BlockLedger
+from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load, LoadOptions
 from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
@@ -38,20 +39,6 @@ __all__ = ["MemoryService", "SOCKET_NAME", "main"]
 SOCKET_NAME = "memory.sock"
 _TICK_S = 1.0
 _SEND_TIMEOUT_S = 10
-
-
-class _Client:
-    """One connection: the owner, a gateway or a worker."""
-
-    def __init__(self, key: str, channel: Channel) -> None:
-        self.key = key
-        """Its name in the ledger."""
-        self.channel = channel
-        self.gone = False
-        self.name = ""
-        self.attached = False
-        self.remapping = False
-        self.waits_for_blocks = False
 
 
 class MemoryService:
@@ -70,8 +57,8 @@ class MemoryService:
         self._posted: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wakeup, selectors.EVENT_READ, None)
-        self._owner = _Client("owner", owner)
-        self._clients: dict[int, _Client] = {}
+        self._owner = Connection("owner", owner)
+        self._clients: dict[int, Connection] = {}
         self._add(self._owner)
         self._next_key = 0
         self._run_dir = run_dir
@@ -81,8 +68,8 @@ class MemoryService:
         self._ready: list[int] = []
         self._planned = False
         self._failure: ColdframeError | None = None
-        self._ledger: BlockLedger | None = None
-        self._kv: tuple[dict[str, Any], Segment] | None = None
+        self._moving = False
+        self._kv = KvDesk(self._device, self._send, lambda: self._clients.values())
         self._running = True
 
     def run(self) -> None:
@@ -101,8 +88,7 @@ class MemoryService:
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_S
                 self._check_lease()
-                if self._ledger is not None and self._ledger.expire(time.monotonic()):
-                    self._tell_available()
+                self._kv.tick()
 
     def close(self) -> None:
         # A load that is still being opened is left to the end of the process.
@@ -131,19 +117,19 @@ class MemoryService:
             os.eventfd_read(self._wakeup)
             while self._posted:
                 self._posted.popleft()()
-        elif isinstance(key.data, _Client):
+        elif isinstance(key.data, Connection):
             self._receive(key.data)
         else:
             sock, _ = key.data.accept()
             self._next_key += 1
-            self._add(_Client(f"client-{self._next_key}", Channel(sock)))
+            self._add(Connection(f"client-{self._next_key}", Channel(sock)))
 
-    def _add(self, client: _Client) -> None:
+    def _add(self, client: Connection) -> None:
         client.channel.set_send_timeout(_SEND_TIMEOUT_S)
         self._clients[client.channel.fileno()] = client
         self._selector.register(client.channel.fileno(), selectors.EVENT_READ, client)
 
-    def _receive(self, client: _Client) -> None:
+    def _receive(self, client: Connection) -> None:
         messages, ended = client.channel.receive_ready()
         for fd in [fd for message in messages for fd in message.fds]:
             os.close(fd)  # nobody has any to send here
@@ -159,7 +145,7 @@ class MemoryService:
         if ended:
             self._remove(client)
 
-    def _remove(self, client: _Client) -> None:
+    def _remove(self, client: Connection) -> None:
         fd = client.channel.fileno()
         if self._clients.pop(fd, None) is None:
             return
@@ -168,13 +154,10 @@ class MemoryService:
         client.channel.close()
         if client is self._owner:
             self._running = False
-        if self._ledger is not None:
-            self._ledger.worker_gone(client.key, time.monotonic())
-            self._ledger.gateway_gone(client.key)
-            self._tell_available()
+        self._kv.gone(client)
         self._finish_move()
 
-    def _send(self, client: _Client, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+    def _send(self, client: Connection, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         try:
             client.channel.send(body, fds)
         except ReplicaError:
@@ -185,8 +168,9 @@ class MemoryService:
         self._posted.append(action)
         os.eventfd_write(self._wakeup, 1)
 
-    def _handle(self, client: _Client, message: Message) -> None:
+    def _handle(self, client: Connection, message: Message) -> None:
         handler = getattr(self, f"_on_{message.kind}", None)
+        handler = handler or getattr(self._kv, f"on_{message.kind}", None)
         if handler is None:
             raise ReplicaError("unknown message", where=client.key, got=message.kind)
         body = {key: value for key, value in message.body.items() if key != "type"}
@@ -194,7 +178,7 @@ class MemoryService:
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def _on_load(self, client: _Client, **options: Any) -> None:
+    def _on_load(self, client: Connection, **options: Any) -> None:
         if client is not self._owner or self._load is not None:
             raise ReplicaError("only the owner loads, and once", where=client.key)
         self._load = Load(
@@ -251,10 +235,10 @@ class MemoryService:
                 self._send(client, body)
         self._send(self._owner, {**body, "spans": spans})
 
-    def _attached(self) -> Iterator[_Client]:
+    def _attached(self) -> Iterator[Connection]:
         return (client for client in self._clients.values() if client.attached)
 
-    def _send_plan(self, client: _Client) -> None:
+    def _send_plan(self, client: Connection) -> None:
         assert self._load is not None
         load = self._load
         body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
@@ -264,7 +248,7 @@ class MemoryService:
         self._send(client, {**body, "plan": load.plan.to_wire()}, (load.board.fd,))
         self._send_segments(client, "segments", load.segments)
 
-    def _send_segments(self, client: _Client, kind: str, segments: list[Segment]) -> None:
+    def _send_segments(self, client: Connection, kind: str, segments: list[Segment]) -> None:
         for start in range(0, len(segments), MAX_FDS):
             some = segments[start : start + MAX_FDS]
             body = {
@@ -274,7 +258,7 @@ class MemoryService:
             }
             self._send(client, body, tuple(segment.fd for segment in some))
 
-    def _on_hello(self, client: _Client, name: str) -> None:
+    def _on_hello(self, client: Connection, name: str) -> None:
         if client.attached or client is self._owner:
             raise ReplicaError("a worker says hello, and once", where=client.key, got=name)
         client.name = name
@@ -283,8 +267,7 @@ class MemoryService:
             self._send_plan(client)
         for stage in self._ready:
             self._send(client, {"type": "stage", "stage": stage})
-        if self._kv is not None:
-            self._send(client, self._kv[0], (self._kv[1].fd,))
+        self._kv.greet(client)
         if self._failure is not None:
             self._send(client, {"type": "failed", "error": self._failure.to_wire()})
 
@@ -292,17 +275,29 @@ class MemoryService:
 
     def _check_lease(self) -> None:
         load = self._load
-        if load is None or not self._load_ended or self._failure is not None:
+        if load is None or not self._load_ended or self._failure is not None or self._moving:
             return
         if load.mode == "copied" or not load.writer_waits:
             return
+        self._moving = True
+        # A large model takes seconds to copy; requests go on meanwhile.
+        threading.Thread(target=self._move_out, args=(load,), name="move", daemon=True).start()
+
+    def _move_out(self, load: Load) -> None:
         try:
             segments = load.move_out()
         except ColdframeError as error:
             # The writer is held back still, as long as the kernel does that, or until the last
             # of those who have the files mapped is gone: they must not compute with new bytes.
-            self._report(error)
-            return
+            failure = error
+            self._post(lambda: self._report(failure))
+        else:
+            self._post(lambda: self._moved_now(segments))
+
+    def _moved_now(self, segments: list[Segment]) -> None:
+        assert self._load is not None
+        self._load.adopt(segments)
+        self._send(self._owner, {"type": "moved", "mode": self._load.mode, "why": self._load.why})
         attached = list(self._attached())
         for client in attached:
             client.remapping = True
@@ -310,7 +305,7 @@ class MemoryService:
             self._send_segments(client, "remap", segments)
         self._finish_move()
 
-    def _on_remapped(self, client: _Client) -> None:
+    def _on_remapped(self, client: Connection) -> None:
         client.remapping = False
         self._finish_move()
 
@@ -320,73 +315,13 @@ class MemoryService:
             assert self._load is not None
             self._load.let_go()
 
-    # -- KV --------------------------------------------------------------------------------------
-
-    def _on_kv(self, client: _Client, block_bytes: int, blocks: int, lease_s: float) -> None:
-        if client is not self._owner or self._kv is not None:
-            raise ReplicaError("only the owner sizes the KV, and once", where=client.key)
-        size = round_up(block_bytes * blocks, PAGE)
+    def _on_kv(self, client: Connection, **sizes: Any) -> None:
+        if client is not self._owner:
+            raise ReplicaError("only the owner sizes the KV", where=client.key)
         try:
-            fd = self._device.allocate("kv", size, now=False)
-        except ColdframeError as error:
+            self._kv.open_arena(**sizes)
+        except DeviceError as error:
             self._report(error)
-            return
-        self._ledger = BlockLedger(blocks, lease_s)
-        segment = Segment(fd, 0, size, 0, True)
-        body = {
-            "type": "kv",
-            "block_bytes": block_bytes,
-            "blocks": blocks,
-            "segment": segment.to_wire(),
-        }
-        self._kv = (body, segment)
-        for attached in list(self._attached()):
-            self._send(attached, body, (fd,))
-
-    @property
-    def _books(self) -> BlockLedger:
-        if self._ledger is None:
-            raise ReplicaError("there is no KV yet")
-        return self._ledger
-
-    def _on_open(self, client: _Client, request: str) -> None:
-        self._books.open(request, client.key)
-
-    def _on_release(self, client: _Client, request: str) -> None:
-        self._books.release(request)
-        self._tell_available()
-
-    def _on_grant(self, client: _Client, count: int) -> None:
-        blocks = self._books.grant(client.key, count)
-        client.waits_for_blocks = not blocks
-        self._send(client, {"type": "granted", "blocks": blocks})
-
-    def _on_give_back(self, client: _Client, blocks: list[int]) -> None:
-        self._books.give_back(client.key, blocks)
-        self._tell_available()
-
-    def _on_assign(self, client: _Client, request: str, attempt: int, blocks: list[int]) -> None:
-        taken = self._books.assign(client.key, request, attempt, blocks)
-        self._send(client, {"type": "assigned", "taken": taken})
-        self._tell_available()  # a new attempt frees what the old one has left
-
-    def _on_claim(self, client: _Client, request: str, attempt: int) -> None:
-        blocks = self._books.claim(client.key, request, attempt)
-        self._send(client, {"type": "claimed", "blocks": blocks})
-
-    def _on_drop(self, client: _Client, request: str) -> None:
-        self._books.drop(client.key, request, time.monotonic())
-        self._send(client, {"type": "dropped"})
-        self._tell_available()
-
-    def _on_renew(self, client: _Client, request: str) -> None:
-        self._books.renew(request, time.monotonic())
-
-    def _tell_available(self) -> None:
-        for client in list(self._clients.values()):
-            if client.waits_for_blocks:
-                client.waits_for_blocks = False
-                self._send(client, {"type": "available"})
 
 
 def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:

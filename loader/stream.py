@@ -64,7 +64,8 @@ class Stream:
     Args:
         plan: Stages and extents.
         source: Where the bytes are read.
-        memory: The arena's bytes.
+        memory: The arena's bytes; None where the files themselves are mapped there, and their
+            pages only have to be brought into the page cache.
         board: Where progress is shown.
         on_stage: Called with a stage's index once its bytes are in; from a reader's thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
@@ -77,7 +78,7 @@ class Stream:
         self,
         plan: Plan,
         source: Source,
-        memory: memoryview,
+        memory: memoryview | None,
         board: Board,
         *,
         on_stage: Callable[[int], None],
@@ -146,10 +147,11 @@ class Stream:
 
     def _read_chunk(self, chunk: _Chunk) -> None:
         arrives = None if self._throttle is None else self._throttle.book(chunk.length)
-        end = chunk.arena_offset + chunk.length
-        self._source.read_into(
-            chunk.shard, chunk.file_offset, self._memory[chunk.arena_offset : end]
-        )
+        if self._memory is None:
+            self._source.make_resident(chunk.shard, chunk.file_offset, chunk.length)
+        else:
+            place = self._memory[chunk.arena_offset : chunk.arena_offset + chunk.length]
+            self._source.read_into(chunk.shard, chunk.file_offset, place)
         if arrives is not None and self._cancelled.wait(max(0.0, arrives - time.monotonic())):
             return
         self._board.advance(chunk.stage, chunk.length)

@@ -172,9 +172,9 @@ def _probe(checkpoint: Checkpoint) -> _Path:
     buffer = memoryview(bytearray(_PROBE_CHUNK))
     size = checkpoint.shards[0].size
     try:
-        if source.fully_cached():
+        if source.cached_bytes() == sum(shard.size for shard in checkpoint.shards):
             return _Path(math.inf, "cached, mapped in place")
-        cached = cached_bytes(source.fds[0]) >= size
+        cached = cached_bytes(source.fds[0], 0, size) == size
         started, done = time.monotonic(), 0
         while done < min(size, _PROBE_BYTES) and time.monotonic() - started < _PROBE_S:
             count = min(_PROBE_CHUNK, size - done)

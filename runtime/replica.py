@@ -248,6 +248,8 @@ class Replica:
                 case "plan":
                     self.board = BoardView(message.fds[0])
                     self.facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
+                case "moved":
+                    self.facts |= {"mode": body["mode"], "why": body["why"]}
                 case "loaded":
                     self.loaded = True
                     self.facts |= {"mode": body["mode"], "why": body["why"]}

@@ -18,6 +18,14 @@ class Source(Protocol):
         """
         ...
 
+    def make_resident(self, shard: int, offset: int, length: int) -> None:
+        """Brings bytes of a shard that is mapped in place into the page cache.
+
+        Raises:
+            SourceError: They could not be had.
+        """
+        ...
+
     def check_unchanged(self) -> None:
         """Makes sure that all that was read belongs to the checkpoint that was planned.
 

@@ -14,6 +14,8 @@ from coldframe.loader.residency import cached_bytes
 
 __all__ = ["FileSource"]
 
+_SCRATCH = 1 << 20
+
 
 class FileSource:
     """The shards of a checkpoint in a local directory, held open.
@@ -59,10 +61,20 @@ class FileSource:
             if found != (shard.mtime_ns, shard.inode, shard.device):
                 raise self._changed(index, "was modified", "another file or modification time")
 
-    def fully_cached(self) -> bool:
-        """Whether every page of every shard is in the page cache."""
-        return all(
-            cached_bytes(fd) >= shard.size for shard, fd in zip(self._shards, self.fds, strict=True)
+    def make_resident(self, shard: int, offset: int, length: int) -> None:
+        missing = length - cached_bytes(self.fds[shard], offset, length)
+        if missing <= 0:
+            return
+        # A read, not read-ahead advice: when it returns the pages are there, or an error is.
+        scratch = memoryview(bytearray(min(length, _SCRATCH)))
+        for start in range(offset, offset + length, _SCRATCH):
+            self.read_into(shard, start, scratch[: min(_SCRATCH, offset + length - start)])
+
+    def cached_bytes(self) -> int:
+        """How much of all shards is in the page cache."""
+        return sum(
+            cached_bytes(fd, 0, shard.size)
+            for shard, fd in zip(self._shards, self.fds, strict=True)
         )
 
     def take_lease(self) -> str | None:

@@ -84,6 +84,8 @@ def test_moved_out_weights_are_the_same_at_the_same_places(model: Path) -> None:
     watched.load.run()
     (segment,) = watched.load.move_out()
     assert (segment.offset, segment.writable) == (0, False)
+    assert watched.load.mode == "mapped"
+    watched.load.adopt([segment])
     assert watched.load.mode == "copied"
     watched.load.let_go()
     for path in shard_files(model):

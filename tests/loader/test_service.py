@@ -232,7 +232,8 @@ def test_files_that_are_not_cached_are_copied(service: Service, model: Path) -> 
     evict(shard_files(model)[1])
     service.load(model).kv()
     loaded = service.expect("loaded").body
-    assert (loaded["mode"], loaded["why"]) == ("copied", "not all in the page cache")
+    assert loaded["mode"] == "copied"
+    assert "in the page cache" in loaded["why"]
     assert wait_all(service.client()) == reference(model)
 
 

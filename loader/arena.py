@@ -79,13 +79,15 @@ class Reservation:
 
     def __init__(self, size: int, base: int | None = None, *, exact: bool = False) -> None:
         self.size = max(round_up(size, PAGE), PAGE)
+        # Whole huge pages, at a multiple of them: only so can huge pages be mapped into it.
+        self._span = round_up(self.size, HUGE_PAGE)
         address = None
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
         if base is not None:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED_NOREPLACE
-            address = _mmap(base, self.size, _PROT_NONE, flags, -1, 0)
+            address = _mmap(base, self._span, _PROT_NONE, flags | _MAP_FIXED_NOREPLACE, -1, 0)
             # A kernel before 4.17 takes the address as a hint.
             if address is not None and address != base:
-                _libc().munmap(address, self.size)
+                _libc().munmap(address, self._span)
                 address = None
             if address is None and exact:
                 raise ArenaError(
@@ -94,8 +96,7 @@ class Reservation:
                     hint="Start the worker fresh instead of from a snapshot.",
                 )
         if address is None:
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
-            address = _mmap(None, self.size, _PROT_NONE, flags, -1, 0)
+            address = self._reserve_anywhere(flags)
         if address is None:
             raise ArenaError(
                 "no address space is left for an arena",
@@ -104,6 +105,17 @@ class Reservation:
                 hint="Raise the limit on address space (ulimit -v).",
             )
         self.address = address
+
+    def _reserve_anywhere(self, flags: int) -> int | None:
+        found = _mmap(None, self._span + HUGE_PAGE, _PROT_NONE, flags, -1, 0)
+        if found is None:
+            return None
+        address = round_up(found, HUGE_PAGE)
+        before, after = address - found, found + HUGE_PAGE - address
+        for start, length in ((found, before), (address + self._span, after)):
+            if length:
+                _libc().munmap(start, length)
+        return address
 
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps segments at their places.
@@ -153,7 +165,7 @@ class Reservation:
     def close(self) -> None:
         """Unmaps everything. Views taken before must not be touched again."""
         if self.address:
-            _libc().munmap(self.address, self.size)
+            _libc().munmap(self.address, self._span)
             self.address = 0
 
 

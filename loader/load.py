@@ -176,11 +176,12 @@ class Load:
         try:
             reservation = Reservation(size, base)
             reservation.attach([Segment(fd, 0, size, 0, True)])
-        except BaseException:
+            # What others get can neither be written nor cut, whatever kind of memory it is.
+            shared = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+        finally:
             os.close(fd)
-            raise
         self._reservation = reservation
-        self._copies = [Segment(fd, 0, size, 0, False)]
+        self._copies = [Segment(shared, 0, size, 0, False)]
         return reservation
 
     @property

@@ -7,6 +7,7 @@ import os
 
 from coldframe.loader.arena import PAGE, round_up
 from coldframe.loader.cgroup import memory_available
+from coldframe.loader.devices.hugepages import allocate_huge
 from coldframe.loader.errors import DeviceError
 
 __all__ = ["CpuDevice"]
@@ -15,7 +16,8 @@ __all__ = ["CpuDevice"]
 class CpuDevice:
     """Host memory, shared by descriptor.
 
-    A memfd rather than a file in /dev/shm, which is 64 MB in a container by default.
+    What is filled at once lies in huge pages where they can be had, and else in a memfd, rather
+    than in a file in /dev/shm, which is 64 MB in a container by default.
     """
 
     name = "cpu"
@@ -34,6 +36,9 @@ class CpuDevice:
                 got=f"{left:,} bytes available",
                 hint="Raise the container's memory limit or take a smaller model.",
             )
+        huge = allocate_huge(purpose, nbytes) if now else None
+        if huge is not None:
+            return huge[0]
         fd = os.memfd_create(f"coldframe-{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             os.ftruncate(fd, round_up(max(nbytes, 1), PAGE))

@@ -205,7 +205,7 @@ def test_processes_share_the_weights(copy: bool, service: Service, model: Path) 
     weights = [line for line in found[0]["maps"].splitlines() if line.split()[1] == "r--s"]
     for path in shard_files(model):
         assert any(line.endswith(str(path)) for line in weights) is not copy
-    assert any("memfd:coldframe-weights" in line for line in weights) is copy
+    assert any("coldframe-weights" in line for line in weights) is copy
     assert found[0]["tensors"] == found[1]["tensors"] == expected
     assert found[0]["address"] == found[1]["address"]
 
@@ -275,8 +275,10 @@ def test_shared_memory_cannot_shrink_under_who_has_it_mapped(service: Service, m
         assert message is not None
         kinds.add(message.kind)
         for fd in message.fds:
-            with pytest.raises(PermissionError):
+            size = os.fstat(fd).st_size
+            with pytest.raises(OSError, match=r"not permitted|Invalid argument"):
                 os.ftruncate(fd, 0)
+            assert os.fstat(fd).st_size == size > 0
             os.close(fd)
     bare.close()
 

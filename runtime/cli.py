@@ -100,7 +100,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "coldframe COMMAND --help says more. Every flag has a twin in the environment:",
-            "--throttle is also COLDFRAME_THROTTLE; the flag wins.",
+            "coldframe COMMAND --help says more. Every flag but the prompt's has a twin in the",
+            "environment: --throttle is also COLDFRAME_THROTTLE; the flag wins.",
         ]
     )

@@ -41,6 +41,7 @@ class _DecodeRole:
 
     def run(self) -> None:
         while True:
+            self._worker.beat()
             self._receive(block=not len(self._decoder))
             if not len(self._decoder):
                 self._pool.trim()

@@ -25,24 +25,40 @@ class Parser(argparse.ArgumentParser):
         super().__init__(*args, **kwargs)
         self._twins: list[tuple[argparse.Action, str]] = []
 
-    def flag(self, name: str, **kwargs: Any) -> None:
-        """Adds a flag, as `add_argument` does, with its twin in the environment."""
-        action = self.add_argument(name, **kwargs)
-        twin = "COLDFRAME_" + name.removeprefix("--").replace("-", "_").upper()
+    def flag(
+        self, *names: str, group: argparse._ArgumentGroup | None = None, **kwargs: Any
+    ) -> None:
+        """Adds a flag, as `add_argument` does, with its twin in the environment.
+
+        Args:
+            names: Its names; the last one, `--so-long`, is also that of the twin.
+            group: Where it stands in the help.
+            kwargs: As those of `add_argument`.
+        """
+        action = (group or self).add_argument(*names, **kwargs)
+        twin = "COLDFRAME_" + names[-1].removeprefix("--").replace("-", "_").upper()
         self._twins.append((action, twin))
-        if action.help is not None:
-            action.help += f" [{twin}]"
+        action.help = f"{action.help or ''} [{twin}]".lstrip()
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses the command line, with what the environment gives for flags that are absent.
 
         A wrong value ends the process with status 2, as argparse does.
         """
+        lists = {}
         for action, twin in self._twins:
             if twin in os.environ:
-                action.default = self._from_environment(action, twin, os.environ[twin])
+                value = self._from_environment(action, twin, os.environ[twin])
                 action.required = False
-        return self.parse_args(argv)
+                if _appends(action):  # which would add to its default
+                    lists[action.dest] = value
+                else:
+                    action.default = value
+        args = self.parse_args(argv)
+        for name, value in lists.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+        return args
 
     def _from_environment(self, action: argparse.Action, twin: str, text: str) -> Any:
         if action.nargs == 0:

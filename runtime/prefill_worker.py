@@ -48,6 +48,7 @@ class _PrefillRole:
 
     def run(self) -> None:
         while True:
+            self._worker.beat()
             self._receive(block=False)
             self._admit()
             finished = self._prefiller.advance() if not self._prefiller.idle else None

@@ -6,6 +6,7 @@ import argparse
 import json
 import signal
 import sys
+from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -33,9 +34,7 @@ def add_arguments(parser: Parser) -> None:
     prompt.add_argument("-p", "--prompt", help="the prompt")
     prompt.add_argument("--prompt-file", metavar="FILE", help="the prompt, read from a file")
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=_ids, help="the prompt as token ids")
-    parser.add_argument(
-        "-n", "--max-tokens", type=int, default=64, help="tokens to generate at most (64)"
-    )
+    parser.flag("-n", "--max-tokens", type=int, default=64, help="tokens to generate at most (64)")
     add_replica_arguments(parser)
     _add_sampling_arguments(parser)
     parser.flag("--json", action="store_true", help="print one JSON document and nothing else")
@@ -65,20 +64,20 @@ def add_replica_arguments(parser: Parser) -> None:
 
 
 def _add_sampling_arguments(parser: Parser) -> None:
-    sampling = parser.add_argument_group("sampling (greedy by default)")
-    sampling.add_argument("--temperature", type=float, default=0.0)
-    sampling.add_argument("--top-k", type=int, default=0)
-    sampling.add_argument("--top-p", type=float, default=1.0)
-    sampling.add_argument("--min-p", type=float, default=0.0)
-    sampling.add_argument("--repetition-penalty", type=float, default=1.0)
-    sampling.add_argument("--frequency-penalty", type=float, default=0.0)
-    sampling.add_argument("--presence-penalty", type=float, default=0.0)
-    sampling.add_argument("--logit-bias", metavar="ID:BIAS", type=_bias, action="append")
-    sampling.add_argument("--seed", type=int)
-    sampling.add_argument("--stop", action="append", metavar="TEXT", help="may be given again")
-    sampling.add_argument("--stop-token-id", action="append", type=int, metavar="ID")
-    sampling.add_argument("--ignore-eos", action="store_true")
-    sampling.add_argument("--logprobs", type=int, metavar="N", help="with the N likeliest tokens")
+    flag = partial(parser.flag, group=parser.add_argument_group("sampling (greedy by default)"))
+    flag("--temperature", type=float, default=0.0)
+    flag("--top-k", type=int, default=0)
+    flag("--top-p", type=float, default=1.0)
+    flag("--min-p", type=float, default=0.0)
+    flag("--repetition-penalty", type=float, default=1.0)
+    flag("--frequency-penalty", type=float, default=0.0)
+    flag("--presence-penalty", type=float, default=0.0)
+    flag("--logit-bias", metavar="ID:BIAS", type=_bias, action="append")
+    flag("--seed", type=int)
+    flag("--stop", action="append", metavar="TEXT", help="may be given again")
+    flag("--stop-token-id", action="append", type=int, metavar="ID")
+    flag("--ignore-eos", action="store_true")
+    flag("--logprobs", type=int, metavar="N", help="with the N likeliest tokens")
 
 
 def replica_options(args: argparse.Namespace) -> ReplicaOptions:

@@ -32,8 +32,8 @@ def render(timeline: Timeline) -> str:
     rows = _rows(timeline.spans)
     end = max([row.end_ns for row in rows] + [timeline.first_token_ns or 0])
     total = max(1, end - timeline.exec_ns)
-    name_width = max(len(_label(row)) for row in rows)
-    process_width = max(len(row.process) for row in rows)
+    name_width = max((len(_label(row)) for row in rows), default=0)
+    process_width = max((len(row.process) for row in rows), default=0)
     lines = [
         f"{'process':<{process_width}}  {'stage':<{name_width}}  {'from':>8}  {'takes':>8}",
     ]

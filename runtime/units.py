@@ -46,7 +46,7 @@ def human_bytes(count: float) -> str:
         if count < 999.5:
             return f"{count:.3g} {unit}"
         count /= 1000
-    return f"{count:.3g} TB"
+    return f"{count:.3g} TB" if count < 999.5 else f"{count:.0f} TB"
 
 
 def human_seconds(seconds: float) -> str:

@@ -16,6 +16,7 @@ import os
 import queue
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK_TOKENS", "Worker", "kv_format", "main"]
 
 BLOCK_TOKENS = 32
+BEAT_S = 5.0
+"""How often a worker says that it is alive, in seconds."""
 
 
 def kv_format(dtype: str) -> str:
@@ -75,6 +78,7 @@ class Worker:
         self._failure: ColdframeError | None = None
         self._prepared = threading.Event()
         self._clock_asked = 0
+        self._beaten = 0.0
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     # -- the start -------------------------------------------------------------------------------
@@ -198,6 +202,13 @@ class Worker:
         spans = self.recorder.drain()
         if spans:
             self.control.send({"type": "spans", "spans": [span.to_wire() for span in spans]})
+
+    def beat(self) -> None:
+        """Tells the front that the main thread still goes round; to be called in its loop."""
+        moment = time.monotonic()
+        if moment - self._beaten > BEAT_S:
+            self._beaten = moment
+            self.control.send({"type": "beat"})
 
     def check_memory(self) -> None:
         """Raises what the memory service reported, also where all weights are in already."""

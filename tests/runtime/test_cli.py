@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,14 +57,27 @@ def run_json(runs: Path, *arguments: object) -> dict[str, Any]:
     return document
 
 
-def start(runs: Path, *arguments: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [COLDFRAME, "run", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(runs),
-    )
+@contextmanager
+def started(runs: Path, *arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """`coldframe run`, going on; it is killed if it still runs in the end."""
+    # Where the tests run in the background, a shell has had them ignore the signal, and children
+    # inherit that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            [COLDFRAME, "run", *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(runs),
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def eventually(done: Callable[[], bool], seconds: float = 20) -> None:
@@ -264,9 +279,8 @@ def test_stops_seeds_and_probabilities(demo_model: Make, no_leaks: Path) -> None
 
 def test_the_timeline_goes_into_a_file(demo_model: Make, no_leaks: Path, tmp_path: Path) -> None:
     file = tmp_path / "start.trace.json"
-    done = run(
-        no_leaks, demo_model("llama"), "-p", PROMPT, "-n", 2, "--quiet", COLDFRAME_TIMELINE=str(file)
-    )
+    model = demo_model("llama")
+    done = run(no_leaks, model, "-p", "x", "-n", 2, "--quiet", COLDFRAME_TIMELINE=str(file))
     assert done.stderr == ""
     assert json.loads(file.read_text())["traceEvents"]
 
@@ -315,12 +329,13 @@ def test_a_signal_in_mid_load_leaves_nothing(
     demo_model: Make, no_leaks: Path, number: int, code: int
 ) -> None:
     model = demo_model("llama")
-    process = start(no_leaks, model, "-p", PROMPT, "--throttle", throttle(model, 30))
-    front = psutil.Process(process.pid)
-    eventually(lambda: len(front.children()) == 3 and bool(list(no_leaks.glob("*/memory.sock"))))
-    children = front.children(recursive=True)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=20)
+    with started(no_leaks, model, "-p", PROMPT, "--throttle", throttle(model, 30)) as process:
+        front = psutil.Process(process.pid)
+        sockets = partial(no_leaks.glob, "*/memory.sock")
+        eventually(lambda: len(front.children()) == 3 and bool(list(sockets())))
+        children = front.children(recursive=True)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
     assert process.returncode == code
     assert out == ""
     assert "Traceback" not in err
@@ -330,14 +345,14 @@ def test_a_signal_in_mid_load_leaves_nothing(
 
 
 def test_a_reader_who_has_seen_enough(demo_model: Make, no_leaks: Path) -> None:
-    process = start(no_leaks, demo_model("llama"), "-p", PROMPT, "-n", 400, "--ignore-eos")
-    assert process.stdout is not None
-    assert process.stderr is not None
-    os.read(process.stdout.fileno(), 1)
-    process.stdout.close()
-    assert process.stderr.read() == ""
-    process.stderr.close()
-    assert process.wait(timeout=20) == 141
+    asked = (demo_model("llama"), "-p", PROMPT, "-n", 400, "--ignore-eos")
+    with started(no_leaks, *asked) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        os.read(process.stdout.fileno(), 1)
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(timeout=20) == 141
 
 
 def broken(model: Path, folder: Path) -> Path:

@@ -6,6 +6,7 @@ import json
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,7 +36,7 @@ def ids_of(text: str) -> tuple[int, ...]:
 
 
 def token(prompt: tuple[int, ...], index: int) -> int:
-    """What the model says: it depends on the prompt and the place alone, as greedy decoding does."""
+    """What the model says: it depends on prompt and place alone, as greedy decoding does."""
     return (31 * sum(prompt) + 7 * index) % 1000
 
 
@@ -94,6 +95,10 @@ class Worker:
     attempts: dict[str, int] = field(default_factory=dict)
     handed: set[str] = field(default_factory=set)
     """Requests whose lease it renews."""
+
+    @property
+    def works(self) -> bool:
+        return self.alive and not self.hung
 
     def holds(self, request: str) -> bool:
         """Whether it computes the request, or will."""
@@ -220,7 +225,7 @@ class Machine(RuleBasedStateMachine):
 
     @rule(
         prompt=st.one_of(st.text("abc", max_size=3), st.lists(st.integers(10, 14), max_size=3)),
-        count=st.integers(1, 5),
+        count=st.integers(1, 8),
     )
     def submit(self, prompt: str | list[int], count: int) -> None:
         request = f"r{len(self.listeners)}"
@@ -232,7 +237,7 @@ class Machine(RuleBasedStateMachine):
             self.listeners[request] = listener = Listener(tuple(prompt), count)
             self.router.submit(request, params, listener, prompt_ids=tuple(prompt))
 
-    @precondition(lambda self: self.listeners)
+    @precondition(lambda self: len(self.listeners) > 1)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.listeners)))
@@ -240,38 +245,42 @@ class Machine(RuleBasedStateMachine):
         self.listeners[request].cancelled |= not self.listeners[request].ended
 
     @rule(data=st.data())
-    def read(self, data: st.DataObject) -> None:
-        worker = self._pick(data, lambda w: w.alive and not w.hung and bool(w.inbox))
+    def one_thing_happens(self, data: st.DataObject) -> None:
+        possible: list[Callable[[], None]] = []
+        for worker in self.workers.values():
+            if worker.inbox and worker.works:
+                possible.append(worker.take)
+            if worker.jobs and worker.works:
+                possible.append(worker.step)
+            if worker.outbox:  # what a process has sent arrives even if it is dead by then
+                possible.append(partial(self._deliver, worker))
+        if possible:
+            possible[data.draw(st.integers(0, len(possible) - 1))]()
+
+    @rule(data=st.data())
+    def one_worker_goes_on(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: w.works and bool(w.inbox or w.jobs or w.outbox))
         if worker is not None:
+            self._go_on(worker)
+
+    @rule(rounds=st.integers(1, 3))
+    def all_workers_go_on(self, rounds: int) -> None:
+        for _ in range(rounds):
+            for worker in list(self.workers.values()):
+                if worker.works:
+                    self._go_on(worker)
+
+    def _go_on(self, worker: Worker) -> None:
+        while worker.inbox:
             worker.take()
-
-    @rule(data=st.data())
-    def compute(self, data: st.DataObject) -> None:
-        worker = self._pick(data, lambda w: w.alive and not w.hung and bool(w.jobs))
-        if worker is not None:
-            worker.step()
-
-    @rule(data=st.data())
-    def deliver(self, data: st.DataObject) -> None:
-        # What a process has sent arrives even if it is dead by then.
-        worker = self._pick(data, lambda w: bool(w.outbox))
-        if worker is not None:
+        worker.step()
+        while worker.outbox:
             self._deliver(worker)
 
     def _deliver(self, worker: Worker) -> None:
         message = over_the_wire(worker.outbox.popleft())
         worker.past.append(message)
         self.router.on_message(worker.name, message)
-
-    @rule(data=st.data())
-    def everything_goes_on(self, data: st.DataObject) -> None:
-        worker = self._pick(data, lambda w: w.alive and not w.hung)
-        if worker is not None:
-            while worker.inbox:
-                worker.take()
-            worker.step()
-            while worker.outbox:
-                self._deliver(worker)
 
     @rule(data=st.data())
     def die(self, data: st.DataObject) -> None:
@@ -333,10 +342,8 @@ class Machine(RuleBasedStateMachine):
                 self._add(role)
         for _ in range(200):
             for worker in list(self.workers.values()):
-                while worker.inbox and worker.alive and not worker.hung:
-                    worker.take()
-                if worker.alive and not worker.hung:
-                    worker.step()
+                if worker.works:
+                    self._go_on(worker)
                 while worker.outbox:
                     self._deliver(worker)
                 if not worker.alive and worker.name in self.workers:
@@ -355,9 +362,9 @@ class Machine(RuleBasedStateMachine):
                 assert REFUSED in listener.prompt
                 assert listener.events == []
         for worker in self.workers.values():
-            while worker.inbox and worker.alive and not worker.hung:
-                worker.take()
-            if worker.alive and not worker.hung:
+            if worker.works:
+                while worker.inbox:
+                    worker.take()
                 assert worker.handed == set(), "a lease that is renewed for ever"
                 assert worker.jobs == {}
 
@@ -366,7 +373,7 @@ def test_no_token_is_lost_or_repeated_whatever_dies() -> None:
     run_state_machine_as_test(
         Machine,
         settings=settings(
-            max_examples=150, stateful_step_count=60, deadline=None, derandomize=True
+            max_examples=300, stateful_step_count=50, deadline=None, derandomize=True
         ),
     )
 
@@ -440,6 +447,30 @@ def test_requests_go_to_the_worker_with_the_fewest(machine: Machine) -> None:
     for _ in range(4):
         machine.submit("a", 2)
     assert (len(first.inbox), len(second.inbox)) == (4, 4)
+
+
+def test_who_passed_a_request_on_hears_of_the_acknowledgement(machine: Machine) -> None:
+    machine.submit("a", 8)
+    prefill, decode = one(machine, "prefill"), one(machine, "decode")
+    machine._go_on(prefill)
+    assert prefill.handed == {"r0"}
+    assert not prefill.inbox
+    decode.take()
+    machine._deliver(decode)
+    assert [message["type"] for message in prefill.inbox] == ["ack"]
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_who_has_a_request_hears_that_it_is_cancelled(machine: Machine, role: str) -> None:
+    machine.submit("a", 8)
+    if role == "decode":
+        machine._go_on(one(machine, "prefill"))
+    holder = one(machine, role)
+    holder.take()
+    machine.router.cancel("r0")
+    assert holder.inbox[-1] == {"type": "cancel", "request": "r0"}
+    holder.take()
+    assert holder.jobs == {}
 
 
 def test_a_replica_that_ends_tells_every_listener(machine: Machine) -> None:

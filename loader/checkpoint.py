@@ -17,9 +17,10 @@ from coldframe.loader.files import open_regular, pread_exactly, read_whole, sour
 from coldframe.loader.header import PREFIX_BYTES, TensorInfo, header_bytes, parse_header
 from coldframe.loader.strict_json import describe, parse_object
 
-__all__ = ["Checkpoint", "Shard", "TensorInfo", "read_config"]
+__all__ = ["Checkpoint", "Shard", "TensorInfo", "read_config", "read_generation_config"]
 
 CONFIG_NAME = "config.json"
+GENERATION_CONFIG_NAME = "generation_config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -140,7 +141,22 @@ def read_config(root: str) -> dict[str, Any]:
         CheckpointError: It is not a JSON object.
         SourceError: It is not there or cannot be read.
     """
-    path = os.path.join(root, CONFIG_NAME)
+    _check_directory(root)
+    return _read_object(os.path.join(root, CONFIG_NAME))
+
+
+def read_generation_config(root: str) -> dict[str, Any]:
+    """The `generation_config.json` of a model's directory; empty where there is none.
+
+    Raises:
+        CheckpointError: It is not a JSON object.
+        SourceError: It is there and cannot be read.
+    """
+    path = os.path.join(root, GENERATION_CONFIG_NAME)
+    return _read_object(path) if os.path.lexists(path) else {}
+
+
+def _read_object(path: str) -> dict[str, Any]:
     return parse_object(
         read_whole(path, _MAX_CONFIG_BYTES),
         where=path,

@@ -217,7 +217,10 @@ def sweep_run_dirs(parent: str | None = None) -> list[str]:
 
 
 def _run_base() -> str:
-    for name in ("COLDFRAME_RUN_DIR", "XDG_RUNTIME_DIR", "TMPDIR"):
+    wanted = os.environ.get("COLDFRAME_RUN_DIR")
+    if wanted:
+        return wanted
+    for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
         base = os.environ.get(name)
         if base and os.access(base, os.W_OK):
             return base

@@ -335,10 +335,10 @@ def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:
     """
     recorder = Recorder("memory")
     recorder.add("interpreter", spawned_ns, first_ns)
-    recorder.add("imports", first_ns)
     # The owner ends us by ending its socket, in its own time: a Ctrl-C is meant for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     service = MemoryService(Channel.from_fd(owner_fd), run_dir, recorder)
+    recorder.add("imports", first_ns)
     try:
         service.run()
     finally:

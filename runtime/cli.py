@@ -6,6 +6,7 @@ importing it.
 
 from __future__ import annotations
 
+import os
 import sys
 
 TYPE_CHECKING = False  # `typing` itself is slow to import
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         The exit status: 0, 1 for an error of coldframe's, 2 for wrong usage, 130 after Ctrl-C.
     """
     arguments = sys.argv[1:] if argv is None else argv
+    if sys.stdout is None:  # closed by whoever started us
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -71,8 +74,6 @@ def _call(name: str, arguments: list[str]) -> int:
         return 130
     except BrokenPipeError:
         # Who read our output has seen enough; the interpreter's own flush must not complain.
-        import os
-
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 

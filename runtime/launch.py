@@ -8,9 +8,10 @@ has to import. Nothing here waits for anything.
 from __future__ import annotations
 
 import os
+import time
 
 from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.process import Child, spawn_python
+from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.early import MemoryProcess
@@ -20,6 +21,7 @@ __all__ = ["Launch", "WorkerProcess"]
 
 _WORKER = "from coldframe.runtime.worker import main; main(3, int(sys.argv[1]), first_ns)"
 _FIRST_BYTE_S = 0.2
+_MEMORY_END_S = 5.0
 
 
 class WorkerProcess:
@@ -32,6 +34,12 @@ class WorkerProcess:
         self.channel = channel
         self.imported = False
         self.up = False
+        self.last_words: str | None = None
+
+    def end(self) -> None:
+        """Ends it at once; nothing that it has is lost by that."""
+        self.channel.close()
+        self.child.kill()
 
 
 class Launch:
@@ -59,7 +67,25 @@ class Launch:
         self.memory_child = memory.child
         self.memory = Channel(memory.socket)
         if not options.hold_load:
-            self.start_load()
+            try:
+                self.start_load()
+            except BaseException:
+                self.close()
+                raise
+
+    def close(self) -> None:
+        """Ends the memory service, and the workers that no replica has taken over."""
+        for worker in self.workers:
+            worker.end()
+        self.workers.clear()
+        # The end of its socket tells the memory service to go, and to clear up after itself.
+        self.memory.close()
+        deadline = time.monotonic() + _MEMORY_END_S
+        while self.memory_child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self.memory_child.kill()
+        remove_run_dir(self.run_dir)
+        os.close(self.lock)
 
     def start_load(self) -> None:
         """Tells the memory service what to load."""
@@ -79,10 +105,16 @@ class Launch:
         keep off the cores until the memory service has asked for the first byte: on a small
         machine they would only take turns with it.
         """
-        self.workers += [self.start_worker("prefill") for _ in range(self.options.prefill)]
-        if not self.options.hold_load:
-            self.memory.wait_readable(_FIRST_BYTE_S)
-        self.workers += [self.start_worker("decode") for _ in range(self.options.decode)]
+        try:
+            for _ in range(self.options.prefill):
+                self.workers.append(self.start_worker("prefill"))
+            if not self.options.hold_load:
+                self.memory.wait_readable(_FIRST_BYTE_S)
+            for _ in range(self.options.decode):
+                self.workers.append(self.start_worker("decode"))
+        except BaseException:
+            self.close()
+            raise
 
     def start_worker(self, role: str) -> WorkerProcess:
         """Starts one worker that will have the given role."""
@@ -90,8 +122,13 @@ class Launch:
         self._names += 1
         ours, theirs = Channel.pair()
         started = now()
-        child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
-        theirs.close()
+        try:
+            child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         self._recorder.add("process_spawn", started, note=name)
         return WorkerProcess(name, role, child, ours)
 

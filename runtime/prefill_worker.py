@@ -16,7 +16,7 @@ from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
 
 __all__ = ["run"]
 
-_REPORT_S = 5.0
+_RENEW_S = 5.0
 
 
 def run(worker: Worker) -> None:
@@ -44,7 +44,7 @@ class _PrefillRole:
         self._inside: set[str] = set()
         """Requests that are queued or computed here."""
         self._cancelled: set[str] = set()
-        self._report_at = 0.0
+        self._renew_at = 0.0
 
     def run(self) -> None:
         while True:
@@ -78,9 +78,8 @@ class _PrefillRole:
         self._worker.recorder.add("wait", started, waits_for=f"stage_ready[{stage}]")
 
     def _receive(self, *, block: bool) -> None:
-        if time.monotonic() >= self._report_at:
-            self._report_at = time.monotonic() + _REPORT_S
-            self._worker.control.send({"type": "alive"})
+        if time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + _RENEW_S
             for request in self._handed:
                 self._client.renew(request)
         try:

@@ -23,7 +23,7 @@ from coldframe.loader.errors import (
     ReplicaError,
     SourceChanged,
 )
-from coldframe.loader.process import remove_run_dir, sweep_run_dirs
+from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now, time_namespace
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
@@ -35,10 +35,9 @@ __all__ = ["Replica"]
 
 _BLOCK_TOKENS = 32
 _MOST_KV = 4 << 30
-_CRASHES = 3
+_CRASHES = 6
 _CRASH_WINDOW_S = 60.0
 _START_S = 300.0
-_MEMORY_END_S = 5.0
 _SEND_TIMEOUT_S = 10
 
 
@@ -77,6 +76,7 @@ class Replica:
         self._listening = False
         self._next_tick = 0.0
         self._requests = 0
+        self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._router = Router(self, time.monotonic)
         self._launch = launch or Launch(options, self.recorder)
@@ -85,8 +85,8 @@ class Replica:
         try:
             if launch is None:
                 self._launch.start_workers()
-            for worker in self._launch.workers:
-                self._adopt(worker)
+            while self._launch.workers:
+                self._adopt(self._launch.workers.pop(0))
             if not options.hold_load:
                 self._size_kv()
         except BaseException:
@@ -132,6 +132,8 @@ class Replica:
         """
         if self._error is not None:
             raise self._error
+        if self._load_started_ns is None:
+            raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         self._requests += 1
         request = f"r{self._requests}-{os.urandom(4).hex()}"
         self._router.submit(request, params, listener, prompt=prompt, prompt_ids=prompt_ids)
@@ -143,6 +145,7 @@ class Replica:
     def start_load(self) -> None:
         """Loads a model whose load was held (`ReplicaOptions.hold_load`)."""
         self._launch.start_load()
+        self._load_started_ns = now()
         self._size_kv()
 
     @property
@@ -177,17 +180,9 @@ class Replica:
             return
         self._closed = True
         for worker in self._workers.values():
-            worker.channel.close()
-            worker.child.kill()
+            worker.end()
         self._workers.clear()
-        # The end of its socket tells the memory service to go, and to clear up after itself.
-        self._memory.close()
-        deadline = time.monotonic() + _MEMORY_END_S
-        while self._memory_child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        self._memory_child.kill()
-        remove_run_dir(self._launch.run_dir)
-        os.close(self._launch.lock)
+        self._launch.close()
         self._selector.close()
         sweep_run_dirs(self.options.run_dir)
 
@@ -319,7 +314,11 @@ class Replica:
                 case "clock":
                     self._send(worker, {"type": "clock", "now": now()})
                 case "broken":
-                    self._fail(ColdframeError.from_wire(message.body["error"]))
+                    error = ColdframeError.from_wire(message.body["error"])
+                    if isinstance(error, ReplicaError):
+                        worker.last_words = str(error)  # another may fare better
+                    else:
+                        self._fail(error)
                 case kind:
                     worker.up = worker.up or kind == "up"
                     self._router.on_message(worker.name, message.body)
@@ -337,7 +336,7 @@ class Replica:
         self._crashes.append(time.monotonic())
         while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:
             self._crashes.popleft()
-        ending = why or _ending(code)
+        ending = why or worker.last_words or _ending(code)
         if code == -signal.SIGBUS:
             self._fail(
                 SourceChanged(
@@ -353,17 +352,19 @@ class Replica:
                     where=worker.name,
                     expected=f"at most {_CRASHES} ends in {_CRASH_WINDOW_S:g} s",
                     got=ending,
-                    hint="Their last words are on standard error.",
+                    hint="What they said last is on standard error.",
                 )
             )
         else:
             self._add_worker(worker.role)
-            self._router.worker_gone(worker.name)
+            self._router.worker_gone(worker.name, ending)
 
     def _kill_late_starters(self) -> None:
+        if self._load_started_ns is None:
+            return
         late = now() - int(_START_S * 1e9)
         for worker in list(self._workers.values()):
-            if not worker.up and worker.child.spawned_ns < late:
+            if not worker.up and max(worker.child.spawned_ns, self._load_started_ns) < late:
                 self._bury(worker, f"it was not up after {_START_S:g} s")
 
     def _fail(self, error: ColdframeError) -> None:

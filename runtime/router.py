@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff, Job
 
@@ -23,6 +23,8 @@ ACK_S = 30.0
 SILENCE_S = {"prefill": 300.0, "decode": 60.0}
 """How long a worker with requests may go without a word, in seconds. A decode worker speaks with
 every step, a prefill worker between any two layers, and a layer over a long prompt takes time."""
+MOST_ATTEMPTS = 4
+"""How many workers may die under a request before it is given up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +138,30 @@ class Router:
             if found.worker is None:
                 self._place(request)
 
-    def worker_gone(self, worker: str) -> None:
-        """A worker is dead: its requests go on elsewhere, or wait for its successor."""
+    def worker_gone(self, worker: str, why: str = "it died") -> None:
+        """A worker is dead: its requests go on elsewhere, or wait for its successor.
+
+        A request that one worker after the other dies under is given up: it may be the cause.
+        """
         self._workers.pop(worker, None)
-        for request, found in self._requests.items():
-            if found.worker == worker:
-                found.worker = None
-                found.acked = False
-                self._advance_attempt(found)
+        for request, found in list(self._requests.items()):
+            if found.worker != worker or request not in self._requests:
+                continue
+            found.worker, found.acked = None, False
+            self._advance_attempt(found)
+            if found.job.attempt < MOST_ATTEMPTS:
                 self._place(request)
+                continue
+            self._end(request)
+            found.listener.on_error(
+                ReplicaError(
+                    "workers die under this request again and again",
+                    where=request,
+                    expected=f"fewer than {MOST_ATTEMPTS} deaths",
+                    got=why,
+                    hint="What they said last is on standard error.",
+                )
+            )
 
     def on_message(self, worker: str, body: dict[str, Any]) -> None:
         """What a worker said."""

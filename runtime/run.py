@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import signal
 import sys
@@ -10,7 +11,7 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.errors import ColdframeError, RequestError, SourceError
+from coldframe.loader.errors import ColdframeError, PlatformError, RequestError, SourceError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.launch import Launch
@@ -109,6 +110,8 @@ def run(args: argparse.Namespace) -> int:
     recorder = Recorder("front")
     recorder.add("interpreter", exec_ns, started, note="and imports")
     signal.signal(signal.SIGTERM, _terminate)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     try:
         options = replica_options(args)
         launch = Launch(options, recorder, args.memory)
@@ -151,9 +154,8 @@ class _Answer:
 
     def on_token(self, event: TokenEvent) -> None:
         self._bar.clear()
-        if not self._quiet and event.text:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
+        if not self._quiet:
+            _print(event.text)
         self._events.append(event)
         self._times.append(now())
 
@@ -173,8 +175,7 @@ class _Answer:
         finally:
             self._bar.clear()
         if self._events and not self._quiet:
-            sys.stdout.write("\n")
-            sys.stdout.flush()
+            _print("\n")
         if self._error is not None:
             raise self._error
 
@@ -224,6 +225,23 @@ class _Answer:
                 for e in self._events
             ]
         return document
+
+
+def _print(text: str) -> None:
+    """Writes a part of the answer to standard output, at once.
+
+    Raises:
+        PlatformError: It cannot be written, to a full disk for example.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise PlatformError(
+            "the answer cannot be written", where="standard output", got=error.strerror
+        ) from error
 
 
 def _prompt(args: argparse.Namespace) -> str | None:

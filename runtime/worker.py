@@ -6,7 +6,7 @@ the worker's one tie to the front: when it ends, the worker ends, whatever it is
 
 Messages in:  `init`, `clock`, then for a prefill worker `job`, `ack`; for a decode worker
 `handoff`; for both `cancel`.
-Messages out: `imported`, `clock`, `up`, `alive`, `tokens`, `handoff`, `ack`, `failed` (one
+Messages out: `imported`, `clock`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one
 request), `broken` (the worker), `spans`.
 """
 
@@ -236,9 +236,9 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
         worker.report_spans()
         control.send({"type": "broken", "error": error.to_wire()})
     except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
+        traceback.print_exc()
         broken = ReplicaError("a worker broke", where=worker.role, got=repr(error))
         control.send({"type": "broken", "error": broken.to_wire()})
-        traceback.print_exc()
     finally:
         # Not through the interpreter's end: threads may be inside a kernel over mapped memory.
         os._exit(1)

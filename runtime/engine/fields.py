@@ -6,7 +6,6 @@ clear error here, not in a strange one a thousand lines later.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +15,9 @@ __all__ = ["Fields"]
 
 _LIMIT = 2**31
 """No count in any real config comes near it; beyond it sizes stop being believable."""
+
+_LEAST, _MOST = 1e-30, 1e30
+"""As for numbers; between them a product of two stays finite in float64, their own in float32."""
 
 
 class Fields:
@@ -55,19 +57,20 @@ class Fields:
         """An integer of at least 0."""
         return self._integer(key, 0, default)
 
-    def number(self, key: str, *, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(
+        self, key: str, *, default: float | None = None, least: float = _LEAST, most: float = _MOST
+    ) -> float:
+        """A number above 0, of a size to compute with."""
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(key, "a number above 0", value)
-        if not (0 < value < math.inf):
-            raise self.error(key, "a number above 0", value)
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        if not good or not least <= value <= most:
+            raise self.error(key, f"a number from {least:g} to {most:g}", value)
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """A finite number above 0, or None where there is none."""
+        """A number above 0, or None where there is none."""
         return None if self.values.get(key) is None else self.number(key)
 
     def flag(self, key: str, *, default: bool = False) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -159,9 +160,10 @@ def _bias_from_wire(bias: object) -> dict[int, float]:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    # bool is an int to Python, but `"temperature": true` is a mistake.
+    # bool is an int to Python, but `"temperature": true` is a mistake. JSON has integers that no
+    # float holds, so the comparison with infinity is Python's, not `math.isfinite`.
     good = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not good or not math.isfinite(value) or not low <= value <= high:  # type: ignore[arg-type, operator]
+    if not good or not low <= value <= min(high, sys.float_info.max):  # type: ignore[operator]
         limit = f"from {low:g} to {high:g}" if math.isfinite(high) else f"of at least {low:g}"
         raise _error(name, f"a number {limit}", value)
 

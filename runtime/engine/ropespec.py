@@ -17,6 +17,9 @@ __all__ = ["RopeSpec"]
 
 _KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
+_MOST_FACTOR = 1e4
+"""The largest in use is below 100; the frequencies are float32, and there is 1 to tell from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class RopeSpec:
@@ -86,7 +89,7 @@ class RopeSpec:
             return spec
         if kind == "yarn":
             return _yarn(spec, fields, config)
-        spec = replace(spec, factor=fields.number("factor"))
+        spec = replace(spec, factor=fields.number("factor", most=_MOST_FACTOR))
         if kind == "llama3":
             return _llama3(spec, fields, config)
         if kind == "dynamic" and head_dim <= 2:
@@ -110,7 +113,9 @@ def _llama3(spec: RopeSpec, fields: Fields, config: Fields) -> RopeSpec:
 
 def _yarn(spec: RopeSpec, fields: Fields, config: Fields) -> RopeSpec:
     original = _original_max_position(spec, fields, config)
-    factor = fields.number("factor", default=spec.max_position / original)
+    factor = fields.number("factor", default=spec.max_position / original, most=_MOST_FACTOR)
+    if spec.theta <= 1:
+        raise config.error("rope_theta", "more than 1 for yarn", spec.theta)
     attention_factor = fields.optional_number("attention_factor")
     if attention_factor is None:
         over, under = fields.optional_number("mscale"), fields.optional_number("mscale_all_dim")

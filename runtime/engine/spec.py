@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from coldframe.loader.errors import CheckpointError
+from coldframe.loader.errors import CheckpointError, UnsupportedModel
+from coldframe.loader.stages import stage_of_each, unused
 from coldframe.runtime.engine.families import (
     attention_windows,
     family_of,
@@ -80,13 +81,18 @@ class ModelSpec:
 
     @classmethod
     def from_config(
-        cls, config: Mapping[str, Any], tensors: Mapping[str, TensorLike] | None = None
+        cls,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorLike] | None = None,
+        generation: Mapping[str, Any] | None = None,
     ) -> ModelSpec:
         """Reads a Hugging Face config and, where the tensors are known, checks them against it.
 
         Args:
             config: The parsed config.json.
             tensors: The checkpoint's tensors by name. They decide the dtype.
+            generation: The parsed generation_config.json. The end-of-text tokens that it names
+                take the place of the config's: chat models name the end of a turn only there.
 
         Returns:
             The spec.
@@ -109,6 +115,7 @@ class ModelSpec:
         max_position = fields.positive("max_position_embeddings")
         attention_bias = fields.flag("attention_bias")
         rope = RopeSpec.from_config(fields, head_dim, max_position)
+        ends = Fields(generation or {}, "generation_config.json").token_ids("eos_token_id", vocab)
         spec = cls(
             family=family,
             dtype=stored_dtype(fields),
@@ -130,7 +137,7 @@ class ModelSpec:
             max_position_embeddings=max_position,
             context_length=rope.context_length,
             bos_token_id=fields.token_id("bos_token_id", vocab),
-            eos_token_ids=fields.token_ids("eos_token_id", vocab),
+            eos_token_ids=ends or fields.token_ids("eos_token_id", vocab),
         )
         if tensors is None:
             return spec
@@ -200,13 +207,19 @@ class ModelSpec:
         return shapes
 
     def check(self, tensors: Mapping[str, TensorLike]) -> None:
-        """Refuses a checkpoint whose tensors are not what the config promises; extra ones are fine.
+        """Refuses a checkpoint whose tensors are not what the config promises.
 
         Matrices must all be of `dtype`; vectors may be of any of `DTYPES`, the engine casts them.
+        Tensors outside the layers may be there in vain. Those of layers may not: a bias that is
+        left out makes a wrong answer, and with other layers than the config says the stages of
+        the load plan are not those that the engine waits for.
 
         Raises:
-            CheckpointError: A tensor is missing, or of another shape or dtype.
+            UnsupportedModel: A layer has a tensor that the engine would not use.
+            CheckpointError: A tensor is missing, or of another shape or dtype, or the number of
+                layers is not the config's.
         """
+        self._check_layers(tensors)
         for name, shape in self.expected_tensors().items():
             tensor = tensors.get(name)
             if tensor is None:
@@ -233,4 +246,26 @@ class ModelSpec:
                     expected=" or ".join(allowed),
                     got=tensor.dtype,
                     hint="Convert all weights to one of bf16, f16 and f32.",
+                )
+
+    def _check_layers(self, tensors: Mapping[str, TensorLike]) -> None:
+        dropped = unused(tensors)
+        names = [name for name in tensors if name not in dropped]
+        _, layers = stage_of_each(names, where="the checkpoint")
+        if layers > self.layers:
+            raise CheckpointError(
+                "the checkpoint has more layers than its config says",
+                where="config.json: num_hidden_layers",
+                expected=layers,
+                got=self.layers,
+                hint="Correct the config, or save a checkpoint of these layers alone.",
+            )
+        wanted = self.expected_tensors()
+        for name in names:
+            if name.startswith("model.layers.") and name not in wanted:
+                raise UnsupportedModel(
+                    "a layer has a tensor that the engine would not use",
+                    where=name,
+                    expected=f"the tensors of a {self.family} layer",
+                    hint="See whether config.json says what the model has, as attention_bias.",
                 )

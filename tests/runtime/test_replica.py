@@ -40,6 +40,12 @@ def pid(replica: Replica, role: str) -> int:
     return found
 
 
+def kill_and_wait(replica: Replica, role: str) -> None:
+    victim = pid(replica, role)
+    os.kill(victim, signal.SIGKILL)
+    wait_for(replica, lambda: victim not in replica.pids.values())
+
+
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, family: str) -> None:
     model = demo_model(family)
@@ -200,14 +206,22 @@ def test_workers_that_die_again_and_again_end_the_replica(demo_model: Make, no_l
     model = demo_model("llama")
     with Replica(options(model, no_leaks, throttle=size_of(model) / 60.0)) as replica:
         client = ask(replica, prompt_of(20), 8)
+        other = ask(replica, prompt_of(20), 8)
+        wait_for(replica, lambda: replica.board is not None)  # they have been given to workers
         for _ in range(4):
-            victim = pid(replica, "prefill")
-            os.kill(victim, signal.SIGKILL)
-            wait_for(replica, lambda gone=victim: gone not in replica.pids.values())  # type: ignore[misc]
-        finish(replica, client)
-        assert isinstance(client.error, ReplicaError)
-        assert "again and again" in str(client.error)
-        assert "SIGKILL" in str(client.error)
+            kill_and_wait(replica, "prefill")
+        finish(replica, client, other)
+        for failed in (client, other):
+            assert isinstance(failed.error, ReplicaError)
+            assert "under this request again and again" in str(failed.error)
+            assert "SIGKILL" in str(failed.error)
+        assert replica.error is None
+        late = ask(replica, prompt_of(20), 8)
+        for _ in range(3):
+            kill_and_wait(replica, "decode")
+        finish(replica, late)
+        assert replica.error is late.error is not None
+        assert "workers die again and again" in str(late.error)
 
 
 # -- requests -------------------------------------------------------------------------------

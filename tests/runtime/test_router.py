@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff, Job
-from coldframe.runtime.router import ACK_S, SILENCE_S, Router, TokenEvent
+from coldframe.runtime.router import ACK_S, MOST_ATTEMPTS, SILENCE_S, Router, TokenEvent
 
 Wire = dict[str, Any]
 REFUSED = 13
@@ -178,6 +178,7 @@ class Machine(RuleBasedStateMachine):
         self.listeners: dict[str, Listener] = {}
         self.memory: Counter[tuple[str, str]] = Counter()
         self.names = 0
+        self.deaths = 0
 
     # -- Transport -------------------------------------------------------------------------------
 
@@ -201,6 +202,7 @@ class Machine(RuleBasedStateMachine):
         del self.workers[worker.name]
         self.buried.append(worker)
         self._add(worker.role)
+        self.deaths += 1
         self.router.worker_gone(worker.name)
 
     def _add(self, role: str) -> None:
@@ -357,7 +359,9 @@ class Machine(RuleBasedStateMachine):
         self.accounts_are_open_while_requests_are()
         for listener in self.listeners.values():
             assert listener.ended or listener.cancelled
-            if listener.error is not None:
+            if isinstance(listener.error, ReplicaError):
+                assert self.deaths >= MOST_ATTEMPTS
+            elif listener.error is not None:
                 assert isinstance(listener.error, RequestError)
                 assert REFUSED in listener.prompt
                 assert listener.events == []

@@ -37,7 +37,8 @@ format: setup
 	$(BIN)/ruff format .
 
 bench: setup
-	$(BIN)/coldframe bench spine
+	$(BIN)/coldframe demo-model $(DEMO) --size base
+	$(BIN)/coldframe bench spine $(DEMO)
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -26,19 +26,19 @@ class ProgressBar:
         self._stream = stream
         self.active = stream.isatty()
         self._drawn_at = 0.0
-        self._started: float | None = None
+        self._began: tuple[float, int] | None = None
         self._shown = False
 
     def update(self, board: BoardView | None) -> None:
         if not self.active or board is None:
             return
         moment = time.monotonic()
-        self._started = self._started or moment
         if moment - self._drawn_at < _EVERY_S:
             return
         self._drawn_at = moment
         done, total = board.progress
-        rate = done / max(moment - self._started, 1e-3)
+        self._began = self._began or (moment, done)
+        rate = (done - self._began[1]) / max(moment - self._began[0], 1e-3)
         left = human_seconds((total - done) / rate) if rate else "?"
         filled = _WIDTH * done // max(total, 1)
         bar = "█" * filled + "░" * (_WIDTH - filled)

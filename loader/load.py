@@ -31,6 +31,9 @@ _MOSTLY = 0.9
 """Mapped is what has at least this share in the page cache; a cold file is read faster than mapped,
 since a page fault brings in little at a time."""
 
+_DIRECT_READERS = 8
+"""Requests that the disk has before it at once; those who wait for them need no processor."""
+
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
@@ -98,6 +101,7 @@ class Load:
         self._source: FileSource | None = None
         self._stream: Stream | None = None
         self._reservation: Reservation | None = None
+        self._cached = 0.0
         self._copies: list[Segment] = []
 
     def run(self) -> None:
@@ -123,11 +127,11 @@ class Load:
             self._copy(source)
 
     def _may_map(self, source: FileSource, checkpoint: Checkpoint) -> bool:
+        self._cached = source.cached_bytes() / sum(shard.size for shard in checkpoint.shards)
         if self._options.copy or self._options.throttle is not None:
             return False
-        cached = source.cached_bytes() / sum(shard.size for shard in checkpoint.shards)
-        if cached < _MOSTLY:
-            self.why = f"{100 * cached:.0f} % of it are in the page cache"
+        if self._cached < _MOSTLY:
+            self.why = f"{100 * self._cached:.0f} % of it are in the page cache"
             return False
         self.why = source.take_lease()
         return self.why is None
@@ -143,19 +147,28 @@ class Load:
         # Under the lease nothing can change any more; what changed before it shows here.
         source.check_unchanged()
         self._on_plan()
-        self._start(source, None, None)
+        self._start(source, None, note="mapped in place")
 
     def _copy(self, source: FileSource) -> None:
         self.mode = "copied"
         reservation = self._allocate(WEIGHTS_BASE)
         self.segments = self._copies
         self._on_plan()
-        rate = self._options.throttle
-        self._start(source, reservation.view(), None if rate is None else Throttle(rate))
+        # What is mostly in the page cache comes faster from there. A link is modelled by either.
+        direct = self._options.throttle is None and self._cached < _MOSTLY and source.use_direct()
+        threads = _DIRECT_READERS if direct else None
+        note = "direct" if direct else "buffered"
+        self._start(source, reservation.view(), threads=threads, note=note)
 
     def _start(
-        self, source: FileSource, memory: memoryview | None, throttle: Throttle | None
+        self,
+        source: FileSource,
+        memory: memoryview | None,
+        *,
+        threads: int | None = None,
+        note: str,
     ) -> None:
+        rate = self._options.throttle
         self._stream = Stream(
             self.plan,
             source,
@@ -164,8 +177,9 @@ class Load:
             on_stage=self._on_stage,
             on_end=self._on_end,
             recorder=self._recorder,
-            threads=self._options.threads or min(8, max(2, cpu_count())),
-            throttle=throttle,
+            threads=self._options.threads or threads or min(8, max(2, cpu_count())),
+            throttle=None if rate is None else Throttle(rate),
+            note=note,
         )
         self._stream.start()
 

@@ -71,6 +71,7 @@ class Stream:
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
         threads: Readers.
+        note: How the bytes come, for the timeline.
         throttle: A limit on the rate, or None.
     """
 
@@ -85,6 +86,7 @@ class Stream:
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
         threads: int = 2,
+        note: str | None = None,
         throttle: Throttle | None = None,
     ) -> None:
         self._plan = plan
@@ -95,6 +97,7 @@ class Stream:
         self._on_end = on_end
         self._recorder = recorder
         self._throttle = throttle
+        self._note = note
         size = _CHUNK
         if throttle is not None:
             size = min(_CHUNK, max(_MIN_CHUNK, int(throttle.rate * _THROTTLED_CHUNK_S)))
@@ -142,7 +145,7 @@ class Stream:
             last = self._readers == 0
             cancelled = self._error is None and any(self._left)
         if last and not cancelled:
-            self._recorder.add("weight_read", self._started_ns)
+            self._recorder.add("weight_read", self._started_ns, note=self._note)
             self._on_end(self._error)
 
     def _read_chunk(self, chunk: _Chunk) -> None:
@@ -182,13 +185,12 @@ class Stream:
 
 
 def _chunks(plan: Plan, size: int) -> Iterator[_Chunk]:
+    """Cuts the extents where the file's offset is a multiple of the size: at whole blocks."""
     for stage in plan.stages:
         for extent in stage.extents:
-            for start in range(0, extent.length, size):
-                yield _Chunk(
-                    stage.index,
-                    extent.shard,
-                    extent.file_offset + start,
-                    extent.arena_offset + start,
-                    min(size, extent.length - start),
-                )
+            shift = extent.arena_offset - extent.file_offset
+            start, end = extent.file_offset, extent.file_offset + extent.length
+            while start < end:
+                stop = min(end, (start // size + 1) * size)
+                yield _Chunk(stage.index, extent.shard, start, start + shift, stop - start)
+                start = stop

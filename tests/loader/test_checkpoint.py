@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from coldframe.loader.checkpoint import Checkpoint, Shard
+from coldframe.loader.checkpoint import Checkpoint, Shard, read_generation_config
 from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
@@ -207,6 +207,20 @@ def test_a_config_may_hold_infinity(single: Path) -> None:
     checkpoint = Checkpoint.open(single)
     assert checkpoint.config == {"time_step_limit": [0.0, float("inf")]}
     assert checkpoint.fingerprint
+
+
+def test_a_generation_config_may_be_missing_but_not_broken(single: Path) -> None:
+    path = single / "generation_config.json"
+    assert read_generation_config(str(single)) == {}
+    path.write_text('{"eos_token_id": [1, 2]}')
+    assert read_generation_config(str(single)) == {"eos_token_id": [1, 2]}
+    path.write_text('{"eos_token_id": [1, 2')
+    with pytest.raises(CheckpointError, match="not JSON"):
+        read_generation_config(str(single))
+    path.unlink()
+    path.symlink_to("nowhere")
+    with pytest.raises(SourceNotFound):
+        read_generation_config(str(single))
 
 
 def test_a_config_too_large_is_refused_unread(single: Path) -> None:

@@ -16,6 +16,7 @@ import pytest
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
 from coldframe.loader.residency import cached_bytes
+from coldframe.loader.sources.direct import open_direct
 from coldframe.loader.sources.file import FileSource
 from tests.loader.weights import evict, layered, shard_files
 
@@ -234,3 +235,72 @@ def test_closing_ends_the_lease(model: Path, signals: list[int]) -> None:
     wait_for(signals)
     source.close()
     assert child.wait(20) == 0
+
+
+@pytest.fixture
+def memory() -> Iterator[memoryview]:
+    """A megabyte that begins at a page."""
+    area = mmap.mmap(-1, 1 << 20)
+    with memoryview(area) as view:
+        yield view
+    area.close()
+
+
+@pytest.mark.parametrize(
+    ("offset", "length"),
+    [(0, 60_000), (0, 4096), (1, 50_000), (4095, 4098), (4096, 8192), (100, 10), (5000, 3000)],
+)
+def test_direct_reads_bring_the_same_bytes(
+    source: FileSource, model: Path, memory: memoryview, offset: int, length: int
+) -> None:
+    path = shard_files(model)[1]
+    data = path.read_bytes()
+    assert source.use_direct()
+    for shift in (offset % 4096, 0, 8):  # congruent, so direct; and not, so the usual way
+        place = memory[shift : shift + length]
+        source.read_into(1, offset, place)
+        assert bytes(place) == data[offset : offset + length]
+        assert bytes(memory[shift + length : shift + length + 64]) == bytes(64)
+        memory[: 1 << 19] = bytes(1 << 19)
+    # To the last byte, which is in no whole block.
+    place = memory[:][: path.stat().st_size]
+    source.read_into(1, 0, place)
+    assert bytes(place) == data
+
+
+def test_direct_reads_go_past_the_page_cache(
+    source: FileSource, model: Path, memory: memoryview
+) -> None:
+    path = shard_files(model)[1]
+    evict(path)
+    assert source.use_direct()
+    source.read_into(1, 0, memory[: path.stat().st_size])
+    # Only the ragged end came the usual way.
+    assert cached_bytes(source.fds[1], 0, path.stat().st_size) <= 4096
+
+
+def test_a_file_system_without_direct_reads(tmp_path: Path) -> None:
+    # Files of /proc take no O_DIRECT, as a tmpfs did before Linux 6.6.
+    assert open_direct("/proc/self/status") is None
+    assert open_direct(str(tmp_path / "nothing")) is None
+
+
+def test_a_shard_that_is_cut_while_it_is_read_directly(
+    source: FileSource, model: Path, memory: memoryview
+) -> None:
+    path = shard_files(model)[1]
+    size = path.stat().st_size
+    assert source.use_direct()
+    os.truncate(path, size - 9000)
+    with pytest.raises(SourceChanged, match="ended early"):
+        source.read_into(1, 0, memory[:size])
+
+
+def test_a_shard_that_was_replaced_before_it_is_read_directly(
+    source: FileSource, model: Path, tmp_path: Path
+) -> None:
+    path = shard_files(model)[1]
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    (tmp_path / "other").rename(path)
+    with pytest.raises(SourceChanged, match="was modified"):
+        source.use_direct()

@@ -294,8 +294,12 @@ def test_where_it_is_made_by_default(base: Path, monkeypatch: pytest.MonkeyPatch
         os.close(lock)
         assert sweep_run_dirs() == [path]
     monkeypatch.setenv("COLDFRAME_RUN_DIR", str(base / "nothing"))
+    with pytest.raises(PlatformError, match="cannot make the run directory"):
+        make_run_dir()  # what was asked for, or an error; never somewhere else
+    monkeypatch.delenv("COLDFRAME_RUN_DIR")
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base / "nothing"))
     path, lock = make_run_dir()
-    assert Path(path).parent == base / "xdg_runtime_dir"
+    assert Path(path).parent == base / "tmpdir"
     os.close(lock)
     remove_run_dir(path)
 

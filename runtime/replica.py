@@ -16,7 +16,7 @@ from typing import Any
 
 from coldframe.loader.board import BoardView
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import read_config
+from coldframe.loader.checkpoint import Checkpoint, read_generation_config
 from coldframe.loader.errors import (
     ColdframeError,
     DeviceError,
@@ -207,9 +207,13 @@ class Replica:
     # -- the memory service ----------------------------------------------------------------------
 
     def _size_kv(self) -> None:
-        config = read_config(self.options.model)
-        self.spec = spec = ModelSpec.from_config(config)
-        self._config = config
+        # The headers too: they decide the dtype, and what does not fit shows before anything runs.
+        checkpoint = Checkpoint.open(self.options.model)
+        self._config = checkpoint.config
+        self._generation = read_generation_config(self.options.model)
+        self.spec = spec = ModelSpec.from_config(
+            checkpoint.config, checkpoint.tensors, self._generation
+        )
         block = spec.kv_block_bytes(spec.dtype_bytes, _BLOCK_TOKENS)
         size = self.options.kv_bytes
         if size is None:
@@ -288,6 +292,7 @@ class Replica:
                 "parent": os.getpid(),
                 "model": self.options.model,
                 "config": self._config,
+                "generation": self._generation,
                 "memory": os.path.join(self._launch.run_dir, "memory.sock"),
                 "overlap": self.options.overlap,
                 "time_namespace": time_namespace(),

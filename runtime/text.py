@@ -15,13 +15,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coldframe.loader.errors import CheckpointError, RequestError, SourceDenied, SourceNotFound
+from coldframe.loader.errors import CheckpointError, RequestError, SourceNotFound
+from coldframe.loader.files import read_whole
 from coldframe.runtime.stops import StopMatcher
 
 if TYPE_CHECKING:
     import tokenizers
 
 __all__ = ["Detokenizer", "StopMatcher", "Tokenizer"]
+
+_MAX_BYTES = 500_000_000
+"""The largest tokenizer.json in use is a tenth of it."""
 
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -52,25 +56,21 @@ class Tokenizer:
 
         Raises:
             SourceNotFound: There is no tokenizer.json.
-            SourceDenied: It may not be read.
+            SourceError: It cannot be read.
             CheckpointError: It is not a tokenizer that this version of tokenizers reads.
         """
         import tokenizers
 
         path = Path(model) / "tokenizer.json"
         try:
-            content = path.read_bytes()
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            content = read_whole(str(path), _MAX_BYTES)
+        except SourceNotFound:
             raise SourceNotFound(
                 "the checkpoint has no tokenizer",
                 where=path,
                 hint="A checkpoint with a tokenizer.model alone gets one from Transformers: "
                 "AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR).",
             ) from None
-        except OSError as error:
-            raise SourceDenied(
-                "the tokenizer cannot be read", where=path, got=error.strerror
-            ) from error
         try:
             return Tokenizer(tokenizers.Tokenizer.from_buffer(content))
         except Exception as error:  # what the library raises differs between its versions
@@ -95,7 +95,7 @@ class Tokenizer:
             add_special: Put the tokens around it that the model expects, such as begin-of-text.
 
         Raises:
-            RequestError: The text is not Unicode text.
+            RequestError: The text is not Unicode text, or the vocabulary has nothing for it.
         """
         try:
             text.encode()
@@ -107,7 +107,14 @@ class Tokenizer:
                 got=ascii(text[error.start]),
                 hint="Send it as UTF-8.",
             ) from None
-        return list(self._inner.encode(text, add_special_tokens=add_special).ids)
+        try:
+            return list(self._inner.encode(text, add_special_tokens=add_special).ids)
+        except Exception as error:  # the library has no type of its own
+            raise RequestError(
+                "the tokenizer cannot encode this text",
+                got=str(error),
+                hint="Its vocabulary has no token for the unknown. Send token ids instead.",
+            ) from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of some token ids; special and unknown ones have none."""

@@ -144,7 +144,7 @@ class Worker:
                     self._prepare(message.body)
                 except ColdframeError as error:
                     self._failure = error
-                except Exception as error:  # noqa: BLE001 - the main thread must hear of it
+                except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
                     self._failure = ReplicaError("the worker cannot start", got=repr(error))
                 self._prepared.set()
             elif message.kind == "clock":
@@ -167,7 +167,7 @@ class Worker:
         with self.recorder.span("tokenizer"):
             tokenizer = Tokenizer.load(init["model"])
         plan, _, kv = client.wait_arenas()
-        spec = ModelSpec.from_config(init["config"], plan.placements)
+        spec = ModelSpec.from_config(init["config"], plan.placements, init["generation"])
         self._setup = _Setup(client, spec, tokenizer, plan, kv)
 
     # -- requests --------------------------------------------------------------------------------

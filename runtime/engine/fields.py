@@ -64,9 +64,11 @@ class Fields:
         value = self.values.get(key)
         if value is None and default is not None:
             return default
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        if not good or not least <= value <= most:
-            raise self.error(key, f"a number from {least:g} to {most:g}", value)
+        expected = f"a number from {least:g} to {most:g}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(key, expected, value)
+        if not least <= value <= most:
+            raise self.error(key, expected, value)
         return float(value)
 
     def optional_number(self, key: str) -> float | None:

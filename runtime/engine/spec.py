@@ -223,13 +223,18 @@ class ModelSpec:
         for name, shape in self.expected_tensors().items():
             tensor = tensors.get(name)
             if tensor is None:
-                hint = "Set tie_word_embeddings to true if the head is the embedding."
+                hints = {
+                    "lm_head.weight": "Set tie_word_embeddings to true if it is the embedding.",
+                    # Some writers keep the first name of a tied pair, not the one used first.
+                    "model.embed_tokens.weight": "If the checkpoint has it as lm_head.weight, "
+                    "load it with Transformers and save it again.",
+                }
                 raise CheckpointError(
                     "the model needs a tensor that the checkpoint does not have",
                     where=name,
                     expected=f"shape {list(shape)}",
                     got="nothing",
-                    hint=hint if name == "lm_head.weight" else None,
+                    hint=hints.get(name, "The checkpoint is incomplete; download it again."),
                 )
             if tuple(tensor.shape) != shape:
                 raise CheckpointError(
@@ -249,7 +254,7 @@ class ModelSpec:
                 )
 
     def _check_layers(self, tensors: Mapping[str, TensorLike]) -> None:
-        dropped = unused(tensors)
+        dropped = set(unused(tensors))
         names = [name for name in tensors if name not in dropped]
         _, layers = stage_of_each(names, where="the checkpoint")
         if layers > self.layers:
@@ -262,7 +267,8 @@ class ModelSpec:
             )
         wanted = self.expected_tensors()
         for name in names:
-            if name.startswith("model.layers.") and name not in wanted:
+            buffer = ".rotary_emb." in name  # computed from the config; some checkpoints store it
+            if name.startswith("model.layers.") and name not in wanted and not buffer:
                 raise UnsupportedModel(
                     "a layer has a tensor that the engine would not use",
                     where=name,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +18,15 @@ from coldframe.loader.errors import (
     DeviceError,
     ReplicaError,
     RequestError,
+    SourceChanged,
     SourceNotFound,
     UnsupportedModel,
 )
+from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 
 Make = Callable[..., Path]
 
@@ -227,6 +231,40 @@ def test_workers_that_die_again_and_again_end_the_replica(demo_model: Make, no_l
 # -- requests -------------------------------------------------------------------------------
 
 
+def test_the_ends_that_generation_config_names_end_an_answer(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    answer = expected(demo_model("llama"), tuple(prompt_of(9)), 6)
+    model = tmp_path / "model"
+    shutil.copytree(demo_model("llama"), model)
+    file = model / "generation_config.json"
+    # As Llama 3 Instruct has it: the end of a turn is in this file alone.
+    file.write_text(json.dumps({"eos_token_id": [1, answer[2]]}))
+    with Replica(options(model, no_leaks)) as replica:
+        client = Client()
+        replica.submit(SamplingParams(max_tokens=6), client, prompt_ids=tuple(prompt_of(9)))
+        finish(replica, client)
+    assert client.tokens == answer[: answer.index(answer[2]) + 1]
+    assert client.events[-1].finish == "stop"
+
+
+def test_the_stored_dtype_counts_where_the_config_names_another(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model("llama"), model)
+    config = json.loads((model / "config.json").read_text())
+    for key in ("dtype", "torch_dtype"):
+        if key in config:
+            config[key] = "bfloat16"
+    (model / "config.json").write_text(json.dumps(config))
+    with Replica(options(model, no_leaks)) as replica:
+        client = ask(replica, prompt_of(9), 6)
+        finish(replica, client)
+        assert replica.spec.dtype == "F32"
+    assert client.tokens == expected(demo_model("llama"), tuple(prompt_of(9)), 6)
+
+
 def test_bad_requests_fail_alone(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks)) as replica:
@@ -292,31 +330,42 @@ def test_a_missing_model_is_not_found(tmp_path: Path, no_leaks: Path) -> None:
 def test_an_unsupported_model_is_refused_by_name(
     demo_model: Make, tmp_path: Path, no_leaks: Path
 ) -> None:
-    import json
-
-    config = json.loads((demo_model("llama") / "config.json").read_text())
+    model = tmp_path / "model"
+    shutil.copytree(demo_model("llama"), model)
+    config = json.loads((model / "config.json").read_text())
     config["architectures"] = ["MixtralForCausalLM"]
     config["model_type"] = "mixtral"
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    (model / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match="mixture of experts"):
-        Replica(options(tmp_path, no_leaks))
+        Replica(options(model, no_leaks))
 
 
-def test_a_broken_checkpoint_ends_the_replica_with_its_error(
+def test_a_broken_checkpoint_is_refused_by_its_file(
     demo_model: Make, tmp_path: Path, no_leaks: Path
 ) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(demo_model("llama"), broken)
     shard = sorted(broken.glob("*.safetensors"))[-1]
     with shard.open("r+b") as file:
         file.truncate(shard.stat().st_size - 100)
-    with Replica(options(broken, no_leaks)) as replica:
+    with pytest.raises(CheckpointError, match=shard.name):
+        Replica(options(broken, no_leaks))
+
+
+def test_a_shard_that_shrinks_while_it_is_read_ends_the_replica(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(demo_model("llama"), model)
+    shard = sorted(model.glob("*.safetensors"))[-1]
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 5.0)) as replica:
         client = ask(replica, prompt_of(5), 2)
+        wait_for(replica, lambda: replica.board is not None and replica.board.progress.done > 0)
+        os.truncate(shard, shard.stat().st_size - 100)
         finish(replica, client)
-        assert isinstance(client.error, CheckpointError)
+        assert isinstance(client.error, SourceChanged)
         assert shard.name in str(client.error)
+        assert client.events == []
 
 
 def test_nothing_is_left_when_the_parent_is_killed(

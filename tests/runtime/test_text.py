@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -213,6 +214,25 @@ def test_a_broken_tokenizer(tmp_path: Path, content: bytes) -> None:
         Tokenizer.load(tmp_path)
     assert caught.value.got
     assert tokenizers.__version__ in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "directory"])
+def test_a_tokenizer_that_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "tokenizer.json"
+    if kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        Tokenizer.load(tmp_path)
+
+
+def test_text_that_the_vocabulary_cannot_spell() -> None:
+    # Without a token for the unknown the library raises a bare Exception.
+    tokenizer = Tokenizer(tokenizers.Tokenizer(models.WordPiece({"a": 0}, unk_token="[UNK]")))
+    assert tokenizer.encode("a") == [0]
+    with pytest.raises(RequestError, match="cannot encode"):
+        tokenizer.encode("b")
 
 
 def test_text_that_is_not_unicode(every: dict[str, Tokenizer]) -> None:

@@ -132,6 +132,13 @@ def test_refuses_what_it_does_not_compute(settings, where) -> None:
         ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "rope_scaling: low_freq_factor"),
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"rope_scaling": {**YARN, "truncate": 1}}, "rope_scaling: truncate"),
+        # What overflows, or has no logarithm, is an error here and not one of arithmetic later.
+        ({"rope_theta": 1e308}, "config.json: rope_theta"),
+        ({"rope_theta": 1, "rope_scaling": YARN}, "config.json: rope_theta"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e308}}, "rope_scaling: factor"),
+        ({"rope_scaling": {**YARN, "factor": 1e308}}, "rope_scaling: factor"),
+        ({"rope_scaling": {**YARN, "beta_fast": 1e308}}, "rope_scaling: beta_fast"),
+        ({"rope_scaling": {**YARN, "beta_slow": 1e-308}}, "rope_scaling: beta_slow"),
     ],
 )
 def test_refuses_bad_values(settings, where) -> None:

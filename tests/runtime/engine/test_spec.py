@@ -135,8 +135,63 @@ def test_the_tensors_decide_the_dtype(config) -> None:
     spec = ModelSpec.from_config(given)
     stored = {n: Header(*s, dtype="BF16") for n, s in spec.expected_tensors().items()}
     stored["model.norm.weight"] = Header(64, dtype="F32")
-    stored["model.layers.0.self_attn.rotary_emb.inv_freq"] = Header(8)
+    for name in ("inv_freq", "cos_cached"):
+        stored[f"model.layers.0.self_attn.rotary_emb.{name}"] = Header(8)
     assert ModelSpec.from_config(given, stored).dtype == "BF16"
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [
+        (None, (2,)),
+        ({"eos_token_id": 7}, (7,)),
+        ({"eos_token_id": [7, 2, 9]}, (7, 2, 9)),
+    ],
+    ids=str,
+)
+def test_the_end_of_text_is_that_of_transformers(config, tmp_path, generation, expected) -> None:
+    given = config("llama")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**given)).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    (tmp_path / "generation_config.json").unlink()
+    if generation is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(generation))
+    ends = AutoModelForCausalLM.from_pretrained(tmp_path).generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    assert ModelSpec.from_config(given, generation=generation).eos_token_ids == expected
+    assert tuple(ends) == expected
+
+
+def test_a_generation_config_that_names_no_end_leaves_the_config_s(config) -> None:
+    # Transformers would go on to the length limit then. Nobody who wrote such a file meant that.
+    for generation in ({}, {"temperature": 0.6}, {"eos_token_id": None}, {"eos_token_id": []}):
+        spec = ModelSpec.from_config(config("llama"), generation=generation)
+        assert spec.eos_token_ids == (2,)
+
+
+@pytest.mark.parametrize("ends", [256, -1, "2", [2, 256], [True]], ids=str)
+def test_refuses_an_end_of_text_that_is_no_token(config, ends) -> None:
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id"):
+        ModelSpec.from_config(config("llama"), generation={"eos_token_id": ends})
+
+
+def test_refuses_other_layers_than_the_config_says(config) -> None:
+    stored = headers(ModelSpec.from_config(config("llama", num_hidden_layers=3)))
+    with pytest.raises(CheckpointError) as caught:
+        ModelSpec.from_config(config("llama"), stored)
+    assert "num_hidden_layers" in str(caught.value.where)
+    assert (caught.value.expected, caught.value.got) == ("3", "2")
+    with pytest.raises(CheckpointError, match=r"model\.layers\.3\."):
+        ModelSpec.from_config(config("llama", num_hidden_layers=4), stored)
+
+
+@pytest.mark.parametrize("name", ["self_attn.q_proj.bias", "self_attn.q_norm.weight"])
+def test_refuses_a_layer_of_which_it_would_leave_something_out(config, name) -> None:
+    name = f"model.layers.1.{name}"
+    stored = headers(ModelSpec.from_config(config("llama")), **{name: Header(64)})
+    with pytest.raises(UnsupportedModel) as caught:
+        ModelSpec.from_config(config("llama"), stored)
+    assert caught.value.where == name
 
 
 Q = "model.layers.1.self_attn.q_proj.weight"

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Sequence
@@ -57,18 +55,11 @@ class _DecodeRole:
 
     def _receive(self, *, block: bool) -> None:
         self._waiting = [handoff for handoff in self._waiting if not self._admit(handoff)]
-        try:
-            while True:
-                message = self._worker.inbox.get(block, 1.0 if block else None)
-                block = False
-                if message is None:
-                    self._worker.check_memory()
-                elif message.kind == "handoff":
-                    self._take(Handoff.from_wire(message.body["handoff"]))
-                elif message.kind == "cancel":
-                    self._cancel(message.body["request"])
-        except queue.Empty:
-            return
+        for message in self._worker.messages(block=block):
+            if message.kind == "handoff":
+                self._take(Handoff.from_wire(message.body["handoff"]))
+            elif message.kind == "cancel":
+                self._cancel(message.body["request"])
 
     def _take(self, handoff: Handoff) -> None:
         job = handoff.job

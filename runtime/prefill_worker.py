@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections import deque
 
@@ -82,20 +81,13 @@ class _PrefillRole:
             self._renew_at = time.monotonic() + _RENEW_S
             for request in self._handed:
                 self._client.renew(request)
-        try:
-            while True:
-                message = self._worker.inbox.get(block, 1.0 if block else None)
-                block = False
-                if message is None:
-                    self._worker.check_memory()
-                elif message.kind == "job":
-                    self._take(Job.from_wire(message.body["job"]))
-                elif message.kind == "ack":
-                    self._handed.discard(message.body["request"])
-                elif message.kind == "cancel":
-                    self._cancel(message.body["request"])
-        except queue.Empty:
-            return
+        for message in self._worker.messages(block=block):
+            if message.kind == "job":
+                self._take(Job.from_wire(message.body["job"]))
+            elif message.kind == "ack":
+                self._handed.discard(message.body["request"])
+            elif message.kind == "cancel":
+                self._cancel(message.body["request"])
 
     def _take(self, job: Job) -> None:
         started = now()

@@ -18,7 +18,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,6 +197,26 @@ class Worker:
                 "error": error.to_wire(),
             }
         )
+
+    def messages(self, *, block: bool) -> Iterator[Message]:
+        """What the front has said since, all of it.
+
+        Args:
+            block: Wait for something to happen first, at most a second.
+
+        Raises:
+            ColdframeError: The memory service has reported a failure, or is gone.
+        """
+        while True:
+            try:
+                message = self.inbox.get(block, 1.0 if block else None)
+            except queue.Empty:
+                return
+            block = False
+            if message is None:
+                self.check_memory()
+            else:
+                yield message
 
     def report_spans(self) -> None:
         spans = self.recorder.drain()

@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from coldframe.loader.cgroup import cpu_count, cpu_quota, memory_available
+from tests.support import unavailable
 
 GIB = 1 << 30
 V1_MOUNTS = (
@@ -186,7 +187,7 @@ def limited() -> Iterator[Path]:
     try:
         group.mkdir()
     except OSError as error:
-        pytest.skip(f"no group can be made in {parent}: {error.strerror}")
+        unavailable(f"no group can be made in {parent}: {error.strerror}")
     try:
         try:
             if parent == v1:
@@ -194,7 +195,7 @@ def limited() -> Iterator[Path]:
             else:
                 (group / "cpu.max").write_text("50000 100000")
         except OSError as error:
-            pytest.skip(f"no quota can be set in {parent}: {error.strerror}")
+            unavailable(f"no quota can be set in {parent}: {error.strerror}")
         yield group
     finally:
         group.rmdir()

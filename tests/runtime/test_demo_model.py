@@ -23,6 +23,7 @@ from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.demo_model import DemoModel, add_arguments, run, write_demo_model
 from coldframe.runtime.demo_weights import DTYPES, FAMILIES, SIZES
 from coldframe.runtime.flags import Parser
+from tests.support import unavailable
 
 PROMPT = "Once upon a time, a replica slept at zero, and then a request 🦀"
 
@@ -237,10 +238,10 @@ def test_a_full_disk(tmp_path: Path, limit: str) -> None:
     script = f'mount -t tmpfs -o {limit} tmpfs "$1" || exit 99; exec "$2" -c "$3" "$1"'
     command = ["unshare", "-m", "sh", "-c", script, "sh", str(tmp_path), sys.executable, FULL_DISK]
     if shutil.which("unshare") is None:
-        pytest.skip("there is no unshare command")
+        unavailable("there is no unshare command")
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 99 or "unshare failed" in done.stderr:
-        pytest.skip(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
+        unavailable(f"a tmpfs cannot be mounted here: {done.stderr.strip()}")
     expected, got, left = done.stdout.strip().split("|")
     needed = DemoModel("tiny").nbytes()
     assert int(expected.removesuffix(" bytes")) > needed

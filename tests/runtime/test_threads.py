@@ -17,6 +17,7 @@ import pytest
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from tests.runtime.helpers import ask, finish, prompt_of
+from tests.support import unavailable
 
 Make = Callable[..., Path]
 OWN_THREADS = 3
@@ -52,7 +53,7 @@ def one_cpu() -> Iterator[Path]:
     try:
         group.mkdir()
     except OSError as error:
-        pytest.skip(f"no cgroup can be made here: {error}")
+        unavailable(f"no cgroup can be made here: {error}")
     try:
         if v1.is_dir():
             (group / "cpu.cfs_quota_us").write_text("100000")
@@ -60,7 +61,7 @@ def one_cpu() -> Iterator[Path]:
             (group / "cpu.max").write_text("100000 100000")
         yield group
     except OSError as error:
-        pytest.skip(f"no quota can be set here: {error}")
+        unavailable(f"no quota can be set here: {error}")
     finally:
         group.rmdir()
 

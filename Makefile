@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test lint format bench bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +39,11 @@ format: setup
 bench: setup
 	$(BIN)/coldframe demo-model $(DEMO) --size base
 	$(BIN)/coldframe bench spine $(DEMO)
+
+# Other loaders, in an environment of their own: coldframe bench load ... --peer-python build/peers/bin/python
+bench-peers: setup
+	$(PYTHON) -m venv build/peers
+	build/peers/bin/python -m pip install --quiet -c constraints.txt torch numpy safetensors runai-model-streamer fastsafetensors
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -10,6 +10,7 @@ from coldframe.runtime.flags import Parser
 __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
+    "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
 }
 

@@ -176,28 +176,26 @@ def _with_workers_up(model: Path) -> float:
 
 def _decode(model: Path, runs: int) -> list[Row]:
     """Decode rates at batch 1 and 8, Transformers beside them, and the memory of it all."""
-    ones, eights, theirs = [], [], []
-    threads = cpu_count()
+    ones: list[float] = []
+    eights: list[float] = []
+    theirs: list[float] = []
+    beside: dict[str, list[float]] = {"copied": [], "mapped": []}
     for _ in range(runs):
         with Replica(ReplicaOptions(model=str(model), copy=True)) as replica:
             _finish(replica, _ask(replica, 8))
             one = _ask(replica, _DECODED)
             _finish(replica, one)
             ones.append((_DECODED - 2) / (one.times[-1] - one.times[1]))
-            batch = [_ask(replica, _DECODED, shift) for shift in range(8)]
-            replica.run_until(lambda batch=batch: all(len(c.times) > 64 for c in batch))  # type: ignore[misc]
-            pss = _pss(replica)
-            _finish(replica, *batch)
+            batch = _batch_of_eight(replica, beside)
             # All eight run between the latest first step and the earliest end.
             begin = max(client.times[1] for client in batch)
             end = min(client.times[-1] for client in batch)
             steps = sum(sum(begin < t <= end for t in client.times) for client in batch)
             eights.append(steps / (end - begin))
-            tokens = len(_PROMPT) + _DECODED
-            kv = 8 * replica.spec.kv_block_bytes(replica.spec.dtype_bytes) * -(-tokens // 32)
-            weights = replica.facts["weights_bytes"]
-        theirs += transformers_decode_rates(model, _PROMPT, _DECODED, 1, threads)
-    over = (pss - weights - kv) / 1e6
+        warm_page_cache(model)
+        with Replica(ReplicaOptions(model=str(model))) as replica:
+            _batch_of_eight(replica, beside)
+        theirs += transformers_decode_rates(model, _PROMPT, _DECODED, 1, cpu_count())
     return [
         Row("decode, batch 1", ones, "tokens/s"),
         Row("  transformers.generate", theirs, "tokens/s"),
@@ -216,8 +214,24 @@ def _decode(model: Path, runs: int) -> list[Row]:
             3.0,
             at_least=True,
         ),
-        Row("PSS of all processes - weights - KV in use", [over], "MB", _OVERHEAD_BYTES / 1e6),
+        *(
+            Row(f"PSS - weights - KV in use, weights {mode}", values, "MB", _OVERHEAD_BYTES / 1e6)
+            for mode, values in beside.items()
+            if values
+        ),
     ]
+
+
+def _batch_of_eight(replica: Replica, beside: dict[str, list[float]]) -> list[_Client]:
+    """Eight requests decoded together, and the memory of all processes half-way, in MB."""
+    batch = [_ask(replica, _DECODED, shift) for shift in range(8)]
+    replica.run_until(lambda: all(len(client.times) > _DECODED // 2 for client in batch))
+    blocks = -(-(len(_PROMPT) + _DECODED) // 32)
+    kv = len(batch) * blocks * replica.spec.kv_block_bytes(replica.spec.dtype_bytes)
+    over = _pss(replica) - replica.facts["weights_bytes"] - kv
+    beside[replica.facts["mode"]].append(over / 1e6)
+    _finish(replica, *batch)
+    return batch
 
 
 def _pss(replica: Replica) -> int:

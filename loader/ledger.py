@@ -39,13 +39,15 @@ class BlockLedger:
     def __init__(self, blocks: int, lease_s: float = 30.0) -> None:
         self.blocks = blocks
         self.lease_s = lease_s
-        self._free = deque(range(blocks))
+        self._returned: deque[int] = deque()
+        self._next = 0
+        """Blocks from here on were never granted; however many there are, none is listed."""
         self._pockets: dict[str, set[int]] = {}
         self._accounts: dict[str, _Account] = {}
 
     @property
     def free(self) -> int:
-        return len(self._free)
+        return len(self._returned) + self.blocks - self._next
 
     @property
     def requests(self) -> int:
@@ -64,15 +66,18 @@ class BlockLedger:
 
     def grant(self, worker: str, count: int) -> list[int]:
         """Moves up to `count` free blocks into a worker's pocket: all of them, or none."""
-        if count > len(self._free):
+        if count > self.free:
             return []
-        taken = [self._free.popleft() for _ in range(count)]
+        used = min(count, len(self._returned))
+        taken = [self._returned.popleft() for _ in range(used)]
+        taken += range(self._next, self._next + count - used)
+        self._next += count - used
         self._pockets.setdefault(worker, set()).update(taken)
         return taken
 
     def give_back(self, worker: str, blocks: list[int]) -> None:
         self._take_from_pocket(worker, blocks)
-        self._free.extend(blocks)
+        self._returned.extend(blocks)
 
     def assign(self, worker: str, request: str, attempt: int, blocks: list[int]) -> bool:
         """Moves blocks from a worker's pocket to a request, which the worker then holds.
@@ -89,7 +94,7 @@ class BlockLedger:
             return False
         self._take_from_pocket(worker, blocks)
         if attempt > account.attempt:
-            self._free.extend(account.blocks)
+            self._returned.extend(account.blocks)
             account.blocks = []
         account.attempt, account.holder, account.lease_ends = attempt, worker, None
         account.blocks.extend(blocks)
@@ -125,7 +130,7 @@ class BlockLedger:
 
     def worker_gone(self, worker: str, now: float) -> None:
         """A worker died: its pocket is free, what it held waits for another."""
-        self._free.extend(self._pockets.pop(worker, set()))
+        self._returned.extend(self._pockets.pop(worker, set()))
         for request in [r for r, a in self._accounts.items() if a.holder == worker]:
             self.drop(worker, request, now)
 
@@ -143,7 +148,7 @@ class BlockLedger:
         expired = []
         for request, account in self._accounts.items():
             if account.lease_ends is not None and now >= account.lease_ends:
-                self._free.extend(account.blocks)
+                self._returned.extend(account.blocks)
                 account.blocks, account.lease_ends = [], None
                 expired.append(request)
         return expired
@@ -151,7 +156,7 @@ class BlockLedger:
     def _settle(self, request: str) -> None:
         account = self._accounts[request]
         if account.released and account.holder is None:
-            self._free.extend(account.blocks)
+            self._returned.extend(account.blocks)
             del self._accounts[request]
 
     def _take_from_pocket(self, worker: str, blocks: list[int]) -> None:

@@ -35,9 +35,36 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit status: 0, 1 for an error of coldframe's, 2 for wrong usage, 130 after Ctrl-C.
     """
-    arguments = sys.argv[1:] if argv is None else argv
-    if sys.stdout is None:  # closed by whoever started us
+    _fill_standard_streams()
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Who read our output has seen enough; the interpreter's own flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"coldframe: cannot write the output: {error.strerror}", file=sys.stderr)
+        return 1
+    return status
+
+
+def _fill_standard_streams() -> None:
+    """Makes sure that descriptors 0 to 2 are taken, where whoever started us closed some.
+
+    A socket would get their numbers otherwise, and what is printed would go into it.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+    if sys.stdout is None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+
+
+def _main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -72,10 +99,6 @@ def _call(name: str, arguments: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Who read our output has seen enough; the interpreter's own flush must not complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
 
 
 def _parse(name: str, arguments: list[str]) -> tuple[ModuleType, Namespace]:

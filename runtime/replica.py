@@ -219,6 +219,15 @@ class Replica:
         if size is None:
             # Memory is taken as blocks are touched, so what counts is to leave room for others.
             size = max(block, min(_MOST_KV, memory_available() // 4))
+        available = memory_available()
+        if size > available:
+            raise DeviceError(
+                "the KV memory is larger than what is available",
+                where="--kv-memory",
+                expected=f"at most {available:,} bytes",
+                got=f"{size:,}",
+                hint="Ask for less; a quarter of what is available is the default.",
+            )
         if size < block:
             raise DeviceError(
                 "the KV memory holds not one block",
@@ -263,7 +272,7 @@ class Replica:
                 ReplicaError(
                     "the memory service died",
                     got=_ending(code),
-                    hint="Its last words are on standard error. Start the replica again.",
+                    hint="What it said, if anything, is on standard error. Start again.",
                 )
             )
 

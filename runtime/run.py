@@ -33,7 +33,9 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="the prompt")
-    prompt.add_argument("--prompt-file", metavar="FILE", help="the prompt, read from a file")
+    prompt.add_argument(
+        "--prompt-file", metavar="FILE", help="the prompt, read from a file; - is standard input"
+    )
     prompt.add_argument("--prompt-ids", metavar="1,2,3", type=_ids, help="the prompt as token ids")
     parser.flag("-n", "--max-tokens", type=int, default=64, help="tokens to generate at most (64)")
     add_replica_arguments(parser)
@@ -121,8 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
         recorder.add("imports", imported)
         with Replica(options, recorder, launch) as replica:
+            params = _params(args)
+            params.validate(replica.spec.vocab_size)  # here too: the workers are seconds away
             answer = _Answer(exec_ns, quiet=args.json)
-            replica.submit(_params(args), answer, prompt=_prompt(args), prompt_ids=args.prompt_ids)
+            replica.submit(params, answer, prompt=_prompt(args), prompt_ids=args.prompt_ids)
             answer.follow(replica)
             # The spans of those who made the first token come behind it.
             patience = now() + _SPANS_NS
@@ -249,6 +253,8 @@ def _prompt(args: argparse.Namespace) -> str | None:
         text: str | None = args.prompt
         return text
     try:
+        if args.prompt_file == "-":
+            return sys.stdin.buffer.read().decode()
         with open(args.prompt_file, encoding="utf-8") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:

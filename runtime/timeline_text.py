@@ -59,6 +59,8 @@ def _path(timeline: Timeline) -> list[str]:
     ttft = timeline.seconds(timeline.first_token_ns)
     lines = [f"first token after {human_seconds(ttft)}, which it spent waiting for"]
     for (name, process), seconds in sorted(shares.items(), key=lambda item: -item[1]):
+        if seconds < ttft / 2000:
+            continue
         where = f"{process} {name}".strip()
         lines.append(f"  {human_seconds(seconds):>8}  {100 * seconds / ttft:5.1f} %  {where}")
     return lines

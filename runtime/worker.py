@@ -124,6 +124,7 @@ class Worker:
         cache = KVCache(pages, self.spec, dtypes[self.spec.dtype], self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
+        self.recorder.add("ready", now(), note="but for the weights")
         self.report_spans()
         self.control.send({"type": "up"})
         collect_garbage()

@@ -28,7 +28,7 @@ class CpuDevice:
     def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
         left = self.available()
         # Shared memory that is not there kills whoever touches it, so ask before.
-        if now and nbytes > left:
+        if nbytes > left:
             raise DeviceError(
                 f"not enough memory for the {purpose}",
                 where=self.name,

@@ -77,7 +77,7 @@ def family_of(fields: Fields) -> str:
             where="config.json: architectures" if names else "config.json: model_type",
             expected=supported,
             got=", ".join(names) or kind,
-            hint="A model that the native engine does not run can be served through vLLM.",
+            hint="There is no other engine yet.",
         )
     return family
 

@@ -703,7 +703,7 @@ def test_kv_without_room_for_it(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=1 << 40, block_bytes=1 << 30)
     error = failed(service)
     assert type(error) is DeviceError
-    assert error.what == "cannot allocate the kv"
+    assert error.what == "not enough memory for the kv"
 
 
 # -- ends -----------------------------------------------------------------------------------------

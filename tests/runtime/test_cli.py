@@ -403,3 +403,37 @@ def test_without_an_answer_nothing_is_printed(demo_model: Make, no_leaks: Path) 
     done = run(no_leaks, demo_model("llama"), "--prompt-ids", "99999", code=1)
     assert done.stdout == ""
     assert done.stderr.startswith("coldframe: RequestError: ")
+
+
+@pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
+def test_closed_standard_streams_do_no_harm(demo_model: Make, no_leaks: Path, closed: str) -> None:
+    redirects = " ".join(f"{fd}>&-" for fd in closed)
+    script = f'exec "$0" run "$1" -p x -n 2 --quiet {redirects}'
+    done = subprocess.run(
+        ["sh", "-c", script, str(COLDFRAME), str(demo_model("llama"))],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLDFRAME_RUN_DIR": str(no_leaks)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert bool(done.stdout) is ("1" not in closed)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "MODEL"], ["run", "MODEL", "-p", "x"]])
+def test_a_full_disk_behind_standard_output(
+    demo_model: Make, no_leaks: Path, arguments: list[str]
+) -> None:
+    command = [str(demo_model("llama")) if word == "MODEL" else word for word in arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [COLDFRAME, *command],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "COLDFRAME_RUN_DIR": str(no_leaks)},
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert "written" in done.stderr or "write" in done.stderr

@@ -303,6 +303,11 @@ def test_kv_memory_for_less_than_one_block_is_refused(demo_model: Make, no_leaks
         Replica(options(demo_model("llama"), no_leaks, kv_bytes=100))
 
 
+def test_kv_memory_beyond_what_there_is_is_refused(demo_model: Make, no_leaks: Path) -> None:
+    with pytest.raises(DeviceError, match="larger than what is available"):
+        Replica(options(demo_model("llama"), no_leaks, kv_bytes=10**15))
+
+
 def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks)) as replica:

@@ -50,8 +50,10 @@ class ColdframeError(Exception):
         where: The path, URI, tensor or offset that it happened to.
         expected: What should have been there.
         got: What was there.
-        hint: What the reader can do about it.
+        hint: What the reader can do about it; each kind has one of its own for where none is given.
     """
+
+    default_hint = "Start again; if it happens again, report it with what is on standard error."
 
     def __init__(
         self,
@@ -67,7 +69,7 @@ class ColdframeError(Exception):
         self.where = None if where is None else str(where)
         self.expected = None if expected is None else str(expected)
         self.got = None if got is None else str(got)
-        self.hint = hint
+        self.hint = self.default_hint if hint is None else hint
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -78,7 +80,7 @@ class ColdframeError(Exception):
         if self.got is not None:
             parts.append(f"got {self.got}")
         text = ", ".join(parts)
-        return text if self.hint is None else f"{text}. {self.hint}"
+        return f"{text}. {self.hint}"
 
     def to_wire(self) -> dict[str, Any]:
         """The error as JSON values, for a message to another process."""
@@ -107,29 +109,45 @@ class ColdframeError(Exception):
 class CheckpointError(ColdframeError):
     """What is in the checkpoint is wrong."""
 
+    default_hint = "Download or save the model again."
+
 
 class UnsupportedModel(CheckpointError):
     """A sound checkpoint that the native engine does not run."""
+
+    default_hint = (
+        "The engine runs dense Llama, Mistral, Qwen2 and Qwen3 models; there is no other yet."
+    )
 
 
 class SourceError(ColdframeError):
     """The bytes could not be had."""
 
+    default_hint = "Check the disk and the mount, then start again."
+
 
 class SourceNotFound(SourceError):
     """There is nothing at that path or URI."""
+
+    default_hint = "Check the path."
 
 
 class SourceDenied(SourceError):
     """It is there, but may not be read."""
 
+    default_hint = "Check its permissions."
+
 
 class SourceChanged(SourceError):
     """It changed, shrank or was replaced while it was read."""
 
+    default_hint = "Let nothing write to a checkpoint that is in use, then start again."
+
 
 class SourceUnreachable(SourceError):
     """The other side cannot be reached or stopped answering."""
+
+    default_hint = "Check the disk or the network that the weights come from."
 
 
 class ArenaError(ColdframeError):
@@ -143,9 +161,13 @@ class SnapshotError(ColdframeError):
 class DeviceError(ColdframeError):
     """The device is missing, too small or lost."""
 
+    default_hint = "Free memory, raise the container's limit or take a smaller model."
+
 
 class RequestError(ColdframeError):
     """This request cannot be served; the replica goes on."""
+
+    default_hint = "Change the request."
 
 
 class ReplicaError(ColdframeError):
@@ -154,6 +176,8 @@ class ReplicaError(ColdframeError):
 
 class PlatformError(ColdframeError):
     """The machine lacks what is needed."""
+
+    default_hint = "Mend that, then start again."
 
 
 def _family(root: type[ColdframeError]) -> dict[str, type[ColdframeError]]:

@@ -18,6 +18,7 @@ from coldframe.loader.board import BoardView
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import Checkpoint, read_generation_config
 from coldframe.loader.errors import (
+    CheckpointError,
     ColdframeError,
     DeviceError,
     ReplicaError,
@@ -211,9 +212,13 @@ class Replica:
         checkpoint = Checkpoint.open(self.options.model)
         self._config = checkpoint.config
         self._generation = read_generation_config(self.options.model)
-        self.spec = spec = ModelSpec.from_config(
-            checkpoint.config, checkpoint.tensors, self._generation
-        )
+        try:
+            self.spec = spec = ModelSpec.from_config(
+                checkpoint.config, checkpoint.tensors, self._generation
+            )
+        except CheckpointError as error:
+            error.where = f"{self.options.model}: {error.where}"
+            raise
         block = spec.kv_block_bytes(spec.dtype_bytes, _BLOCK_TOKENS)
         size = self.options.kv_bytes
         if size is None:

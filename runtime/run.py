@@ -97,7 +97,12 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
     from dataclasses import replace
 
     if args.threads < 1:
-        raise RequestError("there must be a thread", where="--threads", got=args.threads)
+        raise RequestError(
+            "there must be a thread",
+            where="--threads",
+            got=args.threads,
+            hint="Ask for at least 1.",
+        )
     return replace(options, threads=args.threads)
 
 

@@ -36,7 +36,12 @@ def write(timeline: Timeline, path: str) -> None:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        raise PlatformError("cannot write the timeline", where=path, got=error.strerror) from error
+        raise PlatformError(
+            "cannot write the timeline",
+            where=path,
+            got=error.strerror,
+            hint="Give --timeline a file in a folder that can be written to.",
+        ) from error
 
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:

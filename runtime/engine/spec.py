@@ -242,6 +242,7 @@ class ModelSpec:
                     where=name,
                     expected=list(shape),
                     got=list(tensor.shape),
+                    hint="Take config.json and the weights from one and the same model.",
                 )
             allowed = (self.dtype,) if len(shape) > 1 and self.dtype in DTYPES else tuple(DTYPES)
             if tensor.dtype not in allowed:

@@ -15,12 +15,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coldframe.loader.board import BoardView
-from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import Checkpoint, read_generation_config
 from coldframe.loader.errors import (
-    CheckpointError,
     ColdframeError,
-    DeviceError,
     ReplicaError,
     SourceChanged,
 )
@@ -31,11 +27,10 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import Listener, Router
+from coldframe.runtime.sizing import ModelFacts, kv_blocks
 
 __all__ = ["Replica"]
 
-_BLOCK_TOKENS = 32
-_MOST_KV = 4 << 30
 _CRASHES = 6
 _CRASH_WINDOW_S = 60.0
 _START_S = 300.0
@@ -111,6 +106,11 @@ class Replica:
     def idle(self) -> bool:
         """Whether no request is open."""
         return self._router.open_requests == 0
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The model's shape."""
+        return self._model.spec
 
     @property
     def pids(self) -> dict[str, int]:
@@ -208,43 +208,13 @@ class Replica:
     # -- the memory service ----------------------------------------------------------------------
 
     def _size_kv(self) -> None:
-        # The headers too: they decide the dtype, and what does not fit shows before anything runs.
-        checkpoint = Checkpoint.open(self.options.model)
-        self._config = checkpoint.config
-        self._generation = read_generation_config(self.options.model)
-        try:
-            self.spec = spec = ModelSpec.from_config(
-                checkpoint.config, checkpoint.tensors, self._generation
-            )
-        except CheckpointError as error:
-            error.where = f"{self.options.model}: {error.where}"
-            raise
-        block = spec.kv_block_bytes(spec.dtype_bytes, _BLOCK_TOKENS)
-        size = self.options.kv_bytes
-        if size is None:
-            # Memory is taken as blocks are touched, so what counts is to leave room for others.
-            size = max(block, min(_MOST_KV, memory_available() // 4))
-        available = memory_available()
-        if size > available:
-            raise DeviceError(
-                "the KV memory is larger than what is available",
-                where="--kv-memory",
-                expected=f"at most {available:,} bytes",
-                got=f"{size:,}",
-                hint="Ask for less; a quarter of what is available is the default.",
-            )
-        if size < block:
-            raise DeviceError(
-                "the KV memory holds not one block",
-                expected=f"at least {block:,} bytes",
-                got=f"{size:,}",
-                hint="Give it more (--kv-memory).",
-            )
+        self._model = ModelFacts(self.options.model)
+        block_bytes, blocks = kv_blocks(self._model.spec, self.options.kv_bytes)
         self.to_memory(
             {
                 "type": "kv",
-                "block_bytes": block,
-                "blocks": size // block,
+                "block_bytes": block_bytes,
+                "blocks": blocks,
                 "lease_s": self.options.lease_s,
             }
         )
@@ -305,8 +275,8 @@ class Replica:
                 "role": worker.role,
                 "parent": os.getpid(),
                 "model": self.options.model,
-                "config": self._config,
-                "generation": self._generation,
+                "config": self._model.config,
+                "generation": self._model.generation,
                 "memory": os.path.join(self._launch.run_dir, "memory.sock"),
                 "overlap": self.options.overlap,
                 "time_namespace": time_namespace(),

@@ -1,0 +1,73 @@
+"""What a replica must know of its model before a worker is up: its spec, and room for KV."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.checkpoint import Checkpoint, read_generation_config
+from coldframe.loader.errors import CheckpointError, DeviceError
+from coldframe.runtime.engine.spec import ModelSpec
+
+__all__ = ["ModelFacts", "kv_blocks"]
+
+BLOCK_TOKENS = 32
+_MOST_KV = 4 << 30
+
+
+class ModelFacts:
+    """A checkpoint's configs and spec, without its weights.
+
+    The headers are read too: they decide the dtype, and what does not fit shows before anything
+    runs.
+
+    Args:
+        model: The checkpoint's directory.
+
+    Raises:
+        CheckpointError: It is not sound, or not a model that the engine runs.
+        SourceError: It cannot be read.
+    """
+
+    def __init__(self, model: str) -> None:
+        checkpoint = Checkpoint.open(model)
+        self.config: dict[str, Any] = checkpoint.config
+        self.generation: dict[str, Any] = read_generation_config(model)
+        try:
+            self.spec = ModelSpec.from_config(self.config, checkpoint.tensors, self.generation)
+        except CheckpointError as error:
+            error.where = f"{model}: {error.where}"
+            raise
+
+
+def kv_blocks(spec: ModelSpec, wanted: int | None) -> tuple[int, int]:
+    """The size of a KV block in bytes, and how many of them a replica gets.
+
+    Args:
+        spec: The model.
+        wanted: Bytes for KV; None takes a quarter of what is available, at most 4 GiB. Memory is
+            taken as blocks are touched, so what counts is to leave room for others.
+
+    Raises:
+        DeviceError: It holds not one block, or is more than there is.
+    """
+    block = spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
+    available = memory_available()
+    size = max(block, min(_MOST_KV, available // 4)) if wanted is None else wanted
+    if size > available:
+        raise DeviceError(
+            "the KV memory is larger than what is available",
+            where="--kv-memory",
+            expected=f"at most {available:,} bytes",
+            got=f"{size:,}",
+            hint="Ask for less; a quarter of what is available is the default.",
+        )
+    if size < block:
+        raise DeviceError(
+            "the KV memory holds not one block",
+            where="--kv-memory",
+            expected=f"at least {block:,} bytes",
+            got=f"{size:,}",
+            hint="Give it more.",
+        )
+    return block, size // block

@@ -7,7 +7,8 @@ from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.kvpool import KvPool
-from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
+from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["ReplicaOptions"]
+__all__ = ["BLOCK_TOKENS", "ReplicaOptions"]
+
+BLOCK_TOKENS = 32
+"""Tokens in a KV block; the same in all processes of a replica."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from coldframe.loader.plan import Plan
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import BLOCK_TOKENS
 
 __all__ = ["MemoryPrediction", "predict_memory"]
 
-BLOCK_TOKENS = 32
 _WORKER_BYTES = 220_000_000
 """A worker's own memory: Python, torch and its kernels' scratch (150 to 220 MB of PSS seen)."""
 

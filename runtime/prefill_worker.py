@@ -11,7 +11,8 @@ from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.kvpool import KvPool
-from coldframe.runtime.worker import BLOCK_TOKENS, Worker, kv_format
+from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
 

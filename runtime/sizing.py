@@ -8,10 +8,10 @@ from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import Checkpoint, read_generation_config
 from coldframe.loader.errors import CheckpointError, DeviceError
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import BLOCK_TOKENS
 
 __all__ = ["ModelFacts", "kv_blocks"]
 
-BLOCK_TOKENS = 32
 _MOST_KV = 4 << 30
 
 

@@ -28,6 +28,7 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now, time_namespace
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.options import BLOCK_TOKENS
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.model import Model
@@ -36,9 +37,8 @@ if TYPE_CHECKING:
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
 
-__all__ = ["BLOCK_TOKENS", "Worker", "kv_format", "main"]
+__all__ = ["Worker", "kv_format", "main"]
 
-BLOCK_TOKENS = 32
 BEAT_S = 5.0
 """How often a worker says that it is alive, in seconds."""
 

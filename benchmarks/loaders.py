@@ -61,8 +61,8 @@ spans = message.body["spans"]
 begun = min(s[2] for s in spans if s[0] == "checkpoint_open")
 ready = max(s[3] for s in spans if s[0].startswith("stage_ready["))
 touching, used = time.monotonic(), cpu()
-for extent in (extent for stage in plan.stages for extent in stage.extents):
-    bytes(weights.view(extent.arena_offset, extent.length)[::4096])
+for run in (run for stage in plan.stages for extent in stage.extents for run in extent.runs):
+    bytes(weights.view(run.arena_offset, run.length)[::4096])
 touched, used = time.monotonic() - touching, cpu() - used
 owner.close()
 memory.child.wait()

@@ -1,4 +1,4 @@
-"""A Hugging Face directory, opened strictly: its config, its shards and where each tensor lies.
+"""A Hugging Face checkpoint, opened strictly: its config, its shards and where each tensor lies.
 
 Only metadata is read here; the weights are the stream's to read, and what a config means for a
 model is the engine's to say. A bad checkpoint never becomes wrong weights: what two readers could
@@ -8,13 +8,14 @@ take for two different things is an error.
 from __future__ import annotations
 
 import os
-import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from coldframe.loader.errors import CheckpointError, SourceNotFound
-from coldframe.loader.files import open_regular, pread_exactly, read_whole, source_error
 from coldframe.loader.header import PREFIX_BYTES, TensorInfo, header_bytes, parse_header
+from coldframe.loader.sources.base import Origin
+from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.strict_json import describe, parse_object
 
 __all__ = ["Checkpoint", "Shard", "TensorInfo", "read_config", "read_generation_config"]
@@ -33,21 +34,18 @@ class Shard:
     """One safetensors file of a checkpoint, as it was when the checkpoint was opened.
 
     Attributes:
-        name: Its file name in the directory.
-        path: Where to open it; a symbolic link is not resolved.
+        name: Its file name.
+        uri: Where it is, for people, and in a directory where to open it (a symbolic link is not
+            resolved).
         size: Bytes in the file.
-        mtime_ns: Time of the last change of its content, in nanoseconds.
-        inode: Number of the file in its file system.
-        device: Number of the file system.
+        version: What changes when the file does: an ETag, or a local file's number and time.
         data_offset: Where the header ends and the data begins.
     """
 
     name: str
-    path: str
+    uri: str
     size: int
-    mtime_ns: int
-    inode: int
-    device: int
+    version: str
     data_offset: int
 
 
@@ -56,7 +54,7 @@ class Checkpoint:
     """Config, shards and tensors of a model.
 
     Attributes:
-        path: The directory.
+        path: The directory, or the URI without credentials.
         config: `config.json` as it stands.
         shards: In the order of their names.
         tensors: By name, in the order of shards and of offsets.
@@ -68,8 +66,8 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
 
     @staticmethod
-    def open(path: str | os.PathLike[str]) -> Checkpoint:
-        """Open the checkpoint in a directory, and read its headers.
+    def open(origin: str | os.PathLike[str] | Origin) -> Checkpoint:
+        """Open the checkpoint at a place, and read its headers.
 
         Where both `model.safetensors` and an index are there, `model.safetensors` is taken, as
         Transformers does. Files that the index does not name are ignored: some repositories hold
@@ -77,25 +75,25 @@ class Checkpoint:
         them, but its name must be a plain file name.
 
         Args:
-            path: The directory.
+            origin: The place; a path is a local directory.
 
         Raises:
             CheckpointError: What is there is not a sound checkpoint.
             SourceNotFound: The directory, the config, the weights or a shard is missing.
             SourceDenied: One of them may not be read.
             SourceChanged: A file shrank while its header was read.
-            SourceError: The file system failed.
+            SourceError: It could not be read.
         """
-        root = os.fspath(path)
-        _check_directory(root)
-        config = read_config(root)
-        weight_map = _read_index(root)
+        place = _origin(origin)
+        place.check()
+        root = place.uri
+        config = _read_object(place, CONFIG_NAME)
+        weight_map = _read_index(place)
         names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
 
         shards: list[Shard] = []
         tensors: dict[str, TensorInfo] = {}
-        for number, name in enumerate(names):
-            shard, found = _read_shard(root, name, number)
+        for shard, found in _read_shards(place, names):
             for tensor in found:
                 twin = tensors.setdefault(tensor.name, tensor)
                 if twin is not tensor:
@@ -103,12 +101,12 @@ class Checkpoint:
                         "a tensor is in two shards",
                         where=f"{root}, tensor {describe(tensor.name)}",
                         expected="one shard for each tensor",
-                        got=f"{shards[twin.shard].name} and {name}",
+                        got=f"{shards[twin.shard].name} and {shard.name}",
                         hint="Save the model again.",
                     )
             shards.append(shard)
         if weight_map is not None:
-            _check_index(root, weight_map, names, tensors)
+            _check_index(place, weight_map, names, tensors)
         return Checkpoint(root, config, tuple(shards), tensors)
 
     @property
@@ -134,67 +132,61 @@ class Checkpoint:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_config(root: str) -> dict[str, Any]:
-    """The `config.json` of a model's directory, for whoever needs it before the weights.
+def read_config(origin: str | Origin) -> dict[str, Any]:
+    """The `config.json` of a model, for whoever needs it before the weights.
 
     Raises:
         CheckpointError: It is not a JSON object.
         SourceError: It is not there or cannot be read.
     """
-    _check_directory(root)
-    return _read_object(os.path.join(root, CONFIG_NAME))
+    place = _origin(origin)
+    place.check()
+    return _read_object(place, CONFIG_NAME)
 
 
-def read_generation_config(root: str) -> dict[str, Any]:
-    """The `generation_config.json` of a model's directory; empty where there is none.
+def read_generation_config(origin: str | Origin) -> dict[str, Any]:
+    """The `generation_config.json` of a model; empty where there is none.
 
     Raises:
         CheckpointError: It is not a JSON object.
         SourceError: It is there and cannot be read.
     """
-    path = os.path.join(root, GENERATION_CONFIG_NAME)
-    return _read_object(path) if os.path.lexists(path) else {}
+    place = _origin(origin)
+    return (
+        _read_object(place, GENERATION_CONFIG_NAME) if place.exists(GENERATION_CONFIG_NAME) else {}
+    )
 
 
-def _read_object(path: str) -> dict[str, Any]:
+def _origin(origin: str | os.PathLike[str] | Origin) -> Origin:
+    if isinstance(origin, str | os.PathLike):
+        return DirectoryOrigin(os.fspath(origin))
+    return origin
+
+
+def _read_object(origin: Origin, name: str) -> dict[str, Any]:
     return parse_object(
-        read_whole(path, _MAX_CONFIG_BYTES),
-        where=path,
+        origin.read_small(name, _MAX_CONFIG_BYTES),
+        where=origin.uri_of(name),
         hint="Download or save the model again.",
         # Python writes Infinity, and configs in the wild have it (Mamba's time_step_limit).
         allow_constants=True,
     )
 
 
-def _check_directory(root: str) -> None:
-    try:
-        mode = os.stat(root).st_mode
-    except (OSError, ValueError) as error:
-        raise source_error(error, root, "Give the directory of a model.") from None
-    if not stat.S_ISDIR(mode):
-        raise CheckpointError(
-            "the model is not a directory",
-            where=root,
-            expected="a directory with config.json and safetensors",
-            got="a file",
-            hint="Give the directory that the file is in.",
-        )
-
-
-def _read_index(root: str) -> dict[str, str] | None:
+def _read_index(origin: Origin) -> dict[str, str] | None:
     """Tensor to shard as the index has it, or None for a checkpoint of one file."""
-    if os.path.lexists(os.path.join(root, WEIGHTS_NAME)):
+    if origin.exists(WEIGHTS_NAME):
         return None
-    path = os.path.join(root, INDEX_NAME)
-    if not os.path.lexists(path):
+    path = origin.uri_of(INDEX_NAME)
+    if not origin.exists(INDEX_NAME):
         raise SourceNotFound(
             "there are no safetensors weights",
-            where=root,
+            where=origin.uri,
             expected=f"{WEIGHTS_NAME} or {INDEX_NAME}",
             hint="Download the weights, or convert them to safetensors.",
         )
     hint = "Download or save the index again."
-    index = parse_object(read_whole(path, _MAX_INDEX_BYTES), where=path, hint=hint)
+    index = parse_object(origin.read_small(INDEX_NAME, _MAX_INDEX_BYTES), where=path, hint=hint)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -225,7 +217,7 @@ def _is_shard_name(name: object) -> bool:
 
 
 def _check_index(
-    root: str, weight_map: dict[str, str], names: list[str], tensors: dict[str, TensorInfo]
+    origin: Origin, weight_map: dict[str, str], names: list[str], tensors: dict[str, TensorInfo]
 ) -> None:
     hint = "The index and the shards are not of one save; download the model again."
     for name, shard in weight_map.items():
@@ -233,7 +225,7 @@ def _check_index(
         if found is None or names[found.shard] != shard:
             raise CheckpointError(
                 "a tensor is not in the shard that the index names",
-                where=f"{root}, tensor {describe(name)}",
+                where=f"{origin.uri}, tensor {describe(name)}",
                 expected=shard,
                 got="no such tensor in any shard" if found is None else names[found.shard],
                 hint=hint,
@@ -242,25 +234,35 @@ def _check_index(
         extra = next(tensor for tensor in tensors.values() if tensor.name not in weight_map)
         raise CheckpointError(
             "a shard holds a tensor that the index does not name",
-            where=f"{os.path.join(root, names[extra.shard])}, tensor {describe(extra.name)}",
+            where=f"{origin.uri_of(names[extra.shard])}, tensor {describe(extra.name)}",
             expected=f"{len(weight_map)} tensors",
             got=f"{len(tensors)} tensors",
             hint=hint,
         )
 
 
-def _read_shard(root: str, name: str, number: int) -> tuple[Shard, list[TensorInfo]]:
-    path = os.path.join(root, name)
-    fd, status = open_regular(path)
+def _read_shards(origin: Origin, names: list[str]) -> Iterator[tuple[Shard, list[TensorInfo]]]:
+    """Shards and their tensors, in the order of the names."""
+    numbered = list(enumerate(names))
+    if min(len(names), origin.concurrency) < 2:
+        yield from (_read_shard(origin, name, number) for number, name in numbered)
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    # Each costs a round trip over a network.
+    with ThreadPoolExecutor(min(len(names), origin.concurrency)) as pool:
+        yield from pool.map(lambda item: _read_shard(origin, item[1], item[0]), numbered)
+
+
+def _read_shard(origin: Origin, name: str, number: int) -> tuple[Shard, list[TensorInfo]]:
+    where = origin.uri_of(name)
+    file = origin.open_shard(name)
     try:
-        size = status.st_size
-        prefix = pread_exactly(fd, path, min(PREFIX_BYTES, size), 0)
-        length = header_bytes(prefix, file_size=size, where=path)
-        header = pread_exactly(fd, path, length, PREFIX_BYTES)
+        size = file.size
+        prefix = file.read(0, min(PREFIX_BYTES, size))
+        length = header_bytes(prefix, file_size=size, where=where)
+        header = file.read(PREFIX_BYTES, length)
     finally:
-        os.close(fd)
-    tensors = parse_header(header, file_size=size, where=path, shard=number)
-    shard = Shard(
-        name, path, size, status.st_mtime_ns, status.st_ino, status.st_dev, PREFIX_BYTES + length
-    )
-    return shard, tensors
+        file.close()
+    tensors = parse_header(header, file_size=size, where=where, shard=number)
+    return Shard(name, where, size, file.version, PREFIX_BYTES + length), tensors

@@ -6,8 +6,14 @@
     ├── SourceError          the bytes could not be had
     │   ├── SourceNotFound
     │   ├── SourceDenied
+    │   │   └── SourceCredentials  there are none, or they are wrong or expired
+    │   ├── SourceElsewhere    it is in another region
     │   ├── SourceChanged      changed, cut or replaced while it was read
+    │   ├── SourceCorrupt      not the bytes that its seal or checksum vouches for
+    │   ├── SourceProtocol     the other side does not answer as it should
     │   └── SourceUnreachable  timed out, broken off, no such host
+    │       ├── SourceBusy       it answers that it has too much to do, again and again
+    │       └── SourceUntrusted  its certificate is not one to trust
     ├── ArenaError           memory could not be reserved, mapped, granted or attached
     ├── SnapshotError        an image cannot be made, trusted or restored
     ├── DeviceError          the device is missing, too small or lost
@@ -31,8 +37,14 @@ __all__ = [
     "SourceError",
     "SourceNotFound",
     "SourceDenied",
+    "SourceCredentials",
+    "SourceElsewhere",
     "SourceChanged",
+    "SourceCorrupt",
+    "SourceProtocol",
     "SourceUnreachable",
+    "SourceBusy",
+    "SourceUntrusted",
     "ArenaError",
     "SnapshotError",
     "DeviceError",
@@ -138,16 +150,52 @@ class SourceDenied(SourceError):
     default_hint = "Check its permissions."
 
 
+class SourceCredentials(SourceDenied):
+    """There are no credentials, or they are wrong or have expired."""
+
+    default_hint = "Give credentials that are valid now, then start again."
+
+
+class SourceElsewhere(SourceError):
+    """It is in another region than the one that was asked."""
+
+    default_hint = "Name the region that the error names, for example in AWS_REGION."
+
+
 class SourceChanged(SourceError):
     """It changed, shrank or was replaced while it was read."""
 
     default_hint = "Let nothing write to a checkpoint that is in use, then start again."
 
 
+class SourceCorrupt(SourceError):
+    """The bytes are not those that their seal or checksum vouches for."""
+
+    default_hint = "Write the file there again from a good copy."
+
+
+class SourceProtocol(SourceError):
+    """The other side does not answer as its protocol says."""
+
+    default_hint = "Ask whoever runs that server or the proxy before it; ranges must work."
+
+
 class SourceUnreachable(SourceError):
     """The other side cannot be reached or stopped answering."""
 
     default_hint = "Check the disk or the network that the weights come from."
+
+
+class SourceBusy(SourceUnreachable):
+    """The other side has too much to do, and said so until patience ended."""
+
+    default_hint = "Start again later, or load fewer replicas at once."
+
+
+class SourceUntrusted(SourceUnreachable):
+    """The other side's certificate is not one to trust."""
+
+    default_hint = "Set SSL_CERT_FILE to the certificate of the authority that signed it."
 
 
 class ArenaError(ColdframeError):

@@ -13,7 +13,7 @@ from coldframe.loader.errors import (
     SourceNotFound,
 )
 
-__all__ = ["open_regular", "pread_exactly", "read_whole", "source_error"]
+__all__ = ["open_regular", "pread_exactly", "read_whole", "source_error", "version_of"]
 
 
 def read_whole(path: str, limit: int) -> bytes:
@@ -84,3 +84,8 @@ def source_error(error: OSError | ValueError, where: str, hint: str) -> SourceEr
         )
     got = error.strerror if isinstance(error, OSError) else error
     return SourceError("it cannot be read", where=where, got=got, hint=hint)
+
+
+def version_of(status: os.stat_result) -> str:
+    """What changes when a local file is written, replaced or touched."""
+    return f"{status.st_mtime_ns}-{status.st_ino}-{status.st_dev}"

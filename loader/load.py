@@ -20,9 +20,11 @@ from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices import Device
 from coldframe.loader.errors import ColdframeError
-from coldframe.loader.plan import Plan
+from coldframe.loader.placing import Placer
+from coldframe.loader.plan import Extent, Plan
 from coldframe.loader.sources.file import FileSource
-from coldframe.loader.stream import Stream, Throttle
+from coldframe.loader.stream import Fetch, Stream
+from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder
 
 __all__ = ["Load", "LoadOptions"]
@@ -30,9 +32,6 @@ __all__ = ["Load", "LoadOptions"]
 _MOSTLY = 0.9
 """Mapped is what has at least this share in the page cache; a cold file is read faster than mapped,
 since a page fault brings in little at a time."""
-
-_DIRECT_READERS = 8
-"""Requests that the disk has before it at once; those who wait for them need no processor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,9 +144,13 @@ class Load:
             )
         ]
         # Under the lease nothing can change any more; what changed before it shows here.
-        source.check_unchanged()
+        source.finish()
         self._on_plan()
-        self._start(source, None, note="mapped in place")
+
+        def fetch(extent: Extent, start: int, stop: int) -> None:
+            source.make_resident(extent.shard, start, stop - start)
+
+        self._start(source, fetch, note="mapped in place")
 
     def _copy(self, source: FileSource) -> None:
         self.mode = "copied"
@@ -155,29 +158,21 @@ class Load:
         self.segments = self._copies
         self._on_plan()
         # What is mostly in the page cache comes faster from there. A link is modelled by either.
-        direct = self._options.throttle is None and self._cached < _MOSTLY and source.use_direct()
-        threads = _DIRECT_READERS if direct else None
-        note = "direct" if direct else "buffered"
-        self._start(source, reservation.view(), threads=threads, note=note)
+        if self._options.throttle is None and self._cached < _MOSTLY:
+            source.use_direct()
+        self._start(source, Placer(source, reservation.view()).fetch, note=source.note)
 
-    def _start(
-        self,
-        source: FileSource,
-        memory: memoryview | None,
-        *,
-        threads: int | None = None,
-        note: str,
-    ) -> None:
+    def _start(self, source: FileSource, fetch: Fetch, *, note: str) -> None:
         rate = self._options.throttle
         self._stream = Stream(
             self.plan,
-            source,
-            memory,
+            fetch,
             self.board,
+            finish=source.finish,
             on_stage=self._on_stage,
             on_end=self._on_end,
             recorder=self._recorder,
-            threads=self._options.threads or threads or min(8, max(2, cpu_count())),
+            threads=self._options.threads or source.readers or min(8, max(2, cpu_count())),
             throttle=None if rate is None else Throttle(rate),
             note=note,
         )
@@ -216,9 +211,9 @@ class Load:
         assert self._source is not None
         reservation = self._allocate(None)
         for shard, segment in enumerate(self.segments):
-            self._source.read_into(shard, 0, reservation.view(segment.offset, segment.length))
+            self._source.read_into(shard, 0, [reservation.view(segment.offset, segment.length)])
         # The kernel holds a writer back for lease-break-time, not for ever.
-        self._source.check_unchanged()
+        self._source.finish()
         return self._copies
 
     def adopt(self, segments: list[Segment]) -> None:

@@ -9,7 +9,7 @@ stream's, and what the tensors mean is the engine's.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -18,13 +18,13 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.loader.header import TensorInfo
 from coldframe.loader.stages import stage_names, stage_of_each, unused
 
-__all__ = ["Extent", "Layout", "Placement", "Plan", "Stage"]
+__all__ = ["Extent", "Layout", "Placement", "Plan", "Run", "Stage"]
 
 SHARD_ALIGNMENT = 2 << 20  # a huge page, so that a shard can lie in huge pages from its start
 ARENA_ROUNDING = 64 << 10  # the largest base page in use (arm64), so a plan fits every machine
 MAX_GAP = 64 << 10  # bytes that are cheaper to read than to skip
 
-_WIRE_VERSION = 1
+_WIRE_VERSION = 2
 
 
 class Layout(StrEnum):
@@ -39,22 +39,41 @@ class Layout(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Run:
+    """Bytes of an extent that lie together in the arena: a tensor, several, or rows of one.
+
+    Attributes:
+        offset: Where they begin, from the start of the extent.
+        length: Bytes of one row; never 0.
+        arena_offset: Where the first byte goes, from the start of the arena.
+        count: Rows; 1 for all that is not a slice by columns.
+        stride: From row to row in the extent, in bytes. In the arena the rows touch.
+    """
+
+    offset: int
+    length: int
+    arena_offset: int
+    count: int = 1
+    stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Extent:
-    """A run of bytes of one shard that goes to one place of the arena.
+    """Bytes of one shard that are read in one go.
 
     Attributes:
         stage: The index of its stage.
         shard: The index of its shard in the checkpoint.
         file_offset: The position of its first byte in the file.
         length: Bytes; never 0.
-        arena_offset: Where its first byte goes, from the start of the arena.
+        runs: Where they go, in the order of the file. Bytes that are in no run go nowhere.
     """
 
     stage: int
     shard: int
     file_offset: int
     length: int
-    arena_offset: int
+    runs: tuple[Run, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +167,7 @@ class Plan:
             t.name: Placement(t.name, t.dtype, t.shape, offsets[t.name], t.nbytes, stage_of[t.name])
             for t in by_use
         }
-        extents = _extents(planned, stage_of, offsets, max_gap)
+        extents = _extents(planned, stage_of, offsets, max_gap, mirror=layout is Layout.FILE)
         stages = _stages(stage_names(layers), extents)
         plan = Plan(layout, stages, placements, skipped, arena_bytes, shard_bases, "")
         digest = _digest(plan.to_wire(), checkpoint.fingerprint)
@@ -172,7 +191,18 @@ class Plan:
             "stages": [
                 [
                     stage.name,
-                    [[e.shard, e.file_offset, e.length, e.arena_offset] for e in stage.extents],
+                    [
+                        [
+                            e.shard,
+                            e.file_offset,
+                            e.length,
+                            [
+                                [r.offset, r.length, r.arena_offset, r.count, r.stride]
+                                for r in e.runs
+                            ],
+                        ]
+                        for e in stage.extents
+                    ],
                 ]
                 for stage in self.stages
             ],
@@ -202,7 +232,10 @@ class Plan:
             )
         stages = []
         for index, (name, rows) in enumerate(data["stages"]):
-            extents = tuple(Extent(index, *row) for row in rows)
+            extents = tuple(
+                Extent(index, shard, offset, length, tuple(Run(*run) for run in runs))
+                for shard, offset, length, runs in rows
+            )
             stages.append(Stage(index, name, extents, sum(e.length for e in extents)))
         placements = {
             name: Placement(name, dtype, tuple(shape), *rest)
@@ -243,7 +276,12 @@ _PACKERS: dict[Layout, _Packer] = {Layout.FILE: _pack_file}
 
 
 def _extents(
-    planned: list[TensorInfo], stage_of: dict[str, int], offsets: dict[str, int], max_gap: int
+    planned: list[TensorInfo],
+    stage_of: dict[str, int],
+    offsets: dict[str, int],
+    max_gap: int,
+    *,
+    mirror: bool,
 ) -> list[Extent]:
     """Join neighbours of one stage. `planned` is in the order of shards and offsets.
 
@@ -254,20 +292,31 @@ def _extents(
     for tensor in planned:
         if not tensor.nbytes:
             continue
-        stage, arena = stage_of[tensor.name], offsets[tensor.name]
+        stage = stage_of[tensor.name]
+        run = Run(0, tensor.nbytes, offsets[tensor.name])
         if extents:
             last = extents[-1]
             gap = tensor.offset - (last.file_offset + last.length)
-            if (
-                (last.stage, last.shard) == (stage, tensor.shard)
-                and gap <= max_gap
-                and arena - tensor.offset == last.arena_offset - last.file_offset
-            ):
-                length = last.length + gap + tensor.nbytes
-                extents[-1] = Extent(stage, last.shard, last.file_offset, length, last.arena_offset)
+            if (last.stage, last.shard) == (stage, tensor.shard) and gap <= max_gap:
+                run = replace(run, offset=tensor.offset - last.file_offset)
+                runs = _joined(last.runs, run, mirror)
+                extents[-1] = replace(last, length=last.length + gap + tensor.nbytes, runs=runs)
                 continue
-        extents.append(Extent(stage, tensor.shard, tensor.offset, tensor.nbytes, arena))
+        extents.append(Extent(stage, tensor.shard, tensor.offset, tensor.nbytes, (run,)))
     return extents
+
+
+def _joined(runs: tuple[Run, ...], run: Run, mirror: bool) -> tuple[Run, ...]:
+    """The runs with one more behind them, as one with the last where that comes to the same.
+
+    What lies in a gap goes nowhere, since its place in the arena may be another tensor's; but where
+    the arena mirrors the file it has a place there, and goes along.
+    """
+    last = runs[-1]
+    touch = last.offset + last.length == run.offset
+    if (touch or mirror) and last.arena_offset - last.offset == run.arena_offset - run.offset:
+        return (*runs[:-1], replace(last, length=run.offset + run.length - last.offset))
+    return (*runs, run)
 
 
 def _stages(names: list[str], extents: list[Extent]) -> tuple[Stage, ...]:

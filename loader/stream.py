@@ -14,63 +14,42 @@ from typing import NamedTuple
 
 from coldframe.loader.board import Board, StageState
 from coldframe.loader.errors import ColdframeError, SourceError
-from coldframe.loader.plan import Plan
-from coldframe.loader.sources.base import Source
+from coldframe.loader.plan import Extent, Plan
+from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder, now
 
-__all__ = ["Stream", "Throttle"]
+__all__ = ["Fetch", "Stream"]
 
 _CHUNK = 8 << 20
+_FIRST_CHUNK = 1 << 20
 _MIN_CHUNK = 64 << 10
 _THROTTLED_CHUNK_S = 0.005
 
-
-class Throttle:
-    """Makes a source as slow as a link of the given rate: a byte is there when it could be.
-
-    Args:
-        rate: Bytes per second.
-    """
-
-    # What a link may catch up after a hiccup of the reader: its buffers hold some milliseconds.
-    _SLACK_S = 0.02
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self._arrives: float | None = None
-        self._lock = threading.Lock()
-
-    def book(self, nbytes: int) -> float:
-        """Reserves the link for so many bytes; returns when they have passed (monotonic s)."""
-        with self._lock:
-            earliest = time.monotonic()
-            if self._arrives is not None:
-                earliest = max(self._arrives, earliest - self._SLACK_S)
-            self._arrives = earliest + nbytes / self.rate
-            return self._arrives
+Fetch = Callable[[Extent, int, int], None]
+"""Brings the bytes of an extent between two offsets of its file to their places; see `Placer`."""
 
 
 class _Chunk(NamedTuple):
-    stage: int
-    shard: int
-    file_offset: int
-    arena_offset: int
-    length: int
+    extent: Extent
+    start: int
+    stop: int
 
 
 class Stream:
-    """Fills an arena from a source, as planned.
+    """Fills an arena, as planned.
 
     Args:
         plan: Stages and extents.
-        source: Where the bytes are read.
-        memory: The arena's bytes; None where the files themselves are mapped there, and their
-            pages only have to be brought into the page cache.
+        fetch: Brings bytes where they belong. Called by several threads.
         board: Where progress is shown.
+        finish: Called when all bytes are in and before the last stage is given out: raises where
+            they do not belong together.
         on_stage: Called with a stage's index once its bytes are in; from a reader's thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
         threads: Readers.
+        chunk: Bytes that one of them asks for at once, a power of two. The first chunks are
+            smaller: what all readers have asked for beyond a stage keeps that stage waiting.
         note: How the bytes come, for the timeline.
         throttle: A limit on the rate, or None.
     """
@@ -78,30 +57,30 @@ class Stream:
     def __init__(
         self,
         plan: Plan,
-        source: Source,
-        memory: memoryview | None,
+        fetch: Fetch,
         board: Board,
         *,
+        finish: Callable[[], None],
         on_stage: Callable[[int], None],
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
-        threads: int = 2,
+        threads: int,
+        chunk: int = _CHUNK,
         note: str | None = None,
         throttle: Throttle | None = None,
     ) -> None:
-        self._plan = plan
-        self._source = source
-        self._memory = memory
+        self._fetch = fetch
         self._board = board
+        self._finish = finish
         self._on_stage = on_stage
         self._on_end = on_end
         self._recorder = recorder
         self._throttle = throttle
         self._note = note
-        size = _CHUNK
+        first = min(chunk, _FIRST_CHUNK)
         if throttle is not None:
-            size = min(_CHUNK, max(_MIN_CHUNK, int(throttle.rate * _THROTTLED_CHUNK_S)))
-        self._chunks = _chunks(plan, size)
+            chunk = first = min(chunk, max(_MIN_CHUNK, int(throttle.rate * _THROTTLED_CHUNK_S)))
+        self._chunks = _chunks(plan, first, chunk)
         self._left = [stage.nbytes for stage in plan.stages]
         self._lock = threading.Lock()
         self._error: ColdframeError | None = None
@@ -149,25 +128,22 @@ class Stream:
             self._on_end(self._error)
 
     def _read_chunk(self, chunk: _Chunk) -> None:
-        arrives = None if self._throttle is None else self._throttle.book(chunk.length)
-        if self._memory is None:
-            self._source.make_resident(chunk.shard, chunk.file_offset, chunk.length)
-        else:
-            place = self._memory[chunk.arena_offset : chunk.arena_offset + chunk.length]
-            self._source.read_into(chunk.shard, chunk.file_offset, place)
+        length, stage = chunk.stop - chunk.start, chunk.extent.stage
+        arrives = None if self._throttle is None else self._throttle.book(length)
+        self._fetch(chunk.extent, chunk.start, chunk.stop)
         if arrives is not None and self._cancelled.wait(max(0.0, arrives - time.monotonic())):
             return
-        self._board.advance(chunk.stage, chunk.length)
+        self._board.advance(stage, length)
         with self._lock:
-            self._left[chunk.stage] -= chunk.length
-            complete = self._left[chunk.stage] == 0
+            self._left[stage] -= length
+            complete = self._left[stage] == 0
             last = complete and not any(self._left)
         if last:
             # Before the last stage is given out: a file that was replaced meanwhile may have
             # given old bytes to some stages and new ones to others.
-            self._source.check_unchanged()
+            self._finish()
         if complete:
-            self._ready(chunk.stage)
+            self._ready(stage)
 
     def _ready(self, stage: int) -> None:
         self._board.settle(stage, StageState.READY)
@@ -184,13 +160,16 @@ class Stream:
                 self._board.settle(stage, StageState.FAILED)
 
 
-def _chunks(plan: Plan, size: int) -> Iterator[_Chunk]:
+def _chunks(plan: Plan, first: int, size: int) -> Iterator[_Chunk]:
     """Cuts the extents where the file's offset is a multiple of the size: at whole blocks."""
+    small = plan.stages[0].nbytes + (plan.stages[1].nbytes if len(plan.stages) > 1 else 0)
+    done = 0
     for stage in plan.stages:
         for extent in stage.extents:
-            shift = extent.arena_offset - extent.file_offset
             start, end = extent.file_offset, extent.file_offset + extent.length
             while start < end:
-                stop = min(end, (start // size + 1) * size)
-                yield _Chunk(stage.index, extent.shard, start, start + shift, stop - start)
+                step = first if done < small else size
+                stop = min(end, (start // step + 1) * step)
+                yield _Chunk(extent, start, stop)
+                done += stop - start
                 start = stop

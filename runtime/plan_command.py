@@ -178,7 +178,7 @@ def _probe(checkpoint: Checkpoint) -> _Path:
         started, done = time.monotonic(), 0
         while done < min(size, _PROBE_BYTES) and time.monotonic() - started < _PROBE_S:
             count = min(_PROBE_CHUNK, size - done)
-            source.read_into(0, done, buffer[:count])
+            source.read_into(0, done, [buffer[:count]])
             done += count
         # What this read brought into the page cache would make the next start look faster.
         if not cached:

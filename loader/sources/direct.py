@@ -13,7 +13,7 @@ import mmap
 import os
 from typing import NamedTuple
 
-__all__ = ["BLOCK", "Cut", "cut", "open_direct"]
+__all__ = ["BLOCK", "Cut", "congruent", "cut", "open_direct"]
 
 BLOCK = 4096
 """What every disk's logical block divides; a device that asks for more refuses the probe."""
@@ -47,23 +47,14 @@ class Cut(NamedTuple):
     tail: int
 
 
-def cut(offset: int, buffer: memoryview) -> Cut | None:
-    """How a stretch can be read directly.
+def congruent(offset: int, buffer: memoryview) -> bool:
+    """Whether a place in memory and an offset in a file agree modulo a block."""
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer)) if buffer else offset
+    return address % BLOCK == offset % BLOCK
 
-    Args:
-        offset: Where in the file it begins.
-        buffer: Where it goes; writable.
 
-    Returns:
-        The three lengths, or None where no part of it can: it is too short, or its place in
-        memory and its offset differ modulo a block.
-    """
-    length = len(buffer)
-    head = -offset % BLOCK
+def cut(offset: int, length: int) -> Cut:
+    """How a stretch is read directly: what is ragged at its ends, and the blocks between."""
+    head = min(length, -offset % BLOCK)
     body = (length - head) // BLOCK * BLOCK
-    if body <= 0:
-        return None
-    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-    if address % BLOCK != offset % BLOCK:
-        return None
     return Cut(head, body, length - head - body)

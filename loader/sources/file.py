@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import mmap
 import os
 import signal
+import threading
 from collections.abc import Sequence
 
 from coldframe.loader.checkpoint import Shard
 from coldframe.loader.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
+from coldframe.loader.files import version_of
 from coldframe.loader.residency import cached_bytes
-from coldframe.loader.sources.direct import cut, open_direct
+from coldframe.loader.sources.direct import BLOCK, congruent, cut, open_direct
 
 __all__ = ["FileSource"]
 
 _SCRATCH = 1 << 20
+_DIRECT_READERS = 8
+_MOST_BUFFERS = 1024  # IOV_MAX
 
 
 class FileSource:
@@ -30,10 +35,11 @@ class FileSource:
         self.fds: list[int] = []
         self._direct: list[int] = []
         self._leased = False
+        self._scratch = threading.local()
         try:
             for shard in self._shards:
                 self.fds.append(_open(shard))
-            self.check_unchanged()
+            self.finish()
         except BaseException:
             self.close()
             raise
@@ -44,7 +50,7 @@ class FileSource:
         For files that are not in the page cache; those that are come faster from there.
         """
         for shard in self._shards:
-            fd = open_direct(shard.path)
+            fd = open_direct(shard.uri)
             if fd is None:
                 self._close_direct()
                 return False
@@ -59,33 +65,62 @@ class FileSource:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return True
 
-    def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
-        parts = cut(offset, buffer) if self._direct else None
-        if parts is None:
-            self._read(self.fds[shard], shard, offset, buffer)
-            return
-        head, body, _ = parts
-        self._read(self.fds[shard], shard, offset, buffer[:head])
-        self._read(self._direct[shard], shard, offset + head, buffer[head : head + body])
-        self._read(self.fds[shard], shard, offset + head + body, buffer[head + body :])
+    @property
+    def readers(self) -> int | None:
+        """Requests that the disk has before it at once; who waits for them needs no processor."""
+        return _DIRECT_READERS if self._direct else None
 
-    def _read(self, fd: int, shard: int, offset: int, buffer: memoryview) -> None:
-        done, wanted = 0, len(buffer)
-        while done < wanted:
+    @property
+    def note(self) -> str:
+        return "direct" if self._direct else "buffered"
+
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        if not self._direct:
+            self._read(self.fds[shard], shard, offset, parts)
+            return
+        if len(parts) > 1 or not congruent(offset, parts[0]):
+            bounce = self._bounce(offset, sum(map(len, parts)))
+            self.read_into(shard, offset, [bounce])
+            at = 0
+            for part in parts:
+                part[:] = bounce[at : at + len(part)]
+                at += len(part)
+            return
+        (part,) = parts
+        head, body, _ = cut(offset, len(part))
+        self._read(self.fds[shard], shard, offset, [part[:head]])
+        self._read(self._direct[shard], shard, offset + head, [part[head : head + body]])
+        self._read(self.fds[shard], shard, offset + head + body, [part[head + body :]])
+
+    def _bounce(self, offset: int, length: int) -> memoryview:
+        """A buffer of the calling thread that O_DIRECT can fill from an offset on."""
+        wanted = length + BLOCK
+        buffer: memoryview | None = getattr(self._scratch, "bounce", None)
+        if buffer is None or len(buffer) < wanted:
+            buffer = self._scratch.bounce = memoryview(mmap.mmap(-1, wanted))
+        return buffer[offset % BLOCK : offset % BLOCK + length]
+
+    def _read(self, fd: int, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        left = [part for part in parts if part]
+        while left:
             try:
-                count = os.preadv(fd, [buffer[done:]], offset + done)
+                count = os.preadv(fd, left[:_MOST_BUFFERS], offset)
             except OSError as error:
                 raise SourceError(
                     "a weight file cannot be read",
-                    where=f"{self._shards[shard].path} at {offset + done}",
+                    where=f"{self._shards[shard].uri} at {offset}",
                     got=error.strerror,
                     hint="Check the disk; then start again.",
                 ) from error
             if count == 0:
-                raise self._changed(shard, "ended early", f"byte {offset + done}")
-            done += count
+                raise self._changed(shard, "ended early", f"byte {offset}")
+            offset += count
+            while left and count >= len(left[0]):
+                count -= len(left.pop(0))
+            if count:
+                left[0] = left[0][count:]
 
-    def check_unchanged(self) -> None:
+    def finish(self) -> None:
         self._check(self.fds)
 
     def _check(self, fds: list[int]) -> None:
@@ -93,18 +128,22 @@ class FileSource:
             status = os.fstat(fd)
             if status.st_size != shard.size:
                 raise self._changed(index, "has another size", f"{status.st_size} bytes")
-            found = (status.st_mtime_ns, status.st_ino, status.st_dev)
-            if found != (shard.mtime_ns, shard.inode, shard.device):
+            if version_of(status) != shard.version:
                 raise self._changed(index, "was modified", "another file or modification time")
 
     def make_resident(self, shard: int, offset: int, length: int) -> None:
+        """Brings bytes of a shard that is mapped in place into the page cache.
+
+        Raises:
+            SourceError: They could not be had.
+        """
         missing = length - cached_bytes(self.fds[shard], offset, length)
         if missing <= 0:
             return
         # A read, not read-ahead advice: when it returns the pages are there, or an error is.
         scratch = memoryview(bytearray(min(length, _SCRATCH)))
         for start in range(offset, offset + length, _SCRATCH):
-            self.read_into(shard, start, scratch[: min(_SCRATCH, offset + length - start)])
+            self.read_into(shard, start, [scratch[: min(_SCRATCH, offset + length - start)]])
 
     def cached_bytes(self) -> int:
         """How much of all shards is in the page cache."""
@@ -169,7 +208,7 @@ class FileSource:
         expected = self._shards[shard]
         return SourceChanged(
             f"a weight file {what} while it was loaded",
-            where=expected.path,
+            where=expected.uri,
             expected=f"{expected.size} bytes, unchanged",
             got=got,
             hint="Let nothing write to a checkpoint that is in use; then start again.",
@@ -178,14 +217,14 @@ class FileSource:
 
 def _open(shard: Shard) -> int:
     try:
-        return os.open(shard.path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(shard.uri, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise SourceNotFound("a weight file is gone", where=shard.path) from error
+        raise SourceNotFound("a weight file is gone", where=shard.uri) from error
     except PermissionError as error:
         raise SourceDenied(
-            "a weight file may not be read", where=shard.path, hint="Check its permissions."
+            "a weight file may not be read", where=shard.uri, hint="Check its permissions."
         ) from error
     except OSError as error:
         raise SourceError(
-            "a weight file cannot be opened", where=shard.path, got=error.strerror
+            "a weight file cannot be opened", where=shard.uri, got=error.strerror
         ) from error

@@ -61,7 +61,7 @@ def test_reads_are_positional(source: FileSource, model: Path) -> None:
         data = path.read_bytes()
         for offset, length in ((0, len(data)), (1, 1), (4095, 5000), (len(data) - 3, 3), (7, 0)):
             buffer = bytearray(length)
-            source.read_into(shard, offset, memoryview(buffer))
+            source.read_into(shard, offset, [memoryview(buffer)])
             assert buffer == data[offset : offset + length]
 
 
@@ -69,7 +69,7 @@ def test_a_read_beyond_the_end(source: FileSource, model: Path) -> None:
     path = shard_files(model)[1]
     size = path.stat().st_size
     with pytest.raises(SourceChanged, match="ended early") as caught:
-        source.read_into(1, size - 10, memoryview(bytearray(11)))
+        source.read_into(1, size - 10, [memoryview(bytearray(11))])
     error = caught.value
     assert error.where == str(path)
     assert (error.expected, error.got) == (f"{size} bytes, unchanged", f"byte {size}")
@@ -81,7 +81,7 @@ def test_a_read_that_the_system_refuses(source: FileSource, model: Path) -> None
     os.dup2(folder, source.fds[0], inheritable=False)  # a directory in its place
     os.close(folder)
     with pytest.raises(SourceError, match=r"cannot be read.* at 5.*Is a directory"):
-        source.read_into(0, 5, memoryview(bytearray(1)))
+        source.read_into(0, 5, [memoryview(bytearray(1))])
 
 
 def change(path: Path, what: str) -> None:
@@ -120,10 +120,10 @@ def test_a_shard_that_changed_before_it_was_opened(what: str, model: Path) -> No
 
 @pytest.mark.parametrize("what", ["cut", "grown", "rewritten"])
 def test_a_shard_that_changes_while_it_is_open(what: str, source: FileSource, model: Path) -> None:
-    source.check_unchanged()
+    source.finish()
     change(shard_files(model)[1], what)
     with pytest.raises(SourceChanged, match="while it was loaded"):
-        source.check_unchanged()
+        source.finish()
 
 
 def test_a_replaced_shard_stays_the_old_one_for_who_has_it_open(
@@ -133,9 +133,9 @@ def test_a_replaced_shard_stays_the_old_one_for_who_has_it_open(
     old = path.read_bytes()
     path.with_suffix(".new").write_bytes(b"new")
     path.with_suffix(".new").rename(path)
-    source.check_unchanged()
+    source.finish()
     buffer = bytearray(len(old))
-    source.read_into(1, 0, memoryview(buffer))
+    source.read_into(1, 0, [memoryview(buffer)])
     assert buffer == old
 
 
@@ -258,13 +258,13 @@ def test_direct_reads_bring_the_same_bytes(
     assert source.use_direct()
     for shift in (offset % 4096, 0, 8):  # congruent, so direct; and not, so the usual way
         place = memory[shift : shift + length]
-        source.read_into(1, offset, place)
+        source.read_into(1, offset, [place])
         assert bytes(place) == data[offset : offset + length]
         assert bytes(memory[shift + length : shift + length + 64]) == bytes(64)
         memory[: 1 << 19] = bytes(1 << 19)
     # To the last byte, which is in no whole block.
     place = memory[:][: path.stat().st_size]
-    source.read_into(1, 0, place)
+    source.read_into(1, 0, [place])
     assert bytes(place) == data
 
 
@@ -274,7 +274,7 @@ def test_direct_reads_go_past_the_page_cache(
     path = shard_files(model)[1]
     evict(path)
     assert source.use_direct()
-    source.read_into(1, 0, memory[: path.stat().st_size])
+    source.read_into(1, 0, [memory[: path.stat().st_size]])
     # Only the ragged end came the usual way.
     assert cached_bytes(source.fds[1], 0, path.stat().st_size) <= 4096
 
@@ -293,7 +293,7 @@ def test_a_shard_that_is_cut_while_it_is_read_directly(
     assert source.use_direct()
     os.truncate(path, size - 9000)
     with pytest.raises(SourceChanged, match="ended early"):
-        source.read_into(1, 0, memory[:size])
+        source.read_into(1, 0, [memory[:size]])
 
 
 def test_a_shard_that_was_replaced_before_it_is_read_directly(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import CheckpointError, ColdframeError
-from coldframe.loader.plan import MAX_GAP, Extent, Layout, Placement, Plan
+from coldframe.loader.plan import MAX_GAP, Extent, Layout, Placement, Plan, Run
 from tests.loader.checkpoints import Tensor, tensor, write_model, write_shard
 
 MIB = 1 << 20
@@ -232,7 +232,8 @@ def test_the_file_layout_keeps_addresses_and_offsets_congruent(tmp_path: Path) -
         )
     for stage in plan.stages:
         for extent in stage.extents:
-            assert extent.arena_offset == plan.shard_bases[extent.shard] + extent.file_offset
+            place = plan.shard_bases[extent.shard] + extent.file_offset
+            assert extent.runs == (Run(0, extent.length, place),)
 
 
 def test_an_unknown_layout_is_refused(tmp_path: Path) -> None:
@@ -353,7 +354,7 @@ def test_reading_the_extents_brings_every_tensor_and_no_byte_twice(
     with tempfile.TemporaryDirectory() as root:
         checkpoint = Checkpoint.open(write_model(Path(root), files))
         plan = Plan.build(checkpoint, max_gap=max_gap)
-        raw = [Path(shard.path).read_bytes() for shard in checkpoint.shards]
+        raw = [Path(shard.uri).read_bytes() for shard in checkpoint.shards]
 
     arena = bytearray(plan.arena_bytes)
     covered = bytearray(plan.arena_bytes)
@@ -379,7 +380,9 @@ def test_reading_the_extents_brings_every_tensor_and_no_byte_twice(
 
 
 def _read(extent: Extent, raw: list[bytes], arena: bytearray, covered: bytearray) -> None:
-    begin, end = extent.arena_offset, extent.arena_offset + extent.length
+    (run,) = extent.runs
+    assert (run.offset, run.length, run.count) == (0, extent.length, 1)
+    begin, end = run.arena_offset, run.arena_offset + run.length
     assert extent.length > 0
     source = raw[extent.shard][extent.file_offset : extent.file_offset + extent.length]
     assert len(source) == extent.length

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,10 +10,12 @@ import pytest
 from coldframe.loader.board import Board, StageState
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError, SourceChanged, SourceError
+from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Plan
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.file import FileSource
-from coldframe.loader.stream import Stream, Throttle
+from coldframe.loader.stream import Stream
+from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder
 from tests.loader.checkpoints import tensor, write_model
 from tests.loader.weights import arena_tensors, layered, reference, shard_files
@@ -41,11 +43,12 @@ class Run:
         self.ends: list[ColdframeError | None] = []
         self._on_stage = on_stage
         self.ended = threading.Event()
+        self.placed = wrap(self.source)
         self.stream = Stream(
             self.plan,
-            wrap(self.source),
-            self.memory,
+            Placer(self.placed, self.memory).fetch,
             self.board,
+            finish=self.placed.finish,
             on_stage=self._stage,
             on_end=self._end,
             recorder=self.recorder,
@@ -127,13 +130,13 @@ class Asked:
         self.offsets: list[tuple[int, int, int]] = []
         self.lock = threading.Lock()
 
-    def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
         with self.lock:
-            self.offsets.append((shard, offset, len(buffer)))
-        self.source.read_into(shard, offset, buffer)
+            self.offsets.append((shard, offset, sum(map(len, parts))))
+        self.source.read_into(shard, offset, parts)
 
-    def check_unchanged(self) -> None:
-        self.source.check_unchanged()
+    def finish(self) -> None:
+        self.source.finish()
 
     def close(self) -> None:
         self.source.close()
@@ -293,7 +296,7 @@ def test_a_file_that_is_replaced_is_loaded_as_it_was(
 
 
 class Broken(Asked):
-    def read_into(self, shard: int, offset: int, buffer: memoryview) -> None:
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
         raise ZeroDivisionError("unexpected")
 
 

@@ -46,7 +46,7 @@ from coldframe.loader.process import remove_run_dir
 from coldframe.loader.wire import Channel
 memory = MemoryProcess()
 owner = Channel(memory.socket)
-owner.send({"type": "load", "path": path, **options})
+owner.send({"type": "load", "model": path, **options})
 owner.send({"type": "kv", "block_bytes": 4096, "blocks": 1, "lease_s": 30})
 while (message := owner.recv(60)).kind != "listening":
     pass

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from coldframe.loader.errors import CheckpointError, SourceNotFound
 from coldframe.loader.header import PREFIX_BYTES, TensorInfo, header_bytes, parse_header
+from coldframe.loader.seal import Seal
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.strict_json import describe, parse_object
@@ -58,15 +59,19 @@ class Checkpoint:
         config: `config.json` as it stands.
         shards: In the order of their names.
         tensors: By name, in the order of shards and of offsets.
+        seal: The hashes of all bytes, where the checkpoint is sealed.
+        headers: What is before the data in each shard, as it stands.
     """
 
     path: str
     config: dict[str, Any]
     shards: tuple[Shard, ...]
     tensors: dict[str, TensorInfo]
+    seal: Seal | None = None
+    headers: tuple[bytes, ...] = field(default=(), repr=False)
 
     @staticmethod
-    def open(origin: str | os.PathLike[str] | Origin) -> Checkpoint:
+    def open(origin: str | os.PathLike[str] | Origin, *, sealed: bool = True) -> Checkpoint:
         """Open the checkpoint at a place, and read its headers.
 
         Where both `model.safetensors` and an index are there, `model.safetensors` is taken, as
@@ -76,8 +81,10 @@ class Checkpoint:
 
         Args:
             origin: The place; a path is a local directory.
+            sealed: Whether config and headers are held against the seal, where there is one.
 
         Raises:
+            SourceCorrupt: A config or a header is not the one that was sealed.
             CheckpointError: What is there is not a sound checkpoint.
             SourceNotFound: The directory, the config, the weights or a shard is missing.
             SourceDenied: One of them may not be read.
@@ -87,13 +94,18 @@ class Checkpoint:
         place = _origin(origin)
         place.check()
         root = place.uri
-        config = _read_object(place, CONFIG_NAME)
+        raw = place.read_small(CONFIG_NAME, _MAX_CONFIG_BYTES)
+        seal = Seal.read(place) if sealed else None
+        if seal is not None:
+            seal.check_config(raw, where=place.uri_of(CONFIG_NAME))
+        config = _parse_object(raw, place.uri_of(CONFIG_NAME))
         weight_map = _read_index(place)
         names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
 
         shards: list[Shard] = []
         tensors: dict[str, TensorInfo] = {}
-        for shard, found in _read_shards(place, names):
+        headers: list[bytes] = []
+        for shard, found, header in _read_shards(place, names, seal):
             for tensor in found:
                 twin = tensors.setdefault(tensor.name, tensor)
                 if twin is not tensor:
@@ -105,17 +117,18 @@ class Checkpoint:
                         hint="Save the model again.",
                     )
             shards.append(shard)
+            headers.append(header)
         if weight_map is not None:
             _check_index(place, weight_map, names, tensors)
-        return Checkpoint(root, config, tuple(shards), tensors)
+        return Checkpoint(root, config, tuple(shards), tensors, seal, tuple(headers))
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the config, the sizes of the shards and all headers, in hexadecimal.
+        """SHA-256 over config, sizes of shards, headers and the seal, in hexadecimal.
 
         The same checkpoint has the same fingerprint on every machine: neither the directory nor
-        times enter. The weights themselves do not either; reading them all is what a cold start
-        cannot wait for. It is computed anew at each call.
+        times enter. The weights themselves enter by their seal alone; reading them all is what a
+        cold start cannot wait for. It is computed anew at each call.
         """
         import hashlib
         import json
@@ -127,9 +140,23 @@ class Checkpoint:
                 [t.name, t.dtype, t.shape, t.shard, t.offset, t.nbytes]
                 for t in self.tensors.values()
             ],
+            None if self.seal is None else self.seal.digest,
         ]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    def agrees_with(self, other: Checkpoint) -> bool:
+        """Whether another place holds the same checkpoint, as far as opening it tells.
+
+        Config and headers must be equal, and the seals where both have one.
+        """
+        if self.seal is not None and other.seal is not None and self.seal != other.seal:
+            return False
+        return (self.config, self.headers, [(s.name, s.size) for s in self.shards]) == (
+            other.config,
+            other.headers,
+            [(s.name, s.size) for s in other.shards],
+        )
 
 
 def read_config(origin: str | Origin) -> dict[str, Any]:
@@ -164,9 +191,13 @@ def _origin(origin: str | os.PathLike[str] | Origin) -> Origin:
 
 
 def _read_object(origin: Origin, name: str) -> dict[str, Any]:
+    return _parse_object(origin.read_small(name, _MAX_CONFIG_BYTES), origin.uri_of(name))
+
+
+def _parse_object(raw: bytes, where: str) -> dict[str, Any]:
     return parse_object(
-        origin.read_small(name, _MAX_CONFIG_BYTES),
-        where=origin.uri_of(name),
+        raw,
+        where=where,
         hint="Download or save the model again.",
         # Python writes Infinity, and configs in the wild have it (Mamba's time_step_limit).
         allow_constants=True,
@@ -241,20 +272,24 @@ def _check_index(
         )
 
 
-def _read_shards(origin: Origin, names: list[str]) -> Iterator[tuple[Shard, list[TensorInfo]]]:
-    """Shards and their tensors, in the order of the names."""
+def _read_shards(
+    origin: Origin, names: list[str], seal: Seal | None
+) -> Iterator[tuple[Shard, list[TensorInfo], bytes]]:
+    """Shards, their tensors and what is before their data, in the order of the names."""
     numbered = list(enumerate(names))
     if min(len(names), origin.concurrency) < 2:
-        yield from (_read_shard(origin, name, number) for number, name in numbered)
+        yield from (_read_shard(origin, name, number, seal) for number, name in numbered)
         return
     from concurrent.futures import ThreadPoolExecutor
 
     # Each costs a round trip over a network.
     with ThreadPoolExecutor(min(len(names), origin.concurrency)) as pool:
-        yield from pool.map(lambda item: _read_shard(origin, item[1], item[0]), numbered)
+        yield from pool.map(lambda item: _read_shard(origin, item[1], item[0], seal), numbered)
 
 
-def _read_shard(origin: Origin, name: str, number: int) -> tuple[Shard, list[TensorInfo]]:
+def _read_shard(
+    origin: Origin, name: str, number: int, seal: Seal | None
+) -> tuple[Shard, list[TensorInfo], bytes]:
     where = origin.uri_of(name)
     file = origin.open_shard(name)
     try:
@@ -264,5 +299,8 @@ def _read_shard(origin: Origin, name: str, number: int) -> tuple[Shard, list[Ten
         header = file.read(PREFIX_BYTES, length)
     finally:
         file.close()
+    if seal is not None:
+        seal.check_header(name, prefix + header, where=where)
     tensors = parse_header(header, file_size=size, where=where, shard=number)
-    return Shard(name, where, size, file.version, PREFIX_BYTES + length), tensors
+    shard = Shard(name, where, size, file.version, PREFIX_BYTES + length)
+    return shard, tensors, prefix + header

@@ -75,6 +75,8 @@ class MemoryClient:
         self.plan: Plan | None = None
         self.weights: Reservation | None = None
         self.kv: KvArena | None = None
+        self._relaid: tuple[Plan, Reservation] | None = None
+        self._old: Reservation | None = None
         self._board: BoardView | None = None
         self._reader = threading.Thread(target=self._read, name="memory-client", daemon=True)
         self._reader.start()
@@ -91,8 +93,9 @@ class MemoryClient:
         if self._board is not None:
             self._board.close()
             self._board = None
-        if self.weights is not None:
-            self.weights.close()
+        for weights in (self.weights, self._old, self._relaid and self._relaid[1]):
+            if weights is not None:
+                weights.close()
         if self.kv is not None:
             self.kv.reservation.close()
 
@@ -218,6 +221,8 @@ class MemoryClient:
         reason: ColdframeError = lost
         try:
             while (message := self._channel.recv()) is not None:
+                if message.kind == "stage":
+                    self._populate(message.body["stage"])
                 with self._changed:
                     self._take(message)
                     self._changed.notify_all()
@@ -232,6 +237,14 @@ class MemoryClient:
             self._changed.notify_all()
         self._on_event()
 
+    def _populate(self, stage: int) -> None:
+        """Spares whoever computes with a stage the page faults."""
+        if self.plan is None or self.weights is None or not self._mapped:
+            return
+        for extent in self.plan.stages[stage].extents:
+            for run in extent.runs:
+                self.weights.populate(run.arena_offset, run.length * run.count)
+
     def _take(self, message: Message) -> None:
         body = message.body
         match message.kind:
@@ -243,6 +256,8 @@ class MemoryClient:
                 self.weights = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
             case "segments" | "remap":
                 self._map(message)
+            case "relaid":
+                self._lay_out(message)
             case "kv":
                 (fd,) = message.fds
                 segment = Segment.from_wire(fd, body["segment"])
@@ -255,12 +270,46 @@ class MemoryClient:
             case "granted" | "assigned" | "claimed" | "dropped":
                 self._answers.append(message)
 
-    def _map(self, message: Message) -> None:
+    def _collect(self, message: Message) -> bool:
+        """Takes segments; whether these were the last of them."""
         self._segments += [
             Segment.from_wire(fd, data)
             for fd, data in zip(message.fds, message.body["segments"], strict=True)
         ]
-        if not message.body["last"]:
+        return bool(message.body["last"])
+
+    def _lay_out(self, message: Message) -> None:
+        if not self._collect(message):
+            return
+        plan = Plan.from_wire(message.body["plan"])
+        weights = Reservation(plan.arena_bytes)
+        weights.attach(self._segments)
+        weights.populate(0, plan.arena_bytes)
+        for segment in self._segments:
+            os.close(segment.fd)
+        self._segments.clear()
+        self._relaid = (plan, weights)
+
+    def take_relaid(self) -> tuple[Plan, Reservation] | None:
+        """The weights at other addresses, where the service has laid them out anew.
+
+        Call `let_go_of_old` once nothing of this process looks at the old ones any more.
+        """
+        relaid, self._relaid = self._relaid, None
+        if relaid is not None:
+            self._old = self.weights
+            self.plan, self.weights = relaid
+        return relaid
+
+    def let_go_of_old(self) -> None:
+        """Unmaps the weights at their old addresses."""
+        if self._old is not None:
+            self._old.close()
+            self._old = None
+            self._channel.send({"type": "remapped"})
+
+    def _map(self, message: Message) -> None:
+        if not self._collect(message):
             return
         assert self.weights is not None
         # Mapping over a mapping is one step for every other thread: a forward pass that runs

@@ -5,58 +5,53 @@ The kernel may have dropped some of its pages, so each stage is given out once w
 it has been read. Mapping is safe only under a read lease, which holds back whoever wants to write
 to a file; when one comes, the weights are copied out of the way (`move_out`) and the files let go,
 and no worker notices.
+
+All else is streamed, from the first of several places that has the checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import TYPE_CHECKING
 
 from coldframe.loader.arena import WEIGHTS_BASE, Reservation, Segment
 from coldframe.loader.board import Board
 from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.chain import ChainSource, Opened, Places, first_that_opens
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.companions import Companions
 from coldframe.loader.devices import Device
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, SourceCorrupt, SourceUnreachable
+from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.location import parse_location
+from coldframe.loader.opening import origins_of
+from coldframe.loader.ownarena import OwnArena, move
+from coldframe.loader.pieces import PIECE_BYTES
 from coldframe.loader.placing import Placer
-from coldframe.loader.plan import Extent, Plan
+from coldframe.loader.plan import Extent, Layout, Plan
+from coldframe.loader.sources.base import SEALED, Origin, Source
 from coldframe.loader.sources.file import FileSource
-from coldframe.loader.stream import Fetch, Stream
+from coldframe.loader.stream import Fetch, Stream, pieces_of
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder
 
-__all__ = ["Load", "LoadOptions"]
+# What only some loads need is imported by those.
+if TYPE_CHECKING:
+    from coldframe.loader.keeping import Keeping
+    from coldframe.loader.sharing import Sharing
+
+__all__ = ["Load"]
 
 _MOSTLY = 0.9
 """Mapped is what has at least this share in the page cache; a cold file is read faster than mapped,
 since a page fault brings in little at a time."""
 
+_VECTOR = 64
+"""Bytes that a vector unit loads at once: what the kernels want tensors to be aligned to."""
 
-@dataclass(frozen=True, slots=True)
-class LoadOptions:
-    """What to load, and how.
-
-    Args:
-        path: A checkpoint's directory.
-        copy: Never map files in place.
-        throttle: Bytes per second at most, or None; implies `copy`.
-        threads: Readers; None takes as many as there are CPUs, but at least 2 and at most 8.
-    """
-
-    path: str
-    copy: bool = False
-    throttle: float | None = None
-    threads: int | None = None
-
-    def to_wire(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "copy": self.copy,
-            "throttle": self.throttle,
-            "threads": self.threads,
-        }
+_SPARE = 256 << 20
+"""Memory that a second copy of the weights must leave free."""
 
 
 class Load:
@@ -66,6 +61,8 @@ class Load:
         options: What and how.
         device: Whose memory it goes to.
         recorder: Where its spans go.
+        files_dir: Where the small files of a model that is not local are put.
+        on_files: Called with the directory that has the model's small files, once they are there.
         on_plan: Called once plan, segments and board stand, before the first stage is ready.
         on_stage: Called with each stage's index when its bytes are in.
         on_end: Called at the end, with the error that ended it early or None.
@@ -84,24 +81,46 @@ class Load:
         device: Device,
         recorder: Recorder,
         *,
+        files_dir: str,
+        on_files: Callable[[str], None],
         on_plan: Callable[[], None],
         on_stage: Callable[[int], None],
         on_end: Callable[[ColdframeError | None], None],
+        on_kept: Callable[[str | None], None] = lambda why: None,
     ) -> None:
         self._options = options
         self._device = device
         self._recorder = recorder
+        self._companions = Companions(files_dir, recorder, on_files, self._ended)
         self._on_plan = on_plan
         self._on_stage = on_stage
         self._on_end = on_end
+        self._on_kept = on_kept
         self.segments: list[Segment] = []
         self.why: str | None = None
-        """Why it was not mapped, where it might have been."""
-        self._source: FileSource | None = None
+        """Why it was not mapped, or not read from the first place, where it might have been."""
+        self.verified = "not verified yet"
+        """What vouches for the bytes; in a mapped file, from when they have been read once."""
+        self._origins: list[Origin] = []
+        self._files: FileSource | None = None
+        self._source: Source | None = None
         self._stream: Stream | None = None
-        self._reservation: Reservation | None = None
+        self._arena: OwnArena | None = None
+        self._retired: OwnArena | None = None
+        self._keeping: Keeping | None = None
+        self._sharing: Sharing | None = None
         self._cached = 0.0
-        self._copies: list[Segment] = []
+        self._closing = False
+
+    @property
+    def local(self) -> bool:
+        """Whether the checkpoint lies in a directory of this machine."""
+        return bool(self._origins) and self._origins[-1].path is not None
+
+    @property
+    def peers_at(self) -> str | None:
+        """Where peers are served, `HOST:PORT`; None where they are not."""
+        return None if self._sharing is None else self._sharing.address
 
     def run(self) -> None:
         """Opens, plans and starts the stream; returns while that goes on.
@@ -109,94 +128,220 @@ class Load:
         Raises:
             ColdframeError: The checkpoint is bad, cannot be read or does not fit.
         """
+        options = self._options
+        self._throttle = None if options.throttle is None else Throttle(options.throttle)
+        places = origins_of(
+            [*options.sources, options.model],
+            self._throttle,
+            hurry_last=options.cache is not None,
+        )
+        if options.serve_peers is not None:
+            from coldframe.loader.sharing import Sharing
+
+            self._sharing = Sharing(options.serve_peers, options.peer_token)
+        if options.cache is not None:
+            from coldframe.loader.keeping import Keeping
+
+            self._keeping = Keeping(options.cache, options.cache_bytes)
         with self._recorder.span("checkpoint_open"):
-            checkpoint = Checkpoint.open(self._options.path)
+            opened, places = self._open(places)
+        self._checkpoint = opened.checkpoint
+        self._companions.bring(opened.origin)
+        local = opened.origin.path is not None
         with self._recorder.span("plan"):
-            self.plan = Plan.build(checkpoint)
-            self._source = source = FileSource(checkpoint.shards)
-            mapped = self._may_map(source, checkpoint)
+            mirror = local and self._sharing is None
+            layout = options.layout or (Layout.FILE if mirror else Layout.ALIGNED)
+            self.plan = Plan.build(opened.checkpoint, layout=layout)
+            mapped = local and self._may_map(opened.checkpoint)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
         if mapped:
             try:
-                self._map(source, checkpoint)
+                self._map(opened.checkpoint)
             except BaseException:
                 self.let_go()
                 raise
         else:
-            self._copy(source)
+            self._copy(opened, places)
 
-    def _may_map(self, source: FileSource, checkpoint: Checkpoint) -> bool:
-        self._cached = source.cached_bytes() / sum(shard.size for shard in checkpoint.shards)
-        if self._options.copy or self._options.throttle is not None:
+    def _open(self, places: Places) -> tuple[Opened, Places]:
+        """The place to read first, and those behind it; the cache stands before a network."""
+        failures: list[ColdframeError] = []
+        try:
+            opened = first_that_opens(places, failures)
+        except SourceUnreachable as error:
+            kept = self._keeping and self._keeping.find_uri(parse_location(self._options.model).uri)
+            if not kept:
+                raise
+            self.why = f"from the cache: {error.where}: {error.what}"
+            self._origins.append(kept.origin)
+            return kept, places
+        if failures:
+            self.why = "; ".join(f"{error.where}: {error.what}" for error in failures)
+        self._origins.append(opened.origin)
+        if self._keeping is None or opened.origin.path is not None:
+            return opened, places
+        kept = self._keeping.find(opened.checkpoint)
+        if kept is None:
+            return opened, places
+        self.why = "from the cache"
+        self._origins.append(kept.origin)
+        return kept, chain([lambda: opened.origin], places)
+
+    def _may_map(self, checkpoint: Checkpoint) -> bool:
+        """Whether the files can be mapped where they lie; looks how much of them is cached."""
+        files = self._files = FileSource(checkpoint.shards)
+        total = sum(shard.size for shard in checkpoint.shards)
+        self._cached = files.cached_bytes() / max(1, total)
+        options = self._options
+        if options.copy or options.throttle is not None or self.plan.layout is not Layout.FILE:
             return False
         if self._cached < _MOSTLY:
             self.why = f"{100 * self._cached:.0f} % of it are in the page cache"
             return False
-        self.why = source.take_lease()
+        self.why = files.take_lease()
         return self.why is None
 
-    def _map(self, source: FileSource, checkpoint: Checkpoint) -> None:
+    def _map(self, checkpoint: Checkpoint) -> None:
+        assert self._files is not None
+        files = self._files
         self.mode = "mapped"
         self.segments = [
             Segment(fd, 0, shard.size, base, False)
             for fd, shard, base in zip(
-                source.fds, checkpoint.shards, self.plan.shard_bases, strict=True
+                files.fds, checkpoint.shards, self.plan.shard_bases, strict=True
             )
         ]
         # Under the lease nothing can change any more; what changed before it shows here.
-        source.finish()
+        files.finish()
+        if self._sharing is not None:
+            self._sharing.offer(checkpoint, self.plan, self.segments, self._companions.read, files)
         self._on_plan()
 
         def fetch(extent: Extent, start: int, stop: int) -> None:
-            source.make_resident(extent.shard, start, stop - start)
+            files.make_resident(extent.shard, start, stop - start)
 
-        self._start(source, fetch, note="mapped in place")
+        self._start(files, fetch, name="weight_read", note=lambda: "mapped in place")
 
-    def _copy(self, source: FileSource) -> None:
+    def _copy(self, opened: Opened, later: Places) -> None:
         self.mode = "copied"
-        reservation = self._allocate(WEIGHTS_BASE)
-        self.segments = self._copies
+        checkpoint, local = opened.checkpoint, opened.origin.path is not None
+        self._arena = arena = OwnArena(self._device, self.plan.arena_bytes, WEIGHTS_BASE)
+        self.segments = arena.segments
         self._on_plan()
+        self._source = source = ChainSource(
+            opened, later, self._open_source, self._went_on, sealed=self._sealed
+        )
+        if self._sharing is not None:
+            memory = arena.view()
+            self._sharing.offer(checkpoint, self.plan, memory, self._companions.read, source)
+        self._start(
+            source,
+            Placer(source, arena.view()).fetch,
+            name="weight_read" if local else "weight_fetch",
+            note=lambda: source.note,
+            # A reader of the network keeps to the limit by itself.
+            throttle=self._throttle if local else None,
+        )
+
+    def _open_source(self, opened: Opened) -> Source:
+        source = self._checked(self._plain_source(opened), opened.checkpoint)
+        if self._keeping is None or opened.origin.path is not None or self._source is not None:
+            return source
+        # What comes from a place behind the first is not kept: unless sealed, nobody knows whether
+        # it is what the first one has.
+        assert self._arena is not None
+        return self._keeping.write_through(source, opened.checkpoint, self._arena.view())
+
+    def _checked(self, source: Source, checkpoint: Checkpoint) -> Source:
+        """A source that holds what it gives against the checkpoint's seal, where there is one."""
+        if not self._sealed:
+            return source
+        from coldframe.loader.verify import VerifiedSource
+
+        # Of two places that hold the same, one may have no seal.
+        seal = checkpoint.seal or self._checkpoint.seal
+        assert seal is not None
+        return VerifiedSource(source, seal, checkpoint)
+
+    @property
+    def _sealed(self) -> bool:
+        return self._checkpoint.seal is not None and self._options.verify
+
+    @property
+    def _unverified(self) -> str:
+        if not self._options.verify:
+            return "unverified, as asked"
+        if self._checkpoint.seal is None:
+            return "unverified: the checkpoint is not sealed (coldframe seal MODEL)"
+        return "not verified yet"
+
+    def _plain_source(self, opened: Opened) -> Source:
+        if opened.origin.path is None:
+            return opened.origin.open_source(opened.checkpoint.shards)
+        # The files may be open already, to see how much of them is in the page cache.
+        files, self._files = self._files, None
+        files = files or FileSource(opened.checkpoint.shards)
         # What is mostly in the page cache comes faster from there. A link is modelled by either.
         if self._options.throttle is None and self._cached < _MOSTLY:
-            source.use_direct()
-        self._start(source, Placer(source, reservation.view()).fetch, note=source.note)
+            files.use_direct()
+        return files
 
-    def _start(self, source: FileSource, fetch: Fetch, *, note: str) -> None:
-        rate = self._options.throttle
+    def _went_on(self, uri: str, error: ColdframeError) -> None:
+        if self._keeping is not None and isinstance(error, SourceCorrupt):
+            self._keeping.discard()
+        self.why = f"{error.where}: {error.what}; went on with {uri}"
+
+    def _start(
+        self,
+        source: Source,
+        fetch: Fetch,
+        *,
+        name: str,
+        note: Callable[[], str],
+        throttle: Throttle | None = None,
+    ) -> None:
         self._stream = Stream(
             self.plan,
             fetch,
             self.board,
             finish=source.finish,
-            on_stage=self._on_stage,
-            on_end=self._on_end,
+            on_stage=self._stage_ready,
+            on_end=self._ended,
             recorder=self._recorder,
             threads=self._options.threads or source.readers or min(8, max(2, cpu_count())),
-            throttle=None if rate is None else Throttle(rate),
+            chunk=source.chunk,
+            smallest=PIECE_BYTES if self._sealed else 0,
+            throttle=throttle,
+            name=name,
             note=note,
         )
         self._stream.start()
 
-    def _allocate(self, base: int | None) -> Reservation:
-        """Memory for all of the arena: writable here, read-only for those who attach."""
-        size = self.plan.arena_bytes
-        fd = self._device.allocate("weights", size, now=True)
-        try:
-            reservation = Reservation(size, base)
-            reservation.attach([Segment(fd, 0, size, 0, True)])
-            # What others get can neither be written nor cut, whatever kind of memory it is.
-            shared = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
-        finally:
-            os.close(fd)
-        self._reservation = reservation
-        self._copies = [Segment(shared, 0, size, 0, False)]
-        return reservation
+    def _stage_ready(self, stage: int) -> None:
+        if self._sharing is not None:
+            if self.local and self._source is not None and not self._sealed:
+                # Who takes the bytes on must not keep those of a file that changed meanwhile.
+                self._source.finish()
+            self._sharing.ready(stage)
+        self._on_stage(stage)
+
+    def _ended(self, error: ColdframeError | None) -> None:
+        source = self._source or self._files
+        self.verified = (source and source.verified) or self._unverified
+        if self._sharing is not None:
+            self._sharing.end(error)
+        self._on_end(error)
+        if error is not None or self._keeping is None or self._closing:
+            return
+        if self.local:
+            self._on_kept(None)
+        else:
+            self._keeping.complete(self._companions.contents, self._on_kept)
 
     @property
     def writer_waits(self) -> bool:
         """Whether somebody wants to write to a file that is mapped (see `move_out`)."""
-        return self._source is not None and self._source.lease_is_breaking
+        return self._files is not None and self._files.lease_is_breaking
 
     def move_out(self) -> list[Segment]:
         """Copies mapped files into memory of our own, byte for byte at the same places.
@@ -208,31 +353,115 @@ class Load:
             DeviceError: There is no memory for a copy.
             SourceError: The files cannot be read, or the writer was let in before the end.
         """
-        assert self._source is not None
-        reservation = self._allocate(None)
+        assert self._files is not None
+        self._arena = arena = OwnArena(self._device, self.plan.arena_bytes)
         for shard, segment in enumerate(self.segments):
-            self._source.read_into(shard, 0, [reservation.view(segment.offset, segment.length)])
+            self._files.read_into(shard, 0, [arena.view(segment.offset, segment.length)])
         # The kernel holds a writer back for lease-break-time, not for ever.
-        self._source.finish()
-        return self._copies
+        self._files.finish()
+        return arena.segments
 
     def adopt(self, segments: list[Segment]) -> None:
         """From now on the weights are where `move_out` has put them."""
         self.mode, self.why = "copied", "somebody wanted to write to the files"
         self.segments = segments
+        if self._sharing is not None:
+            self._sharing.moved(segments)
+
+    @property
+    def may_realign(self) -> bool:
+        """Whether a layout with every tensor aligned is worth having, and there is room for it."""
+        # Peers read the arena where it is.
+        if self.plan.layout is not Layout.FILE or self._sharing is not None:
+            return False
+        if all(p.arena_offset % _VECTOR == 0 for p in self.plan.placements.values()):
+            return False
+        return self._device.available() > self.plan.arena_bytes + _SPARE
+
+    @property
+    def must_verify(self) -> bool:
+        """Whether there is a seal that the weights, mapped and in use, were not held against."""
+        return self.mode == "mapped" and self._sealed and self.verified != SEALED
+
+    def verify(self) -> None:
+        """Holds files that are mapped against their seal.
+
+        Raises:
+            SourceCorrupt: They are not what was sealed.
+        """
+        from coldframe.loader.verify import check_mapped
+
+        assert self._checkpoint.seal is not None
+        mapped = Reservation(self.plan.arena_bytes)
+        try:
+            mapped.attach(self.segments)
+            views = [mapped.view(each.offset, each.length) for each in self.segments]
+            check_mapped(
+                views, self._checkpoint.seal, self._checkpoint, cancelled=lambda: self._closing
+            )
+        finally:
+            mapped.close()
+        self.verified = SEALED
+
+    def realign(self) -> tuple[Plan, OwnArena]:
+        """Copies the weights into memory of our own, laid out anew, beside where they are now.
+
+        Returns:
+            For `adopt_layout`.
+
+        Raises:
+            DeviceError: There is no memory for it.
+            SourceError: The files cannot be read, or are not what they should be.
+        """
+        plan = Plan.build(self._checkpoint, layout=Layout.ALIGNED)
+        arena = OwnArena(self._device, plan.arena_bytes)
+        try:
+            if self._arena is not None:
+                move(self.plan, self._arena.view(), plan, arena.view())
+            else:
+                assert self._files is not None
+                fetch = Placer(self._checked(self._files, self._checkpoint), arena.view()).fetch
+                for extent, start, stop in pieces_of(plan):
+                    fetch(extent, start, stop)
+                self._files.finish()
+        except BaseException:
+            arena.close()
+            raise
+        return plan, arena
+
+    def adopt_layout(self, plan: Plan, arena: OwnArena) -> None:
+        """From now on the weights are where `realign` has put them; the rest waits for `retire`."""
+        if self.mode == "mapped" and self._sealed:
+            self.verified = SEALED
+        self.mode, self.why = "copied", "laid out anew behind the first token"
+        self._retired, self._arena = self._arena, arena
+        self.plan, self.segments = plan, arena.segments
+
+    def retire(self) -> None:
+        """Gives back what `adopt_layout` has replaced: nobody has it mapped any more."""
+        if self._retired is not None:
+            self._retired.close()
+            self._retired = None
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     def let_go(self) -> None:
         """Ends the leases: writers may come in."""
-        if self._source is not None:
-            self._source.end_lease()
+        if self._files is not None:
+            self._files.end_lease()
 
     def close(self) -> None:
         """Stops the stream and gives everything back."""
+        self._closing = True
+        if self._source is not None:
+            self._source.abort()
+        if self._sharing is not None:
+            self._sharing.close()
         if self._stream is not None:
             self._stream.cancel()
-        if self._reservation is not None:
-            self._reservation.close()
-            for segment in self._copies:
-                os.close(segment.fd)
-        if self._source is not None:
-            self._source.close()
+        if self._keeping is not None:
+            self._keeping.close()
+        for thing in (self._source, self._files, self._arena, self._retired, *self._origins):
+            if thing is not None:
+                thing.close()

@@ -8,72 +8,19 @@ stream's, and what the tensors mean is the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from typing import Any
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
-from coldframe.loader.header import TensorInfo
+from coldframe.loader.extents import MAX_GAP, Extent, Run, coalesce
+from coldframe.loader.layouts import Item, Layout, pack
+from coldframe.loader.slices import WHOLE, Rank, cut
 from coldframe.loader.stages import stage_names, stage_of_each, unused
 
-__all__ = ["Extent", "Layout", "Placement", "Plan", "Run", "Stage"]
+__all__ = ["MAX_GAP", "Extent", "Layout", "Placement", "Plan", "Rank", "Run", "Stage"]
 
-SHARD_ALIGNMENT = 2 << 20  # a huge page, so that a shard can lie in huge pages from its start
-ARENA_ROUNDING = 64 << 10  # the largest base page in use (arm64), so a plan fits every machine
-MAX_GAP = 64 << 10  # bytes that are cheaper to read than to skip
-
-_WIRE_VERSION = 2
-
-
-class Layout(StrEnum):
-    """How an arena mirrors a checkpoint.
-
-    `FILE`: each shard as it is, at a base of its own; a tensor at base + its offset in the file.
-    Memory and file agree modulo every block size up to 2 MiB, so that a shard can be mapped
-    whole, or read with O_DIRECT without a bounce.
-    """
-
-    FILE = "file"
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Bytes of an extent that lie together in the arena: a tensor, several, or rows of one.
-
-    Attributes:
-        offset: Where they begin, from the start of the extent.
-        length: Bytes of one row; never 0.
-        arena_offset: Where the first byte goes, from the start of the arena.
-        count: Rows; 1 for all that is not a slice by columns.
-        stride: From row to row in the extent, in bytes. In the arena the rows touch.
-    """
-
-    offset: int
-    length: int
-    arena_offset: int
-    count: int = 1
-    stride: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Extent:
-    """Bytes of one shard that are read in one go.
-
-    Attributes:
-        stage: The index of its stage.
-        shard: The index of its shard in the checkpoint.
-        file_offset: The position of its first byte in the file.
-        length: Bytes; never 0.
-        runs: Where they go, in the order of the file. Bytes that are in no run go nowhere.
-    """
-
-    stage: int
-    shard: int
-    file_offset: int
-    length: int
-    runs: tuple[Run, ...]
+_WIRE_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +30,7 @@ class Placement:
     Attributes:
         name: As in the checkpoint.
         dtype: As safetensors names it.
-        shape: Its dimensions.
+        shape: Its dimensions; those of the slice, where the plan is one rank's.
         arena_offset: Where its first byte is, from the start of the arena.
         nbytes: Its size in bytes.
         stage: The index of the stage that brings it.
@@ -120,25 +67,33 @@ class Plan:
 
     Attributes:
         layout: How the arena mirrors the checkpoint.
+        rank: Whose rows and columns these are; `WHOLE` where the model is not divided.
         stages: In the order of use.
         placements: The planned tensors by name, in the order of use.
         skipped: Tensors of the checkpoint that no model uses, by name.
         arena_bytes: The size of the arena, a multiple of 64 KiB.
         shard_bases: Where each shard begins in the arena (layout `file`).
-        hash: SHA-256 over all of this and the checkpoint's fingerprint, in hexadecimal.
+        fingerprint: The checkpoint's; the same for all layouts and ranks of it.
+        hash: SHA-256 over all of this, in hexadecimal.
     """
 
     layout: Layout
+    rank: Rank
     stages: tuple[Stage, ...]
     placements: dict[str, Placement]
     skipped: tuple[str, ...]
     arena_bytes: int
     shard_bases: tuple[int, ...]
+    fingerprint: str
     hash: str
 
     @staticmethod
     def build(
-        checkpoint: Checkpoint, *, layout: Layout | str = Layout.FILE, max_gap: int = MAX_GAP
+        checkpoint: Checkpoint,
+        *,
+        layout: Layout | str = Layout.FILE,
+        rank: Rank = WHOLE,
+        max_gap: int = MAX_GAP,
     ) -> Plan:
         """Plan the load of a checkpoint.
 
@@ -148,30 +103,44 @@ class Plan:
         Args:
             checkpoint: The opened checkpoint.
             layout: How the arena mirrors it.
-            max_gap: Two tensors of one stage are read together when at most this many bytes,
-                none of them wanted by another stage, lie between them.
+            rank: The tensor-parallel rank whose slices are to be read (see `slices`).
+            max_gap: Two tensors of one stage, or two rows of a slice by columns, are read together
+                when at most this many bytes, none of them wanted by another stage, lie between
+                them.
 
         Raises:
-            CheckpointError: There are no tensors, or a layer is missing.
-            ColdframeError: There is no such layout.
+            CheckpointError: There are no tensors, a layer is missing, or a tensor cannot be divided
+                over so many ranks.
+            ColdframeError: There is no such layout, or slices cannot have it.
         """
-        layout = _layout(layout)
+        layout = _layout(layout, rank)
         skipped = unused(checkpoint.tensors)
         dropped = set(skipped)
         planned = [t for t in checkpoint.tensors.values() if t.name not in dropped]
         stage_of, layers = stage_of_each([t.name for t in planned], where=checkpoint.path)
-        offsets, shard_bases, arena_bytes = _PACKERS[layout](checkpoint)
+        parts = cut(checkpoint, planned, rank)
         # Stable: within a stage the order of the files remains.
-        by_use = sorted(planned, key=lambda t: stage_of[t.name])
+        by_use = sorted(parts, key=lambda p: stage_of[p.name])
+        items = [Item(p.name, p.dtype, p.nbytes) for p in by_use]
+        offsets, shard_bases, arena_bytes = pack(layout, checkpoint, items)
         placements = {
-            t.name: Placement(t.name, t.dtype, t.shape, offsets[t.name], t.nbytes, stage_of[t.name])
-            for t in by_use
+            p.name: Placement(p.name, p.dtype, p.shape, offsets[p.name], p.nbytes, stage_of[p.name])
+            for p in by_use
         }
-        extents = _extents(planned, stage_of, offsets, max_gap, mirror=layout is Layout.FILE)
+        extents = coalesce(parts, stage_of, offsets, max_gap, mirror=layout is Layout.FILE)
         stages = _stages(stage_names(layers), extents)
-        plan = Plan(layout, stages, placements, skipped, arena_bytes, shard_bases, "")
-        digest = _digest(plan.to_wire(), checkpoint.fingerprint)
-        return Plan(layout, stages, placements, skipped, arena_bytes, shard_bases, digest)
+        plan = Plan(
+            layout,
+            rank,
+            stages,
+            placements,
+            skipped,
+            arena_bytes,
+            shard_bases,
+            checkpoint.fingerprint,
+            hash="",
+        )
+        return replace(plan, hash=_digest(plan.to_wire()))
 
     @property
     def weights_bytes(self) -> int:
@@ -188,6 +157,7 @@ class Plan:
         return {
             "version": _WIRE_VERSION,
             "layout": str(self.layout),
+            "rank": [self.rank.index, self.rank.ranks],
             "stages": [
                 [
                     stage.name,
@@ -213,6 +183,7 @@ class Plan:
             "skipped": list(self.skipped),
             "arena_bytes": self.arena_bytes,
             "shard_bases": list(self.shard_bases),
+            "fingerprint": self.fingerprint,
             "hash": self.hash,
         }
 
@@ -243,80 +214,32 @@ class Plan:
         }
         return Plan(
             Layout(data["layout"]),
+            Rank(*data["rank"]),
             tuple(stages),
             placements,
             tuple(data["skipped"]),
             data["arena_bytes"],
             tuple(data["shard_bases"]),
+            data["fingerprint"],
             data["hash"],
         )
 
 
-def _layout(layout: Layout | str) -> Layout:
+def _layout(layout: Layout | str, rank: Rank) -> Layout:
     try:
-        return Layout(layout)
+        found = Layout(layout)
     except ValueError:
         raise ColdframeError(
             "there is no such layout", expected=" or ".join(Layout), got=layout
         ) from None
-
-
-def _pack_file(checkpoint: Checkpoint) -> tuple[dict[str, int], tuple[int, ...], int]:
-    """Layout `file`: arena offsets of all tensors, shard bases and the size of the arena."""
-    bases, end = [], 0
-    for shard in checkpoint.shards:
-        bases.append(_round_up(end, SHARD_ALIGNMENT))
-        end = bases[-1] + shard.size
-    offsets = {t.name: bases[t.shard] + t.offset for t in checkpoint.tensors.values()}
-    return offsets, tuple(bases), _round_up(end, ARENA_ROUNDING)
-
-
-_Packer = Callable[[Checkpoint], tuple[dict[str, int], tuple[int, ...], int]]
-_PACKERS: dict[Layout, _Packer] = {Layout.FILE: _pack_file}
-
-
-def _extents(
-    planned: list[TensorInfo],
-    stage_of: dict[str, int],
-    offsets: dict[str, int],
-    max_gap: int,
-    *,
-    mirror: bool,
-) -> list[Extent]:
-    """Join neighbours of one stage. `planned` is in the order of shards and offsets.
-
-    Since it holds every tensor that any stage wants, what lies between two neighbours in it is
-    wanted by none.
-    """
-    extents: list[Extent] = []
-    for tensor in planned:
-        if not tensor.nbytes:
-            continue
-        stage = stage_of[tensor.name]
-        run = Run(0, tensor.nbytes, offsets[tensor.name])
-        if extents:
-            last = extents[-1]
-            gap = tensor.offset - (last.file_offset + last.length)
-            if (last.stage, last.shard) == (stage, tensor.shard) and gap <= max_gap:
-                run = replace(run, offset=tensor.offset - last.file_offset)
-                runs = _joined(last.runs, run, mirror)
-                extents[-1] = replace(last, length=last.length + gap + tensor.nbytes, runs=runs)
-                continue
-        extents.append(Extent(stage, tensor.shard, tensor.offset, tensor.nbytes, (run,)))
-    return extents
-
-
-def _joined(runs: tuple[Run, ...], run: Run, mirror: bool) -> tuple[Run, ...]:
-    """The runs with one more behind them, as one with the last where that comes to the same.
-
-    What lies in a gap goes nowhere, since its place in the arena may be another tensor's; but where
-    the arena mirrors the file it has a place there, and goes along.
-    """
-    last = runs[-1]
-    touch = last.offset + last.length == run.offset
-    if (touch or mirror) and last.arena_offset - last.offset == run.arena_offset - run.offset:
-        return (*runs[:-1], replace(last, length=run.offset + run.length - last.offset))
-    return (*runs, run)
+    if found is Layout.FILE and rank != WHOLE:
+        raise ColdframeError(
+            "slices cannot have this layout",
+            expected=Layout.ALIGNED,
+            got=found,
+            hint="A rank's slices mirror no file; take the other layout.",
+        )
+    return found
 
 
 def _stages(names: list[str], extents: list[Extent]) -> tuple[Stage, ...]:
@@ -329,13 +252,9 @@ def _stages(names: list[str], extents: list[Extent]) -> tuple[Stage, ...]:
     )
 
 
-def _digest(wire: dict[str, Any], fingerprint: str) -> str:
+def _digest(wire: dict[str, Any]) -> str:
     import hashlib
     import json
 
-    text = json.dumps([fingerprint, wire], sort_keys=True, separators=(",", ":"))
+    text = json.dumps(wire, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

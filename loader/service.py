@@ -4,10 +4,10 @@ It streams the weights, tells who is attached when a stage is in, and keeps the 
 blocks. Its one owner, at the other end of the inherited socket, says what to load; when the
 owner ends, so does the service, and removes the run directory behind both.
 
-Messages in:  `load`, `kv`, `open`, `release` (from gateways), `hello`, `grant`, `give_back`,
-`assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
-Messages out: `plan` (board and segments), `kv`, `stage`, `remap`, `failed`, `loaded`, `moved`,
-`granted`, `assigned`, `claimed`, `dropped`, `available`.
+Messages in:  `load`, `kv`, `settle`, `open`, `release` (from gateways), `hello`, `grant`,
+`give_back`, `assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
+Messages out: `files`, `plan` (board and segments), `kv`, `stage`, `remap`, `relaid`, `failed`,
+`loaded`, `moved`, `kept`, `granted`, `assigned`, `claimed`, `dropped`, `available`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ from coldframe.loader.connection import Connection
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
-from coldframe.loader.load import Load, LoadOptions
+from coldframe.loader.load import Load
+from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.ownarena import OwnArena
+from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
@@ -69,6 +72,7 @@ class MemoryService:
         self._planned = False
         self._failure: ColdframeError | None = None
         self._moving = False
+        self._moved: Callable[[], None] | None = None
         self._kv = KvDesk(self._device, self._send, lambda: self._clients.values())
         self._running = True
 
@@ -182,12 +186,15 @@ class MemoryService:
         if client is not self._owner or self._load is not None:
             raise ReplicaError("only the owner loads, and once", where=client.key)
         self._load = Load(
-            LoadOptions(**options),
+            LoadOptions.from_wire(options),
             self._device,
             self._recorder,
+            files_dir=os.path.join(self._run_dir, "model"),
+            on_files=lambda path: self._post(lambda: self._files_now(path)),
             on_plan=lambda: self._post(self._planned_now),
             on_stage=lambda stage: self._post(lambda: self._stage_now(stage)),
             on_end=lambda error: self._post(lambda: self._ended_now(error)),
+            on_kept=lambda why: self._post(lambda: self._kept_now(why)),
         )
         self._opening = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._opening.start()
@@ -202,6 +209,10 @@ class MemoryService:
         except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
             broken = ReplicaError("the load broke", got=repr(error))
             self._post(lambda: self._ended_now(broken))
+
+    def _files_now(self, path: str) -> None:
+        assert self._load is not None
+        self._send(self._owner, {"type": "files", "path": path, "local": self._load.local})
 
     def _planned_now(self) -> None:
         self._planned = True
@@ -219,21 +230,30 @@ class MemoryService:
         self._report(error)
         self._check_lease()
 
+    def _kept_now(self, why: str | None) -> None:
+        self._send(self._owner, {"type": "kept", "why": why})
+
     def _report(self, error: ColdframeError | None) -> None:
         spans = [span.to_wire() for span in self._recorder.drain()]
         if error is None:
             assert self._load is not None
-            body: dict[str, Any] = {
-                "type": "loaded",
-                "mode": self._load.mode,
-                "why": self._load.why,
-            }
+            body: dict[str, Any] = {"type": "loaded", **self._facts(self._load)}
         else:
             self._failure = error
             body = {"type": "failed", "error": error.to_wire()}
             for client in list(self._attached()):
                 self._send(client, body)
         self._send(self._owner, {**body, "spans": spans})
+
+    @staticmethod
+    def _facts(load: Load) -> dict[str, Any]:
+        """What the owner is told of a load that has ended well."""
+        return {
+            "mode": load.mode,
+            "why": load.why,
+            "verified": load.verified,
+            "peers_at": load.peers_at,
+        }
 
     def _attached(self) -> Iterator[Connection]:
         return (client for client in self._clients.values() if client.attached)
@@ -243,15 +263,25 @@ class MemoryService:
         load = self._load
         body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
         if not client.attached:  # the owner watches, and maps nothing
+            if not load.local:  # where the headers are out of its reach
+                placements = load.plan.placements.values()
+                body["tensors"] = [[p.name, p.dtype, p.shape] for p in placements]
             self._send(client, body, (load.board.fd,))
             return
         self._send(client, {**body, "plan": load.plan.to_wire()}, (load.board.fd,))
         self._send_segments(client, "segments", load.segments)
 
-    def _send_segments(self, client: Connection, kind: str, segments: list[Segment]) -> None:
+    def _send_segments(
+        self,
+        client: Connection,
+        kind: str,
+        segments: list[Segment],
+        more: dict[str, Any] | None = None,
+    ) -> None:
         for start in range(0, len(segments), MAX_FDS):
             some = segments[start : start + MAX_FDS]
             body = {
+                **(more or {}),
                 "type": kind,
                 "segments": [segment.to_wire() for segment in some],
                 "last": start + MAX_FDS >= len(segments),
@@ -296,13 +326,88 @@ class MemoryService:
 
     def _moved_now(self, segments: list[Segment]) -> None:
         assert self._load is not None
-        self._load.adopt(segments)
-        self._send(self._owner, {"type": "moved", "mode": self._load.mode, "why": self._load.why})
+        load = self._load
+        load.adopt(segments)
+        self._send_to_all("remap", {}, segments, load.let_go)
+
+    def _on_settle(self, client: Connection, realign: bool) -> None:
+        """The first token is out: now there is time for what would have delayed it.
+
+        Badly aligned weights are laid out as kernels want them, where that is wished; a mapped
+        file that could not be checked before it was used is held against its seal.
+        """
+        if client is not self._owner:
+            raise ReplicaError("only the owner says when the first token is out", where=client.key)
+        load = self._load
+        if load is None or not self._load_ended or self._failure is not None or self._moving:
+            return
+        target = None
+        if realign and load.may_realign:
+            target = self._realign
+        elif load.must_verify:
+            target = self._verify
+        if target is not None:
+            self._moving = True
+            threading.Thread(target=target, args=(load,), name="settle", daemon=True).start()
+
+    def _verify(self, load: Load) -> None:
+        started = now()
+        try:
+            load.verify()
+        except ColdframeError as error:
+            failure = error
+            self._post(lambda: self._report(failure))
+        else:
+            self._recorder.add("verify", started)
+            self._post(self._verified_now)
+
+    def _verified_now(self) -> None:
+        assert self._load is not None
+        self._moving = False
+        spans = [span.to_wire() for span in self._recorder.drain()]
+        self._send(self._owner, {"type": "moved", **self._facts(self._load), "spans": spans})
+        self._check_lease()
+
+    def _realign(self, load: Load) -> None:
+        started = now()
+        try:
+            plan, arena = load.realign()
+        except DeviceError:
+            self._post(self._not_realigned)
+        except ColdframeError as error:
+            failure = error
+            self._post(lambda: self._report(failure))
+        else:
+            self._recorder.add("realign", started)
+            self._post(lambda: self._realigned_now(plan, arena))
+
+    def _not_realigned(self) -> None:
+        self._moving = False
+        self._check_lease()
+
+    def _realigned_now(self, plan: Plan, arena: OwnArena) -> None:
+        assert self._load is not None
+        load = self._load
+        load.adopt_layout(plan, arena)
+        self._send_to_all("relaid", {"plan": plan.to_wire()}, load.segments, load.retire)
+
+    def _send_to_all(
+        self,
+        kind: str,
+        body: dict[str, Any],
+        segments: list[Segment],
+        done: Callable[[], None],
+    ) -> None:
+        """Tells the workers where the weights are now; `done` once none uses the old place."""
+        assert self._load is not None
+        self._moved = done
+        spans = [span.to_wire() for span in self._recorder.drain()]
+        self._send(self._owner, {"type": "moved", **self._facts(self._load), "spans": spans})
         attached = list(self._attached())
         for client in attached:
             client.remapping = True
         for client in attached:
-            self._send_segments(client, "remap", segments)
+            self._send_segments(client, kind, segments, body)
         self._finish_move()
 
     def _on_remapped(self, client: Connection) -> None:
@@ -310,10 +415,10 @@ class MemoryService:
         self._finish_move()
 
     def _finish_move(self) -> None:
-        moved = self._load is not None and self._load.writer_waits and self._load.mode == "copied"
-        if moved and not any(client.remapping for client in self._clients.values()):
-            assert self._load is not None
-            self._load.let_go()
+        if self._moved is None or any(client.remapping for client in self._clients.values()):
+            return
+        done, self._moved, self._moving = self._moved, None, False
+        done()
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:

@@ -18,7 +18,7 @@ from coldframe.loader.plan import Extent, Plan
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder, now
 
-__all__ = ["Fetch", "Stream"]
+__all__ = ["Fetch", "Stream", "pieces_of"]
 
 _CHUNK = 8 << 20
 _FIRST_CHUNK = 1 << 20
@@ -48,9 +48,11 @@ class Stream:
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
         threads: Readers.
-        chunk: Bytes that one of them asks for at once, a power of two. The first chunks are
-            smaller: what all readers have asked for beyond a stage keeps that stage waiting.
-        note: How the bytes come, for the timeline.
+        chunk: Bytes that one of them asks for at once, a power of two, or None. The first chunks
+            are smaller: what all readers have asked for beyond a stage keeps that stage waiting.
+        smallest: Bytes that a chunk should have at least, also where a throttle makes them small.
+        name: The span that stands for all of it.
+        note: Says at the end how the bytes came, for the timeline.
         throttle: A limit on the rate, or None.
     """
 
@@ -65,8 +67,10 @@ class Stream:
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
         threads: int,
-        chunk: int = _CHUNK,
-        note: str | None = None,
+        chunk: int | None = None,
+        smallest: int = 0,
+        name: str = "weight_read",
+        note: Callable[[], str] | None = None,
         throttle: Throttle | None = None,
     ) -> None:
         self._fetch = fetch
@@ -77,9 +81,13 @@ class Stream:
         self._recorder = recorder
         self._throttle = throttle
         self._note = note
+        self._name = name
+        chunk = chunk or _CHUNK
         first = min(chunk, _FIRST_CHUNK)
         if throttle is not None:
-            chunk = first = min(chunk, max(_MIN_CHUNK, int(throttle.rate * _THROTTLED_CHUNK_S)))
+            # A power of two, as all chunks are, so that they are whole blocks and whole pieces.
+            some = 1 << int(throttle.rate * _THROTTLED_CHUNK_S).bit_length() - 1
+            chunk = first = min(chunk, max(_MIN_CHUNK, smallest, some))
         self._chunks = _chunks(plan, first, chunk)
         self._left = [stage.nbytes for stage in plan.stages]
         self._lock = threading.Lock()
@@ -124,7 +132,7 @@ class Stream:
             last = self._readers == 0
             cancelled = self._error is None and any(self._left)
         if last and not cancelled:
-            self._recorder.add("weight_read", self._started_ns, note=self._note)
+            self._recorder.add(self._name, self._started_ns, note=self._note and self._note())
             self._on_end(self._error)
 
     def _read_chunk(self, chunk: _Chunk) -> None:
@@ -158,6 +166,11 @@ class Stream:
         for stage in range(len(self._left)):
             if self._board.state(stage) is StageState.PENDING:
                 self._board.settle(stage, StageState.FAILED)
+
+
+def pieces_of(plan: Plan) -> Iterator[tuple[Extent, int, int]]:
+    """All of a plan in pieces to fetch one after the other: extent, first offset, end offset."""
+    return iter(_chunks(plan, _CHUNK, _CHUNK))
 
 
 def _chunks(plan: Plan, first: int, size: int) -> Iterator[_Chunk]:

@@ -19,6 +19,8 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
     "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
+    "seal": ("coldframe.runtime.seal_command", "hash a model, so that every load can check it"),
+    "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
     "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }

@@ -72,8 +72,8 @@ class _DecodeRole:
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
     def _check(self, handoff: Handoff) -> None:
-        expected = (self._worker.plan.hash, kv_format(self._worker.spec.dtype))
-        got = (handoff.plan_hash, handoff.kv_format)
+        expected = (self._worker.plan.fingerprint, kv_format(self._worker.spec.dtype))
+        got = (handoff.fingerprint, handoff.kv_format)
         if got != expected:
             raise ReplicaError(
                 "a hand-off from another model",

@@ -79,14 +79,14 @@ class Handoff:
 
     Args:
         job: The request, its prompt tokenised, at least one token generated.
-        plan_hash: Which weights made the KV.
+        fingerprint: Of the checkpoint whose weights made the KV, however they lay in memory.
         kv_format: Layout, dtype and block size of the KV.
         blocks: The KV blocks, from the first token on.
         kv_tokens: Tokens whose keys and values are in them: all but the last generated one.
     """
 
     job: Job
-    plan_hash: str
+    fingerprint: str
     kv_format: str
     blocks: tuple[int, ...]
     kv_tokens: int
@@ -95,7 +95,7 @@ class Handoff:
         return {
             "version": VERSION,
             "job": self.job.to_wire(),
-            "plan_hash": self.plan_hash,
+            "fingerprint": self.fingerprint,
             "kv_format": self.kv_format,
             "blocks": self.blocks,
             "kv_tokens": self.kv_tokens,
@@ -117,7 +117,7 @@ class Handoff:
             )
         return cls(
             Job.from_wire(data["job"]),
-            data["plan_hash"],
+            data["fingerprint"],
             data["kv_format"],
             tuple(data["blocks"]),
             data["kv_tokens"],

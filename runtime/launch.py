@@ -89,12 +89,21 @@ class Launch:
 
     def start_load(self) -> None:
         """Tells the memory service what to load."""
+        options = self.options
         self.memory.send(
             {
                 "type": "load",
-                "path": self.options.model,
-                "copy": self.options.copy,
-                "throttle": self.options.throttle,
+                "model": options.model,
+                "sources": list(options.sources),
+                "copy": options.copy,
+                "verify": options.verify,
+                "throttle": options.throttle,
+                "layout": options.layout,
+                "cache": options.cache,
+                "cache_bytes": options.cache_bytes,
+                "serve_peers": options.serve_peers,
+                # An empty one is none, as where a platform sets all variables that it knows.
+                "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }
         )
 

@@ -15,8 +15,15 @@ class ReplicaOptions:
     """One model on one machine.
 
     Args:
-        model: The checkpoint's directory.
+        model: A checkpoint's directory, or another place that has it (`loader.location`).
+        sources: Places to load from before that one is tried.
         copy: Never map weight files in place.
+        cache: A directory that keeps what comes over a network; None keeps nothing.
+        cache_bytes: How much it may keep.
+        serve_peers: `HOST:PORT` where the weights are given to peers; None gives none.
+        verify: Hold the weights against the checkpoint's seal, where it has one.
+        realign: Lay them out anew behind the first token, where they lie badly for the kernels.
+        layout: How the weights lie in memory; None takes what measures best.
         throttle: Bytes per second to load at, at most; None for as fast as it goes.
         overlap: Whether prefill starts before all weights are in. Off only to measure what that
             is worth.
@@ -31,7 +38,14 @@ class ReplicaOptions:
     """
 
     model: str
+    sources: tuple[str, ...] = ()
     copy: bool = False
+    cache: str | None = None
+    cache_bytes: int = 100 << 30
+    serve_peers: str | None = None
+    verify: bool = True
+    realign: bool = False
+    layout: str | None = None
     throttle: float | None = None
     overlap: bool = True
     hold_load: bool = False

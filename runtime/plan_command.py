@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import RequestError
-from coldframe.loader.plan import Plan
+from coldframe.loader.layouts import Layout
+from coldframe.loader.plan import Plan, Rank
 from coldframe.loader.process import spawn_python
 from coldframe.loader.residency import cached_bytes
 from coldframe.loader.sources.file import FileSource
@@ -36,6 +37,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--context", type=int, help="tokens of each sequence (the model's own limit)")
     parser.flag("--batch", type=int, default=1, help="sequences at once (1)")
     parser.flag("--rate", type=byte_rate, help="the path's bandwidth, as 2GB/s (a short probe)")
+    parser.flag("--tensor-parallel", type=int, default=1, help="show what each of N ranks reads")
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -56,10 +58,35 @@ def run(args: argparse.Namespace) -> int:
             expected=f"1 to {spec.context_length} tokens, at least one sequence",
             got=f"{context} tokens, {args.batch} sequences",
         )
+    ranks = _ranks(checkpoint, args.tensor_parallel)
     path = _Path(args.rate, "given") if args.rate else _probe(checkpoint)
     document = _document(args.model, plan, spec, context, args.batch, path, _worker_start_s())
+    document["ranks"] = ranks
     print(json.dumps(document) if args.json else _table(document))
     return 0
+
+
+def _ranks(checkpoint: Checkpoint, ranks: int) -> list[dict[str, int]]:
+    """What each tensor-parallel rank holds and reads; empty for a model that is not divided."""
+    if ranks < 1:
+        raise RequestError(
+            "no such number of ranks",
+            where="--tensor-parallel",
+            expected="at least 1",
+            got=ranks,
+        )
+    found = []
+    for index in range(ranks if ranks > 1 else 0):
+        plan = Plan.build(checkpoint, layout=Layout.ALIGNED, rank=Rank(index, ranks))
+        found.append(
+            {
+                "rank": index,
+                "weights_bytes": plan.weights_bytes,
+                "read_bytes": plan.read_bytes,
+                "extents": sum(len(stage.extents) for stage in plan.stages),
+            }
+        )
+    return found
 
 
 class _Path(NamedTuple):
@@ -130,6 +157,13 @@ def _table(document: dict[str, Any]) -> str:
         lines.append(
             f"{stage['name']:<12}{human_bytes(stage['bytes']):>10}{stage['extents']:>7}"
             f"{human_seconds(stage['ready_s']):>10}"
+        )
+    if document["ranks"]:
+        lines += ["", f"{'rank':<12}{'holds':>10}{'bytes':>10}{'reads':>7}"]
+    for rank in document["ranks"]:
+        lines.append(
+            f"{rank['rank']:<12}{human_bytes(rank['weights_bytes']):>10}"
+            f"{human_bytes(rank['read_bytes']):>10}{rank['extents']:>7}"
         )
     memory = document["memory"]
     lines += [

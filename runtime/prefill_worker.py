@@ -185,7 +185,7 @@ class _PrefillRole:
         )
         handoff = Handoff(
             job,
-            self._worker.plan.hash,
+            self._worker.plan.fingerprint,
             kv_format(self._worker.spec.dtype),
             tuple(sequence.blocks),
             sequence.kv_tokens,

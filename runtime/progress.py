@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import Protocol, TextIO
 
-from coldframe.loader.board import BoardView
 from coldframe.runtime.units import human_bytes, human_seconds
 
-__all__ = ["ProgressBar"]
+__all__ = ["Measured", "ProgressBar"]
 
 _EVERY_S = 0.1
 _WIDTH = 28
+
+
+class Measured(Protocol):
+    """What goes on and says how far it is: a board, for one."""
+
+    @property
+    def progress(self) -> tuple[int, int]:
+        """Bytes done, and bytes in all."""
+        ...
 
 
 class ProgressBar:
@@ -29,7 +37,7 @@ class ProgressBar:
         self._began: tuple[float, int] | None = None
         self._shown = False
 
-    def update(self, board: BoardView | None) -> None:
+    def update(self, board: Measured | None) -> None:
         if not self.active or board is None:
             return
         moment = time.monotonic()

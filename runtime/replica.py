@@ -12,14 +12,12 @@ import signal
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.board import BoardView
-from coldframe.loader.errors import (
-    ColdframeError,
-    ReplicaError,
-    SourceChanged,
-)
+from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now, time_namespace
 from coldframe.runtime.engine.params import SamplingParams
@@ -27,7 +25,7 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import Listener, Router
-from coldframe.runtime.sizing import ModelFacts, kv_blocks
+from coldframe.runtime.sizing import ModelFacts, StoredTensor, kv_blocks
 
 __all__ = ["Replica"]
 
@@ -60,22 +58,31 @@ class Replica:
         self.options = options
         self.recorder = recorder or Recorder("front")
         self.spans: list[Span] = []
-        self.facts: dict[str, Any] = {}
-        """What the memory service said of the load: `mode`, `why`, `weights_bytes`."""
-        self.board: BoardView | None = None
-        """How far the load is."""
-        self.loaded = False
         self._selector = selectors.DefaultSelector()
         self._workers: dict[str, WorkerProcess] = {}
         self._crashes: deque[float] = deque()
         self._error: ColdframeError | None = None
-        self._listening = False
         self._next_tick = 0.0
         self._requests = 0
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._router = Router(self, time.monotonic)
-        self._launch = launch or Launch(options, self.recorder)
+        self._begin(launch)
+
+    def _begin(self, launch: Launch | None) -> None:
+        """Starts the processes, or takes over those that were started."""
+        self.facts: dict[str, Any] = {}
+        """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`."""
+        self.board: BoardView | None = None
+        """How far the load is."""
+        self.loaded = False
+        self._answered = False
+        self._settled = False
+        self._listening = False
+        self._model: ModelFacts | None = None
+        self._files: str | None = None
+        self._tensors: list[list[Any]] | None = None
+        self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
         self._selector.register(self._memory.fileno(), selectors.EVENT_READ, self._on_memory)
         try:
@@ -83,8 +90,8 @@ class Replica:
                 self._launch.start_workers()
             while self._launch.workers:
                 self._adopt(self._launch.workers.pop(0))
-            if not options.hold_load:
-                self._size_kv()
+            if not self.options.hold_load:
+                self._read_facts()
         except BaseException:
             self.close()
             raise
@@ -109,8 +116,19 @@ class Replica:
 
     @property
     def spec(self) -> ModelSpec:
-        """The model's shape."""
+        """The model's shape.
+
+        Raises:
+            ReplicaError: It is not known yet: its config is still on the way.
+        """
+        if self._model is None:
+            raise ReplicaError("the model's config is not there yet")
         return self._model.spec
+
+    @property
+    def known(self) -> bool:
+        """Whether the model's config has been read."""
+        return self._model is not None
 
     @property
     def pids(self) -> dict[str, int]:
@@ -147,7 +165,7 @@ class Replica:
         """Loads a model whose load was held (`ReplicaOptions.hold_load`)."""
         self._launch.start_load()
         self._load_started_ns = now()
-        self._size_kv()
+        self._read_facts()
 
     @property
     def imported(self) -> bool:
@@ -158,7 +176,9 @@ class Replica:
         """Handles what has happened; waits for something at most so many seconds."""
         limit = max(0.0, self._next_tick - time.monotonic())
         for key, _ in self._selector.select(limit if timeout is None else min(timeout, limit)):
-            key.data()
+            # Handling one may have ended the process at the other end of the next.
+            if self._selector.get_map().get(key.fd) == key:
+                key.data()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
@@ -207,9 +227,19 @@ class Replica:
 
     # -- the memory service ----------------------------------------------------------------------
 
-    def _size_kv(self) -> None:
-        self._model = ModelFacts(self.options.model)
-        block_bytes, blocks = kv_blocks(self._model.spec, self.options.kv_bytes)
+    def _read_facts(self) -> None:
+        """Reads the model's configs here and now where they lie in a directory.
+
+        For any other model, the memory service tells where it has put them.
+        """
+        if not self.options.sources and isinstance(parse_location(self.options.model), Directory):
+            self._take_facts(ModelFacts(self.options.model))
+
+    def _take_facts(self, model: ModelFacts) -> None:
+        if self._model is not None:
+            return
+        self._model = model
+        block_bytes, blocks = kv_blocks(model.spec, self.options.kv_bytes)
         self.to_memory(
             {
                 "type": "kv",
@@ -218,6 +248,22 @@ class Replica:
                 "lease_s": self.options.lease_s,
             }
         )
+        self._init_workers()
+
+    def _settle(self) -> None:
+        """Lets the memory service do, once, what would have delayed the first token."""
+        if self.loaded and self._answered and not self._settled:
+            self._settled = True
+            self.to_memory({"type": "settle", "realign": self.options.realign})
+
+    def _on_files(self, path: str, tensors: list[list[Any]] | None) -> None:
+        stored = None
+        if tensors is not None:
+            stored = {name: StoredTensor(dtype, shape) for name, dtype, shape in tensors}
+        try:
+            self._take_facts(ModelFacts(path, stored))
+        except ColdframeError as error:
+            self._fail(error)
 
     def _on_memory(self) -> None:
         messages, ended = self._memory.receive_ready()
@@ -226,17 +272,27 @@ class Replica:
             match message.kind:
                 case "listening":
                     self._listening = True
-                    for worker in self._workers.values():
-                        self._init(worker)
+                    self._init_workers()
+                case "files":
+                    self._files = body["path"]
+                    if body["local"]:
+                        self._on_files(self._files, None)
+                    elif self._tensors is not None:
+                        self._on_files(self._files, self._tensors)
                 case "plan":
                     self.board = BoardView(message.fds[0])
                     self.facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
-                case "moved":
-                    self.facts |= {"mode": body["mode"], "why": body["why"]}
-                case "loaded":
-                    self.loaded = True
-                    self.facts |= {"mode": body["mode"], "why": body["why"]}
+                    self._tensors = body.get("tensors")
+                    if self._tensors is not None and self._files is not None:
+                        self._on_files(self._files, self._tensors)
+                case "moved" | "loaded" as kind:
+                    self.loaded = self.loaded or kind == "loaded"
+                    told = ("mode", "why", "verified", "peers_at")
+                    self.facts |= {name: body[name] for name in told}
                     self._add_spans(body["spans"])
+                    self._settle()
+                case "kept":
+                    self.facts |= {"kept": True, "kept_why_not": body["why"]}
                 case "failed":
                     self._add_spans(body["spans"])
                     self._fail(ColdframeError.from_wire(body["error"]))
@@ -263,10 +319,16 @@ class Replica:
         self._selector.register(
             channel.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
         )
-        if self._listening:
-            self._init(worker)
+        if self._listening and self._model is not None:
+            self._init(worker, self._model)
 
-    def _init(self, worker: WorkerProcess) -> None:
+    def _init_workers(self) -> None:
+        """Tells the workers what they are to be, once memory service and model are known."""
+        if self._listening and self._model is not None:
+            for worker in self._workers.values():
+                self._init(worker, self._model)
+
+    def _init(self, worker: WorkerProcess, model: ModelFacts) -> None:
         self._send(
             worker,
             {
@@ -274,9 +336,9 @@ class Replica:
                 "name": worker.name,
                 "role": worker.role,
                 "parent": os.getpid(),
-                "model": self.options.model,
-                "config": self._model.config,
-                "generation": self._model.generation,
+                "model": model.directory,
+                "config": model.config,
+                "generation": model.generation,
                 "memory": os.path.join(self._launch.run_dir, "memory.sock"),
                 "overlap": self.options.overlap,
                 "time_namespace": time_namespace(),
@@ -310,6 +372,9 @@ class Replica:
                         self._fail(error)
                 case kind:
                     worker.up = worker.up or kind == "up"
+                    if kind == "tokens" and not self._answered:
+                        self._answered = True
+                        self._settle()
                     self._router.on_message(worker.name, message.body)
         if ended and worker.name in self._workers:
             self._bury(worker, None)
@@ -326,14 +391,8 @@ class Replica:
         while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:
             self._crashes.popleft()
         ending = why or worker.last_words or _ending(code)
-        if code == -signal.SIGBUS:
-            self._fail(
-                SourceChanged(
-                    "a weight file shrank under a worker that had it mapped",
-                    where=self.options.model,
-                    hint="Load a copy instead (--copy), or let nothing write to the checkpoint.",
-                )
-            )
+        if code == -signal.SIGBUS and self.facts.get("mode") == "mapped":
+            self._start_over(worker)
         elif len(self._crashes) > _CRASHES:
             self._fail(
                 ReplicaError(
@@ -347,6 +406,34 @@ class Replica:
         else:
             self._add_worker(worker.role)
             self._router.worker_gone(worker.name, ending)
+
+    def _start_over(self, dead: WorkerProcess) -> None:
+        """A file shrank under a worker that had it mapped: all processes anew, with a copy.
+
+        What is in the other workers' mappings is not to be trusted either. Open requests go on in
+        the new processes, from the tokens that their clients have seen.
+        """
+        why = "a weight file shrank under a worker that had it mapped"
+        gone = [dead, *self._workers.values()]
+        for worker in self._workers.values():
+            self._selector.unregister(worker.channel.fileno())
+            worker.end()
+        self._workers.clear()
+        if self._memory.fileno() in self._selector.get_map():
+            self._selector.unregister(self._memory.fileno())
+        if self.board is not None:
+            self.board.close()
+        self._launch.close()
+        for worker in gone:
+            self._router.worker_gone(worker.name, why)
+        self.options = replace(self.options, copy=True, hold_load=False)
+        self._load_started_ns = now()
+        try:
+            self._begin(None)
+        except ColdframeError as error:
+            self._fail(error)
+        else:
+            self.facts["restarted"] = why
 
     def _kill_late_starters(self) -> None:
         if self._load_started_ns is None:

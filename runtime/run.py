@@ -27,10 +27,14 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 _SPANS_NS = 1_000_000_000
+MODEL_HELP = (
+    "a checkpoint's directory, s3://bucket/prefix, http(s)://host/path, peer://host:port, "
+    "or a Hugging Face id"
+)
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("-p", "--prompt", help="the prompt")
     prompt.add_argument(
@@ -52,7 +56,44 @@ def add_arguments(parser: Parser) -> None:
 def add_replica_arguments(parser: Parser) -> None:
     """The flags that say what a replica is to be."""
     parser.flag(
+        "--source",
+        metavar="PLACE",
+        action="append",
+        help="where to load from before MODEL is tried; may be given again, tried in that order",
+    )
+    parser.flag(
+        "--layout",
+        choices=["file", "aligned"],
+        help="how the weights lie in memory (as the files have them for a local directory, "
+        "aligned for all else)",
+    )
+    parser.flag(
         "--copy", action="store_true", help="never map cached weight files in place, copy them"
+    )
+    parser.flag(
+        "--cache", metavar="DIR", help="keep what comes over a network there, for the next start"
+    )
+    parser.flag(
+        "--cache-size",
+        metavar="SIZE",
+        type=byte_count,
+        default=100 << 30,
+        help="how much the cache may hold (100GiB)",
+    )
+    parser.flag(
+        "--serve-peers",
+        metavar="HOST:PORT",
+        help="give the weights to other replicas, which name it as peer://HOST:PORT; also while "
+        "they still load (the token is in COLDFRAME_PEER_TOKEN)",
+    )
+    parser.flag(
+        "--no-verify", action="store_true", help="do not hold the weights against their seal"
+    )
+    parser.flag(
+        "--realign",
+        action="store_true",
+        help="once the first token is out, copy badly aligned weights to where kernels read them "
+        "faster (some percent of decode, for twice the memory meanwhile)",
     )
     parser.flag(
         "--throttle", metavar="RATE", type=byte_rate, help="load at most so fast, as 200MB/s"
@@ -87,7 +128,14 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
     """The options that `add_replica_arguments` stand for."""
     options = ReplicaOptions(
         model=args.model,
+        sources=tuple(args.source or ()),
         copy=args.copy,
+        verify=not args.no_verify,
+        realign=args.realign,
+        layout=args.layout,
+        cache=args.cache,
+        cache_bytes=args.cache_size,
+        serve_peers=args.serve_peers,
         throttle=args.throttle,
         overlap=not args.no_overlap,
         kv_bytes=args.kv_memory,
@@ -128,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
 
         recorder.add("imports", imported)
         with Replica(options, recorder, launch) as replica:
+            replica.run_until(lambda: replica.known)
             params = _params(args)
             params.validate(replica.spec.vocab_size)  # here too: the workers are seconds away
             answer = _Answer(exec_ns, quiet=args.json)
@@ -139,6 +188,10 @@ def run(args: argparse.Namespace) -> int:
                 lambda: replica.loaded and (answer.explained(replica) or now() > patience)
             )
             document = answer.report(replica, args)
+            if options.cache is not None:
+                # The answer is out; what it cost to come here shall not be paid again.
+                replica.run_until(lambda: "kept" in replica.facts)
+                document["not_cached"] = replica.facts["kept_why_not"]
     except ColdframeError as error:
         if args.json:
             print(json.dumps(error.to_wire()))
@@ -213,7 +266,7 @@ class _Answer:
             from coldframe.runtime.timeline_text import render
 
             print(f"\n{render(timeline)}", file=sys.stderr)
-        read = timeline.first("weight_read", "memory")
+        read = timeline.first("weight_read", "memory") or timeline.first("weight_fetch", "memory")
         last_ready = timeline.last_stage_ready_ns()
         last = self._events[-1]
         document = {
@@ -225,6 +278,8 @@ class _Answer:
             "weights_bytes": replica.facts.get("weights_bytes"),
             "load_mode": replica.facts.get("mode"),
             "load_mode_reason": replica.facts.get("why"),
+            "verified": replica.facts.get("verified"),
+            "restarted": replica.facts.get("restarted"),
             "token_times_s": [timeline.seconds(moment) for moment in self._times],
             **timeline.to_json(),
         }

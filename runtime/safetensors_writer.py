@@ -17,13 +17,12 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-__all__ = ["ALIGNMENT", "DTYPE_BYTES", "TensorEntry", "encode_header", "write_safetensors"]
+from coldframe.loader.header import DTYPE_BITS
+
+__all__ = ["ALIGNMENT", "TensorEntry", "encode_header", "write_safetensors"]
 
 ALIGNMENT = 64
 """The data section starts on a multiple of this, in bytes: a cache line, an AVX-512 register."""
-
-DTYPE_BYTES: Mapping[str, int] = {"F32": 4, "F16": 2, "BF16": 2}
-"""Bytes per element of the dtypes that this writer knows, by their names in the format."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +31,7 @@ class TensorEntry:
 
     Args:
         name: Its name in the checkpoint.
-        dtype: A key of `DTYPE_BYTES`.
+        dtype: A key of `DTYPE_BITS`.
         shape: Its shape, row-major.
     """
 
@@ -43,10 +42,12 @@ class TensorEntry:
     @property
     def nbytes(self) -> int:
         """The tensor's size in bytes."""
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
 
 
-def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -> bytes:
+def encode_header(
+    entries: Sequence[TensorEntry], metadata: Mapping[str, str], alignment: int = ALIGNMENT
+) -> bytes:
     """Everything in front of the data: the length, the JSON and the padding.
 
     The layout is that of https://github.com/huggingface/safetensors#format.
@@ -54,9 +55,10 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -
     Args:
         entries: The tensors, in the order of their data; no holes between them.
         metadata: Goes under `__metadata__`; Transformers expects `{"format": "pt"}`.
+        alignment: The data starts on a multiple of this, in bytes.
 
     Returns:
-        Bytes whose number is a multiple of `ALIGNMENT`.
+        Bytes whose number is a multiple of `alignment`.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     offset = 0
@@ -69,7 +71,7 @@ def encode_header(entries: Sequence[TensorEntry], metadata: Mapping[str, str]) -
         }
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    length = -(-(8 + len(text)) // ALIGNMENT) * ALIGNMENT - 8
+    length = -(-(8 + len(text)) // alignment) * alignment - 8
     return length.to_bytes(8, "little") + text.ljust(length)
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import Checkpoint, read_generation_config
+from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
 from coldframe.loader.errors import CheckpointError, DeviceError
-from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.options import BLOCK_TOKENS
 
-__all__ = ["ModelFacts", "kv_blocks"]
+__all__ = ["ModelFacts", "StoredTensor", "kv_blocks"]
 
 _MOST_KV = 4 << 30
 
@@ -22,22 +23,35 @@ class ModelFacts:
     runs.
 
     Args:
-        model: The checkpoint's directory.
+        directory: Where its config lies, and its weights unless `tensors` says what is in them.
+        tensors: The stored tensors by name, where their headers are elsewhere.
 
     Raises:
         CheckpointError: It is not sound, or not a model that the engine runs.
         SourceError: It cannot be read.
     """
 
-    def __init__(self, model: str) -> None:
-        checkpoint = Checkpoint.open(model)
-        self.config: dict[str, Any] = checkpoint.config
-        self.generation: dict[str, Any] = read_generation_config(model)
+    def __init__(self, directory: str, tensors: Mapping[str, TensorLike] | None = None) -> None:
+        self.directory = directory
+        if tensors is None:
+            checkpoint = Checkpoint.open(directory)
+            self.config: dict[str, Any] = checkpoint.config
+            tensors = checkpoint.tensors
+        else:
+            self.config = read_config(directory)
+        self.generation: dict[str, Any] = read_generation_config(directory)
         try:
-            self.spec = ModelSpec.from_config(self.config, checkpoint.tensors, self.generation)
+            self.spec = ModelSpec.from_config(self.config, tensors, self.generation)
         except CheckpointError as error:
-            error.where = f"{model}: {error.where}"
+            error.where = f"{directory}: {error.where}"
             raise
+
+
+class StoredTensor(NamedTuple):
+    """What a spec needs to know of a tensor; see `TensorLike`."""
+
+    dtype: str
+    shape: Sequence[int]
 
 
 def kv_blocks(spec: ModelSpec, wanted: int | None) -> tuple[int, int]:

@@ -29,6 +29,7 @@ from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now, time_namespace
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.tensors import tensors_of, torch_dtypes
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.model import Model
@@ -110,18 +111,11 @@ class Worker:
         self.client, self.spec, self.tokenizer = setup.client, setup.spec, setup.tokenizer
         self.plan, self.kv = setup.plan, setup.kv
         assert self.client.weights is not None
-        memory = torch.frombuffer(self.client.weights.view(), dtype=torch.uint8)
-        dtypes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
         self.spec.check(self.plan.placements)
-        tensors = {
-            p.name: memory[p.arena_offset : p.arena_offset + p.nbytes]
-            .view(dtypes[p.dtype])
-            .view(p.shape)
-            for p in self.plan.placements.values()
-            if p.dtype in dtypes
-        }
+        tensors = tensors_of(self.plan, self.client.weights.view())
         pages = torch.frombuffer(self.kv.view(), dtype=torch.uint8)
-        cache = KVCache(pages, self.spec, dtypes[self.spec.dtype], self.kv.blocks, BLOCK_TOKENS)
+        dtype = torch_dtypes()[self.spec.dtype]
+        cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
         self.recorder.add("ready", now(), note="but for the weights")
@@ -216,8 +210,17 @@ class Worker:
             block = False
             if message is None:
                 self.check_memory()
+                self._follow_weights()
             else:
                 yield message
+
+    def _follow_weights(self) -> None:
+        """Goes on with the weights where the memory service has put them, between two steps."""
+        relaid = self.client.take_relaid()
+        if relaid is not None:
+            self.plan, weights = relaid
+            self.model.rebind(tensors_of(self.plan, weights.view()))
+            self.client.let_go_of_old()
 
     def report_spans(self) -> None:
         spans = self.recorder.drain()

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from coldframe.loader.checkpoint import Shard
 
-__all__ = ["Origin", "ShardFile", "Source"]
+__all__ = ["SEALED", "Origin", "ShardFile", "Source"]
+
+SEALED = "verified by its seal"
 
 
 class ShardFile(Protocol):
@@ -46,6 +48,11 @@ class Origin(Protocol):
     @property
     def uri(self) -> str:
         """The place, for people: no credentials in it."""
+        ...
+
+    @property
+    def path(self) -> str | None:
+        """Where it is as a local directory; None where it is not one."""
         ...
 
     @property
@@ -108,8 +115,21 @@ class Source(Protocol):
         ...
 
     @property
+    def chunk(self) -> int | None:
+        """How many bytes to ask for at once, a power of two; None leaves it to the stream."""
+        ...
+
+    @property
     def note(self) -> str:
         """How the bytes come, for the timeline."""
+        ...
+
+    @property
+    def verified(self) -> str | None:
+        """What vouches for the bytes once all have been read (`finish`), or why nothing does.
+
+        None where nobody has looked.
+        """
         ...
 
     def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
@@ -131,4 +151,10 @@ class Source(Protocol):
         """
         ...
 
-    def close(self) -> None: ...
+    def abort(self) -> None:
+        """Makes reads that wait for a network end soon, with an error; from another thread."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back. No read goes on any more."""
+        ...

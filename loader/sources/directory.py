@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from coldframe.loader.errors import CheckpointError
 from coldframe.loader.files import open_regular, pread_exactly, read_whole, source_error, version_of
+from coldframe.loader.location import MODEL_FORMS
 
 if TYPE_CHECKING:
     from coldframe.loader.checkpoint import Shard
@@ -27,7 +28,11 @@ class DirectoryOrigin:
     concurrency = 1
 
     def __init__(self, path: str) -> None:
-        self.path = path
+        self._path = path
+
+    @property
+    def path(self) -> str:
+        return self._path
 
     @property
     def uri(self) -> str:
@@ -37,7 +42,7 @@ class DirectoryOrigin:
         try:
             mode = os.stat(self.path).st_mode
         except (OSError, ValueError) as error:
-            raise source_error(error, self.path, "Give the directory of a model.") from None
+            raise source_error(error, self.path, MODEL_FORMS) from None
         if not stat.S_ISDIR(mode):
             raise CheckpointError(
                 "the model is not a directory",

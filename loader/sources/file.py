@@ -65,6 +65,9 @@ class FileSource:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
         return True
 
+    chunk = None
+    verified = None
+
     @property
     def readers(self) -> int | None:
         """Requests that the disk has before it at once; who waits for them needs no processor."""
@@ -192,6 +195,9 @@ class FileSource:
         return self._leased and any(
             fcntl.fcntl(fd, fcntl.F_GETLEASE) != fcntl.F_RDLCK for fd in self.fds
         )
+
+    def abort(self) -> None:
+        return  # a disk answers
 
     def close(self) -> None:
         for fd in self.fds:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -236,3 +237,25 @@ def test_a_segment_travels_without_its_descriptor() -> None:
 
 def test_rounding() -> None:
     assert [round_up(n, 8) for n in (0, 1, 8, 9)] == [0, 8, 8, 16]
+
+
+def test_populated_pages_are_there_without_a_touch(tmp_path: Path) -> None:
+    size = 64 * PAGE
+    path = tmp_path / "f"
+    path.write_bytes(b"x" * size)
+    with path.open("rb") as file:
+        reservation = Reservation(size)
+        reservation.attach([Segment(file.fileno(), 0, size, 0, False)])
+        assert resident(reservation.address) == 0
+        reservation.populate(PAGE + 7, 40 * PAGE)
+        assert resident(reservation.address) >= 40 * PAGE
+        os.truncate(path, 0)
+        reservation.populate(0, size)  # says nothing; the first touch would
+        reservation.close()
+
+
+def resident(address: int) -> int:
+    """Bytes in this process's page table of the mapping that begins at an address."""
+    lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+    assert any(line.startswith(f"{address:x}-") for line in lines)
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Rss:"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -13,7 +14,8 @@ from coldframe.loader.arena import Reservation
 from coldframe.loader.board import StageState
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, DeviceError, SourceChanged
-from coldframe.loader.load import Load, LoadOptions
+from coldframe.loader.load import Load
+from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.residency import cached_bytes
 from coldframe.loader.sources.file import FileSource
 from coldframe.loader.timeline import Recorder
@@ -42,6 +44,8 @@ class Watched:
             LoadOptions(str(root), **options),
             open_device("cpu"),
             Recorder("memory"),
+            files_dir=str(root / "unused"),
+            on_files=lambda path: self.said.append(f"files in {path}"),
             on_plan=lambda: self.said.append("plan"),
             on_stage=self.said.append,
             on_end=self.ends.append,
@@ -68,8 +72,8 @@ class Watched:
 
 
 def test_options_travel() -> None:
-    options = LoadOptions("/m", copy=True, throttle=1e6, threads=3)
-    assert LoadOptions(**options.to_wire()) == options
+    options = LoadOptions("/m", ("/n",), copy=True, throttle=1e6, threads=3)
+    assert LoadOptions.from_wire(json.loads(json.dumps(options.to_wire()))) == options
 
 
 def test_a_mapped_load_is_ready_and_closes_whole(model: Path) -> None:
@@ -79,8 +83,8 @@ def test_a_mapped_load_is_ready_and_closes_whole(model: Path) -> None:
     watched.wait()
     stages = [stage.index for stage in watched.load.plan.stages]
     assert watched.load.mode == "mapped"
-    assert watched.said[0] == "plan"
-    assert sorted(watched.said[1:]) == stages  # type: ignore[type-var]
+    assert watched.said[:2] == [f"files in {model}", "plan"]
+    assert sorted(watched.said[2:]) == stages  # type: ignore[type-var]
     assert watched.ends == [None]
     assert {watched.load.board.state(stage) for stage in stages} == {StageState.READY}
     assert watched.tensors() == reference(model)
@@ -157,7 +161,7 @@ def test_what_changed_before_the_lease_is_noticed_and_the_lease_let_go(
     watched = Watched(model)
     with pytest.raises(SourceChanged):
         watched.load.run()
-    assert watched.said == []
+    assert "plan" not in watched.said
     os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))  # nothing holds a writer back
     watched.close()
 
@@ -190,6 +194,7 @@ def test_a_load_that_failed_closes_whole(model: Path) -> None:
     watched.load._device = FullDevice()
     with pytest.raises(DeviceError, match="full"):
         watched.load.run()
-    assert watched.said == watched.ends == []
+    assert watched.ends == []
+    assert "plan" not in watched.said
     watched.close()
     assert len(os.listdir("/proc/self/fd")) == fds

@@ -22,7 +22,7 @@ DATA = random.Random(5).randbytes(4000)
 class Bytes:
     """A shard that is in memory."""
 
-    readers = None
+    readers = chunk = verified = None
     note = "memory"
 
     def __init__(self, data: bytes) -> None:
@@ -36,6 +36,7 @@ class Bytes:
             offset += len(part)
 
     def finish(self) -> None: ...
+    def abort(self) -> None: ...
     def close(self) -> None: ...
 
 

@@ -76,7 +76,7 @@ class Service:
         self.path = os.path.join(self.run_dir, "memory.sock")
 
     def load(self, root: Path, **options: Any) -> Service:
-        self.owner.send({"type": "load", "path": str(root), **options})
+        self.owner.send({"type": "load", "model": str(root), **options})
         self.expect("listening")
         return self
 
@@ -501,7 +501,7 @@ def test_a_file_cut_in_the_middle_of_the_load(service: Service, tmp_path: Path) 
 
 
 def test_a_load_of_another_kind_ends_the_service(service: Service, model: Path) -> None:
-    service.owner.send({"type": "load", "path": str(model), "nonsense": 1})
+    service.owner.send({"type": "load", "model": str(model), "nonsense": 1})
     assert until(lambda: service.child.poll() is not None)
 
 
@@ -517,7 +517,7 @@ def nonsense() -> dict[str, bytes]:
         "no kind": frame({}),
         "unknown": frame({"type": "explode"}),
         "private": frame({"type": "_on_hello"}),
-        "not the owner": frame({"type": "load", "path": "/"}),
+        "not the owner": frame({"type": "load", "model": "/"}),
         "no KV for you": frame({"type": "kv", "blocks": 1, "block_bytes": 1, "lease_s": 1}),
         "missing": frame({"type": "hello"}),
         "too many": frame({"type": "hello", "name": "x", "more": 1}),
@@ -719,7 +719,7 @@ def test_the_service_ends_with_its_owner_in_the_middle_of_a_load(base: Path, mod
         "ours, theirs = Channel.pair()\n"
         f"child = spawn_python({SERVICE!r}, [run_dir, '0'], theirs.fileno(), dict(os.environ))\n"
         "theirs.close()\n"
-        "ours.send({'type': 'load', 'path': sys.argv[2], 'throttle': 1000.0})\n"
+        "ours.send({'type': 'load', 'model': sys.argv[2], 'throttle': 1000.0})\n"
         "ours.recv()\n"
         "print(child.pid, flush=True)\n"
         "time.sleep(100)\n"
@@ -807,3 +807,67 @@ def test_a_service_that_stands_still_is_an_error(doomed: Service, model: Path) -
     os.kill(doomed.child.pid, signal.SIGCONT)
     with pytest.raises(ReplicaError, match="does not answer"):
         client.grant(3)
+
+
+# -- weights laid out anew ------------------------------------------------------------------------
+
+
+def tensors_of(client: MemoryClient) -> dict[str, bytes]:
+    assert client.plan is not None
+    assert client.weights is not None
+    return arena_tensors(client.plan, client.weights.view())
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_weights_are_laid_out_anew_while_workers_use_them(
+    copy: bool, service: Service, model: Path
+) -> None:
+    service.load(model, copy=copy).kv()
+    clients = [service.client(f"worker-{n}") for n in range(2)]
+    for client in clients:
+        client.wait_arenas()
+    service.expect("loaded")
+    before = [tensors_of(client) for client in clients]
+    plans = [client.plan for client in clients]
+    assert all(plan is not None and plan.layout == "file" for plan in plans)
+    service.owner.send({"type": "settle", "realign": True})
+    moved = service.expect("moved").body
+    assert moved["mode"] == "copied"
+    assert "realign" in [span[0] for span in moved["spans"]]
+    for client, plan, expected in zip(clients, plans, before, strict=True):
+        # Until the worker takes them, it has them where they were.
+        assert client.plan is plan
+        assert tensors_of(client) == expected
+        until(lambda c=client: c.take_relaid() is not None)  # type: ignore[misc]
+        assert client.plan is not None
+        assert client.plan.layout == "aligned"
+        assert all(p.arena_offset % 256 == 0 for p in client.plan.placements.values())
+        assert tensors_of(client) == expected
+        client.let_go_of_old()
+    # Who comes now gets the new place at once, and a writer is not held back by the old one.
+    late = service.client("late")
+    assert late.wait_arenas()[0].layout == "aligned"
+    assert tensors_of(late) == before[0]
+    path = shard_files(model)[0]
+    until(lambda: writable(path))
+    # There is nothing more to gain, so nothing happens.
+    service.owner.send({"type": "settle", "realign": True})
+    service.kv()
+
+
+def writable(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+    except BlockingIOError:
+        return False
+    return True
+
+
+def test_only_the_owner_has_weights_laid_out_anew(service: Service, model: Path) -> None:
+    service.load(model).kv()
+    client = service.client()
+    client.wait_arenas()
+    service.expect("loaded")
+    client._channel.send({"type": "settle", "realign": True})
+    with pytest.raises(ReplicaError):
+        until(lambda: client.is_ready(99))

@@ -118,7 +118,40 @@ def test_the_table(demo_model: Make, capsys: Capture) -> None:
     assert f"memory for 2 x {document['context']} tokens" in table
 
 
-@pytest.mark.parametrize("wrong", [("--context", "0"), ("--context", "1000000"), ("--batch", "0")])
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_each_rank_reads_its_share(demo_model: Make, capsys: Capture, family: str) -> None:
+    model = demo_model(family)
+    assert plan(capsys, model, "--rate", "1MB/s")["ranks"] == []
+    document = plan(capsys, model, "--rate", "1MB/s", "--tensor-parallel", 2)
+    first, second = ranks = document["ranks"]
+    weights = tensors(model)
+    # Norms, and biases of what is cut by columns, are on both; all else is on one of them.
+    both = {n for n in weights if "norm" in n or n.endswith(("o_proj.bias", "down_proj.bias"))}
+    shared = sum(weights[name].nbytes for name in both)
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert first["weights_bytes"] + second["weights_bytes"] == total + shared
+    for rank in ranks:
+        assert rank["weights_bytes"] <= rank["read_bytes"] < document["read_bytes"]
+    assert main(["plan", str(model), "--rate", "1MB/s", "--tensor-parallel", "2"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    start = next(i for i, row in enumerate(rows) if row.startswith("rank "))
+    for rank, row in zip(ranks, rows[start + 1 : start + 3], strict=True):
+        sizes = [*human_bytes(rank["weights_bytes"]).split()]
+        sizes += human_bytes(rank["read_bytes"]).split()
+        assert row.split() == [str(rank["rank"]), *sizes, str(rank["extents"])]
+
+
+def test_a_model_that_does_not_divide(demo_model: Make, capsys: Capture) -> None:
+    assert main(["plan", str(demo_model("llama")), "--tensor-parallel", "7"]) == 1
+    assert "coldframe: CheckpointError: a tensor does not divide over 7 ranks" in (
+        capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [("--context", "0"), ("--context", "1000000"), ("--batch", "0"), ("--tensor-parallel", "0")],
+)
 def test_what_cannot_be_planned(demo_model: Make, capsys: Capture, wrong: tuple[str, str]) -> None:
     assert main(["plan", str(demo_model("llama")), *wrong]) == 1
     assert "coldframe: RequestError: " in capsys.readouterr().err

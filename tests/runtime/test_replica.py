@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import (
@@ -324,6 +325,27 @@ def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path)
     assert again.tokens == expected(model, tuple(prompt_of(20)), 6)
 
 
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_whose_mapped_file_is_cut_means_a_start_with_a_copy(
+    role: str, demo_model: Make, no_leaks: Path
+) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks)) as replica:
+        client = ask(replica, prompt_of(12), 60)
+        wait_for(replica, lambda: len(client.events) > 4 and replica.loaded)
+        assert replica.facts["mode"] == "mapped"
+        before = replica.pids
+        os.kill(next(pid for name, pid in before.items() if name.startswith(role)), signal.SIGBUS)
+        finish(replica, client)
+        assert replica.facts["mode"] == "copied"
+        assert "shrank" in replica.facts["restarted"]
+        assert not set(before.values()) & set(replica.pids.values())
+        again = ask(replica, prompt_of(5), 4)
+        finish(replica, again)
+    assert client.tokens == expected(model, tuple(prompt_of(12)), 60)
+    assert again.tokens == expected(model, tuple(prompt_of(5)), 4)
+
+
 # -- what cannot be served ----------------------------------------------------------------------
 
 
@@ -402,3 +424,54 @@ def test_nothing_is_left_when_the_parent_is_killed(
     parent.stdout.close()
     _, alive = psutil.wait_procs(children, timeout=10)
     assert alive == []
+
+
+# -- weights laid out anew behind the first token -------------------------------------------------
+
+
+def as_safetensors_saves_it(model: Path, target: Path) -> Path:
+    """The same model by the safetensors library: its data begins at any multiple of 8 bytes."""
+    shutil.copytree(model, target)
+    for path in target.glob("*.safetensors"):
+        tensors, note = load_file(path), ""
+        while True:
+            save_file(tensors, path, {"format": "pt", "note": note})
+            header = int.from_bytes(path.read_bytes()[:8], "little")
+            if (header + 8) % 64:
+                break
+            note += "x" * 8
+    return target
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_weights_are_laid_out_anew_in_the_middle_of_an_answer(
+    copy: bool, demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    model = as_safetensors_saves_it(demo_model("qwen2"), tmp_path / "model")
+    with Replica(options(model, no_leaks, copy=copy, realign=True)) as replica:
+        client = ask(replica, prompt_of(12), 80)
+        wait_for(replica, lambda: "laid out anew" in (replica.facts.get("why") or ""))
+        assert 0 < len(client.events) < 80
+        finish(replica, client)
+        again = ask(replica, prompt_of(70), 8)
+        finish(replica, again)
+        assert any(span.name == "realign" for span in replica.spans)
+        # A worker that comes later finds the weights where they are now.
+        os.kill(next(iter(replica.pids[n] for n in replica.pids if "decode" in n)), signal.SIGKILL)
+        late = ask(replica, prompt_of(9), 8)
+        finish(replica, late)
+    assert client.tokens == expected(model, tuple(prompt_of(12)), 80)
+    assert again.tokens == expected(model, tuple(prompt_of(70)), 8)
+    assert late.tokens == expected(model, tuple(prompt_of(9)), 8)
+
+
+def test_weights_stay_where_they_are_if_wanted(
+    demo_model: Make, tmp_path: Path, no_leaks: Path
+) -> None:
+    model = as_safetensors_saves_it(demo_model("llama"), tmp_path / "model")
+    with Replica(options(model, no_leaks)) as replica:
+        client = ask(replica, prompt_of(5), 30)
+        finish(replica, client)
+        wait_for(replica, lambda: replica.loaded)
+        assert replica.facts["mode"] == "mapped"
+        assert not any(span.name == "realign" for span in replica.spans)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Batch, Chunk, Model
 from coldframe.runtime.engine.spec import ModelSpec
+from tests.runtime.engine.arrangements import ARRANGEMENTS, arrange
 
 NAMES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 BLOCK = 32
@@ -33,9 +34,14 @@ class Pair:
 
     reference: Any
     spec: ModelSpec
+    arrangement: str
     weights: dict[str, Tensor]
     model: Model
     kv: KVCache
+
+    def arrange(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies of tensors in fresh memory, laid out as this model's are."""
+        return arrange(weights, self.arrangement)
 
     def chunk(
         self, ids: Sequence[int], row: int = 0, start: int = 0, prompt: int | None = None
@@ -125,8 +131,8 @@ def small_config(family: str, **changes: Any) -> dict[str, Any]:
     return config | changes
 
 
-def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pair:
-    """Both models over the same random weights; norms and biases are random too."""
+def make_reference(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A Transformers model with random weights; norms and biases are random too."""
     kind = config["model_type"]
     keys = {key: value for key, value in config.items() if key != "model_type"}
     reference = AutoModelForCausalLM.from_config(
@@ -137,27 +143,55 @@ def make_pair(config: dict[str, Any], dtype: torch.dtype = torch.float32) -> Pai
         for name, parameter in reference.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             parameter.copy_(1 + 0.3 * noise if "norm" in name else 0.15 * noise)
-    reference = reference.to(dtype)
-    weights = dict(reference.named_parameters())
+    return reference.to(dtype)
+
+
+def make_pair(reference: Any, config: dict[str, Any], dtype: torch.dtype, arrangement: str) -> Pair:
+    """The reference and our model over the same weights."""
+    weights = arrange(dict(reference.named_parameters()), arrangement)
     headers = {n: Header(tuple(t.shape), NAMES[t.dtype]) for n, t in weights.items()}
     spec = ModelSpec.from_config(config, headers)
     blocks = 96
     # Whatever a former owner left behind must not matter.
     memory = torch.full((blocks * spec.kv_block_bytes(dtype.itemsize),), 0xFF, dtype=torch.uint8)
     kv = KVCache(memory, spec, dtype, blocks)
-    views = {name: tensor.detach() for name, tensor in weights.items()}
-    return Pair(reference, spec, views, Model(spec, views, kv), kv)
+    return Pair(reference, spec, arrangement, weights, Model(spec, weights, kv), kv)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose seconds where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", params=ARRANGEMENTS)
+def arrangement(request: pytest.FixtureRequest) -> str:
+    """How weights lie in memory: all that compare with Transformers do so for each way."""
+    name: str = request.param
+    return name
 
 
 @pytest.fixture(scope="session")
-def pair() -> Callable[..., Pair]:
+def references() -> dict[str, Any]:
+    """The Transformers models made so far."""
+    return {}
+
+
+@pytest.fixture(scope="session")
+def pair(arrangement: str, references: dict[str, Any]) -> Callable[..., Pair]:
     """Makes a pair, one for each (family, changes) asked for."""
     made: dict[str, Pair] = {}
 
     def make(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Pair:
         key = repr((family, dtype, sorted(changes.items())))
+        config = small_config(family, **changes)
+        if key not in references:
+            references[key] = make_reference(config, dtype)
         if key not in made:
-            made[key] = make_pair(small_config(family, **changes), dtype)
+            made[key] = make_pair(references[key], config, dtype, arrangement)
         return made[key]
 
     return make

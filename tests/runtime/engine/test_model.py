@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -41,15 +40,6 @@ ROPES: dict[str, dict[str, Any]] = {
     },
 }
 EXACT = {"rtol": 0.0, "atol": 1e-4}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose seconds where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -162,7 +152,9 @@ def test_a_late_group_catches_up_and_joins(pair, prompts, rope, layers_ahead) ->
 def test_nothing_reads_a_weight_before_its_stage_is_in(pair, prompts) -> None:
     """The weights land one stage after another, each just before the method that needs it."""
     both = pair("qwen3", tie_word_embeddings=True)
-    arena = {name: torch.full_like(t, float("nan")) for name, t in both.weights.items()}
+    arena = both.arrange(both.weights)
+    for tensor in arena.values():
+        tensor.fill_(float("nan"))
     model = Model(both.spec, arena, both.kv)
 
     def land(prefix: str) -> None:
@@ -184,7 +176,7 @@ def test_nothing_reads_a_weight_before_its_stage_is_in(pair, prompts) -> None:
 def test_weights_are_used_where_they_lie(pair, prompts) -> None:
     """A weight that changes in the arena changes the answer: no copy is kept."""
     both = pair("llama", num_hidden_layers=1)
-    arena = {name: tensor.clone() for name, tensor in both.weights.items()}
+    arena = both.arrange(both.weights)
     model = Model(both.spec, arena, both.kv)
     batch = Batch.build([both.chunk(prompts[7])])
     before = model.forward(batch)
@@ -229,7 +221,7 @@ def test_vectors_of_another_dtype_are_cast(pair, prompts) -> None:
     wide = {n: t.float() if t.dim() == 1 else t for n, t in both.weights.items()}
     batch = Batch.build([both.chunk(prompts[7])])
     expected = both.model.forward(batch)
-    assert torch.equal(Model(both.spec, wide, both.kv).forward(batch), expected)
+    assert torch.equal(Model(both.spec, both.arrange(wide), both.kv).forward(batch), expected)
 
 
 def test_last_tokens_are_among_all_positions(pair, prompts) -> None:

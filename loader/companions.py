@@ -1,0 +1,125 @@
+"""The small files beside the weights: what a replica reads before it can take a prompt.
+
+They are fetched while the weights stream, into a folder of the replica's own, so that all that
+comes after reads them as if the model lay in a local directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable
+
+from coldframe.loader.errors import ColdframeError, ReplicaError, SourceDenied, SourceNotFound
+from coldframe.loader.files import read_whole
+from coldframe.loader.sources.base import Origin
+from coldframe.loader.timeline import Recorder, now
+
+__all__ = ["COMPANIONS", "Companions"]
+
+COMPANIONS = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_MOST_BYTES = 500_000_000
+
+
+class Companions:
+    """A model's small files, where they are or once they are there.
+
+    Args:
+        directory: Where those of a model that is not local are put; made when it is needed.
+        recorder: Gets a span for the fetch.
+        on_there: Called with the directory that has them.
+        on_error: Called where they cannot be had.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        recorder: Recorder,
+        on_there: Callable[[str], None],
+        on_error: Callable[[ColdframeError], None],
+    ) -> None:
+        self._directory = directory
+        self._recorder = recorder
+        self._on_there = on_there
+        self._on_error = on_error
+        self._there = threading.Event()
+        self._error: ColdframeError | None = None
+
+    def bring(self, origin: Origin) -> None:
+        """Fetches them from a network, in a thread of its own; those of a directory stay there."""
+        if origin.path is not None:
+            self._directory = origin.path
+            self._there.set()
+            self._on_there(origin.path)
+        else:
+            thread = threading.Thread(
+                target=self._fetch, args=(origin,), name="companions", daemon=True
+            )
+            thread.start()
+
+    def _fetch(self, origin: Origin) -> None:
+        started = now()
+        try:
+            _fetch_all(origin, self._directory)
+        except ColdframeError as error:
+            self._error = error
+        except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
+            self._error = ReplicaError("the model's small files broke the load", got=repr(error))
+        self._there.set()
+        if self._error is not None:
+            self._on_error(self._error)
+        else:
+            self._recorder.add("checkpoint_open", started, note="small files")
+            self._on_there(self._directory)
+
+    def read(self, name: str) -> bytes:
+        """One of them; waits for it.
+
+        Raises:
+            SourceError: It is not there, or could not be had.
+        """
+        self._there.wait()
+        if self._error is not None:
+            raise ColdframeError.from_wire(self._error.to_wire())
+        return read_whole(os.path.join(self._directory, name), _MOST_BYTES)
+
+    def contents(self) -> dict[str, bytes]:
+        """All of them by name; waits for them.
+
+        Raises:
+            SourceError: One of them could not be had.
+        """
+        found = {}
+        for name in COMPANIONS:
+            with contextlib.suppress(SourceNotFound):
+                found[name] = self.read(name)
+        return found
+
+
+def _fetch_all(origin: Origin, target: str) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    def fetch(name: str) -> None:
+        try:
+            content = origin.read_small(name, _MOST_BYTES)
+        except SourceNotFound:
+            return
+        except SourceDenied:
+            # S3 says so of what is not there, to those who may not list what is. What must be
+            # there is missed by whoever needs it.
+            return
+        with open(os.path.join(target, name), "wb") as file:
+            file.write(content)
+
+    os.makedirs(target, mode=0o700, exist_ok=True)
+    # All at once: each costs a round trip, and the tokenizer is some megabytes.
+    with ThreadPoolExecutor(len(COMPANIONS)) as pool:
+        list(pool.map(fetch, COMPANIONS))

@@ -1,0 +1,46 @@
+"""What to load, and how."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+__all__ = ["LoadOptions"]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What to load, and how.
+
+    Args:
+        model: A directory, or another place as `location.parse_location` takes it.
+        sources: Places to try before that one, in their order.
+        copy: Never map files in place.
+        verify: Hold the bytes against the checkpoint's seal, where it has one.
+        throttle: Bytes per second at most, or None; implies `copy`.
+        threads: Readers; None leaves it to the source.
+        layout: How the arena is laid out; None takes what measures best for the source.
+        cache: A directory that keeps what comes over a network, or None.
+        cache_bytes: How much it may keep.
+        serve_peers: `HOST:PORT` where the arena is served to peers, or None.
+        peer_token: What they must send.
+    """
+
+    model: str
+    sources: tuple[str, ...] = ()
+    copy: bool = False
+    verify: bool = True
+    throttle: float | None = None
+    threads: int | None = None
+    layout: str | None = None
+    cache: str | None = None
+    cache_bytes: int = 0
+    serve_peers: str | None = None
+    peer_token: str | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_wire(data: dict[str, Any]) -> LoadOptions:
+        return LoadOptions(**{**data, "sources": tuple(data.get("sources", ()))})

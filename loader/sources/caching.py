@@ -1,0 +1,64 @@
+"""A source whose bytes go to the cache on their way into the arena."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+from coldframe.loader.cache_writer import CacheWriter
+from coldframe.loader.sources.base import Source
+
+__all__ = ["CachingSource"]
+
+
+class CachingSource:
+    """A source whose bytes go to a cache, too.
+
+    Args:
+        inner: Where they come from; checked, if they are checked at all.
+        writer: Where they go.
+        arena: The memory that keeps what is read into it. What is read to elsewhere is copied.
+    """
+
+    def __init__(self, inner: Source, writer: CacheWriter, arena: memoryview) -> None:
+        self._inner = inner
+        self._writer = writer
+        start = _address(arena)
+        self._arena = range(start, start + len(arena))
+
+    @property
+    def readers(self) -> int | None:
+        return self._inner.readers
+
+    @property
+    def chunk(self) -> int | None:
+        return self._inner.chunk
+
+    @property
+    def note(self) -> str:
+        return f"{self._inner.note}, cached"
+
+    @property
+    def verified(self) -> str | None:
+        return self._inner.verified
+
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        self._inner.read_into(shard, offset, parts)
+        if all(_address(part) in self._arena for part in parts if part):
+            self._writer.put(shard, offset, parts)
+        else:
+            self._writer.put_copy(shard, offset, parts)
+
+    def finish(self) -> None:
+        self._inner.finish()
+
+    def abort(self) -> None:
+        self._inner.abort()
+
+    def close(self) -> None:
+        """Closes the source; the writer goes on."""
+        self._inner.close()
+
+
+def _address(memory: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory)) if memory else 0

@@ -1,0 +1,95 @@
+"""A memory service as its peers see it: a checkpoint in memory that comes in stage by stage."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.peer_listener import listen
+from coldframe.loader.peer_server import PeerServer, ServerLimits
+from coldframe.loader.placing import Placer
+from coldframe.loader.plan import Plan
+from coldframe.loader.serving import Offer
+from coldframe.loader.sources.directory import DirectoryOrigin
+from coldframe.loader.sources.file import FileSource
+
+TOKEN = "correct-horse"
+DEFAULT = ServerLimits()
+
+
+def offer_of(root: Path, memory: memoryview | None = None) -> tuple[Checkpoint, Plan, Offer]:
+    """A directory's checkpoint, not loaded yet, as it is offered."""
+    checkpoint = Checkpoint.open(root)
+    plan = Plan.build(checkpoint)
+    if memory is None:
+        memory = memoryview(bytearray(plan.arena_bytes))
+    small = DirectoryOrigin(str(root)).read_small
+    headers = checkpoint.headers
+    return checkpoint, plan, Offer(checkpoint, plan, memory, headers=headers, read_small=small)
+
+
+class Serving:
+    """A server of a directory's checkpoint.
+
+    Args:
+        root: The directory.
+        token: As for `PeerServer`.
+        limits: As for `PeerServer`.
+        loaded: Whether all of it is in at once.
+        port: Where; 0 takes a free port.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        token: str | None = TOKEN,
+        limits: ServerLimits = DEFAULT,
+        loaded: bool = True,
+        port: int = 0,
+    ) -> None:
+        checkpoint = Checkpoint.open(root)
+        self.memory = memoryview(bytearray(Plan.build(checkpoint).arena_bytes))
+        self.checkpoint, self.plan, self.offer = offer_of(root, self.memory)
+        self.files = FileSource(checkpoint.shards)
+        self.server = PeerServer(listen("127.0.0.1", port), token, limits)
+        self.server.offer(self.offer)
+        self.host, self.port = self.server.address
+        if loaded:
+            self.bring(*range(len(self.plan.stages)))
+            self.offer.gate.end(None)
+
+    def bring(self, *stages: int) -> None:
+        """Reads stages from the disk, then lets them be served."""
+        placer = Placer(self.files, self.memory)
+        for stage in stages:
+            for extent in self.plan.stages[stage].extents:
+                placer.fetch(extent, extent.file_offset, extent.file_offset + extent.length)
+            self.offer.gate.ready(stage)
+
+    def close(self) -> None:
+        self.server.close()
+        self.files.close()
+
+
+@contextmanager
+def serving(
+    root: Path,
+    *,
+    token: str | None = TOKEN,
+    limits: ServerLimits = DEFAULT,
+    loaded: bool = True,
+) -> Iterator[Serving]:
+    """A server for the length of a block, after which no thread or descriptor is left."""
+    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    peer = Serving(root, token=token, limits=limits, loaded=loaded)
+    try:
+        yield peer
+    finally:
+        peer.close()
+    assert len(os.listdir("/proc/self/fd")) == fds
+    assert threading.active_count() == threads

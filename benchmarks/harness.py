@@ -114,8 +114,19 @@ def fingerprint() -> dict[str, Any]:
     }
 
 
-def print_rows(rows: Sequence[Row], more: dict[str, Any]) -> None:
-    """A table for people, then one JSON document as the last line."""
+def print_rows(rows: Sequence[Row], more: dict[str, Any], *, table: bool = True) -> None:
+    """A table for people, where it is wanted, then one JSON document as the last line."""
+    if table:
+        _print_table(rows)
+    document = {
+        "rows": [{**asdict(row), "median": row.median, "met": row.met} for row in rows],
+        **more,
+        "fingerprint": fingerprint(),
+    }
+    print(json.dumps(document))
+
+
+def _print_table(rows: Sequence[Row]) -> None:
     width = max(len(row.name) for row in rows)
     print(f"{'':<{width}}  {'median':>9}  {'min':>9}  {'max':>9}  {'unit':<8}{'target':>10}")
     for row in rows:
@@ -128,9 +139,3 @@ def print_rows(rows: Sequence[Row], more: dict[str, Any]) -> None:
             f"{row.name:<{width}}  {row.median:>9.4g}  {min(row.runs):>9.4g}"
             f"  {max(row.runs):>9.4g}  {row.unit:<8}{target:>10}{verdict}"
         )
-    document = {
-        "rows": [{**asdict(row), "median": row.median, "met": row.met} for row in rows],
-        **more,
-        "fingerprint": fingerprint(),
-    }
-    print(json.dumps(document))

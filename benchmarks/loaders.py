@@ -1,7 +1,8 @@
 """Loaders to measure: each loads a checkpoint into host memory, in a process of its own.
 
 The clock runs from just before the checkpoint is opened until its last byte is there and every
-page of it has been touched; imports and the start of processes are not in it, for nobody. Each
+page of it has been touched, by another process than the one that loads where there are two;
+imports and the start of processes are not in it, for nobody. Each
 script prints one JSON object: seconds, bytes, CPU seconds and peak memory of the process that
 loads.
 """
@@ -12,7 +13,7 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from coldframe.loader.errors import PlatformError
@@ -22,14 +23,14 @@ __all__ = ["LOADERS", "load_once"]
 _PROLOGUE = """
 import glob, json, os, resource, sys, time
 path, options = sys.argv[1], json.loads(sys.argv[2])
-files = sorted(glob.glob(os.path.join(path, "*.safetensors")))
+files = [] if "://" in path else sorted(glob.glob(os.path.join(path, "*.safetensors")))
 def cpu(who=resource.RUSAGE_SELF):
     usage = resource.getrusage(who)
     return usage.ru_utime + usage.ru_stime
-def report(seconds, nbytes, cpu_s):
+def report(seconds, nbytes, cpu_s, **more):
     peak = 1024 * max(resource.getrusage(who).ru_maxrss
                       for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    print(json.dumps({"seconds": seconds, "bytes": nbytes, "cpu_s": cpu_s, "peak": peak}))
+    print(json.dumps({"seconds": seconds, "bytes": nbytes, "cpu_s": cpu_s, "peak": peak, **more}))
 """
 
 _TORCH = """
@@ -44,29 +45,42 @@ from coldframe.loader.client import MemoryClient
 from coldframe.runtime.early import MemoryProcess
 from coldframe.loader.process import remove_run_dir
 from coldframe.loader.wire import Channel
+def service_cpu(pid):
+    fields = open(f"/proc/{pid}/stat").read().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 memory = MemoryProcess()
 owner = Channel(memory.socket)
-owner.send({"type": "load", "model": path, **options})
 owner.send({"type": "kv", "block_bytes": 4096, "blocks": 1, "lease_s": 30})
 while (message := owner.recv(60)).kind != "listening":
     pass
 client = MemoryClient(os.path.join(memory.run_dir, "memory.sock"), "bench")
+client.grant(1)
+time.sleep(0.05)  # it has all its imports, too
+started, used = time.monotonic(), cpu()
+before = service_cpu(memory.child.pid)
+owner.send({"type": "load", "model": path, **options})
 plan, weights, _ = client.wait_arenas()
 client.wait_stage(len(plan.stages) - 1)
+for run in (run for stage in plan.stages for extent in stage.extents for run in extent.runs):
+    bytes(weights.view(run.arena_offset, run.length)[::4096])
+seconds, used = time.monotonic() - started, cpu() - used
 while (message := owner.recv(60)).kind not in ("loaded", "failed"):
     pass
 if message.kind == "failed":
     sys.exit(str(message.body["error"]))
+used += service_cpu(memory.child.pid) - before
 spans = message.body["spans"]
-begun = min(s[2] for s in spans if s[0] == "checkpoint_open")
+verified = message.body["verified"]
 ready = max(s[3] for s in spans if s[0].startswith("stage_ready["))
-touching, used = time.monotonic(), cpu()
-for run in (run for stage in plan.stages for extent in stage.extents for run in extent.runs):
-    bytes(weights.view(run.arena_offset, run.length)[::4096])
-touched, used = time.monotonic() - touching, cpu() - used
 owner.close()
 memory.child.wait()
-report((ready - begun) / 1e9 + touched, plan.read_bytes, used + cpu(resource.RUSAGE_CHILDREN))
+streaming = next(s[2] for s in spans if s[0].startswith("weight_"))
+first = next(s[3] for s in spans if s[0] == "stage_ready[0]")
+resident = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+report(seconds, plan.read_bytes, used,
+       late=(first - streaming) / (ready - streaming) - plan.stages[0].nbytes / plan.read_bytes,
+       beside=resident - plan.arena_bytes if resident > plan.arena_bytes else resident,
+       verified=verified)
 """
 
 _SAFETENSORS = (
@@ -86,8 +100,9 @@ report(time.perf_counter() - started, nbytes, cpu() - used)
 _RUNAI = (
     _TORCH
     + """
-from runai_model_streamer import SafetensorsStreamer
+from runai_model_streamer import SafetensorsStreamer, list_safetensors
 started, used = time.perf_counter(), cpu()
+files = files or list_safetensors(path + "/")
 with SafetensorsStreamer() as streamer:
     streamer.stream_files(files, device="cpu")
     tensors = dict(streamer.get_tensors())
@@ -145,33 +160,84 @@ for thread in threads:
 report(time.perf_counter() - started, sum(sizes), cpu() - used)
 """
 
+_RAW_SOCKETS = """
+import http.client, socket, threading, urllib.request
+from urllib.parse import urlsplit
+from coldframe.loader.arena import Reservation, Segment, round_up
+from coldframe.loader.devices import open_device
+parts, piece = urlsplit(path), 16 << 20
+names = json.load(urllib.request.urlopen(path + "/model.safetensors.index.json"))["weight_map"]
+jobs, base = [], 0
+for name in sorted(set(names.values())):
+    head = urllib.request.Request(path + "/" + name, method="HEAD")
+    size = int(urllib.request.urlopen(head).headers["Content-Length"])
+    jobs += [(name, at, base + at, min(piece, size - at)) for at in range(0, size, piece)]
+    base += round_up(size, 4096)
+started, used = time.perf_counter(), cpu()
+fd = open_device("cpu").allocate("raw", base, now=True)
+arena = Reservation(base)
+arena.attach([Segment(fd, 0, base, 0, True)])
+view, left, lock = arena.view(), iter(jobs), threading.Lock()
+def read():
+    connection = socket.create_connection((parts.hostname, parts.port))
+    while True:
+        with lock:
+            job = next(left, None)
+        if job is None:
+            return
+        name, at, to, length = job
+        connection.sendall((f"GET {parts.path}/{name} HTTP/1.1\\r\\nHost: x\\r\\n"
+                            f"Range: bytes={at}-{at + length - 1}\\r\\n\\r\\n").encode())
+        head = b""
+        while b"\\r\\n\\r\\n" not in head:
+            head += connection.recv(1)
+        while length:
+            count = connection.recv_into(view[to : to + length], 0, socket.MSG_WAITALL)
+            to, length = to + count, length - count
+threads = [threading.Thread(target=read) for _ in range(8)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+report(time.perf_counter() - started, sum(job[3] for job in jobs), cpu() - used)
+"""
+
 LOADERS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "coldframe": (_COLDFRAME, {}, {}),
     "coldframe --copy": (_COLDFRAME, {"copy": True}, {}),
+    "coldframe sealed": (_COLDFRAME, {"copy": True}, {}),
     "raw O_DIRECT": (_RAW, {}, {}),
+    "raw sockets": (_RAW_SOCKETS, {}, {}),
     "safetensors": (_SAFETENSORS, {}, {}),
     "runai": (_RUNAI, {}, {"RUNAI_STREAMER_FS_STRATEGY": "sync_buffered"}),
     "runai io_uring": (_RUNAI, {}, {"RUNAI_STREAMER_FS_STRATEGY": "io_uring_direct"}),
+    "runai s3": (_RUNAI, {}, {}),
     "fastsafetensors": (_FASTSAFETENSORS, {}, {}),
 }
 """Script, options of ours, and environment by name."""
 
 
-def load_once(name: str, model: Path, python: str = sys.executable) -> dict[str, float]:
+def load_once(
+    name: str,
+    model: str,
+    python: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
     """Runs one loader once.
 
     Args:
         name: One of `LOADERS`.
-        model: The checkpoint's directory.
+        model: The checkpoint's directory or URI.
         python: The interpreter that has the loader installed.
+        environment: What the loader finds in its environment besides.
 
     Raises:
         PlatformError: It failed, or is not installed there.
     """
-    script, options, environment = LOADERS[name]
+    script, options, its_own = LOADERS[name]
     done = subprocess.run(
-        [python, "-W", "ignore", "-c", _PROLOGUE + script, str(model), json.dumps(options)],
-        env={**os.environ, **environment},
+        [python, "-W", "ignore", "-c", _PROLOGUE + script, model, json.dumps(options)],
+        env={**os.environ, **its_own, **(environment or {})},
         capture_output=True,
         text=True,
         check=False,
@@ -179,5 +245,5 @@ def load_once(name: str, model: Path, python: str = sys.executable) -> dict[str,
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise PlatformError("a loader failed", where=name, got=last)
-    result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -1,7 +1,7 @@
 """nginx on loopback: the server that network loads are measured against.
 
-It serves a model's directory as plain HTTP and, at the same paths, as a bucket of S3: a loader asks
-for objects by path-style addresses, and a listing gets a fixed answer. It does not check signatures.
+It serves a model's directory as plain HTTP and, at the same paths, as a bucket of S3: objects have
+path-style addresses, and a listing gets a fixed answer. It does not check signatures.
 """
 
 from __future__ import annotations

@@ -16,10 +16,10 @@ _lock = threading.Lock()
 
 
 def add_site_packages() -> None:
-    """Makes installed packages importable where they are not; a few milliseconds, once."""
-    with _lock:
-        if sys.flags.no_site and not hasattr(sys, "_coldframe_site"):
-            import site
+    """Makes installed packages importable where they are not.
 
-            site.main()
-            sys._coldframe_site = True  # type: ignore[attr-defined]
+    A process that was started by another one of ours is told by it where they are.
+    """
+    with _lock:
+        known: list[str] = getattr(sys, "coldframe_packages", [])
+        sys.path += [path for path in known if path not in sys.path]

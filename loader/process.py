@@ -97,6 +97,8 @@ def spawn_python(
         prologue += (
             "root = type(sys)('coldframe'); sys.modules['coldframe'] = root; "
             f"root.__path__ = [{_package_root()!r}]; "
+            # For `packages.add_site_packages`, which need not go looking then.
+            f"sys.coldframe_packages = {[path for path in sys.path if path]!r}; "
         )
     argv += ["-c", prologue + code, *args]
     # Out of the way of 0, 1 and 2, which a parent may have had closed, and of 3: dup2 onto

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
@@ -67,7 +68,8 @@ class MemoryClient:
         self._asking = threading.Lock()
         self._answers: list[Message] = []
         self._segments: list[Segment] = []
-        self._ready: set[int] = set()
+        self._arrived: set[int] = set()
+        self._populated: set[int] = set()
         self._error: ColdframeError | None = None
         self._mapped = False
         self._seen = -1
@@ -78,6 +80,10 @@ class MemoryClient:
         self._relaid: tuple[Plan, Reservation] | None = None
         self._old: Reservation | None = None
         self._board: BoardView | None = None
+        self._mode = ""
+        self._to_populate: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        self._populating = threading.Thread(target=self._populate, name="populate", daemon=True)
+        self._populating.start()
         self._reader = threading.Thread(target=self._read, name="memory-client", daemon=True)
         self._reader.start()
         self._channel.send({"type": "hello", "name": name})
@@ -89,6 +95,8 @@ class MemoryClient:
         """
         self._channel.hang_up()
         self._reader.join()
+        self._to_populate.put(None)
+        self._populating.join()
         self._channel.close()
         if self._board is not None:
             self._board.close()
@@ -116,7 +124,7 @@ class MemoryClient:
         Raises:
             ColdframeError: They will not come: the stream failed or the service died.
         """
-        if stage in self._ready:
+        if stage in self._arrived and stage in self._populated:
             return True
         if self._error is not None:
             raise self._error
@@ -221,8 +229,6 @@ class MemoryClient:
         reason: ColdframeError = lost
         try:
             while (message := self._channel.recv()) is not None:
-                if message.kind == "stage":
-                    self._populate(message.body["stage"])
                 with self._changed:
                     self._take(message)
                     self._changed.notify_all()
@@ -237,22 +243,34 @@ class MemoryClient:
             self._changed.notify_all()
         self._on_event()
 
-    def _populate(self, stage: int) -> None:
-        """Spares whoever computes with a stage the page faults."""
-        if self.plan is None or self.weights is None or not self._mapped:
-            return
-        for extent in self.plan.stages[stage].extents:
-            for run in extent.runs:
-                self.weights.populate(run.arena_offset, run.length * run.count)
+    def _populate(self) -> None:
+        """A thread that spares whoever computes with a stage the page faults.
+
+        A stage is ready when it is in and entered here: who touches pages while they are entered
+        is in the way, and takes longer for both.
+        """
+        while (stage := self._to_populate.get()) is not None:
+            plan, weights = self.plan, self.weights
+            if plan is not None and weights is not None:
+                for extent in plan.stages[stage].extents:
+                    for run in extent.runs:
+                        weights.populate(run.arena_offset, run.length * run.count)
+            with self._changed:
+                self._populated.add(stage)
+                self._changed.notify_all()
+            self._on_event()
 
     def _take(self, message: Message) -> None:
         body = message.body
         match message.kind:
             case "stage":
-                self._ready.add(body["stage"])
+                self._arrived.add(body["stage"])
+                if self._mode != "mapped":
+                    self._to_populate.put(body["stage"])
             case "plan":
                 self.plan = Plan.from_wire(body["plan"])
                 self._board = BoardView(message.fds[0])
+                self._mode = body["mode"]
                 self.weights = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
             case "segments" | "remap":
                 self._map(message)
@@ -319,5 +337,9 @@ class MemoryClient:
             os.close(segment.fd)
         self._segments.clear()
         self._mapped = True
+        if self._mode == "mapped" and self.plan is not None:
+            # What is in the page cache is there before the service has looked at all of it.
+            for stage in self.plan.stages:
+                self._to_populate.put(stage.index)
         if message.kind == "remap":
             self._channel.send({"type": "remapped"})

@@ -7,7 +7,7 @@ where what lies between them costs less to read than to skip.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from coldframe.loader.slices import Part
 
@@ -85,15 +85,16 @@ def coalesce(
     extents: list[Extent] = []
     for part, place in _reads(parts, offsets, max_gap):
         stage = stage_of[part.name]
-        run = Run(0, part.length, place, part.count, part.stride)
         if extents:
             last = extents[-1]
             gap = part.offset - (last.file_offset + last.length)
             if (last.stage, last.shard) == (stage, part.shard) and gap <= max_gap:
-                run = replace(run, offset=part.offset - last.file_offset)
-                runs = _joined(last.runs, run, mirror)
-                extents[-1] = replace(last, length=last.length + gap + part.span, runs=runs)
+                offset = part.offset - last.file_offset
+                run = Run(offset, part.length, place, part.count, part.stride)
+                runs, length = _joined(last.runs, run, mirror), last.length + gap + part.span
+                extents[-1] = Extent(stage, last.shard, last.file_offset, length, runs)
                 continue
+        run = Run(0, part.length, place, part.count, part.stride)
         extents.append(Extent(stage, part.shard, part.offset, part.span, (run,)))
     return extents
 
@@ -124,5 +125,6 @@ def _joined(runs: tuple[Run, ...], run: Run, mirror: bool) -> tuple[Run, ...]:
     touch = last.offset + last.length == run.offset
     congruent = last.arena_offset - last.offset == run.arena_offset - run.offset
     if plain and congruent and (touch or mirror):
-        return (*runs[:-1], replace(last, length=run.offset + run.length - last.offset))
+        length = run.offset + run.length - last.offset
+        return (*runs[:-1], Run(last.offset, length, last.arena_offset))
     return (*runs, run)

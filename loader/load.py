@@ -47,6 +47,9 @@ _MOSTLY = 0.9
 """Mapped is what has at least this share in the page cache; a cold file is read faster than mapped,
 since a page fault brings in little at a time."""
 
+_ALL = 1 << 62
+"""A chunk that is never cut."""
+
 _VECTOR = 64
 """Bytes that a vector unit loads at once: what the kernels want tensors to be aligned to."""
 
@@ -218,9 +221,14 @@ class Load:
         self._on_plan()
 
         def fetch(extent: Extent, start: int, stop: int) -> None:
-            files.make_resident(extent.shard, start, stop - start)
+            # Where all of it was there a moment ago, the fault of a page that is not is cheaper
+            # than a look at each.
+            if self._cached < 1:
+                files.make_resident(extent.shard, start, stop - start)
 
-        self._start(files, fetch, name="weight_read", note=lambda: "mapped in place")
+        chunk = _ALL if self._cached == 1 else None
+        note = "mapped in place"
+        self._start(files, fetch, name="weight_read", note=lambda: note, chunk=chunk)
 
     def _copy(self, opened: Opened, later: Places) -> None:
         self.mode = "copied"
@@ -298,6 +306,7 @@ class Load:
         *,
         name: str,
         note: Callable[[], str],
+        chunk: int | None = None,
         throttle: Throttle | None = None,
     ) -> None:
         self._stream = Stream(
@@ -309,7 +318,7 @@ class Load:
             on_end=self._ended,
             recorder=self._recorder,
             threads=self._options.threads or source.readers or min(8, max(2, cpu_count())),
-            chunk=source.chunk,
+            chunk=chunk or source.chunk,
             smallest=PIECE_BYTES if self._sealed else 0,
             throttle=throttle,
             name=name,

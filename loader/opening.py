@@ -7,6 +7,7 @@ import of an HTTP client.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -82,7 +83,7 @@ def open_origin(
         case Peer():
             from coldframe.loader.web.peer import peer_origin
 
-            return peer_origin(location, throttle)
+            return peer_origin(location, throttle, limits=replace(_limits(hurry), hedges=0))
 
 
 def _limits(hurry: bool) -> Limits:

@@ -18,8 +18,14 @@ _lock = threading.Lock()
 def add_site_packages() -> None:
     """Makes installed packages importable where they are not.
 
-    A process that was started by another one of ours is told by it where they are.
+    A process that was started by another one of ours is told by it where they are; any other has
+    to go looking.
     """
     with _lock:
-        known: list[str] = getattr(sys, "coldframe_packages", [])
-        sys.path += [path for path in known if path not in sys.path]
+        known: list[str] | None = getattr(sys, "coldframe_packages", None)
+        if known is not None:
+            sys.path += [path for path in known if path not in sys.path]
+        elif sys.flags.no_site and "site" not in sys.modules:
+            import site
+
+            site.main()

@@ -115,6 +115,8 @@ class MemoryService:
         self._selector.register(listener, selectors.EVENT_READ, listener)
         self._recorder.add("listen", start)
         self._send(self._owner, {"type": "listening"})
+        # Idle until a load comes: what it will need takes some milliseconds to import.
+        import hashlib  # noqa: F401
 
     def _dispatch(self, key: selectors.SelectorKey) -> None:
         if key.data is None:

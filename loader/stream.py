@@ -23,6 +23,7 @@ __all__ = ["Fetch", "Stream", "pieces_of"]
 _CHUNK = 8 << 20
 _FIRST_CHUNK = 1 << 20
 _MIN_CHUNK = 64 << 10
+_LARGEST = 1 << 30  # beyond that nothing is read, and nobody waits for what others read
 _THROTTLED_CHUNK_S = 0.005
 
 Fetch = Callable[[Extent, int, int], None]
@@ -83,7 +84,7 @@ class Stream:
         self._note = note
         self._name = name
         chunk = chunk or _CHUNK
-        first = min(chunk, _FIRST_CHUNK)
+        first = min(chunk, _FIRST_CHUNK) if chunk <= _LARGEST else chunk
         if throttle is not None:
             # A power of two, as all chunks are, so that they are whole blocks and whole pieces.
             some = 1 << int(throttle.rate * _THROTTLED_CHUNK_S).bit_length() - 1

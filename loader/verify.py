@@ -32,14 +32,12 @@ class VerifiedSource:
 
     Raises:
         CheckpointError: The seal is of another checkpoint.
-        PlatformError: The package that hashes is missing.
     """
 
     def __init__(self, inner: Source, seal: Seal, checkpoint: Checkpoint) -> None:
         self._inner = inner
         self._checkpoint = checkpoint
         self._pieces = seal.pieces_of(checkpoint)
-        self._xxhash = hash_package()
         self._lock = threading.Lock()
         self._beside = threading.local()
         self.verified_bytes = 0
@@ -69,6 +67,7 @@ class VerifiedSource:
         Raises:
             SourceCorrupt: A piece was wrong twice.
             SourceError: The bytes could not be had.
+            PlatformError: The package that hashes is missing.
             ValueError: Some of them are no data: a header was checked when it was opened.
         """
         length = sum(map(len, parts))
@@ -82,8 +81,10 @@ class VerifiedSource:
             beside = self._rest()
             parts = [beside[0][:before], *parts, beside[1][:behind]]
         self._inner.read_into(shard, cuts[0], parts)
+        # Imported by the first who has something to hash, while the others still read.
+        xxhash = hash_package()
         for piece, views in zip(covered, split(parts, cuts), strict=True):
-            if digest_of(views, self._xxhash) != pieces.digest(piece):
+            if digest_of(views, xxhash) != pieces.digest(piece):
                 self._mend(shard, piece, views)
         with self._lock:
             self.verified_bytes += length
@@ -92,7 +93,7 @@ class VerifiedSource:
         pieces = self._pieces[shard]
         start, stop = pieces.cuts[piece], pieces.cuts[piece + 1]
         self._inner.read_into(shard, start, views)
-        got = digest_of(views, self._xxhash)
+        got = digest_of(views, hash_package())
         if got != pieces.digest(piece):
             raise _corrupt(self._checkpoint, shard, start, stop, pieces.digest(piece), got)
         with self._lock:

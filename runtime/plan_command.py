@@ -8,32 +8,33 @@ import math
 import os
 import socket
 import time
-from typing import Any, NamedTuple
+from contextlib import closing
+from typing import Any
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import RequestError
 from coldframe.loader.layouts import Layout
+from coldframe.loader.location import parse_location
+from coldframe.loader.opening import open_origin
 from coldframe.loader.plan import Plan, Rank
 from coldframe.loader.process import spawn_python
-from coldframe.loader.residency import cached_bytes
-from coldframe.loader.sources.file import FileSource
+from coldframe.loader.sources.base import Origin
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.prediction import predict_memory
+from coldframe.runtime.probe import Bandwidth, probe
+from coldframe.runtime.run import MODEL_HELP
 from coldframe.runtime.units import byte_rate, human_bytes, human_seconds
 
 __all__ = ["add_arguments", "run"]
 
-_PROBE_BYTES = 64 << 20
-_PROBE_S = 0.25
-_PROBE_CHUNK = 4 << 20
 _FIRST_BYTE_S = 0.1
 """From the exec to the first byte asked for."""
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a checkpoint's directory")
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.flag("--context", type=int, help="tokens of each sequence (the model's own limit)")
     parser.flag("--batch", type=int, default=1, help="sequences at once (1)")
     parser.flag("--rate", type=byte_rate, help="the path's bandwidth, as 2GB/s (a short probe)")
@@ -45,10 +46,22 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        ColdframeError: The checkpoint is bad, or the engine does not run such a model.
+        ColdframeError: The checkpoint is bad or cannot be read, or the engine does not run such
+            a model.
     """
-    checkpoint = Checkpoint.open(args.model)
-    plan = Plan.build(checkpoint)
+    location = parse_location(args.model)
+    with closing(open_origin(location)) as origin:
+        document = _planned(args, location.uri, origin)
+    print(json.dumps(document) if args.json else _table(document))
+    return 0
+
+
+def _planned(args: argparse.Namespace, model: str, origin: Origin) -> dict[str, Any]:
+    """The document, for a model at a place."""
+    checkpoint = Checkpoint.open(origin)
+    # As a load lays it out: see `loader.load`.
+    layout = Layout.ALIGNED if origin.path is None else Layout.FILE
+    plan = Plan.build(checkpoint, layout=layout)
     spec = ModelSpec.from_config(checkpoint.config, plan.placements)
     context = spec.context_length if args.context is None else args.context
     if not 0 < context <= spec.context_length or args.batch < 1:
@@ -59,11 +72,10 @@ def run(args: argparse.Namespace) -> int:
             got=f"{context} tokens, {args.batch} sequences",
         )
     ranks = _ranks(checkpoint, args.tensor_parallel)
-    path = _Path(args.rate, "given") if args.rate else _probe(checkpoint)
-    document = _document(args.model, plan, spec, context, args.batch, path, _worker_start_s())
+    path = Bandwidth(args.rate, "given") if args.rate else probe(origin, checkpoint, plan)
+    document = _document(model, plan, spec, context, args.batch, path, _worker_start_s())
     document["ranks"] = ranks
-    print(json.dumps(document) if args.json else _table(document))
-    return 0
+    return document
 
 
 def _ranks(checkpoint: Checkpoint, ranks: int) -> list[dict[str, int]]:
@@ -89,20 +101,13 @@ def _ranks(checkpoint: Checkpoint, ranks: int) -> list[dict[str, int]]:
     return found
 
 
-class _Path(NamedTuple):
-    """How the weights will come: bytes per second, and how that is known."""
-
-    rate: float
-    source: str
-
-
 def _document(
     model: str,
     plan: Plan,
     spec: ModelSpec,
     context: int,
     batch: int,
-    path: _Path,
+    path: Bandwidth,
     worker_start_s: float,
 ) -> dict[str, Any]:
     memory = predict_memory(plan, spec, context=context, batch=batch)
@@ -198,25 +203,3 @@ def _worker_start_s() -> float:
         child = spawn_python("import torch", [], null.fileno(), dict(os.environ))
         child.wait()
         return time.monotonic() - started
-
-
-def _probe(checkpoint: Checkpoint) -> _Path:
-    """The path's bandwidth: reads the first shard for a moment, unless all can be mapped."""
-    source = FileSource(checkpoint.shards)
-    buffer = memoryview(bytearray(_PROBE_CHUNK))
-    size = checkpoint.shards[0].size
-    try:
-        if source.cached_bytes() == sum(shard.size for shard in checkpoint.shards):
-            return _Path(math.inf, "cached, mapped in place")
-        cached = cached_bytes(source.fds[0], 0, size) == size
-        started, done = time.monotonic(), 0
-        while done < min(size, _PROBE_BYTES) and time.monotonic() - started < _PROBE_S:
-            count = min(_PROBE_CHUNK, size - done)
-            source.read_into(0, done, [buffer[:count]])
-            done += count
-        # What this read brought into the page cache would make the next start look faster.
-        if not cached:
-            os.posix_fadvise(source.fds[0], 0, done, os.POSIX_FADV_DONTNEED)
-        return _Path(done / (time.monotonic() - started), "probed")
-    finally:
-        source.close()

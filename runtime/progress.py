@@ -27,12 +27,12 @@ class ProgressBar:
     """Draws how far the weights are, with rate and time left.
 
     Args:
-        stream: Where to; it draws only if that is a terminal.
+        stream: Where to, standard error by default; it draws only if that is a terminal.
     """
 
-    def __init__(self, stream: TextIO = sys.stderr) -> None:
-        self._stream = stream
-        self.active = stream.isatty()
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = sys.stderr if stream is None else stream
+        self.active = self._stream.isatty()
         self._drawn_at = 0.0
         self._began: tuple[float, int] | None = None
         self._shown = False

@@ -153,6 +153,8 @@ class Replica:
             raise self._error
         if self._load_started_ns is None:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
+        if not self.known:
+            raise ReplicaError("the model's config is not there yet", hint="Wait until `known`.")
         self._requests += 1
         request = f"r{self._requests}-{os.urandom(4).hex()}"
         self._router.submit(request, params, listener, prompt=prompt, prompt_ids=prompt_ids)

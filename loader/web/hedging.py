@@ -9,7 +9,6 @@ has brought. So a loser cannot come late and write over what somebody uses alrea
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -199,7 +198,7 @@ class Hedger:
         free = self._limits.hedges - len(self._helpers)
         if free <= 0 or len(self._paces) < _FEWEST_PEERS or not self._may():
             return []
-        pace = self._limits.hedge_factor * statistics.median(self._paces)
+        pace = self._limits.hedge_factor * sorted(self._paces)[len(self._paces) // 2]
         now = self._clock()
         slow = []
         for flight in self._flights:

@@ -207,7 +207,7 @@ class WebSource:
         count = done.connections or self._reader.limits.first_connections
         text = f"{count} connection{'s' if count > 1 else ''} to {self._reader.address.uri}"
         if done.retries:
-            text += f", {done.retries} retries"
+            text += f", {done.retries} {'retry' if done.retries == 1 else 'retries'}"
         if done.hedges:
             text += f", {done.hedges_won} of {done.hedges} second requests won"
         if not all(shard.version for shard in self._shards):

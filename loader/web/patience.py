@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import threading
 import time
 from collections.abc import Callable
@@ -76,6 +75,8 @@ class Patience:
         waited = self._clock() - self._since
         if broken.hopeless or waited >= self._limits.patience_s:
             raise self._error(broken, waited)
+        import random  # takes longer than the first request, and mostly nothing fails
+
         doubled = self._limits.backoff_s * 2.0 ** min(30, self._failures - 1)
         pause = random.uniform(0.0, min(self._limits.longest_backoff_s, doubled))
         left = self._limits.patience_s - waited

@@ -112,14 +112,8 @@ class RangeReader:
 
     @property
     def counters(self) -> Counters:
-        return Counters(
-            self._nbytes,
-            self._exchange.requests,
-            self._retries,
-            self._hedger.hedges,
-            self._hedger.won,
-            self._limiter.peak,
-        )
+        hedger, requests, peak = self._hedger, self._exchange.requests, self._limiter.peak
+        return Counters(self._nbytes, requests, self._retries, hedger.hedges, hedger.won, peak)
 
     def read_small(self, name: str, limit: int) -> bytes:
         """All of a small file.
@@ -231,11 +225,7 @@ class RangeReader:
         self._hedger.close()
 
     def _fly(self, flight: Flight, where: str) -> None:
-        """One attempt at what a range misses.
-
-        Raises:
-            Broken: It is not complete; what has come is in its place.
-        """
+        """One attempt at what a range misses. What comes before it breaks is in its place."""
         self._hedger.began(flight)
         try:
             self._ask_range(flight, flight.parts, where, flight.reads_from)
@@ -270,17 +260,20 @@ class RangeReader:
             self._receive(connection, parts)
 
     def _receive(self, connection: Connection, parts: Parts) -> None:
+        booked, arrives = 0, 0.0
         while parts.left:
             buffers = parts.next(self._piece)
-            arrives = None
             if self._throttle is not None:
-                arrives = self._throttle.book(sum(map(len, buffers)))
+                wanted = sum(map(len, buffers))
+                arrives = self._throttle.book(max(0, wanted - booked))
+                booked = max(booked, wanted)
             count = connection.receive(buffers)
+            booked -= count
             parts.advance(count)
             self._limiter.moved(count)
             with self._lock:
                 self._nbytes += count
-            if arrives is not None:
+            if self._throttle is not None:
                 self._cancelled.wait(max(0.0, arrives - time.monotonic()))
 
     def _persist(self, attempt: Callable[[], _T], where: str) -> _T:

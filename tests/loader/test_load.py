@@ -37,14 +37,14 @@ def lease_signal() -> Iterator[None]:
 class Watched:
     """A load and what it has said."""
 
-    def __init__(self, root: Path, **options: Any) -> None:
+    def __init__(self, root: Path | str, files: Path | None = None, **options: Any) -> None:
         self.said: list[object] = []
         self.ends: list[ColdframeError | None] = []
         self.load = Load(
             LoadOptions(str(root), **options),
             open_device("cpu"),
             Recorder("memory"),
-            files_dir=str(root / "unused"),
+            files_dir=str(files or Path(root, "unused")),
             on_files=lambda path: self.said.append(f"files in {path}"),
             on_plan=lambda: self.said.append("plan"),
             on_stage=self.said.append,

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from coldframe.loader.web.http import HttpAddress
 from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.ranges import Opening, RangeReader
 
-__all__ = ["FAST", "nothing_left", "open_files", "reader_of", "read_range", "write_random"]
+__all__ = ["FAST", "SHORT", "nothing_left", "open_files", "reader_of", "read_range", "write_random"]
 
-FAST = Limits(patience_s=1.0, stall_s=0.3, connect_s=1.0, backoff_s=0.01, hedges=0)
+FAST = Limits(patience_s=10.0, stall_s=0.5, connect_s=5.0, backoff_s=0.01, hedges=0)
+"""Failures are noticed soon, and borne for long."""
+
+SHORT = replace(FAST, patience_s=0.5)
+"""For what fails in the end."""
 
 
 def write_random(path: Path, size: int, seed: int = 0) -> bytes:

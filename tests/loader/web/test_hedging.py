@@ -123,7 +123,7 @@ def test_a_second_request_that_fails_harms_nobody(proxy: FaultProxy, content: by
 
 
 def test_where_all_are_slow_nothing_is_asked_twice(proxy: FaultProxy) -> None:
-    with reader_of(proxy.url, replace(LIMITS, hedge_after_s=0.01)) as reader:
+    with reader_of(proxy.url, replace(LIMITS, hedge_after_s=0.01, hedge_factor=10.0)) as reader:
         proxy.faults = lambda request: Fault(head_delay_s=0.1)
         opening = warmed(reader)
         read_range(reader, opening, 0, 100_000)

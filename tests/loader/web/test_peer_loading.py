@@ -68,6 +68,7 @@ class Node:
             iter(later or []),
             lambda opened: opened.origin.open_source(opened.checkpoint.shards),
             lambda uri, error: self.went_on.append(uri),
+            sealed=False,
         )
         config = self.origin.read_small("config.json", 1 << 20)
 

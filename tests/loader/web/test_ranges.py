@@ -25,6 +25,7 @@ from coldframe.loader.throttle import Throttle
 from coldframe.loader.web.limits import Limits
 from tests.loader.web.reader_kit import (
     FAST,
+    SHORT,
     nothing_left,
     read_range,
     reader_of,
@@ -196,8 +197,7 @@ def test_refusals_for_a_while_are_waited_out(proxy: FaultProxy, content: bytes) 
 
 
 def test_retry_after_is_honoured(proxy: FaultProxy, content: bytes) -> None:
-    limits = replace(FAST, patience_s=5.0)
-    with reader_of(proxy.url, limits) as reader:
+    with reader_of(proxy.url) as reader:
         opening = reader.open("file", 100)
         proxy.faults = [Fault(status=503, headers={"Retry-After": "1"})]
         assert read_range(reader, opening, 0, 100) == content[:100]
@@ -213,7 +213,7 @@ def test_retry_after_beyond_patience_ends_it_now(proxy: FaultProxy) -> None:
 
 
 def test_a_server_that_stays_busy(proxy: FaultProxy) -> None:
-    with reader_of(proxy.url) as reader:
+    with reader_of(proxy.url, SHORT) as reader:
         opening = reader.open("file", 100)
         proxy.faults = lambda request: Fault(status=503)
         with pytest.raises(SourceBusy) as caught:
@@ -225,17 +225,17 @@ def test_a_server_that_stays_busy(proxy: FaultProxy) -> None:
 
 
 def test_a_server_that_always_stalls(proxy: FaultProxy) -> None:
-    with reader_of(proxy.url) as reader:
+    with reader_of(proxy.url, SHORT) as reader:
         opening = reader.open("file", 100)
         proxy.faults = lambda request: Fault(stall_after=0)
-        with pytest.raises(SourceUnreachable, match=r"no byte came for 0\.3 s") as caught:
+        with pytest.raises(SourceUnreachable, match=r"no byte came for 0\.5 s") as caught:
             read_range(reader, opening, 0, 100)
     assert not isinstance(caught.value, SourceBusy)
 
 
 def test_slow_is_not_dead(proxy: FaultProxy, content: bytes) -> None:
     """Each byte is progress: longer than patience, and never a stall."""
-    limits = replace(FAST, patience_s=0.2, stall_s=0.2)
+    limits = replace(FAST, patience_s=0.2, stall_s=5.0)
     with reader_of(proxy.url, limits) as reader:
         opening = reader.open("file", 100)
         proxy.faults = [Fault(trickle=(1000, 0.04))]
@@ -307,7 +307,7 @@ def test_a_file_that_was_cut(proxy: FaultProxy) -> None:
             read_range(reader, opening, 100, 100)
 
 
-WRONG = {
+WRONG: dict[str, dict[str, str | None]] = {
     "another range": {"Content-Range": "bytes 1-100/300000"},
     "a shorter range": {"Content-Range": "bytes 0-50/300000"},
     "another size": {"Content-Range": "bytes 0-99/300001"},
@@ -417,7 +417,7 @@ def test_many_threads_with_many_faults(proxy: FaultProxy, content: bytes) -> Non
         Fault(cut_after=0),
     ]
     found = memoryview(bytearray(SIZE))
-    with reader_of(proxy.url, replace(FAST, patience_s=10.0)) as reader:
+    with reader_of(proxy.url) as reader:
         opening = reader.open("file", 100)
         proxy.faults = lambda request: faults[next(counted) % len(faults)]
 
@@ -452,7 +452,7 @@ def test_all_that_comes_is_booked_in_small_pieces(proxy: FaultProxy, content: by
                 lambda start: read_range(reader, opening, start, 100_000), range(0, SIZE, 100_000)
             )
             assert b"".join(thirds) == content
-    assert sum(throttle.pieces) >= SIZE
+    assert sum(throttle.pieces) == SIZE + 1000  # once each, however they come
     assert max(throttle.pieces) <= 64 << 10
     assert time.monotonic() - began >= 0.9 * SIZE / throttle.rate
 

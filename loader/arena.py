@@ -29,6 +29,7 @@ KV_BASE = 0x3000_0000_0000
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_FIXED = 0x10
 _MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 _MAP_NORESERVE = 0x4000
 _PROT_NONE = 0
 _FAILED = ctypes.c_void_p(-1).value
@@ -173,6 +174,17 @@ class Reservation:
         begin = offset // PAGE * PAGE
         end = min(round_up(offset + length, PAGE), self.size)
         _libc().madvise(self.address + begin, end - begin, _MADV_POPULATE_READ)
+
+    def fault_in(self, offset: int, length: int) -> bool:
+        """Has the kernel find memory for a stretch, before anybody writes to it.
+
+        Returns:
+            Whether it could: a kernel before 5.14 cannot.
+        """
+        begin = offset // PAGE * PAGE
+        end = min(round_up(offset + length, PAGE), self.size)
+        result = _libc().madvise(self.address + begin, end - begin, _MADV_POPULATE_WRITE)
+        return int(result) == 0
 
     def close(self) -> None:
         """Unmaps everything. Views taken before must not be touched again."""

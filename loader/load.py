@@ -199,10 +199,11 @@ class Load:
         if options.copy or options.throttle is not None or self.plan.layout is not Layout.FILE:
             return False
         if self._cached < _MOSTLY:
-            self.why = f"{100 * self._cached:.0f} % of it are in the page cache"
-            return False
-        self.why = files.take_lease()
-        return self.why is None
+            why_not: str | None = f"{100 * self._cached:.0f} % of it are in the page cache"
+        else:
+            why_not = files.take_lease()
+        self.why = "; ".join(filter(None, [self.why, why_not])) or None
+        return why_not is None
 
     def _map(self, checkpoint: Checkpoint) -> None:
         assert self._files is not None
@@ -244,7 +245,7 @@ class Load:
             self._sharing.offer(checkpoint, self.plan, memory, self._companions.read, source)
         self._start(
             source,
-            Placer(source, arena.view()).fetch,
+            Placer(source, arena.view(), arena.fault_in).fetch,
             name="weight_read" if local else "weight_fetch",
             note=lambda: source.note,
             # A reader of the network keeps to the limit by itself.

@@ -71,7 +71,7 @@ def open_origin(
             cached = find_cached(location.repo, location.revision)
             if cached is not None:
                 return DirectoryOrigin(cached)
-            return _web(HubAddress(location), throttle, hurry)
+            return _web(HubAddress(location), throttle, hurry, one_first=True)
         case S3():
             from coldframe.loader.web.s3 import s3_origin
 
@@ -92,8 +92,12 @@ def _limits(hurry: bool) -> Limits:
     return Limits(patience_s=_HURRY_S, connect_s=_HURRY_S, stall_s=_HURRY_S) if hurry else Limits()
 
 
-def _web(address: Address, throttle: Throttle | None, hurry: bool) -> Origin:
+def _web(
+    address: Address, throttle: Throttle | None, hurry: bool, *, one_first: bool = False
+) -> Origin:
     from coldframe.loader.web.origin import WebOrigin
     from coldframe.loader.web.ranges import RangeReader
 
-    return WebOrigin(RangeReader(address, throttle=throttle, limits=_limits(hurry)))
+    return WebOrigin(
+        RangeReader(address, throttle=throttle, limits=_limits(hurry)), one_first=one_first
+    )

@@ -45,6 +45,10 @@ class OwnArena:
         """The bytes at an offset, writable."""
         return self._reservation.view(offset, length)
 
+    def fault_in(self, offset: int, length: int) -> None:
+        """See `Reservation.fault_in`."""
+        self._reservation.fault_in(offset, length)
+
     def close(self) -> None:
         """Unmaps it here. The memory lives on while somebody else has it mapped."""
         self._reservation.close()

@@ -7,7 +7,7 @@ by columns - passes through a buffer of the reading thread's own.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from coldframe.loader.plan import Extent
 from coldframe.loader.sources.base import Source
@@ -23,11 +23,19 @@ class Placer:
     Args:
         source: Where the bytes come from.
         memory: The arena's bytes.
+        fault_in: Has memory found for so many bytes at an offset of the arena. Done in one call
+            ahead of a read, it costs less than a fault for each small page within.
     """
 
-    def __init__(self, source: Source, memory: memoryview) -> None:
+    def __init__(
+        self,
+        source: Source,
+        memory: memoryview,
+        fault_in: Callable[[int, int], object] = lambda offset, length: None,
+    ) -> None:
         self._source = source
         self._memory = memory
+        self._fault_in = fault_in
         self._scratch = threading.local()
 
     def fetch(self, extent: Extent, start: int, stop: int) -> None:
@@ -50,6 +58,8 @@ class Placer:
                 discarded += length
                 return self._buffer(discarded)[discarded - length :]
 
+            for offset, length in places_of(extent, start, stop):
+                self._fault_in(offset, length)
             parts = parts_of(extent, start, stop, self._memory, discard)
             self._source.read_into(extent.shard, start, parts)
         else:
@@ -63,6 +73,15 @@ class Placer:
         if buffer is None or len(buffer) < length:
             buffer = self._scratch.buffer = memoryview(bytearray(length))
         return buffer[:length]
+
+
+def places_of(extent: Extent, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Where consecutive bytes of an extent without strided runs go: arena offsets and lengths."""
+    at, end = start - extent.file_offset, stop - extent.file_offset
+    for run in extent.runs:
+        low, high = max(at, run.offset), min(end, run.offset + run.length)
+        if low < high:
+            yield low - run.offset + run.arena_offset, high - low
 
 
 def parts_of(

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup demo test lint format bench bench-peers clean
+.PHONY: setup system demo test lint format bench bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -17,6 +17,10 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/coldframe demo-model $(DEMO) --size base
 	$(BIN)/coldframe run $(DEMO) --throttle 200MB/s -n 48 -p "Once upon a time, a replica slept at zero, and then a request"
+
+# What the tests run beside Python: nginx serves ranges. Only where it is missing, and only as root.
+system:
+	command -v nginx >/dev/null || test -x /usr/sbin/nginx || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light)
 
 test: setup
 	$(BIN)/python -m pytest
@@ -43,7 +47,7 @@ bench: setup
 # Other loaders, in an environment of their own: coldframe bench load ... --peer-python build/peers/bin/python
 bench-peers: setup
 	$(PYTHON) -m venv build/peers
-	build/peers/bin/python -m pip install --quiet -c constraints.txt torch numpy safetensors runai-model-streamer fastsafetensors
+	build/peers/bin/python -m pip install --quiet -c constraints.txt torch numpy safetensors runai-model-streamer runai-model-streamer-s3 fastsafetensors
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

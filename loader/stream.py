@@ -94,11 +94,9 @@ class Stream:
         self._lock = threading.Lock()
         self._error: ColdframeError | None = None
         self._cancelled = threading.Event()
-        self._readers = threads
-        self._threads = [
-            threading.Thread(target=self._read, name=f"read-{n}", daemon=True)
-            for n in range(threads)
-        ]
+        self._most_readers = threads
+        self._readers = 0
+        self._threads: list[threading.Thread] = []
         self._started_ns = 0
 
     def start(self) -> None:
@@ -106,23 +104,41 @@ class Stream:
         for stage, left in enumerate(self._left):
             if left == 0:
                 self._ready(stage)
-        for thread in self._threads:
+        self._start_reader()
+
+    def _start_reader(self) -> None:
+        """One more, if it may be.
+
+        Each starts the next when it has something to read: many at once would only be in each
+        other's way, while the first bytes wait.
+        """
+        with self._lock:
+            if len(self._threads) == self._most_readers or self._cancelled.is_set():
+                return
+            name = f"read-{len(self._threads)}"
+            thread = threading.Thread(target=self._read, name=name, daemon=True)
+            self._threads.append(thread)
+            self._readers += 1
             thread.start()
 
     def cancel(self) -> None:
         """Ends it early and waits until no thread touches the arena any more."""
-        self._cancelled.set()
+        with self._lock:  # no reader is started any more
+            self._cancelled.set()
         for thread in self._threads:
-            if thread.ident is not None:
-                thread.join()
+            thread.join()
 
     def _read(self) -> None:
+        first = True
         try:
             while not self._cancelled.is_set():
                 with self._lock:
                     chunk = next(self._chunks, None)
                 if chunk is None:
                     break
+                if first:
+                    self._start_reader()
+                    first = False
                 self._read_chunk(chunk)
         except ColdframeError as error:
             self._fail(error)

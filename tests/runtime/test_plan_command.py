@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import botocore.session
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.plan import Layout, Plan
+from coldframe.runtime import probe
 from coldframe.runtime.cli import main
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.units import human_bytes
+from tests.loader.peers import TOKEN, serving
+from tests.loader.web.hub_server import FakeHub, Repo
+from tests.loader.web.moto_server import KEY, SECRET, isolate, moto, upload
+from tests.loader.web.reader_kit import nothing_left
+from tests.loader.web.servers import Fault, FaultProxy, Request, nginx
 from tests.runtime.helpers import ask, finish, prompt_of
 
 Make = Callable[..., Path]
@@ -162,3 +172,106 @@ def test_a_bad_checkpoint_is_an_error(tmp_path: Path, capsys: Capture) -> None:
     out, error = capsys.readouterr()
     assert out == ""
     assert error.startswith("coldframe: SourceNotFound: ")
+
+
+# -- models that are elsewhere ----------------------------------------------------------------
+
+
+Patch = pytest.MonkeyPatch
+
+
+@contextmanager
+def on_http(model: Path, patch: Patch) -> Iterator[str]:
+    with nginx(model.parent) as base:
+        yield f"http://me:hunter2secret@{base.removeprefix('http://')}/{model.name}"
+
+
+@contextmanager
+def on_s3(model: Path, patch: Patch) -> Iterator[str]:
+    with moto() as url:
+        isolate(patch, model.parent / "nowhere", url)
+        client = botocore.session.get_session().create_client("s3")
+        upload(client, model, "models", "m/", ChecksumAlgorithm="CRC64NVME")
+        client.close()
+        yield "s3://models/m"
+
+
+@contextmanager
+def on_hub(model: Path, patch: Patch) -> Iterator[str]:
+    with FakeHub() as hub:
+        hub.repos["org/name"] = Repo()
+        hub.repos["org/name"].push({path.name: path.read_bytes() for path in model.iterdir()})
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HUB_CACHE", str(model.parent / "nowhere"))
+        yield "org/name@main"
+
+
+@contextmanager
+def on_a_peer(model: Path, patch: Patch) -> Iterator[str]:
+    with serving(model) as peer:
+        patch.setenv("COLDFRAME_PEER_TOKEN", TOKEN)
+        yield f"peer://{peer.host}:{peer.port}"
+
+
+@pytest.mark.parametrize("place", [on_http, on_s3, on_hub, on_a_peer])
+def test_a_model_that_is_elsewhere(
+    place: Callable[[Path, Patch], Any],
+    demo_model: Make,
+    capsys: Capture,
+    monkeypatch: Patch,
+) -> None:
+    model = demo_model("llama")
+    # As such a model is loaded.
+    expected = Plan.build(Checkpoint.open(model), layout=Layout.ALIGNED)
+    with place(model, monkeypatch) as uri:
+        with nothing_left():
+            document = plan(capsys, uri)
+        assert main(["plan", uri, "--rate", "1MB/s"]) == 0
+        table = capsys.readouterr().out
+    assert document["layout"] == "aligned"
+    assert document["plan_hash"] == expected.hash
+    assert [stage["bytes"] for stage in document["stages"]] == [s.nbytes for s in expected.stages]
+    assert document["memory"]["weights"] == expected.arena_bytes
+    assert document["rate_source"] == "probed"
+    rate = document["rate_bytes_per_s"]
+    assert document["predicted_load_s"] == pytest.approx(document["read_bytes"] / rate)
+    for secret in ("hunter2secret", KEY, SECRET, TOKEN):
+        assert secret not in table + json.dumps(document)
+    assert f"({human_bytes(1e6)}/s, given)" in table
+
+
+def test_the_rate_is_that_of_the_source(demo_model: Make, capsys: Capture) -> None:
+    model = demo_model("llama")
+    size, pause = 16 << 10, 0.05
+
+    def script(request: Request) -> Fault | None:
+        return Fault(trickle=(size, pause)) if "if-match" in request.headers else None
+
+    with nginx(model.parent) as base, FaultProxy(base, script) as proxy:
+        document = plan(capsys, f"{proxy.url}/{model.name}")
+    # Each connection carries so much, and the pause behind an answer's last piece is not felt.
+    assert 0 < document["rate_bytes_per_s"] < 2 * 8 * size / pause
+
+
+def test_a_source_that_gives_nothing(demo_model: Make, capsys: Capture, monkeypatch: Patch) -> None:
+    model = demo_model("llama")
+    monkeypatch.setattr(probe, "_LATEST_S", 0.3)
+
+    def script(request: Request) -> Fault | None:
+        return Fault(stall_after=0) if "if-match" in request.headers else None
+
+    with nothing_left(), nginx(model.parent) as base, FaultProxy(base, script) as proxy:
+        uri = f"{proxy.url}/{model.name}"
+        assert main(["plan", uri]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("coldframe: SourceUnreachable: ")
+        assert uri in error
+        assert "--rate" in error
+        assert plan(capsys, uri, "--rate", "1MB/s")["rate_source"] == "given"
+
+
+def test_what_is_no_model_says_what_one_is(capsys: Capture) -> None:
+    assert main(["plan", "no-such-model"]) == 1
+    assert "s3://bucket/prefix" in capsys.readouterr().err
+    assert main(["plan", "gopher://hole"]) == 1
+    assert "s3://bucket/prefix" in capsys.readouterr().err

@@ -1,0 +1,143 @@
+"""How fast weights come from where they are: a moment of reading, before anything is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from typing import NamedTuple
+
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.errors import SourceUnreachable
+from coldframe.loader.plan import Plan
+from coldframe.loader.residency import cached_bytes
+from coldframe.loader.sources.base import Origin, Source
+from coldframe.loader.sources.file import FileSource
+
+__all__ = ["Bandwidth", "probe"]
+
+_DISK_BYTES = 64 << 20
+_DISK_S = 0.25
+_DISK_CHUNK = 4 << 20
+
+_NETWORK_S = 1.0
+_LATEST_S = 10.0
+"""When a network must have given something."""
+_THREADS = 8
+_FIRST_CHUNK = 64 << 10
+_CHUNK = 8 << 20
+_QUICK_S = 0.1
+"""A read that takes less is followed by one of twice its size."""
+
+
+class Bandwidth(NamedTuple):
+    """How the weights will come: bytes per second, and how that is known."""
+
+    rate: float
+    source: str
+
+
+def probe(origin: Origin, checkpoint: Checkpoint, plan: Plan) -> Bandwidth:
+    """The bandwidth of the path from a place.
+
+    Args:
+        origin: The place.
+        checkpoint: The checkpoint that was opened there.
+        plan: Its plan.
+
+    Raises:
+        SourceError: The weights cannot be read.
+    """
+    if origin.path is not None:
+        return _probe_disk(checkpoint)
+    with closing(origin.open_source(checkpoint.shards)) as source:
+        return _Network(source, checkpoint, plan).probe()
+
+
+def _probe_disk(checkpoint: Checkpoint) -> Bandwidth:
+    """Reads the first shard for a moment, unless all can be mapped."""
+    source = FileSource(checkpoint.shards)
+    buffer = memoryview(bytearray(_DISK_CHUNK))
+    size = checkpoint.shards[0].size
+    try:
+        if source.cached_bytes() == sum(shard.size for shard in checkpoint.shards):
+            return Bandwidth(math.inf, "cached, mapped in place")
+        cached = cached_bytes(source.fds[0], 0, size) == size
+        started, done = time.monotonic(), 0
+        while done < min(size, _DISK_BYTES) and time.monotonic() - started < _DISK_S:
+            count = min(_DISK_CHUNK, size - done)
+            source.read_into(0, done, [buffer[:count]])
+            done += count
+        # What this read brought into the page cache would make the next start look faster.
+        if not cached:
+            os.posix_fadvise(source.fds[0], 0, done, os.POSIX_FADV_DONTNEED)
+        return Bandwidth(done / (time.monotonic() - started), "probed")
+    finally:
+        source.close()
+
+
+class _Network:
+    """Several reads at once, in the order of use: a peer that loads has the first stages first."""
+
+    def __init__(self, source: Source, checkpoint: Checkpoint, plan: Plan) -> None:
+        self._source = source
+        self._uri = checkpoint.path
+        self._extents = (extent for stage in plan.stages for extent in stage.extents)
+        self._current = next(self._extents)
+        self._at = self._current.file_offset
+        self._lock = threading.Lock()
+        self._ends = 0.0
+        self._done = 0
+
+    def probe(self) -> Bandwidth:
+        """Reads until time is up, or all has been read."""
+        started = time.monotonic()
+        self._ends = started + _NETWORK_S
+        with ThreadPoolExecutor(_THREADS) as pool:
+            reads = [pool.submit(self._read) for _ in range(_THREADS)]
+            _, late = wait(reads, timeout=_LATEST_S)
+            if late:
+                self._source.abort()
+        for read in reads:
+            if read not in late:
+                read.result()
+        if not self._done:
+            raise SourceUnreachable(
+                "nothing came, so that no rate can be told",
+                where=self._uri,
+                expected=f"some bytes in {_LATEST_S:g} s",
+                hint="Give the path's bandwidth, as --rate 2GB/s.",
+            )
+        return Bandwidth(self._done / (time.monotonic() - started), "probed")
+
+    def _read(self) -> None:
+        size = _FIRST_CHUNK
+        buffer = memoryview(bytearray(_CHUNK))
+        while (started := time.monotonic()) < self._ends:
+            found = self._next(size)
+            if found is None:
+                return
+            shard, offset, length = found
+            self._source.read_into(shard, offset, [buffer[:length]])
+            with self._lock:
+                self._done += length
+            if time.monotonic() - started < _QUICK_S:
+                size = min(_CHUNK, 2 * size)
+
+    def _next(self, size: int) -> tuple[int, int, int] | None:
+        """Shard, offset and length of what is to be read next; None where all has been."""
+        with self._lock:
+            extent, start = self._current, self._at
+            end = extent.file_offset + extent.length
+            if start == end:
+                following = next(self._extents, None)
+                if following is None:
+                    return None
+                extent = self._current = following
+                start = extent.file_offset
+                end = start + extent.length
+            self._at = min(end, start + size)
+            return extent.shard, start, self._at - start

@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 __all__ = ["open_origin", "origins_of"]
 
-_HURRY_S = 5.0
-"""How long nothing may come from a place that has another one behind it."""
+_HURRY_S, _HURRIED_STALL_S = 2.0, 5.0
+"""A place that has another one behind it is given up when it has refused or failed for so long, or
+when a connection that stood is silent for so long."""
 
 
 def origins_of(
@@ -89,7 +90,11 @@ def open_origin(
 def _limits(hurry: bool) -> Limits:
     from coldframe.loader.web.limits import Limits
 
-    return Limits(patience_s=_HURRY_S, connect_s=_HURRY_S, stall_s=_HURRY_S) if hurry else Limits()
+    return (
+        Limits(patience_s=_HURRY_S, connect_s=_HURRY_S, stall_s=_HURRIED_STALL_S)
+        if hurry
+        else Limits()
+    )
 
 
 def _web(

@@ -21,7 +21,8 @@ class Limits:
             not come back together.
         longest_backoff_s: Where the doubling ends. A server's `Retry-After` may ask for more.
         redirects: Times that a request may be sent elsewhere, or signed anew, without progress.
-        connections: Ranges that are read at once, at most.
+        connections: Ranges that are read at once, at most. A store gives some 90 MB/s to each, so
+            a fast link needs many; how many of them are used is measured (`concurrency`).
         first_connections: And at the start, before it is known what the path can carry.
         hedge_after_s: A range that takes less is never asked for a second time.
         hedge_factor: Nor one that takes less than so many times its peers' median.
@@ -37,7 +38,7 @@ class Limits:
     backoff_s: float = 0.1
     longest_backoff_s: float = 5.0
     redirects: int = 10
-    connections: int = 32
+    connections: int = 96
     first_connections: int = 8
     hedge_after_s: float = 0.5
     hedge_factor: float = 3.0

@@ -205,6 +205,8 @@ report(time.perf_counter() - started, sum(job[3] for job in jobs), cpu() - used)
 LOADERS: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "coldframe": (_COLDFRAME, {}, {}),
     "coldframe --copy": (_COLDFRAME, {"copy": True}, {}),
+    "coldframe at 1 GB/s": (_COLDFRAME, {"throttle": 1e9}, {}),
+    "coldframe sealed at 1 GB/s": (_COLDFRAME, {"throttle": 1e9}, {}),
     "coldframe sealed": (_COLDFRAME, {"copy": True}, {}),
     "raw O_DIRECT": (_RAW, {}, {}),
     "raw sockets": (_RAW_SOCKETS, {}, {}),

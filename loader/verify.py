@@ -47,7 +47,9 @@ class VerifiedSource:
 
     @property
     def readers(self) -> int | None:
-        return self._inner.readers
+        # Two more, since some of them hash while the others have requests before the disk.
+        readers = self._inner.readers
+        return None if readers is None else readers + 2
 
     @property
     def chunk(self) -> int | None:

@@ -151,7 +151,8 @@ def read():
         if job is None:
             return
         fd, at, to, length = job
-        os.preadv(fd, [view[to : to + length]], at)
+        if os.preadv(fd, [view[to : to + length]], at) <= 0:
+            sys.exit("a short read")
 threads = [threading.Thread(target=read) for _ in range(8)]
 for thread in threads:
     thread.start()
@@ -193,6 +194,8 @@ def read():
             head += connection.recv(1)
         while length:
             count = connection.recv_into(view[to : to + length], 0, socket.MSG_WAITALL)
+            if not count:
+                os._exit(1)
             to, length = to + count, length - count
 threads = [threading.Thread(target=read) for _ in range(8)]
 for thread in threads:

@@ -111,6 +111,13 @@ class Cache:
                 return Entry(folder)
         return None
 
+    def knows(self, uri: str) -> bool:
+        """Whether there is an entry for `find_uri`, as it looks now."""
+        mark = _mark_of(uri)
+        return any(
+            os.path.exists(os.path.join(self.path, name, mark)) for name in self._names(_ENTRY)
+        )
+
     def discard(self, entry: Entry) -> None:
         """Takes away an entry that has turned out bad. Whoever has its files open keeps them."""
         name = os.path.basename(entry.path)

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import (
-    CheckpointError,
     ColdframeError,
     SourceChanged,
     SourceCorrupt,
@@ -52,7 +51,7 @@ def first_that_opens(origins: Places, failures: list[ColdframeError]) -> Opened:
         try:
             origin = make()
             return Opened(origin, Checkpoint.open(origin))
-        except (SourceError, CheckpointError) as error:
+        except ColdframeError as error:
             if origin is not None:
                 origin.close()
             failures.append(error)
@@ -92,9 +91,11 @@ class ChainSource:
         self._current = open_source(opened)
         self._origins: list[Origin] = []
         self._sources = [self._current]
+        self._opening: Origin | None = None
+        self._tainted: Source | None = None
         self._aborted = False
         self._sealed = sealed
-        self._given = False
+        self._givers: set[Source] = set()
 
     @property
     def readers(self) -> int | None:
@@ -121,8 +122,10 @@ class ChainSource:
             source = self._current
             try:
                 source.read_into(shard, offset, parts)
-                self._given = True
-                return
+                self._givers.add(source)
+                # Else it was found to have changed while this came from it.
+                if source is not self._tainted:
+                    return
             except SourceError as error:
                 self._go_on(source, error)
 
@@ -136,20 +139,27 @@ class ChainSource:
             if self._current is not failed:
                 return
             mixed = isinstance(error, SourceChanged | SourceCorrupt) and not self._sealed
-            if self._aborted or (mixed and self._given):
+            if mixed:
+                self._tainted = failed  # before the look at what was given: see `read_into`
+            if self._aborted or (mixed and self._givers):
                 raise error
             for make in self._later:
                 origin: Origin | None = None
                 try:
-                    origin = make()
+                    origin = self._opening = make()
+                    if self._aborted:
+                        raise error
                     found = Checkpoint.open(origin)
                     self._check_same(found)
                     source = self._open_source(Opened(origin, found))
-                except (SourceError, CheckpointError) as refused:
+                except ColdframeError as refused:
                     if origin is not None:
                         origin.close()
+                    if self._aborted:
+                        raise error from None
                     error.hint += f" {type(refused).__name__}: {refused.what} in {refused.where}."
                     continue
+                self._opening = None
                 self._origins.append(origin)
                 self._sources.append(source)
                 self._current = source
@@ -169,10 +179,19 @@ class ChainSource:
 
     def finish(self) -> None:
         self._current.finish()
+        for source in self._givers - {self._current}:
+            # Of a place that failed, checksums over all of it will never be complete. That its
+            # files have not changed is to be seen still; a seal tells more.
+            if not self._sealed and source.verified is None:
+                source.finish()
 
     def abort(self) -> None:
+        self._aborted = True
+        # A place that is being opened would be waited for.
+        opening = self._opening
+        if opening is not None:
+            opening.close()
         with self._changing:
-            self._aborted = True
             sources = list(self._sources)
         for source in sources:
             source.abort()

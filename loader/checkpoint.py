@@ -61,6 +61,7 @@ class Checkpoint:
         tensors: By name, in the order of shards and of offsets.
         seal: The hashes of all bytes, where the checkpoint is sealed.
         headers: What is before the data in each shard, as it stands.
+        config_raw: `config.json` as it was read, for whoever must have the same.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Checkpoint:
     tensors: dict[str, TensorInfo]
     seal: Seal | None = None
     headers: tuple[bytes, ...] = field(default=(), repr=False)
+    config_raw: bytes = field(default=b"", repr=False)
 
     @staticmethod
     def open(origin: str | os.PathLike[str] | Origin, *, sealed: bool = True) -> Checkpoint:
@@ -120,7 +122,7 @@ class Checkpoint:
             headers.append(header)
         if weight_map is not None:
             _check_index(place, weight_map, names, tensors)
-        return Checkpoint(root, config, tuple(shards), tensors, seal, tuple(headers))
+        return Checkpoint(root, config, tuple(shards), tensors, seal, tuple(headers), raw)
 
     @property
     def fingerprint(self) -> str:

@@ -11,15 +11,22 @@ import os
 import threading
 from collections.abc import Callable
 
-from coldframe.loader.errors import ColdframeError, ReplicaError, SourceDenied, SourceNotFound
+from coldframe.loader.errors import (
+    ColdframeError,
+    ReplicaError,
+    SourceCredentials,
+    SourceDenied,
+    SourceNotFound,
+)
 from coldframe.loader.files import read_whole
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.timeline import Recorder, now
 
 __all__ = ["COMPANIONS", "Companions"]
 
+CONFIG_NAME = "config.json"
 COMPANIONS = (
-    "config.json",
+    CONFIG_NAME,
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -53,22 +60,30 @@ class Companions:
         self._there = threading.Event()
         self._error: ColdframeError | None = None
 
-    def bring(self, origin: Origin) -> None:
-        """Fetches them from a network, in a thread of its own; those of a directory stay there."""
-        if origin.path is not None:
+    def bring(self, origin: Origin, config: bytes, *, stay: bool) -> None:
+        """Fetches them, in a thread of its own.
+
+        Args:
+            origin: Where they are.
+            config: The one that the checkpoint was opened with. It is checked already, and read
+                again it could be another.
+            stay: Whether that is a directory that will be there as long as they are needed; then
+                they are left in it.
+        """
+        if stay and origin.path is not None:
             self._directory = origin.path
             self._there.set()
             self._on_there(origin.path)
         else:
             thread = threading.Thread(
-                target=self._fetch, args=(origin,), name="companions", daemon=True
+                target=self._fetch, args=(origin, config), name="companions", daemon=True
             )
             thread.start()
 
-    def _fetch(self, origin: Origin) -> None:
+    def _fetch(self, origin: Origin, config: bytes) -> None:
         started = now()
         try:
-            _fetch_all(origin, self._directory)
+            _fetch_all(origin, config, self._directory)
         except ColdframeError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
@@ -79,6 +94,10 @@ class Companions:
         else:
             self._recorder.add("checkpoint_open", started, note="small files")
             self._on_there(self._directory)
+
+    def wait(self) -> None:
+        """Returns when they are there, or could not be had."""
+        self._there.wait()
 
     def read(self, name: str) -> bytes:
         """One of them; waits for it.
@@ -104,14 +123,16 @@ class Companions:
         return found
 
 
-def _fetch_all(origin: Origin, target: str) -> None:
+def _fetch_all(origin: Origin, config: bytes, target: str) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     def fetch(name: str) -> None:
         try:
-            content = origin.read_small(name, _MOST_BYTES)
+            content = config if name == CONFIG_NAME else origin.read_small(name, _MOST_BYTES)
         except SourceNotFound:
             return
+        except SourceCredentials:
+            raise
         except SourceDenied:
             # S3 says so of what is not there, to those who may not list what is. What must be
             # there is missed by whoever needs it.

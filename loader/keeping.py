@@ -35,6 +35,8 @@ class Keeping:
         self._source: Source | None = None
         self._checkpoint: Checkpoint | None = None
         self._thread: threading.Thread | None = None
+        self._was_bad = False
+        self._ended = threading.Event()
 
     def find(self, checkpoint: Checkpoint) -> Opened | None:
         """The same checkpoint in the cache, or None."""
@@ -43,6 +45,10 @@ class Keeping:
     def find_uri(self, uri: str) -> Opened | None:
         """What the cache last had from a place that cannot be reached now, or None."""
         return self._open(self._cache.find_uri(uri))
+
+    def knows(self, uri: str) -> bool:
+        """Whether there is something for `find_uri`."""
+        return self._cache.knows(uri)
 
     def _open(self, entry: Entry | None) -> Opened | None:
         if entry is None:
@@ -55,11 +61,19 @@ class Keeping:
             self.discard()
             return None
 
-    def discard(self) -> None:
-        """The entry that was found is bad."""
-        if self._entry is not None:
-            self._cache.discard(self._entry)
-            self._entry = None
+    def discard(self) -> bool:
+        """The entry that was found is bad. Whether it was there to be taken away."""
+        entry, self._entry = self._entry, None
+        if entry is None:
+            return False
+        self._was_bad = True
+        self._cache.discard(entry)
+        return True
+
+    @property
+    def busy(self) -> bool:
+        """Whether an entry is being written from the arena."""
+        return self._writer is not None and not self._ended.is_set()
 
     def write_through(self, source: Source, checkpoint: Checkpoint, arena: memoryview) -> Source:
         """The source, with all that comes from it written to the cache, too, where that goes."""
@@ -79,7 +93,7 @@ class Keeping:
             done: Called at the end, with the reason why there is no entry, or None.
         """
         if self._writer is None:
-            done(self._cache.why)
+            done("what was there was bad, and is taken away" if self._was_bad else self._cache.why)
             return
         self._thread = threading.Thread(
             target=self._complete, args=(small, done), name="cache-end", daemon=True
@@ -93,9 +107,12 @@ class Keeping:
         try:
             kept = self._writer.complete(self._read, small())
         except ColdframeError as error:
-            done(str(error))
+            self._writer.close()
+            why: str | None = str(error)
         else:
-            done(None if kept else self._writer.why)
+            why = None if kept else self._writer.why
+        self._ended.set()
+        done(why)
 
     def _read(self, shard: int, offset: int, buffer: memoryview) -> None:
         assert self._source is not None

@@ -11,6 +11,7 @@ All else is streamed, from the first of several places that has the checkpoint.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from itertools import chain
 from typing import TYPE_CHECKING
@@ -22,7 +23,12 @@ from coldframe.loader.chain import ChainSource, Opened, Places, first_that_opens
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.companions import Companions
 from coldframe.loader.devices import Device
-from coldframe.loader.errors import ColdframeError, SourceCorrupt, SourceUnreachable
+from coldframe.loader.errors import (
+    ColdframeError,
+    ReplicaError,
+    SourceCorrupt,
+    SourceUnreachable,
+)
 from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import origins_of
@@ -52,6 +58,9 @@ _ALL = 1 << 62
 
 _VECTOR = 64
 """Bytes that a vector unit loads at once: what the kernels want tensors to be aligned to."""
+
+_STEP = 64 << 20
+"""Bytes that are moved out of a writer's way between two looks at whether that is still wanted."""
 
 _SPARE = 256 << 20
 """Memory that a second copy of the weights must leave free."""
@@ -94,7 +103,7 @@ class Load:
         self._options = options
         self._device = device
         self._recorder = recorder
-        self._companions = Companions(files_dir, recorder, on_files, self._ended)
+        self._companions = Companions(files_dir, recorder, on_files, self._without_files)
         self._on_plan = on_plan
         self._on_stage = on_stage
         self._on_end = on_end
@@ -113,11 +122,24 @@ class Load:
         self._keeping: Keeping | None = None
         self._sharing: Sharing | None = None
         self._cached = 0.0
+        self._ending = threading.Lock()
+        self._failed = False
+        self._from_cache = False
         self._closing = False
+        self._given_up = False
+        self._handling = threading.Lock()
+        """Held while weights that are ready are read, to be checked or to be put elsewhere."""
 
     @property
     def local(self) -> bool:
-        """Whether the checkpoint lies in a directory of this machine."""
+        """Whether the checkpoint lies in a directory of the user's, and not only in the cache.
+
+        An entry of the cache that turns out bad is taken away, by us or by another process.
+        """
+        return self._from_directory and not self._from_cache
+
+    @property
+    def _from_directory(self) -> bool:
         return bool(self._origins) and self._origins[-1].path is not None
 
     @property
@@ -133,11 +155,7 @@ class Load:
         """
         options = self._options
         self._throttle = None if options.throttle is None else Throttle(options.throttle)
-        places = origins_of(
-            [*options.sources, options.model],
-            self._throttle,
-            hurry_last=options.cache is not None,
-        )
+        uri = parse_location(options.model).uri
         if options.serve_peers is not None:
             from coldframe.loader.sharing import Sharing
 
@@ -146,10 +164,17 @@ class Load:
             from coldframe.loader.keeping import Keeping
 
             self._keeping = Keeping(options.cache, options.cache_bytes)
+        places = origins_of(
+            [*options.sources, options.model],
+            self._throttle,
+            # An empty cache steps in for nobody.
+            hurry_last=self._keeping is not None and self._keeping.knows(uri),
+        )
         with self._recorder.span("checkpoint_open"):
             opened, places = self._open(places)
         self._checkpoint = opened.checkpoint
-        self._companions.bring(opened.origin)
+        config = opened.checkpoint.config_raw
+        self._companions.bring(opened.origin, config, stay=not self._from_cache)
         local = opened.origin.path is not None
         with self._recorder.span("plan"):
             mirror = local and self._sharing is None
@@ -172,10 +197,12 @@ class Load:
         try:
             opened = first_that_opens(places, failures)
         except SourceUnreachable as error:
-            kept = self._keeping and self._keeping.find_uri(parse_location(self._options.model).uri)
+            uri = parse_location(self._options.model).uri
+            kept = self._keeping and self._keeping.find_uri(uri)
             if not kept:
                 raise
             self.why = f"from the cache: {error.where}: {error.what}"
+            self._from_cache = True
             self._origins.append(kept.origin)
             return kept, places
         if failures:
@@ -187,6 +214,7 @@ class Load:
         if kept is None:
             return opened, places
         self.why = "from the cache"
+        self._from_cache = True
         self._origins.append(kept.origin)
         return kept, chain([lambda: opened.origin], places)
 
@@ -228,7 +256,7 @@ class Load:
                 files.make_resident(extent.shard, start, stop - start)
 
         chunk = _ALL if self._cached == 1 else None
-        note = "mapped in place"
+        note = f"mapped in place; {self._unverified}"
         self._start(files, fetch, name="weight_read", note=lambda: note, chunk=chunk)
 
     def _copy(self, opened: Opened, later: Places) -> None:
@@ -247,7 +275,7 @@ class Load:
             source,
             Placer(source, arena.view(), arena.fault_in).fetch,
             name="weight_read" if local else "weight_fetch",
-            note=lambda: source.note,
+            note=lambda: f"{source.note}; {source.verified or self._unverified}",
             # A reader of the network keeps to the limit by itself.
             throttle=self._throttle if local else None,
         )
@@ -282,7 +310,7 @@ class Load:
             return "unverified, as asked"
         if self._checkpoint.seal is None:
             return "unverified: the checkpoint is not sealed (coldframe seal MODEL)"
-        return "not verified yet"
+        return "to be verified behind the first token"
 
     def _plain_source(self, opened: Opened) -> Source:
         if opened.origin.path is None:
@@ -292,13 +320,23 @@ class Load:
         files = files or FileSource(opened.checkpoint.shards)
         # What is mostly in the page cache comes faster from there. A link is modelled by either.
         if self._options.throttle is None and self._cached < _MOSTLY:
-            files.use_direct()
+            try:
+                files.use_direct()
+            except BaseException:
+                files.close()
+                raise
         return files
 
     def _went_on(self, uri: str, error: ColdframeError) -> None:
-        if self._keeping is not None and isinstance(error, SourceCorrupt):
-            self._keeping.discard()
+        self._distrust(error)
         self.why = f"{error.where}: {error.what}; went on with {uri}"
+
+    def _distrust(self, error: ColdframeError) -> None:
+        """Takes what the cache had away where it is corrupt, so that no start meets it again."""
+        if self._keeping is not None and self._from_cache and isinstance(error, SourceCorrupt):
+            self._companions.wait()  # they are read there
+            if self._keeping.discard():
+                error.hint = "It was in the cache, and is taken away: start again."
 
     def _start(
         self,
@@ -315,6 +353,7 @@ class Load:
             fetch,
             self.board,
             finish=source.finish,
+            abort=self._give_up,
             on_stage=self._stage_ready,
             on_end=self._ended,
             recorder=self._recorder,
@@ -329,15 +368,33 @@ class Load:
 
     def _stage_ready(self, stage: int) -> None:
         if self._sharing is not None:
-            if self.local and self._source is not None and not self._sealed:
+            if self._from_directory and self._source is not None and not self._sealed:
                 # Who takes the bytes on must not keep those of a file that changed meanwhile.
                 self._source.finish()
             self._sharing.ready(stage)
         self._on_stage(stage)
 
+    def _give_up(self) -> None:
+        """A reader has failed: the others need not wait for anything any more."""
+        self._given_up = True
+        if self._source is not None:
+            self._source.abort()
+
+    def _without_files(self, error: ColdframeError) -> None:
+        # What is ended by `_give_up` is not the cause; that comes when the last reader is back.
+        if not self._given_up:
+            self._ended(error)
+
     def _ended(self, error: ColdframeError | None) -> None:
+        with self._ending:
+            # What fails after something else has failed is mostly its consequence.
+            if self._failed:
+                return
+            self._failed = error is not None
         source = self._source or self._files
         self.verified = (source and source.verified) or self._unverified
+        if error is not None:
+            self._distrust(error)
         if self._sharing is not None:
             self._sharing.end(error)
         self._on_end(error)
@@ -363,13 +420,23 @@ class Load:
             DeviceError: There is no memory for a copy.
             SourceError: The files cannot be read, or the writer was let in before the end.
         """
-        assert self._files is not None
-        self._arena = arena = OwnArena(self._device, self.plan.arena_bytes)
-        for shard, segment in enumerate(self.segments):
-            self._files.read_into(shard, 0, [arena.view(segment.offset, segment.length)])
-        # The kernel holds a writer back for lease-break-time, not for ever.
-        self._files.finish()
-        return arena.segments
+        with self._handling:
+            self._check_open()
+            assert self._files is not None
+            self._arena = arena = OwnArena(self._device, self.plan.arena_bytes)
+            for shard, segment in enumerate(self.segments):
+                for at in range(0, segment.length, _STEP):
+                    self._check_open()
+                    count = min(_STEP, segment.length - at)
+                    self._files.read_into(shard, at, [arena.view(segment.offset + at, count)])
+            # The kernel holds a writer back for lease-break-time, not for ever.
+            self._files.finish()
+            return arena.segments
+
+    def _check_open(self) -> None:
+        """Ends what a thread does with the weights once `close` wants to give them back."""
+        if self._closing:
+            raise ReplicaError("the load is being closed")
 
     def adopt(self, segments: list[Segment]) -> None:
         """From now on the weights are where `move_out` has put them."""
@@ -384,34 +451,55 @@ class Load:
         # Peers read the arena where it is.
         if self.plan.layout is not Layout.FILE or self._sharing is not None:
             return False
+        # And so does who writes the cache.
+        if self._keeping is not None and self._keeping.busy:
+            return False
         if all(p.arena_offset % _VECTOR == 0 for p in self.plan.placements.values()):
             return False
         return self._device.available() > self.plan.arena_bytes + _SPARE
 
     @property
     def must_verify(self) -> bool:
-        """Whether there is a seal that the weights, mapped and in use, were not held against."""
-        return self.mode == "mapped" and self._sealed and self.verified != SEALED
+        """Whether there is a seal that the weights, mapped and in use, were not held against.
+
+        Also where they have been moved out of a writer's way since.
+        """
+        return self._sealed and self.verified != SEALED and self.plan.layout is Layout.FILE
 
     def verify(self) -> None:
-        """Holds files that are mapped against their seal.
+        """Holds weights that lie as in their files against the seal.
+
+        Ends early where a writer waits for a file: the weights must be out of its way first.
 
         Raises:
             SourceCorrupt: They are not what was sealed.
         """
         from coldframe.loader.verify import check_mapped
 
-        assert self._checkpoint.seal is not None
-        mapped = Reservation(self.plan.arena_bytes)
-        try:
-            mapped.attach(self.segments)
-            views = [mapped.view(each.offset, each.length) for each in self.segments]
-            check_mapped(
-                views, self._checkpoint.seal, self._checkpoint, cancelled=lambda: self._closing
-            )
-        finally:
-            mapped.close()
-        self.verified = SEALED
+        seal, shards = self._checkpoint.seal, self._checkpoint.shards
+        assert seal is not None
+        left_out = False
+
+        def cancelled() -> bool:
+            nonlocal left_out
+            left_out = self._closing or self.writer_waits
+            return left_out
+
+        with self._handling:
+            self._check_open()
+            mapped = Reservation(self.plan.arena_bytes)
+            try:
+                mapped.attach(self.segments)
+                bases = self.plan.shard_bases
+                views = [mapped.view(at, file.size) for at, file in zip(bases, shards, strict=True)]
+                check_mapped(views, seal, self._checkpoint, cancelled=cancelled)
+            except SourceCorrupt as error:
+                self._distrust(error)
+                raise
+            finally:
+                mapped.close()
+        if not left_out:
+            self.verified = SEALED
 
     def realign(self) -> tuple[Plan, OwnArena]:
         """Copies the weights into memory of our own, laid out anew, beside where they are now.
@@ -423,20 +511,27 @@ class Load:
             DeviceError: There is no memory for it.
             SourceError: The files cannot be read, or are not what they should be.
         """
+        if self._arena is not None and self.must_verify:
+            self.verify()
         plan = Plan.build(self._checkpoint, layout=Layout.ALIGNED)
-        arena = OwnArena(self._device, plan.arena_bytes)
-        try:
-            if self._arena is not None:
-                move(self.plan, self._arena.view(), plan, arena.view())
-            else:
-                assert self._files is not None
-                fetch = Placer(self._checked(self._files, self._checkpoint), arena.view()).fetch
-                for extent, start, stop in pieces_of(plan):
-                    fetch(extent, start, stop)
-                self._files.finish()
-        except BaseException:
-            arena.close()
-            raise
+        with self._handling:
+            self._check_open()
+            arena = OwnArena(self._device, plan.arena_bytes)
+            try:
+                if self._arena is not None:
+                    move(self.plan, self._arena.view(), plan, arena.view(), self._check_open)
+                else:
+                    assert self._files is not None
+                    fetch = Placer(self._checked(self._files, self._checkpoint), arena.view()).fetch
+                    for extent, start, stop in pieces_of(plan):
+                        self._check_open()
+                        fetch(extent, start, stop)
+                    self._files.finish()
+            except BaseException as error:
+                arena.close()
+                if isinstance(error, SourceCorrupt):
+                    self._distrust(error)
+                raise
         return plan, arena
 
     def adopt_layout(self, plan: Plan, arena: OwnArena) -> None:
@@ -472,6 +567,7 @@ class Load:
             self._stream.cancel()
         if self._keeping is not None:
             self._keeping.close()
-        for thing in (self._source, self._files, self._arena, self._retired, *self._origins):
-            if thing is not None:
-                thing.close()
+        with self._handling:
+            for thing in (self._source, self._files, self._arena, self._retired, *self._origins):
+                if thing is not None:
+                    thing.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Callable
 
 from coldframe.loader.arena import Reservation, Segment
 from coldframe.loader.devices import Device
@@ -55,11 +56,22 @@ class OwnArena:
         os.close(self._shared)
 
 
-def move(old: Plan, source: memoryview, new: Plan, target: memoryview) -> None:
-    """Copies each tensor from where one plan has it to where another wants it."""
+def move(
+    old: Plan, source: memoryview, new: Plan, target: memoryview, check: Callable[[], None]
+) -> None:
+    """Copies each tensor from where one plan has it to where another wants it.
+
+    Args:
+        old: Where they are,
+        source: in these bytes.
+        new: Where they are wanted,
+        target: in these.
+        check: Called again and again meanwhile: raises to end it early.
+    """
     for name, place in new.placements.items():
         begin = old.placements[name].arena_offset
         for at in range(0, place.nbytes, _STEP):
+            check()
             count = min(_STEP, place.nbytes - at)
             # memmove of ctypes lets other threads run; a slice assignment would not.
             ctypes.memmove(

@@ -47,11 +47,13 @@ _BYTES = "application/octet-stream"
 class Wait(Protocol):
     """Waits until something is there."""
 
-    def __call__(self, there: Callable[[float], bool]) -> bool:
+    def __call__(self, there: Callable[[float], bool], *, planned: bool = True) -> bool:
         """Waits as long as the client may have to.
 
         Args:
             there: Says whether it is there, after a number of seconds at most.
+            planned: Whether it is known what is served. Until then we may be waiting for that
+                client ourselves, so it hears soon that there is nothing yet.
 
         Returns:
             Whether it is.
@@ -99,7 +101,7 @@ def answer(
         offer = offered(timeout)
         return offer is not None
 
-    _until(wait, known)
+    _until(wait, known, planned=False)
     assert offer is not None
     if target == PLAN:
         return _whole(json.dumps(offer.to_wire()).encode(), _JSON)
@@ -118,9 +120,9 @@ def busy() -> Refusal:
     return Refusal(503, error, state="busy", Retry_After=_RETRY_S)
 
 
-def _until(wait: Wait, there: Callable[[float], bool]) -> None:
+def _until(wait: Wait, there: Callable[[float], bool], *, planned: bool = True) -> None:
     try:
-        if wait(there):
+        if wait(there, planned=planned):
             return
     except ColdframeError as error:
         raise Refusal(503, error, state="failed") from None

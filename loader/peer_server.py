@@ -43,6 +43,7 @@ class ServerLimits:
         stall_s: For the client to take a MiB.
         patience_s: Until a stage is in; much longer than one takes, since a client that has gone is
             noticed anyway.
+        plan_s: Until it is known what is served; then the client is told to come again.
         beat_s: From one sign of life to the next while a client waits for a stage.
     """
 
@@ -51,6 +52,7 @@ class ServerLimits:
     head_s: float = 10.0
     stall_s: float = 30.0
     patience_s: float = 3600.0
+    plan_s: float = 5.0
     beat_s: float = 2.0
 
 
@@ -236,8 +238,9 @@ class _Wait:
         self._connection = connection
         self._limits = limits
 
-    def __call__(self, there: Callable[[float], bool]) -> bool:
-        deadline = time.monotonic() + self._limits.patience_s
+    def __call__(self, there: Callable[[float], bool], *, planned: bool = True) -> bool:
+        patience = self._limits.patience_s
+        deadline = time.monotonic() + (patience if planned else min(patience, self._limits.plan_s))
         while True:
             left = deadline - time.monotonic()
             if there(max(0.0, min(left, self._limits.beat_s))):

@@ -71,6 +71,7 @@ class MemoryService:
         self._ready: list[int] = []
         self._planned = False
         self._failure: ColdframeError | None = None
+        self._wished: bool | None = None
         self._moving = False
         self._moved: Callable[[], None] | None = None
         self._kv = KvDesk(self._device, self._send, lambda: self._clients.values())
@@ -340,10 +341,17 @@ class MemoryService:
         """
         if client is not self._owner:
             raise ReplicaError("only the owner says when the first token is out", where=client.key)
-        load = self._load
+        self._wished = realign
+        self._settle()
+
+    def _settle(self) -> None:
+        """Does what was wished, unless the weights are on the way elsewhere: then, after that."""
+        load, realign = self._load, self._wished
         if load is None or not self._load_ended or self._failure is not None or self._moving:
             return
         target = None
+        if realign is None:
+            return
         if realign and load.may_realign:
             target = self._realign
         elif load.must_verify:
@@ -369,6 +377,7 @@ class MemoryService:
         spans = [span.to_wire() for span in self._recorder.drain()]
         self._send(self._owner, {"type": "moved", **self._facts(self._load), "spans": spans})
         self._check_lease()
+        self._settle()  # it may have been ended early
 
     def _realign(self, load: Load) -> None:
         started = now()
@@ -385,7 +394,9 @@ class MemoryService:
 
     def _not_realigned(self) -> None:
         self._moving = False
+        self._wished = False
         self._check_lease()
+        self._settle()
 
     def _realigned_now(self, plan: Plan, arena: OwnArena) -> None:
         assert self._load is not None
@@ -421,6 +432,7 @@ class MemoryService:
             return
         done, self._moved, self._moving = self._moved, None, False
         done()
+        self._settle()
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:

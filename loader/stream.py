@@ -45,6 +45,7 @@ class Stream:
         board: Where progress is shown.
         finish: Called when all bytes are in and before the last stage is given out: raises where
             they do not belong together.
+        abort: Called when one reader has failed: ends the waiting of the others.
         on_stage: Called with a stage's index once its bytes are in; from a reader's thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
@@ -64,6 +65,7 @@ class Stream:
         board: Board,
         *,
         finish: Callable[[], None],
+        abort: Callable[[], None] = lambda: None,
         on_stage: Callable[[int], None],
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
@@ -77,6 +79,7 @@ class Stream:
         self._fetch = fetch
         self._board = board
         self._finish = finish
+        self._abort = abort
         self._on_stage = on_stage
         self._on_end = on_end
         self._recorder = recorder
@@ -87,7 +90,7 @@ class Stream:
         first = min(chunk, _FIRST_CHUNK) if chunk <= _LARGEST else chunk
         if throttle is not None:
             # A power of two, as all chunks are, so that they are whole blocks and whole pieces.
-            some = 1 << int(throttle.rate * _THROTTLED_CHUNK_S).bit_length() - 1
+            some = 1 << max(1, int(throttle.rate * _THROTTLED_CHUNK_S)).bit_length() - 1
             chunk = first = min(chunk, max(_MIN_CHUNK, smallest, some))
         self._chunks = _chunks(plan, first, chunk)
         self._left = [stage.nbytes for stage in plan.stages]
@@ -117,9 +120,9 @@ class Stream:
                 return
             name = f"read-{len(self._threads)}"
             thread = threading.Thread(target=self._read, name=name, daemon=True)
+            thread.start()  # or it is not counted
             self._threads.append(thread)
             self._readers += 1
-            thread.start()
 
     def cancel(self) -> None:
         """Ends it early and waits until no thread touches the arena any more."""
@@ -180,6 +183,7 @@ class Stream:
             if self._error is None:
                 self._error = error
         self._cancelled.set()
+        self._abort()
         for stage in range(len(self._left)):
             if self._board.state(stage) is StageState.PENDING:
                 self._board.settle(stage, StageState.FAILED)

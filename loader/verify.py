@@ -57,7 +57,7 @@ class VerifiedSource:
 
     @property
     def note(self) -> str:
-        return f"{self._inner.note}, verified"
+        return self._inner.note
 
     @property
     def verified(self) -> str | None:

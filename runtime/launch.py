@@ -60,6 +60,7 @@ class Launch:
         self.options = options
         self._recorder = recorder
         self._names = 0
+        self._closed = False
         self.workers: list[WorkerProcess] = []
         memory = memory or MemoryProcess(options.run_dir)
         recorder.add("process_spawn", memory.started_ns, memory.spawned_ns, note="memory")
@@ -75,6 +76,9 @@ class Launch:
 
     def close(self) -> None:
         """Ends the memory service, and the workers that no replica has taken over."""
+        if self._closed:
+            return
+        self._closed = True
         for worker in self.workers:
             worker.end()
         self.workers.clear()

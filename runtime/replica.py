@@ -426,8 +426,7 @@ class Replica:
         if self.board is not None:
             self.board.close()
         self._launch.close()
-        for worker in gone:
-            self._router.worker_gone(worker.name, why)
+        self._router.workers_gone([worker.name for worker in gone], why)
         self.options = replace(self.options, copy=True, hold_load=False)
         self._load_started_ns = now()
         try:

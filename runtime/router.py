@@ -8,7 +8,7 @@ And a request is given out again only after its former worker is dead.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -143,9 +143,14 @@ class Router:
 
         A request that one worker after the other dies under is given up: it may be the cause.
         """
-        self._workers.pop(worker, None)
+        self.workers_gone([worker], why)
+
+    def workers_gone(self, workers: Sequence[str], why: str) -> None:
+        """As `worker_gone`, for several at once: what one of them had does not go to another."""
+        for worker in workers:
+            self._workers.pop(worker, None)
         for request, found in list(self._requests.items()):
-            if found.worker != worker or request not in self._requests:
+            if found.worker not in workers or request not in self._requests:
                 continue
             found.worker, found.acked = None, False
             self._advance_attempt(found)

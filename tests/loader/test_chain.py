@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
+    PlatformError,
     RequestError,
     SourceChanged,
     SourceNotFound,
@@ -198,3 +200,135 @@ def test_a_load_from_nowhere(tmp_path: Path) -> None:
         watched.load.run()
     watched.load.close()
     assert LoadOptions("m").sources == ()
+
+
+def test_what_a_place_gave_before_it_failed_is_looked_at_again_at_the_end(tmp_path: Path) -> None:
+    first, second = layered(tmp_path / "one"), tmp_path / "two"
+    shutil.copytree(first, second)
+
+    def fail(reads: int) -> None:
+        if reads == 1:
+            raise SourceUnreachable("the disk is gone", where=str(first))
+
+    def open_source(opened: Opened) -> Source:
+        source = FileSource(opened.checkpoint.shards)
+        return Noted(source, fail) if opened.origin.path == str(first) else source
+
+    opened = Opened(DirectoryOrigin(str(first)), Checkpoint.open(first))
+    chain = ChainSource(opened, places(second), open_source, lambda uri, error: None, sealed=False)
+    for offset in (4000, 8000):
+        chain.read_into(0, offset, [memoryview(bytearray(10))])
+    chain.finish()
+    with shard_files(first)[0].open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(SourceChanged, match="one"):
+        chain.finish()
+    chain.close()
+
+
+def test_what_was_on_its_way_from_a_place_that_changed_is_read_again(tmp_path: Path) -> None:
+    first, second = layered(tmp_path / "one"), tmp_path / "two"
+    shutil.copytree(first, second)
+    under_way, changed = threading.Event(), threading.Event()
+
+    class Slow:
+        """The first read ends only after the second has failed, and brings what nobody wants."""
+
+        readers = chunk = verified = None
+        note = ""
+
+        def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+            if offset != 4000:
+                raise SourceChanged("it was written to", where=str(first))
+            under_way.set()
+            assert changed.wait(10)
+            parts[0][:] = bytes(len(parts[0]))
+
+        def finish(self) -> None: ...
+
+        def abort(self) -> None: ...
+
+        def close(self) -> None: ...
+
+    def open_source(found: Opened) -> Source:
+        if found.origin.path == str(first):
+            return Slow()
+        return FileSource(found.checkpoint.shards)
+
+    opened = Opened(DirectoryOrigin(str(first)), Checkpoint.open(first))
+    chain = ChainSource(opened, places(second), open_source, lambda uri, error: None, sealed=False)
+    early = memoryview(bytearray(1000))
+    thread = threading.Thread(target=chain.read_into, args=(0, 4000, [early]))
+    thread.start()
+    assert under_way.wait(10)
+    chain.read_into(0, 8000, [memoryview(bytearray(10))])
+    changed.set()
+    thread.join()
+    assert early == shard_files(second)[0].read_bytes()[4000:5000]
+    chain.close()
+
+
+def test_the_end_does_not_wait_for_a_place_that_is_being_opened(tmp_path: Path) -> None:
+    model = layered(tmp_path / "m")
+    asked, closed = threading.Event(), threading.Event()
+
+    class Silent(DirectoryOrigin):
+        def check(self) -> None:
+            asked.set()
+            if not closed.wait(20):
+                pytest.fail("nobody ends it")
+            raise SourceUnreachable("it was ended", where=self.path)
+
+        def close(self) -> None:
+            closed.set()
+
+    def fail(_: int) -> None:
+        raise SourceUnreachable("the disk is gone", where=str(model))
+
+    opened = Opened(DirectoryOrigin(str(model)), Checkpoint.open(model))
+    chain = ChainSource(
+        opened,
+        iter([lambda: Silent(str(model)), lambda: pytest.fail("the load is over")]),
+        lambda found: Noted(FileSource(found.checkpoint.shards), fail),
+        lambda uri, error: pytest.fail("nothing goes on"),
+        sealed=False,
+    )
+    errors: list[ColdframeError] = []
+
+    def read() -> None:
+        try:
+            chain.read_into(0, 4000, [memoryview(bytearray(10))])
+        except ColdframeError as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    assert asked.wait(10)
+    chain.abort()
+    thread.join()
+    assert [error.what for error in errors] == ["the disk is gone"]
+    chain.close()
+
+
+def test_a_place_that_needs_what_is_not_installed_hides_no_other_error(tmp_path: Path) -> None:
+    model = layered(tmp_path / "m")
+
+    def make() -> Origin:
+        raise PlatformError("there is no such package")
+
+    def fail(_: int) -> None:
+        raise SourceUnreachable("the disk is gone", where=str(model))
+
+    failures: list[ColdframeError] = []
+    opened = first_that_opens(iter([make, lambda: DirectoryOrigin(str(model))]), failures)
+    assert [type(error) for error in failures] == [PlatformError]
+    chain = ChainSource(
+        opened,
+        iter([make]),
+        lambda found: Noted(FileSource(found.checkpoint.shards), fail),
+        lambda uri, error: pytest.fail("nothing goes on"),
+        sealed=False,
+    )
+    with pytest.raises(SourceUnreachable, match=r"the disk is gone.*no such package"):
+        chain.read_into(0, 4000, [memoryview(bytearray(10))])
+    chain.close()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,13 +14,20 @@ import pytest
 from coldframe.loader.arena import Reservation
 from coldframe.loader.board import StageState
 from coldframe.loader.devices import open_device
-from coldframe.loader.errors import ColdframeError, DeviceError, SourceChanged
+from coldframe.loader.errors import (
+    ColdframeError,
+    DeviceError,
+    ReplicaError,
+    SourceChanged,
+    SourceCorrupt,
+)
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.residency import cached_bytes
+from coldframe.loader.sources.base import SEALED
 from coldframe.loader.sources.file import FileSource
 from coldframe.loader.timeline import Recorder
-from tests.loader.weights import arena_tensors, evict, layered, reference, shard_files
+from tests.loader.weights import arena_tensors, evict, layered, reference, sealed, shard_files
 
 
 @pytest.fixture
@@ -126,6 +134,86 @@ def test_moved_out_weights_are_the_same_at_the_same_places(model: Path) -> None:
     assert watched.tensors() == expected
     watched.close()
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_what_a_writer_interrupted_is_verified_where_it_was_moved_to(
+    flipped: bool, model: Path
+) -> None:
+    path = shard_files(sealed(model))[1]
+    if flipped:
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([path.read_bytes()[-1] ^ 1]))
+    watched = Watched(model)
+    watched.load.run()
+    watched.wait()
+    with pytest.raises(BlockingIOError):
+        os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+    watched.load.verify()  # gives way at once
+    assert watched.load.verified != SEALED
+    watched.load.adopt(watched.load.move_out())
+    watched.load.let_go()
+    assert watched.load.must_verify
+    if flipped:
+        with pytest.raises(SourceCorrupt, match="bytes"):
+            watched.load.verify()
+    else:
+        watched.load.verify()
+        assert watched.load.verified == SEALED
+        assert not watched.load.must_verify
+    watched.close()
+
+
+def test_what_is_moved_out_and_laid_out_anew_is_verified_before(model: Path) -> None:
+    path = shard_files(sealed(model))[1]
+    with path.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([path.read_bytes()[-1] ^ 1]))
+    watched = Watched(model)
+    watched.load.run()
+    watched.wait()
+    watched.load.adopt(watched.load.move_out())
+    with pytest.raises(SourceCorrupt):
+        watched.load.realign()
+    watched.close()
+
+
+@pytest.mark.parametrize("what", ["move_out", "verify", "realign"])
+def test_nobody_touches_weights_of_a_load_that_is_closed(what: str, model: Path) -> None:
+    watched = Watched(sealed(model))
+    watched.load.run()
+    watched.wait()
+    watched.close()
+    with pytest.raises(ReplicaError, match="closed"):
+        getattr(watched.load, what)()
+
+
+def test_closing_waits_until_weights_are_no_longer_copied(model: Path) -> None:
+    watched = Watched(model, copy=True)
+    watched.load.run()
+    watched.wait()
+    started, ended = threading.Event(), threading.Event()
+    check = watched.load._check_open
+
+    def slow() -> None:
+        started.set()
+        time.sleep(0.01)
+        check()
+
+    watched.load._check_open = slow  # type: ignore[method-assign]
+
+    def realign() -> None:
+        with pytest.raises(ReplicaError, match="closed"):
+            watched.load.realign()
+        ended.set()
+
+    thread = threading.Thread(target=realign)
+    thread.start()
+    assert started.wait(10)
+    watched.close()
+    assert ended.wait(10)
+    thread.join()
 
 
 def test_a_writer_that_got_in_before_the_copy_was_done_is_noticed(model: Path) -> None:

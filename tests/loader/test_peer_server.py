@@ -20,11 +20,14 @@ from hypothesis import strategies as st
 
 from coldframe.loader.arena import Reservation, Segment
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import CheckpointError, PlatformError, SourceChanged
+from coldframe.loader.errors import CheckpointError, PlatformError, SourceBusy, SourceChanged
+from coldframe.loader.location import Peer
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.peer_server import PeerServer, ServerLimits
 from coldframe.loader.plan import Extent, Plan, Run, Stage
 from coldframe.loader.serving import Offer
+from coldframe.loader.web.limits import Limits
+from coldframe.loader.web.peer import peer_origin
 from tests.loader.checkpoints import tensor, write_model
 from tests.loader.peers import TOKEN, Serving, offer_of, serving
 from tests.loader.web.servers import nginx
@@ -751,3 +754,15 @@ def test_close_ends_those_who_wait_and_those_who_take(tmp_path: Path) -> None:
             assert until_closed(waits) == b""
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection((peer.host, peer.port))
+
+
+def test_who_does_not_know_yet_what_it_will_serve_says_so_soon() -> None:
+    """It may be waiting for the very peer that asks."""
+    server = PeerServer(listen("127.0.0.1", 0), None, ServerLimits(plan_s=0.05))
+    try:
+        address = peer_origin(Peer(*server.address), limits=Limits(patience_s=0.2, hedges=0))
+        with pytest.raises(SourceBusy, match="still loading"):
+            address.check()
+        address.close()
+    finally:
+        server.close()

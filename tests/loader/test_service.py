@@ -31,10 +31,11 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.process import make_run_dir, remove_run_dir, spawn_python
+from coldframe.loader.sources.base import SEALED
 from coldframe.loader.timeline import Span, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
 from tests.loader.checkpoints import tensor, write_model, write_shard
-from tests.loader.weights import arena_tensors, evict, layered, reference, shard_files
+from tests.loader.weights import arena_tensors, evict, layered, reference, sealed, shard_files
 
 SERVICE = (
     "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
@@ -379,6 +380,28 @@ def test_a_writer_waits_for_every_worker_or_its_end(service: Service, model: Pat
         child.kill()
         child.wait()
     assert wait_all(quick) == expected
+
+
+def test_what_was_wished_while_weights_were_moved_is_done_after_it(
+    service: Service, model: Path
+) -> None:
+    path = shard_files(model)[0]
+    service.load(sealed(model)).kv()
+    slow = service.connect()
+    slow.send({"type": "hello", "name": "slow"})
+    service.client("quick").wait_arenas()
+    service.expect("loaded")
+    child = writer(path)
+    try:
+        until(lambda: next_kind(slow) == "remap")
+        service.owner.send({"type": "settle", "realign": False})
+        assert service.expect("moved").body["verified"] != SEALED
+        slow.close()
+        assert finished(child)
+    finally:
+        child.kill()
+        child.wait()
+    assert service.expect("moved").body["verified"] == SEALED
 
 
 def test_a_worker_that_dies_meanwhile_does_not_let_the_writer_in_on_another(

@@ -19,7 +19,7 @@ from coldframe.loader.errors import CheckpointError, ColdframeError, SourceCorru
 from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Plan
 from coldframe.loader.sealing import seal_checkpoint
-from coldframe.loader.sources.base import Source
+from coldframe.loader.sources.base import SEALED, Source
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.sources.file import FileSource
 from coldframe.loader.stream import Stream
@@ -193,8 +193,9 @@ def test_a_header_is_no_data(model: Model) -> None:
 
 def test_all_else_is_the_inner_source_s(model: Model) -> None:
     source, inner = model.faulty({})
-    assert (source.readers, source.chunk) == (3, None)
-    assert source.note == "faulty, verified"
+    assert (source.readers, source.chunk) == (5, None)  # two more than the inner one has
+    assert source.note == "faulty"
+    assert source.verified == SEALED
     source.finish()
     source.abort()
     source.close()

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import safetensors
 
+from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.plan import Plan
+from coldframe.loader.sealing import seal_checkpoint
+from coldframe.loader.sources.directory import DirectoryOrigin
+from coldframe.loader.sources.file import FileSource
 from tests.loader.checkpoints import Tensor, write_model
 
 
@@ -25,6 +29,15 @@ def layered(root: Path, *, layers: int = 3, nbytes: int = 20_000, shards: int = 
         data = random.Random(seed).randbytes(size)
         dealt[seed % shards].append((name, "U8", [size], data))
     return write_model(root, dealt)
+
+
+def sealed(root: Path) -> Path:
+    """The same model, with a seal from now on."""
+    checkpoint = Checkpoint.open(root, sealed=False)
+    source = FileSource(checkpoint.shards)
+    seal_checkpoint(checkpoint, DirectoryOrigin(str(root)), source).write(str(root))
+    source.close()
+    return root
 
 
 def shard_files(root: Path) -> list[Path]:

@@ -20,8 +20,9 @@ from tests.runtime.helpers import ask, finish, prompt_of
 from tests.support import unavailable
 
 Make = Callable[..., Path]
-OWN_THREADS = 3
-"""A worker's threads without those of its kernels: the main one, and a reader for each socket."""
+OWN_THREADS = 4
+"""A worker's threads without those of its kernels: the main one, a reader for each socket, and the
+one that enters pages."""
 
 # Joins a group, then answers one request and tells what its workers are.
 IN_A_GROUP = """

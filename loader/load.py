@@ -143,6 +143,12 @@ class Load:
         return bool(self._origins) and self._origins[-1].path is not None
 
     @property
+    def _uris(self) -> list[str]:
+        """All places, the model's first, as the cache knows them."""
+        places = [self._options.model, *self._options.sources]
+        return [parse_location(place).uri for place in places]
+
+    @property
     def peers_at(self) -> str | None:
         """Where peers are served, `HOST:PORT`; None where they are not."""
         return None if self._sharing is None else self._sharing.address
@@ -155,7 +161,6 @@ class Load:
         """
         options = self._options
         self._throttle = None if options.throttle is None else Throttle(options.throttle)
-        uri = parse_location(options.model).uri
         if options.serve_peers is not None:
             from coldframe.loader.sharing import Sharing
 
@@ -168,7 +173,7 @@ class Load:
             [*options.sources, options.model],
             self._throttle,
             # An empty cache steps in for nobody.
-            hurry_last=self._keeping is not None and self._keeping.knows(uri),
+            hurry_last=any(self._keeping.knows(uri) for uri in self._uris if self._keeping),
         )
         with self._recorder.span("checkpoint_open"):
             opened, places = self._open(places)
@@ -197,9 +202,9 @@ class Load:
         try:
             opened = first_that_opens(places, failures)
         except SourceUnreachable as error:
-            uri = parse_location(self._options.model).uri
-            kept = self._keeping and self._keeping.find_uri(uri)
-            if not kept:
+            found = (self._keeping.find_uri(uri) for uri in self._uris if self._keeping)
+            kept = next((opened for opened in found if opened is not None), None)
+            if kept is None:
                 raise
             self.why = f"from the cache: {error.where}: {error.what}"
             self._from_cache = True

@@ -27,7 +27,6 @@ from coldframe.loader.errors import (
     ReplicaError,
     SourceChanged,
     SourceCorrupt,
-    SourceUnreachable,
 )
 from coldframe.loader.sources.base import SEALED
 from coldframe.runtime.cli import main

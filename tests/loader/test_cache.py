@@ -42,6 +42,7 @@ from coldframe.loader.stream import Stream
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.verify import VerifiedSource
 from tests.loader.weights import layered, reference, shard_files
+from tests.support import unavailable
 
 GB = 1 << 30
 URI = "s3://bucket/model"
@@ -225,7 +226,7 @@ def test_the_page_cache_stays_as_it_is(tmp_path: Path, cache: Cache) -> None:
     model = layered(tmp_path / "other", nbytes=4_000_000)
     probe = open_direct(str(shard_files(model)[0]))
     if probe is None:
-        pytest.skip("no O_DIRECT here")
+        unavailable("no O_DIRECT here")
     os.close(probe)
     writer = cache.begin(remote(model))
     assert writer is not None

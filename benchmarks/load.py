@@ -49,7 +49,10 @@ _S3 = {
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint's directory")
     parser.flag("--over", default="disk", help="paths to it, of disk, http, s3 (disk)")
-    parser.flag("--cache", default="cold,warm", help="states of the page cache (cold,warm)")
+    # Without a twin in the environment: COLDFRAME_CACHE is a directory.
+    parser.add_argument(
+        "--cache", default="cold,warm", help="states of the page cache, of cold, warm (cold,warm)"
+    )
     parser.flag(
         "--against",
         default="safetensors",
@@ -93,6 +96,13 @@ def run(args: argparse.Namespace) -> int:
     """
     against = _words(args.against, {peer for peers in _PEERS.values() for peer in peers})
     paths, caches = _words(args.over, set(_PEERS)), _words(args.cache, {"cold", "warm"})
+    if not args.model.is_dir():
+        raise RequestError(
+            "there is no such directory",
+            where="MODEL",
+            got=args.model,
+            hint="Give a local checkpoint's directory; --over serves it in other ways.",
+        )
     if args.runs < 1:
         raise RequestError("there must be a run", where="--runs", got=args.runs)
     rows: list[Row] = []

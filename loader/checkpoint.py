@@ -97,10 +97,11 @@ class Checkpoint:
         place.check()
         root = place.uri
         raw = place.read_small(CONFIG_NAME, _MAX_CONFIG_BYTES)
+        # First, since a server that answers everything with a page of its own shows here.
+        config = _parse_object(raw, place.uri_of(CONFIG_NAME))
         seal = Seal.read(place) if sealed else None
         if seal is not None:
             seal.check_config(raw, where=place.uri_of(CONFIG_NAME))
-        config = _parse_object(raw, place.uri_of(CONFIG_NAME))
         weight_map = _read_index(place)
         names = [WEIGHTS_NAME] if weight_map is None else sorted(set(weight_map.values()))
 

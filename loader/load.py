@@ -319,7 +319,7 @@ class Load:
 
     def _plain_source(self, opened: Opened) -> Source:
         if opened.origin.path is None:
-            return opened.origin.open_source(opened.checkpoint.shards)
+            return opened.origin.open_source(opened.checkpoint.shards, sealed=self._sealed)
         # The files may be open already, to see how much of them is in the page cache.
         files, self._files = self._files, None
         files = files or FileSource(opened.checkpoint.shards)

@@ -95,8 +95,13 @@ class Origin(Protocol):
         """
         ...
 
-    def open_source(self, shards: Sequence[Shard]) -> Source:
+    def open_source(self, shards: Sequence[Shard], *, sealed: bool = False) -> Source:
         """The weights of the shards that were read here.
+
+        Args:
+            shards: As they were opened.
+            sealed: Whether the caller holds all bytes against a seal, so that no weaker check of
+                the place's own is wanted.
 
         Raises:
             SourceError: One of them cannot be opened, or is not the one that was read.

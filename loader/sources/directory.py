@@ -64,7 +64,7 @@ class DirectoryOrigin:
     def open_shard(self, name: str) -> _OpenFile:
         return _OpenFile(self.uri_of(name))
 
-    def open_source(self, shards: Sequence[Shard]) -> FileSource:
+    def open_source(self, shards: Sequence[Shard], *, sealed: bool = False) -> FileSource:
         from coldframe.loader.sources.file import FileSource
 
         return FileSource(shards)

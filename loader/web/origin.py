@@ -160,10 +160,11 @@ class WebOrigin:
         self._denied = None
         return _OpenFile(self._reader, name, opening)
 
-    def open_source(self, shards: Sequence[Shard]) -> WebSource:
+    def open_source(self, shards: Sequence[Shard], *, sealed: bool = False) -> WebSource:
         with self._lock:
             self._users += 1
-        return WebSource(self._reader, shards, self._checksums, self._leave)
+        checksums = None if sealed else self._checksums
+        return WebSource(self._reader, shards, checksums, self._leave)
 
     def close(self) -> None:
         if not self._closed:

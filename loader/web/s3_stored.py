@@ -107,8 +107,10 @@ def ask(client: Any, bucket: str, key: str, shard: StoredShard) -> Stored:
     if kind is None:
         return Stored(why_not=f"S3 has no CRC of {shard.uri}")
     value = head[_NAMES[kind]]
-    # A store that does not name the type puts a dash and the number of parts behind a composite.
-    if head.get("ChecksumType", "COMPOSITE" if "-" in value else "FULL_OBJECT") == "FULL_OBJECT":
+    # Where the type is not named, a dash and the number of parts tell a composite: behind the
+    # checksum, or, in some stores, behind the ETag alone.
+    parted = "-" in value or "-" in _bare(head["ETag"])
+    if head.get("ChecksumType", "COMPOSITE" if parted else "FULL_OBJECT") == "FULL_OBJECT":
         return Stored(kind, (Block(0, shard.size, _number(value)),))
     blocks = _parts(client, bucket, key, shard, _NAMES[kind])
     if not blocks:

@@ -7,12 +7,15 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import boto3
 import botocore.session
 import pytest
 import trustme
+from boto3.s3.transfer import TransferConfig
 from botocore.awsrequest import AWSResponse
 
 import coldframe.loader
@@ -804,3 +807,20 @@ def test_odd_bodies_stay_short_and_plain(body: bytes) -> None:
     text = str(error(address(), 405, body))
     assert len(text) < 1000
     assert text.isprintable()
+
+
+def test_a_large_object_as_boto3_uploads_it_is_not_called_corrupt(
+    client: Any, tmp_path: Path
+) -> None:
+    # In parts, and this server names the checksum of their checksums without saying so.
+    root = write_model(tmp_path / "m", [[tensor("a", 9_000_000)]])
+    path = root / "model.safetensors"
+    in_parts = TransferConfig(multipart_threshold=5 << 20, multipart_chunksize=5 << 20)
+    with closing(boto3.client("s3")) as uploader:
+        for file in root.iterdir():
+            uploader.upload_file(str(file), BUCKET, f"parts/{file.name}", Config=in_parts)
+    assert client.head_object(Bucket=BUCKET, Key=f"parts/{path.name}")["ETag"].endswith('-2"')
+    origin = s3_origin(S3(BUCKET, "parts"))
+    _, (data,), _ = read_all(origin, size=1 << 20)
+    assert path.read_bytes().endswith(data)
+    origin.close()

@@ -189,13 +189,13 @@ def run(args: argparse.Namespace) -> int:
             )
             document = answer.report(replica, args)
             reason = replica.facts.get("why")
-            if reason and (options.sources or options.cache):
+            if reason and (options.sources or options.cache) and not args.json:
                 print(f"coldframe: {reason}", file=sys.stderr)
             if options.cache is not None:
                 # The answer is out; what it cost to come here shall not be paid again.
                 replica.run_until(lambda: "kept" in replica.facts)
                 document["not_cached"] = why = replica.facts["kept_why_not"]
-                if why is not None:
+                if why is not None and not args.json:
                     print(f"coldframe: not kept in the cache: {why}", file=sys.stderr)
     except ColdframeError as error:
         if args.json:

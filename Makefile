@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system demo test lint format bench bench-peers clean
+.PHONY: setup system criu demo test lint format bench bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -14,13 +14,25 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+PROMPT = -p "Once upon a time, a replica slept at zero, and then a request" -n 48
+
+# From a slow link, then from the page cache, fresh and with a clone. Without CRIU the last is fresh too.
 demo: setup
 	$(BIN)/coldframe demo-model $(DEMO) --size base
-	$(BIN)/coldframe run $(DEMO) --throttle 200MB/s -n 48 -p "Once upon a time, a replica slept at zero, and then a request"
+	$(BIN)/coldframe run $(DEMO) --snapshot off --throttle 200MB/s $(PROMPT)
+	@test -x build/criu/bin/criu || snapshot/install-criu.sh build/criu || true
+	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots --quiet $(PROMPT)
+	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots $(PROMPT)
 
 # What the tests run beside Python: nginx serves ranges. Only where it is missing, and only as root.
 system:
 	command -v nginx >/dev/null || test -x /usr/sbin/nginx || (apt-get update -qq && apt-get install -y -qq --no-install-recommends nginx-light)
+
+# CRIU freezes and restores workers. Into build/criu where this system has none that is new enough.
+criu: build/criu/bin/criu
+
+build/criu/bin/criu:
+	snapshot/install-criu.sh build/criu
 
 test: setup
 	$(BIN)/python -m pytest

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
@@ -54,6 +54,8 @@ class MemoryClient:
         on_event: Called from the reading thread whenever something has changed: a stage, free
             blocks, an error.
         stall_s: See `STALL_S`.
+        reserved: The arenas' addresses, where this process has kept them free for them. Then no
+            other address will do.
     """
 
     def __init__(
@@ -63,7 +65,9 @@ class MemoryClient:
         *,
         on_event: Callable[[], None] = lambda: None,
         stall_s: float = STALL_S,
+        reserved: Iterable[Reservation] = (),
     ) -> None:
+        self._reserved = {reservation.address: reservation for reservation in reserved}
         self._channel = Channel.connect(path)
         self._on_event = on_event
         self._stall_s = stall_s
@@ -282,7 +286,7 @@ class MemoryClient:
                 self.plan = Plan.from_wire(body["plan"])
                 self._board = BoardView(message.fds[0])
                 self._mode = body["mode"]
-                self.weights = Reservation(self.plan.arena_bytes, WEIGHTS_BASE)
+                self.weights = self._reserve(self.plan.arena_bytes, WEIGHTS_BASE)
             case "segments" | "remap":
                 self._map(message)
             case "relaid":
@@ -290,7 +294,7 @@ class MemoryClient:
             case "kv":
                 (fd,) = message.fds
                 segment = Segment.from_wire(fd, body["segment"])
-                reservation = Reservation(segment.length, KV_BASE)
+                reservation = self._reserve(segment.length, KV_BASE)
                 reservation.attach([segment])
                 os.close(fd)
                 self.kv = KvArena(reservation, body["block_bytes"], body["blocks"])
@@ -298,6 +302,13 @@ class MemoryClient:
                 self._error = ColdframeError.from_wire(body["error"])
             case "granted" | "assigned" | "claimed" | "dropped":
                 self._answers.append(message)
+
+    def _reserve(self, size: int, base: int) -> Reservation:
+        held = self._reserved.pop(base, None)
+        if held is None:
+            return Reservation(size, base)
+        held.close()
+        return Reservation(size, base, exact=True)
 
     def _collect(self, message: Message) -> bool:
         """Takes segments; whether these were the last of them."""

@@ -16,6 +16,7 @@
     │       └── SourceUntrusted  its certificate is not one to trust
     ├── ArenaError           memory could not be reserved, mapped, granted or attached
     ├── SnapshotError        an image cannot be made, trusted or restored
+    │   └── NoImage            there is none that fits
     ├── DeviceError          the device is missing, too small or lost
     ├── RequestError         this request cannot be served; the replica goes on
     ├── ReplicaError         a process of the replica died or stalled
@@ -47,6 +48,7 @@ __all__ = [
     "SourceUntrusted",
     "ArenaError",
     "SnapshotError",
+    "NoImage",
     "DeviceError",
     "RequestError",
     "ReplicaError",
@@ -204,6 +206,12 @@ class ArenaError(ColdframeError):
 
 class SnapshotError(ColdframeError):
     """A process image cannot be made, trusted or restored."""
+
+
+class NoImage(SnapshotError):
+    """There is no image of this model that fits this machine."""
+
+    default_hint = "Make one with `coldframe snapshot create`."
 
 
 class DeviceError(ColdframeError):

@@ -71,6 +71,7 @@ def spawn_python(
     env: dict[str, str],
     *,
     site_packages: bool = True,
+    session: bool = False,
 ) -> Child:
     """Starts this interpreter on a line of code, with one inherited descriptor (number 3).
 
@@ -85,6 +86,7 @@ def spawn_python(
         env: Its environment.
         site_packages: Whether it can import installed packages. One that needs none starts in
             half the time without them.
+        session: Whether it leads a session of its own instead of a process group alone.
     """
     # What is imported stays, so the collector would only walk it again and again; a process
     # switches it on when it is up (`collect_garbage`).
@@ -111,7 +113,10 @@ def spawn_python(
     ]
     spawned = monotonic_ns()
     try:
-        pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions, setpgroup=0)
+        if session:
+            pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions, setsid=True)
+        else:
+            pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions, setpgroup=0)
     except OSError as error:
         raise PlatformError(
             "cannot start a process", where=sys.executable, got=error.strerror

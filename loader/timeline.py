@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Span", "Recorder", "now", "process_start_ns", "time_namespace"]
+__all__ = ["Span", "Recorder", "now", "clock_shift_ns", "process_start_ns"]
 
 now = time.monotonic_ns
 
@@ -58,7 +58,7 @@ class Recorder:
     def __init__(self, process: str) -> None:
         self.process = process
         self.offset_ns = 0
-        """What to add to this process's clock to get the starter's (see `calibrate`)."""
+        """What to add to this process's clock to get the starter's: see `clock_shift_ns`."""
         self._spans: list[Span] = []
         self._lock = threading.Lock()
 
@@ -82,10 +82,6 @@ class Recorder:
             yield
         finally:
             self.add(name, start, note=note)
-
-    def calibrate(self, sent_ns: int, their_ns: int, received_ns: int) -> None:
-        """Sets the clock offset from one question and answer (Cristian's algorithm)."""
-        self.offset_ns = their_ns - (sent_ns + received_ns) // 2
 
     def drain(self) -> list[Span]:
         """The spans since the last call, in the starter's clock."""
@@ -115,9 +111,19 @@ def process_start_ns() -> int:
     return now() - age
 
 
-def time_namespace() -> int | None:
-    """Identifies the clock: processes with equal values read the same CLOCK_MONOTONIC."""
+def clock_shift_ns() -> int:
+    """How far this process's CLOCK_MONOTONIC is ahead of the machine's, in nanoseconds.
+
+    A process that was restored from an image lives in a time namespace, so that its clock goes on
+    from where it was frozen; a container may live in one too (time_namespaces(7)). The difference
+    of two processes' values is that of their clocks.
+    """
     try:
-        return os.stat("/proc/self/ns/time").st_ino
+        with open("/proc/self/timens_offsets") as file:
+            for line in file:
+                clock, seconds, nanoseconds = line.split()
+                if clock == "monotonic":
+                    return int(seconds) * 1_000_000_000 + int(nanoseconds)
     except OSError:  # a kernel without time namespaces has one clock for all
-        return None
+        pass
+    return 0

@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
     "seal": ("coldframe.runtime.seal_command", "hash a model, so that every load can check it"),
     "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
+    "snapshot": ("coldframe.runtime.snapshot_command", "freeze a warm worker; see what is frozen"),
     "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
@@ -87,14 +88,15 @@ def _call(name: str, arguments: list[str]) -> int:
     # The bytes first: nothing that is done here makes them come sooner.
     cold = name in _COLD_STARTS and not {"-h", "--help"} & set(arguments)
     if cold:
-        from coldframe.runtime.early import MemoryProcess
+        from coldframe.runtime.early import MemoryProcess, likely_restorer
 
     from coldframe.loader.errors import ColdframeError
 
     try:
         memory = MemoryProcess() if cold else None
+        restorer = likely_restorer(arguments) if cold else None
         module, args = _parse(name, arguments)
-        args.memory = memory
+        args.memory, args.restorer = memory, restorer
         return int(module.run(args))
     except ColdframeError as error:
         print(f"coldframe: {type(error).__name__}: {error}", file=sys.stderr)

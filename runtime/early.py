@@ -1,7 +1,8 @@
-"""The very first step of a cold start: the memory service's process, before anything else.
+"""The very first step of a cold start: processes that need nothing from the command line.
 
-It needs nothing from the command line; what to load follows over its socket. So its interpreter
-starts while the front still reads its arguments. The imports here are few for that reason.
+The memory service, and where there are images the process that restores them. What to load and
+what to restore follows over their sockets. So their interpreters start while the front still reads
+its arguments. The imports here are few for that reason.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import socket
 from time import monotonic_ns
 
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
+from coldframe.snapshot.places import default_store, images_are_there
+from coldframe.snapshot.restorer_process import RestorerProcess
 
-__all__ = ["MemoryProcess"]
+__all__ = ["MemoryProcess", "likely_restorer"]
 
 _MAIN = (
     "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
@@ -50,3 +53,29 @@ class MemoryProcess:
             theirs.close()
         self.socket = ours
         self.spawned_ns = monotonic_ns()
+
+
+def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
+    """One where it looks as if it were wanted: a guess, since nothing has been parsed yet.
+
+    Args:
+        arguments: The command's, as they are.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+    mode = _said(arguments, "--snapshot", "COLDFRAME_SNAPSHOT") or "auto"
+    store = _said(arguments, "--snapshot-store", "COLDFRAME_SNAPSHOT_STORE") or default_store()
+    if mode == "off":
+        return None
+    if mode not in ("auto", "require"):
+        store = mode
+    return RestorerProcess() if images_are_there(store) else None
+
+
+def _said(arguments: list[str], flag: str, twin: str) -> str | None:
+    for index, argument in enumerate(arguments):
+        name, equals, value = argument.partition("=")
+        if name == flag:
+            return value if equals else "".join(arguments[index + 1 : index + 2])
+    return os.environ.get(twin)

@@ -11,11 +11,16 @@ import os
 import time
 
 from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.errors import SnapshotError
+from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.early import MemoryProcess
-from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.tiers import Tiers
+from coldframe.snapshot.cloner import CloneChild, Cloner
+from coldframe.snapshot.restorer_process import RestorerProcess
 
 __all__ = ["Launch", "WorkerProcess"]
 
@@ -27,14 +32,32 @@ _MEMORY_END_S = 5.0
 class WorkerProcess:
     """A worker as a process: not told yet what it is to be."""
 
-    def __init__(self, name: str, role: str, child: Child, channel: Channel) -> None:
+    def __init__(
+        self,
+        name: str,
+        role: str,
+        child: Child | CloneChild,
+        channel: Channel,
+        cloner: Cloner | None = None,
+        group: str = "",
+    ) -> None:
         self.name = name
         self.role = role
+        self.group = group
         self.child = child
         self.channel = channel
+        self.cloner = cloner
+        """Who makes it, where it is a clone."""
+        self.told = False
+        """Whether it knows what it is to be."""
         self.imported = False
         self.up = False
         self.last_words: str | None = None
+
+    @property
+    def restoring(self) -> bool:
+        """Whether it is a clone on its way up."""
+        return self.cloner is not None and not self.up
 
     def end(self) -> None:
         """Ends it at once; nothing that it has is lost by that."""
@@ -49,30 +72,38 @@ class Launch:
         options: What the replica is to be.
         recorder: Gets a span for each start.
         memory: The memory service's process, where it was started before.
+        restorer: The process that restores images, likewise.
 
     Raises:
         PlatformError: A process or the run directory cannot be made.
     """
 
     def __init__(
-        self, options: ReplicaOptions, recorder: Recorder, memory: MemoryProcess | None = None
+        self,
+        options: ReplicaOptions,
+        recorder: Recorder,
+        memory: MemoryProcess | None = None,
+        restorer: RestorerProcess | None = None,
     ) -> None:
         self.options = options
         self._recorder = recorder
         self._names = 0
         self._closed = False
         self.workers: list[WorkerProcess] = []
+        self.later: list[str] = []
+        """The roles of workers that are still to be started."""
         memory = memory or MemoryProcess(options.run_dir)
         recorder.add("process_spawn", memory.started_ns, memory.spawned_ns, note="memory")
         self.run_dir, self.lock = memory.run_dir, memory.lock
         self.memory_child = memory.child
         self.memory = Channel(memory.socket)
-        if not options.hold_load:
-            try:
+        try:
+            self.tiers = self.open_tiers(options.snapshot, restorer)
+            if not options.hold_load:
                 self.start_load()
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Ends the memory service, and the workers that no replica has taken over."""
@@ -82,6 +113,8 @@ class Launch:
         for worker in self.workers:
             worker.end()
         self.workers.clear()
+        if hasattr(self, "tiers"):
+            self.tiers.close()
         # The end of its socket tells the memory service to go, and to clear up after itself.
         self.memory.close()
         deadline = time.monotonic() + _MEMORY_END_S
@@ -112,41 +145,89 @@ class Launch:
         )
 
     def start_workers(self) -> None:
-        """Starts the workers that the options ask for.
+        """Starts the workers that the options ask for, or that the first token needs.
 
-        Prefill at once, the first token needs it. The others, and all that the front does next,
-        keep off the cores until the memory service has asked for the first byte: on a small
-        machine they would only take turns with it.
+        Prefill at once. The others, and all that the front does next, keep off the cores until the
+        memory service has asked for the first byte: on a small machine they would only take turns
+        with it. Where they are clones, which are there in no time, they keep off until prefill
+        waits for weights or has its first token (`later`).
         """
         try:
             for _ in range(self.options.prefill):
                 self.workers.append(self.start_worker("prefill"))
             if not self.options.hold_load:
                 self.memory.wait_readable(_FIRST_BYTE_S)
+            if self.workers and self.tiers.best is not None:
+                self.later = ["decode"] * self.options.decode
+                return
             for _ in range(self.options.decode):
                 self.workers.append(self.start_worker("decode"))
         except BaseException:
             self.close()
             raise
 
-    def start_worker(self, role: str) -> WorkerProcess:
-        """Starts one worker that will have the given role."""
+    def open_tiers(
+        self, snapshot: SnapshotOptions, restorer: RestorerProcess | None = None
+    ) -> Tiers:
+        """The ways to start workers, got ready.
+
+        Args:
+            snapshot: Which ones.
+            restorer: A process that restores images and waits to be told what.
+        """
+        options = self.options
+        location = parse_location(options.model)
+        local = isinstance(location, Directory) and not options.sources
+        directory = location.path if isinstance(location, Directory) and local else None
+        return Tiers(snapshot, options.model, directory, self.run_dir, restorer)
+
+    def start_worker(self, role: str, tiers: Tiers | None = None, group: str = "") -> WorkerProcess:
+        """Starts one worker that will have the given role, in the best way that is left.
+
+        Args:
+            role: `prefill` or `decode`.
+            tiers: Which ways there are; by default those of the replica.
+            group: It takes requests of that group alone.
+
+        Raises:
+            PlatformError: It cannot be started.
+            SnapshotError: It cannot be a clone, and nothing else is wanted.
+        """
+        tiers = tiers or self.tiers
         name = f"{role}-{self._names}"
         self._names += 1
+        cloner = tiers.best
+        if cloner is None and tiers.options.mode == "require":
+            raise SnapshotError(
+                "a worker cannot be a clone",
+                where=self.options.model,
+                expected="an image that fits, and CRIU",
+                got="; ".join(tiers.why),
+                hint="Make an image with `coldframe snapshot create`, or take --snapshot auto.",
+            )
         ours, theirs = Channel.pair()
         started = now()
+        child: Child | CloneChild
         try:
-            child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+            if cloner is not None:
+                child = tiers.clone(cloner, name, (ours, theirs), self.threads, self._environment())
+            else:
+                child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+                self._recorder.add("process_spawn", started, note=name)
         except BaseException:
             ours.close()
             raise
         finally:
             theirs.close()
-        self._recorder.add("process_spawn", started, note=name)
-        return WorkerProcess(name, role, child, ours)
+        return WorkerProcess(name, role, child, ours, cloner, group)
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker's kernels."""
+        return self.options.threads or cpu_count()
 
     def _environment(self) -> dict[str, str]:
-        threads = str(self.options.threads or cpu_count())
+        threads = str(self.threads)
         return {
             **os.environ,
             "OMP_NUM_THREADS": threads,

@@ -3,11 +3,42 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-__all__ = ["BLOCK_TOKENS", "ReplicaOptions"]
+__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "SnapshotOptions"]
 
 BLOCK_TOKENS = 32
 """Tokens in a KV block; the same in all processes of a replica."""
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotOptions:
+    """How workers may start, other than fresh.
+
+    Args:
+        mode: `auto` takes the best way that works, `off` starts workers fresh, `require` fails
+            where a worker cannot be a clone.
+        store: Where images are: a directory, or s3://bucket/prefix.
+        create: Whether to make an image, where there is none, once the replica is idle.
+        hash: Whether an image is held against its hashes while it is read.
+        key_file: The key that images are signed with; None takes unsigned ones.
+        verify: Whether clones answer the image's own prompt before any other.
+        max_bytes: What all images may take together; looked at when one is made.
+        max_age_s: How long ago an image may have been used last, in seconds; likewise.
+        manifest: An image that is not published yet, to be used and no other.
+        exclude: Images, by id, that are not to be used.
+    """
+
+    mode: str = "off"
+    store: str = ""
+    create: bool = False
+    hash: bool = True
+    key_file: str | None = None
+    verify: bool = False
+    max_bytes: int = 10 << 30
+    max_age_s: float = 30 * 86_400.0
+    manifest: dict[str, Any] | None = None
+    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +66,7 @@ class ReplicaOptions:
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota.
         run_dir: Where the replica's private directory is made; None chooses.
+        snapshot: How workers may start, other than fresh.
     """
 
     model: str
@@ -55,3 +87,4 @@ class ReplicaOptions:
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None
+    snapshot: SnapshotOptions = SnapshotOptions()

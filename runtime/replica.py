@@ -10,29 +10,27 @@ import os
 import selectors
 import signal
 import time
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import sweep_run_dirs
-from coldframe.loader.timeline import Recorder, Span, now, time_namespace
+from coldframe.loader.timeline import Recorder, Span, now
+from coldframe.loader.wire import Message
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.gate import Gate
 from coldframe.runtime.launch import Launch, WorkerProcess
-from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, kv_blocks
+from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
-
-_CRASHES = 6
-_CRASH_WINDOW_S = 60.0
-_START_S = 300.0
-_SEND_TIMEOUT_S = 10
 
 
 class Replica:
@@ -59,14 +57,15 @@ class Replica:
         self.recorder = recorder or Recorder("front")
         self.spans: list[Span] = []
         self._selector = selectors.DefaultSelector()
-        self._workers: dict[str, WorkerProcess] = {}
-        self._crashes: deque[float] = deque()
         self._error: ColdframeError | None = None
         self._next_tick = 0.0
         self._requests = 0
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._router = Router(self, time.monotonic)
+        self._gate: Gate | None = None
+        if options.snapshot.verify and options.snapshot.mode != "off":
+            self._gate = Gate(self._submit_first, self._distrust)
         self._begin(launch)
 
     def _begin(self, launch: Launch | None) -> None:
@@ -85,11 +84,12 @@ class Replica:
         self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
         self._selector.register(self._memory.fileno(), selectors.EVENT_READ, self._on_memory)
+        self._workforce = Workforce(self._launch, self._selector, self._router, self.recorder, self)
         try:
             if launch is None:
                 self._launch.start_workers()
             while self._launch.workers:
-                self._adopt(self._launch.workers.pop(0))
+                self._workforce.adopt(self._launch.workers.pop(0))
             if not self.options.hold_load:
                 self._read_facts()
         except BaseException:
@@ -112,7 +112,7 @@ class Replica:
     @property
     def idle(self) -> bool:
         """Whether no request is open."""
-        return self._router.open_requests == 0
+        return self._router.open_requests == 0 and (self._gate is None or self._gate.open)
 
     @property
     def spec(self) -> ModelSpec:
@@ -121,9 +121,7 @@ class Replica:
         Raises:
             ReplicaError: It is not known yet: its config is still on the way.
         """
-        if self._model is None:
-            raise ReplicaError("the model's config is not there yet")
-        return self._model.spec
+        return self.model.spec
 
     @property
     def known(self) -> bool:
@@ -131,9 +129,34 @@ class Replica:
         return self._model is not None
 
     @property
+    def model(self) -> ModelFacts:
+        """The model's configs and shape.
+
+        Raises:
+            ReplicaError: As `spec`.
+        """
+        if self._model is None:
+            raise ReplicaError("the model's config is not there yet")
+        return self._model
+
+    @property
+    def wants_image(self) -> bool:
+        """Whether there was no image for this start."""
+        return self._workforce.tiers.no_image
+
+    @property
+    def run_dir(self) -> str:
+        return self._launch.run_dir
+
+    @property
+    def threads(self) -> int:
+        """Threads of each worker's kernels."""
+        return self._launch.threads
+
+    @property
     def pids(self) -> dict[str, int]:
         """The processes by name."""
-        workers = {worker.name: worker.child.pid for worker in self._workers.values()}
+        workers = {w.name: w.child.pid for w in self._workforce.workers.values()}
         return {"memory": self._memory_child.pid, **workers}
 
     def submit(
@@ -143,8 +166,16 @@ class Replica:
         *,
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
+        group: str = "",
     ) -> str:
         """Takes a request and returns its id; the answer comes to the listener during `poll`.
+
+        Args:
+            params: What is asked for.
+            listener: Gets the answer.
+            prompt: The prompt as text, or
+            prompt_ids: as token ids.
+            group: Of the workers that are to serve it; see `add_clones`.
 
         Raises:
             ColdframeError: The replica cannot go on.
@@ -155,12 +186,34 @@ class Replica:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:
             raise ReplicaError("the model's config is not there yet", hint="Wait until `known`.")
-        self._requests += 1
-        request = f"r{self._requests}-{os.urandom(4).hex()}"
-        self._router.submit(request, params, listener, prompt=prompt, prompt_ids=prompt_ids)
+        request = self._new_request()
+        go = partial(
+            self._router.submit,
+            *(request, params, listener),
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            group=group,
+        )
+        if self._gate is None or self._gate.open or group:
+            go()
+        else:
+            self._gate.hold(request, go, listener)
         return request
 
+    def _submit_first(
+        self, params: SamplingParams, listener: Listener, prompt_ids: tuple[int, ...]
+    ) -> str:
+        request = self._new_request()
+        self._router.submit(request, params, listener, prompt_ids=prompt_ids)
+        return request
+
+    def _new_request(self) -> str:
+        self._requests += 1
+        return f"r{self._requests}-{os.urandom(4).hex()}"
+
     def cancel(self, request: str) -> None:
+        if self._gate is not None:
+            self._gate.cancel(request)
         self._router.cancel(request)
 
     def start_load(self) -> None:
@@ -172,7 +225,7 @@ class Replica:
     @property
     def imported(self) -> bool:
         """Whether all workers have their libraries, so that only the model is missing."""
-        return all(worker.imported for worker in self._workers.values())
+        return all(worker.imported for worker in self._workforce.workers.values())
 
     def poll(self, timeout: float | None = None) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
@@ -181,10 +234,11 @@ class Replica:
             # Handling one may have ended the process at the other end of the next.
             if self._selector.get_map().get(key.fd) == key:
                 key.data()
+        self._workforce.catch_up()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
-            self._kill_late_starters()
+            self._workforce.tick(self._load_started_ns)
 
     def run_until(self, done: Callable[[], bool]) -> None:
         """Polls until something is so.
@@ -197,14 +251,38 @@ class Replica:
                 raise self._error
             self.poll()
 
+    def watch(self, fd: int, ready: Callable[[], None]) -> None:
+        """Has `poll` call something whenever a descriptor is readable."""
+        self._selector.register(fd, selectors.EVENT_READ, ready)
+
+    def unwatch(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def add_clones(
+        self, snapshot: SnapshotOptions, group: str, lost: Callable[[ColdframeError], None]
+    ) -> None:
+        """Starts a prefill and a decode worker from one image, for the requests of their group.
+
+        Args:
+            snapshot: The image; nothing stands in for it.
+            group: See `submit`.
+            lost: Called when there is no clone, or none any more.
+
+        Raises:
+            ColdframeError: They cannot be started.
+        """
+        self._workforce.add_group(snapshot, group, lost)
+
+    def remove_clones(self, group: str) -> None:
+        """Ends the workers of a group."""
+        self._workforce.remove_group(group)
+
     def close(self) -> None:
         """Ends all processes and removes what they had."""
         if self._closed:
             return
         self._closed = True
-        for worker in self._workers.values():
-            worker.end()
-        self._workers.clear()
+        self._workforce.close()
         self._launch.close()
         self._selector.close()
         sweep_run_dirs(self.options.run_dir)
@@ -212,9 +290,7 @@ class Replica:
     # -- Transport, for the router ---------------------------------------------------------------
 
     def to_worker(self, worker: str, message: dict[str, Any]) -> None:
-        found = self._workers.get(worker)
-        if found is not None:
-            self._send(found, message)
+        self._workforce.send(worker, message)
 
     def to_memory(self, message: dict[str, Any]) -> None:
         try:
@@ -223,9 +299,7 @@ class Replica:
             return
 
     def kill(self, worker: str) -> None:
-        found = self._workers.get(worker)
-        if found is not None:
-            self._bury(found, "it hung")
+        self._workforce.kill(worker)
 
     # -- the memory service ----------------------------------------------------------------------
 
@@ -242,6 +316,7 @@ class Replica:
             return
         self._model = model
         block_bytes, blocks = kv_blocks(model.spec, self.options.kv_bytes)
+        self.kv_bytes = block_bytes * blocks
         self.to_memory(
             {
                 "type": "kv",
@@ -250,7 +325,8 @@ class Replica:
                 "lease_s": self.options.lease_s,
             }
         )
-        self._init_workers()
+        self._router.reopen()
+        self._tell_workers()
 
     def _settle(self) -> None:
         """Lets the memory service do, once, what would have delayed the first token."""
@@ -265,7 +341,7 @@ class Replica:
         try:
             self._take_facts(ModelFacts(path, stored))
         except ColdframeError as error:
-            self._fail(error)
+            self.fail(error)
 
     def _on_memory(self) -> None:
         messages, ended = self._memory.receive_ready()
@@ -274,7 +350,7 @@ class Replica:
             match message.kind:
                 case "listening":
                     self._listening = True
-                    self._init_workers()
+                    self._tell_workers()
                 case "files":
                     self._files = body["path"]
                     if body["local"]:
@@ -291,172 +367,119 @@ class Replica:
                     self.loaded = self.loaded or kind == "loaded"
                     told = ("mode", "why", "verified", "peers_at")
                     self.facts |= {name: body[name] for name in told}
-                    self._add_spans(body["spans"])
+                    self.add_spans(body["spans"])
                     self._settle()
                 case "kept":
                     self.facts |= {"kept": True, "kept_why_not": body["why"]}
                 case "failed":
-                    self._add_spans(body["spans"])
-                    self._fail(ColdframeError.from_wire(body["error"]))
+                    self.add_spans(body["spans"])
+                    self.fail(ColdframeError.from_wire(body["error"]))
         if ended:
-            self._selector.unregister(self._memory.fileno())
-            code = self._memory_child.kill()
-            self._fail(
-                ReplicaError(
-                    "the memory service died",
-                    got=_ending(code),
-                    hint="What it said, if anything, is on standard error. Start again.",
-                )
+            self._memory_died(ending(self._memory_child.kill()))
+
+    def _memory_died(self, why: str) -> None:
+        workers = self._workforce.workers.values()
+        if any(w.cloner is not None for w in workers) and not any(w.up for w in workers):
+            # Nobody has been served yet, and a restore may be what it died of.
+            why = f"the memory service died while workers were restored: {why}"
+            self.recorder.add("snapshot_restore", self._load_started_ns or now(), note=why)
+            options = replace(self.options, snapshot=SnapshotOptions("off"), hold_load=False)
+            self._start_over(why, options)
+            tiers = self._workforce.tiers
+            tiers.why, tiers.failed = [why], why
+            return
+        self._selector.unregister(self._memory.fileno())
+        self.fail(
+            ReplicaError(
+                "the memory service died",
+                got=why,
+                hint="What it said, if anything, is on standard error. Start again.",
             )
-
-    # -- workers ---------------------------------------------------------------------------------
-
-    def _add_worker(self, role: str) -> None:
-        self._adopt(self._launch.start_worker(role))
-
-    def _adopt(self, worker: WorkerProcess) -> None:
-        channel = worker.channel
-        channel.set_send_timeout(_SEND_TIMEOUT_S)
-        self._workers[worker.name] = worker
-        self._selector.register(
-            channel.fileno(), selectors.EVENT_READ, lambda: self._on_worker(worker)
         )
-        if self._listening and self._model is not None:
-            self._init(worker, self._model)
 
-    def _init_workers(self) -> None:
+    # -- Owner, for the workers ------------------------------------------------------------------
+
+    def fail(self, error: ColdframeError) -> None:
+        if self._error is None:
+            self._error = error
+            self._router.fail_all(error)
+            if self._gate is not None:
+                self._gate.fail(error)
+
+    def add_spans(self, wire: list[list[Any]]) -> None:
+        """Takes spans of a process."""
+        self.spans += [Span.from_wire(data) for data in wire]
+
+    def is_up(self, worker: WorkerProcess) -> None:
+        if worker.group:
+            return
+        tiers = self._workforce.tiers
+        found = self.facts.setdefault("snapshot", {"tier": None, "image": None})
+        found |= {"why": "; ".join(tiers.why) or None, "failed": tiers.failed}
+        if worker.role == "prefill":
+            cloner = worker.cloner
+            found["tier"] = "fresh" if cloner is None else cloner.tier
+            found["image"] = None if cloner is None else cloner.image
+            if not self.loaded or self.idle:
+                self._workforce.start_rest()
+            if self._gate is not None:
+                self._gate.is_up(worker, self.spec.vocab_size)
+
+    def heard(self, worker: WorkerProcess, message: Message) -> None:
+        if message.kind == "tokens" and not self._answered:
+            self._answered = True
+            self._workforce.start_rest()
+            self._settle()
+        self._router.on_message(worker.name, message.body)
+
+    def died(self, worker: WorkerProcess, code: int) -> bool:
+        if self._error is not None:
+            return True
+        if code != -signal.SIGBUS or self.facts.get("mode") != "mapped":
+            return False
+        # What is in the other workers' mappings is not to be trusted either.
+        self._start_over(
+            "a weight file shrank under a worker that had it mapped",
+            replace(self.options, copy=True, hold_load=False),
+            worker,
+        )
+        return True
+
+    def _distrust(self, error: ColdframeError) -> None:
+        if self._error is None:  # else that is why there was no answer
+            self._workforce.distrust(error)
+
+    def _tell_workers(self) -> None:
         """Tells the workers what they are to be, once memory service and model are known."""
         if self._listening and self._model is not None:
-            for worker in self._workers.values():
-                self._init(worker, self._model)
+            self._workforce.tell(self._model)
 
-    def _init(self, worker: WorkerProcess, model: ModelFacts) -> None:
-        self._send(
-            worker,
-            {
-                "type": "init",
-                "name": worker.name,
-                "role": worker.role,
-                "parent": os.getpid(),
-                "model": model.directory,
-                "config": model.config,
-                "generation": model.generation,
-                "memory": os.path.join(self._launch.run_dir, "memory.sock"),
-                "overlap": self.options.overlap,
-                "time_namespace": time_namespace(),
-            },
-        )
-        self._router.worker_added(worker.name, worker.role)
+    def _start_over(
+        self, why: str, options: ReplicaOptions, dead: WorkerProcess | None = None
+    ) -> None:
+        """All processes anew.
 
-    def _send(self, worker: WorkerProcess, message: dict[str, Any]) -> None:
-        try:
-            worker.channel.send(message)
-        except ReplicaError:
-            # Dead, or as good as that: it does not read. Its end is read from the socket, after
-            # its last messages.
-            worker.child.kill()
+        Open requests go on in the new ones, from the tokens that their clients have seen.
 
-    def _on_worker(self, worker: WorkerProcess) -> None:
-        messages, ended = worker.channel.receive_ready()
-        for message in messages:
-            match message.kind:
-                case "spans":
-                    self._add_spans(message.body["spans"])
-                case "imported":
-                    worker.imported = True
-                case "clock":
-                    self._send(worker, {"type": "clock", "now": now()})
-                case "broken":
-                    error = ColdframeError.from_wire(message.body["error"])
-                    if isinstance(error, ReplicaError):
-                        worker.last_words = str(error)  # another may fare better
-                    else:
-                        self._fail(error)
-                case kind:
-                    worker.up = worker.up or kind == "up"
-                    if kind == "tokens" and not self._answered:
-                        self._answered = True
-                        self._settle()
-                    self._router.on_message(worker.name, message.body)
-        if ended and worker.name in self._workers:
-            self._bury(worker, None)
-
-    def _bury(self, worker: WorkerProcess, why: str | None) -> None:
-        """A worker is dead or has to be: reap it, start another, and move its requests there."""
-        del self._workers[worker.name]
-        self._selector.unregister(worker.channel.fileno())
-        worker.channel.close()
-        code = worker.child.kill()
-        if self._error is not None:
-            return
-        self._crashes.append(time.monotonic())
-        while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:
-            self._crashes.popleft()
-        ending = why or worker.last_words or _ending(code)
-        if code == -signal.SIGBUS and self.facts.get("mode") == "mapped":
-            self._start_over(worker)
-        elif len(self._crashes) > _CRASHES:
-            self._fail(
-                ReplicaError(
-                    "workers die again and again",
-                    where=worker.name,
-                    expected=f"at most {_CRASHES} ends in {_CRASH_WINDOW_S:g} s",
-                    got=ending,
-                    hint="What they said last is on standard error.",
-                )
-            )
-        else:
-            self._add_worker(worker.role)
-            self._router.worker_gone(worker.name, ending)
-
-    def _start_over(self, dead: WorkerProcess) -> None:
-        """A file shrank under a worker that had it mapped: all processes anew, with a copy.
-
-        What is in the other workers' mappings is not to be trusted either. Open requests go on in
-        the new processes, from the tokens that their clients have seen.
+        Args:
+            why: What for.
+            options: What the replica is to be from now on.
+            dead: A worker that has been reaped already.
         """
-        why = "a weight file shrank under a worker that had it mapped"
-        gone = [dead, *self._workers.values()]
-        for worker in self._workers.values():
-            self._selector.unregister(worker.channel.fileno())
-            worker.end()
-        self._workers.clear()
+        gone = self._workforce.close()
+        if dead is not None:
+            gone.append(dead.name)
         if self._memory.fileno() in self._selector.get_map():
             self._selector.unregister(self._memory.fileno())
         if self.board is not None:
             self.board.close()
         self._launch.close()
-        self._router.workers_gone([worker.name for worker in gone], why)
-        self.options = replace(self.options, copy=True, hold_load=False)
+        self._router.workers_gone(gone, why)
+        self.options = options
         self._load_started_ns = now()
         try:
             self._begin(None)
         except ColdframeError as error:
-            self._fail(error)
+            self.fail(error)
         else:
             self.facts["restarted"] = why
-
-    def _kill_late_starters(self) -> None:
-        if self._load_started_ns is None:
-            return
-        late = now() - int(_START_S * 1e9)
-        for worker in list(self._workers.values()):
-            if not worker.up and max(worker.child.spawned_ns, self._load_started_ns) < late:
-                self._bury(worker, f"it was not up after {_START_S:g} s")
-
-    def _fail(self, error: ColdframeError) -> None:
-        if self._error is None:
-            self._error = error
-            self._router.fail_all(error)
-
-    def _add_spans(self, wire: list[list[Any]]) -> None:
-        self.spans += [Span.from_wire(data) for data in wire]
-
-
-def _ending(code: int) -> str:
-    if code >= 0:
-        return f"exit status {code}"
-    try:
-        return f"killed by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"killed by signal {-code}"

@@ -62,6 +62,7 @@ class Transport(Protocol):
 @dataclass(slots=True)
 class _Worker:
     role: str
+    group: str = ""
     up: bool = False
     heard: float = 0.0
 
@@ -70,6 +71,7 @@ class _Worker:
 class _Request:
     job: Job
     listener: Listener
+    group: str = ""
     generated: list[int] = field(default_factory=list)
     handoff: Handoff | None = None
     worker: str | None = None
@@ -106,10 +108,11 @@ class Router:
         *,
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
+        group: str = "",
     ) -> None:
-        """Takes a request; it waits where there is no worker yet."""
+        """Takes a request; it waits where there is no worker of its group yet."""
         job = Job(request, 0, params.with_seed(), prompt, prompt_ids)
-        self._requests[request] = _Request(job, listener)
+        self._requests[request] = _Request(job, listener, group)
         self._transport.to_memory({"type": "open", "request": request})
         self._place(request)
 
@@ -129,11 +132,16 @@ class Router:
             self._end(request)
             found.listener.on_error(error)
 
+    def reopen(self) -> None:
+        """Tells a memory service that is another one than before which requests there are."""
+        for request in self._requests:
+            self._transport.to_memory({"type": "open", "request": request})
+
     # -- workers ---------------------------------------------------------------------------------
 
-    def worker_added(self, worker: str, role: str) -> None:
+    def worker_added(self, worker: str, role: str, group: str = "") -> None:
         """A worker was started; what waits for its role is given to it at once."""
-        self._workers[worker] = _Worker(role, heard=self._clock())
+        self._workers[worker] = _Worker(role, group, heard=self._clock())
         for request, found in self._requests.items():
             if found.worker is None:
                 self._place(request)
@@ -208,7 +216,8 @@ class Router:
         """Gives a request to the least loaded worker of the role that it needs, if there is one."""
         found = self._requests[request]
         role = "prefill" if found.handoff is None else "decode"
-        loads = {name: 0 for name, state in self._workers.items() if state.role == role}
+        wanted = (role, found.group)
+        loads = {n: 0 for n, state in self._workers.items() if (state.role, state.group) == wanted}
         for other in self._requests.values():
             if other.worker in loads:
                 loads[other.worker] += 1

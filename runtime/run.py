@@ -16,6 +16,7 @@ from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.snapshot_flags import add_snapshot_arguments, snapshot_options
 from coldframe.runtime.units import byte_count, byte_rate
 
 # The rest is imported when the processes are on their way: see `run`.
@@ -24,9 +25,14 @@ if TYPE_CHECKING:
     from coldframe.runtime.replica import Replica
     from coldframe.runtime.router import TokenEvent
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "run", "terminate"]
 
 _SPANS_NS = 1_000_000_000
+_SNAPSHOT_NEWS = {
+    "failed": "no clone could be used:",
+    "created": "for the next start a worker was frozen: image",
+    "not_created": "no worker was frozen for the next start:",
+}
 MODEL_HELP = (
     "a checkpoint's directory, s3://bucket/prefix, http(s)://host/path, peer://host:port, "
     "or a Hugging Face id"
@@ -103,6 +109,7 @@ def add_replica_arguments(parser: Parser) -> None:
         action="store_true",
         help="wait for all weights before the prefill, to measure what overlapping is worth",
     )
+    add_snapshot_arguments(parser)
     parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="memory for KV, as 2GiB")
     parser.flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
 
@@ -139,6 +146,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         throttle=args.throttle,
         overlap=not args.no_overlap,
         kv_bytes=args.kv_memory,
+        snapshot=snapshot_options(args),
     )
     if args.threads is None:
         return options
@@ -164,12 +172,12 @@ def run(args: argparse.Namespace) -> int:
     exec_ns = min(process_start_ns(), started)
     recorder = Recorder("front")
     recorder.add("interpreter", exec_ns, started, note="and imports")
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, terminate)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     try:
         options = replica_options(args)
-        launch = Launch(options, recorder, args.memory)
+        launch = Launch(options, recorder, args.memory, args.restorer)
         launch.start_workers()
         imported = now()
         from coldframe.runtime.replica import Replica
@@ -197,6 +205,14 @@ def run(args: argparse.Namespace) -> int:
                 document["not_cached"] = why = replica.facts["kept_why_not"]
                 if why is not None and not args.json:
                     print(f"coldframe: not kept in the cache: {why}", file=sys.stderr)
+            document["snapshot"] = snapshot = replica.facts.get("snapshot")
+            if snapshot is not None:
+                from coldframe.runtime.creating import image_for_next_time
+
+                snapshot |= image_for_next_time(replica)
+                for key, text in _SNAPSHOT_NEWS.items():
+                    if snapshot.get(key) is not None and not args.json and not args.quiet:
+                        print(f"coldframe: {text} {snapshot[key]}", file=sys.stderr)
     except ColdframeError as error:
         if args.json:
             print(json.dumps(error.to_wire()))
@@ -364,6 +380,7 @@ def _bias(text: str) -> tuple[int, float]:
         raise argparse.ArgumentTypeError(f"{text!r} is no bias; write ID:BIAS") from None
 
 
-def _terminate(number: int, _: FrameType | None) -> None:
+def terminate(number: int, _: FrameType | None) -> None:
+    """Ends this process by a signal, with all that it has started."""
     # Through the stack, so that the replica is closed on the way.
     raise SystemExit(128 + number)

@@ -39,6 +39,7 @@ class ModelFacts:
             tensors = checkpoint.tensors
         else:
             self.config = read_config(directory)
+        self.tensors: Mapping[str, TensorLike] = tensors
         self.generation: dict[str, Any] = read_generation_config(directory)
         try:
             self.spec = ModelSpec.from_config(self.config, tensors, self.generation)

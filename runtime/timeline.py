@@ -2,8 +2,9 @@
 
 The critical path answers what the first token was waiting for at each moment from the exec on. It
 follows the prefill worker that made the token. While that worker computes, the moment belongs to
-what it computes; while it waits for weights, to what the memory service does then; before it was
-started, to the front. A moment that belongs to nothing is `unattributed`.
+what it computes; while it waits for weights, to what the memory service does then; while it is
+restored, to what is done with the image for that; before it was started, to the front. A moment
+that belongs to nothing is `unattributed`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ __all__ = ["PathStep", "Timeline", "UNATTRIBUTED"]
 UNATTRIBUTED = "unattributed"
 _FRONT = "front"
 _MEMORY = "memory"
+_SNAPSHOT = "snapshot"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,10 @@ def _owner(active: Sequence[Span], worker: str | None) -> tuple[str, str]:
     # Whatever the worker's main thread does comes before what its second thread does meanwhile.
     main = [s for s in busy if s.name != "tokenizer"]
     if main:
-        return _innermost(main)
+        name, _ = _innermost(main)
+        # A clone does nothing itself before its image has been found and read.
+        makers = [s for s in active if s.process == _SNAPSHOT and s.waits_for is None]
+        return _innermost(makers if makers and name == "snapshot_restore" else main)
     if busy and waits:
         return _innermost(busy)
     others = [s for s in active if s.process != worker and s.waits_for is None]

@@ -4,10 +4,10 @@ What takes long is done at the same moment: the main thread imports torch while 
 which reads the control socket, maps the arenas and loads the tokenizer. The control socket is
 the worker's one tie to the front: when it ends, the worker ends, whatever it is doing.
 
-Messages in:  `init`, `clock`, then for a prefill worker `job`, `ack`; for a decode worker
-`handoff`; for both `cancel`.
-Messages out: `imported`, `clock`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one
-request), `broken` (the worker), `spans`.
+Messages in:  `init`, then for a prefill worker `job`, `ack`; for a decode worker `handoff`; for
+both `cancel`.
+Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
+`broken` (the worker), `spans`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
+from coldframe.loader.arena import Reservation
 from coldframe.loader.client import KvArena, MemoryClient
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
-from coldframe.loader.timeline import Recorder, now, time_namespace
+from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import tensors_of, torch_dtypes
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
 
-__all__ = ["Worker", "kv_format", "main"]
+__all__ = ["Warm", "Worker", "kv_format", "main", "work"]
 
 BEAT_S = 5.0
 """How often a worker says that it is alive, in seconds."""
@@ -60,45 +61,63 @@ class _Setup:
     kv: KvArena
 
 
+@dataclass(frozen=True, slots=True)
+class Warm:
+    """What a clone has from before it was frozen.
+
+    Args:
+        tokenizer: The model's.
+        reserved: The arenas' addresses, nothing mapped there.
+    """
+
+    tokenizer: Tokenizer
+    reserved: tuple[Reservation, ...]
+
+
 class Worker:
     """What both roles share: the sockets, the engine, the clock and the requests' text.
 
     Args:
         control: The socket to the front.
         recorder: Holds the spans of the start so far.
+        warm: What a clone has; None for a worker that starts fresh.
     """
 
-    def __init__(self, control: Channel, recorder: Recorder) -> None:
+    def __init__(self, control: Channel, recorder: Recorder, warm: Warm | None = None) -> None:
         self.control = control
         self.recorder = recorder
         self.inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         """Messages from the front; None says that the memory service has news."""
         self.role = ""
         self.overlap = True
+        self._warm = warm
         self._setup: _Setup | None = None
         self._failure: ColdframeError | None = None
         self._prepared = threading.Event()
-        self._clock_asked = 0
         self._beaten = 0.0
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     # -- the start -------------------------------------------------------------------------------
 
-    def boot(self, first_ns: int) -> None:
+    def boot(self, since_ns: int) -> None:
         """Brings the engine up.
 
         Args:
-            first_ns: When the process's first line of Python ran.
+            since_ns: When the process's first line of Python ran; for a clone, when it could go on.
 
         Raises:
             ColdframeError: It cannot come up.
         """
+        from coldframe.runtime.lean_torch import import_torch
+
+        import_torch()
         import torch
 
         from coldframe.runtime.engine.kv import KVCache
         from coldframe.runtime.engine.model import Model
 
-        self.recorder.add("imports", first_ns)
+        if self._warm is None:
+            self.recorder.add("imports", since_ns)
         self.control.send({"type": "imported"})
         waited = now()
         self._prepared.wait()
@@ -142,8 +161,6 @@ class Worker:
                 except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
                     self._failure = ReplicaError("the worker cannot start", got=repr(error))
                 self._prepared.set()
-            elif message.kind == "clock":
-                self.recorder.calibrate(self._clock_asked, message.body["now"], now())
             else:
                 self.inbox.put(message)
 
@@ -151,16 +168,24 @@ class Worker:
         from coldframe.runtime.engine.spec import ModelSpec
         from coldframe.runtime.text import Tokenizer
 
-        die_with_parent(init["parent"])
+        warm = self._warm
+        if warm is None:  # a clone has another parent, and ends with that one
+            die_with_parent(init["parent"])
         self.role = init["role"]
         self.overlap = init["overlap"]
         self.recorder.process = init["name"]
-        if init["time_namespace"] != time_namespace():
-            self._clock_asked = now()
-            self.control.send({"type": "clock"})
-        client = MemoryClient(init["memory"], init["name"], on_event=lambda: self.inbox.put(None))
-        with self.recorder.span("tokenizer"):
-            tokenizer = Tokenizer.load(init["model"])
+        self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
+        client = MemoryClient(
+            init["memory"],
+            init["name"],
+            on_event=lambda: self.inbox.put(None),
+            reserved=() if warm is None else warm.reserved,
+        )
+        if warm is None:
+            with self.recorder.span("tokenizer"):
+                tokenizer = Tokenizer.load(init["model"])
+        else:
+            tokenizer = warm.tokenizer
         plan, _, kv = client.wait_arenas()
         spec = ModelSpec.from_config(init["config"], plan.placements, init["generation"])
         self._setup = _Setup(client, spec, tokenizer, plan, kv)
@@ -252,9 +277,21 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
     recorder = Recorder("worker")
     recorder.add("interpreter", spawned_ns, first_ns)
     control = Channel.from_fd(control_fd)
-    worker = Worker(control, recorder)
+    work(control, recorder, None, first_ns)
+
+
+def work(control: Channel, recorder: Recorder, warm: Warm | None, since_ns: int) -> NoReturn:
+    """A worker's whole life; it ends the process.
+
+    Args:
+        control: The socket to the front.
+        recorder: Holds the spans of the start so far.
+        warm: What a clone has; None for a worker that starts fresh.
+        since_ns: See `Worker.boot`.
+    """
+    worker = Worker(control, recorder, warm)
     try:
-        worker.boot(first_ns)
+        worker.boot(since_ns)
         _loop(worker.role)(worker)
     except ColdframeError as error:
         worker.report_spans()

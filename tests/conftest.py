@@ -9,7 +9,19 @@ from pathlib import Path
 import psutil
 import pytest
 
+from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
+from coldframe.snapshot.criu import Criu
+from tests.support import unavailable
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fresh_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Workers start fresh where a test does not ask, and nobody's own images are touched."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLDFRAME_SNAPSHOT", "off")
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -26,6 +38,17 @@ def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[model]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def criu() -> Criu:
+    """A CRIU that works here. Where there is none, tests are skipped; in CI they fail."""
+    try:
+        found = Criu.find()
+        found.check()
+    except SnapshotError as error:
+        unavailable(str(error))
+    return found
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -8,7 +9,7 @@ import time
 import psutil
 import pytest
 
-from coldframe.loader.timeline import Recorder, Span, now, process_start_ns, time_namespace
+from coldframe.loader.timeline import Recorder, Span, clock_shift_ns, now, process_start_ns
 
 
 def test_a_span_travels_whole() -> None:
@@ -53,9 +54,7 @@ def test_spans_of_all_threads_are_kept() -> None:
 
 def test_a_calibrated_recorder_speaks_in_the_starters_clock() -> None:
     recorder = Recorder("clone")
-    # Asked at 100 and answered at 140: the answer was read at 120 of this clock.
-    recorder.calibrate(sent_ns=100, their_ns=1_000_120, received_ns=140)
-    assert recorder.offset_ns == 1_000_000
+    recorder.offset_ns = 1_000_000
     recorder.add("hooks", 5, 7)
     (span,) = recorder.drain()
     assert (span.start_ns, span.end_ns) == (1_000_005, 1_000_007)
@@ -91,7 +90,28 @@ def _start_by_ps() -> int:
     return now() - int(age * 1e9)
 
 
-def test_processes_of_one_machine_have_one_clock() -> None:
-    code = "from coldframe.loader.timeline import time_namespace; print(time_namespace())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(time_namespace())
+_SHIFT = "from coldframe.loader.timeline import clock_shift_ns, now; print(clock_shift_ns(), now())"
+
+
+def test_processes_of_one_time_namespace_have_one_clock() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _SHIFT], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout.split()[0]) == clock_shift_ns()
+
+
+@pytest.mark.parametrize("seconds", [2_592_000, -100])
+def test_the_clock_of_a_time_namespace_is_ahead_by_its_shift(seconds: int) -> None:
+    if now() < 200 * 10**9 and seconds < 0:
+        seconds = -1  # a clock cannot be set back beyond its start
+    command = ["unshare", "--user", "--map-root-user", "--time", "--fork", "--monotonic"]
+    done = subprocess.run(
+        [*command, str(seconds), sys.executable, "-c", _SHIFT], capture_output=True, text=True
+    )
+    if done.returncode != 0 and "unshare" in done.stderr:
+        if os.environ.get("CI"):
+            pytest.fail(done.stderr)
+        pytest.skip(f"no time namespaces here: {done.stderr.strip()}")
+    shift, clock = map(int, done.stdout.split())
+    assert shift - clock_shift_ns() == seconds * 10**9
+    assert abs(clock - (now() + seconds * 10**9)) < 60 * 10**9

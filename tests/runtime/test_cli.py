@@ -31,7 +31,7 @@ PROMPT = "Once upon a time, a replica slept at zero, and then a request"
 
 def environment(runs: Path, **more: str) -> dict[str, str]:
     clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
-    return {**clean, "COLDFRAME_RUN_DIR": str(runs), **more}
+    return {**clean, "COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **more}
 
 
 def run(

@@ -48,6 +48,7 @@ REPO = "org/name"
 def environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in os.environ if name.startswith(("COLDFRAME_", "HF_"))]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("COLDFRAME_SNAPSHOT", "off")
     isolate(monkeypatch, tmp_path)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setenv("COLDFRAME_PEER_TOKEN", PEER_TOKEN)

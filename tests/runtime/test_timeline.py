@@ -156,6 +156,31 @@ def test_a_wait_for_the_request_belongs_to_the_front() -> None:
     assert ("memory", "weight_read", 50, 60) in path(timeline)
 
 
+def test_a_restore_belongs_to_what_is_done_with_the_image() -> None:
+    timeline = made(
+        span("front", "interpreter", 0, 30),
+        span("snapshot", "interpreter", 20, 25),
+        span("snapshot", "snapshot_check", 35, 40),
+        span("snapshot", "snapshot_read", 40, 60),
+        span("memory", "weight_read", 35, 70),
+        span(WORKER, "snapshot_restore", 30, 80),
+        span(WORKER, "hooks", 80, 85),
+        # Another clone is made while this one computes: nothing waits for that.
+        span("snapshot", "snapshot_read", 86, 95),
+        HEAD,
+    )
+    assert path(timeline) == [
+        ("front", "interpreter", 0, 30),
+        (WORKER, "snapshot_restore", 30, 35),
+        ("snapshot", "snapshot_check", 35, 40),
+        ("snapshot", "snapshot_read", 40, 60),
+        (WORKER, "snapshot_restore", 60, 80),
+        (WORKER, "hooks", 80, 85),
+        ("", UNATTRIBUTED, 85, 90),
+        (WORKER, "prefill[head]", 90, 100),
+    ]
+
+
 def test_other_workers_do_not_count() -> None:
     timeline = made(span("decode-1", "imports", 0, 90), HEAD)
     assert path(timeline) == [("", UNATTRIBUTED, 0, 90), (WORKER, "prefill[head]", 90, 100)]

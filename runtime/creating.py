@@ -1,0 +1,75 @@
+"""An image for the next start, made when this replica is idle and started without one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.options import SnapshotOptions
+from coldframe.snapshot.criu import Criu
+from coldframe.snapshot.signing import read_key
+from coldframe.snapshot.store import Store, open_store
+
+if TYPE_CHECKING:
+    from coldframe.runtime.replica import Replica
+
+__all__ = ["image_for_next_time", "prune", "store_of"]
+
+
+def image_for_next_time(replica: Replica) -> dict[str, Any]:
+    """Makes an image where one is wanted: the replica had none, and its options allow it.
+
+    It is not tried where an image was there and could not be used: the next one would not fare
+    better. Nor where there is no CRIU, which is no news to anybody.
+
+    Args:
+        replica: Its weights are in. It goes on serving meanwhile.
+
+    Returns:
+        `created`, the image's id, or `not_created`, the reason; nothing where none was wanted.
+        `not_removed`, why images beyond the limits are still there.
+    """
+    snapshot = replica.options.snapshot
+    if not snapshot.create or not replica.wants_image:
+        return {}
+    try:
+        Criu.find()
+    except ColdframeError:
+        return {}
+    from coldframe.runtime.freezing import Freezing
+
+    # Nothing of this may spoil what has been answered.
+    try:
+        freezing = Freezing(replica, snapshot)
+        freezing.follow()
+    except ColdframeError as error:
+        return {"not_created": str(error)}
+    if freezing.error is not None:
+        return {"not_created": str(freezing.error)}
+    try:
+        prune(snapshot, str(freezing.image))
+    except ColdframeError as error:
+        return {"created": freezing.image, "not_removed": str(error)}
+    return {"created": freezing.image}
+
+
+def prune(snapshot: SnapshotOptions, keep: str) -> list[str]:
+    """Removes images that are too old or too much: their ids.
+
+    Args:
+        snapshot: The store and its limits.
+        keep: An image that stays.
+    """
+    return store_of(snapshot).prune(
+        max_bytes=snapshot.max_bytes, max_age_s=snapshot.max_age_s, keep=frozenset({keep})
+    )
+
+
+def store_of(snapshot: SnapshotOptions) -> Store:
+    """The store that options name.
+
+    Raises:
+        SnapshotError: It, or the key, cannot be used.
+    """
+    key = None if snapshot.key_file is None else read_key(snapshot.key_file)
+    return open_store(snapshot.store, key=key)

@@ -1,0 +1,227 @@
+"""Making an image for a replica's model: frozen by a helper, tried by this replica, then published.
+
+The helper process warms a worker up, freezes it and stores the image. Before anybody else can use
+it, two clones of it join this replica and answer a short prompt on the real weights: prefill, the
+hand-off and decode. What they say becomes the image's oracle.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, round_up
+from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
+from coldframe.loader.process import Child, spawn_python
+from coldframe.loader.timeline import now
+from coldframe.loader.wire import Channel
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.frozen_worker import FREEZE, freeze_order, weights_room
+from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.oracle import OracleRun
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.router import Listener
+from coldframe.runtime.workforce import ending
+from coldframe.snapshot.freezer import freezing_environment
+from coldframe.snapshot.model_key import ModelKey
+
+__all__ = ["Freezing", "Trial"]
+
+_MAIN = "from coldframe.snapshot.freezer import main; main(3, int(sys.argv[1]), first_ns)"
+_ROOM = 1 << 30
+_CLEAR_UP_S = 5.0
+FREEZE_S = 600.0
+"""How long an image may take to be in its store, in seconds; that may be beyond a network."""
+
+
+class Freezing:
+    """An image in the making; it goes on while the replica is polled.
+
+    Args:
+        replica: Whose model; its config is known. Its memory service has the weights.
+        snapshot: The store, and the key to sign with.
+        compress: See `Store.put`.
+
+    Attributes:
+        done: Whether it has come to its end, one or the other.
+        image: The id of the image, once it is published.
+        error: Why there is none.
+    """
+
+    def __init__(
+        self, replica: Replica, snapshot: SnapshotOptions, *, compress: str = "auto"
+    ) -> None:
+        self.done = False
+        self.image: str | None = None
+        self.manifest: dict[str, Any] | None = None
+        self.error: ColdframeError | None = None
+        self._replica = replica
+        self._snapshot = snapshot
+        self._trial: Trial | None = None
+        self._staged = False
+        order = self._order(compress)
+        self._channel, theirs = Channel.pair()
+        try:
+            self._child: Child = spawn_python(
+                _MAIN, [str(now())], theirs.fileno(), dict(os.environ), site_packages=False
+            )
+        except BaseException:
+            self._channel.close()
+            raise
+        finally:
+            theirs.close()
+        replica.watch(self._channel.fileno(), self._on_message)
+        self._send(order)
+
+    def follow(self) -> None:
+        """Polls the replica until this is done, and gives it up where it hangs.
+
+        Raises:
+            ColdframeError: The replica cannot go on.
+        """
+        late = time.monotonic() + FREEZE_S
+
+        def done() -> bool:
+            if not self._staged and time.monotonic() > late:
+                self._end(SnapshotError("no image was made in time", expected=f"{FREEZE_S:g} s"))
+            return self.done
+
+        try:
+            self._replica.run_until(done)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Gives it up where it is not done; nothing of it stays."""
+        self._end(SnapshotError("it was given up"))
+
+    def _order(self, compress: str) -> dict[str, Any]:
+        replica, model = self._replica, self._replica.model
+        weights = [WEIGHTS_BASE, weights_room(model)]
+        kv = [KV_BASE, round_up(replica.kv_bytes * 5 // 4, _ROOM) + _ROOM]
+        return {
+            "type": "freeze",
+            "code": FREEZE,
+            "order": freeze_order(model, weights[1], kv[1], replica.threads),
+            "environment": freezing_environment(replica.threads),
+            "name": replica.options.model,
+            "model": ModelKey.of(model.directory, model.tensors).to_json(),
+            "arena": {"weights": weights, "kv": kv},
+            "store": self._snapshot.store,
+            "key_file": self._snapshot.key_file,
+            "compress": compress,
+            "work": os.path.join(replica.run_dir, "freezer"),
+        }
+
+    def _on_message(self) -> None:
+        messages, ended = self._channel.receive_ready()
+        for message in messages:
+            self._replica.add_spans(message.body["spans"])
+            match message.kind:
+                case "staged":
+                    self._staged = True
+                    self._try(message.body["manifest"])
+                case "published":
+                    self.image, self.manifest = message.body["id"], message.body["manifest"]
+                    self._end(None)
+                case "failed":
+                    self._end(ColdframeError.from_wire(message.body["error"]))
+        if ended and not self.done:
+            self._end(
+                SnapshotError(
+                    "the process that freezes is gone",
+                    got=ending(self._child.kill()),
+                    hint="What it said, if anything, is on standard error.",
+                )
+            )
+
+    def _try(self, manifest: dict[str, Any]) -> None:
+        snapshot = replace(self._snapshot, mode="require", manifest=manifest)
+        try:
+            self._trial = Trial(self._replica, snapshot, None, self._tried)
+        except ColdframeError as error:
+            self._end(error)
+
+    def _tried(self, trial: Trial) -> None:
+        if trial.error is not None:
+            self._end(trial.error)
+        else:
+            self._send({"type": "publish", "oracle": trial.answer})
+
+    def _send(self, body: dict[str, Any]) -> None:
+        try:
+            self._channel.send(body)
+        except ReplicaError as error:
+            self._end(error)
+
+    def _end(self, error: ColdframeError | None) -> None:
+        if self.done:
+            return
+        self.done, self.error = True, error
+        if self._trial is not None:
+            self._trial.close()
+        self._replica.unwatch(self._channel.fileno())
+        self._channel.close()
+        # The end of its socket has it take away what it has stored, and that shall be done.
+        late = time.monotonic() + (_CLEAR_UP_S if self._staged else 0.0)
+        while self._child.poll() is None and time.monotonic() < late:
+            time.sleep(0.005)
+        self._child.kill()
+
+
+class Trial:
+    """Clones of one image that answer the oracle's prompt beside a replica's other workers.
+
+    Args:
+        replica: It has the weights.
+        snapshot: The image, as its `manifest`.
+        recorded: What they have to answer; None where this is the first answer.
+        then: Called with this when there is an answer, or an error.
+
+    Attributes:
+        error: Why there is no answer, or how it differs from the recorded one.
+        answer: See `OracleRun`.
+    """
+
+    def __init__(
+        self,
+        replica: Replica,
+        snapshot: SnapshotOptions,
+        recorded: dict[str, Any] | None,
+        then: Callable[[Trial], None],
+    ) -> None:
+        self.error: ColdframeError | None = None
+        self.answer: dict[str, Any] = {}
+        self._replica = replica
+        self._then = then
+        self._closed = False
+        self._group = f"trial-{os.urandom(4).hex()}"
+        try:
+            replica.add_clones(snapshot, self._group, self._finish)
+            vocab_size = replica.spec.vocab_size
+            self._run = OracleRun(self._submit, vocab_size, recorded, self._answered)
+        except BaseException:
+            replica.remove_clones(self._group)
+            raise
+
+    def close(self) -> None:
+        """Ends the clones."""
+        if not self._closed:
+            self._closed = True
+            self._replica.cancel(self._run.request)
+            self._replica.remove_clones(self._group)
+
+    def _submit(self, params: SamplingParams, listener: Listener, ids: tuple[int, ...]) -> str:
+        return self._replica.submit(params, listener, prompt_ids=ids, group=self._group)
+
+    def _answered(self) -> None:
+        self._finish(self._run.error)
+
+    def _finish(self, error: ColdframeError | None) -> None:
+        if not self._closed:
+            self.error, self.answer = error, self._run.answer
+            self.close()
+            self._then(self)

@@ -1,0 +1,138 @@
+"""A worker that is to be frozen: warmed up without a role, weights or KV, then cloned.
+
+It runs up to the freeze point once, when the image or the template is made. Each clone goes on
+behind it, as the worker of one start: from there on it is a worker like any other.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from math import prod
+from typing import Any, NoReturn
+
+from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, round_up
+from coldframe.loader.errors import ColdframeError, SnapshotError
+from coldframe.loader.header import DTYPE_BITS
+from coldframe.loader.timeline import Recorder, clock_shift_ns
+from coldframe.loader.wire import Channel
+from coldframe.runtime.sizing import ModelFacts, StoredTensor
+from coldframe.runtime.worker import Warm, work
+from coldframe.snapshot.freeze import Wait, freeze_point, receive
+from coldframe.snapshot.identity import shed
+from coldframe.snapshot.wake import Wake
+
+__all__ = ["FREEZE", "freeze_order", "main", "weights_room"]
+
+FREEZE = "from coldframe.runtime.frozen_worker import main; main(3)"
+"""The line of Python that such a worker runs."""
+_ROOM = 1 << 30
+
+
+def freeze_order(
+    model: ModelFacts, weights_bytes: int, kv_bytes: int, threads: int
+) -> dict[str, Any]:
+    """The message that says what to warm up for.
+
+    Args:
+        model: The model, whose small files are in a directory.
+        weights_bytes: Of the weights' arena, to be reserved.
+        kv_bytes: Of the KV's.
+        threads: To warm up with.
+    """
+    stored = [[name, t.dtype, list(t.shape)] for name, t in model.tensors.items()]
+    return {
+        "type": "freeze",
+        "directory": model.directory,
+        "tensors": stored,
+        "arenas": [weights_bytes, kv_bytes],
+        "threads": threads,
+    }
+
+
+def weights_room(model: ModelFacts) -> int:
+    """Addresses to keep free for a model's weights, in bytes: a layout may take more than they do.
+
+    Counted from its tensors, since an image may be made before their plan is known.
+    """
+    bits = sum(DTYPE_BITS[t.dtype] * prod(t.shape) for t in model.tensors.values())
+    return round_up(bits // 8 * 5 // 4, _ROOM) + _ROOM
+
+
+def main(control_fd: int, wait: Wait = receive) -> None:
+    """The process's entry.
+
+    Args:
+        control_fd: The inherited socket, to whoever freezes it.
+        wait: What blocks at the freeze point; a template forks in it.
+    """
+    control = Channel.from_fd(control_fd)
+    try:
+        order = control.recv()
+        if order is None:
+            os._exit(0)
+        warm = _warm(order.body)
+        shed()
+        os.chdir("/")  # which is there wherever a clone wakes up
+        _forget_standard_streams()
+        control, wake = freeze_point(control, {}, wait)
+    except Exception as error:  # noqa: BLE001 - whoever waits must hear of whatever it was
+        if not isinstance(error, ColdframeError):
+            error = SnapshotError("a worker cannot be frozen or woken", got=repr(error))
+        control.send({"type": "broken", "error": error.to_wire()})
+        os._exit(1)
+    _wake(control, wake, warm)
+
+
+def _warm(order: dict[str, Any]) -> Warm:
+    """All that a worker does before it knows its role."""
+    from coldframe.runtime.lean_torch import import_torch
+
+    import_torch()
+    import torch
+
+    # What a role imports, imported now.
+    import coldframe.runtime.decode_worker
+    import coldframe.runtime.prefill_worker  # noqa: F401
+    from coldframe.runtime.text import Tokenizer
+    from coldframe.runtime.warmup import warm_up
+
+    directory, threads = order["directory"], order["threads"]
+    tensors = {name: StoredTensor(dtype, shape) for name, dtype, shape in order["tensors"]}
+    model = ModelFacts(directory, tensors)
+    tokenizer = Tokenizer.load(directory)
+    if torch.get_num_threads() != threads:
+        # Not set here: torch.set_num_threads starts a pool that nothing can end again.
+        raise SnapshotError(
+            "torch does not use the threads that the environment asks for",
+            expected=threads,
+            got=torch.get_num_threads(),
+        )
+    warm_up(model.spec, tokenizer)
+    weights, kv = order["arenas"]
+    # Nothing else gets to lie there, now or in any clone.
+    reservations = (
+        Reservation(weights, WEIGHTS_BASE, exact=True),
+        Reservation(kv, KV_BASE, exact=True),
+    )
+    return Warm(tokenizer, reservations)
+
+
+def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:
+    """The clone's own life."""
+    recorder = Recorder(wake.name)
+    recorder.add("snapshot_restore", wake.started_ns + clock_shift_ns(), wake.first_ns)
+    last = wake.ran[-1].end_ns
+    slowest = max(wake.ran, key=lambda ran: ran.end_ns - ran.start_ns)
+    recorder.add("hooks", wake.first_ns, last, note=f"longest: {slowest.name}")
+    work(control, recorder, warm, last)
+
+
+def _forget_standard_streams() -> None:
+    """Lets go of whatever the creator's terminal or log is."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    null = os.open(os.devnull, os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    os.close(null)

@@ -1,0 +1,275 @@
+"""`coldframe snapshot`: images of warm workers, made, verified, listed and removed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from coldframe.loader.errors import ColdframeError, RequestError, SnapshotError
+from coldframe.loader.location import Directory, parse_location
+from coldframe.runtime.creating import store_of
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.run import MODEL_HELP, terminate
+from coldframe.runtime.snapshot_flags import add_store_arguments, store_options
+from coldframe.runtime.units import human_bytes, human_seconds
+from coldframe.snapshot.machine import Machine
+from coldframe.snapshot.manifest import Manifest
+from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.store import Skipped
+
+if TYPE_CHECKING:
+    from coldframe.runtime.replica import Replica
+
+__all__ = ["add_arguments", "run"]
+
+_ACTIONS = ("create", "verify", "list", "remove", "template")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("action", choices=_ACTIONS, help="what to do")
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"{MODEL_HELP}; for list and remove it may be left out",
+    )
+    add_store_arguments(parser)
+    parser.flag("--image", metavar="ID", help="verify or remove this one (the beginning of its id)")
+    parser.flag(
+        "--compress",
+        choices=["auto", "none", "lz4"],
+        default="auto",
+        help="how pages are stored: auto takes what restores faster, raw in a directory",
+    )
+    parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
+    parser.flag("--json", action="store_true", help="print one JSON document")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; returns 1 where an image does not verify.
+
+    Raises:
+        ColdframeError: It cannot be done.
+    """
+    signal.signal(signal.SIGTERM, terminate)
+    if args.model is None and (args.action in ("create", "verify", "template")):
+        raise RequestError(
+            f"coldframe snapshot {args.action} needs a model",
+            hint="Name it as for `coldframe run`.",
+        )
+    if args.threads is not None and args.threads < 1:
+        raise RequestError(
+            "there must be a thread",
+            where="--threads",
+            got=args.threads,
+            hint="Ask for at least 1.",
+        )
+    snapshot = store_options(args)
+    actions: dict[str, Callable[[argparse.Namespace, SnapshotOptions], int]] = {
+        "create": _create,
+        "verify": _verify,
+        "list": _list,
+        "remove": _remove,
+        "template": _template,
+    }
+    return actions[args.action](args, snapshot)
+
+
+def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    from coldframe.runtime.creating import prune
+    from coldframe.runtime.freezing import Freezing
+    from coldframe.runtime.replica import Replica
+
+    started = time.monotonic()
+    # No workers of its own: the clones are the first to see the weights, as they load meanwhile.
+    options = ReplicaOptions(args.model, prefill=0, decode=0, threads=args.threads)
+    with Replica(options) as replica:
+        replica.run_until(lambda: replica.known)
+        freezing = Freezing(replica, snapshot, compress=args.compress)
+        freezing.follow()
+        if freezing.error is not None:
+            raise freezing.error
+        manifest = freezing.manifest
+        assert manifest is not None
+    removed = prune(snapshot, str(freezing.image))
+    document = {
+        "image": freezing.image,
+        "model": args.model,
+        "store": snapshot.store,
+        "bytes": sum(file["size"] for file in manifest["files"]),
+        "oracle": manifest["oracle"],
+        "removed": removed,
+        "seconds": time.monotonic() - started,
+    }
+    if args.json:
+        print(json.dumps(document))
+    else:
+        print(
+            f"image {freezing.image} of {args.model}: {human_bytes(document['bytes'])}, "
+            f"{human_seconds(document['seconds'])}, in {snapshot.store}"
+        )
+    return 0
+
+
+def _template(args: argparse.Namespace, _: SnapshotOptions) -> int:
+    from coldframe.runtime.template_command import run
+
+    return run(args)
+
+
+def _verify(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    from coldframe.runtime.replica import Replica
+
+    images, _ = _chosen(args, snapshot)
+    if not images:
+        raise RequestError(
+            "there is no image to verify",
+            where=snapshot.store,
+            got=args.model,
+            hint="See which there are: coldframe snapshot list.",
+        )
+    results: list[dict[str, Any]] = []
+    options = ReplicaOptions(args.model, prefill=0, decode=0, threads=args.threads)
+    with Replica(options) as replica:
+        replica.run_until(lambda: replica.known)
+        for image in images:
+            error = _verified(replica, snapshot, image)
+            results.append(
+                {"image": image.id, "ok": error is None, "error": error and error.to_wire()}
+            )
+            if not args.json:
+                print(f"{image.id}  {'ok' if error is None else error}", flush=True)
+    if args.json:
+        print(json.dumps({"images": results}))
+    return 0 if all(result["ok"] for result in results) else 1
+
+
+def _verified(
+    replica: Replica, snapshot: SnapshotOptions, image: Manifest
+) -> ColdframeError | None:
+    """Why an image is not to be used; None where its clones answer as they must."""
+    from coldframe.runtime.freezing import Trial
+
+    model = ModelKey.of(replica.model.directory, replica.model.tensors)
+    refusal = image.model.refusal(model) or image.machine.refusal(Machine.here())
+    if refusal is not None:
+        return SnapshotError(
+            "the image does not fit",
+            where=refusal.field,
+            expected=refusal.expected,
+            got=refusal.got,
+            hint="It may fit another machine, or another state of the model.",
+        )
+    if image.oracle is None:
+        return SnapshotError(
+            "the image does not say what its clones must answer", where=f"image {image.id}"
+        )
+    done: list[Trial] = []
+    trial = replace(snapshot, mode="require", manifest=image.to_json())
+    try:
+        Trial(replica, trial, image.oracle.to_json(), done.append)
+    except SnapshotError as error:
+        return error
+    replica.run_until(partial(bool, done))
+    return done[0].error
+
+
+def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    images, skipped = _chosen(args, snapshot)
+    here = Machine.here()
+    rows: list[dict[str, Any]] = []
+    for image in images:
+        refusal = image.machine.refusal(here)
+        rows.append(
+            {
+                "image": image.id,
+                "model": image.name,
+                "created": image.created,
+                "bytes": image.image_bytes,
+                "stored_bytes": image.stored_bytes,
+                "fits": refusal is None,
+                "why_not": refusal and str(refusal),
+                "signed": image.signature is not None,
+            }
+        )
+    if args.json:
+        unusable = [{"image": item.id, "why": item.why} for item in skipped]
+        print(json.dumps({"store": snapshot.store, "images": rows, "unusable": unusable}))
+        return 0
+    for row in rows:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
+        fits = "fits this machine" if row["fits"] else f"does not fit: {row['why_not']}"
+        print(f"{row['image']}  {made}  {human_bytes(row['bytes']):>9}  {row['model']}  {fits}")
+    for item in skipped:
+        print(f"coldframe: image {item.id} cannot be used: {item.why}", file=sys.stderr)
+    if not rows:
+        print(f"no images in {snapshot.store}", file=sys.stderr)
+    return 0
+
+
+def _remove(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    if args.model is None and args.image is None:
+        raise RequestError(
+            "it is not said what is to be removed",
+            where="coldframe snapshot remove",
+            hint="Name a model, or an image with --image.",
+        )
+    store = store_of(snapshot)
+    found, skipped = _chosen(args, snapshot)
+    removed = [image.id for image in found] + [item.id for item in skipped]
+    for image in removed:
+        store.remove(image)
+    if args.json:
+        print(json.dumps({"removed": removed}))
+    else:
+        print(f"removed {', '.join(removed) or 'nothing'} from {snapshot.store}")
+    return 0
+
+
+def _chosen(
+    args: argparse.Namespace, snapshot: SnapshotOptions
+) -> tuple[list[Manifest], list[Skipped]]:
+    """The images of the store that the arguments name: the newest first, and the unusable ones.
+
+    Raises:
+        RequestError: `--image` names none of them, or several.
+    """
+    found, skipped = store_of(snapshot).manifests()
+    if args.model is not None:
+        key = _key_of(args.model)
+        found = [image for image in found if image.name == args.model or image.model == key]
+        skipped = []  # nobody knows what they are of
+    if args.image is None:
+        return found, skipped
+    ids = [image.id for image in found] + [item.id for item in skipped]
+    ids = [image for image in ids if image.startswith(args.image)]
+    if len(ids) != 1:
+        raise RequestError(
+            "there is no such image" if not ids else "there are several such images",
+            where=snapshot.store,
+            got=args.image or "nothing",
+            hint="See which there are: coldframe snapshot list.",
+        )
+    return (
+        [image for image in found if image.id in ids],
+        [item for item in skipped if item.id in ids],
+    )
+
+
+def _key_of(model: str) -> ModelKey | None:
+    """What a local model is, so that it is found under any name; None where it is not here."""
+    location = parse_location(model)
+    if not isinstance(location, Directory):
+        return None
+    try:
+        return ModelKey.of(location.path)
+    except ColdframeError:  # moved or deleted: its images go by its name
+        return None

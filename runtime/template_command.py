@@ -1,0 +1,99 @@
+"""`coldframe snapshot template`: keeps a warm worker resident that is forked for each start.
+
+For machines that do not allow CRIU, and only where this process outlives the return to zero.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from math import prod
+
+from coldframe.loader.arena import round_up
+from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.errors import RequestError
+from coldframe.loader.header import DTYPE_BITS
+from coldframe.loader.location import Directory, parse_location
+from coldframe.runtime.frozen_worker import freeze_order
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.sizing import ModelFacts, kv_blocks
+from coldframe.snapshot.freezer import freezing_environment
+from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.template import Template
+
+__all__ = ["run"]
+
+_CODE = (
+    "from coldframe.runtime.frozen_worker import main; "
+    "from coldframe.snapshot.forking import fork_on_demand; main(3, fork_on_demand)"
+)
+_ROOM = 1 << 30
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serves forks until a signal ends it; does not return otherwise.
+
+    Args:
+        args: `model`, `threads` and `json`.
+
+    Raises:
+        ColdframeError: There can be no template, or it has died.
+    """
+    started = time.monotonic()
+    threads = cpu_count() if args.threads is None else args.threads
+    if threads < 1:
+        raise RequestError(
+            "there must be a thread",
+            where="--threads",
+            got=threads,
+            hint="Ask for at least 1.",
+        )
+    with _model(args.model) as model:
+        key = ModelKey.of(model.directory, model.tensors)
+        order = freeze_order(model, _weights_room(model), _kv_room(model), threads)
+        template = Template(args.model, key, _CODE, order, freezing_environment(threads))
+    try:
+        if args.json:
+            document = {
+                "template": template.id,
+                "model": args.model,
+                "socket": template.path,
+                "pid": template.pid,
+                "seconds": time.monotonic() - started,
+            }
+            print(json.dumps(document), flush=True)
+        else:
+            print(f"template of {args.model} ready: {template.path}", flush=True)
+        template.serve()
+    finally:
+        template.close()
+
+
+@contextlib.contextmanager
+def _model(name: str) -> Iterator[ModelFacts]:
+    """A model whose small files are here for the while."""
+    location = parse_location(name)
+    if isinstance(location, Directory):
+        yield ModelFacts(location.path)
+        return
+    from coldframe.runtime.replica import Replica
+
+    # It gets the small files first, and is given up before it has the weights.
+    with Replica(ReplicaOptions(name, prefill=0, decode=0)) as replica:
+        replica.run_until(lambda: replica.known)
+        yield replica.model
+
+
+def _weights_room(model: ModelFacts) -> int:
+    """Addresses to keep free for the weights; a layout may need somewhat more than they do."""
+    bits = sum(DTYPE_BITS[t.dtype] * prod(t.shape) for t in model.tensors.values())
+    return round_up(bits // 8 * 5 // 4, _ROOM) + _ROOM
+
+
+def _kv_room(model: ModelFacts) -> int:
+    """Addresses to keep free for the KV that a replica takes here by default."""
+    block_bytes, blocks = kv_blocks(model.spec, None)
+    return round_up(block_bytes * blocks, _ROOM) + _ROOM

@@ -1,0 +1,135 @@
+"""How a worker comes to be: a clone of an image, a fork of a resident template, or fresh.
+
+The tiers are tried in that order. One that fails is not tried again by this replica: the worker
+starts fresh, at once, and why is kept for the timeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+from coldframe.loader.errors import ColdframeError, NoImage, ReplicaError
+from coldframe.loader.timeline import clock_shift_ns, now
+from coldframe.loader.wire import Channel
+from coldframe.runtime.options import SnapshotOptions
+from coldframe.snapshot.cloner import CloneChild, Cloner
+from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.places import images_are_there, templates
+from coldframe.snapshot.restorer_process import RestorerProcess
+from coldframe.snapshot.wake import Wake
+
+__all__ = ["Tiers"]
+
+_WAKE_S = 10
+
+
+class Tiers:
+    """The ways to start a worker that a replica has left.
+
+    Args:
+        options: Which ones are wanted.
+        model: The model's name, as it was given.
+        directory: Where its files are, if they are here.
+        run_dir: The replica's private directory.
+        restorer: One that was started before it was known what it is for.
+
+    Attributes:
+        cloners: Those who make clones, the best first.
+        no_image: Whether there is none that fits.
+        failed: What is wrong with those that there are.
+        why: Why there are no clones, or none any more: one reason for each tier that dropped out.
+    """
+
+    def __init__(
+        self,
+        options: SnapshotOptions,
+        model: str,
+        directory: str | None,
+        run_dir: str,
+        restorer: RestorerProcess | None = None,
+    ) -> None:
+        self.options = options
+        self.directory = directory
+        self.why: list[str] = []
+        self.no_image = False
+        self.failed: str | None = None
+        self.cloners: list[Cloner] = []
+        self._run_dir = run_dir
+        self._dropped: list[Cloner] = []
+        if options.mode == "off":
+            self.why.append("snapshots are off")
+        elif options.manifest is not None or images_are_there(options.store):
+            self.cloners.append(Cloner.of(restorer or RestorerProcess()))
+            restorer = None
+        else:
+            self.why.append(f"no image in {options.store}")
+            self.no_image = True
+        if restorer is not None:
+            restorer.close()
+        if options.mode != "off" and options.manifest is None:
+            for path in templates():
+                try:
+                    self.cloners.append(Cloner.connect(path))
+                except ColdframeError as error:
+                    self.why.append(str(error))
+        for cloner in self.cloners:
+            cloner.prepare(
+                {
+                    "store": options.store,
+                    "name": model,
+                    "directory": directory,
+                    "manifest": options.manifest,
+                    "exclude": list(options.exclude),
+                    "hash": options.hash,
+                    "key_file": options.key_file,
+                    "work": run_dir,
+                }
+            )
+
+    @property
+    def best(self) -> Cloner | None:
+        """Who makes the next clone; None where workers start fresh."""
+        return next((cloner for cloner in self.cloners if cloner.error is None), None)
+
+    def clone(
+        self,
+        cloner: Cloner,
+        name: str,
+        channels: tuple[Channel, Channel],
+        threads: int,
+        environment: dict[str, str],
+    ) -> CloneChild:
+        """Asks for a clone and tells it what this start is.
+
+        Args:
+            cloner: Who makes it.
+            name: The worker's.
+            channels: The front's end of its control socket, and its own, which is closed.
+            threads: It computes with so many.
+            environment: Its environment.
+        """
+        ours, theirs = channels
+        child = cloner.clone(name, theirs.fileno())
+        # An environment may be more than the socket holds, and then somebody has to be there to
+        # read it; that there is nobody can only be seen without a reader of our own.
+        theirs.close()
+        ours.set_send_timeout(_WAKE_S)
+        started_ns, identity = now() - clock_shift_ns(), Identity.current()
+        wake = Wake.message(name, environment, threads, self._run_dir, started_ns, identity)
+        with contextlib.suppress(ReplicaError):  # its end is told by whoever makes it
+            ours.send(wake, [2])
+        return child
+
+    def drop(self, cloner: Cloner, error: ColdframeError) -> None:
+        """No more clones from there."""
+        if cloner not in self._dropped:
+            self._dropped.append(cloner)
+            self.no_image = self.no_image or isinstance(error, NoImage)
+            if cloner.tier == "image":
+                self.failed = str(error)
+            self.why.append(f"{cloner.tier}: {error}")
+        cloner.error = cloner.error or error
+
+    def close(self) -> None:
+        for cloner in self.cloners:
+            cloner.close()

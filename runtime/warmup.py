@@ -1,0 +1,156 @@
+"""First uses, done before they cost anybody a first token.
+
+The first prefill and the first decode step pay for what happens once in a process: oneDNN makes
+its primitives and writes their kernels, ATen looks up its own, Python specialises its bytecode,
+torch imports what it had put off. A worker that is to be frozen does all that beforehand, on dummy
+inputs of the model's shapes and through the very code that serves.
+
+It needs next to no memory, whatever the model's size. The weights are zeros that nobody wrote: a
+page that is only ever read is the kernel's one page of zeros. One layer of each kind stands for
+all of them, in both arrangements that weights come in (`engine/linear.py`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import replace
+from math import prod
+
+import torch
+
+from coldframe.runtime.answer import TextStream
+from coldframe.runtime.engine.decode import Decoder
+from coldframe.runtime.engine.kv import KVCache
+from coldframe.runtime.engine.model import Model
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.prefill import Prefiller
+from coldframe.runtime.engine.sampling import SampleInput, sample
+from coldframe.runtime.engine.sequence import Sequence
+from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.tensors import torch_dtypes
+from coldframe.runtime.text import Tokenizer
+
+__all__ = ["warm_up"]
+
+_BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
+"""Prompt lengths of the requests that are prefilled, and then decoded, together.
+
+In bfloat16 on a CPU oneDNN makes its primitives anew for each number of tokens in a step, from
+three on. That takes 2 to 4 ms and, for a model of 210 M parameters, 3.3 MB of the image each time,
+so two numbers stand for all: the 64 that these prompts have together, and the 8 of a batch in
+decode. What is left to a prompt of another length is those milliseconds, once.
+"""
+
+_STEPS = 3
+"""Decode steps of each batch: Python specialises a function after it has run a few times."""
+
+_PARAMS = (
+    SamplingParams(),
+    SamplingParams(logprobs=2),
+    SamplingParams(temperature=0.8, top_k=50, top_p=0.9, min_p=0.01, seed=1),
+    SamplingParams(temperature=1.0, repetition_penalty=1.1, presence_penalty=0.1, seed=2),
+)
+
+_TEXT = "A cold frame gives seedlings a head start: \N{SNOWMAN} to \N{SEEDLING} in 40 days.\n"
+
+_MAP_NORESERVE = 0x4000  # nothing is reserved for what is never written; Python 3.13 names it
+_ZEROS = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+
+
+def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
+    """Runs everything that serves a request once, on dummy weights.
+
+    To be called with as many threads as the clones will have, for kernels are made for a number of
+    threads; by OMP_NUM_THREADS, as `torch.set_num_threads` starts threads that do not end.
+
+    Args:
+        spec: The model's shape.
+        tokenizer: The model's.
+    """
+    _stream_text(tokenizer)
+    _sample(spec)
+    kinds = tuple(dict.fromkeys(spec.windows))  # layers differ in nothing else
+    spec = replace(spec, layers=len(kinds), windows=kinds)
+    for gap in (0, 8):
+        model = Model(spec, _zero_weights(spec, gap), _cache(spec))
+        for lengths in _BATCHES:
+            _serve(model, lengths, tokenizer)
+        del model
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def _stream_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(_TEXT)
+    for stop in ((), ("never there",)):
+        stream = TextStream(tokenizer, ids[:5], stop)
+        for token in ids[5:]:
+            stream.push(token)
+        stream.flush()
+
+
+def _sample(spec: ModelSpec) -> None:
+    """Not on the logits of the dummy weights, where all tokens are equal: ties take long."""
+    logits = torch.linspace(-9, 9, spec.vocab_size).expand(len(_PARAMS), -1)
+    sample(logits, [SampleInput(params, (0,), (0,), 2) for params in _PARAMS])
+
+
+def _zero_weights(spec: ModelSpec, gap: int) -> dict[str, torch.Tensor]:
+    """Weights of nothing but zeros, unmapped with the last tensor of them.
+
+    Args:
+        spec: With few layers.
+        gap: Bytes between neighbours. With none, maps of the same input are joined, and tensors
+            are as well aligned as in the layout `aligned`; with 8, they are as in most files.
+    """
+    dtype = torch_dtypes()[spec.dtype]
+    shapes = spec.expected_tensors()
+    size = sum(prod(shape) * dtype.itemsize + gap for shape in shapes.values())
+    memory = torch.frombuffer(mmap.mmap(-1, size, flags=_ZEROS), dtype=torch.uint8)
+    tensors = {}
+    end = 0
+    for name, shape in shapes.items():
+        start = end + gap
+        end = start + prod(shape) * dtype.itemsize
+        tensors[name] = memory[start:end].view(dtype).view(shape)
+    return tensors
+
+
+def _serve(model: Model, lengths: tuple[int, ...], tokenizer: Tokenizer) -> None:
+    """Takes some requests through prefill and decode, as workers do."""
+    spec = model.spec
+    params = SamplingParams(max_tokens=_STEPS + 2, ignore_eos=True)
+    prefiller, decoder = Prefiller(model, lambda stage: True), Decoder(model)
+    used = 0
+    for number, length in enumerate(lengths):
+        prompt = _prompt(spec, length)
+        text = TextStream(tokenizer, prompt, ())
+        sequence = Sequence(str(number), 0, prompt, (), params, text, spec.eos_token_ids)
+        sequence.blocks = list(range(used, used + _blocks(length)))
+        used += _blocks(length)
+        prefiller.admit(sequence)
+        decoder.admit(sequence)
+    while not prefiller.idle:
+        prefiller.advance()
+    for _ in range(_STEPS):
+        decoder.step()
+
+
+def _prompt(spec: ModelSpec, length: int) -> tuple[int, ...]:
+    """Token ids, as many as the model's context has room for."""
+    length = max(1, min(length, spec.context_length - _STEPS - 1))
+    return tuple(token % spec.vocab_size for token in range(length))
+
+
+def _blocks(length: int) -> int:
+    """KV blocks for a prompt and what follows it."""
+    return -(-(length + _STEPS + 1) // BLOCK_TOKENS)
+
+
+def _cache(spec: ModelSpec) -> KVCache:
+    """Room for any of the batches."""
+    dtype = torch_dtypes()[spec.dtype]
+    blocks = max(sum(_blocks(length) for length in lengths) for lengths in _BATCHES)
+    size = blocks * spec.kv_block_bytes(dtype.itemsize, BLOCK_TOKENS)
+    return KVCache(torch.empty(size, dtype=torch.uint8), spec, dtype, blocks, BLOCK_TOKENS)

@@ -1,0 +1,368 @@
+"""The workers of a replica: told what to be, listened to, replaced when they die.
+
+A worker is started in the best way that is left (`tiers`). A clone that cannot be made, or dies
+before it is up, is replaced by a worker that starts in the next best way; one that dies later, by
+another like it, unless that happens again and again.
+
+Workers of a *group* other than "" are there for that group's requests alone, as on trial. None of
+them is replaced: whoever wanted them is told.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
+from coldframe.loader.timeline import Recorder, clock_shift_ns, now
+from coldframe.loader.wire import Message
+from coldframe.runtime.clones import Clones
+from coldframe.runtime.launch import Launch, WorkerProcess
+from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.router import Router
+from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.tiers import Tiers
+
+__all__ = ["Owner", "Workforce", "ending"]
+
+_CRASHES = 6
+_CRASH_WINDOW_S = 60.0
+_START_S = 300.0
+_SEND_TIMEOUT_S = 10
+_PUT_OFF_NS = 1_000_000_000
+
+
+class Owner(Protocol):
+    """What the workers' replica wants to hear."""
+
+    def fail(self, error: ColdframeError) -> None:
+        """The replica cannot go on."""
+        ...
+
+    def add_spans(self, wire: list[list[Any]]) -> None: ...
+
+    def is_up(self, worker: WorkerProcess) -> None:
+        """A worker has come up."""
+        ...
+
+    def heard(self, worker: WorkerProcess, message: Message) -> None:
+        """A worker said something that is for the router."""
+        ...
+
+    def died(self, worker: WorkerProcess, code: int) -> bool:
+        """A worker that was up is dead. Whether that is taken care of."""
+        ...
+
+
+class Workforce:
+    """The workers of one start of a replica.
+
+    Args:
+        launch: Starts them.
+        selector: Gets their sockets.
+        router: Is told who comes and goes.
+        recorder: Gets a span for each clone that was lost.
+        owner: The replica.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        selector: selectors.BaseSelector,
+        router: Router,
+        recorder: Recorder,
+        owner: Owner,
+    ) -> None:
+        self.workers: dict[str, WorkerProcess] = {}
+        self._launch = launch
+        self._selector = selector
+        self._router = router
+        self._recorder = recorder
+        self._owner = owner
+        self._crashes: deque[float] = deque()
+        self._model: ModelFacts | None = None
+        self._closed = False
+        self._on_trial: dict[str, Callable[[ColdframeError], None]] = {}
+        """Whom to tell of each group that it is gone."""
+        self._groups: dict[str, Clones] = {}
+        self._groups[""] = self._follow(launch.tiers, self._start_instead)
+
+    @property
+    def tiers(self) -> Tiers:
+        """The ways to start a worker that are left."""
+        return self._groups[""].tiers
+
+    def close(self) -> list[str]:
+        """Ends all of them: their names."""
+        self._closed = True
+        for clones in self._groups.values():
+            clones.end_idle()
+        names = list(self.workers)
+        for worker in self.workers.values():
+            self._selector.unregister(worker.channel.fileno())
+            worker.end()
+        self.workers.clear()
+        for clones in self._groups.values():
+            clones.close()
+        for lost in list(self._on_trial.values()):
+            lost(ReplicaError("all processes of the replica were ended"))
+        return names
+
+    # -- starting --------------------------------------------------------------------------------
+
+    def start(self, role: str) -> None:
+        """Starts a worker in the best way that is left."""
+        self.adopt(self._launch.start_worker(role))
+
+    def start_rest(self) -> None:
+        """Starts those that were put off for the first token's sake."""
+        roles, self._launch.later = self._launch.later, []
+        try:
+            for role in roles:
+                self.start(role)
+        except ColdframeError as error:
+            self._owner.fail(error)
+
+    def adopt(self, worker: WorkerProcess) -> None:
+        """Takes over a worker that was started."""
+        self._groups[worker.group].added(worker)
+        worker.channel.set_send_timeout(_SEND_TIMEOUT_S)
+        self.workers[worker.name] = worker
+        self._selector.register(
+            worker.channel.fileno(), selectors.EVENT_READ, lambda: self._on_message(worker)
+        )
+        self._tell_all()
+
+    def tell(self, model: ModelFacts) -> None:
+        """What there is to serve is known, and the memory service listens."""
+        self._model = model
+        self._tell_all()
+
+    def add_group(
+        self, snapshot: SnapshotOptions, group: str, lost: Callable[[ColdframeError], None]
+    ) -> None:
+        """Starts a prefill and a decode worker for a group.
+
+        Args:
+            snapshot: How.
+            group: Its name.
+            lost: Called when one of them cannot be had, or is dead.
+        """
+        tiers = self._launch.open_tiers(snapshot)
+        self._on_trial[group] = lost
+        self._groups[group] = self._follow(tiers, lambda _, error: lost(error))
+        for role in ("prefill", "decode"):
+            self.adopt(self._launch.start_worker(role, tiers, group))
+
+    def remove_group(self, group: str) -> None:
+        """Ends the workers of a group."""
+        self._on_trial.pop(group, None)
+        for worker in [w for w in self.workers.values() if w.group == group]:
+            self._remove(worker, "it is not needed any more")
+        clones = self._groups.pop(group, None)
+        if clones is not None:
+            clones.close()
+
+    def distrust(self, error: ColdframeError) -> None:
+        """Has workers that start otherwise take the places of all clones."""
+        for cloner in self.tiers.cloners:
+            self.tiers.drop(cloner, error)
+        for worker in [w for w in self.workers.values() if w.cloner is not None and not w.group]:
+            self._note(worker, error)
+            self._remove(worker, str(error))
+            self._start_instead(worker, error)
+
+    def _follow(
+        self, tiers: Tiers, lost: Callable[[WorkerProcess, ColdframeError], None]
+    ) -> Clones:
+        def on_lost(name: str, error: ColdframeError) -> None:
+            worker = self.workers.get(name)
+            # The end of one that was up is read from its own socket, and it is replaced then.
+            if worker is not None and (worker.restoring or worker.group):
+                self._lost(worker, error, lost)
+
+        return Clones(
+            tiers,
+            self._selector,
+            lost=on_lost,
+            ready=self._tell_all,
+            spans=self._owner.add_spans,
+        )
+
+    def _lost(
+        self,
+        worker: WorkerProcess,
+        error: ColdframeError,
+        lost: Callable[[WorkerProcess, ColdframeError], None],
+    ) -> None:
+        self._note(worker, error)
+        self._remove(worker, str(error))
+        if not self._closed:
+            lost(worker, error)
+            self.start_rest()
+
+    def _note(self, worker: WorkerProcess, error: ColdframeError) -> None:
+        """Keeps for the timeline why a clone is none any more."""
+        asked_ns = worker.child.spawned_ns
+        self._recorder.add("snapshot_restore", asked_ns, note=f"{worker.name} failed: {error}")
+
+    def _start_instead(self, worker: WorkerProcess, _: ColdframeError) -> None:
+        try:
+            self.start(worker.role)
+        except ColdframeError as error:
+            self._owner.fail(error)
+
+    def _tell_all(self) -> None:
+        model = self._model
+        if model is None:
+            return
+        for worker in list(self.workers.values()):
+            if not worker.told and self._groups[worker.group].may_go_on(worker, model):
+                self._tell(worker, model)
+
+    def _tell(self, worker: WorkerProcess, model: ModelFacts) -> None:
+        worker.told = True
+        self.send(
+            worker.name,
+            {
+                "type": "init",
+                "name": worker.name,
+                "role": worker.role,
+                "parent": os.getpid(),
+                "model": model.directory,
+                "config": model.config,
+                "generation": model.generation,
+                "memory": os.path.join(self._launch.run_dir, "memory.sock"),
+                "overlap": self._launch.options.overlap,
+                "clock_shift_ns": clock_shift_ns(),
+            },
+        )
+        self._router.worker_added(worker.name, worker.role, worker.group)
+
+    # -- while they live -------------------------------------------------------------------------
+
+    def send(self, name: str, message: dict[str, Any]) -> None:
+        """Sends a message to a worker, where it is there."""
+        worker = self.workers.get(name)
+        if worker is None:
+            return
+        try:
+            worker.channel.send(message)
+        except ReplicaError:
+            # Dead, or as good as that: it does not read. Its end is read from the socket, after
+            # its last messages.
+            worker.child.kill()
+
+    def kill(self, name: str) -> None:
+        """Replaces a worker that hangs."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            self._bury(worker, "it hung")
+
+    def catch_up(self) -> None:
+        """Handles what was heard of clones while something else was waited for."""
+        for clones in list(self._groups.values()):
+            clones.catch_up()
+
+    def tick(self, started_ns: int | None) -> None:
+        """Gives up on those who take too long to start; to be called about once a second.
+
+        Args:
+            started_ns: When there was something to start for; None while there is not.
+        """
+        for clones in list(self._groups.values()):
+            clones.tick()
+        if started_ns is None:
+            return
+        if self._launch.later and now() - started_ns > _PUT_OFF_NS:
+            self.start_rest()
+        late = now() - int(_START_S * 1e9)
+        for worker in list(self.workers.values()):
+            if not worker.up and max(worker.child.spawned_ns, started_ns) < late:
+                self._bury(worker, f"it was not up after {_START_S:g} s")
+
+    def _on_message(self, worker: WorkerProcess) -> None:
+        messages, ended = worker.channel.receive_ready()
+        for message in messages:
+            match message.kind:
+                case "spans":
+                    self._owner.add_spans(message.body["spans"])
+                case "imported":
+                    worker.imported = True
+                    self._groups[worker.group].spoke(worker)
+                case "broken":
+                    error = ColdframeError.from_wire(message.body["error"])
+                    if isinstance(error, ReplicaError) or worker.restoring:
+                        worker.last_words = str(error)  # another may fare better
+                    else:
+                        self._owner.fail(error)
+                case kind:
+                    if kind == "up":
+                        worker.up = True
+                        self._owner.is_up(worker)
+                    self._owner.heard(worker, message)
+        if ended and worker.name in self.workers:
+            self._bury(worker, None)
+
+    # -- when they die ---------------------------------------------------------------------------
+
+    def _bury(self, worker: WorkerProcess, why: str | None) -> None:
+        """A worker is dead or has to be: reap it, start another, and move its requests there."""
+        if worker.restoring or worker.group:
+            self._bury_clone(worker, why)
+            return
+        code = self._reap(worker)
+        end = why or worker.last_words or ending(code)
+        if self._owner.died(worker, code):
+            return
+        self._crashes.append(time.monotonic())
+        while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:
+            self._crashes.popleft()
+        if len(self._crashes) > _CRASHES:
+            self._owner.fail(
+                ReplicaError(
+                    "workers die again and again",
+                    where=worker.name,
+                    expected=f"at most {_CRASHES} ends in {_CRASH_WINDOW_S:g} s",
+                    got=end,
+                    hint="What they said last is on standard error.",
+                )
+            )
+            return
+        self._start_instead(worker, SnapshotError(end))
+        self._router.worker_gone(worker.name, end)
+
+    def _bury_clone(self, worker: WorkerProcess, why: str | None) -> None:
+        clones = self._groups[worker.group]
+        if why is None and worker.last_words is None:
+            clones.wait_for_end(worker)
+        code = worker.child.kill()
+        clones.catch_up()
+        if worker.name in self.workers:  # nobody had more to say of it
+            end = why or worker.last_words or ending(code)
+            clones.failed(worker, SnapshotError("a clone died", where=worker.name, got=end))
+
+    def _remove(self, worker: WorkerProcess, why: str) -> None:
+        self._reap(worker)
+        self._router.worker_gone(worker.name, why)
+
+    def _reap(self, worker: WorkerProcess) -> int:
+        del self.workers[worker.name]
+        self._selector.unregister(worker.channel.fileno())
+        worker.channel.close()
+        return worker.child.kill()
+
+
+def ending(code: int) -> str:
+    """What an exit code says, in words."""
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"

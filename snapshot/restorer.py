@@ -1,0 +1,225 @@
+"""The process that restores clones of an image: started bare, privileged, and small.
+
+It finds an image that fits this machine and model, copies it into memory of its own while hashing
+it, and brings back a clone of it for each worker that the front asks for. What it mounts, nobody
+else sees, and all of it is gone when it is.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError, NoImage, PlatformError, SnapshotError
+from coldframe.loader.process import collect_garbage
+from coldframe.loader.timeline import Recorder, now
+from coldframe.loader.wire import Channel
+from coldframe.snapshot.choose import choose
+from coldframe.snapshot.criu import Criu
+from coldframe.snapshot.init import Init
+from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts
+from coldframe.snapshot.machine import Machine
+from coldframe.snapshot.manifest import Manifest
+from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.restoring import begin, go_on
+from coldframe.snapshot.service import CloneService
+from coldframe.snapshot.signing import read_key
+from coldframe.snapshot.store import Store, open_store
+
+__all__ = ["ImageSource", "main"]
+
+
+class ImageSource:
+    """Makes clones of an image of a store.
+
+    Args:
+        recorder: Gets the spans `snapshot_check` and `snapshot_read`.
+        criu: The program; None says that there is none.
+        why: Why there is none.
+    """
+
+    def __init__(
+        self, recorder: Recorder, criu: Criu | None, why: ColdframeError | None = None
+    ) -> None:
+        self._recorder = recorder
+        self._criu = criu
+        self._why = why
+        self._user: bool | None = None
+        self._images = ""
+        self._work = ""
+        self._image: tuple[Store, Manifest, bool] | None = None
+        self._in_memory = False
+        self._asked_for: Callable[[], dict[str, int]] = dict
+        self._begun: dict[str, Init] = {}
+
+    def begin_early(self, asked_for: Callable[[], dict[str, int]]) -> None:
+        """Has clones begun while their image is still being read.
+
+        Args:
+            asked_for: Gives the names and control sockets of those that `clone` will be called for.
+        """
+        self._asked_for = asked_for
+
+    def prepare(self, wanted: dict[str, Any]) -> dict[str, Any]:
+        """Finds an image that fits and has it in memory.
+
+        Args:
+            wanted: `store`, `name` and `directory` (the model; null where its files are not here),
+                `manifest` (one that is not published yet, or null), `exclude` (ids), `hash`
+                (whether to check what is read), `key_file`, `work` (a directory for this process).
+        """
+        if self._criu is None:
+            raise self._why or SnapshotError("there is no CRIU to use")
+        key_file = wanted["key_file"]
+        store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
+        exclude = set(wanted["exclude"])
+        failure: SnapshotError | None = None
+        while True:
+            started = now()
+            try:
+                manifest = self._choose(store, wanted, exclude)
+            except NoImage:
+                if failure is None:
+                    raise
+                raise failure from None
+            self._recorder.add("snapshot_check", started, note=f"image {manifest.id}")
+            self._image = store, manifest, wanted["hash"]
+            self._mount(wanted["work"])
+            try:
+                for name, control_fd in self._asked_for().items():
+                    self._begun[name] = self._begin(name, control_fd)
+                self._read()
+            except ColdframeError as error:
+                self._give_up()
+                if wanted["manifest"] is not None or not isinstance(error, SnapshotError):
+                    raise
+                # Another one of this model may be whole.
+                failure = failure or error
+                exclude.add(manifest.id)
+                continue
+            return {"id": manifest.id, "manifest": manifest.to_json()}
+
+    def clone(self, name: str, control_fd: int) -> Init:
+        init = self._begun.pop(name, None) or self._begin(name, control_fd)
+        if not self._in_memory:
+            try:
+                self._read()
+            except BaseException:
+                init.kill()
+                self.gone(name)
+                raise
+        go_on(init)
+        return init
+
+    def _begin(self, name: str, control_fd: int) -> Init:
+        assert self._criu is not None
+        assert self._image is not None
+        work = os.path.join(self._work, name)
+        try:
+            os.mkdir(work, 0o700)
+        except OSError as error:
+            raise PlatformError(
+                "no room for a clone's files", where=work, got=error.strerror
+            ) from error
+        manifest = self._image[1]
+        names = [file.name for file in manifest.files]
+        user = bool(self._user)
+        return begin(self._criu, manifest.process, self._images, names, work, control_fd, user=user)
+
+    def _give_up(self) -> None:
+        """Ends what was begun of an image that is no good."""
+        for name, init in self._begun.items():
+            init.kill()
+            self.gone(name)
+        self._begun.clear()
+
+    def gone(self, name: str) -> None:
+        import shutil  # only at the end: it is slow to import
+
+        shutil.rmtree(os.path.join(self._work, name), ignore_errors=True)
+
+    def rest(self) -> None:
+        """Gives the image's memory back: the next clone has it read again."""
+        if self._in_memory:
+            self._in_memory = False
+            self._empty()
+
+    def _choose(self, store: Store, wanted: dict[str, Any], exclude: set[str]) -> Manifest:
+        if wanted["manifest"] is not None:
+            return Manifest.from_json(wanted["manifest"])
+        directory = wanted["directory"]
+        manifests, skipped = store.manifests()
+        choice = choose(
+            manifests,
+            Machine.here(),
+            model=None if directory is None else ModelKey.of(directory),
+            name=wanted["name"],
+            exclude=frozenset(exclude),
+        )
+        if choice.manifest is None:
+            reasons = [choice.why, *(f"{item.id}: {item.why}" for item in skipped)]
+            raise NoImage("no image fits", where=wanted["store"], got="; ".join(reasons))
+        return choice.manifest
+
+    def _mount(self, parent: str) -> None:
+        """Mounts memory that only this process and its clones see."""
+        if self._user is not None:
+            return
+        user = own_mounts()
+        self._work = os.path.join(parent, "clones")
+        self._images = os.path.join(self._work, "image")
+        try:
+            os.makedirs(self._work, 0o700, exist_ok=True)
+            mount_tmpfs(self._work)
+            os.mkdir(self._images, 0o700)
+        except OSError as error:
+            raise PlatformError(
+                "no room for an image", where=self._work, got=error.strerror
+            ) from error
+        self._user = user
+
+    def _read(self) -> None:
+        """Has the image in memory, each byte of it checked unless that is not wanted."""
+        assert self._image is not None
+        store, manifest, hashed = self._image
+        started = now()
+        self._empty()
+        if hashed:
+            store.fetch(manifest, self._images)
+        else:
+            store.direct(manifest, self._images)
+        self._in_memory = True
+        self._recorder.add("snapshot_read", started, note="hashed" if hashed else "not hashed")
+        store.touch(manifest.id)
+
+    def _empty(self) -> None:
+        for name in os.listdir(self._images):
+            os.unlink(os.path.join(self._images, name))
+
+
+def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
+    """The process's entry.
+
+    Args:
+        control_fd: The inherited end of the front's socket pair.
+        spawned_ns: When the front started this process (CLOCK_MONOTONIC).
+        first_ns: When its first line of Python ran.
+    """
+    die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    recorder = Recorder("snapshot")
+    recorder.add("interpreter", spawned_ns, first_ns)
+    recorder.add("imports", first_ns)
+    why = None
+    try:
+        criu: Criu | None = Criu.find()
+    except ColdframeError as error:
+        criu, why = None, error
+    source = ImageSource(recorder, criu, why)
+    service = CloneService(Channel.from_fd(control_fd), source, recorder)
+    source.begin_early(service.asked_for)
+    collect_garbage()
+    service.run()

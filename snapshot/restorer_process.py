@@ -1,0 +1,43 @@
+"""The process that restores images, started bare: what it is to find is told over its socket."""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic_ns
+
+from coldframe.loader.process import Child, spawn_python
+
+__all__ = ["RestorerProcess"]
+
+_MAIN = "from coldframe.snapshot.restorer import main; main(3, int(sys.argv[1]), first_ns)"
+
+
+class RestorerProcess:
+    """A process that restores images, and has not been told yet which.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.child: Child = spawn_python(
+                _MAIN,
+                [str(monotonic_ns())],
+                theirs.fileno(),
+                dict(os.environ),
+                site_packages=False,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.socket = ours
+
+    def close(self) -> None:
+        """Ends it."""
+        self.socket.close()
+        self.child.kill()

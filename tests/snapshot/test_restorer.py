@@ -1,0 +1,318 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from coldframe.loader.errors import ColdframeError, NoImage, PlatformError, SnapshotError
+from coldframe.snapshot.cloner import Cloner
+from tests.snapshot.conftest import Stored
+from tests.snapshot.tiny import (
+    ask,
+    ask_for,
+    descriptors,
+    event,
+    gone,
+    mounts,
+    running,
+    starting,
+    until,
+    wanted,
+)
+
+NO_ADMIN = ["setpriv", "--bounding-set", "-sys_admin"]
+NO_NAMESPACES = [
+    *("unshare", "--user", "--map-root-user", "sh", "-c"),
+    'echo 0 > /proc/sys/user/max_user_namespaces && exec "$@"',
+    "sh",
+]
+"""The user namespace is there only because it has a limit of its own for the next ones."""
+
+
+def restorer_of(cloner: Cloner) -> int:
+    assert cloner._child is not None
+    return cloner._child.pid
+
+
+def order(stored: Stored, work: Path, **other: Any) -> str:
+    return json.dumps({**wanted(stored.store, stored.manifest, work), **other})
+
+
+# -- clones --------------------------------------------------------------------------------------
+
+
+def test_eight_at_once_from_one_image(stored: Stored, tmp_path: Path) -> None:
+    before, fds = mounts(), descriptors()
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, None, tmp_path))
+    clones = [ask_for(cloner, f"clone-{number}") for number in range(8)]
+    events = [event(cloner) for _ in range(9)]
+    assert [error for _, error in events] == [None] * 9
+    assert cloner.image == stored.manifest.id
+    assert cloner.manifest == stored.manifest.to_json()
+    for number, (_, control) in enumerate(clones):
+        assert ask(control, "(state, os.getpid())") == [41, stored.manifest.process.pid]
+        ask(control, "None", f"state = {number}")
+    assert [ask(control, "state") for _, control in clones] == list(range(8))
+    assert len({child.pid for child, _ in clones}) == 8
+    restorer = restorer_of(cloner)
+    # Each under a PID 1 of its own, which is the restorer's child.
+    above = {psutil.Process(child.pid).parent() for child, _ in clones}
+    assert len(above) == 8
+    assert {process.ppid() for process in above if process} == {restorer}
+    # It has the image in a tmpfs that nobody else sees.
+    seen = Path(f"/proc/{restorer}/mountinfo").read_text()
+    assert f" {tmp_path}/clones " in seen
+    assert mounts() == before
+    assert list((tmp_path / "clones").iterdir()) == []
+    names = [span[0] for span in cloner.spans]
+    assert names == ["interpreter", "imports", "snapshot_check", "snapshot_read"]
+    cloner.close()
+    assert gone(restorer)
+    until(lambda: all(gone(child.pid) for child, _ in clones))
+    for _, control in clones:
+        control.close()
+    assert mounts() == before
+    assert descriptors() == fds
+
+
+def test_twenty_clones_leave_nothing_in_the_restorer(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    assert event(cloner).error is None
+    restorer = restorer_of(cloner)
+    fds = descriptors(restorer)
+    inside = Path(f"/proc/{restorer}/root{tmp_path}/clones")
+    for number in range(20):
+        child, control = ask_for(cloner, f"clone-{number}")
+        assert event(cloner) == (f"clone-{number}", None)
+        if number % 2:
+            control.close()
+            assert child.wait() == 0
+        else:
+            assert child.kill() == -9
+            control.close()
+    assert descriptors(restorer) == fds
+    assert [path.name for path in inside.iterdir()] == ["image"]
+    assert psutil.Process(restorer).children() == []
+    cloner.close()
+
+
+def test_an_image_that_is_used_in_place(stored: Stored, image: Any, tmp_path: Path) -> None:
+    """Not hashed, and where it is stored uncompressed not even copied."""
+    store = tmp_path / "store"
+    manifest = image.stored(store, compress="none")
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare({**wanted(store, manifest, tmp_path), "hash": False})
+    child, control = ask_for(cloner, "clone")
+    assert [event(cloner).error, event(cloner).error] == [None, None]
+    assert ask(control, "state") == 41
+    control.close()
+    assert child.wait() == 0
+    cloner.close()
+
+
+# -- nothing is left -----------------------------------------------------------------------------
+
+
+def test_nothing_outlives_a_front_that_is_killed(stored: Stored, tmp_path: Path) -> None:
+    before = mounts()
+    with running("front", order(stored, tmp_path), "3") as (front, report):
+        assert report["errors"] == []
+        inits = [psutil.Process(pid).ppid() for pid in report["clones"]]
+        front.kill()
+        for pid in (report["restorer"], *inits, *report["clones"]):
+            until(lambda pid=pid: gone(pid))  # type: ignore[misc]
+    assert mounts() == before
+    shutil.rmtree(tmp_path / "clones")  # as the sweep of run directories does
+
+
+def test_nor_does_a_criu_that_hangs(criu: Any, stored: Stored, tmp_path: Path) -> None:
+    script, hangs = tmp_path / "criu", tmp_path / "hangs"
+    script.write_text(
+        f'#!/bin/sh\n[ "$1" != restore ] || {{ touch {hangs}; sleep 600; }}\n'
+        f'exec {criu.path} "$@"\n'
+    )
+    script.chmod(0o755)
+    env = {**os.environ, "COLDFRAME_CRIU": str(script)}
+    with starting("front", order(stored, tmp_path), "1", env=env) as front:
+        until(hangs.exists)
+        below = psutil.Process(front.pid).children(recursive=True)
+        assert len(below) >= 3  # the restorer, a PID 1, the script
+        front.kill()
+        until(lambda: all(gone(process.pid) for process in below))
+
+
+def test_a_restorer_that_is_killed_takes_its_clones_along(stored: Stored, tmp_path: Path) -> None:
+    before = mounts()
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    clones = [ask_for(cloner, f"clone-{number}") for number in range(2)]
+    assert [event(cloner).error for _ in range(3)] == [None] * 3
+    pids = [child.pid for child, _ in clones]
+    inits = [psutil.Process(pid).ppid() for pid in pids]
+    os.kill(restorer_of(cloner), signal.SIGKILL)
+    told = [event(cloner) for _ in clones]
+    assert {name for name, _ in told} == {"clone-0", "clone-1"}
+    assert all("is gone" in str(error) for _, error in told)
+    assert cloner.closed
+    assert [child.poll() for child, _ in clones] == [-9, -9]
+    until(lambda: all(gone(pid) for pid in (*pids, *inits)))
+    for _, control in clones:
+        assert control.recv(5) is None
+        control.close()
+    assert mounts() == before
+
+
+def test_a_pid_1_that_is_killed_takes_its_clone_along(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    (one, control), (other, second) = ask_for(cloner, "one"), ask_for(cloner, "other")
+    assert [event(cloner).error for _ in range(3)] == [None] * 3
+    os.kill(psutil.Process(one.pid).ppid(), signal.SIGKILL)
+    assert one.wait() == -9
+    assert gone(one.pid)
+    assert control.recv(5) is None
+    assert ask(second, "state") == 41
+    control.close()
+    second.close()
+    assert other.wait() == 0
+    cloner.close()
+
+
+def test_signals_of_the_terminal_do_not_end_it(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    assert event(cloner).error is None
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(restorer_of(cloner), number)
+    child, control = ask_for(cloner, "clone")
+    assert event(cloner).error is None
+    control.close()
+    assert child.wait() == 0
+    cloner.close()
+
+
+# -- refused -------------------------------------------------------------------------------------
+
+
+def refusal(cloner: Cloner) -> ColdframeError:
+    """Why there are no clones; whoever asks for one nevertheless hears the same."""
+    error = event(cloner).error
+    assert error is not None
+    assert cloner.error is error
+    child, control = ask_for(cloner, "clone")
+    assert event(cloner) == ("clone", error)
+    assert child.wait() == 1
+    control.close()
+    cloner.close()
+    return error
+
+
+def test_a_store_without_an_image_that_fits(tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(tmp_path / "store", None, tmp_path))
+    error = refusal(cloner)
+    assert isinstance(error, NoImage)
+    assert "no image of this model" in str(error)
+    assert not (tmp_path / "clones").exists()
+
+
+def test_no_criu(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDFRAME_CRIU", str(tmp_path / "none"))
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    error = refusal(cloner)
+    assert isinstance(error, SnapshotError)
+    assert f"{tmp_path}/none does not run" in str(error)
+
+
+def test_a_place_that_cannot_be_written(stored: Stored, tmp_path: Path) -> None:
+    (tmp_path / "clones").touch()
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    assert isinstance(refusal(cloner), PlatformError)
+
+
+def test_a_changed_image_is_refused_before_it_runs(stored: Stored, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(stored.store, store)
+    largest = max((store / "objects").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(store, None, tmp_path))
+    children, controls = zip(*(ask_for(cloner, f"clone-{n}") for n in range(2)), strict=True)
+    told = [event(cloner) for _ in range(3)]
+    assert isinstance(told[0].error, SnapshotError)
+    assert largest.name in str(told[0].error)
+    # Those that had been begun while it was read have not come to run a byte of it.
+    for child, control in zip(children, controls, strict=True):
+        assert child.wait() == 1
+        assert control.recv(5) is None
+        control.close()
+    assert psutil.Process(restorer_of(cloner)).children() == []
+    cloner.close()
+
+
+# -- privileges ----------------------------------------------------------------------------------
+
+
+def allowed(prefix: list[str]) -> None:
+    done = subprocess.run([*prefix, "true"], capture_output=True, check=False)
+    if done.returncode != 0:
+        pytest.skip(f"{prefix[0]} cannot be used here: {done.stderr.decode()}")
+
+
+def test_without_privileges_it_says_so(stored: Stored, tmp_path: Path) -> None:
+    under = [*NO_NAMESPACES, *NO_ADMIN]
+    allowed(under)
+    with running("front", order(stored, tmp_path), "1", under=under) as (_, report):
+        (_, told), (name, again) = report["errors"]
+        error = ColdframeError.from_wire(told)
+        assert isinstance(error, PlatformError)
+        assert error.what == "this process may not have mounts of its own"
+        assert "in a user namespace: No space left on device" in str(error.got)
+        assert "user namespaces" in str(error.hint)
+        assert (name, again) == ("clone-0", told)
+
+
+@pytest.mark.parametrize(
+    "under",
+    [
+        pytest.param(NO_ADMIN, id="it-takes-a-user-namespace"),
+        pytest.param(["unshare", "--user", "--map-root-user"], id="it-is-in-one"),
+    ],
+)
+def test_in_a_user_namespace(stored: Stored, tmp_path: Path, under: list[str]) -> None:
+    allowed(under)
+    before = mounts()
+    with running("front", order(stored, tmp_path), "2", under=under) as (front, report):
+        assert report["errors"] == []
+        assert [value[:2] for value in report["values"]] == [[41, 1000]] * 2
+        for pid in report["clones"]:
+            users = [Path(f"/proc/{of}/ns/user").readlink() for of in (pid, "self")]
+            assert users[0] != users[1]
+        front.kill()
+        for pid in (report["restorer"], *report["clones"]):
+            until(lambda pid=pid: gone(pid))  # type: ignore[misc]
+    assert mounts() == before
+
+
+@pytest.mark.parametrize("under", [NO_ADMIN, ["unshare", "--user", "--map-root-user"]])
+def test_an_image_made_in_a_user_namespace(criu: Any, tmp_path: Path, under: list[str]) -> None:
+    allowed(under)
+    with running("freeze_one", str(tmp_path / "frozen"), under=under) as (_, said):
+        assert "error" not in said
+    args = (criu.path, str(tmp_path / "frozen"), str(said["pid"]), str(said["control_inode"]))
+    with running("clone_one", *args, str(tmp_path), under=under) as (_, told):
+        assert told["value"][0] == 41
+        assert told["status"] == 0

@@ -9,7 +9,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,19 @@ from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.residency import cached_bytes
 
-__all__ = ["Row", "cold_start", "fingerprint", "import_torch_s", "print_rows", "warm_page_cache"]
+__all__ = [
+    "Row",
+    "cold_start",
+    "evict_files",
+    "fingerprint",
+    "import_torch_s",
+    "print_rows",
+    "warm_page_cache",
+]
+
+_EVICTIONS = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +61,21 @@ class Row:
         return self.median >= self.target if self.at_least else self.median <= self.target
 
 
-def cold_start(model: Path, *arguments: str, prompt_ids: Sequence[int], tokens: int) -> Any:
+def cold_start(
+    model: Path,
+    *arguments: str,
+    prompt_ids: Sequence[int],
+    tokens: int,
+    environment: Mapping[str, str] | None = None,
+) -> Any:
     """Runs `coldframe run` once, as a process of its own, and returns its JSON document.
+
+    Args:
+        model: A checkpoint's directory.
+        arguments: More flags.
+        prompt_ids: The prompt.
+        tokens: How many to generate.
+        environment: What to change in this process's; workers start fresh where it says nothing.
 
     Raises:
         PlatformError: It failed.
@@ -68,8 +92,9 @@ def cold_start(model: Path, *arguments: str, prompt_ids: Sequence[int], tokens: 
         "--json",
         *arguments,
     ]
-    environment = {**os.environ, "COLDFRAME_EXEC_NS": str(time.monotonic_ns())}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **(environment or {})}
+    changed["COLDFRAME_EXEC_NS"] = str(time.monotonic_ns())
+    done = subprocess.run(command, env=changed, capture_output=True, text=True, check=False)
     if done.returncode:
         raise PlatformError("a cold start failed", where=" ".join(command), got=done.stderr.strip())
     return json.loads(done.stdout)
@@ -139,3 +164,31 @@ def _print_table(rows: Sequence[Row]) -> None:
             f"{row.name:<{width}}  {row.median:>9.4g}  {min(row.runs):>9.4g}"
             f"  {max(row.runs):>9.4g}  {row.unit:<8}{target:>10}{verdict}"
         )
+
+
+def evict_files(files: Iterable[Path]) -> None:
+    """Drops files from the page cache, and proves it.
+
+    Raises:
+        PlatformError: Some of it stays: somebody else has it mapped, or it is a tmpfs.
+    """
+    for file in files:
+        fd = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+            # A page that somebody looks at just then stays; not so the next time.
+            for _ in range(_EVICTIONS):
+                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+                left = cached_bytes(fd, 0, os.fstat(fd).st_size)
+                if not left:
+                    break
+                time.sleep(0.05)
+        finally:
+            os.close(fd)
+        if left:
+            raise PlatformError(
+                "a file cannot be evicted from the page cache",
+                where=file,
+                got=f"{left} bytes left",
+                hint="Give a store on a disk with --snapshot-store.",
+            )

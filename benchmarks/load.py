@@ -9,22 +9,19 @@ ceiling. Runs of all loaders are interleaved.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.harness import Row, print_rows, warm_page_cache
+from coldframe.benchmarks.harness import Row, evict_files, print_rows, warm_page_cache
 from coldframe.benchmarks.loaders import load_once
 from coldframe.benchmarks.nginx import BUCKET, serve
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.loader.residency import cached_bytes
 from coldframe.loader.sealing import seal_checkpoint
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.runtime.flags import Parser
@@ -36,7 +33,6 @@ _PEERS = {
     "http": (),
     "s3": ("runai s3",),
 }
-_EVICTIONS = 20
 _S3 = {
     "AWS_ACCESS_KEY_ID": "key",
     "AWS_SECRET_ACCESS_KEY": "secret",
@@ -203,23 +199,7 @@ def evict(model: Path) -> None:
     Raises:
         PlatformError: Some of it stays: somebody else has it mapped, or it is a tmpfs.
     """
-    for file in sorted(model.glob("*.safetensors")):
-        fd = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-            # A page that somebody looks at just then stays; not so the next time.
-            for _ in range(_EVICTIONS):
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                left = cached_bytes(fd, 0, os.fstat(fd).st_size)
-                if not left:
-                    break
-                time.sleep(0.05)
-        finally:
-            os.close(fd)
-        if left:
-            raise PlatformError(
-                "a file cannot be evicted from the page cache", where=file, got=f"{left} bytes left"
-            )
+    evict_files(sorted(model.glob("*.safetensors")))
 
 
 def _rows(cell: _Cell, results: dict[str, list[dict[str, Any]]]) -> list[Row]:

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test lint format bench bench-peers clean
+.PHONY: setup system criu demo test test-heavy lint format bench bench-peers clean
 
 setup: $(VENV)/.ready
 
@@ -36,6 +36,10 @@ build/criu/bin/criu:
 
 test: setup
 	$(BIN)/python -m pytest
+
+# What takes long: everything that can go wrong with a snapshot, and the benchmarks' own tests.
+test-heavy: setup
+	$(BIN)/python -m pytest -m heavy
 
 # mypy sees the repository as the package it is installed as.
 build/types/coldframe:

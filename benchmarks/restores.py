@@ -86,7 +86,6 @@ def restore_once(model: Path, store: Path, *, verify: bool, stage: str = "up") -
             "name": str(model),
             "directory": str(model),
             "manifest": None,
-            "exclude": [],
             "hash": verify,
             "key_file": None,
             "work": work,

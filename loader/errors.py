@@ -16,7 +16,8 @@
     │       └── SourceUntrusted  its certificate is not one to trust
     ├── ArenaError           memory could not be reserved, mapped, granted or attached
     ├── SnapshotError        an image cannot be made, trusted or restored
-    │   └── NoImage            there is none that fits
+    │   ├── NoImage            there is none that fits and is whole
+    │   └── ImageDamaged       its bytes are not those that were stored
     ├── DeviceError          the device is missing, too small or lost
     ├── RequestError         this request cannot be served; the replica goes on
     ├── ReplicaError         a process of the replica died or stalled
@@ -49,6 +50,7 @@ __all__ = [
     "ArenaError",
     "SnapshotError",
     "NoImage",
+    "ImageDamaged",
     "DeviceError",
     "RequestError",
     "ReplicaError",
@@ -209,9 +211,15 @@ class SnapshotError(ColdframeError):
 
 
 class NoImage(SnapshotError):
-    """There is no image of this model that fits this machine."""
+    """There is no image of this model that fits this machine and is whole."""
 
     default_hint = "Make one with `coldframe snapshot create`."
+
+
+class ImageDamaged(SnapshotError):
+    """What a store has of an image is not what was stored."""
+
+    default_hint = "Remove the image, and make it again."
 
 
 class DeviceError(ColdframeError):

@@ -19,10 +19,12 @@ from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.model_key import ModelKey
 
-__all__ = ["RESTORE_S", "Clones"]
+__all__ = ["FETCH_S", "RESTORE_S", "Clones"]
 
-RESTORE_S = 60.0
-"""How long a clone may take to be there, in seconds; an image may come over a network."""
+RESTORE_S = 5.0
+"""How long a clone may take to be there, in seconds: longer than a worker that starts fresh."""
+FETCH_S = 20.0
+"""How long an image may take to come over a network, in seconds."""
 _LAST_WORDS_NS = 500_000_000
 
 
@@ -53,6 +55,8 @@ class Clones:
         self._spans = spans
         self._pending: dict[str, tuple[Cloner, int]] = {}
         """Clones that have not said a word: who makes them, and since when."""
+        self._prepared: dict[Cloner, int] = {}
+        """Since when those who make clones can."""
         for cloner in tiers.cloners:
             self._watch(cloner)
 
@@ -124,12 +128,14 @@ class Clones:
 
     def tick(self) -> None:
         """Gives up on clones that take too long; to be called about once a second."""
-        late = now() - int(RESTORE_S * 1e9)
         for name, (cloner, asked_ns) in list(self._pending.items()):
-            if asked_ns >= late or name not in self._pending:
+            remote = cloner.image is None and cloner.tier == "image" and self.tiers.remote
+            limit_s = FETCH_S if remote else RESTORE_S
+            since_ns = max(asked_ns, self._prepared.get(cloner, 0))
+            if now() - since_ns < limit_s * 1e9 or name not in self._pending:
                 continue
             error = SnapshotError(
-                "a clone was not there in time", where=name, expected=f"{RESTORE_S:g} s"
+                "a clone was not there in time", where=name, expected=f"{limit_s:g} s"
             )
             if cloner.image is None:  # it is deaf while it reads an image, and has no clones yet
                 cloner.end(error)
@@ -159,4 +165,5 @@ class Clones:
                 self._pending.pop(name, None)
                 self._lost(name, error)
             elif name is None and error is None:
+                self._prepared[cloner] = now()
                 self._ready()

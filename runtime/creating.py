@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 
 __all__ = ["image_for_next_time", "prune", "store_of"]
 
+_LIMIT_S = 60.0
+"""How long nobody minds that a replica which is idle does not end."""
+
 
 def image_for_next_time(replica: Replica) -> dict[str, Any]:
     """Makes an image where one is wanted: the replica had none, and its options allow it.
@@ -41,7 +44,7 @@ def image_for_next_time(replica: Replica) -> dict[str, Any]:
     # Nothing of this may spoil what has been answered.
     try:
         freezing = Freezing(replica, snapshot)
-        freezing.follow()
+        freezing.follow(_LIMIT_S)
     except ColdframeError as error:
         return {"not_created": str(error)}
     if freezing.error is not None:

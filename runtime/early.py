@@ -12,7 +12,7 @@ import socket
 from time import monotonic_ns
 
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
-from coldframe.snapshot.places import default_store, images_are_there
+from coldframe.snapshot.places import default_store, expanded, images_are_there
 from coldframe.snapshot.restorer_process import RestorerProcess
 
 __all__ = ["MemoryProcess", "likely_restorer"]
@@ -70,7 +70,7 @@ def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
         return None
     if mode not in ("auto", "require"):
         store = mode
-    return RestorerProcess() if images_are_there(store) else None
+    return RestorerProcess() if images_are_there(expanded(store)) else None
 
 
 def _said(arguments: list[str], flag: str, twin: str) -> str | None:

@@ -76,17 +76,21 @@ class Freezing:
         replica.watch(self._channel.fileno(), self._on_message)
         self._send(order)
 
-    def follow(self) -> None:
+    def follow(self, limit_s: float | None = None) -> None:
         """Polls the replica until this is done, and gives it up where it hangs.
+
+        Args:
+            limit_s: After how many seconds; None for `FREEZE_S`.
 
         Raises:
             ColdframeError: The replica cannot go on.
         """
-        late = time.monotonic() + FREEZE_S
+        limit_s = FREEZE_S if limit_s is None else limit_s
+        late = time.monotonic() + limit_s
 
         def done() -> bool:
             if not self._staged and time.monotonic() > late:
-                self._end(SnapshotError("no image was made in time", expected=f"{FREEZE_S:g} s"))
+                self._end(SnapshotError("no image was made in time", expected=f"{limit_s:g} s"))
             return self.done
 
         try:

@@ -26,7 +26,6 @@ class SnapshotOptions:
         max_bytes: What all images may take together; looked at when one is made.
         max_age_s: How long ago an image may have been used last, in seconds; likewise.
         manifest: An image that is not published yet, to be used and no other.
-        exclude: Images, by id, that are not to be used.
     """
 
     mode: str = "off"
@@ -38,7 +37,6 @@ class SnapshotOptions:
     max_bytes: int = 10 << 30
     max_age_s: float = 30 * 86_400.0
     manifest: dict[str, Any] | None = None
-    exclude: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -379,8 +379,10 @@ class Replica:
 
     def _memory_died(self, why: str) -> None:
         workers = self._workforce.workers.values()
-        if any(w.cloner is not None for w in workers) and not any(w.up for w in workers):
-            # Nobody has been served yet, and a restore may be what it died of.
+        clones = any(w.cloner is not None and not w.group for w in workers)
+        fresh_will_do = self.options.snapshot.mode != "require"
+        if clones and fresh_will_do and "snapshot" not in self.facts:
+            # None was up yet, and a restore may be what it died of.
             why = f"the memory service died while workers were restored: {why}"
             self.recorder.add("snapshot_restore", self._load_started_ns or now(), note=why)
             options = replace(self.options, snapshot=SnapshotOptions("off"), hold_load=False)

@@ -209,7 +209,13 @@ def run(args: argparse.Namespace) -> int:
             if snapshot is not None:
                 from coldframe.runtime.creating import image_for_next_time
 
-                snapshot |= image_for_next_time(replica)
+                try:
+                    snapshot |= image_for_next_time(replica)
+                except BaseException:
+                    # Whoever ends us now has waited for the answer all the same.
+                    if args.json:
+                        print(json.dumps(document), flush=True)
+                    raise
                 for key, text in _SNAPSHOT_NEWS.items():
                     if snapshot.get(key) is not None and not args.json and not args.quiet:
                         print(f"coldframe: {text} {snapshot[key]}", file=sys.stderr)

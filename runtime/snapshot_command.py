@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
         "--compress",
         choices=["auto", "none", "lz4"],
         default="auto",
-        help="how pages are stored: auto takes what restores faster, raw in a directory",
+        help="how the image is stored: auto takes what restores faster, which is lz4",
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
     parser.flag("--json", action="store_true", help="print one JSON document")

@@ -8,7 +8,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.units import byte_count
-from coldframe.snapshot.places import default_store
+from coldframe.snapshot.places import default_store, expanded
 
 __all__ = ["add_snapshot_arguments", "add_store_arguments", "snapshot_options", "store_options"]
 
@@ -90,7 +90,7 @@ def snapshot_options(args: argparse.Namespace) -> SnapshotOptions:
         mode, store = "auto", mode
     return SnapshotOptions(
         mode,
-        store or default_store(),
+        expanded(store) if store else default_store(),
         create=mode == "auto" and not args.no_snapshot_create,
         hash=not args.no_snapshot_hash,
         verify=args.verify_on_restore,
@@ -104,7 +104,7 @@ def store_options(args: argparse.Namespace) -> SnapshotOptions:
     """What the flags of `add_store_arguments` stand for; workers start fresh."""
     return SnapshotOptions(
         "off",
-        args.snapshot_store or default_store(),
+        expanded(args.snapshot_store) if args.snapshot_store else default_store(),
         key_file=args.snapshot_key,
         max_bytes=args.snapshot_size,
         max_age_s=args.snapshot_age * _DAY_S,

@@ -10,14 +10,12 @@ import contextlib
 import json
 import time
 from collections.abc import Iterator
-from math import prod
 
 from coldframe.loader.arena import round_up
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import RequestError
-from coldframe.loader.header import DTYPE_BITS
 from coldframe.loader.location import Directory, parse_location
-from coldframe.runtime.frozen_worker import freeze_order
+from coldframe.runtime.frozen_worker import freeze_order, weights_room
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
 from coldframe.snapshot.freezer import freezing_environment
@@ -53,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         )
     with _model(args.model) as model:
         key = ModelKey.of(model.directory, model.tensors)
-        order = freeze_order(model, _weights_room(model), _kv_room(model), threads)
+        order = freeze_order(model, weights_room(model), _kv_room(model), threads)
         template = Template(args.model, key, _CODE, order, freezing_environment(threads))
     try:
         if args.json:
@@ -85,12 +83,6 @@ def _model(name: str) -> Iterator[ModelFacts]:
     with Replica(ReplicaOptions(name, prefill=0, decode=0)) as replica:
         replica.run_until(lambda: replica.known)
         yield replica.model
-
-
-def _weights_room(model: ModelFacts) -> int:
-    """Addresses to keep free for the weights; a layout may need somewhat more than they do."""
-    bits = sum(DTYPE_BITS[t.dtype] * prod(t.shape) for t in model.tensors.values())
-    return round_up(bits // 8 * 5 // 4, _ROOM) + _ROOM
 
 
 def _kv_room(model: ModelFacts) -> int:

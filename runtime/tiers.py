@@ -7,6 +7,7 @@ starts fresh, at once, and why is kept for the timeline.
 from __future__ import annotations
 
 import contextlib
+import os
 
 from coldframe.loader.errors import ColdframeError, NoImage, ReplicaError
 from coldframe.loader.timeline import clock_shift_ns, now
@@ -14,7 +15,8 @@ from coldframe.loader.wire import Channel
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.identity import Identity
-from coldframe.snapshot.places import images_are_there, templates
+from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.places import KEY_DIGITS, images_are_there, templates
 from coldframe.snapshot.restorer_process import RestorerProcess
 from coldframe.snapshot.wake import Wake
 
@@ -67,7 +69,7 @@ class Tiers:
         if restorer is not None:
             restorer.close()
         if options.mode != "off" and options.manifest is None:
-            for path in templates():
+            for path in self._templates():
                 try:
                     self.cloners.append(Cloner.connect(path))
                 except ColdframeError as error:
@@ -79,12 +81,16 @@ class Tiers:
                     "name": model,
                     "directory": directory,
                     "manifest": options.manifest,
-                    "exclude": list(options.exclude),
                     "hash": options.hash,
                     "key_file": options.key_file,
                     "work": run_dir,
                 }
             )
+
+    @property
+    def remote(self) -> bool:
+        """Whether images come over a network."""
+        return "://" in self.options.store
 
     @property
     def best(self) -> Cloner | None:
@@ -128,7 +134,20 @@ class Tiers:
             if cloner.tier == "image":
                 self.failed = str(error)
             self.why.append(f"{cloner.tier}: {error}")
+            if not cloner.has_clones:  # it would only keep its memory and its rights
+                cloner.end(error)
         cloner.error = cloner.error or error
+
+    def _templates(self) -> list[str]:
+        """The sockets of templates that may be of this model."""
+        found = templates()
+        if found and self.directory is not None:
+            try:
+                beginning = ModelKey.of(self.directory).digest[:KEY_DIGITS]
+            except ColdframeError:  # which will be said where the model is loaded
+                return []
+            found = [path for path in found if os.path.basename(path).startswith(beginning)]
+        return found
 
     def close(self) -> None:
         for cloner in self.cloners:

@@ -21,9 +21,11 @@ __all__ = [
     "OBJECTS",
     "Backend",
     "Document",
+    "LocalReader",
     "Usage",
     "Writer",
     "image_of",
+    "is_digest",
     "named_in",
 ]
 
@@ -33,6 +35,7 @@ MAX_MANIFEST_BYTES = 64 << 20
 
 _SUFFIX = ".json"
 _DIGEST = re.compile(rb"[0-9a-f]{64}")
+_DIGEST_NAME = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Document(NamedTuple):
@@ -83,6 +86,13 @@ class Writer(Protocol):
         """
 
 
+class LocalReader(Reader, Protocol):
+    """Reads objects that are files of ours or root's, which nobody else can change."""
+
+    def path_of(self, item: StoredObject) -> str | None:
+        """The file that an object is; None where it is none, not whole, or its path not safe."""
+
+
 class Backend(Protocol):
     """A directory or a bucket with images.
 
@@ -96,42 +106,62 @@ class Backend(Protocol):
     run_bytes: int
     threads: int
 
-    def check(self) -> None:
-        """That nobody but us and root can have put something there.
-
-        Raises:
-            SnapshotError: Others could.
-        """
-
-    def documents(self) -> list[Document]:
+    def documents(self, *, strict: bool) -> list[Document]:
         """All manifests; none where there is no store yet.
 
+        Args:
+            strict: Refuse what others than we and root can have put there.
+
         Raises:
-            SnapshotError: The store cannot be read.
+            SnapshotError: The store cannot be read, or is not to be trusted.
         """
 
-    def reader(self) -> AbstractContextManager[Reader]:
-        """What reads objects."""
+    def reader(self, *, strict: bool) -> AbstractContextManager[Reader]:
+        """What reads objects.
 
-    def path_of(self, item: StoredObject) -> str | None:
-        """The file that an object is; None where it is none, or not whole."""
+        Args:
+            strict: Refuse what others than we and root can have put there.
+
+        Raises:
+            SnapshotError: The store cannot be read, or is not to be trusted.
+        """
+
+    def direct(self) -> AbstractContextManager[LocalReader]:
+        """What reads objects that nobody will hash.
+
+        Raises:
+            SnapshotError: The store is not on this machine, or others could write there.
+        """
 
     def writing(self) -> AbstractContextManager[Writer]:
         """Lets one image be put into the store, which is made where there is none.
 
         Raises:
-            SnapshotError: It cannot be made, or may not be written.
+            SnapshotError: It cannot be made, may not be written, or others could write there.
+        """
+
+    def check_writable(self) -> None:
+        """That images could be put there now, as far as that can be told at little cost.
+
+        Raises:
+            SnapshotError: They could not.
         """
 
     def withdraw(self, image: str) -> bool:
         """Removes a manifest; False where there is none.
 
         Raises:
-            SnapshotError: It may not be removed.
+            SnapshotError: It may not be removed, or others could write there.
         """
 
     def sweep(self) -> None:
-        """Removes objects that no manifest names, but those that somebody may just be writing."""
+        """Removes objects that no manifest names, but those that somebody may just be writing.
+
+        What is not called as a store calls what it writes stays, whatever it is.
+
+        Raises:
+            SnapshotError: Others could write there.
+        """
 
     def touch(self, image: str) -> None:
         """Notes that an image is used now, where that may be noted."""
@@ -144,6 +174,11 @@ def image_of(name: str) -> str | None:
     """The id of the image whose manifest is called so; None where it is no manifest."""
     image = name.removesuffix(_SUFFIX)
     return image if name.endswith(_SUFFIX) and is_image_id(image) else None
+
+
+def is_digest(name: str) -> bool:
+    """Whether an object can be called so."""
+    return _DIGEST_NAME.fullmatch(name) is not None
 
 
 def named_in(raw: bytes | None) -> set[str]:

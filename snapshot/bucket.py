@@ -25,11 +25,14 @@ from coldframe.snapshot.backend import (
     MAX_MANIFEST_BYTES,
     OBJECTS,
     Document,
+    LocalReader,
     Usage,
     image_of,
+    is_digest,
     named_in,
 )
 from coldframe.snapshot.image_files import StoredObject
+from coldframe.snapshot.manifest import is_image_id
 from coldframe.snapshot.packing import Bundle, write_object
 
 __all__ = ["BucketBackend"]
@@ -69,22 +72,27 @@ class BucketBackend:
         self._address = S3Address(location)
         self._withdrawn: set[str] = set()
 
-    def check(self) -> None:
-        pass  # who may write to a bucket is its policy's business, and only a key says more
+    # Who may write to a bucket is its policy's business, and only a key says more: here `strict`
+    # asks for nothing.
 
-    def documents(self) -> list[Document]:
+    def documents(self, *, strict: bool) -> list[Document]:
         return self._read_documents(self._list())
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[_Reader]:
+    def reader(self, *, strict: bool) -> Iterator[_Reader]:
         reader = _Reader(self._range_reader())
         try:
             yield reader
         finally:
             reader.close()
 
-    def path_of(self, item: StoredObject) -> str | None:
-        return None
+    def direct(self) -> contextlib.AbstractContextManager[LocalReader]:
+        raise SnapshotError(
+            "an image from a bucket cannot be used without checking it",
+            where=self.uri,
+            got="nothing else would check what comes over the network",
+            hint="Have images checked, or keep them in a directory of this machine.",
+        )
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[_Writer]:
@@ -99,7 +107,18 @@ class BucketBackend:
         finally:
             self._address.close()
 
+    def check_writable(self) -> None:
+        try:
+            with self._told("the store cannot be listed"):
+                self._address.client.list_objects_v2(
+                    Bucket=self._address.bucket, Prefix=self._address.key(""), MaxKeys=1
+                )
+        finally:
+            self._address.close()
+
     def withdraw(self, image: str) -> bool:
+        if not is_image_id(image):
+            return False
         name = _manifest_name(image)
         reader = self._range_reader()
         try:
@@ -128,7 +147,7 @@ class BucketBackend:
     def usage(self) -> Usage:
         items = self._list()
         images = sum(_image_in(item) is not None for item in items)
-        nbytes = sum(item.nbytes for item in items if item.name.startswith(f"{OBJECTS}/"))
+        nbytes = sum(item.nbytes for item in items if _digest_in(item) is not None)
         return Usage(images, nbytes, None)
 
     def put(self, name: str, content: bytes) -> None:
@@ -199,8 +218,8 @@ class BucketBackend:
         left = [
             item.name
             for item in items
-            if item.name.startswith(f"{OBJECTS}/")
-            and (digest := item.name.removeprefix(f"{OBJECTS}/")) not in named
+            if (digest := _digest_in(item)) is not None
+            and digest not in named
             and (digest in at_once or item.modified < limit)
         ]
         try:
@@ -340,3 +359,9 @@ def _manifest_name(image: str) -> str:
 def _image_in(item: _Item) -> str | None:
     folder, name = os.path.split(item.name)
     return image_of(name) if folder == MANIFESTS else None
+
+
+def _digest_in(item: _Item) -> str | None:
+    """The hash that an object is called by; None for what no store has written."""
+    folder, name = os.path.split(item.name)
+    return name if folder == OBJECTS and is_digest(name) else None

@@ -129,6 +129,8 @@ class Cloner:
             SnapshotError: Whoever listens there is another user.
         """
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        # Not blocking: whoever listens there may not be one of ours.
+        sock.setblocking(False)
         try:
             sock.connect(path)
             owner = os.stat(path, follow_symlinks=False).st_uid
@@ -148,6 +150,7 @@ class Cloner:
                 expected=f"user {os.getuid()}",
                 got=f"user {uid}",
             )
+        sock.setblocking(True)
         return cls("template", Channel(sock))
 
     def fileno(self) -> int:
@@ -203,6 +206,11 @@ class Cloner:
         """Ends it and all its clones."""
         self.end(ReplicaError("it was closed"))
         self.events.clear()
+
+    @property
+    def has_clones(self) -> bool:
+        """Whether some clone of it lives."""
+        return any(child.pid and child.status is None for child in self._clones.values())
 
     @property
     def closed(self) -> bool:

@@ -2,7 +2,11 @@
 
 Who writes holds a shared lock (flock) on it from its first object until its manifest is there; it
 ends with the process. Only under an exclusive lock, and so while nobody writes, is removed what no
-manifest names: what a dead process has left, and the objects of images that were removed.
+manifest names: what a dead process has left, and the objects of images that were removed. What is
+not called as a store calls its files is not ours, and stays.
+
+The folders are opened once for each operation, checked by their descriptors, and used through
+these: a path may lead elsewhere a moment later.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
+from typing import NamedTuple
 
-from coldframe.loader.errors import SnapshotError
+from coldframe.loader.errors import ImageDamaged, SnapshotError
 from coldframe.snapshot.backend import (
     MANIFESTS,
     MAX_MANIFEST_BYTES,
@@ -24,19 +29,33 @@ from coldframe.snapshot.backend import (
     Document,
     Usage,
     image_of,
+    is_digest,
     named_in,
 )
 from coldframe.snapshot.image_files import StoredObject
+from coldframe.snapshot.manifest import is_image_id
 from coldframe.snapshot.packing import Bundle, write_object
 
 __all__ = ["DirectoryBackend"]
 
 _TEMPORARY = ".writing-"
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _GONE = "Remove the image; a new one is made in its place."
 _OTHER = "Name another directory for images, or mend this one."
+
+
+class _Folders(NamedTuple):
+    """The descriptors of a store's two folders, and the path of the store for messages."""
+
+    root: str
+    objects: int
+    manifests: int
+
+    def path(self, folder: str, name: str = "") -> str:
+        return os.path.join(self.root, folder, name)
 
 
 class DirectoryBackend:
@@ -51,194 +70,220 @@ class DirectoryBackend:
 
     def __init__(self, root: str) -> None:
         self.uri = os.path.abspath(root)
-        self._objects = os.path.join(self.uri, OBJECTS)
-        self._manifests = os.path.join(self.uri, MANIFESTS)
 
-    def check(self) -> None:
-        for path in (self.uri, self._objects, self._manifests):
+    def documents(self, *, strict: bool) -> list[Document]:
+        with self._opened(strict=strict) as folders:
+            if folders is None:
+                return []
             try:
-                status = os.stat(path)
-            except OSError:
-                continue  # not there yet, or `documents` will say why not
-            if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
-                raise SnapshotError(
-                    "others could put images there, and what is in them would be run",
-                    where=path,
-                    expected="a directory that only its owner, you or root, may write",
-                    got=f"{stat.filemode(status.st_mode)} of user {status.st_uid}",
-                    hint=f"Run chmod 700 {path}, or sign images with a key.",
-                )
-
-    def documents(self) -> list[Document]:
-        try:
-            names = os.listdir(self._manifests)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
-        except OSError as error:
-            raise _failed("the store cannot be read", self._manifests, error) from error
-        found = []
-        for name in names:
-            image = image_of(name)
-            if image is not None:
-                found.append(_document(image, os.path.join(self._manifests, name)))
-        return [document for document in found if document is not None]
+                return _documents(folders, strict)
+            except OSError as error:
+                where = folders.path(MANIFESTS)
+                raise _failed("the store cannot be read", where, error) from error
 
     @contextlib.contextmanager
-    def reader(self) -> Iterator[_Reader]:
-        reader = _Reader(self._objects)
-        try:
-            yield reader
-        finally:
-            reader.close()
+    def reader(self, *, strict: bool) -> Iterator[_Reader]:
+        with self._opened(strict=strict) as folders:
+            if folders is None:
+                raise _missing(os.path.join(self.uri, OBJECTS))
+            reader = _Reader(folders, strict)
+            try:
+                yield reader
+            finally:
+                reader.close()
 
-    def path_of(self, item: StoredObject) -> str | None:
-        path = os.path.join(self._objects, item.digest)
-        try:
-            status = os.lstat(path)
-        except OSError:
-            return None
-        whole = stat.S_ISREG(status.st_mode) and status.st_size == item.stored_bytes
-        return path if whole else None
+    def direct(self) -> contextlib.AbstractContextManager[_Reader]:
+        return self.reader(strict=True)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[_Writer]:
-        try:
-            os.makedirs(self.uri, 0o700, exist_ok=True)
-            for folder in (self._objects, self._manifests):
-                with contextlib.suppress(FileExistsError):
-                    os.mkdir(folder, 0o700)
-            lock = os.open(self._objects, _FOLDER)
-        except OSError as error:
-            raise _failed("the store cannot be made", self.uri, error) from error
-        try:
-            self._sweep_alone(lock)
+        with self._made() as folders:
+            self._sweep_alone(folders)
             with contextlib.suppress(OSError):  # without locks nothing is removed either
-                fcntl.flock(lock, fcntl.LOCK_SH)
+                fcntl.flock(folders.objects, fcntl.LOCK_SH)
             try:
-                yield _Writer(self._objects, self._manifests)
+                yield _Writer(folders)
             except BaseException:
-                self._sweep_alone(lock)
+                self._sweep_alone(folders)
                 raise
-        finally:
-            os.close(lock)
+
+    def check_writable(self) -> None:
+        with self._made() as folders:
+            for name, fd in ((OBJECTS, folders.objects), (MANIFESTS, folders.manifests)):
+                temporary = _temporary_name()
+                try:
+                    os.close(os.open(temporary, _NEW, 0o600, dir_fd=fd))
+                    os.unlink(temporary, dir_fd=fd)
+                except OSError as error:
+                    where = folders.path(name)
+                    raise _failed("the store cannot be written", where, error) from error
 
     def withdraw(self, image: str) -> bool:
-        path = os.path.join(self._manifests, f"{image}.json")
-        try:
-            os.unlink(path)
-        except FileNotFoundError:
+        if not is_image_id(image):
             return False
-        except OSError as error:
-            raise _failed("the image cannot be removed", path, error) from error
+        name = f"{image}.json"
+        with self._opened(strict=True) as folders:
+            if folders is None:
+                return False
+            try:
+                os.unlink(name, dir_fd=folders.manifests)
+            except FileNotFoundError:
+                return False
+            except OSError as error:
+                where = folders.path(MANIFESTS, name)
+                raise _failed("the image cannot be removed", where, error) from error
         return True
 
     def sweep(self) -> None:
-        with contextlib.suppress(OSError):
-            lock = os.open(self._objects, _FOLDER)
-            try:
-                self._sweep_alone(lock)
-            finally:
-                os.close(lock)
+        with self._opened(strict=True) as folders:
+            if folders is not None:
+                self._sweep_alone(folders)
 
     def touch(self, image: str) -> None:
         now = time.time_ns()  # by itself the kernel would take the time of its last tick
-        with contextlib.suppress(OSError):  # a store that may only be read is as good
-            os.utime(os.path.join(self._manifests, f"{image}.json"), ns=(now, now))
+        # A store that may only be read is as good.
+        with contextlib.suppress(OSError, SnapshotError), self._opened(strict=True) as folders:
+            if folders is not None and is_image_id(image):
+                manifests, name = folders.manifests, f"{image}.json"
+                os.utime(name, ns=(now, now), dir_fd=manifests, follow_symlinks=False)
 
     def usage(self) -> Usage:
-        try:
-            about = os.statvfs(self.uri)
-            with os.scandir(self._objects) as items:
-                nbytes = sum(item.stat(follow_symlinks=False).st_size for item in items)
-        except FileNotFoundError:
-            return Usage(0, 0, None)
-        except OSError as error:
-            raise _failed("the store cannot be read", self.uri, error) from error
-        return Usage(len(self.documents()), nbytes, about.f_bavail * about.f_frsize)
+        with self._opened(strict=False) as folders:
+            if folders is None:
+                return Usage(0, 0, None)
+            try:
+                about = os.fstatvfs(folders.objects)
+                with os.scandir(folders.objects) as items:
+                    nbytes = sum(
+                        item.stat(follow_symlinks=False).st_size
+                        for item in items
+                        if _is_ours(item.name)
+                    )
+                images = sum(image_of(name) is not None for name in os.listdir(folders.manifests))
+            except OSError as error:
+                raise _failed("the store cannot be read", self.uri, error) from error
+        return Usage(images, nbytes, about.f_bavail * about.f_frsize)
 
-    def _sweep_alone(self, lock: int) -> None:
+    @contextlib.contextmanager
+    def _opened(self, *, strict: bool) -> Iterator[_Folders | None]:
+        """The store's folders; None where there is no store yet."""
+        with contextlib.ExitStack() as stack:
+            folders = None
+            try:
+                folders = self._open(stack, strict=strict, make=False)
+            except (FileNotFoundError, NotADirectoryError):
+                pass
+            except OSError as error:
+                raise _failed("the store cannot be read", self.uri, error) from error
+            yield folders
+
+    @contextlib.contextmanager
+    def _made(self) -> Iterator[_Folders]:
+        """The store's folders, to write in; they are made where there are none."""
+        with contextlib.ExitStack() as stack:
+            try:
+                os.makedirs(self.uri, 0o700, exist_ok=True)
+                folders = self._open(stack, strict=True, make=True)
+            except OSError as error:
+                raise _failed("the store cannot be made", self.uri, error) from error
+            yield folders
+
+    def _open(self, stack: contextlib.ExitStack, *, strict: bool, make: bool) -> _Folders:
+        root = _open_folder(self.uri, None, strict)
+        stack.callback(os.close, root)
+        opened = []
+        for name in (OBJECTS, MANIFESTS):
+            if make:
+                with contextlib.suppress(FileExistsError):
+                    os.mkdir(name, 0o700, dir_fd=root)
+            opened.append(_open_folder(os.path.join(self.uri, name), root, strict))
+            stack.callback(os.close, opened[-1])
+        return _Folders(self.uri, *opened)
+
+    def _sweep_alone(self, folders: _Folders) -> None:
         """Removes what no manifest names, if nobody else is writing; ends the lock."""
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(folders.objects, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             return
         try:
-            documents = self.documents()
+            documents = _documents(folders, strict=False)
             if any(document.raw is None for document in documents):
                 return  # nobody knows what those name
             named = set().union(*(named_in(document.raw) for document in documents))
-            for folder in (self._objects, self._manifests):
-                for name in os.listdir(folder):
-                    left = folder == self._objects and name not in named
-                    if left or name.startswith(_TEMPORARY):
-                        os.unlink(os.path.join(folder, name))
-        except (OSError, SnapshotError):
+            for name in os.listdir(folders.objects):
+                if _is_ours(name) and name not in named:
+                    _discard(name, folders.objects)
+            for name in os.listdir(folders.manifests):
+                if name.startswith(_TEMPORARY):
+                    _discard(name, folders.manifests)
+        except OSError:
             pass  # what could not be removed now may be another time
         finally:
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            fcntl.flock(folders.objects, fcntl.LOCK_UN)
 
 
 class _Writer:
-    def __init__(self, objects: str, manifests: str) -> None:
-        self._objects = objects
-        self._manifests = manifests
+    def __init__(self, folders: _Folders) -> None:
+        self._folders = folders
 
     def add(self, bundle: Bundle, codec: str) -> StoredObject:
-        temporary = os.path.join(self._objects, _temporary_name())
+        objects, temporary = self._folders.objects, _temporary_name()
         try:
-            fd = os.open(temporary, _NEW, 0o600)
+            fd = os.open(temporary, _NEW, 0o600, dir_fd=objects)
             try:
                 item = write_object(bundle, fd, codec)
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            path = os.path.join(self._objects, item.digest)
-            if _holds(path, item):
-                os.unlink(temporary)
+            if _holds(objects, item):
+                os.unlink(temporary, dir_fd=objects)
             else:
-                os.replace(temporary, path)
+                os.replace(temporary, item.digest, src_dir_fd=objects, dst_dir_fd=objects)
         except BaseException as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
+            _discard(temporary, objects)
             if isinstance(error, OSError):
-                what = "an image cannot be written to the store"
-                raise _failed(what, self._objects, error, bundle.size) from error
+                what, where = "an image cannot be written to the store", self._folders.path(OBJECTS)
+                raise _failed(what, where, error, bundle.size) from error
             raise
         return item
 
     def publish(self, image: str, raw: bytes) -> None:
-        temporary = os.path.join(self._manifests, _temporary_name())
-        path = os.path.join(self._manifests, f"{image}.json")
+        manifests, temporary, name = self._folders.manifests, _temporary_name(), f"{image}.json"
         try:
-            _sync(self._objects)  # the objects' names, before anything names them
-            with open(temporary, "xb", opener=_private) as file:
+            os.fsync(self._folders.objects)  # the objects' names, before anything names them
+            with open(os.open(temporary, _NEW, 0o600, dir_fd=manifests), "wb") as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
-            os.rename(temporary, path)
-            _sync(self._manifests)
+            os.replace(temporary, name, src_dir_fd=manifests, dst_dir_fd=manifests)
+            os.fsync(manifests)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            what = "a manifest cannot be written to the store"
-            raise _failed(what, path, error, len(raw)) from error
+            _discard(temporary, manifests)
+            what, where = "a manifest cannot be written to the store", self._folders.path(MANIFESTS)
+            raise _failed(what, where, error, len(raw)) from error
 
 
 class _Reader:
     """Opens each object once, and has the kernel read ahead."""
 
-    def __init__(self, objects: str) -> None:
-        self._objects = objects
+    def __init__(self, folders: _Folders, strict: bool) -> None:
+        self._folders = folders
+        self._strict = strict
         self._lock = threading.Lock()
         self._open: dict[str, int] = {}
+        self._lasting: str | None = None
+        if strict:
+            self._lasting = _lasting_path(folders.objects, folders.path(OBJECTS))
 
     def read(self, item: StoredObject, offset: int, buffer: memoryview) -> None:
-        path = os.path.join(self._objects, item.digest)
+        path = self._folders.path(OBJECTS, item.digest)
         try:
             with self._lock:
                 fd = self._open.get(item.digest)
                 if fd is None:
-                    fd = self._open[item.digest] = os.open(path, _READ)
+                    fd = os.open(item.digest, _READ, dir_fd=self._folders.objects)
+                    self._open[item.digest] = fd
                     self._begin(fd, item, path)
             got = 0
             while got < buffer.nbytes:
@@ -247,11 +292,19 @@ class _Reader:
                     raise _wrong_size(path, item, offset + got)
                 got += count
         except FileNotFoundError:
-            raise SnapshotError(
-                "a part of the image is missing", where=path, got="no such file", hint=_GONE
-            ) from None
+            raise _missing(path) from None
         except OSError as error:
             raise _failed("the image cannot be read", path, error) from error
+
+    def path_of(self, item: StoredObject) -> str | None:
+        if self._lasting is None:
+            return None
+        try:
+            status = os.stat(item.digest, dir_fd=self._folders.objects, follow_symlinks=False)
+        except OSError:
+            return None
+        whole = stat.S_ISREG(status.st_mode) and status.st_size == item.stored_bytes
+        return os.path.join(self._lasting, item.digest) if whole and _is_safe(status) else None
 
     def _begin(self, fd: int, item: StoredObject, path: str) -> None:
         status = os.fstat(fd)
@@ -259,6 +312,8 @@ class _Reader:
             raise SnapshotError(
                 "this is not a regular file", where=path, got=stat.filemode(status.st_mode)
             )
+        if self._strict:
+            _check_safe(status, path, "a file")
         if status.st_size != item.stored_bytes:
             raise _wrong_size(path, item, status.st_size)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -268,13 +323,86 @@ class _Reader:
             os.close(fd)
 
 
-def _document(image: str, path: str) -> Document | None:
+def _open_folder(path: str, within: int | None, strict: bool) -> int:
+    """Opens a folder by its last name in `within`, or by its path; with `strict`, checks it."""
+    name = path if within is None else os.path.basename(path)
     try:
-        fd = os.open(path, _READ)
+        fd = os.open(name, _FOLDER, dir_fd=within)
+    except NotADirectoryError:
+        status = os.stat(name, dir_fd=within, follow_symlinks=False)
+        if stat.S_ISLNK(status.st_mode):
+            raise SnapshotError(
+                "a store and its folders may not be symbolic links",
+                where=path,
+                expected="a directory",
+                got=stat.filemode(status.st_mode),
+                hint="Name the directory itself that images are to be kept in.",
+            ) from None
+        raise
+    try:
+        if strict:
+            _check_safe(os.fstat(fd), path, "a directory")
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_safe(status: os.stat_result) -> bool:
+    """Whether only we and root can write something."""
+    return status.st_uid in (0, os.geteuid()) and not status.st_mode & _OTHERS_WRITE
+
+
+def _check_safe(status: os.stat_result, path: str, kind: str) -> None:
+    if not _is_safe(status):
+        raise SnapshotError(
+            "others could put images there, and what is in them would be run",
+            where=path,
+            expected=f"{kind} that only its owner, you or root, may write",
+            got=f"{stat.filemode(status.st_mode)} of user {status.st_uid}",
+            hint=f"Run chmod go-w {path}; with a key, images can be read there as it is.",
+        )
+
+
+def _lasting_path(fd: int, path: str) -> str | None:
+    """The path of an open folder, if nobody else can make it lead elsewhere.
+
+    In a folder with the sticky bit others can rename only what is theirs.
+    """
+    real = os.path.realpath(path)
+    try:
+        if not os.path.samestat(os.stat(real), os.fstat(fd)):
+            return None
+        above = real
+        while above != os.path.dirname(above):
+            above = os.path.dirname(above)
+            status = os.lstat(above)
+            fixed = status.st_uid in (0, os.geteuid()) and status.st_mode & stat.S_ISVTX
+            if not (fixed or _is_safe(status)):
+                return None
+    except OSError:
+        return None
+    return real
+
+
+def _documents(folders: _Folders, strict: bool) -> list[Document]:
+    found = []
+    for name in os.listdir(folders.manifests):
+        image = image_of(name)
+        if image is not None:
+            found.append(_document(image, name, folders, strict))
+    return [document for document in found if document is not None]
+
+
+def _document(image: str, name: str, folders: _Folders, strict: bool) -> Document | None:
+    try:
+        fd = os.open(name, _READ, dir_fd=folders.manifests)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
                 return Document(image, None, "it is no small file", status.st_mtime)
+            if strict and not _is_safe(status):
+                return Document(image, None, "others could have written it", status.st_mtime)
             with open(fd, "rb", closefd=False) as file:
                 return Document(image, file.read(), "", status.st_mtime)
         finally:
@@ -285,37 +413,42 @@ def _document(image: str, path: str) -> Document | None:
         return Document(image, None, error.strerror or str(error), 0.0)
 
 
-def _holds(path: str, item: StoredObject) -> bool:
-    """Whether an object is there already, and sound."""
+def _holds(objects: int, item: StoredObject) -> bool:
+    """Whether an object is there already, sound, and safe from others."""
     import hashlib
 
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
+        with open(os.open(item.digest, _READ, dir_fd=objects), "rb") as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode) or not _is_safe(status):
+                return False
             return hashlib.file_digest(file, "sha256").hexdigest() == item.digest
     except OSError:
         return False
+
+
+def _is_ours(name: str) -> bool:
+    """Whether something among the objects is called as a store calls what it writes there."""
+    return is_digest(name) or name.startswith(_TEMPORARY)
 
 
 def _temporary_name() -> str:
     return f"{_TEMPORARY}{os.getpid()}-{os.urandom(8).hex()}"
 
 
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+def _discard(name: str, folder: int) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(name, dir_fd=folder)
 
 
-def _sync(directory: str) -> None:
-    fd = os.open(directory, _FOLDER)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def _missing(path: str) -> ImageDamaged:
+    return ImageDamaged(
+        "a part of the image is missing", where=path, got="no such file", hint=_GONE
+    )
 
 
 def _wrong_size(path: str, item: StoredObject, got: int) -> SnapshotError:
-    return SnapshotError(
+    return ImageDamaged(
         "a part of the image has another size",
         where=path,
         expected=f"{item.stored_bytes} bytes",

@@ -179,12 +179,15 @@ class Freezer:
 
     def _freeze(self, wanted: dict[str, Any]) -> Manifest:
         criu = Criu.find()
+        key_file = wanted["key_file"]
+        store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
+        store.check_writable()  # before anybody has warmed up for nothing
         user = own_mounts()
         criu.check(user=user)
         started = now()
         images = os.path.join(wanted["work"], "image")
         try:
-            os.makedirs(images, 0o700)
+            os.makedirs(images, 0o700, exist_ok=True)
         except OSError as error:
             raise PlatformError("no room for an image", where=images, got=error.strerror) from error
         mount_tmpfs(images)
@@ -193,8 +196,6 @@ class Freezer:
         )
         self._recorder.add("snapshot_freeze", started)
         started = now()
-        key_file = wanted["key_file"]
-        store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
         draft = Draft(
             wanted["name"],
             ModelKey.from_json(wanted["model"]),

@@ -3,7 +3,8 @@
 A restored worker is the creator's process to the bit, in the creator's moment. The hooks give it
 the standard error, the environment, the clock, the user, the threads and the randomness of the
 start that asked for it. Clocks themselves need no hook: they are read from the kernel, and their
-offset is measured at the handshake, as CRIU restores into a time namespace of its own.
+offset is measured at the handshake, as CRIU restores into a time namespace of its own. What a
+process inherits from its parent comes from the front too (see `inherited.py`).
 
 Hooks of others run after the built-in ones. A package names them as entry points of the group
 `coldframe.snapshot_hooks`, each a callable that takes a `Wake`:
@@ -63,6 +64,7 @@ class Hooks:
         hooks.register("stderr", _stderr)
         hooks.register("environment", _environment)
         hooks.register("clock", _clock)
+        hooks.register("inherited", lambda wake: wake.inherited.take())
         hooks.register("identity", _identity)
         hooks.register("threads", _threads)
         hooks.register("random", lambda _: generators.reseed())

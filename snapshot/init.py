@@ -38,6 +38,9 @@ _PASSED_ON = (
     signal.SIGCONT,
 )
 _SIGNALLED = 128
+_ENDING_S = 0.2
+# Of /proc/PID/stat (linux/sched.h): it exits, and a signal has ended it.
+_PF_EXITING, _PF_SIGNALED = 0x4, 0x400
 
 
 class Init:
@@ -53,15 +56,13 @@ class Init:
         self.channel = channel
         self.pidfd = os.pidfd_open(pid)
         self._status: int | None = None
+        self._stands_for: int | None = None
 
     def inside(self) -> int | None:
         """The process that it stands in for, as its number is here."""
-        try:
-            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
-                children = file.read().split()
-        except OSError:
-            return None
-        return int(children[0]) if children else None
+        found = self._first_child()
+        self._stands_for = self._stands_for or found
+        return found
 
     def reap(self) -> int:
         """Waits for its end: the clone's exit code, or minus the signal that ended it."""
@@ -74,10 +75,41 @@ class Init:
         return _SIGNALLED - code if _SIGNALLED < code < _SIGNALLED + signal.NSIG else code
 
     def kill(self) -> int:
-        """Ends it and all in its namespace, where it has not ended: as `reap`."""
+        """Ends it and all in its namespace, where it has not ended: as `reap`.
+
+        Where the clone is about to end by itself, how it ends is what counts: whoever saw its
+        sockets close may ask for this before its PID 1 has been told.
+        """
         if self._status is None:  # where it has, it is a zombie still, which a signal does not hurt
+            if self._is_ending():
+                poll = select.poll()
+                poll.register(self.pidfd, select.POLLIN)
+                poll.poll(_ENDING_S * 1000)
             os.kill(self.pid, signal.SIGKILL)
         return self.reap()
+
+    def _first_child(self) -> int | None:
+        try:
+            with open(f"/proc/{self.pid}/task/{self.pid}/children") as file:
+                children = file.read().split()
+        except OSError:
+            return None
+        return int(children[0]) if children else None
+
+    def _is_ending(self) -> bool:
+        """Whether what it stands for is on its way out, or gone already."""
+        first = self._first_child()
+        if self._stands_for is not None and first != self._stands_for:
+            return True
+        if first is None:  # it has started nothing yet
+            return False
+        try:
+            with open(f"/proc/{first}/stat") as file:
+                # The name, in parentheses, may hold anything.
+                flags = int(file.read().rpartition(")")[2].split()[6])
+        except OSError:
+            return True
+        return bool(flags & (_PF_EXITING | _PF_SIGNALED))
 
 
 def start_init(body: Callable[[Channel], int], keep: Collection[int] = ()) -> Init:

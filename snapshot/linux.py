@@ -22,6 +22,7 @@ __all__ = [
     "mount_proc",
     "mount_tmpfs",
     "own_mounts",
+    "protect_proc",
     "set_last_pid",
     "unshare",
 ]
@@ -40,8 +41,12 @@ _NEEDED = {
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_TIME": 25,
 }
-_MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 2, 4, 8
+_MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
+_MS_REMOUNT, _MS_BIND = 1 << 5, 1 << 12
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
+# What containers have read-only: files here speak to the whole machine, and its root need not have
+# a capability to write them.
+_MACHINE_WIDE = ("sys", "sysrq-trigger", "irq", "bus", "fs")
 _MNT_DETACH = 2
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -133,6 +138,25 @@ def mount_proc() -> None:
     _mount("proc", "/proc", "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, None)
 
 
+def protect_proc() -> None:
+    """Makes read-only what in /proc is the machine's, as a container's own /proc has it.
+
+    Raises:
+        PlatformError: The kernel refuses it for one of them; the others are.
+    """
+    flags = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
+    refused = None
+    for path in (f"/proc/{name}" for name in _MACHINE_WIDE):
+        if os.path.exists(path):
+            try:
+                _mount(path, path, None, _MS_BIND, None)
+                _mount(None, path, None, flags, None)
+            except PlatformError as error:
+                refused = error
+    if refused is not None:
+        raise refused
+
+
 def mount_tmpfs(path: str) -> None:
     """Mounts memory over a directory, for those who share this process's mounts alone.
 
@@ -169,7 +193,7 @@ def _mount(
     _call(
         "mount",
         *(encode(source), encode(path), encode(kind), ctypes.c_ulong(flags), encode(options)),
-        what=f"cannot mount {kind}" if kind else "cannot make the mounts private",
+        what=f"cannot mount {kind}" if kind else "cannot change a mount",
         where=path,
     )
 

@@ -123,6 +123,10 @@ class Oracle(NamedTuple):
         oracle = Oracle(
             fields.integers("prompt_ids"), fields.integers("token_ids"), fields.numbers("logprobs")
         )
+        if not len(oracle.token_ids) == len(oracle.logprobs) > 0 or not oracle.prompt_ids:
+            raise fields.wrong(
+                "logprobs", f"one for each of {len(oracle.token_ids)} tokens", len(oracle.logprobs)
+            )
         fields.end()
         return oracle
 

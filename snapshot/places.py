@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import os
+import stat
 
-__all__ = ["default_store", "images_are_there", "template_directory", "templates"]
+__all__ = [
+    "KEY_DIGITS",
+    "default_store",
+    "expanded",
+    "images_are_there",
+    "template_directory",
+    "templates",
+]
+
+KEY_DIGITS = 16
+"""How many digits of its model's key a template's socket is named by."""
 
 
 def default_store() -> str:
     """The store of this user: under XDG_CACHE_HOME, or ~/.cache."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return os.path.join(base, "coldframe", "snapshots")
+
+
+def expanded(store: str) -> str:
+    """A store as it was written, with ~ made what it stands for, as no shell has done it."""
+    return store if "://" in store else os.path.expanduser(store)
 
 
 def images_are_there(store: str) -> bool:
@@ -31,9 +47,16 @@ def template_directory() -> str:
 
 
 def templates() -> list[str]:
-    """The sockets of the templates that may be there, the newest first."""
+    """The sockets of the templates that may be there, the newest first.
+
+    What lies in a directory that others may write, in /tmp for one, is none of ours.
+    """
+    directory = template_directory()
     try:
-        with os.scandir(template_directory()) as entries:
+        status = os.lstat(directory)
+        if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+            return []
+        with os.scandir(directory) as entries:
             found = [(entry.stat().st_mtime_ns, entry.path) for entry in entries]
     except OSError:
         return []

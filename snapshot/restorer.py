@@ -12,7 +12,13 @@ import signal
 from collections.abc import Callable
 from typing import Any
 
-from coldframe.loader.errors import ColdframeError, NoImage, PlatformError, SnapshotError
+from coldframe.loader.errors import (
+    ColdframeError,
+    ImageDamaged,
+    NoImage,
+    PlatformError,
+    SnapshotError,
+)
 from coldframe.loader.process import collect_garbage
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
@@ -67,14 +73,14 @@ class ImageSource:
 
         Args:
             wanted: `store`, `name` and `directory` (the model; null where its files are not here),
-                `manifest` (one that is not published yet, or null), `exclude` (ids), `hash`
+                `manifest` (one that is not published yet, or null), `hash`
                 (whether to check what is read), `key_file`, `work` (a directory for this process).
         """
         if self._criu is None:
             raise self._why or SnapshotError("there is no CRIU to use")
         key_file = wanted["key_file"]
         store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
-        exclude = set(wanted["exclude"])
+        exclude: set[str] = set()
         failure: SnapshotError | None = None
         while True:
             started = now()
@@ -83,6 +89,13 @@ class ImageSource:
             except NoImage:
                 if failure is None:
                     raise
+                if isinstance(failure, ImageDamaged):
+                    # Another one can be made; what else went wrong would befall that too.
+                    raise NoImage(
+                        "no image is whole",
+                        where=wanted["store"],
+                        got=f"{failure.what} in {failure.where}",
+                    ) from None
                 raise failure from None
             self._recorder.add("snapshot_check", started, note=f"image {manifest.id}")
             self._image = store, manifest, wanted["hash"]
@@ -145,6 +158,9 @@ class ImageSource:
         if self._in_memory:
             self._in_memory = False
             self._empty()
+            assert self._image is not None
+            store, manifest, _ = self._image
+            store.touch(manifest.id)
 
     def _choose(self, store: Store, wanted: dict[str, Any], exclude: set[str]) -> Manifest:
         if wanted["manifest"] is not None:
@@ -186,13 +202,14 @@ class ImageSource:
         store, manifest, hashed = self._image
         started = now()
         self._empty()
-        if hashed:
+        if hashed or "://" in store.uri:  # nothing else vouches for what comes over a network
             store.fetch(manifest, self._images)
         else:
             store.direct(manifest, self._images)
         self._in_memory = True
         self._recorder.add("snapshot_read", started, note="hashed" if hashed else "not hashed")
-        store.touch(manifest.id)
+        if "://" not in store.uri:  # over a network it is done when nobody waits
+            store.touch(manifest.id)
 
     def _empty(self) -> None:
         for name in os.listdir(self._images):

@@ -7,14 +7,18 @@ that one is a FIFO: CRIU waits in it until the image is there, and whole.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import time
 from collections.abc import Iterable
 
 from coldframe.loader.errors import PlatformError, ReplicaError, SnapshotError
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu, last_error
+from coldframe.snapshot.inherited import Inherited
 from coldframe.snapshot.init import Init, start_init
+from coldframe.snapshot.linux import detach_mounts, protect_proc
 from coldframe.snapshot.manifest import Process
 
 __all__ = ["begin", "go_on", "restore", "run"]
@@ -79,7 +83,12 @@ def begin(
         raise PlatformError(
             "no room for a clone's files", where=work, got=error.strerror
         ) from error
-    command = criu.restore_command(links, work, process.control_inode, control_fd, user=user)
+    command = [
+        *criu.restore_command(links, work, process.control_inode, control_fd, user=user),
+        "--leave-stopped",  # until `_confine` has done its part: its `wake` may be there already
+    ]
+    # Other clones will be made of what is in there, and it was hashed before this one ran.
+    memory = os.path.dirname(images) if os.path.dirname(images) == os.path.dirname(work) else None
 
     def body(channel: Channel) -> int:
         os.set_inheritable(control_fd, True)
@@ -91,6 +100,10 @@ def begin(
             os._exit(1)
         _let_in(pid, os.path.join(images, _INVENTORY), os.path.join(links, _INVENTORY))
         _finish(pid, command, os.path.join(work, "restore.log"), _WHAT)
+        _confine(memory, user=user)
+        Inherited.here().give(process.pid)
+        with contextlib.suppress(ProcessLookupError):  # it has been killed meanwhile
+            os.kill(process.pid, signal.SIGCONT)
         return process.pid
 
     return start_init(body, [control_fd])
@@ -111,6 +124,22 @@ def run(command: list[str], log: str, what: str) -> None:
         SnapshotError: It failed; says what it said.
     """
     _finish(_start(command, what), command, log, what)
+
+
+def _confine(memory: str | None, *, user: bool) -> None:
+    """Takes from this mount namespace what CRIU needed and the clone must not have.
+
+    Args:
+        memory: Where the restorer keeps the image.
+        user: Whether this is in a user namespace; its root has no rights over the machine's /proc.
+    """
+    if memory is not None and os.path.ismount(memory):
+        detach_mounts(memory)
+    try:
+        protect_proc()
+    except PlatformError:
+        if not user:
+            raise
 
 
 def _let_in(pid: int, inventory: str, fifo: str) -> None:

@@ -47,7 +47,8 @@ def read_key(path: str) -> bytes:
     """The key that is in a file: all of its bytes.
 
     Raises:
-        SnapshotError: It cannot be read, is too short, or others may read it.
+        SnapshotError: It cannot be read, has the wrong length, is another user's, or others may
+            read or write it.
     """
     hint = f"Make one: head -c 32 /dev/urandom > {path} && chmod 600 {path}"
     try:
@@ -61,11 +62,21 @@ def read_key(path: str) -> bytes:
         raise SnapshotError(
             "the key cannot be read", where=path, expected="a file", got=error.what, hint=hint
         ) from error
-    if status.st_mode & 0o077:
+    if status.st_uid not in (0, os.geteuid()):
         raise SnapshotError(
-            "others may read the key",
+            "the key is somebody else's",
             where=path,
-            expected="mode 0600",
+            expected="a file of yours, or of root",
+            got=f"a file of user {status.st_uid}",
+            hint=hint,
+        )
+    # Root gives a key to a container by its group: that is how Kubernetes mounts secrets.
+    allowed = stat.S_IRWXU | (stat.S_IRGRP if status.st_uid == 0 else 0)
+    if status.st_mode & 0o777 & ~allowed:
+        raise SnapshotError(
+            "others may read the key, or write it",
+            where=path,
+            expected="mode 0600, or of root, 0440",
             got=stat.filemode(status.st_mode),
             hint=f"Make a new one, and run: chmod 600 {path}",
         )

@@ -17,7 +17,7 @@ from coldframe.snapshot.backend import Backend, Document, Usage
 from coldframe.snapshot.directory import DirectoryBackend
 from coldframe.snapshot.manifest import Draft, Manifest
 from coldframe.snapshot.packing import bundles, codec_of, files_of
-from coldframe.snapshot.unpacking import unpack
+from coldframe.snapshot.unpacking import Reader, unpack
 
 __all__ = ["Skipped", "Store", "Usage", "open_store"]
 
@@ -50,6 +50,16 @@ class Store:
     def uri(self) -> str:
         """Where it is."""
         return self._backend.uri
+
+    def check_writable(self) -> None:
+        """That images could be put here, before the work of making one.
+
+        A directory is made and tried; a bucket is only asked whether it can be listed.
+
+        Raises:
+            SnapshotError: It cannot be made, may not be written, or others could write there.
+        """
+        self._backend.check_writable()
 
     def put(
         self,
@@ -102,10 +112,8 @@ class Store:
         Raises:
             SnapshotError: The store cannot be read, or is not to be trusted.
         """
-        if self._key is None:
-            self._backend.check()
         found, skipped = [], []
-        for document in self._backend.documents():
+        for document in self._backend.documents(strict=self._key is None):
             try:
                 found.append(self._read(document))
             except SnapshotError as error:
@@ -127,7 +135,8 @@ class Store:
         """
         if self._key is not None:
             signing.check(manifest, self._key)
-        self._unpack(manifest, os.fspath(into), threads, verify=True)
+        with self._backend.reader(strict=self._key is None) as reader:
+            self._unpack(manifest, os.fspath(into), reader, threads, verify=True)
 
     def direct(self, manifest: Manifest, into: str | os.PathLike[str], *, threads: int = 2) -> None:
         """Makes an image usable in a directory without checking it, and if possible in place.
@@ -140,17 +149,22 @@ class Store:
             threads: How many, at least.
 
         Raises:
-            SnapshotError: As in `fetch`, as far as it is noticed.
+            SnapshotError: As in `fetch`, as far as it is noticed; or the store is a bucket, or
+                others could write to it, for then something has to check what is read.
         """
-        linked: dict[str, str] = {}
-        for file in manifest.files:
-            item = manifest.objects[file.object_index]
-            if item.codec == "raw" and item.size == file.size:
-                path = self._backend.path_of(item)
-                if path is not None:
-                    linked[file.name] = path
+        if self._key is not None:
+            signing.check(manifest, self._key)
         root = os.fspath(into)
-        self._unpack(manifest, root, threads, verify=False, leave=frozenset(linked))
+        linked: dict[str, str] = {}
+        with self._backend.direct() as reader:
+            for file in manifest.files:
+                item = manifest.objects[file.object_index]
+                if item.codec == "raw" and item.size == file.size:
+                    path = reader.path_of(item)
+                    if path is not None:
+                        linked[file.name] = path
+            leave = frozenset(linked)
+            self._unpack(manifest, root, reader, threads, verify=False, leave=leave)
         try:
             for name, path in linked.items():
                 os.symlink(path, os.path.join(root, name))
@@ -200,7 +214,9 @@ class Store:
         """
         now, total, counted = time.time(), 0, set[str]()
         removed = []
-        documents = sorted(self._backend.documents(), key=lambda found: found.used, reverse=True)
+        documents = sorted(
+            self._backend.documents(strict=True), key=lambda found: found.used, reverse=True
+        )
         for document in sorted(documents, key=lambda found: found.id not in keep):
             sizes = _sizes(document)
             new = sum(nbytes for digest, nbytes in sizes.items() if digest not in counted)
@@ -248,22 +264,21 @@ class Store:
         self,
         manifest: Manifest,
         into: str,
+        reader: Reader,
         threads: int,
         *,
         verify: bool,
         leave: frozenset[str] = frozenset(),
     ) -> None:
-        backend = self._backend
-        with backend.reader() as reader:
-            unpack(
-                manifest.objects,
-                [file for file in manifest.files if file.name not in leave],
-                into,
-                reader,
-                threads=max(threads, backend.threads),
-                run_bytes=backend.run_bytes,
-                verify=verify,
-            )
+        unpack(
+            manifest.objects,
+            [file for file in manifest.files if file.name not in leave],
+            into,
+            reader,
+            threads=max(threads, self._backend.threads),
+            run_bytes=self._backend.run_bytes,
+            verify=verify,
+        )
 
 
 def open_store(location: str, *, key: bytes | None = None) -> Store:

@@ -103,7 +103,7 @@ class ForkSource:
         """Nothing is kept ready but the template itself."""
 
     def _refusal(self, wanted: dict[str, Any]) -> Refusal | None:
-        if wanted["manifest"] is not None or self._template in wanted["exclude"]:
+        if wanted["manifest"] is not None:
             return Refusal("image", self._template, "another one is wanted")
         directory = wanted["directory"]
         if directory is not None:

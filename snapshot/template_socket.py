@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 from coldframe.loader.errors import PlatformError
 from coldframe.snapshot.model_key import ModelKey
-from coldframe.snapshot.places import template_directory
+from coldframe.snapshot.places import KEY_DIGITS, template_directory
 
 __all__ = ["TemplateSocket", "peer_uid"]
 
@@ -41,7 +41,7 @@ class TemplateSocket:
             PlatformError: The directory cannot be had, or is not this user's alone.
         """
         directory = template_directory()
-        path = os.path.join(directory, f"{model.digest[:16]}-{os.urandom(4).hex()}")
+        path = os.path.join(directory, f"{model.digest[:KEY_DIGITS]}-{os.urandom(4).hex()}")
         if len(os.fsencode(path)) > _MOST_PATH_BYTES:
             raise PlatformError(
                 "the templates' directory has too long a path for sockets in it",

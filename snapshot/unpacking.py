@@ -15,7 +15,7 @@ import threading
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from coldframe.loader.errors import ColdframeError, SnapshotError
+from coldframe.loader.errors import ColdframeError, ImageDamaged, SnapshotError
 from coldframe.snapshot.image_files import PIECE_BYTES, ImageFile, StoredObject
 from coldframe.snapshot.lz4_codec import unpacker
 
@@ -155,7 +155,8 @@ class _Work:
         try:
             self._reader.read(item, run.offset, buffer)
         except ColdframeError as error:
-            raise SnapshotError(
+            kind = ImageDamaged if isinstance(error, ImageDamaged) else SnapshotError
+            raise kind(
                 error.what,
                 where=f"{error.where}, which holds {self._names(run.number)}",
                 expected=error.expected,
@@ -176,7 +177,7 @@ class _Work:
 
         found = hashlib.sha256(stored).hexdigest()
         if found != expected:
-            raise SnapshotError(
+            raise ImageDamaged(
                 "the image is not what was stored",
                 where=self._place(number, piece),
                 expected=f"sha256 {expected}",
@@ -192,7 +193,7 @@ class _Work:
         size = min(PIECE_BYTES, item.size - piece * PIECE_BYTES)
         found = self._unpacker(stored, buffer[:size])
         if found != size:
-            raise SnapshotError(
+            raise ImageDamaged(
                 "a piece of the image cannot be unpacked",
                 where=self._place(number, piece),
                 expected=f"{size} bytes",

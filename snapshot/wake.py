@@ -9,6 +9,7 @@ from typing import Any
 from coldframe.loader.errors import SnapshotError
 from coldframe.loader.wire import Message
 from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.inherited import Inherited
 
 __all__ = ["Ran", "Wake"]
 
@@ -34,6 +35,7 @@ class Wake:
         started_ns: When the front asked for the clone, in the machine's own CLOCK_MONOTONIC
             (`loader.timeline.clock_shift_ns`).
         first_ns: When the clone ran its first instruction after the message, in its own clock.
+        inherited: What it would have of the front, had that started it.
         identity: Whose process it becomes; None leaves it as it was restored.
         stderr: The descriptor that came with the message, for standard error and output.
         ran: When each hook ran.
@@ -45,6 +47,7 @@ class Wake:
     run_dir: str
     started_ns: int
     first_ns: int
+    inherited: Inherited
     identity: Identity | None = None
     stderr: int | None = None
     ran: tuple[Ran, ...] = ()
@@ -58,7 +61,10 @@ class Wake:
         started_ns: int,
         identity: Identity | None = None,
     ) -> dict[str, Any]:
-        """The message that wakes a clone; a descriptor for standard error may go beside it."""
+        """The message that wakes a clone of this process's start.
+
+        A descriptor for standard error may go beside it.
+        """
         return {
             "type": "wake",
             "name": name,
@@ -66,6 +72,7 @@ class Wake:
             "threads": threads,
             "run_dir": run_dir,
             "started_ns": started_ns,
+            "inherited": Inherited.here().to_wire(),
             "identity": None if identity is None else identity.to_wire(),
         }
 
@@ -97,6 +104,7 @@ class Wake:
             body["run_dir"],
             body["started_ns"],
             first_ns,
+            Inherited.from_wire(body.get("inherited")),
             None if identity is None else Identity.from_wire(identity),
             message.fds[0] if message.fds else None,
         )

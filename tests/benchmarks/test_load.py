@@ -63,6 +63,7 @@ def test_loaders_load_all_of_it(model: Path, name: str) -> None:
     assert result["peak"] > 0
 
 
+@pytest.mark.heavy
 def test_the_benchmark_leaves_out_what_is_not_installed(model: Path, no_leaks: Path) -> None:
     command = [Path(sys.executable).parent / "coldframe", "bench", "load", model, "--runs", "1"]
     done = subprocess.run(

@@ -59,6 +59,7 @@ def test_an_odd_number_of_clones_is_refused(demo_model: Callable[..., Path]) -> 
 
 
 @pytest.mark.usefixtures("criu")
+@pytest.mark.heavy
 def test_the_benchmark_runs_and_ends_in_one_document(
     demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:

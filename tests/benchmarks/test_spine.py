@@ -7,7 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.heavy
 def test_the_benchmark_runs_and_ends_in_one_document(
     demo_model: Callable[..., Path], no_leaks: Path
 ) -> None:

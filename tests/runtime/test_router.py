@@ -491,3 +491,12 @@ def test_a_replica_that_ends_tells_every_listener(machine: Machine) -> None:
     assert [listener.error for listener in listeners.values()] == [error, error, None]
     assert machine.router.open_requests == 0
     assert all(machine.memory["release", name] == 1 for name in listeners)
+
+
+def test_another_memory_service_is_told_which_requests_there_are(machine: Machine) -> None:
+    for name in ("over", "open"):
+        listener = Listener((1,), 3)
+        machine.router.submit(name, SamplingParams(max_tokens=3), listener, prompt_ids=(1,))
+    machine.router.cancel("over")
+    machine.router.reopen()
+    assert (machine.memory["open", "over"], machine.memory["open", "open"]) == (1, 2)

@@ -223,7 +223,7 @@ def test_a_template_of_another_model_is_left_alone(
 ) -> None:
     with resident(demo_model("qwen3")), Replica(alone.options("auto")) as replica:
         why = fresh_instead(replica, ask(replica, PROMPT, 2), alone)
-    assert "template: the template does not fit, in model.config" in why
+    assert "template:" not in why  # its socket's name says whose it is; it is not even asked
 
 
 def test_a_template_says_when_it_is_ready_and_goes_at_ctrl_c(alone: Tier) -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -76,11 +75,8 @@ def test_an_image_comes_back_as_it_was(
         [f"of/models/manifests/{manifest.id}.json"]
         + [f"of/models/objects/{item.digest}" for item in manifest.objects]
     )
-    for fetch in (store.fetch, store.direct):
-        fetch(manifest, into)
-        assert same_files(image, into)
-        shutil.rmtree(into)
-        into.mkdir()
+    store.fetch(manifest, into)
+    assert same_files(image, into)
     assert store.usage() == (1, manifest.stored_bytes, None)
 
 
@@ -193,6 +189,52 @@ def test_what_was_not_used_for_longest_goes_first(
     assert store.prune() == []
     assert f"of/models/objects/{'0' * 64}" not in keys(client)
     assert store.manifests() == ([made[0]], [])
+
+
+def test_what_others_keep_under_objects_stays(
+    store: Store, client: Any, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = [
+        "of/models/objects/photo.jpg",
+        f"of/models/objects/{'0' * 63}",
+        f"of/models/objects/{'A' * 64}",
+        f"of/models/objects/{'0' * 64}.txt",
+        f"of/models/objects/deeper/{'0' * 64}",
+        f"of/models/{'0' * 64}",
+        "of/models/manifests/notes.json",
+    ]
+    for key in foreign:
+        client.put_object(Bucket=BUCKET, Key=key, Body=b"of somebody else")
+    manifest = store.put(image, draft())
+    assert store.usage() == (1, manifest.stored_bytes, None)
+    later(monkeypatch, 2)
+    with pytest.raises(SnapshotError, match="no such image"):
+        store.remove("../manifests/notes")
+    store.prune(max_bytes=0)
+    assert sorted(keys(client)) == sorted(foreign)
+
+
+@pytest.mark.parametrize("key", [None, b"0123456789abcdef"])
+def test_what_comes_over_the_network_is_not_used_unchecked(
+    client: Any, image: Path, into: Path, key: bytes | None
+) -> None:
+    store = open_store(PLACE, key=key)
+    manifest = store.put(image, draft())
+    with pytest.raises(SnapshotError, match="without checking") as raised:
+        store.direct(manifest, into)
+    assert "network" in str(raised.value.got)
+    assert list(into.iterdir()) == []
+
+
+def test_that_a_bucket_is_there_can_be_asked_beforehand(
+    store: Store, client: Any, server: str
+) -> None:
+    store.check_writable()
+    assert keys(client) == []
+    with pytest.raises(SnapshotError, match="cannot be listed"):
+        open_store("s3://nosuchbucket/x").check_writable()
+    with only_allowed(server), pytest.raises(SnapshotError, match="cannot be listed"):
+        open_store(PLACE).check_writable()
 
 
 def test_what_is_not_allowed_is_said(

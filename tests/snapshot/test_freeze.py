@@ -12,6 +12,7 @@ import pytest
 from coldframe.loader.errors import SnapshotError
 from coldframe.loader.wire import Channel, Message
 from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.inherited import Inherited
 from coldframe.snapshot.wake import Wake
 from tests.snapshot.frozen import ENVIRONMENT, Clone, frozen, said
 from tests.support import unavailable
@@ -240,6 +241,9 @@ del blocks
         ({"environment": {"A": 1}}, "environment: A"),
         ({"environment": None}, "environment"),
         ({"run_dir": None}, "run_dir"),
+        ({"inherited": None}, "inherited"),
+        ({"inherited": {**Inherited.here().to_wire(), "umask": 0o1000}}, "inherited"),
+        ({"inherited": {**Inherited.here().to_wire(), "limits": {"A": [1]}}}, "inherited"),
         ({"identity": {"uid": 1, "gid": 1}}, "identity"),
         ({"identity": {"uid": -1, "gid": 1, "groups": []}}, "identity"),
     ],
@@ -264,6 +268,7 @@ def test_a_message_goes_there_and_back() -> None:
     assert (wake.name, wake.environment, wake.threads) == ("w-1", {"A": "b"}, 2)
     assert (wake.run_dir, wake.started_ns, wake.first_ns) == ("/run/x", 77, 99)
     assert wake.identity == identity
+    assert wake.inherited == Inherited.here()
 
 
 def test_a_wrong_message_ends_the_clone_with_the_reason() -> None:

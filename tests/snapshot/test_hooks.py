@@ -8,6 +8,7 @@ import pytest
 
 from coldframe.loader.errors import SnapshotError
 from coldframe.snapshot.hooks import Hooks
+from coldframe.snapshot.inherited import Inherited
 from tests.snapshot.frozen import ENVIRONMENT, Clone, Frozen, frozen
 from tests.support import unavailable
 
@@ -264,3 +265,32 @@ def test_an_entry_point_that_cannot_be_imported_is_refused_at_the_freeze(tmp_pat
     prepare = package(tmp_path, "pool:missing")
     with pytest.raises(SnapshotError, match="reconnect = pool:missing"), frozen(prepare):
         pass
+
+
+MADE = """
+import os, resource
+os.umask(0)
+resource.setrlimit(resource.RLIMIT_NOFILE, (777, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+from coldframe.snapshot.inherited import Inherited
+"""
+
+
+def test_a_fork_inherits_from_this_start() -> None:
+    here = Inherited.here()
+    raised = MADE + "os.nice(3)\n" if os.geteuid() == 0 else MADE  # and lowered again
+    with frozen(raised, "template") as process:
+        clone = process.woken()
+        assert Inherited.from_wire(clone.value("Inherited.here().to_wire()")) == here
+
+
+def test_what_cannot_be_raised_stays_and_the_umask_does_not() -> None:
+    here = Inherited.here()
+    shed = "resource.setrlimit(resource.RLIMIT_NOFILE, (777, 888)); os.nice(3)\n"
+    shed += "from coldframe.snapshot.identity import shed; shed()"
+    with frozen(MADE + shed, "template") as process:
+        clone = process.woken()
+        got = Inherited.from_wire(clone.value("Inherited.here().to_wire()"))
+    assert got.umask == here.umask
+    # As much as there may be.
+    assert got.limits == {**here.limits, "RLIMIT_NOFILE": (888, 888)}
+    assert got.nice == here.nice + 3

@@ -106,6 +106,24 @@ def test_its_own_death_is_told_as_that_of_what_it_stands_for(started: Any) -> No
     assert init.kill() == -signal.SIGKILL
 
 
+def test_what_has_just_died_is_told_by_how_it_died(started: Any, tmp_path: Path) -> None:
+    """Whoever sees its pipe close may end it before its PID 1 has been told."""
+    no_core = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"
+    for number in range(20):
+        fifo = tmp_path / str(number)
+        os.mkfifo(fifo)
+        init = started(f"{no_core}; f = open({str(fifo)!r}, 'w'); os.kill(os.getpid(), 7)")
+        with open(fifo) as reader:
+            assert reader.read() == ""
+        assert init.kill() == -signal.SIGBUS
+
+
+def test_what_lives_is_ended(started: Any) -> None:
+    init = started("time.sleep(60)")
+    assert init.kill() == -signal.SIGKILL
+    assert init.kill() == -signal.SIGKILL
+
+
 # -- namespaces ----------------------------------------------------------------------------------
 
 

@@ -1,20 +1,32 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from coldframe.loader.errors import ColdframeError, NoImage, PlatformError, SnapshotError
+from coldframe.loader.errors import (
+    ColdframeError,
+    NoImage,
+    PlatformError,
+    ReplicaError,
+    SnapshotError,
+)
 from coldframe.snapshot.cloner import Cloner
+from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.inherited import Inherited
+from coldframe.snapshot.wake import Wake
 from tests.snapshot.conftest import Stored
 from tests.snapshot.tiny import (
+    Image,
     ask,
     ask_for,
     descriptors,
@@ -116,6 +128,119 @@ def test_an_image_that_is_used_in_place(stored: Stored, image: Any, tmp_path: Pa
     assert ask(control, "state") == 41
     control.close()
     assert child.wait() == 0
+    cloner.close()
+
+
+# -- what a clone may not have, and what it gets -------------------------------------------------
+
+
+@pytest.mark.parametrize("hashed", [True, False])
+def test_a_clone_cannot_reach_what_the_next_one_is_made_of(
+    image: Any, tmp_path: Path, hashed: bool
+) -> None:
+    store = tmp_path / "store"
+    manifest = image.stored(store, compress="none")
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare({**wanted(store, manifest, tmp_path), "hash": hashed})
+    assert event(cloner).error is None
+    for name in ("one", "other"):
+        child, control = ask_for(cloner, name)
+        assert event(cloner).error is None
+        assert ask(control, f"[state, os.listdir({str(tmp_path / 'clones')!r})]") == [41, []]
+        assert str(tmp_path) not in ask(control, "open('/proc/self/mountinfo').read()")
+        control.close()
+        assert child.wait() == 0
+    # The restorer itself has it still.
+    inside = Path(f"/proc/{restorer_of(cloner)}/root{tmp_path}/clones/image")
+    assert len(list(inside.iterdir())) > 1
+    cloner.close()
+
+
+REFUSED = """
+import errno
+from coldframe.snapshot.identity import Identity, drop
+drop(Identity(0, 0, ()))
+def refused(path):
+    try:
+        os.close(os.open(path, os.O_WRONLY))
+    except OSError as error:
+        return errno.errorcode[error.errno]
+"""
+
+
+def test_a_clone_of_root_cannot_change_the_machine(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    _, control = ask_for(cloner, "clone")
+    assert [event(cloner).error, event(cloner).error] == [None, None]
+    paths = ["/proc/sys/kernel/core_pattern", "/proc/sys/kernel/ns_last_pid"]
+    paths += [path for path in ("/proc/sysrq-trigger",) if os.path.exists(path)]
+    told = ask(control, f"[refused(path) for path in {paths}]", REFUSED)
+    assert told == ["EROFS"] * len(paths)
+    assert ask(control, "refused('/proc/self/oom_score_adj')") is None  # its own it may
+    control.close()
+    cloner.close()
+
+
+def may_raise_limits() -> bool:
+    """Whether this process has CAP_SYS_RESOURCE, as root in a container need not have."""
+    status = Path("/proc/self/status").read_text()
+    return bool(int(status.partition("CapEff:")[2].split()[0], 16) >> 24 & 1)
+
+
+CREATOR = 'umask 0; ulimit -n 777; ulimit -S -s 4096; exec nice -n 15 choom -n 321 -- "$@"'
+SHED = """
+from coldframe.loader.wire import Message
+from coldframe.snapshot.hooks import Hooks
+from coldframe.snapshot.identity import shed
+from coldframe.snapshot.inherited import Inherited
+from coldframe.snapshot.wake import Wake
+hooks = Hooks.standard()
+made = Inherited.here().to_wire()
+shed()
+"""
+
+
+def test_it_inherits_from_this_start(criu: Any, tmp_path: Path) -> None:
+    directory = tmp_path / "frozen"
+    args = (str(directory), SHED)
+    with running("freeze_one", *args, under=["sh", "-c", CREATOR, "sh"]) as (_, said):
+        assert "error" not in said
+    manifest = Image(criu, str(directory), said).stored(tmp_path / "store")
+    body = Wake.message("clone", {}, 1, "/run", 1, Identity.current())
+    here = Inherited.here()
+    assert Inherited.from_wire(body["inherited"]) == here
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(tmp_path / "store", manifest, tmp_path))
+    _, control = ask_for(cloner, "clone")
+    assert [event(cloner).error, event(cloner).error] == [None, None]
+    made = Inherited.from_wire(ask(control, "made"))
+    assert (made.umask, made.nice, made.oom_score_adj) == (0, here.nice + 15, 321)
+    assert made.limits["RLIMIT_NOFILE"] == (777, 777)
+    assert made.limits["RLIMIT_STACK"][0] == 4096 << 10
+    limits = dict(here.limits)
+    if not may_raise_limits():
+        limits["RLIMIT_NOFILE"] = (777, 777)
+    first = f"hooks.run(Wake.from_message(Message({body!r}, ()), 1))"
+    got = Inherited.from_wire(ask(control, "Inherited.here().to_wire()", first))
+    assert got == replace(here, limits=limits)
+    control.close()
+    cloner.close()
+
+
+def test_a_clone_that_has_just_died_is_told_by_how_it_died(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
+    assert event(cloner).error is None
+    no_core = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"
+    for number in range(50):
+        child, control = ask_for(cloner, f"clone-{number}")
+        assert event(cloner).error is None
+        control.send({"first": f"{no_core}; os.kill(os.getpid(), 7)", "value": "0"})
+        with contextlib.suppress(ReplicaError):  # as a front sees it
+            assert control.recv(5) is None
+        assert child.kill() == -signal.SIGBUS
+        control.close()
     cloner.close()
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import threading
@@ -95,6 +96,7 @@ class Front:
 
 @pytest.fixture
 def front() -> Iterator[Front]:
+    gc.collect()  # what tests before have left to it is not ours to count
     fds = descriptors()
     found = Front()
     found.ask("prepare", what="shells")

@@ -13,6 +13,7 @@ from coldframe.snapshot.signing import check, read_key, sign
 from coldframe.snapshot.store import open_store
 from tests.snapshot.images import draft, write_image
 from tests.snapshot.test_manifest import MANIFEST
+from tests.support import unavailable
 
 KEY = b"0123456789abcdef"
 
@@ -56,13 +57,49 @@ def test_the_key_is_read_as_it_is(tmp_path: Path) -> None:
     assert read_key(str(path)) == KEY + b"\n"
 
 
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o601])
-def test_a_key_that_others_may_read_is_refused(tmp_path: Path, mode: int) -> None:
-    path = tmp_path / "key"
+def key_of(user: int, mode: int, path: Path) -> str:
     path.write_bytes(KEY)
+    if path.stat().st_uid != user:
+        try:
+            os.chown(path, user, -1)
+        except PermissionError:
+            unavailable("only root can give a file to somebody else")
     path.chmod(mode)
+    return str(path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o601])
+def test_a_key_that_others_may_read_is_refused(
+    tmp_path: Path, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user = os.geteuid() or 1234
+    path = key_of(user, mode, tmp_path / "key")
+    monkeypatch.setattr(os, "geteuid", lambda: user)
     with pytest.raises(SnapshotError, match="others may read"):
-        read_key(str(path))
+        read_key(path)
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400, 0o440, 0o640])
+@pytest.mark.parametrize("user", [0, 1234])
+def test_a_key_of_root_may_be_read_by_its_group(
+    tmp_path: Path, mode: int, user: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = key_of(0, mode, tmp_path / "key")
+    monkeypatch.setattr(os, "geteuid", lambda: user)
+    assert read_key(path) == KEY
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o602, 0o660, 0o620, 0o444])
+def test_a_key_of_root_that_more_may_read_or_write_is_refused(tmp_path: Path, mode: int) -> None:
+    path = key_of(0, mode, tmp_path / "key")
+    with pytest.raises(SnapshotError, match="others may read"):
+        read_key(path)
+
+
+def test_a_key_of_somebody_else_is_refused(tmp_path: Path) -> None:
+    path = key_of(os.geteuid() + 1234, 0o600, tmp_path / "key")
+    with pytest.raises(SnapshotError, match="somebody else"):
+        read_key(path)
 
 
 @pytest.mark.parametrize("nbytes", [0, 15, 4097, 100_000])

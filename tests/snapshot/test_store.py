@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -9,7 +10,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.snapshot import lz4_codec
+from coldframe.snapshot.directory import DirectoryBackend
 from coldframe.snapshot.image_files import PIECE_BYTES
 from coldframe.snapshot.manifest import Manifest, Oracle
 from coldframe.snapshot.store import Store, open_store
@@ -462,6 +464,233 @@ def test_a_store_that_others_may_write_is_not_trusted_without_a_key(
     assert open_store(str(root), key=key).manifests() == ([manifest], [])
 
 
+KEY = b"0123456789abcdef"
+
+
+@pytest.mark.parametrize("key", [None, KEY])
+@pytest.mark.parametrize("path", [".", "objects", "manifests"])
+def test_where_others_may_write_is_not_written_nor_used_unchecked(
+    image: Path, root: Path, into: Path, path: str, key: bytes | None
+) -> None:
+    store = open_store(str(root), key=key)
+    manifest = store.put(image, draft(), compress="none")
+    left = root / "objects" / ("0" * 64)
+    left.touch(0o600)
+    (root / path).chmod(0o777)
+    before = sorted(root.rglob("*"))
+    for attempt in (
+        lambda: store.direct(manifest, into),
+        lambda: store.put(image, draft()),
+        lambda: store.remove(manifest.id),
+        lambda: store.prune(max_bytes=0),
+        store.check_writable,
+    ):
+        with pytest.raises(SnapshotError, match="others could put images there"):
+            attempt()
+    assert sorted(root.rglob("*")) == before
+    assert list(into.iterdir()) == []
+    if key is None:
+        with pytest.raises(SnapshotError, match="others could put images there"):
+            store.fetch(manifest, into)
+    else:
+        store.fetch(manifest, into)
+        assert same_files(image, into)
+
+
+def give_away(path: Path) -> None:
+    try:
+        os.chown(path, os.geteuid() + 1234, -1)
+    except PermissionError:
+        unavailable("only root can give a file to somebody else")
+
+
+@pytest.mark.parametrize("path", [".", "objects", "manifests"])
+def test_a_store_of_somebody_else_is_not_trusted_without_a_key(
+    image: Path, root: Path, into: Path, path: str
+) -> None:
+    manifest = open_store(str(root), key=KEY).put(image, draft())
+    give_away(root / path)
+    with pytest.raises(SnapshotError, match="others could put images there"):
+        open_store(str(root)).manifests()
+    with pytest.raises(SnapshotError, match="others could put images there"):
+        open_store(str(root), key=KEY).put(image, draft())
+    open_store(str(root), key=KEY).fetch(manifest, into)
+
+
+@pytest.mark.parametrize("change", [lambda path: path.chmod(0o620), give_away])
+def test_files_that_others_could_change_are_not_trusted_without_a_key(
+    image: Path, root: Path, into: Path, change: Callable[[Path], None]
+) -> None:
+    signed, plain = open_store(str(root), key=KEY), open_store(str(root))
+    manifest = signed.put(image, draft(), compress="none")
+    for item in manifest.objects:
+        path = root / "objects" / item.digest
+        change(path)
+        with pytest.raises(SnapshotError, match="others could put images there"):
+            plain.fetch(manifest, into)
+        with pytest.raises(SnapshotError, match="others could put images there"):
+            signed.direct(manifest, into)
+        assert list(into.iterdir()) == []
+        os.chown(path, os.geteuid(), -1)
+        path.chmod(0o600)
+    path = root / "manifests" / f"{manifest.id}.json"
+    change(path)
+    assert [item.id for item in plain.manifests()[1]] == [manifest.id]
+    assert signed.manifests() == ([manifest], [])
+    change(root / "objects" / manifest.objects[0].digest)
+    signed.fetch(manifest, into)
+    again = plain.put(image, draft("again"))  # what others could change is written anew
+    shutil.rmtree(into)
+    into.mkdir()
+    plain.fetch(again, into)
+
+
+def test_a_path_that_others_can_redirect_is_not_linked_to(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "shared").mkdir()
+    store = open_store(str(tmp_path / "shared" / "store"))
+    manifest = store.put(image, draft(), compress="none")
+    for mode, linked in ((0o777, False), (0o1777, True), (0o755, True)):
+        (tmp_path / "shared").chmod(mode)
+        into = tmp_path / f"into-{mode:o}"
+        into.mkdir()
+        store.direct(manifest, into)
+        assert any(path.is_symlink() for path in into.iterdir()) == linked
+        assert same_files(image, into)
+
+
+@pytest.mark.parametrize("path", [".", "objects", "manifests"])
+def test_a_symbolic_link_is_no_folder_of_a_store(
+    image: Path, root: Path, tmp_path: Path, path: str
+) -> None:
+    store = open_store(str(root))
+    manifest = store.put(image, draft())
+    elsewhere = tmp_path / "elsewhere"
+    (root / path).rename(elsewhere)
+    for name in ("0" * 64, ".writing-1-00", "letter.txt"):
+        (elsewhere / name).write_text("of somebody else")
+    root.joinpath(path).symlink_to(elsewhere)
+    before = sorted(elsewhere.rglob("*"))
+    for attempt in (
+        store.manifests,
+        store.usage,
+        store.prune,
+        store.check_writable,
+        lambda: store.put(image, draft()),
+        lambda: store.prune(max_bytes=0),
+        lambda: store.remove(manifest.id),
+    ):
+        with pytest.raises(SnapshotError, match="symbolic link"):
+            attempt()
+    store.touch(manifest.id)
+    assert sorted(elsewhere.rglob("*")) == before
+
+
+def test_a_store_may_be_reached_through_a_symbolic_link(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    manifest = open_store(str(tmp_path / "link" / "store")).put(image, draft())
+    assert open_store(str(tmp_path / "real" / "store")).manifests() == ([manifest], [])
+
+
+def exchange(root: Path, evil: Path) -> None:
+    kept = root.with_name("kept")
+    root.rename(kept)
+    evil.rename(root)
+
+
+@pytest.fixture
+def evil(image: Path, root: Path) -> Path:
+    """A store that looks like the one at `root` and has other bytes, and files of its own."""
+    good = open_store(str(root)).put(image, draft("good"))
+    path = root.with_name("evil")
+    shutil.copytree(root, path)
+    for item in good.objects:
+        name = path / "objects" / item.digest
+        name.write_bytes(b"evil" * (item.stored_bytes // 4) + b"!" * (item.stored_bytes % 4))
+    open_store(str(path)).put(write_image(root.parent / "other", seed=2), draft("evil"))
+    (path / "objects" / ("1" * 64)).write_text("of somebody else")
+    return path
+
+
+def test_what_was_checked_is_what_is_read(
+    root: Path, evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, fstat = open_store(str(root)), os.fstat
+    exchanged = []
+
+    def when_checked(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        if not exchanged:
+            exchanged.append(fd)
+            exchange(root, evil)
+        return status
+
+    monkeypatch.setattr(os, "fstat", when_checked)
+    assert {manifest.name for manifest in store.manifests()[0]} == {"good"}
+    assert exchanged
+    assert {manifest.name for manifest in store.manifests()[0]} >= {"evil"}
+
+
+def test_an_image_is_read_from_where_it_was_found(image: Path, root: Path, evil: Path) -> None:
+    backend = DirectoryBackend(str(root))
+    [manifest], _ = open_store(str(root)).manifests()
+    with backend.direct() as reader:
+        exchange(root, evil)
+        for item in manifest.objects:
+            content = bytearray(item.stored_bytes)
+            reader.read(item, 0, memoryview(content))
+            assert hashlib.sha256(content).hexdigest() == item.digest
+
+
+def test_an_image_is_written_to_where_it_was_begun(image: Path, root: Path, evil: Path) -> None:
+    before: list[Path] = []
+
+    def finish(manifest: Manifest) -> Manifest:
+        exchange(root, evil)
+        before.extend(sorted(root.rglob("*")))
+        return manifest
+
+    made = open_store(str(root)).put(image, draft("made"), finish=finish)
+    assert sorted(root.rglob("*")) == before
+    found, _ = open_store(str(root.with_name("kept"))).manifests()
+    assert made in found
+
+
+def test_what_was_checked_is_what_is_swept(
+    root: Path, evil: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "objects" / ("2" * 64)).write_text("left over")
+    store, flock = open_store(str(root)), fcntl.flock
+    before: list[Path] = []
+
+    def when_locked(fd: int, operation: int) -> None:
+        if not before:
+            exchange(root, evil)
+            before.extend(sorted(root.rglob("*")))
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", when_locked)
+    store.prune()
+    assert sorted(root.rglob("*")) == before
+    assert whole(root.with_name("kept"))
+
+
+def test_that_a_store_can_be_written_is_known_beforehand(root: Path, tmp_path: Path) -> None:
+    open_store(str(root)).check_writable()
+    assert {path.name for path in root.rglob("*")} == {"objects", "manifests"}
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(SnapshotError, match="cannot be made"):
+        open_store(str(tmp_path / "file" / "store")).check_writable()
+    with small_disk(tmp_path / "disk", "1m"):
+        place = tmp_path / "disk" / "store"
+        open_store(str(place)).check_writable()
+        subprocess.run(["mount", "-o", "remount,ro", str(tmp_path / "disk")], check=True)
+        with pytest.raises(SnapshotError, match="cannot be written") as raised:
+            open_store(str(place)).check_writable()
+        assert raised.value.got == "Read-only file system"
+
+
 def test_a_store_that_is_not_there_is_empty_and_is_not_made(root: Path) -> None:
     store = open_store(str(root))
     assert store.manifests() == ([], [])
@@ -536,6 +765,42 @@ def test_left_overs_go_but_not_those_that_somebody_is_writing(image: Path, root:
     assert "0" * 64 not in objects_in(root)
     store.prune()
     assert whole(root)
+
+
+def test_what_others_keep_there_stays(image: Path, root: Path) -> None:
+    store = open_store(str(root))
+    store.check_writable()
+    foreign = [
+        root / "letter.txt",
+        root / "objects" / "photo.jpg",
+        root / "objects" / ".hidden",
+        root / "objects" / ("0" * 63),
+        root / "objects" / ("A" * 64),
+        root / "objects" / ("0" * 64 + ".txt"),
+        root / "objects" / ("0" * 64 + "\n"),
+        root / "manifests" / "notes.json",
+        root / "manifests" / ("0" * 64),
+    ]
+    for path in foreign:
+        path.write_text("of somebody else")
+    (root / "objects" / "folder").mkdir()
+    (root / "objects" / ("f" * 64)).mkdir()  # it does not keep the rest from being swept
+    manifest = store.put(image, draft())
+    assert store.usage()[:2] == (
+        1,
+        manifest.stored_bytes + (root / "objects").joinpath("f" * 64).stat().st_size,
+    )
+    with pytest.raises(SnapshotError, match="no such image"):
+        store.remove("../manifests/notes")
+    store.remove(manifest.id)
+    store.put(image, draft())
+    store.prune(max_bytes=0)
+    left = {path for path in root.rglob("*") if path.is_file()}
+    assert left == set(foreign)
+    assert {path.name for path in (root / "objects").iterdir() if path.is_dir()} == {
+        "folder",
+        "f" * 64,
+    }
 
 
 def test_what_is_not_there_cannot_be_removed(image: Path, root: Path) -> None:

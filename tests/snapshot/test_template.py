@@ -99,7 +99,6 @@ WANTED: dict[str, Any] = {
     "name": NAME,
     "directory": None,
     "manifest": None,
-    "exclude": [],
     "hash": True,
     "key_file": None,
     "work": "",
@@ -462,7 +461,6 @@ def test_another_model_does_not_fit(
     ("change", "field"),
     [
         ({"name": "another model"}, "name"),
-        ({"exclude": ["template-1"]}, "image"),
         ({"manifest": {}}, "image"),
     ],
 )

@@ -246,7 +246,6 @@ def wanted(store: Path, manifest: Manifest | None, work: Path) -> dict[str, Any]
         "name": "tiny",
         "directory": None,
         "manifest": None if manifest is None else manifest.to_json(),
-        "exclude": [],
         "hash": True,
         "key_file": None,
         "work": str(work),

@@ -141,8 +141,8 @@ def test_text_that_was_held_back_is_not_written_by_each_clone(tmp_path: Path) ->
         pytest.param("streams = (0, 1)", "descriptor 2", id="standard error"),
         pytest.param(LURKER, "lurker", id="thread"),
         pytest.param(
-            "import os, signal\nif os.fork() == 0: os.close(3); signal.pause()\n"
-            "import ctypes; ctypes.CDLL(None).prctl(1, 9)",
+            "import ctypes, os, signal\n"
+            "if os.fork() == 0: ctypes.CDLL(None).prctl(1, 9); os.close(3); signal.pause()",
             "child processes",
             id="child",
         ),

@@ -13,13 +13,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, round_up
+from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE
 from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.frozen_worker import FREEZE, freeze_order, weights_room
+from coldframe.runtime.frozen_worker import FREEZE, freeze_order, room, weights_room
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.oracle import OracleRun
 from coldframe.runtime.replica import Replica
@@ -31,7 +31,6 @@ from coldframe.snapshot.model_key import ModelKey
 __all__ = ["Freezing", "Trial"]
 
 _MAIN = "from coldframe.snapshot.freezer import main; main(3, int(sys.argv[1]), first_ns)"
-_ROOM = 1 << 30
 _CLEAR_UP_S = 5.0
 FREEZE_S = 600.0
 """How long an image may take to be in its store, in seconds; that may be beyond a network."""
@@ -105,7 +104,7 @@ class Freezing:
     def _order(self, compress: str) -> dict[str, Any]:
         replica, model = self._replica, self._replica.model
         weights = [WEIGHTS_BASE, weights_room(model)]
-        kv = [KV_BASE, round_up(replica.kv_bytes * 5 // 4, _ROOM) + _ROOM]
+        kv = [KV_BASE, room(replica.kv_bytes)]
         return {
             "type": "freeze",
             "code": FREEZE,

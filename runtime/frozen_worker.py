@@ -22,7 +22,7 @@ from coldframe.snapshot.freeze import Wait, freeze_point, receive
 from coldframe.snapshot.identity import shed
 from coldframe.snapshot.wake import Wake
 
-__all__ = ["FREEZE", "freeze_order", "main", "weights_room"]
+__all__ = ["FREEZE", "freeze_order", "main", "room", "weights_room"]
 
 FREEZE = "from coldframe.runtime.frozen_worker import main; main(3)"
 """The line of Python that such a worker runs."""
@@ -56,7 +56,12 @@ def weights_room(model: ModelFacts) -> int:
     Counted from its tensors, since an image may be made before their plan is known.
     """
     bits = sum(DTYPE_BITS[t.dtype] * prod(t.shape) for t in model.tensors.values())
-    return round_up(bits // 8 * 5 // 4, _ROOM) + _ROOM
+    return room(bits // 8)
+
+
+def room(nbytes: int) -> int:
+    """Addresses to keep free for an arena of that size: more than it needs, they cost nothing."""
+    return round_up(nbytes * 5 // 4, _ROOM) + _ROOM
 
 
 def main(control_fd: int, wait: Wait = receive) -> None:

@@ -98,9 +98,10 @@ class Launch:
         self.memory_child = memory.child
         self.memory = Channel(memory.socket)
         try:
-            self.tiers = self.open_tiers(options.snapshot, restorer)
+            # The bytes first: nothing that clones need makes them come sooner.
             if not options.hold_load:
                 self.start_load()
+            self.tiers = self.open_tiers(options.snapshot, restorer)
         except BaseException:
             self.close()
             raise

@@ -11,11 +11,10 @@ import json
 import time
 from collections.abc import Iterator
 
-from coldframe.loader.arena import round_up
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import RequestError
 from coldframe.loader.location import Directory, parse_location
-from coldframe.runtime.frozen_worker import freeze_order, weights_room
+from coldframe.runtime.frozen_worker import freeze_order, room, weights_room
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
 from coldframe.snapshot.freezer import freezing_environment
@@ -28,7 +27,6 @@ _CODE = (
     "from coldframe.runtime.frozen_worker import main; "
     "from coldframe.snapshot.forking import fork_on_demand; main(3, fork_on_demand)"
 )
-_ROOM = 1 << 30
 
 
 def run(args: argparse.Namespace) -> int:
@@ -88,4 +86,4 @@ def _model(name: str) -> Iterator[ModelFacts]:
 def _kv_room(model: ModelFacts) -> int:
     """Addresses to keep free for the KV that a replica takes here by default."""
     block_bytes, blocks = kv_blocks(model.spec, None)
-    return round_up(block_bytes * blocks, _ROOM) + _ROOM
+    return room(block_bytes * blocks)

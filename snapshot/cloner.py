@@ -128,6 +128,8 @@ class Cloner:
             ReplicaError: Nobody listens there.
             SnapshotError: Whoever listens there is another user.
         """
+        from coldframe.snapshot.template_socket import peer_uid  # where there are templates only
+
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         # Not blocking: whoever listens there may not be one of ours.
         sock.setblocking(False)
@@ -140,8 +142,7 @@ class Cloner:
                 "no template listens there", where=path, got=error.strerror
             ) from error
         # Whoever makes our workers can do as we can: it must be us.
-        peer = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        uid = int.from_bytes(peer[4:8], "little")
+        uid = peer_uid(sock)
         if os.getuid() != uid or os.getuid() != owner:
             sock.close()
             raise SnapshotError(

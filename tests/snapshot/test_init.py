@@ -17,6 +17,7 @@ from coldframe.loader.errors import ColdframeError, PlatformError, SnapshotError
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.init import Init, start_init
 from tests.snapshot.tiny import descriptors, gone, mounts, running, until
+from tests.support import unavailable
 
 NO_ADMIN = ["setpriv", "--bounding-set", "-sys_admin"]
 
@@ -30,7 +31,7 @@ def spawn(code: str) -> int:
 @pytest.fixture(autouse=True)
 def _allowed() -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root may make PID namespaces")
+        unavailable("only root may make PID namespaces")
 
 
 @pytest.fixture

@@ -38,6 +38,7 @@ from tests.snapshot.tiny import (
     until,
     wanted,
 )
+from tests.support import unavailable
 
 NO_ADMIN = ["setpriv", "--bounding-set", "-sys_admin"]
 NO_NAMESPACES = [
@@ -394,7 +395,7 @@ def test_a_changed_image_is_refused_before_it_runs(stored: Stored, tmp_path: Pat
 def allowed(prefix: list[str]) -> None:
     done = subprocess.run([*prefix, "true"], capture_output=True, check=False)
     if done.returncode != 0:
-        pytest.skip(f"{prefix[0]} cannot be used here: {done.stderr.decode()}")
+        unavailable(f"{prefix[0]} cannot be used here: {done.stderr.decode()}")
 
 
 def test_without_privileges_it_says_so(stored: Stored, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ from coldframe.snapshot.template import ForkSource
 from coldframe.snapshot.template_socket import TemplateSocket
 from coldframe.snapshot.wake import Wake
 from tests.snapshot.tiny import ask, event, gone, until
+from tests.support import unavailable
 
 ROOT = Path(__file__).parents[2]
 NAME = "a model"
@@ -532,7 +533,7 @@ def test_a_path_that_is_too_long_is_refused(
 
 def test_another_user_is_not_served(keeper: Keeper, directory: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can be another user")
+        unavailable("only root can be another user")
     directory.parent.chmod(0o711)
     directory.chmod(0o711)
     os.chmod(keeper.path, 0o666)
@@ -550,7 +551,7 @@ def test_another_user_is_not_served(keeper: Keeper, directory: Path) -> None:
 
 def test_a_template_of_another_user_is_not_taken(directory: Path) -> None:
     if os.geteuid() != 0:
-        pytest.skip("only root can be another user")
+        unavailable("only root can be another user")
     found = TemplateSocket.open(KEY)
     os.chown(found.path, 65534, 65534)
     with pytest.raises(SnapshotError, match="another user"):

@@ -49,7 +49,7 @@ class MemoryClient:
     and raise what the service reports, or ReplicaError once it is gone; none waits for ever.
 
     Args:
-        path: The service's socket.
+        channel: A connection to the service's socket. It is this object's to close.
         name: The worker's, for messages.
         on_event: Called from the reading thread whenever something has changed: a stage, free
             blocks, an error.
@@ -60,7 +60,7 @@ class MemoryClient:
 
     def __init__(
         self,
-        path: str,
+        channel: Channel,
         name: str,
         *,
         on_event: Callable[[], None] = lambda: None,
@@ -68,7 +68,7 @@ class MemoryClient:
         reserved: Iterable[Reservation] = (),
     ) -> None:
         self._reserved = {reservation.address: reservation for reservation in reserved}
-        self._channel = Channel.connect(path)
+        self._channel = channel
         self._on_event = on_event
         self._stall_s = stall_s
         self._changed = threading.Condition()

@@ -32,6 +32,7 @@ COMPANIONS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
 _MOST_BYTES = 500_000_000
 

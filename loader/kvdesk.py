@@ -66,6 +66,10 @@ class KvDesk:
             body, segment = self._offer
             self._send(worker, body, (segment.fd,))
 
+    def usage(self) -> tuple[int, int]:
+        """Blocks that belong to requests, and blocks that there are; both 0 before the arena."""
+        return (0, 0) if self._ledger is None else (self._ledger.used, self._ledger.blocks)
+
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
         if self._ledger is not None:

@@ -50,6 +50,11 @@ class BlockLedger:
         return len(self._returned) + self.blocks - self._next
 
     @property
+    def used(self) -> int:
+        """Blocks that belong to requests; what is in a worker's pocket can still go to any."""
+        return sum(len(account.blocks) for account in self._accounts.values())
+
+    @property
     def requests(self) -> int:
         return len(self._accounts)
 

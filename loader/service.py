@@ -4,10 +4,10 @@ It streams the weights, tells who is attached when a stage is in, and keeps the 
 blocks. Its one owner, at the other end of the inherited socket, says what to load; when the
 owner ends, so does the service, and removes the run directory behind both.
 
-Messages in:  `load`, `kv`, `settle`, `open`, `release` (from gateways), `hello`, `grant`,
-`give_back`, `assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
+Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
+`hello`, `grant`, `give_back`, `assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
 Messages out: `files`, `plan` (board and segments), `kv`, `stage`, `remap`, `relaid`, `failed`,
-`loaded`, `moved`, `kept`, `granted`, `assigned`, `claimed`, `dropped`, `available`.
+`loaded`, `moved`, `kept`, `usage`, `granted`, `assigned`, `claimed`, `dropped`, `available`.
 """
 
 from __future__ import annotations
@@ -433,6 +433,15 @@ class MemoryService:
         done, self._moved, self._moving = self._moved, None, False
         done()
         self._settle()
+
+    def _on_usage(self, client: Connection) -> None:
+        """What is asked for when somebody looks at the replica's metrics."""
+        if client is not self._owner:
+            raise ReplicaError("only the owner asks what is in use", where=client.key)
+        used, total = self._kv.usage()
+        done = self._load.board.progress.done if self._load is not None and self._planned else 0
+        body = {"type": "usage", "kv_used": used, "kv_total": total, "bytes_done": done}
+        self._send(self._owner, body)
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:

@@ -104,8 +104,7 @@ class Channel:
         """
         if fds:
             body = {**body, "fds": len(fds)}
-        payload = json.dumps(body, separators=(",", ":")).encode()
-        frame = memoryview(_LENGTH.pack(len(payload)) + payload)
+        frame = memoryview(self.frame(body))
         try:
             with self._send_lock:
                 if fds:
@@ -118,6 +117,26 @@ class Channel:
                 where=f"message {body.get('type')!r}",
                 got=error.strerror,
             ) from error
+
+    @staticmethod
+    def frame(body: Mapping[str, Any]) -> bytes:
+        """A message without descriptors as it goes over the socket, for `send_some`."""
+        payload = json.dumps(body, separators=(",", ":")).encode()
+        return _LENGTH.pack(len(payload)) + payload
+
+    def send_some(self, data: memoryview) -> int:
+        """Sends what the socket takes at once, for those who may not block: how many bytes.
+
+        Raises:
+            ReplicaError: The other side is gone.
+        """
+        try:
+            with self._send_lock:
+                return self._sock.send(data, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            raise ReplicaError("a process of the replica is gone", got=error.strerror) from error
 
     def recv(self, timeout: float | None = None) -> Message | None:
         """The next message, or None at the end of the stream.
@@ -147,6 +166,12 @@ class Channel:
         messages = list(self._inbox)
         self._inbox.clear()
         return messages, self._closed
+
+    def buffered(self) -> list[Message]:
+        """The messages that `recv` has read beside the one that it returned."""
+        messages = list(self._inbox)
+        self._inbox.clear()
+        return messages
 
     def hang_up(self) -> None:
         """Ends the stream in both directions, whoever else has the socket, and wakes `recv`."""

@@ -24,6 +24,7 @@ class TextStream:
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: tuple[str, ...]
     ) -> None:
+        self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, prompt_ids)
         self._matcher = StopMatcher(stop)
 
@@ -35,3 +36,7 @@ class TextStream:
         """The text held back, at the end, and whether a stop string was in it."""
         text, stopped = self._matcher.push(self._detokenizer.flush())
         return (text, True) if stopped else (text + self._matcher.flush(), False)
+
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token stands for, also where they are no whole character."""
+        return self._tokenizer.spell(token)

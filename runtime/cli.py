@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 TYPE_CHECKING = False  # `typing` itself is slow to import
 if TYPE_CHECKING:
@@ -17,7 +18,12 @@ if TYPE_CHECKING:
 __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
+    "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
     "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
+    "batch": (
+        "coldframe.runtime.batch_command",
+        "one cold start, a file of requests, back to zero",
+    ),
     "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
     "seal": ("coldframe.runtime.seal_command", "hash a model, so that every load can check it"),
     "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
@@ -25,7 +31,7 @@ COMMANDS = {
     "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
-_COLD_STARTS = {"run"}
+_COLD_STARTS = {"run", "serve", "batch"}
 """Commands that load a model: the memory service starts before their arguments are read."""
 
 
@@ -85,18 +91,29 @@ def _main(arguments: list[str]) -> int:
 
 
 def _call(name: str, arguments: list[str]) -> int:
-    # The bytes first: nothing that is done here makes them come sooner.
+    # The bytes first: nothing that is done here makes them come sooner. But for the port: from
+    # the moment that it is bound whoever asks waits instead of being refused.
     cold = name in _COLD_STARTS and not {"-h", "--help"} & set(arguments)
-    if cold:
-        from coldframe.runtime.early import MemoryProcess, likely_restorer
-
     from coldframe.loader.errors import ColdframeError
 
+    started: dict[str, object] = {}
     try:
-        memory = MemoryProcess() if cold else None
-        restorer = likely_restorer(arguments) if cold else None
+        if cold and name == "serve":
+            from coldframe.runtime.gateway.listen import bind_early, take_secrets
+
+            started["profile"], started["listeners"] = bind_early(arguments)
+            started["listening_ns"] = time.monotonic_ns()
+            started["secrets"] = take_secrets()
+        if cold:
+            from coldframe.runtime.early import GatewayProcess, MemoryProcess, likely_restorer
+
+            started["memory"] = MemoryProcess()
+            started["restorer"] = likely_restorer(arguments)
+            if name == "serve":
+                started["gateway"] = GatewayProcess()
         module, args = _parse(name, arguments)
-        args.memory, args.restorer = memory, restorer
+        for key, value in started.items():
+            setattr(args, key, value)
         return int(module.run(args))
     except ColdframeError as error:
         print(f"coldframe: {type(error).__name__}: {error}", file=sys.stderr)

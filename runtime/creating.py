@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError
@@ -11,9 +12,10 @@ from coldframe.snapshot.signing import read_key
 from coldframe.snapshot.store import Store, open_store
 
 if TYPE_CHECKING:
+    from coldframe.runtime.freezing import Freezing
     from coldframe.runtime.replica import Replica
 
-__all__ = ["image_for_next_time", "prune", "store_of"]
+__all__ = ["ImageInTheMaking", "image_for_next_time", "prune", "store_of"]
 
 _LIMIT_S = 60.0
 """How long nobody minds that a replica which is idle does not end."""
@@ -32,25 +34,72 @@ def image_for_next_time(replica: Replica) -> dict[str, Any]:
         `created`, the image's id, or `not_created`, the reason; nothing where none was wanted.
         `not_removed`, why images beyond the limits are still there.
     """
-    snapshot = replica.options.snapshot
-    if not snapshot.create or not replica.wants_image:
-        return {}
-    try:
-        Criu.find()
-    except ColdframeError:
+    if not _wanted(replica):
         return {}
     from coldframe.runtime.freezing import Freezing
 
     # Nothing of this may spoil what has been answered.
     try:
-        freezing = Freezing(replica, snapshot)
+        freezing = Freezing(replica, replica.options.snapshot)
         freezing.follow(_LIMIT_S)
     except ColdframeError as error:
         return {"not_created": str(error)}
+    return _outcome(freezing)
+
+
+class ImageInTheMaking:
+    """The same beside a replica that serves on: `step` is called whenever something has happened.
+
+    Args:
+        replica: Its weights are in, and it is idle.
+    """
+
+    def __init__(self, replica: Replica) -> None:
+        self.outcome: dict[str, Any] | None = None
+        """What `image_for_next_time` returns, once that is known."""
+        self._freezing: Freezing | None = None
+        if not _wanted(replica):
+            self.outcome = {}
+            return
+        from coldframe.runtime.freezing import Freezing
+
+        self._late = time.monotonic() + _LIMIT_S
+        try:
+            self._freezing = Freezing(replica, replica.options.snapshot)
+        except ColdframeError as error:
+            self.outcome = {"not_created": str(error)}
+
+    def step(self) -> None:
+        """Looks whether it is made, or takes too long."""
+        freezing = self._freezing
+        if self.outcome is not None or freezing is None:
+            return
+        if time.monotonic() > self._late:
+            freezing.close()
+        if freezing.done:
+            self.outcome = _outcome(freezing)
+
+    def close(self) -> None:
+        """Gives it up where it is not made."""
+        if self._freezing is not None:
+            self._freezing.close()
+
+
+def _wanted(replica: Replica) -> bool:
+    if not replica.options.snapshot.create or not replica.wants_image:
+        return False
+    try:
+        Criu.find()
+    except ColdframeError:
+        return False
+    return True
+
+
+def _outcome(freezing: Freezing) -> dict[str, Any]:
     if freezing.error is not None:
         return {"not_created": str(freezing.error)}
     try:
-        prune(snapshot, str(freezing.image))
+        prune(freezing.snapshot, str(freezing.image))
     except ColdframeError as error:
         return {"created": freezing.image, "not_removed": str(error)}
     return {"created": freezing.image}

@@ -12,14 +12,16 @@ import socket
 from time import monotonic_ns
 
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
+from coldframe.runtime.guess import said
 from coldframe.snapshot.places import default_store, expanded, images_are_there
 from coldframe.snapshot.restorer_process import RestorerProcess
 
-__all__ = ["MemoryProcess", "likely_restorer"]
+__all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
 
 _MAIN = (
     "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
 )
+_GATEWAY = "from coldframe.runtime.gateway.process import main; main(3, int(sys.argv[1]), first_ns)"
 
 
 class MemoryProcess:
@@ -55,6 +57,29 @@ class MemoryProcess:
         self.spawned_ns = monotonic_ns()
 
 
+class GatewayProcess:
+    """A gateway that has not been told yet where it listens and what it serves.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self.started_ns = monotonic_ns()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.child: Child = spawn_python(
+                _GATEWAY, [str(self.started_ns)], theirs.fileno(), dict(os.environ)
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.socket = ours
+        self.spawned_ns = monotonic_ns()
+
+
 def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
     """One where it looks as if it were wanted: a guess, since nothing has been parsed yet.
 
@@ -64,18 +89,10 @@ def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
     Raises:
         PlatformError: It cannot be started.
     """
-    mode = _said(arguments, "--snapshot", "COLDFRAME_SNAPSHOT") or "auto"
-    store = _said(arguments, "--snapshot-store", "COLDFRAME_SNAPSHOT_STORE") or default_store()
+    mode = said(arguments, "--snapshot") or "auto"
+    store = said(arguments, "--snapshot-store") or default_store()
     if mode == "off":
         return None
     if mode not in ("auto", "require"):
         store = mode
     return RestorerProcess() if images_are_there(expanded(store)) else None
-
-
-def _said(arguments: list[str], flag: str, twin: str) -> str | None:
-    for index, argument in enumerate(arguments):
-        name, equals, value = argument.partition("=")
-        if name == flag:
-            return value if equals else "".join(arguments[index + 1 : index + 2])
-    return os.environ.get(twin)

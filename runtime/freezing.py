@@ -58,7 +58,7 @@ class Freezing:
         self.manifest: dict[str, Any] | None = None
         self.error: ColdframeError | None = None
         self._replica = replica
-        self._snapshot = snapshot
+        self.snapshot = snapshot
         self._trial: Trial | None = None
         self._staged = False
         order = self._order(compress)
@@ -113,8 +113,8 @@ class Freezing:
             "name": replica.options.model,
             "model": ModelKey.of(model.directory, model.tensors).to_json(),
             "arena": {"weights": weights, "kv": kv},
-            "store": self._snapshot.store,
-            "key_file": self._snapshot.key_file,
+            "store": self.snapshot.store,
+            "key_file": self.snapshot.key_file,
             "compress": compress,
             "work": os.path.join(replica.run_dir, "freezer"),
         }
@@ -142,7 +142,7 @@ class Freezing:
             )
 
     def _try(self, manifest: dict[str, Any]) -> None:
-        snapshot = replace(self._snapshot, mode="require", manifest=manifest)
+        snapshot = replace(self.snapshot, mode="require", manifest=manifest)
         try:
             self._trial = Trial(self._replica, snapshot, None, self._tried)
         except ColdframeError as error:

@@ -17,9 +17,10 @@ from coldframe.loader.header import DTYPE_BITS
 from coldframe.loader.timeline import Recorder, clock_shift_ns
 from coldframe.loader.wire import Channel
 from coldframe.runtime.sizing import ModelFacts, StoredTensor
-from coldframe.runtime.worker import Warm, work
+from coldframe.runtime.worker import Warm
+from coldframe.runtime.worker_process import work
 from coldframe.snapshot.freeze import Wait, freeze_point, receive
-from coldframe.snapshot.identity import shed
+from coldframe.snapshot.privileges import shed
 from coldframe.snapshot.wake import Wake
 
 __all__ = ["FREEZE", "freeze_order", "main", "room", "weights_room"]
@@ -77,7 +78,7 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         if order is None:
             os._exit(0)
         warm = _warm(order.body)
-        shed()
+        shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
         _forget_standard_streams()
         control, wake = freeze_point(control, {}, wait)

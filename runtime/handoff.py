@@ -41,6 +41,8 @@ class Job:
         prompt: The prompt as text, where it has not been tokenised yet.
         prompt_ids: The prompt's token ids, where it has.
         generated_ids: Tokens that the client has, or is about to get.
+        add_special: Whether the tokenizer puts its own tokens around the prompt's text; a chat
+            template has put them there already.
     """
 
     request: str
@@ -49,6 +51,7 @@ class Job:
     prompt: str | None = None
     prompt_ids: tuple[int, ...] | None = None
     generated_ids: tuple[int, ...] = ()
+    add_special: bool = True
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -58,6 +61,7 @@ class Job:
             "prompt": self.prompt,
             "prompt_ids": self.prompt_ids,
             "generated_ids": self.generated_ids,
+            "add_special": self.add_special,
         }
 
     @classmethod
@@ -70,6 +74,7 @@ class Job:
             data["prompt"],
             None if ids is None else tuple(ids),
             tuple(data["generated_ids"]),
+            data["add_special"],
         )
 
 

@@ -63,7 +63,7 @@ class KvPool:
         if needed > self._blocks:
             raise RequestError(
                 "the request needs more KV than there is",
-                where=request,
+                where="prompt",
                 expected=f"at most {self._blocks * self._block_tokens} tokens",
                 got=f"{tokens} tokens of prompt and answer",
                 hint="Ask for fewer tokens or give the replica more KV memory.",

@@ -7,6 +7,7 @@ has to import. Nothing here waits for anything.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 
@@ -24,7 +25,10 @@ from coldframe.snapshot.restorer_process import RestorerProcess
 
 __all__ = ["Launch", "WorkerProcess"]
 
-_WORKER = "from coldframe.runtime.worker import main; main(3, int(sys.argv[1]), first_ns)"
+_WORKER = (
+    "from coldframe.runtime.worker_process import main; "
+    "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
+)
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
 
@@ -180,7 +184,7 @@ class Launch:
         location = parse_location(options.model)
         local = isinstance(location, Directory) and not options.sources
         directory = location.path if isinstance(location, Directory) and local else None
-        return Tiers(snapshot, options.model, directory, self.run_dir, restorer)
+        return Tiers(snapshot, options.model, directory, self.run_dir, restorer, user=options.user)
 
     def start_worker(self, role: str, tiers: Tiers | None = None, group: str = "") -> WorkerProcess:
         """Starts one worker that will have the given role, in the best way that is left.
@@ -213,7 +217,8 @@ class Launch:
             if cloner is not None:
                 child = tiers.clone(cloner, name, (ours, theirs), self.threads, self._environment())
             else:
-                child = spawn_python(_WORKER, [str(started)], theirs.fileno(), self._environment())
+                arguments = [str(started), *self._identity()]
+                child = spawn_python(_WORKER, arguments, theirs.fileno(), self._environment())
                 self._recorder.add("process_spawn", started, note=name)
         except BaseException:
             ours.close()
@@ -226,6 +231,11 @@ class Launch:
     def threads(self) -> int:
         """Threads of each worker's kernels."""
         return self.options.threads or cpu_count()
+
+    def _identity(self) -> list[str]:
+        """Whom a worker that starts fresh is told to become; a clone is told when it wakes."""
+        user = self.options.user
+        return [] if user is None else [json.dumps(user.to_wire())]
 
     def _environment(self) -> dict[str, str]:
         threads = str(self.threads)

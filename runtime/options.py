@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.snapshot.identity import Identity
+
 __all__ = ["BLOCK_TOKENS", "ReplicaOptions", "SnapshotOptions"]
 
 BLOCK_TOKENS = 32
@@ -64,6 +66,8 @@ class ReplicaOptions:
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota.
         run_dir: Where the replica's private directory is made; None chooses.
+        user: Whom the workers run as, without capabilities, once they have opened what they need.
+            None leaves them who the front is.
         snapshot: How workers may start, other than fresh.
     """
 
@@ -85,4 +89,5 @@ class ReplicaOptions:
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None
+    user: Identity | None = None
     snapshot: SnapshotOptions = SnapshotOptions()

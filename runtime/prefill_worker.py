@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import replace
 
 from coldframe.loader.errors import RequestError
 from coldframe.loader.timeline import now
@@ -17,6 +18,12 @@ from coldframe.runtime.worker import Worker, kv_format
 __all__ = ["run"]
 
 _RENEW_S = 5.0
+_MOST_UNASKED = 4096
+"""Tokens that an answer gets at most where the request says no number."""
+_SHARES = 8
+"""Of all KV such a request gets at most so small a part..."""
+_FEW = 256
+"""... unless that is less than this many tokens."""
 
 
 def run(worker: Worker) -> None:
@@ -93,7 +100,9 @@ class _PrefillRole:
     def _take(self, job: Job) -> None:
         started = now()
         try:
-            self._queue.append((job, self._worker.sequence(job, self._tokenise(job))))
+            ids = self._tokenise(job)
+            job = self._bounded(job, len(ids))
+            self._queue.append((job, self._worker.sequence(job, ids)))
             self._inside.add(job.request)
         except RequestError as error:
             self._worker.refuse(job, error)
@@ -108,30 +117,49 @@ class _PrefillRole:
         spec = self._worker.spec
         ids = job.prompt_ids
         if ids is None:
-            ids = tuple(self._worker.tokenizer.encode(job.prompt or ""))
+            text = job.prompt or ""
+            ids = tuple(self._worker.tokenizer.encode(text, add_special=job.add_special))
         if not ids:
             raise RequestError(
-                "the prompt has no tokens", where=job.request, expected="at least one", got="none"
+                "the prompt has no tokens", where="prompt", expected="at least one", got="none"
             )
         job.params.validate(spec.vocab_size)
         outside = [i for i in ids if type(i) is not int or not 0 <= i < spec.vocab_size]
         if outside:
             raise RequestError(
                 "a token id is out of range",
-                where=job.request,
+                where="prompt",
                 expected=f"0 to {spec.vocab_size - 1}",
                 got=repr(outside[0]),
                 hint="Tokenise the prompt with this model's tokenizer.",
             )
-        if len(ids) + job.params.max_tokens > spec.context_length:
+        return ids
+
+    def _bounded(self, job: Job, prompt_tokens: int) -> Job:
+        """The job with a number of tokens to generate that the model's context has room for.
+
+        Where none was asked for it is what there is room for, up to a limit: a request gets at its
+        start all the KV that it can come to need, and a whole context for each would let few in.
+
+        Raises:
+            RequestError: There is no room.
+        """
+        left = self._worker.spec.context_length - prompt_tokens
+        wanted = job.params.max_tokens
+        if left < (wanted or 1):
             raise RequestError(
                 "prompt and answer do not fit the model's context",
-                where=job.request,
-                expected=f"at most {spec.context_length} tokens",
-                got=f"{len(ids)} of prompt + {job.params.max_tokens} to generate",
+                where="prompt",
+                expected=f"at most {self._worker.spec.context_length} tokens",
+                got=f"{prompt_tokens} of prompt + {wanted or 1} to generate",
                 hint="Shorten the prompt or ask for fewer tokens.",
             )
-        return ids
+        if wanted is not None:
+            return job
+        room = self._worker.kv.blocks * BLOCK_TOKENS
+        share = max(room // _SHARES, min(_FEW, room - prompt_tokens), 1)
+        params = replace(job.params, max_tokens=min(left, share, _MOST_UNASKED))
+        return replace(job, params=params)
 
     def _admit(self) -> None:
         """Lets requests in, in their order, as far as there are KV blocks for them."""

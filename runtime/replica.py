@@ -32,6 +32,8 @@ from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
 
+USAGE = ("kv_used", "kv_total", "bytes_done")
+
 
 class Replica:
     """A model being served by processes of its own.
@@ -74,7 +76,10 @@ class Replica:
         """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`."""
         self.board: BoardView | None = None
         """How far the load is."""
+        self.usage: dict[str, int] = {}
+        """What the memory service said last of what is in use; see `ask_usage`."""
         self.loaded = False
+        self._loaded_ns: int | None = None
         self._answered = False
         self._settled = False
         self._listening = False
@@ -140,6 +145,18 @@ class Replica:
         return self._model
 
     @property
+    def answered(self) -> bool:
+        """Whether a token has been made."""
+        return self._answered
+
+    @property
+    def load_s(self) -> float:
+        """How long the weights have been coming, or took, in seconds."""
+        if self._load_started_ns is None:
+            return 0.0
+        return ((self._loaded_ns or now()) - self._load_started_ns) / 1e9
+
+    @property
     def wants_image(self) -> bool:
         """Whether there was no image for this start."""
         return self._workforce.tiers.no_image
@@ -166,6 +183,7 @@ class Replica:
         *,
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
+        add_special: bool = True,
         group: str = "",
     ) -> str:
         """Takes a request and returns its id; the answer comes to the listener during `poll`.
@@ -175,6 +193,7 @@ class Replica:
             listener: Gets the answer.
             prompt: The prompt as text, or
             prompt_ids: as token ids.
+            add_special: Whether the tokenizer puts its own tokens around the text.
             group: Of the workers that are to serve it; see `add_clones`.
 
         Raises:
@@ -192,6 +211,7 @@ class Replica:
             *(request, params, listener),
             prompt=prompt,
             prompt_ids=prompt_ids,
+            add_special=add_special,
             group=group,
         )
         if self._gate is None or self._gate.open or group:
@@ -221,6 +241,10 @@ class Replica:
         self._launch.start_load()
         self._load_started_ns = now()
         self._read_facts()
+
+    def ask_usage(self) -> None:
+        """Asks the memory service what is in use; the answer is in `usage` after some `poll`."""
+        self.to_memory({"type": "usage"})
 
     @property
     def imported(self) -> bool:
@@ -364,13 +388,16 @@ class Replica:
                     if self._tensors is not None and self._files is not None:
                         self._on_files(self._files, self._tensors)
                 case "moved" | "loaded" as kind:
-                    self.loaded = self.loaded or kind == "loaded"
+                    if kind == "loaded" and not self.loaded:
+                        self.loaded, self._loaded_ns = True, now()
                     told = ("mode", "why", "verified", "peers_at")
                     self.facts |= {name: body[name] for name in told}
                     self.add_spans(body["spans"])
                     self._settle()
                 case "kept":
                     self.facts |= {"kept": True, "kept_why_not": body["why"]}
+                case "usage":
+                    self.usage = {name: body[name] for name in USAGE}
                 case "failed":
                     self.add_spans(body["spans"])
                     self.fail(ColdframeError.from_wire(body["error"]))

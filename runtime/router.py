@@ -37,6 +37,8 @@ class TokenEvent:
     finish: str | None
     logprob: float | None
     top: tuple[tuple[int, float], ...]
+    prompt_tokens: int = 0
+    spellings: tuple[bytes, ...] = ()
 
 
 class Listener(Protocol):
@@ -108,10 +110,12 @@ class Router:
         *,
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
+        add_special: bool = True,
         group: str = "",
     ) -> None:
         """Takes a request; it waits where there is no worker of its group yet."""
-        job = Job(request, 0, params.with_seed(), prompt, prompt_ids)
+        seeded = params.with_seed()
+        job = Job(request, 0, seeded, prompt, prompt_ids, add_special=add_special)
         self._requests[request] = _Request(job, listener, group)
         self._transport.to_memory({"type": "open", "request": request})
         self._place(request)
@@ -247,7 +251,7 @@ class Router:
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
 
     def _token(self, worker: str, item: list[Any]) -> None:
-        request, attempt, index, token, text, finish, logprob, top = item
+        request, attempt, index, token, text, finish, logprob, top, prompt_tokens, spelled = item
         found = self._current(worker, request, attempt)
         if found is None or index != len(found.generated):
             return
@@ -255,7 +259,16 @@ class Router:
         if finish is not None:
             self._end(request)
         found.listener.on_token(
-            TokenEvent(index, token, text, finish, logprob, tuple((i, p) for i, p in top))
+            TokenEvent(
+                index,
+                token,
+                text,
+                finish,
+                logprob,
+                tuple((i, p) for i, p in top),
+                prompt_tokens,
+                tuple(text.encode("latin-1") for text in spelled),
+            )
         )
 
     def _handed_over(self, worker: str, handoff: Handoff) -> None:
@@ -265,6 +278,8 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
+        # With what is only known since it was tokenised: how much the context leaves.
+        found.job = replace(found.job, params=job.params)
         self._place(job.request)
 
     def _acknowledged(self, worker: str, request: str, attempt: int) -> None:

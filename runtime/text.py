@@ -38,9 +38,9 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         self._inner = inner
-        self._special = {
-            token for token, added in inner.get_added_tokens_decoder().items() if added.special
-        }
+        added = inner.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special = {token for token, content in added.items() if content.special}
         kinds = _decoder_kinds(inner.decoder)
         self.byte_level = kinds == ["ByteLevel"]
         """Tokens are bytes in disguise, and text is those bytes in a row (GPT-2, Llama 3, Qwen)."""
@@ -124,6 +124,20 @@ class Tokenizer:
         """A token as it stands in the vocabulary; None for special and unknown ids."""
         return None if token in self._special else self._inner.id_to_token(token)
 
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token stands for, special ones by their name; none for an unknown id."""
+        text = self._inner.id_to_token(token)
+        if text is None:
+            return b""
+        if token in self._added:
+            return text.encode()
+        if self.byte_level:
+            return _bytes_of(text)
+        if self.byte_fallback and _BYTE_TOKEN.fullmatch(text):
+            return bytes([int(text[3:5], 16)])
+        # SentencePiece writes the space in front of a word as a block.
+        return text.replace("\N{LOWER ONE EIGHTH BLOCK}", " ").encode()
+
 
 class Detokenizer:
     """Token ids in, text out, as soon as it can no longer change.
@@ -155,7 +169,6 @@ class _Bytes:
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._bytes = _disguises()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         # The prompt may end within a character: at most three bytes are pending.
         for token in _tail(tokenizer, prompt_ids, lambda texts: len("".join(texts)) >= 3):
@@ -165,11 +178,7 @@ class _Bytes:
         text = self._tokenizer.token(token)
         if text is None:
             return ""
-        try:
-            data = bytes(self._bytes[character] for character in text)
-        except KeyError:  # an added token that stands in the vocabulary as plain text
-            data = text.encode()
-        return self._decoder.decode(data)
+        return self._decoder.decode(_bytes_of(text))
 
     def flush(self) -> str:
         return self._decoder.decode(b"", final=True)
@@ -239,6 +248,15 @@ def _decoder_kinds(decoder: tokenizers.decoders.Decoder | None) -> list[str]:
         return []
     state = json.loads(decoder.__getstate__())
     return [part["type"] for part in state.get("decoders", [state])]
+
+
+def _bytes_of(text: str) -> bytes:
+    """The bytes of a token of a byte-level vocabulary."""
+    disguises = _disguises()
+    try:
+        return bytes(disguises[character] for character in text)
+    except KeyError:  # an added token that stands in the vocabulary as plain text
+        return text.encode()
 
 
 @functools.cache

@@ -34,6 +34,7 @@ class Tiers:
         directory: Where its files are, if they are here.
         run_dir: The replica's private directory.
         restorer: One that was started before it was known what it is for.
+        user: Whom clones run as; None takes whoever this is.
 
     Attributes:
         cloners: Those who make clones, the best first.
@@ -49,6 +50,7 @@ class Tiers:
         directory: str | None,
         run_dir: str,
         restorer: RestorerProcess | None = None,
+        user: Identity | None = None,
     ) -> None:
         self.options = options
         self.directory = directory
@@ -57,6 +59,7 @@ class Tiers:
         self.failed: str | None = None
         self.cloners: list[Cloner] = []
         self._run_dir = run_dir
+        self._user = user
         self._dropped: list[Cloner] = []
         if options.mode == "off":
             self.why.append("snapshots are off")
@@ -120,7 +123,7 @@ class Tiers:
         # read it; that there is nobody can only be seen without a reader of our own.
         theirs.close()
         ours.set_send_timeout(_WAKE_S)
-        started_ns, identity = now() - clock_shift_ns(), Identity.current()
+        started_ns, identity = now() - clock_shift_ns(), self._user or Identity.current()
         wake = Wake.message(name, environment, threads, self._run_dir, started_ns, identity)
         with contextlib.suppress(ReplicaError):  # its end is told by whoever makes it
             ours.send(wake, [2])

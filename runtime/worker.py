@@ -1,11 +1,15 @@
-"""A worker process: role-less until it is told, then prefill or decode.
+"""A worker: role-less until it is told, then prefill or decode.
 
 What takes long is done at the same moment: the main thread imports torch while a second one,
 which reads the control socket, maps the arenas and loads the tokenizer. The control socket is
 the worker's one tie to the front: when it ends, the worker ends, whatever it is doing.
 
-Messages in:  `init`, then for a prefill worker `job`, `ack`; for a decode worker `handoff`; for
-both `cancel`.
+A worker that is to run as another user opens, maps and imports all that it will need as whoever
+started it, and becomes that user just before it says that it is up. From there on it takes what it
+needs from sockets alone.
+
+Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
+`ack`; for a decode worker `handoff`; for both `cancel`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
 `broken` (the worker), `spans`.
 """
@@ -14,13 +18,12 @@ from __future__ import annotations
 
 import os
 import queue
-import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING
 
 from coldframe.loader.arena import Reservation
 from coldframe.loader.client import KvArena, MemoryClient
@@ -31,6 +34,8 @@ from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import tensors_of, torch_dtypes
+from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.privileges import become
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.model import Model
@@ -39,7 +44,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
 
-__all__ = ["Warm", "Worker", "kv_format", "main", "work"]
+__all__ = ["Warm", "Worker", "kv_format"]
 
 BEAT_S = 5.0
 """How often a worker says that it is alive, in seconds."""
@@ -59,6 +64,7 @@ class _Setup:
     tokenizer: Tokenizer
     plan: Plan
     kv: KvArena
+    parent: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,9 +87,16 @@ class Worker:
         control: The socket to the front.
         recorder: Holds the spans of the start so far.
         warm: What a clone has; None for a worker that starts fresh.
+        user: Whom it becomes before it is up; None stays who it is. A clone has become it already.
     """
 
-    def __init__(self, control: Channel, recorder: Recorder, warm: Warm | None = None) -> None:
+    def __init__(
+        self,
+        control: Channel,
+        recorder: Recorder,
+        warm: Warm | None = None,
+        user: Identity | None = None,
+    ) -> None:
         self.control = control
         self.recorder = recorder
         self.inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
@@ -91,6 +104,7 @@ class Worker:
         self.role = ""
         self.overlap = True
         self._warm = warm
+        self._user = user
         self._setup: _Setup | None = None
         self._failure: ColdframeError | None = None
         self._prepared = threading.Event()
@@ -113,6 +127,10 @@ class Worker:
         import_torch()
         import torch
 
+        # What either role imports, now: another user may not be let in where it is.
+        import coldframe.runtime.answer
+        import coldframe.runtime.decode_worker
+        import coldframe.runtime.prefill_worker  # noqa: F401
         from coldframe.runtime.engine.kv import KVCache
         from coldframe.runtime.engine.model import Model
 
@@ -137,6 +155,10 @@ class Worker:
         cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
+        if self._user is not None:
+            os.chdir("/")  # another user may not be let in where this is, and need not be
+            become(self._user)
+            die_with_parent(setup.parent)  # forgotten with the change of user
         self.recorder.add("ready", now(), note="but for the weights")
         self.report_spans()
         self.control.send({"type": "up"})
@@ -155,7 +177,7 @@ class Worker:
         while (message := self.control.recv()) is not None:
             if message.kind == "init":
                 try:
-                    self._prepare(message.body)
+                    self._prepare(message)
                 except ColdframeError as error:
                     self._failure = error
                 except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
@@ -164,10 +186,11 @@ class Worker:
             else:
                 self.inbox.put(message)
 
-    def _prepare(self, init: dict[str, Any]) -> None:
+    def _prepare(self, message: Message) -> None:
         from coldframe.runtime.engine.spec import ModelSpec
         from coldframe.runtime.text import Tokenizer
 
+        init, (memory_fd,) = message
         warm = self._warm
         if warm is None:  # a clone has another parent, and ends with that one
             die_with_parent(init["parent"])
@@ -176,7 +199,7 @@ class Worker:
         self.recorder.process = init["name"]
         self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
         client = MemoryClient(
-            init["memory"],
+            Channel.from_fd(memory_fd),
             init["name"],
             on_event=lambda: self.inbox.put(None),
             reserved=() if warm is None else warm.reserved,
@@ -188,7 +211,7 @@ class Worker:
             tokenizer = warm.tokenizer
         plan, _, kv = client.wait_arenas()
         spec = ModelSpec.from_config(init["config"], plan.placements, init["generation"])
-        self._setup = _Setup(client, spec, tokenizer, plan, kv)
+        self._setup = _Setup(client, spec, tokenizer, plan, kv, init["parent"])
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -263,53 +286,3 @@ class Worker:
         """Raises what the memory service reported, also where all weights are in already."""
         if self.client.error is not None:
             raise self.client.error
-
-
-def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
-    """The process's entry.
-
-    Args:
-        control_fd: The inherited end of the front's socket pair.
-        spawned_ns: When the front started this process (CLOCK_MONOTONIC).
-        first_ns: When its first line of Python ran.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    recorder = Recorder("worker")
-    recorder.add("interpreter", spawned_ns, first_ns)
-    control = Channel.from_fd(control_fd)
-    work(control, recorder, None, first_ns)
-
-
-def work(control: Channel, recorder: Recorder, warm: Warm | None, since_ns: int) -> NoReturn:
-    """A worker's whole life; it ends the process.
-
-    Args:
-        control: The socket to the front.
-        recorder: Holds the spans of the start so far.
-        warm: What a clone has; None for a worker that starts fresh.
-        since_ns: See `Worker.boot`.
-    """
-    worker = Worker(control, recorder, warm)
-    try:
-        worker.boot(since_ns)
-        _loop(worker.role)(worker)
-    except ColdframeError as error:
-        worker.report_spans()
-        control.send({"type": "broken", "error": error.to_wire()})
-    except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
-        traceback.print_exc()
-        broken = ReplicaError("a worker broke", where=worker.role, got=repr(error))
-        control.send({"type": "broken", "error": broken.to_wire()})
-    finally:
-        # Not through the interpreter's end: threads may be inside a kernel over mapped memory.
-        os._exit(1)
-
-
-def _loop(role: str) -> Callable[[Worker], None]:
-    if role == "prefill":
-        from coldframe.runtime.prefill_worker import run
-    elif role == "decode":
-        from coldframe.runtime.decode_worker import run
-    else:
-        raise ReplicaError("unknown role", expected="prefill or decode", got=role)
-    return run

@@ -15,12 +15,12 @@ import selectors
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
-from coldframe.loader.wire import Message
+from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import SnapshotOptions
@@ -226,6 +226,11 @@ class Workforce:
                 self._tell(worker, model)
 
     def _tell(self, worker: WorkerProcess, model: ModelFacts) -> None:
+        try:
+            # Whom a worker runs as need not be let into the run directory.
+            memory = Channel.connect(os.path.join(self._launch.run_dir, "memory.sock"))
+        except ReplicaError:  # it is dead, which is told by its own socket
+            return
         worker.told = True
         self.send(
             worker.name,
@@ -237,22 +242,23 @@ class Workforce:
                 "model": model.directory,
                 "config": model.config,
                 "generation": model.generation,
-                "memory": os.path.join(self._launch.run_dir, "memory.sock"),
                 "overlap": self._launch.options.overlap,
                 "clock_shift_ns": clock_shift_ns(),
             },
+            [memory.fileno()],
         )
+        memory.close()
         self._router.worker_added(worker.name, worker.role, worker.group)
 
     # -- while they live -------------------------------------------------------------------------
 
-    def send(self, name: str, message: dict[str, Any]) -> None:
+    def send(self, name: str, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Sends a message to a worker, where it is there."""
         worker = self.workers.get(name)
         if worker is None:
             return
         try:
-            worker.channel.send(message)
+            worker.channel.send(message, fds)
         except ReplicaError:
             # Dead, or as good as that: it does not read. Its end is read from the socket, after
             # its last messages.

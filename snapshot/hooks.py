@@ -29,9 +29,9 @@ from collections.abc import Callable
 from time import monotonic_ns
 from typing import Any
 
-from coldframe.loader.errors import SnapshotError
+from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.snapshot.entropy import Generators
-from coldframe.snapshot.identity import drop
+from coldframe.snapshot.privileges import drop
 from coldframe.snapshot.wake import Ran, Wake
 
 __all__ = ["ENTRY_POINTS", "Hook", "Hooks"]
@@ -124,7 +124,7 @@ class Hooks:
                 raise SnapshotError(
                     "a hook failed after the restore",
                     where=name,
-                    got=str(error) if isinstance(error, SnapshotError) else repr(error),
+                    got=str(error) if isinstance(error, ColdframeError) else repr(error),
                     hint="The worker starts fresh instead. Make the image again if it stays so.",
                 ) from error
             ran.append(Ran(name, started, monotonic_ns()))

@@ -1,34 +1,25 @@
-"""Whose process a clone is: restored with privileges, it gives them up before it does anything.
+"""Whose process it is: a user as the kernel numbers it, here and in other user namespaces.
 
-CRIU restores with the rights of whoever made the image. A clone that has dropped its own can open,
-signal and trace what a fresh worker of the given user could, and less: no capability is left to
-it, nor a way to get one back by running a program.
+How a process becomes somebody's, and gives up its rights, is told in `privileges`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from coldframe.loader.errors import SnapshotError
+from coldframe.loader.errors import PlatformError, SnapshotError
 
-if TYPE_CHECKING:
-    import ctypes
+__all__ = ["Identity", "service_identity"]
 
-__all__ = ["Identity", "drop", "shed"]
-
-_PR_SET_DUMPABLE = 4
-_PR_CAPBSET_READ = 23
-_PR_CAPBSET_DROP = 24
-_PR_SET_NO_NEW_PRIVS = 38
-_PR_CAP_AMBIENT = 47
-_PR_CAP_AMBIENT_CLEAR_ALL = 4
-_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 6, 7, 8
-_KEPT = (_CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP)
-_CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h: two words of 32 capabilities each
 _WHOLE_RANGE = 1 << 32
+_NONROOT = 65532
+"""Whom images of containers have for those who need no rights, distroless's for one."""
+# To become another user, and to end a process that has.
+_NEEDED = {"CAP_KILL": 5, "CAP_SETGID": 6, "CAP_SETUID": 7}
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +30,7 @@ class Identity:
         uid: User id.
         gid: Group id.
         groups: Supplementary group ids.
-        namespace: The user namespace that these numbers are of; 0 for that of whoever drops to it.
+        namespace: The user namespace that these numbers are of; 0 for that of whoever becomes it.
     """
 
     uid: int
@@ -66,7 +57,7 @@ class Identity:
         A clone may live in a namespace that was made for it, with nobody in it but its user.
 
         Raises:
-            SnapshotError: That user is not in this process's namespace.
+            PlatformError: That user is not in this process's namespace.
         """
         here = _user_namespace()
         if self.namespace in (0, here):
@@ -74,7 +65,9 @@ class Identity:
         groups = (_mapped("gid", group) for group in self.groups)
         uid, gid = _mapped("uid", self.uid), _mapped("gid", self.gid)
         if uid is None or gid is None:
-            raise _failure("the user is not in this user namespace", self, "no such id")
+            raise PlatformError(
+                "the user is not in this user namespace", expected=self, got="no such id"
+            )
         return Identity(uid, gid, tuple(group for group in groups if group is not None), here)
 
     @staticmethod
@@ -90,7 +83,7 @@ class Identity:
             if isinstance(groups, list) and all(_is_id(i) for i in (uid, gid, space, *groups)):
                 return Identity(uid, gid, tuple(groups), space)  # type: ignore[arg-type]
         raise SnapshotError(
-            "the identity for a clone is none",
+            "the identity for a process is none",
             where="identity",
             expected="uid, gid and groups as whole numbers",
             got=repr(data),
@@ -98,87 +91,80 @@ class Identity:
         )
 
 
-def drop(identity: Identity) -> None:
-    """Makes this process somebody's, without capabilities, for good.
-
-    The kernel forgets with it that this process is to die with its parent (PR_SET_PDEATHSIG), so
-    ask for that afterwards.
+def service_identity(text: str | None) -> Identity:
+    """Whom the processes of a service that faces a network run as.
 
     Args:
-        identity: Whose it is to be; the user that it is already is fine, root too.
+        text: `UID[:GID]` or the name of a user; None takes one without rights where this process
+            may become another user, and else whoever it is. Without a GID a user's own group is
+            taken, or the one of the same number. Supplementary groups are none.
+
+    Returns:
+        The user, in this process's user namespace. It is this process's own where there is no
+        other to become; then there are still capabilities to give up.
 
     Raises:
-        SnapshotError: There are several threads, each of which has capabilities of its own; or
-            the kernel refused, or did something else. The process must not go on then.
+        PlatformError: There is no such user, or this process may not become it.
     """
-    threads = os.listdir("/proc/self/task")
-    if len(threads) != 1:
-        raise _failure("privileges are dropped by one thread only", 1, len(threads))
-    import ctypes  # not for the front, which only passes an identity on
+    here = Identity.current()
+    if not text:  # an empty variable, as where a platform sets all that it knows
+        wanted = Identity(_NONROOT, _NONROOT, (), here.namespace)
+        return wanted if here.uid == 0 and _obstacle(wanted) is None else here
+    uid, gid = _parsed(text)
+    if (uid, gid) == (here.uid, here.gid):
+        return here
+    wanted = Identity(uid, gid, (), here.namespace)
+    obstacle = _obstacle(wanted)
+    if obstacle is not None:
+        raise PlatformError(
+            "this process may not become that user",
+            where=text,
+            got=obstacle,
+            hint="Start it as root with CAP_SETUID, CAP_SETGID and CAP_KILL, or as that user.",
+        )
+    return wanted
 
-    libc = ctypes.CDLL(None, use_errno=True)
-    # First, for this needs a capability that is gone with the user id.
-    bounded = bool(_status()["CapEff"] >> _CAP_SETPCAP & 1)
-    capability = 0
-    while libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
-        if bounded:
-            _call(libc, "prctl(PR_CAPBSET_DROP)", libc.prctl, _PR_CAPBSET_DROP, capability, 0, 0, 0)
-        capability += 1
-    identity = identity.seen_here()
-    mapped_groups = _set_groups(identity.groups)
+
+def _parsed(text: str) -> tuple[int, int]:
+    """User and group id of `UID[:GID]` or `NAME[:GID]`."""
+    import pwd  # not for clones, which are told numbers
+
+    user, colon, group = text.partition(":")
     try:
-        os.setresgid(identity.gid, identity.gid, identity.gid)
-        os.setresuid(identity.uid, identity.uid, identity.uid)
-    except OSError as error:
-        raise _failure("cannot become another user", identity, error.strerror) from error
-    # Old kernels have no ambient set, and then there is nothing to clear.
-    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    nothing = (ctypes.c_uint32 * 6)()  # effective, permitted, inheritable; twice
-    _call(libc, "capset", libc.capset, header, nothing)
-    _call(libc, "prctl(PR_SET_NO_NEW_PRIVS)", libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    # The change of user took it away. A fresh worker has it: its own user may trace it, and the
-    # front may read how much memory it uses.
-    _call(libc, "prctl(PR_SET_DUMPABLE)", libc.prctl, _PR_SET_DUMPABLE, 1, 0, 0, 0)
-    _verify(identity, bounded=bounded, mapped_groups=mapped_groups)
+        if not (user.isascii() and user.isdigit()):
+            entry = pwd.getpwnam(user)
+            uid, gid = entry.pw_uid, entry.pw_gid
+        else:
+            uid = gid = int(user)
+            if not colon and _is_id(uid):
+                with contextlib.suppress(KeyError):  # containers often have no names
+                    gid = pwd.getpwuid(uid).pw_gid
+        if colon:
+            gid = int(group) if group.isascii() and group.isdigit() else -1
+    except (KeyError, ValueError):
+        uid = gid = -1
+    if not (_is_id(uid) and _is_id(gid)):
+        raise PlatformError(
+            "there is no such user",
+            where=text,
+            expected=f"UID, UID:GID or a name that is known here; ids below {_WHOLE_RANGE - 1}",
+            hint="Give numbers, as in 65532:65532.",
+        )
+    return uid, gid
 
 
-def shed() -> None:
-    """Gives up all capabilities but those that `drop` needs, for a process that is to be frozen.
-
-    CRIU gives a clone the capabilities that its image has, and can give no others than it has
-    itself: the fewer there are in the image, the fewer a container needs to restore it.
-
-    Raises:
-        SnapshotError: The kernel refused.
-    """
-    import ctypes  # not for the front, which only passes an identity on
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    kept = sum(1 << capability for capability in _KEPT) & _status()["CapPrm"]
-    capability = 0
-    while libc.prctl(_PR_CAPBSET_READ, capability, 0, 0, 0) >= 0:
-        if kept >> _CAP_SETPCAP & 1 and not kept >> capability & 1:
-            _call(libc, "prctl(PR_CAPBSET_DROP)", libc.prctl, _PR_CAPBSET_DROP, capability, 0, 0, 0)
-        capability += 1
-    libc.prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
-    header = (ctypes.c_uint32 * 2)(_CAPABILITY_VERSION_3, 0)
-    data = (ctypes.c_uint32 * 6)(kept, kept, 0, 0, 0, 0)
-    _call(libc, "capset", libc.capset, header, data)
-
-
-def _set_groups(groups: tuple[int, ...]) -> bool:
-    """Sets the supplementary groups; whether that could be done."""
-    if set(os.getgroups()) == set(groups):
-        return True
-    try:
-        os.setgroups(groups)
-    except OSError as error:
-        # A user namespace made without privileges may not drop groups, which can also deny.
-        if _in_user_namespace():
-            return False
-        raise _failure("cannot set the groups", groups, error.strerror) from error
-    return True
+def _obstacle(wanted: Identity) -> str | None:
+    """Why this process may not become a user."""
+    with open("/proc/thread-self/status") as file:
+        found = next(line for line in file if line.startswith("CapEff:"))
+    effective = int(found.split()[1], 16)
+    missing = [name for name, number in _NEEDED.items() if not effective >> number & 1]
+    if missing:
+        return f"user {os.geteuid()} without {', '.join(missing)}"
+    for kind, number in (("uid", wanted.uid), ("gid", wanted.gid)):
+        if not any(inside <= number < inside + count for inside, _, count in _map(kind)):
+            return f"{kind} {number} is not in this user namespace"
+    return None
 
 
 def _user_namespace() -> int:
@@ -191,71 +177,19 @@ def _user_namespace() -> int:
 
 def _mapped(kind: str, outside: int) -> int | None:
     """What a `uid` or `gid` of the namespace around this one is in this one."""
-    with open(f"/proc/self/{kind}_map") as file:
-        for line in file:
-            inside, first, count = (int(field) for field in line.split())
-            if first <= outside < first + count:
-                return inside + outside - first
+    for inside, first, count in _map(kind):
+        if first <= outside < first + count:
+            return inside + outside - first
     return None
 
 
-def _in_user_namespace() -> bool:
-    with open("/proc/self/uid_map") as file:
-        ranges = [[int(field) for field in line.split()] for line in file]
-    return ranges != [[0, 0, _WHOLE_RANGE - 1]]
-
-
-def _verify(identity: Identity, *, bounded: bool, mapped_groups: bool) -> None:
-    status = _status()
-    wanted: dict[str, object] = {
-        "Uid": [identity.uid] * 4,
-        "Gid": [identity.gid] * 4,
-        "NoNewPrivs": 1,
-        **dict.fromkeys(["CapInh", "CapPrm", "CapEff", "CapAmb"], 0),
-    }
-    if bounded:
-        wanted["CapBnd"] = 0
-    if mapped_groups:
-        wanted["Groups"] = sorted(set(identity.groups))
-    for field, expected in wanted.items():
-        if status.get(field, 0) != expected:
-            raise _failure(f"{field} is not what it should be", expected, status.get(field))
-
-
-def _status() -> dict[str, Any]:
-    """What the kernel says of this thread's rights."""
-    found: dict[str, Any] = {}
-    with open("/proc/thread-self/status") as file:
-        for line in file:
-            name, _, value = line.partition(":")
-            if name in ("Uid", "Gid"):
-                found[name] = [int(field) for field in value.split()]
-            elif name == "Groups":
-                found[name] = sorted({int(field) for field in value.split()})
-            elif name.startswith("Cap"):
-                found[name] = int(value, 16)
-            elif name == "NoNewPrivs":
-                found[name] = int(value)
-    return found
-
-
-def _call(libc: ctypes.CDLL, name: str, function: Callable[..., int], *args: object) -> None:
-    if function(*args) != 0:
-        import ctypes
-
-        raise _failure(f"{name} failed", 0, os.strerror(ctypes.get_errno()))
+def _map(kind: str) -> list[tuple[int, int, int]]:
+    """The ranges of a user namespace: the first id inside, the same outside, how many."""
+    with open(f"/proc/self/{kind}_map") as file:
+        rows = [[int(field) for field in line.split()] for line in file]
+    return [(inside, outside, count) for inside, outside, count in rows]
 
 
 def _is_id(value: object) -> bool:
     # The last one means "leave it as it is" to the kernel.
     return type(value) is int and 0 <= value < _WHOLE_RANGE - 1
-
-
-def _failure(what: str, expected: object, got: object) -> SnapshotError:
-    return SnapshotError(
-        what,
-        where="dropping privileges",
-        expected=expected,
-        got=got,
-        hint="The worker starts fresh instead.",
-    )

@@ -41,6 +41,8 @@ _NEEDED = {
     "CAP_SYS_ADMIN": 21,
     "CAP_SYS_TIME": 25,
 }
+_CAP_SETGID, _CAP_SETUID, _CAP_SETFCAP = 6, 7, 31  # the last one to map root
+_IDS = (1 << 32) - 1  # numbers of users, and of groups
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_REMOUNT, _MS_BIND = 1 << 5, 1 << 12
 _MS_REC, _MS_PRIVATE = 1 << 14, 1 << 18
@@ -79,6 +81,9 @@ def adopting_orphans() -> Iterator[None]:
 def own_mounts() -> bool:
     """Gives this process mounts of its own, in a user namespace of its own where it takes that.
 
+    In such a namespace are all the users of the one around it, for clones to become one of them,
+    where this is root and may say so; else root alone, who is this process's user.
+
     Returns:
         Whether it is in a user namespace now, be it this one or a container's.
 
@@ -89,26 +94,62 @@ def own_mounts() -> bool:
         _check_capable()
         unshare(NEW_MOUNTS)
     except PlatformError as refused:
-        uid, gid = os.geteuid(), os.getegid()
         try:
-            unshare(NEW_USER | NEW_MOUNTS)
+            _enter_user_namespace()
         except PlatformError as error:
             raise PlatformError(
                 "this process may not have mounts of its own",
                 got=f"{refused.got}; and in a user namespace: {error.got}",
                 hint=_HINT,
             ) from error
+    make_mounts_private()
+    return in_user_namespace()
+
+
+def _enter_user_namespace() -> None:
+    uid, gid = os.geteuid(), os.getegid()
+    if uid != 0 or not _may_map():
+        unshare(NEW_USER | NEW_MOUNTS)
         _write("/proc/self/setgroups", "deny")
         _write("/proc/self/uid_map", f"0 {uid} 1")
         _write("/proc/self/gid_map", f"0 {gid} 1")
-    make_mounts_private()
-    return in_user_namespace()
+        return
+    # Once in it, this process has no rights over the one around it, and another has to say this.
+    maps = {kind: _all_of(kind) for kind in ("uid", "gid")}
+    parent, (entered, entering) = os.getpid(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(entering)
+            if os.read(entered, 1):
+                for kind, text in maps.items():
+                    _write(f"/proc/{parent}/{kind}_map", text)
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(entered)
+    try:
+        unshare(NEW_USER | NEW_MOUNTS)
+        os.write(entering, b".")
+    finally:
+        os.close(entering)
+        _, status = os.waitpid(child, 0)
+    if status != 0:
+        raise PlatformError("the users of a namespace cannot be mapped", got=f"status {status}")
+
+
+def _all_of(kind: str) -> str:
+    """A map that gives all users, or groups, of this namespace the numbers that they have here."""
+    with open(f"/proc/self/{kind}_map") as file:
+        rows = [line.split() for line in file]
+    # But for the last number of all, by which `in_user_namespace` tells the machine's own map.
+    return "\n".join(f"{first} {first} {min(int(count), _IDS - 1)}" for first, _, count in rows)
 
 
 def in_user_namespace() -> bool:
     """Whether root here is not the machine's root."""
     with open("/proc/self/uid_map") as file:
-        return file.read().split() != ["0", "0", str(2**32 - 1)]
+        return file.read().split() != ["0", "0", str(_IDS)]
 
 
 def make_mounts_private() -> None:
@@ -122,15 +163,25 @@ def _check_capable() -> None:
     Raises:
         PlatformError: It has not.
     """
-    with open("/proc/self/status") as file:
-        found = next(line for line in file if line.startswith("CapEff:"))
-    missing = [
-        name for name, number in _NEEDED.items() if not int(found.split()[1], 16) >> number & 1
-    ]
+    effective = _effective()
+    missing = [name for name, number in _NEEDED.items() if not effective >> number & 1]
     if missing:
         raise PlatformError(
             "CRIU cannot restore a process here", got=f"no {', '.join(missing)}", hint=_HINT
         )
+
+
+def _may_map() -> bool:
+    """Whether this process may say whom a user namespace has."""
+    effective = _effective()
+    return all(effective >> number & 1 for number in (_CAP_SETGID, _CAP_SETUID, _CAP_SETFCAP))
+
+
+def _effective() -> int:
+    """The capabilities of this thread, a bit for each."""
+    with open("/proc/thread-self/status") as file:
+        found = next(line for line in file if line.startswith("CapEff:"))
+    return int(found.split()[1], 16)
 
 
 def mount_proc() -> None:

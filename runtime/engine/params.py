@@ -36,7 +36,8 @@ class SamplingParams:
         presence_penalty: Taken off the logit of each token that was generated at all.
         logit_bias: Added to the logits of these token ids, before the penalties.
         seed: Of the random numbers; None until `with_seed` has drawn one.
-        max_tokens: The most tokens to generate.
+        max_tokens: The most tokens to generate; None for what the context leaves, which the prefill
+            worker puts in once it knows the prompt's length.
         stop: Texts that end the request; they are not part of the answer.
         stop_token_ids: Tokens that end the request, besides the model's own.
         ignore_eos: Go on after the model's end-of-text tokens.
@@ -52,7 +53,7 @@ class SamplingParams:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     seed: int | None = None
-    max_tokens: int = 128
+    max_tokens: int | None = 128
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
@@ -94,7 +95,8 @@ class SamplingParams:
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         if self.seed is not None:
             _integer("seed", self.seed, *_SEEDS)
-        _integer("max_tokens", self.max_tokens, 1)
+        if self.max_tokens is not None:
+            _integer("max_tokens", self.max_tokens, 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if not isinstance(self.ignore_eos, bool):

@@ -23,6 +23,10 @@ class TextStream(Protocol):
         """The text held back, at the end, and whether a stop string was in it."""
         ...
 
+    def spell(self, token: int) -> bytes:
+        """The bytes that a token stands for."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Emission:
@@ -37,6 +41,9 @@ class Emission:
         finish: `stop` or `length` with the last token, else None.
         logprob: Natural log-probability, where asked for.
         top: The likeliest tokens with theirs.
+        prompt_tokens: Of the request's prompt.
+        spellings: Where log-probabilities were asked for, the bytes that the token stands for,
+            then those of the likeliest ones.
     """
 
     request: str
@@ -47,6 +54,8 @@ class Emission:
     finish: str | None = None
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    prompt_tokens: int = 0
+    spellings: tuple[bytes, ...] = ()
 
     def to_wire(self) -> list[Any]:
         return [
@@ -58,6 +67,9 @@ class Emission:
             self.finish,
             self.logprob,
             self.top,
+            self.prompt_tokens,
+            # Bytes as characters of the same number: JSON has no bytes.
+            [spelling.decode("latin-1") for spelling in self.spellings],
         ]
 
 
@@ -106,7 +118,13 @@ class Sequence:
     @property
     def most_tokens(self) -> int:
         """Tokens that can come to lie in the KV: the last one generated never does."""
-        return len(self.prompt_ids) + self.params.max_tokens - 1
+        return len(self.prompt_ids) + self.max_tokens - 1
+
+    @property
+    def max_tokens(self) -> int:
+        """Tokens to generate at most; whoever tokenised the prompt has put a number there."""
+        assert self.params.max_tokens is not None
+        return self.params.max_tokens
 
     def chunk(self) -> Chunk:
         """What is not in the KV yet, as the next thing to compute."""
@@ -132,9 +150,13 @@ class Sequence:
             text, stopped = self._text.push(sampled.token)
             if stopped:
                 finish = "stop"
-            elif len(self.generated_ids) >= self.params.max_tokens:
+            elif len(self.generated_ids) >= self.max_tokens:
                 rest, stopped = self._text.flush()
                 text, finish = text + rest, "stop" if stopped else "length"
+        spellings: tuple[bytes, ...] = ()
+        if sampled.logprob is not None:
+            tokens = (sampled.token, *(token for token, _ in sampled.top))
+            spellings = tuple(self._text.spell(token) for token in tokens)
         return Emission(
             self.request,
             self.attempt,
@@ -144,4 +166,6 @@ class Sequence:
             finish,
             sampled.logprob,
             sampled.top,
+            len(self.prompt_ids),
+            spellings,
         )

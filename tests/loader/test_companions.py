@@ -69,6 +69,25 @@ def test_any_others_are_fetched(model: Path, tmp_path: Path) -> None:
     assert (target / "config.json").read_bytes() == CONFIG
 
 
+def test_they_are_all_that_a_chat_needs(model: Path, tmp_path: Path) -> None:
+    wanted = {
+        "chat_template.jinja",
+        "chat_template.json",
+        "config.json",
+        "generation_config.json",
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    for name in wanted:
+        (model / name).write_text(name)
+    target = tmp_path / "files"
+    assert bring(DirectoryOrigin(str(model)), target) == [str(target)]
+    assert {path.name for path in target.iterdir()} == wanted
+    for name in wanted - {"config.json"}:
+        assert (target / name).read_text() == name
+
+
 @pytest.mark.parametrize("kind", [SourceDenied, SourceNotFound])
 def test_one_that_is_not_there_or_denied_is_left_out(
     kind: type[ColdframeError], model: Path, tmp_path: Path

@@ -44,7 +44,8 @@ SERVICE = (
 CLIENT = """
 import hashlib, json, os, sys
 from coldframe.loader.client import MemoryClient
-client = MemoryClient(sys.argv[1], "child")
+from coldframe.loader.wire import Channel
+client = MemoryClient(Channel.connect(sys.argv[1]), "child")
 plan, weights, kv = client.wait_arenas()
 for stage in plan.stages:
     client.wait_stage(stage.index)
@@ -96,7 +97,7 @@ class Service:
         raise AssertionError(f"the service ended without {kind}")
 
     def client(self, name: str = "test", **options: Any) -> MemoryClient:
-        client = MemoryClient(self.path, name, **options)
+        client = MemoryClient(self.connect(), name, **options)
         self.clients.append(client)
         return client
 
@@ -666,6 +667,34 @@ def test_a_cancelled_request_keeps_its_blocks_while_they_are_held(
     assert two.grant(1) == []
     one.drop("r")
     assert len(two.grant(2)) == 2
+
+
+def test_the_owner_is_told_what_is_in_use(service: Service, model: Path) -> None:
+    service.load(model)
+    service.owner.send({"type": "usage"})
+    assert service.expect("usage").body["kv_total"] == 0  # no KV has been sized yet
+    service.kv(blocks=4)
+    service.expect("loaded")
+    one = service.client("one")
+    service.owner.send({"type": "open", "request": "r"})
+    granted = one.grant(3)
+    until(lambda: one.assign("r", 0, granted[:2]))
+    service.owner.send({"type": "usage"})
+    usage = service.expect("usage").body
+    assert (usage["kv_used"], usage["kv_total"]) == (2, 4)  # what is in a pocket is in no use
+    assert usage["bytes_done"] > 0
+    one.drop("r")
+    service.owner.send({"type": "release", "request": "r"})
+    service.owner.send({"type": "usage"})
+    assert service.expect("usage").body["kv_used"] == 0
+
+
+def test_only_the_owner_is_told_what_is_in_use(service: Service, model: Path) -> None:
+    service.load(model)
+    stranger = service.connect()
+    stranger.send({"type": "usage"})
+    assert stranger.recv(timeout=20) is None
+    stranger.close()
 
 
 def test_requests_end_with_their_gateway(service: Service, model: Path) -> None:

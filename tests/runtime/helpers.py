@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -72,6 +73,22 @@ def prompt_of(length: int, seed: int = 0, vocab: int = 500) -> list[int]:
         state = (state * 1103515245 + 12345) % (1 << 31)
         ids.append(5 + (state >> 8) % (vocab - 5))
     return ids
+
+
+def as_safetensors_saves_it(model: Path, target: Path) -> Path:
+    """The same model by the safetensors library: its data begins at any multiple of 8 bytes."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, target)
+    for path in target.glob("*.safetensors"):
+        tensors, note = load_file(path), ""
+        while True:
+            save_file(tensors, path, {"format": "pt", "note": note})
+            header = int.from_bytes(path.read_bytes()[:8], "little")
+            if (header + 8) % 64:
+                break
+            note += "x" * 8
+    return target
 
 
 @functools.cache

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pytest
 
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
@@ -123,6 +127,39 @@ def eventually(done: Callable[[], object], seconds: float = 20) -> None:
     while not done():
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
+
+
+# -- templates ----------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> list[str]:
+    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
+    return [sys.executable, "-P", "-c", code, *arguments]
+
+
+@contextmanager
+def place() -> Iterator[str]:
+    """A folder for run directories and sockets; its path is short, and nothing is left there."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="cf-") as runs:
+        patch.setenv("COLDFRAME_RUN_DIR", runs)
+        yield runs
+        assert os.listdir(runs) == []
+
+
+@contextmanager
+def resident(model: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+    """A template, and what it says when it is ready."""
+    with subprocess.Popen(
+        command("snapshot", "template", str(model), "--json"), stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            assert line, "there is no template; why is on standard error"
+            yield process, json.loads(line)
+        finally:
+            process.terminate()
+            assert process.wait(20) in (128 + signal.SIGTERM, 1)
 
 
 # -- in the test's own process -------------------------------------------------------------------

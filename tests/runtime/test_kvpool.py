@@ -39,7 +39,7 @@ def launch(demo_model: Make, no_leaks: Path) -> Iterator[Launch]:
 
 @pytest.fixture
 def client(launch: Launch) -> Iterator[MemoryClient]:
-    client = MemoryClient(os.path.join(launch.run_dir, "memory.sock"), "worker")
+    client = MemoryClient(Channel.connect(os.path.join(launch.run_dir, "memory.sock")), "worker")
     client.wait_arenas()
     yield client
     client.close()

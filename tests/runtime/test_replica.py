@@ -11,7 +11,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file, save_file
 
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import (
@@ -27,7 +26,15 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+from tests.runtime.helpers import (
+    Client,
+    as_safetensors_saves_it,
+    ask,
+    expected,
+    finish,
+    prompt_of,
+    wait_for,
+)
 
 Make = Callable[..., Path]
 
@@ -309,6 +316,22 @@ def test_kv_memory_beyond_what_there_is_is_refused(demo_model: Make, no_leaks: P
         Replica(options(demo_model("llama"), no_leaks, kv_bytes=10**15))
 
 
+def test_what_is_in_use_can_be_asked_for(demo_model: Make, no_leaks: Path) -> None:
+    with Replica(options(demo_model("llama"), no_leaks)) as replica:
+        client = ask(replica, prompt_of(20), 400)
+        wait_for(replica, lambda: len(client.events) > 3)
+        replica.ask_usage()
+        wait_for(replica, lambda: bool(replica.usage))
+        total = replica.usage["kv_total"]
+        assert 0 < replica.usage["kv_used"] < total
+        assert replica.usage["bytes_done"] == replica.facts["weights_bytes"]
+        replica.cancel(client.request)
+        while replica.usage["kv_used"]:  # the worker lets go between two steps
+            replica.ask_usage()
+            replica.poll(0.1)
+        assert replica.usage["kv_total"] == total
+
+
 def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks)) as replica:
@@ -427,20 +450,6 @@ def test_nothing_is_left_when_the_parent_is_killed(
 
 
 # -- weights laid out anew behind the first token -------------------------------------------------
-
-
-def as_safetensors_saves_it(model: Path, target: Path) -> Path:
-    """The same model by the safetensors library: its data begins at any multiple of 8 bytes."""
-    shutil.copytree(model, target)
-    for path in target.glob("*.safetensors"):
-        tensors, note = load_file(path), ""
-        while True:
-            save_file(tensors, path, {"format": "pt", "note": note})
-            header = int.from_bytes(path.read_bytes()[:8], "little")
-            if (header + 8) % 64:
-                break
-            note += "x" * 8
-    return target
 
 
 @pytest.mark.parametrize("copy", [False, True])

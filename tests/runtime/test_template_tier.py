@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,15 +17,11 @@ from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
 from coldframe.snapshot.criu import Criu
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+from tests.runtime.snapshots import command, place, resident
 from tests.snapshot.tiny import gone, until
 from tests.support import unavailable
 
 PROMPT = prompt_of(40)
-
-
-def command(*arguments: str) -> list[str]:
-    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
-    return [sys.executable, "-P", "-c", code, *arguments]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,31 +48,6 @@ class Tier:
             snapshot=snapshot,
             **more,  # type: ignore[arg-type]
         )
-
-
-@contextlib.contextmanager
-def place() -> Iterator[str]:
-    """A folder for run directories and sockets; its path is short, and nothing is left there."""
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="cf-") as runs:
-        patch.setenv("COLDFRAME_RUN_DIR", runs)
-        yield runs
-        assert os.listdir(runs) == []
-
-
-@contextlib.contextmanager
-def resident(model: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
-    """A template, and what it says when it is ready."""
-    with subprocess.Popen(
-        command("snapshot", "template", str(model), "--json"), stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            line = process.stdout.readline()
-            assert line, "there is no template; why is on standard error"
-            yield process, json.loads(line)
-        finally:
-            process.terminate()
-            assert process.wait(20) in (128 + signal.SIGTERM, 1)
 
 
 @pytest.fixture(scope="module", params=["template", "image"])

@@ -286,7 +286,7 @@ def test_a_fork_inherits_from_this_start() -> None:
 def test_what_cannot_be_raised_stays_and_the_umask_does_not() -> None:
     here = Inherited.here()
     shed = "resource.setrlimit(resource.RLIMIT_NOFILE, (777, 888)); os.nice(3)\n"
-    shed += "from coldframe.snapshot.identity import shed; shed()"
+    shed += "from coldframe.snapshot.privileges import shed; shed()"
     with frozen(MADE + shed, "template") as process:
         clone = process.woken()
         got = Inherited.from_wire(clone.value("Inherited.here().to_wire()"))

@@ -1,172 +1,18 @@
+"""Users by name and number, and whom a service runs as."""
+
 from __future__ import annotations
 
 import json
 import os
+import pwd
 import subprocess
 import sys
 
 import pytest
 
-from coldframe.loader.errors import SnapshotError
-from coldframe.snapshot.identity import Identity, drop
-from tests.snapshot.frozen import frozen
+from coldframe.loader.errors import PlatformError, SnapshotError
+from coldframe.snapshot.identity import Identity, service_identity
 from tests.support import unavailable
-
-NOBODY = Identity(65534, 65534, (65533, 12))
-
-BECOME_NOBODY = "os.setgroups([12]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)"
-
-SCRIPT = """
-import ctypes, json, os, sys
-from coldframe.loader.errors import SnapshotError
-from coldframe.snapshot.identity import Identity, drop
-libc = ctypes.CDLL(None, use_errno=True)
-uid, gid, groups, namespace = json.loads(sys.argv[1])
-first = {first!r}
-exec(first)
-try:
-    drop(Identity(uid, gid, tuple(groups), namespace))
-except SnapshotError as error:
-    print(json.dumps(str(error)))
-    sys.exit()
-lines = open("/proc/self/status").read().splitlines()
-status = dict(line.split(":\\t", 1) for line in lines if ":\\t" in line)
-def tried(call):
-    try:
-        call()
-    except PermissionError:
-        return False
-    return True
-print(json.dumps({{
-    "status": {{k: v.split() for k, v in status.items()}},
-    "setuid": tried(lambda: os.setuid(0)),
-    "shadow": tried(lambda: open("/etc/shadow").close()),
-    "maps": tried(lambda: open("/proc/self/maps").close()),
-    "mount": tried(lambda: os.chroot("/")),
-    "dumpable": libc.prctl(3, 0, 0, 0, 0),
-}}))
-"""
-
-
-@pytest.fixture
-def as_root() -> None:
-    if os.geteuid() != 0:
-        unavailable("dropping privileges wants some")
-
-
-def dropped(identity: Identity, first: str = "") -> object:
-    """What a process of its own is after dropping to an identity; what it said if it could not."""
-    script = SCRIPT.format(first=first)
-    arguments = json.dumps([identity.uid, identity.gid, list(identity.groups), identity.namespace])
-    done = subprocess.run(
-        [sys.executable, "-c", script, arguments], capture_output=True, check=True, timeout=60
-    )
-    return json.loads(done.stdout)
-
-
-def capabilities(status: dict[str, list[str]], *names: str) -> set[int]:
-    return {int(status[f"Cap{name}"][0], 16) for name in names}
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize("identity", [NOBODY, Identity(65534, 0, ()), Identity(0, 0, (0,))])
-def test_nothing_is_left(identity: Identity) -> None:
-    result = dropped(identity)
-    assert isinstance(result, dict), result
-    status = result["status"]
-    assert status["Uid"] == [str(identity.uid)] * 4
-    assert status["Gid"] == [str(identity.gid)] * 4
-    assert {int(group) for group in status["Groups"]} == set(identity.groups)
-    assert capabilities(status, "Inh", "Prm", "Eff", "Bnd", "Amb") == {0}
-    assert status["NoNewPrivs"] == ["1"]
-    assert result["mount"] is False
-    assert result["maps"] is True
-    assert result["dumpable"] == 1
-    if identity == NOBODY:
-        assert result["setuid"] is False
-        assert result["shadow"] is False
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_program_that_is_run_gains_nothing() -> None:
-    run = "import subprocess; print(subprocess.check_output(['grep', '-E', 'Cap|NoNew', "
-    run += "'/proc/self/status'], text=True))"
-    script = f"""
-from coldframe.snapshot.identity import Identity, drop
-drop(Identity(0, 0, ()))
-{run}
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, check=True, timeout=60, text=True
-    )
-    status = dict(line.split(":\t") for line in done.stdout.splitlines() if line)
-    assert status.pop("NoNewPrivs") == "1"
-    assert {int(value, 16) for value in status.values()} == {0}
-
-
-@pytest.mark.usefixtures("as_root")
-def test_who_has_no_privileges_keeps_what_it_is() -> None:
-    first = (
-        "os.setgroups([12]); os.setresgid(65534, 65534, 65534); os.setresuid(65534, 65534, 65534)"
-    )
-    result = dropped(Identity(65534, 65534, (12,)), first)
-    assert isinstance(result, dict), result
-    assert capabilities(result["status"], "Inh", "Prm", "Eff", "Amb") == {0}
-    # Without the capability for it the bounding set stays; there is nothing to be had from it.
-    assert result["status"]["NoNewPrivs"] == ["1"]
-
-
-@pytest.mark.usefixtures("as_root")
-def test_who_has_no_privileges_becomes_nobody_else() -> None:
-    assert "cannot become another user" in str(dropped(Identity(1000, 65534, (12,)), BECOME_NOBODY))
-    assert "cannot set the groups" in str(dropped(Identity(65534, 65534, (7,)), BECOME_NOBODY))
-
-
-NAMESPACE = """
-libc.prctl(4, 1, 0, 0, 0)  # else /proc/self is not ours to write
-if libc.unshare(0x10000000) != 0:
-    print(json.dumps("no namespaces")); sys.exit()
-for name, line in (("setgroups", "deny"), ("uid_map", "0 65534 1"), ("gid_map", "0 65534 1")):
-    with open(f"/proc/self/{name}", "w") as file:
-        file.write(line)
-"""
-
-
-@pytest.mark.usefixtures("as_root")
-@pytest.mark.parametrize("outside", [False, True])
-def test_in_a_user_namespace_groups_may_stay(outside: bool) -> None:
-    here = os.stat("/proc/self/ns/user").st_ino
-    # Either as the namespace numbers its one user, or as the one around it does.
-    identity = Identity(65534, 65534, (12,), here) if outside else Identity(0, 0, ())
-    result = dropped(identity, BECOME_NOBODY + NAMESPACE)
-    if result == "no namespaces":
-        unavailable("this machine has no user namespaces for everybody")
-    assert isinstance(result, dict), result
-    assert result["status"]["Uid"] == ["0"] * 4
-    assert capabilities(result["status"], "Inh", "Prm", "Eff", "Bnd", "Amb") == {0}
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_user_who_is_not_in_the_namespace_is_not_become() -> None:
-    stranger = Identity(1234, 1234, (), os.stat("/proc/self/ns/user").st_ino)
-    result = dropped(stranger, BECOME_NOBODY + NAMESPACE)
-    if result != "no namespaces":
-        assert "not in this user namespace" in str(result)
-
-
-def test_one_thread_only() -> None:
-    first = "import threading; threading.Thread(target=threading.Event().wait, daemon=True).start()"
-    me = Identity.current()
-    assert "by one thread only" in str(dropped(me, first))
-
-
-@pytest.mark.usefixtures("as_root")
-def test_a_clone_is_the_fronts_user() -> None:
-    with frozen("import os", "template") as process:
-        clone = process.woken(identity=NOBODY)
-        assert clone.value("[*os.getresuid(), *os.getresgid()]") == [65534] * 6
-        other = process.woken(identity=Identity(1234, 1235, ()))
-        assert other.value("[os.getuid(), os.getgid(), os.getgroups()]") == [1234, 1235, []]
 
 
 def test_current_is_what_the_kernel_says() -> None:
@@ -184,7 +30,96 @@ def test_what_is_no_identity_is_refused(data: object) -> None:
         Identity.from_wire(data)
 
 
-def test_this_test_process_was_not_touched() -> None:
-    assert drop.__module__ == "coldframe.snapshot.identity"
-    with open("/proc/self/status") as file:
-        assert "NoNewPrivs:\t0" in file.read()
+# -- whom a service runs as -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_root() -> None:
+    if os.geteuid() != 0:
+        unavailable("to become another user wants root")
+
+
+@pytest.mark.usefixtures("as_root")
+@pytest.mark.parametrize(
+    ("text", "uid", "gid"),
+    [
+        (None, 65532, 65532),
+        ("", 65532, 65532),
+        ("1234", 1234, 1234),
+        ("1234:77", 1234, 77),
+        ("nobody", pwd.getpwnam("nobody").pw_uid, pwd.getpwnam("nobody").pw_gid),
+        ("nobody:77", pwd.getpwnam("nobody").pw_uid, 77),
+        (f"{pwd.getpwnam('nobody').pw_uid}", *pwd.getpwnam("nobody")[2:4]),
+        ("0:65532", 0, 65532),
+    ],
+)
+def test_whom_root_may_be_told_to_be(text: str | None, uid: int, gid: int) -> None:
+    found = service_identity(text)
+    assert (found.uid, found.gid, found.groups) == (uid, gid, ())
+    assert found.seen_here() == found
+
+
+NOBODIES = (
+    *(":", "-1", "no-such-user", "nobody:", "nobody:nogroup", "1:-1", "4294967295", "1:1:1"),
+    *("9" * 5000, "1:" + "9" * 5000, "٣", "1 ", "a\0b", "\udcff"),
+)
+
+
+@pytest.mark.parametrize("text", NOBODIES)
+def test_who_is_no_user(text: str) -> None:
+    with pytest.raises(PlatformError, match="no such user"):
+        service_identity(text)
+
+
+WITHOUT = """
+import ctypes, json, os, sys
+from coldframe.loader.errors import PlatformError
+from coldframe.snapshot.identity import service_identity
+libc = ctypes.CDLL(None)
+{first}
+for text in (None, "0", "1234", "65534:65534"):
+    try:
+        found = service_identity(text)
+        print(json.dumps([found.uid, found.gid]))
+    except PlatformError as error:
+        print(json.dumps(error.got))
+"""
+
+
+def told(first: str) -> list[object]:
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(first=first)], capture_output=True, check=True
+    )
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_who_may_become_nobody_else_stays_who_it_is() -> None:
+    nobody = "os.setgroups([]); os.setresgid(*[65534] * 3); os.setresuid(*[65534] * 3)"
+    without = "user 65534 without CAP_KILL, CAP_SETGID, CAP_SETUID"
+    assert told(nobody) == [[65534, 65534], without, without, [65534, 65534]]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_root_that_may_not_end_others_stays_root() -> None:
+    low = 0xFFFFFFFF & ~(1 << 5)
+    unable = "header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)"
+    unable += f"({low} & (1 << 6 | 1 << 7), {low} & (1 << 6 | 1 << 7))\n"
+    unable += "assert libc.capset(header, data) == 0"
+    without = "user 0 without CAP_KILL"
+    assert told(unable) == [[0, 0], [0, 0], without, without]
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_user_namespace_without_others() -> None:
+    alone = """if libc.unshare(0x10000000) != 0:
+    print('"no namespaces"'); sys.exit()
+for name, line in (("setgroups", "deny"), ("uid_map", "0 0 1"), ("gid_map", "0 0 1")):
+    with open(f"/proc/self/{name}", "w") as file:
+        file.write(line)
+"""
+    found = told(alone)
+    if found == ["no namespaces"]:
+        unavailable("this machine has no user namespaces")
+    missing = ["uid 1234 is not in this user namespace", "uid 65534 is not in this user namespace"]
+    assert found == [[0, 0], [0, 0], *missing]

@@ -159,7 +159,8 @@ def test_a_clone_cannot_reach_what_the_next_one_is_made_of(
 
 REFUSED = """
 import errno
-from coldframe.snapshot.identity import Identity, drop
+from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.privileges import drop
 drop(Identity(0, 0, ()))
 def refused(path):
     try:
@@ -193,7 +194,7 @@ CREATOR = 'umask 0; ulimit -n 777; ulimit -S -s 4096; exec nice -n 15 choom -n 3
 SHED = """
 from coldframe.loader.wire import Message
 from coldframe.snapshot.hooks import Hooks
-from coldframe.snapshot.identity import shed
+from coldframe.snapshot.privileges import shed
 from coldframe.snapshot.inherited import Inherited
 from coldframe.snapshot.wake import Wake
 hooks = Hooks.standard()

@@ -1,0 +1,155 @@
+"""The front's end of the socket to the gateway: its requests go to the replica, tokens go back.
+
+What the gateway says is checked like a stranger's words: it is the process that talks to clients,
+and runs as nobody. The worst that it can do is to ask for an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.router import TokenEvent
+
+__all__ = ["FrontDesk"]
+
+_SEND_S = 10
+
+
+class FrontDesk:
+    """One gateway's requests.
+
+    Args:
+        channel: The socket to it.
+        replica: Who answers.
+        answers: What it may ask for by `ask`, by name.
+        on_other: Gets the messages that are not about requests.
+        on_end: Called when the gateway is gone. Its requests have been cancelled then.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        replica: Replica,
+        answers: dict[str, Callable[[], dict[str, Any]]],
+        on_other: Callable[[Message], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self._channel = channel
+        self._replica = replica
+        self._answers = answers
+        self._on_other = on_other
+        self._on_end = on_end
+        self._requests: dict[int, str] = {}
+        self._tokens: list[list[Any]] = []
+        self._ended = False
+        channel.set_send_timeout(_SEND_S)
+        replica.watch(channel.fileno(), self._read)
+
+    def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Tells the gateway something."""
+        if self._ended:
+            return
+        try:
+            self._channel.send(body, fds)
+        except ReplicaError:
+            self._end()  # dead, or as good as that: it does not read
+
+    def flush(self) -> None:
+        """Sends the tokens that have come since the last time; to be called after each poll."""
+        if self._tokens:
+            tokens, self._tokens = self._tokens, []
+            self.send({"type": "tokens", "items": tokens})
+
+    def close(self) -> None:
+        """Hangs up; what it had asked for is cancelled."""
+        if self._ended:
+            return
+        self._ended = True
+        self._replica.unwatch(self._channel.fileno())
+        self._channel.close()
+        requests, self._requests = self._requests, {}
+        for request in requests.values():
+            self._replica.cancel(request)
+
+    def _read(self) -> None:
+        messages, ended = self._channel.receive_ready()
+        for message in messages:
+            match message.kind:
+                case "submit":
+                    self._submit(message.body)
+                case "cancel":
+                    request = self._requests.pop(message.body["id"], None)
+                    if request is not None:
+                        self._replica.cancel(request)
+                case "ask":
+                    self._answer(message.body)
+                case _:
+                    self._on_other(message)
+        if ended:
+            self._end()
+
+    def _end(self) -> None:
+        if not self._ended:
+            self.close()
+            self._on_end()
+
+    def _submit(self, body: dict[str, Any]) -> None:
+        number, ids = body["id"], body["prompt_ids"]
+        try:
+            params = SamplingParams.from_wire(body["params"])
+            params.validate(self._replica.spec.vocab_size)
+            listener = _Listener(self, number)
+            self._requests[number] = self._replica.submit(
+                params,
+                listener,
+                prompt=body["prompt"],
+                prompt_ids=None if ids is None else tuple(ids),
+                add_special=body["add_special"],
+            )
+        except ColdframeError as error:
+            self.refuse(number, error)
+
+    def _answer(self, body: dict[str, Any]) -> None:
+        answer = self._answers.get(str(body["what"]))
+        told = {} if answer is None else answer()
+        self.send({"type": "answer", "id": body["id"], "body": told})
+
+    def token(self, number: int, event: TokenEvent) -> None:
+        """A token for one of its requests."""
+        if event.finish is not None:
+            self._requests.pop(number, None)
+        own, top = None, []
+        if event.logprob is not None:
+            spelled = [spelling.decode("latin-1") for spelling in event.spellings]
+            own = [event.token, event.logprob, spelled[0]]
+            top = [[t, p, s] for (t, p), s in zip(event.top, spelled[1:], strict=True)]
+        self._tokens.append(
+            [number, event.token, event.text, event.finish, event.prompt_tokens, own, top]
+        )
+
+    def refuse(self, number: int, error: ColdframeError) -> None:
+        """One of its requests has failed."""
+        self._requests.pop(number, None)
+        self.flush()
+        self.send({"type": "failed", "id": number, "error": error.to_wire()})
+
+
+class _Listener:
+    """Who asked, behind the gateway."""
+
+    __slots__ = ("_desk", "_number")
+
+    def __init__(self, desk: FrontDesk, number: int) -> None:
+        self._desk = desk
+        self._number = number
+
+    def on_token(self, event: TokenEvent) -> None:
+        self._desk.token(self._number, event)
+
+    def on_error(self, error: ColdframeError) -> None:
+        self._desk.refuse(self._number, error)

@@ -1,0 +1,188 @@
+"""What the front tells the gateway at each scrape: numbers that the gateway cannot know.
+
+Requests and tokens it counts itself (`coldframe.runtime.gateway.metrics`). What is here is gathered
+when somebody asks, and costs nothing between two scrapes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from typing import Any, Literal
+
+from coldframe.runtime.timeline import Timeline
+
+__all__ = [
+    "BusyClock",
+    "DeviceState",
+    "FrontStats",
+    "critical_seconds",
+    "resident",
+    "stage_seconds",
+]
+
+DeviceState = Literal["zero", "idle", "used"]
+
+
+@dataclass(frozen=True, slots=True)
+class FrontStats:
+    """The front's numbers, all in bytes, blocks and seconds.
+
+    Args:
+        kv_blocks_used: Blocks that belong to requests.
+        kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
+        kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
+        weights_bytes: Bytes of the model's weights.
+        bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
+        load_s: Seconds from the start of a load to its last byte, summed over the loads.
+        cold_starts: How many there were, by tier: `image`, `template`, `fresh`.
+        stages: The last cold start's stages; see `stage_seconds`.
+        critical: What its first token waited for; see `critical_seconds`.
+        zero_s: Seconds in which nothing was held but the gateway.
+        device: `cpu` or `cuda`.
+        used_s: Device seconds while a request was open.
+        idle_s: Device seconds while the device was held and no request was open.
+        memory: By process: resident bytes by kind; see `resident`.
+    """
+
+    kv_blocks_used: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_reused: int = 0
+    weights_bytes: int = 0
+    bytes_loaded: int = 0
+    load_s: float = 0.0
+    cold_starts: Mapping[str, int] = field(default_factory=dict)
+    stages: Mapping[str, float] = field(default_factory=dict)
+    critical: Mapping[str, float] = field(default_factory=dict)
+    zero_s: float = 0.0
+    device: str = "cpu"
+    used_s: float = 0.0
+    idle_s: float = 0.0
+    memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The numbers as JSON values."""
+        return {part.name: getattr(self, part.name) for part in fields(self)}
+
+    @staticmethod
+    def from_wire(data: Mapping[str, Any]) -> FrontStats:
+        return FrontStats(**data)
+
+
+def stage_seconds(timeline: Timeline) -> dict[str, float]:
+    """How long each stage of a start took: the time in which some process was at it.
+
+    Stages with an index count as one (`prefill[3]` as `prefill`), and waits do not count. Stages
+    run beside one another, so that these seconds add up to more than the start took.
+
+    Args:
+        timeline: Of the start; of it, what happened up to the first token, where there was one.
+    """
+    end = timeline.first_token_ns
+    spans = [s for s in timeline.spans if s.waits_for is None and (end is None or s.start_ns < end)]
+    spans.sort(key=lambda span: (_stage(span.name), span.start_ns))
+    seconds = {}
+    for stage, group in groupby(spans, key=lambda span: _stage(span.name)):
+        covered_ns, reached = 0, 0
+        for span in group:
+            stop = span.end_ns if end is None else min(span.end_ns, end)
+            covered_ns += max(0, stop - max(span.start_ns, reached))
+            reached = max(reached, stop)
+        seconds[stage] = covered_ns / 1e9
+    return seconds
+
+
+def critical_seconds(timeline: Timeline) -> dict[str, float]:
+    """What the first token waited for, by stage; these seconds add up to the time to it."""
+    seconds: defaultdict[str, float] = defaultdict(float)
+    for step in timeline.critical_path():
+        seconds[_stage(step.name)] += step.seconds
+    return dict(seconds)
+
+
+def _stage(name: str) -> str:
+    return name.partition("[")[0]
+
+
+def resident(pid: int) -> dict[str, int]:
+    """A process's resident bytes: `anon` is its own, `shmem` the arenas, `file` programs and files.
+
+    A share of what several processes have mapped (PSS) would be one number instead of three, but
+    to get it the kernel walks every page of the arenas: 3 ms a gigabyte, in each process.
+
+    Returns:
+        Nothing where the process is gone.
+    """
+    found = {}
+    try:
+        with open(f"/proc/{pid}/status", encoding="utf-8") as file:
+            for line in file:
+                name, _, rest = line.partition(":")
+                if name in ("RssAnon", "RssFile", "RssShmem"):
+                    found[name.removeprefix("Rss").lower()] = int(rest.split()[0]) * 1024
+    except OSError:
+        return {}
+    return found
+
+
+class BusyClock:
+    """How long a device was used, idle, and not held at all.
+
+    A device is used while a request is open: from outside, more cannot be known of a worker, and
+    whoever pays for the device pays for a request that waits for weights, too.
+
+    Args:
+        clock: Monotonic seconds.
+        devices: How many devices go from one state to the next together.
+    """
+
+    def __init__(self, clock: Callable[[], float], devices: int = 1) -> None:
+        self._clock = clock
+        self._devices = devices
+        self._state: DeviceState = "zero"
+        self._since = clock()
+        self._seconds: dict[DeviceState, float] = {"zero": 0.0, "idle": 0.0, "used": 0.0}
+
+    @property
+    def state(self) -> DeviceState:
+        return self._state
+
+    def enter(self, state: DeviceState) -> None:
+        """The device is in that state from now on; it may be in it already."""
+        if state != self._state:
+            self._settle()
+            self._state = state
+
+    def watch(self, *, held: bool, requests: int) -> None:
+        """As `enter`, from what the front knows.
+
+        Args:
+            held: Whether there are workers, or processes that are to become some.
+            requests: How many are open.
+        """
+        self.enter("zero" if not held else "used" if requests else "idle")
+
+    @property
+    def zero_s(self) -> float:
+        """Seconds at zero, of the clock: no device is held then."""
+        self._settle()
+        return self._seconds["zero"]
+
+    @property
+    def idle_s(self) -> float:
+        """Device seconds."""
+        self._settle()
+        return self._seconds["idle"] * self._devices
+
+    @property
+    def used_s(self) -> float:
+        """Device seconds."""
+        self._settle()
+        return self._seconds["used"] * self._devices
+
+    def _settle(self) -> None:
+        now = self._clock()
+        self._seconds[self._state] += now - self._since
+        self._since = now

@@ -1,0 +1,165 @@
+"""The gateway put together: routes, the engine behind them, and uvicorn around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+
+import uvicorn
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from coldframe.loader.wire import Channel
+from coldframe.runtime.gateway.answering import Answering, refusal
+from coldframe.runtime.gateway.api import ApiError
+from coldframe.runtime.gateway.cors import with_cors
+from coldframe.runtime.gateway.engine import FrontEngine
+from coldframe.runtime.gateway.exchange import Metering
+from coldframe.runtime.gateway.keys import ApiKeys, KeyGuard, open_paths
+from coldframe.runtime.gateway.log_bridge import route_logging
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.gateway.metrics import Metrics
+from coldframe.runtime.gateway.openai.service import OpenAI
+from coldframe.runtime.gateway.platforms.adapters import Adapter, adapter
+from coldframe.runtime.gateway.platforms.table import by_name
+from coldframe.runtime.gateway.protocol import HttpLimits, connection_limit, http_protocol
+from coldframe.runtime.gateway.renderer import Renderer
+from coldframe.runtime.gateway.request_log import RequestLog
+from coldframe.runtime.gateway.routes import add_routes, probe_paths
+from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
+
+__all__ = ["Gateway"]
+
+
+class Gateway:
+    """A gateway that serves on listeners it was given.
+
+    Args:
+        channel: The socket to the front.
+        settings: What the front told.
+        listeners: Bound and listening sockets.
+        renderer: Fills in chat templates.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        settings: GatewaySettings,
+        listeners: list[socket.socket],
+        renderer: Renderer,
+    ) -> None:
+        self.accepting = asyncio.Event()
+        self._listeners = listeners
+        self.log = Log(
+            settings.log_format, settings.log_level, process="gateway", secrets=settings.keys
+        )
+        route_logging(self.log)
+        self.metrics = Metrics()
+        self._tracing = open_tracing(os.environ, lambda why: self.log.warning("tracing", why=why))
+        self._exec_ns = settings.exec_ns
+        self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
+        limits = HttpLimits(connections=connection_limit())
+        self._renderer = renderer
+        answering = Answering(
+            OpenAI(self.engine, renderer.render),
+            self.metrics,
+            max_body=settings.max_body,
+            limits=limits,
+        )
+        app = _app(adapter(by_name(settings.platform).errors))
+        add_routes(app, settings, self.engine, answering, self.metrics)
+        config = uvicorn.Config(
+            self._surrounded(app, settings),
+            http=http_protocol(limits),
+            loop="asyncio",
+            ws="none",
+            lifespan="off",  # nothing is loaded there: uvicorn would not accept before it is done
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=max(1, int(settings.drain_s)),
+        )
+        self._server = _Server(config, self.accepting)
+
+    def _surrounded(self, app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
+        """The application within what every request goes through, from the inside out."""
+        health, quiet = probe_paths(settings)
+        guarded = KeyGuard(
+            app, ApiKeys(settings.keys), open_paths(health, metrics=settings.open_metrics)
+        )
+        metered = Metering(guarded, self.metrics, self._tracing, quiet)
+        return RequestLog(with_cors(metered, settings.cors), self.log, quiet)
+
+    async def serve(self) -> None:
+        """Serves until it is told to drain, and all open requests have their answers."""
+        try:
+            await self._server.serve(sockets=self._listeners)
+        finally:
+            await asyncio.to_thread(self._close)
+
+    def _close(self) -> None:
+        self._renderer.close()
+        if self._tracing is not None:
+            self._tracing.close()
+
+    def _on_phase(self, phase: str) -> None:
+        if phase == "draining":
+            self._server.should_exit = True
+        elif phase == "ready" and self._tracing is not None:
+            self._told = asyncio.create_task(self._trace_start(self._tracing))
+
+    async def _trace_start(self, tracing: Tracing) -> None:
+        timeline = (await self.engine.ask("startup"))["timeline"]
+        tracing.cold_start(ColdStart(timeline, self._exec_ns, self.engine.state.tier))
+
+    def _front_gone(self) -> None:
+        # The kernel ends this process with the front; this is for where it does not.
+        self._server.should_exit = True
+        self._server.force_exit = True
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, told to end by the front and not by signals."""
+
+    def __init__(self, config: uvicorn.Config, accepting: asyncio.Event) -> None:
+        super().__init__(config)
+        self._accepting = accepting
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._accepting.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _app(errors: Adapter) -> FastAPI:
+    # No pages that load scripts from elsewhere.
+    app = FastAPI(title="coldframe", docs_url=None, redoc_url=None)
+
+    async def unknown(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        what = f"{request.method} {request.url.path}"[:200]
+        words = {404: f"There is nothing at {what}", 405: f"{what} is not how this is asked for"}
+        told = ApiError(error.status_code, words.get(error.status_code, str(error.detail)))
+        # OpenAI's routes have OpenAI's shape, whose platform this is.
+        shaped = None if request.url.path.startswith("/v1/") else errors.error(told)
+        response = refusal(told, shaped)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def refused(_: Request, error: Exception) -> Response:
+        assert isinstance(error, ApiError)
+        return refusal(error)
+
+    app.add_exception_handler(HTTPException, unknown)
+    app.add_exception_handler(ApiError, refused)
+    return app

@@ -1,0 +1,180 @@
+"""The workers, seen from the gateway: at the other end of the socket to the front."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError
+from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.gateway.api import (
+    ApiError,
+    Generation,
+    ModelCard,
+    Piece,
+    Stream,
+    TokenLogprob,
+)
+from coldframe.runtime.gateway.link import FrontLink
+from coldframe.runtime.gateway.loadstate import LoadState
+from coldframe.runtime.gateway.metrics import Metrics
+from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.gateway.waiting import Limits, Line
+
+__all__ = ["FrontEngine"]
+
+_ASK_S = 10.0
+
+
+class FrontEngine:
+    """An `api.Engine` whose workers are the front's.
+
+    Args:
+        channel: The socket to the front.
+        settings: The queue's limits, and the model's name.
+        metrics: Gets what happens to requests.
+        on_phase: Called with the replica's phase, when that is another one.
+        on_end: Called when the front is gone.
+    """
+
+    def __init__(
+        self,
+        channel: Channel,
+        settings: GatewaySettings,
+        metrics: Metrics,
+        on_phase: Callable[[str], None],
+        on_end: Callable[[], None],
+    ) -> None:
+        self.state = LoadState()
+        self.name = settings.model
+        self._on_phase = on_phase
+        self._on_end = on_end
+        self._card: ModelCard | None = None
+        self._known = asyncio.Event()
+        self._wait_s = settings.max_wait_s
+        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._questions = 0
+        self._link = FrontLink(channel, self._on_message, self._front_gone)
+        limits = Limits(
+            settings.max_running,
+            settings.max_waiting,
+            settings.max_waiting_bytes,
+            settings.max_wait_s,
+        )
+        self.line = Line(limits, self._link.send, metrics, lambda: self.state)
+
+    # -- Engine ----------------------------------------------------------------------------------
+
+    async def card(self, name: str | None) -> ModelCard:
+        if name is not None and name != self.name:
+            raise ApiError(
+                404,
+                f"The model {name[:200]!r} does not exist. This server has {self.name!r}.",
+                param="model",
+                code="model_not_found",
+            )
+        if self._card is None:
+            try:
+                async with asyncio.timeout(self._wait_s):
+                    await self._known.wait()
+            except TimeoutError:
+                raise self.line.loading("its config is still on the way", "deadline") from None
+        if self._card is None:
+            raise self._refusal()
+        return self._card
+
+    def submit(self, model: str, generations: Sequence[Generation], *, size: int) -> Stream:
+        if self.state.phase in ("failed", "draining"):
+            raise self._refusal()
+        return self.line.enter(model, generations, size)
+
+    # -- what else the front knows ---------------------------------------------------------------
+
+    @property
+    def known_card(self) -> ModelCard | None:
+        """The model's card, if it is known yet."""
+        return self._card
+
+    async def ask(self, what: str) -> dict[str, Any]:
+        """Asks the front something, such as `startup` or `stats`.
+
+        Raises:
+            ApiError: It does not answer.
+        """
+        self._questions += 1
+        number = self._questions
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        self._link.send({"type": "ask", "id": number, "what": what})
+        try:
+            return await asyncio.wait_for(answer, _ASK_S)
+        except TimeoutError:
+            raise ApiError(
+                503, "the front does not answer", kind="server_error", code="replica_error"
+            ) from None
+        finally:
+            self._asked.pop(number, None)
+
+    def say(self, body: dict[str, Any]) -> None:
+        """Tells the front something."""
+        self._link.send(body)
+
+    def drained(self) -> bool:
+        """Whether no request is open."""
+        return not self.line.running and not self.line.waiting
+
+    def _on_message(self, message: Message) -> None:
+        body = message.body
+        match message.kind:
+            case "tokens":
+                for item in body["items"]:
+                    self.line.token(item[0], item, _piece)
+            case "failed":
+                error = ApiError.of(ColdframeError.from_wire(body["error"]))
+                self.line.failed(body["id"], error)
+            case "state":
+                self._take_state(LoadState.from_wire(body))
+            case "model":
+                self._card = ModelCard.from_wire(body["card"])
+                self._known.set()
+                self.line.open_gate()
+            case "answer":
+                waiting = self._asked.get(body["id"])
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(body["body"])
+
+    def _take_state(self, state: LoadState) -> None:
+        before, self.state = self.state.phase, state
+        if state.phase == before:
+            return
+        if state.phase == "failed":
+            self._known.set()
+            self.line.fail_all(self._refusal())
+        self._on_phase(state.phase)
+
+    def _front_gone(self) -> None:
+        self.state = LoadState(phase="failed", stage=None)
+        self._known.set()
+        self.line.fail_all(self._refusal())
+        self._on_end()
+
+    def _refusal(self) -> ApiError:
+        if self.state.phase == "draining":
+            return ApiError(
+                503,
+                "this replica is being shut down",
+                kind="unavailable_error",
+                code="draining",
+                retry_after_s=1.0,
+            )
+        if self.state.error is not None:
+            return ApiError.of(ColdframeError.from_wire(dict(self.state.error)))
+        return ApiError(503, "the replica is gone", kind="server_error", code="replica_error")
+
+
+def _piece(choice: int, item: Sequence[Any]) -> Piece:
+    _, token, text, finish, prompt_tokens, logprob, top = item
+    if logprob is None:
+        return Piece(choice, token, text, finish, prompt_tokens)
+    own, *others = (TokenLogprob(t, p, s.encode("latin-1")) for t, p, s in [logprob, *top])
+    return Piece(choice, token, text, finish, prompt_tokens, own, tuple(others))

@@ -1,0 +1,143 @@
+"""A chat's messages as chat templates expect them, and the variables that a template gets.
+
+What a message may hold is text: a string, or text parts, which are put together with a line feed
+between them as vLLM does. `developer` is the newer name of `system`; templates that do not know it
+get `system`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from coldframe.runtime.gateway.api import ModelCard
+from coldframe.runtime.gateway.openai.problems import check_text, invalid, missing, wrong_type
+from coldframe.runtime.gateway.openai.refusals import Refusal, unsupported
+from coldframe.runtime.gateway.openai.requests import MAX_NAME, ChatRequest
+
+__all__ = ["MAX_KWARGS", "MAX_PARTS", "template_variables"]
+
+MAX_PARTS = 1024
+MAX_KWARGS = 32
+
+_ROLES = ("system", "developer", "user", "assistant")
+_TOOLS = Refusal("Tool calling")
+_NOT_TEXT = Refusal("A content part other than text")
+_RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
+
+
+def template_variables(request: ChatRequest, card: ModelCard, template: str) -> dict[str, Any]:
+    """What a chat template gets, by Transformers' names.
+
+    Args:
+        request: The chat.
+        card: The model, with its special tokens.
+        template: The template's source.
+
+    Raises:
+        ApiError: A message is wrong or holds what is not supported.
+    """
+    knows_developer = "developer" in template
+    messages = [_message(message, f"messages[{i}]") for i, message in enumerate(request.messages)]
+    for message in messages:
+        if message["role"] == "developer" and not knows_developer:
+            message["role"] = "system"
+    return {
+        **_further(request.chat_template_kwargs or {}, card),
+        **card.special_tokens,
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": request.add_generation_prompt is not False,
+    }
+
+
+def _message(message: object, path: str) -> dict[str, str]:
+    if not isinstance(message, dict):
+        raise wrong_type(path, "an object", message)
+    role = message.get("role")
+    if role is None:
+        raise missing(f"{path}.role")
+    if role in ("tool", "function"):
+        raise unsupported(f"{path}.role", _TOOLS)
+    if role not in _ROLES:
+        raise invalid(f"{path}.role", f"one of {', '.join(_ROLES)}", role)
+    for name, refusal in _MESSAGE_REFUSALS.items():
+        if message.get(name):
+            raise unsupported(f"{path}.{name}", refusal)
+    result = {"role": role, "content": _content(message, role, f"{path}.content")}
+    if message.get("name") is not None:
+        result["name"] = _name(message["name"], f"{path}.name")
+    return result
+
+
+_MESSAGE_REFUSALS = {
+    "tool_calls": _TOOLS,
+    "function_call": Refusal("Function calling"),
+    "audio": Refusal("Audio", hint=""),
+}
+
+
+def _name(name: object, path: str) -> str:
+    text = check_text(path, name)
+    if not 0 < len(text) <= MAX_NAME:
+        raise invalid(path, f"1 to {MAX_NAME} characters", text)
+    return text
+
+
+def _content(message: dict[str, Any], role: str, path: str) -> str:
+    content = message.get("content")
+    if content is None:
+        if role == "assistant":
+            return ""
+        if "content" not in message:
+            raise missing(path)
+    if isinstance(content, list):
+        return _joined(content, path)
+    if not isinstance(content, str):
+        raise wrong_type(path, "a string or an array of text parts", content)
+    return check_text(path, content)
+
+
+def _joined(parts: Sequence[object], path: str) -> str:
+    if not 0 < len(parts) <= MAX_PARTS:
+        raise invalid(path, f"1 to {MAX_PARTS} parts", parts)
+    texts = []
+    for place, part in enumerate(parts):
+        here = f"{path}[{place}]"
+        if not isinstance(part, dict):
+            raise wrong_type(here, "an object", part)
+        kind = part.get("type")
+        if kind is None:
+            raise missing(f"{here}.type")
+        if not isinstance(kind, str):
+            raise wrong_type(f"{here}.type", "a string", kind)
+        if kind != "text":
+            raise unsupported(f"{here}.type", _NOT_TEXT)
+        if "text" not in part:
+            raise missing(f"{here}.text")
+        texts.append(check_text(f"{here}.text", part["text"]))
+    return "\n".join(texts)
+
+
+def _further(kwargs: dict[Any, Any], card: ModelCard) -> dict[str, Any]:
+    """What the request adds to the variables: plain values, under names that are not taken."""
+    path = "chat_template_kwargs"
+    if len(kwargs) > MAX_KWARGS:
+        raise invalid(path, f"at most {MAX_KWARGS} variables", kwargs)
+    for name, value in kwargs.items():
+        if not (isinstance(name, str) and name.isascii() and name.isidentifier()):
+            raise invalid(path, "names of letters, digits and underscores", name)
+        if len(name) > MAX_NAME:
+            raise invalid(path, f"names of at most {MAX_NAME} characters", name)
+        here = f"{path}.{name}"
+        if name in _RESERVED or name in card.special_tokens:
+            raise invalid(here, "names other than those that the server gives", name)
+        if isinstance(value, str):
+            check_text(here, value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise invalid(here, "a finite number", value)
+        elif value is not None and not isinstance(value, bool | int | float):
+            raise wrong_type(here, "a string, number, true, false or null", value)
+    return kwargs

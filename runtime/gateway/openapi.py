@@ -1,0 +1,231 @@
+"""The OpenAPI document: what can be asked here, with which bodies, and what may come back.
+
+Imported and put together by the first GET /openapi.json alone: none of it is on the way of a cold
+start. The schemas of OpenAI's bodies are those that the bodies are read by. Those of a platform are
+the platform's own business, and said here to be JSON and no more.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+from coldframe.runtime.gateway.openai.requests import ChatRequest, CompletionRequest
+from coldframe.runtime.gateway.openai.schemas import (
+    CHAT_ANSWER,
+    COMPLETION_ANSWER,
+    ERROR,
+    MODEL,
+    MODELS,
+)
+from coldframe.runtime.gateway.platforms.profile import Route
+from coldframe.runtime.gateway.platforms.table import COMMON, by_name
+from coldframe.runtime.gateway.settings import GatewaySettings
+
+__all__ = ["openapi"]
+
+_Schema = Mapping[str, Any]
+_Operations = Mapping[tuple[str, str], dict[str, Any]]
+"""By method and path."""
+
+_ANY: _Schema = {}
+_REFUSALS = {
+    400: "The request is wrong.",
+    404: "There is no such model.",
+    408: "The body did not come in time.",
+    413: "The body is too large.",
+    415: "The body says that it is not JSON.",
+    429: "All places are taken.",
+    500: "The model has failed.",
+    503: "The model cannot answer now: it still loads and as many requests wait as may, or it "
+    "ends.",
+}
+_WAIT = {
+    "Retry-After": {
+        "description": "When to come again, in seconds.",
+        "schema": {"type": "integer", "minimum": 1},
+    }
+}
+_DESCRIPTION = (
+    "A large language model. Requests that come while it still loads are held until it answers."
+)
+
+
+def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, Any]:
+    """The document of a gateway.
+
+    Args:
+        settings: Its model's name, its platform, and whether it asks for keys.
+        environ: May move a platform's routes.
+    """
+    guarded = bool(settings.keys)
+    paths: dict[str, dict[str, Any]] = {}
+
+    def add(method: str, path: str, operation: dict[str, Any]) -> None:
+        names = re.findall(r"{(\w+)}", path)
+        if names:
+            operation["parameters"] = [
+                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
+                for name in names
+            ]
+        # Where a platform has a route that all have, its own stands.
+        paths.setdefault(path, {}).setdefault(method.lower(), operation)
+
+    for (method, path), operation in _openai(guarded).items():
+        add(method, path, operation)
+    for route in [*by_name(settings.platform).routes_for(environ), *COMMON]:
+        operation = _predict(route, guarded) if route.kind == "predict" else _document(route)
+        add(route.method, route.path, operation)
+    for (method, path), operation in _state(guarded, settings.open_metrics).items():
+        add(method, path, operation)
+    components: dict[str, Any] = {
+        "schemas": {
+            "CompletionRequest": CompletionRequest.model_json_schema(),
+            "ChatRequest": ChatRequest.model_json_schema(),
+            "CompletionAnswer": COMPLETION_ANSWER,
+            "ChatAnswer": CHAT_ANSWER,
+            "Model": MODEL,
+            "Models": MODELS,
+            "Error": ERROR,
+        }
+    }
+    if guarded:
+        components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {
+            "title": "coldframe",
+            "version": version("coldframe"),
+            "description": f"{_DESCRIPTION} Its name is {settings.model}.",
+        },
+        "paths": paths,
+        "components": components,
+    }
+
+
+def _openai(guarded: bool) -> _Operations:
+    return {
+        ("POST", "/v1/completions"): _operation(
+            "Go on with a text.",
+            _answer(_ref("CompletionAnswer"), streams=True),
+            body=_ref("CompletionRequest"),
+            refusals=_REFUSALS,
+            guarded=guarded,
+        ),
+        ("POST", "/v1/chat/completions"): _operation(
+            "Answer in a conversation.",
+            _answer(_ref("ChatAnswer"), streams=True),
+            body=_ref("ChatRequest"),
+            refusals=_REFUSALS,
+            guarded=guarded,
+        ),
+        ("GET", "/v1/models"): _operation(
+            "The model that is served.",
+            _answer(_ref("Models")),
+            refusals=_some(500, 503),
+            guarded=guarded,
+        ),
+        ("GET", "/v1/models/{name}"): _operation(
+            "The model, by its name.",
+            _answer(_ref("Model")),
+            refusals=_some(404, 500, 503),
+            guarded=guarded,
+        ),
+    }
+
+
+def _predict(route: Route, guarded: bool) -> dict[str, Any]:
+    """A platform's way to ask; its errors have the platform's shape."""
+    return _operation(
+        f"Ask the model, in the words of {route.adapter}.",
+        _answer(_ANY, streams=True),
+        body={"type": "object"},
+        # Cog says 422 to what is 400 elsewhere.
+        refusals={**_REFUSALS, 422: _REFUSALS[400]},
+        error=_ANY,
+        guarded=guarded,
+    )
+
+
+def _document(route: Route) -> dict[str, Any]:
+    operation = _operation("How far the model is.", _answer(_ANY), guarded=False)
+    responses = operation["responses"]
+    responses["503"] = {"description": "It does not answer yet.", **_json(_ANY)}
+    if route.loading == 204:
+        responses["204"] = {"description": "It still loads."}
+    if "{" in route.path:
+        responses["404"] = {"description": "There is no such model.", **_json(_ANY)}
+    return operation
+
+
+def _state(guarded: bool, open_metrics: bool) -> _Operations:
+    status = {"type": "object", "properties": {"status": {"type": "string"}}}
+    far = {
+        "type": "object",
+        "properties": {"state": {"enum": ["zero", "starting", "ready", "draining", "failed"]}},
+        "required": ["state", "model", "stage", "bytes_done", "bytes_total", "queue"],
+    }
+    ready = _operation("Whether a token has been made.", _answer(status), guarded=False)
+    ready["responses"]["503"] = {"description": "None has been made yet.", **_json(far)}
+    text = {"description": "Numbers.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    return {
+        ("GET", "/healthz"): _operation(
+            "Whether the server is alive.", _answer(status), guarded=False
+        ),
+        ("GET", "/readyz"): ready,
+        ("GET", "/startup"): _operation(
+            "How far the model is, and the timeline of its last cold start.",
+            _answer(far),
+            refusals=_some(503),
+            guarded=guarded,
+        ),
+        ("GET", "/metrics"): _operation(
+            "Numbers for Prometheus.", text, guarded=guarded and not open_metrics
+        ),
+    }
+
+
+def _operation(
+    summary: str,
+    answer: _Schema,
+    *,
+    body: _Schema | None = None,
+    refusals: Mapping[int, str] | None = None,
+    error: _Schema | None = None,
+    guarded: bool,
+) -> dict[str, Any]:
+    shape = _ref("Error") if error is None else error
+    responses: dict[str, Any] = {"200": answer}
+    for status, words in (refusals or {}).items():
+        responses[str(status)] = {"description": words, **_json(shape)}
+        if status in (429, 503):
+            responses[str(status)]["headers"] = _WAIT
+    operation: dict[str, Any] = {"summary": summary, "responses": responses}
+    if body is not None:
+        operation["requestBody"] = {"required": True, **_json(body)}
+    if guarded:
+        operation["security"] = [{"key": []}]
+        responses["401"] = {"description": "The API key is missing or wrong.", **_json(_ANY)}
+    return operation
+
+
+def _answer(schema: _Schema, *, streams: bool = False) -> dict[str, Any]:
+    answer = {"description": "The answer.", **_json(schema)}
+    if streams:
+        # One event for each piece, and `[DONE]`, where `stream` is true.
+        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    return answer
+
+
+def _json(schema: _Schema) -> dict[str, Any]:
+    return {"content": {"application/json": {"schema": schema}}}
+
+
+def _ref(name: str) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{name}"}
+
+
+def _some(*statuses: int) -> dict[int, str]:
+    return {status: _REFUSALS[status] for status in statuses}

@@ -1,0 +1,1 @@
+"""The serverless platforms' contracts: one table, and the shapes of their bodies."""

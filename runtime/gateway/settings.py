@@ -1,0 +1,55 @@
+"""What the front tells its gateway, once, before that serves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+__all__ = ["GatewaySettings"]
+
+
+@dataclass(frozen=True, slots=True)
+class GatewaySettings:
+    """How requests are taken.
+
+    Args:
+        model: The name that clients call the model by.
+        platform: A profile's name.
+        max_running: Sequences that the workers get at once; the others wait in the gateway.
+        max_waiting: Sequences that may wait; more are refused.
+        max_waiting_bytes: Bytes of requests that may wait.
+        max_wait_s: How long a request may wait for its first token, in seconds.
+        max_body: Bytes of a request's body.
+        drain_s: How long open requests may take once the end was asked for, in seconds.
+        cors: Origins that pages may ask from.
+        open_metrics: Whether the metrics are told without a key.
+        log_format: `json` or `text`.
+        log_level: The least that is logged.
+        user: Whom the gateway runs as: an identity's JSON values.
+        keys: The API keys; with none, everybody may ask.
+        exec_ns: When the front was created, CLOCK_MONOTONIC.
+    """
+
+    model: str
+    platform: str
+    max_running: int = 32
+    max_waiting: int = 1024
+    max_waiting_bytes: int = 256 << 20
+    max_wait_s: float = 300.0
+    max_body: int = 8 << 20
+    drain_s: float = 25.0
+    cors: tuple[str, ...] = ()
+    open_metrics: bool = False
+    log_format: str = "json"
+    log_level: str = "info"
+    user: Mapping[str, Any] | None = None
+    keys: tuple[str, ...] = field(default=(), repr=False)
+    exec_ns: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_wire(data: Mapping[str, Any]) -> GatewaySettings:
+        return GatewaySettings(**{**data, "cors": tuple(data["cors"]), "keys": tuple(data["keys"])})

@@ -1,0 +1,239 @@
+"""`coldframe serve`: the container's entrypoint. It listens at once and answers when it can."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from coldframe.loader.errors import RequestError
+from coldframe.loader.timeline import Recorder, now, process_start_ns
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.gateway.cors import check_origins
+from coldframe.runtime.gateway.keys import load_keys
+from coldframe.runtime.gateway.logs import LEVELS, Log
+from coldframe.runtime.gateway.platforms.table import PROFILES
+from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.launch import Launch
+from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options
+from coldframe.runtime.units import byte_count
+from coldframe.snapshot.identity import service_identity
+
+# The rest is imported when the processes are on their way: see `run`.
+if TYPE_CHECKING:
+    from coldframe.runtime.endpoint import Endpoint
+    from coldframe.runtime.gateway.platforms.table import Profile
+    from coldframe.runtime.replica import Replica
+
+__all__ = ["add_arguments", "run"]
+
+_MAX_BODY = 8 << 20
+_WAIT_S = 300.0
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help=f"{MODEL_HELP}; by default where the platform puts it",
+    )
+    parser.flag("--platform", metavar="NAME", help="whose contract to keep; else it is detected")
+    parser.flag("--host", help="the address to listen on (0.0.0.0)")
+    parser.flag("--port", metavar="N", help="the port (the platform's, else 8000); 0 takes any")
+    parser.flag("--model-name", metavar="NAME", help="as clients call it (MODEL's last part)")
+    parser.flag(
+        "--chat-template", metavar="FILE", help="a Jinja template in place of the checkpoint's"
+    )
+    parser.flag(
+        "--user",
+        metavar="UID[:GID]",
+        help="whom gateway and workers run as, where this is started as root (65532)",
+    )
+    queue = parser.add_argument_group("requests that wait")
+    parser.flag(
+        "--max-running",
+        metavar="N",
+        type=int,
+        default=32,
+        group=queue,
+        help="sequences that the workers get at once (32)",
+    )
+    parser.flag(
+        "--max-waiting",
+        metavar="N",
+        type=int,
+        default=1024,
+        group=queue,
+        help="sequences that wait for them; more are refused: 503 while cold, then 429 (1024)",
+    )
+    parser.flag(
+        "--max-wait",
+        metavar="SECONDS",
+        type=float,
+        group=queue,
+        help="how long a request may wait for its first token (as long as the platform does, "
+        "else 300)",
+    )
+    parser.flag(
+        "--max-body",
+        metavar="SIZE",
+        type=byte_count,
+        group=queue,
+        help="a request's body at most (the platform's limit, else 8MiB)",
+    )
+    parser.flag(
+        "--drain",
+        metavar="SECONDS",
+        type=float,
+        help="how long open requests may take after SIGTERM (what the platform grants, less a bit)",
+    )
+    access = parser.add_argument_group(
+        "access (API keys are in COLDFRAME_API_KEYS, or in the file COLDFRAME_API_KEYS_FILE names)"
+    )
+    parser.flag(
+        "--cors-origin",
+        metavar="ORIGIN",
+        action="append",
+        group=access,
+        help="a page's origin that may ask; may be given again (none may)",
+    )
+    parser.flag(
+        "--open-metrics", action="store_true", group=access, help="/metrics needs no API key"
+    )
+    parser.flag("--log-format", choices=["json", "text"], default="json")
+    parser.flag("--log-level", choices=LEVELS, default="info")
+    add_replica_arguments(parser)
+    for profile in PROFILES:
+        for alias, meaning in profile.aliases:
+            dest = {"port": "port", "model": "model_dir", "name": "model_name"}[meaning]
+            parser.add_argument(alias, dest=dest, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command: until it is told to end, or the replica cannot go on.
+
+    Raises:
+        ColdframeError: It cannot go on.
+    """
+    started = now()
+    recorder = Recorder("front")
+    exec_ns = min(process_start_ns(), started)
+    recorder.add("interpreter", exec_ns, started, note="and imports")
+    listeners: list[socket.socket] = args.listeners
+    bound = ", ".join(map(_address, listeners))
+    recorder.add("listen", args.listening_ns, args.listening_ns, note=bound)
+    profile: Profile = args.profile
+    args.model = (
+        args.model
+        or getattr(args, "model_dir", None)
+        or os.environ.get("COLDFRAME_MODEL")
+        or profile.model(os.environ)
+    )
+    if args.model is None:
+        raise RequestError(
+            "no model is named",
+            where="MODEL",
+            hint="Give a directory, s3://bucket/prefix or any other place as the first argument, "
+            "or set COLDFRAME_MODEL.",
+        )
+    user = service_identity(args.user)
+    options = replace(replica_options(args), user=user)
+    keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
+    settings = replace(
+        _settings(args, profile), user=user.to_wire(), keys=keys.keys, exec_ns=exec_ns
+    )
+    log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
+    log.info("listening", address=bound, platform=profile.name, model=settings.model)
+    for warning in keys.warnings:
+        log.warning("access", why=warning)
+    ending = _Ending()
+    launch = Launch(options, recorder, args.memory, args.restorer)
+    launch.start_workers()
+    imported = now()
+    from coldframe.runtime.endpoint import Endpoint
+    from coldframe.runtime.replica import Replica
+
+    jobs = None
+    if profile.name == "runpod-queue":
+        from coldframe.runtime.jobs import JobFetcher
+
+        key = keys.keys[0] if keys.keys else None
+        jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
+    recorder.add("imports", imported)
+    with Replica(options, recorder, launch) as replica:
+        endpoint = Endpoint(
+            replica,
+            listeners,
+            args.gateway,
+            settings,
+            recorder,
+            log,
+            args.chat_template,
+            jobs,
+        )
+        ending.follow(replica, endpoint)
+        endpoint.serve()
+    return 0
+
+
+class _Ending:
+    """SIGTERM and SIGINT, as events of the replica's loop."""
+
+    def __init__(self) -> None:
+        self._asked, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+
+    def follow(self, replica: Replica, endpoint: Endpoint) -> None:
+        """From now on a signal has the endpoint end in good order; one before this did already."""
+
+        def asked() -> None:
+            for number in os.read(self._asked, 16):
+                if number in (signal.SIGTERM, signal.SIGINT):
+                    endpoint.drain()
+
+        replica.watch(self._asked, asked)
+
+
+def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
+    for name in ("max_running", "max_waiting", "max_wait", "drain"):
+        value = getattr(args, name)
+        if value is not None and not value > 0:
+            raise RequestError(
+                "there must be some",
+                where=f"--{name.replace('_', '-')}",
+                expected="more than 0",
+                got=value,
+            )
+    return GatewaySettings(
+        model=args.model_name or profile.model_name(os.environ) or model_name(args.model),
+        platform=profile.name,
+        max_running=args.max_running,
+        max_waiting=args.max_waiting,
+        max_wait_s=args.max_wait or profile.request_s or _WAIT_S,
+        max_body=args.max_body or profile.max_body or _MAX_BODY,
+        drain_s=profile.drain_s if args.drain is None else args.drain,
+        cors=check_origins(args.cors_origin or ()),
+        open_metrics=args.open_metrics,
+        log_format=args.log_format,
+        log_level=args.log_level,
+    )
+
+
+def model_name(model: str) -> str:
+    """What clients call a model that was given no name: the last part of where it is."""
+    return model.rstrip("/").rpartition("/")[2] or model
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"{host} port {port}"
+
+
+def _is_loopback(listeners: list[socket.socket]) -> bool:
+    return all(_address(listener).startswith(("127.", "::1 ")) for listener in listeners)

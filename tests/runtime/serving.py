@@ -1,0 +1,233 @@
+"""`coldframe serve` as a container has it: the real command, real clients, and nothing left."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from openai import OpenAI
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.runtime.snapshots import eventually, left_behind
+
+COLDFRAME = str(Path(sys.executable).parent / "coldframe")
+_END_S = 30.0
+
+
+class Server:
+    """A server that runs.
+
+    Args:
+        process: The front.
+        runs: Where it makes its run directory.
+        log: What it writes to its standard error.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], runs: Path, log: Path) -> None:
+        self.process = process
+        self.runs = runs
+        self.ends_with = 0
+        """The exit status that is expected."""
+        self._log = log
+        self._port = 0
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on; waits for it."""
+        if not self._port:
+            front = psutil.Process(self.process.pid)
+
+            def listening() -> int:
+                assert self.process.poll() is None, self.log
+                found = [c for c in front.net_connections("tcp") if c.status == "LISTEN"]
+                self._port = found[0].laddr.port if found else 0
+                return self._port
+
+            eventually(listening)
+        return self._port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def openai(self, **more: Any) -> OpenAI:
+        """The client that users have; the test closes it."""
+        return OpenAI(**{"base_url": f"{self.url}/v1", "api_key": "none", "timeout": 60, **more})
+
+    def get(self, path: str) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=30)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers at /metrics, summed over models: the other labels in braces."""
+        found: dict[str, float] = {}
+        for family in text_string_to_metric_families(self.get("/metrics").text):
+            for sample in family.samples:
+                labels = [value for name, value in sample.labels.items() if name != "model"]
+                name = f"{sample.name}{{{','.join(labels)}}}" if labels else sample.name
+                found[name] = found.get(name, 0) + sample.value
+        return found
+
+    def post(self, path: str, body: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=60)
+
+    def complete(self, **body: Any) -> str:
+        """A completion's text; greedy by default."""
+        answer = self.post("/v1/completions", {"prompt": "Once", "temperature": 0, **body})
+        assert answer.status_code == 200, answer.text
+        return str(answer.json()["choices"][0]["text"])
+
+    def ready(self) -> None:
+        """Waits until it has made a token."""
+        eventually(lambda: self.get("/readyz").status_code == 200, seconds=60)
+
+    def connect(self) -> socket.socket:
+        """A bare connection."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=30)
+
+    def child(self, role: str) -> psutil.Process:
+        """The one process of `memory`, `gateway`, `prefill` or `decode`."""
+        (found,) = self.children(role)
+        return found
+
+    def children(self, role: str) -> list[psutil.Process]:
+        """The processes of a role."""
+        mine = psutil.Process(self.process.pid).children(recursive=True)
+        return [process for process in mine if _plays(process, role)]
+
+
+def _plays(process: psutil.Process, role: str) -> bool:
+    with suppress(psutil.Error):
+        return role in " ".join(process.cmdline())
+    return False
+
+
+@contextmanager
+def served(model: Path | str, *flags: object, under: Any = (), **env: str) -> Iterator[Server]:
+    """Runs the command on a port of its own; afterwards it has ended well and left nothing.
+
+    Args:
+        model: What it serves.
+        flags: Further ones.
+        under: What it is started by, if anything.
+        env: Further variables of its environment.
+    """
+    # A socket's path is short, and pytest's own folders are not.
+    base = Path(tempfile.mkdtemp(prefix="cf-"))
+    runs, log = base / "r", base / "log"
+    runs.mkdir()
+    clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
+    mine = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **env}
+    command = [*under, COLDFRAME, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
+    with log.open("wb") as stderr:
+        process = subprocess.Popen(
+            [str(word) for word in command], env=clean | mine, stderr=stderr, stdout=stderr
+        )
+    server = Server(process, runs, log)
+    try:
+        yield server
+        process.terminate()
+        assert process.wait(_END_S) == server.ends_with, server.log
+        eventually(lambda: not left_behind(runs), seconds=5)
+        assert list(runs.iterdir()) == [], server.log
+        assert "Traceback" not in server.log, server.log
+        if server._port:
+            with socket.socket() as probe:
+                assert probe.connect_ex(("127.0.0.1", server._port)) != 0
+    except BaseException:
+        print(server.log, file=sys.stderr)  # pytest shows it with the failure
+        raise
+    finally:
+        process.kill()
+        process.wait(_END_S)
+        shutil.rmtree(base, ignore_errors=True)
+
+
+class Lines:
+    """A raw connection's answer, read as it comes.
+
+    Args:
+        sock: The request has been sent.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._sock = sock
+        self._found = b""
+
+    def until(self, mark: bytes) -> bytes:
+        """All that has come, once that is in it."""
+        while mark not in self._found:
+            part = self._sock.recv(1 << 16)
+            assert part, self._found
+            self._found += part
+        return self._found
+
+
+def request(path: str, body: bytes, *, method: str = "POST", more: str = "") -> bytes:
+    """A whole request, as it stands on the wire."""
+    head = (
+        f"{method} {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n"
+        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{more}\r\n"
+    )
+    return head.encode() + body
+
+
+def everything(sock: socket.socket) -> bytes:
+    """All that comes until the server closes."""
+    found = bytearray()
+    while part := sock.recv(1 << 16):
+        found += part
+    return bytes(found)
+
+
+def status(answer: bytes) -> int:
+    found = re.match(rb"HTTP/1\.1 (\d{3}) ", answer)
+    assert found, answer[:200]
+    return int(found[1])
+
+
+def together(jobs: list[Callable[[], Any]]) -> list[Any]:
+    """Calls them at once, each in a thread of its own; raises what one of them has raised."""
+    results: list[Any] = [None] * len(jobs)
+    errors: list[BaseException] = []
+
+    def call(place: int) -> None:
+        try:
+            results[place] = jobs[place]()
+        except BaseException as error:  # noqa: BLE001 - raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=call, args=(i,)) for i in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+class Stopwatch:
+    """Seconds since it was made."""
+
+    def __init__(self) -> None:
+        self._start = time.monotonic()
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._start

@@ -1,0 +1,65 @@
+"""What is counted beside a replica of real processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coldframe.loader.timeline import now
+from coldframe.runtime.frontcount import FrontCount
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.timeline import Timeline
+from tests.runtime.helpers import ask, prompt_of, wait_for
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.mark.heavy
+def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -> None:
+    clock = Clock()
+    exec_ns = now()
+    options = ReplicaOptions(model=str(demo_model("llama")), run_dir=str(no_leaks))
+    with Replica(options) as replica:
+        count = FrontCount(replica, clock)
+        count.step()
+        cold = count.stats(None, replica.pids)
+        assert (cold.cold_starts, cold.stages, cold.kv_blocks_total) == ({}, {}, 0)
+        clock.now += 3  # it loads, and nobody has asked yet
+        client = ask(replica, prompt_of(20), 200)
+        count.step()
+        wait_for(replica, lambda: len(client.events) > 3 and replica.loaded)
+        first_ns = now()
+        clock.now += 5
+        count.step()
+        wait_for(replica, lambda: replica.usage.get("kv_used", 0) > 0)
+        timeline = Timeline([*replica.recorder.drain(), *replica.spans], exec_ns, first_ns)
+        warm = count.stats(timeline, replica.pids)
+        assert warm.cold_starts == {"fresh": 1}
+        assert (warm.zero_s, warm.idle_s, warm.used_s) == (0, 3, 5)
+        assert 0 < warm.kv_blocks_used < warm.kv_blocks_total
+        assert warm.weights_bytes == warm.bytes_loaded > 0
+        assert warm.load_s > 0
+        assert {"interpreter", "imports", "plan"} <= set(warm.stages)
+        assert not any("[" in stage for stage in warm.stages)
+        assert sum(warm.critical.values()) == pytest.approx((first_ns - exec_ns) / 1e9)
+        assert set(warm.memory) == set(replica.pids)
+        replica.cancel(client.request)
+        count.step()
+        clock.now += 7
+        count.step()  # it asks again: what it was told is some seconds old
+        wait_for(replica, lambda: replica.usage["kv_used"] == 0 or bool(replica.ask_usage()))
+        idle = count.stats(timeline, {})
+        assert (idle.idle_s, idle.used_s, idle.kv_blocks_used) == (10, 5, 0)
+        assert idle.cold_starts == {"fresh": 1}
+        assert (idle.stages, idle.memory) == (warm.stages, {})

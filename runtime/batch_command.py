@@ -21,6 +21,7 @@ from coldframe.runtime.batch_intake import Intake, Tally
 from coldframe.runtime.batch_output import Answers
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.launch import Launch
+from coldframe.runtime.options import model_name
 from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options
 from coldframe.runtime.units import byte_count
 
@@ -194,7 +195,7 @@ class _Run:
             replica.run_until(lambda: replica.known)
             card = read_card(
                 replica.model.directory,
-                args.model_name or _last_part(args.model),
+                args.model_name or model_name(args.model),
                 replica.spec.context_length,
                 replica.spec.vocab_size,
                 args.chat_template,
@@ -281,8 +282,3 @@ def _dismiss(args: argparse.Namespace) -> None:
     # The end of its socket tells the memory service to go, and to clear up after itself.
     args.memory.socket.close()
     args.memory.child.wait()
-
-
-def _last_part(model: str) -> str:
-    """What requests call a model that was given no name: the last part of where it is."""
-    return model.rstrip("/").rpartition("/")[2] or model

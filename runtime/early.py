@@ -12,6 +12,7 @@ import socket
 from time import monotonic_ns
 
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
+from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.guess import said
 from coldframe.snapshot.places import default_store, expanded, images_are_there
 from coldframe.snapshot.restorer_process import RestorerProcess
@@ -69,7 +70,7 @@ class GatewayProcess:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.child: Child = spawn_python(
-                _GATEWAY, [str(self.started_ns)], theirs.fileno(), dict(os.environ)
+                _GATEWAY, [str(self.started_ns)], theirs.fileno(), without_secrets()
             )
         except BaseException:
             ours.close()

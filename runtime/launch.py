@@ -18,6 +18,7 @@ from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.early import MemoryProcess
+from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
@@ -240,7 +241,7 @@ class Launch:
     def _environment(self) -> dict[str, str]:
         threads = str(self.threads)
         return {
-            **os.environ,
+            **without_secrets(),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             # Threads that wait must sleep: spinning ones take the cores that the other workers,

@@ -7,7 +7,7 @@ from typing import Any
 
 from coldframe.snapshot.identity import Identity
 
-__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "SnapshotOptions"]
+__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "SnapshotOptions", "model_name"]
 
 BLOCK_TOKENS = 32
 """Tokens in a KV block; the same in all processes of a replica."""
@@ -91,3 +91,8 @@ class ReplicaOptions:
     run_dir: str | None = None
     user: Identity | None = None
     snapshot: SnapshotOptions = SnapshotOptions()
+
+
+def model_name(model: str) -> str:
+    """What clients call a model that was given no name: the last part of where it is."""
+    return model.rstrip("/").rpartition("/")[2] or model

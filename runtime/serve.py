@@ -18,6 +18,7 @@ from coldframe.runtime.gateway.logs import LEVELS, Log
 from coldframe.runtime.gateway.platforms.table import PROFILES
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.launch import Launch
+from coldframe.runtime.options import model_name
 from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options
 from coldframe.runtime.units import byte_count
 from coldframe.snapshot.identity import service_identity
@@ -223,11 +224,6 @@ def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
         log_format=args.log_format,
         log_level=args.log_level,
     )
-
-
-def model_name(model: str) -> str:
-    """What clients call a model that was given no name: the last part of where it is."""
-    return model.rstrip("/").rpartition("/")[2] or model
 
 
 def _address(listener: socket.socket) -> str:

@@ -41,6 +41,8 @@ class CpuDevice:
             return huge[0]
         fd = os.memfd_create(f"coldframe-{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
+            # Who gets it for reading shall not open it anew for writing, being another user.
+            os.fchmod(fd, 0o600)
             os.ftruncate(fd, round_up(max(nbytes, 1), PAGE))
             # Nobody who maps it need fear that it shrinks (SIGBUS).
             fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)

@@ -112,11 +112,25 @@ class Gateway:
     def _on_phase(self, phase: str) -> None:
         if phase == "draining":
             self._server.should_exit = True
-        elif phase == "ready" and self._tracing is not None:
-            self._told = asyncio.create_task(self._trace_start(self._tracing))
+        elif phase == "ready":
+            self._behind = asyncio.create_task(self._after_start())
+
+    async def _after_start(self) -> None:
+        """What would have delayed the first token."""
+        card = self.engine.known_card
+        if card is not None and card.chat_template is not None:
+            with contextlib.suppress(ApiError):  # who asks for a chat is told what is wrong with it
+                await asyncio.to_thread(self._renderer.prepare, card.chat_template)
+        if self._tracing is not None:
+            await self._trace_start(self._tracing)
 
     async def _trace_start(self, tracing: Tracing) -> None:
-        timeline = (await self.engine.ask("startup"))["timeline"]
+        for _ in range(20):
+            timeline = (await self.engine.ask("startup"))["timeline"]
+            # The spans of who made the first token come behind it.
+            if any(stage["name"] == "prefill[head]" for stage in timeline["stages"]):
+                break
+            await asyncio.sleep(0.1)
         tracing.cold_start(ColdStart(timeline, self._exec_ns, self.engine.state.tier))
 
     def _front_gone(self) -> None:

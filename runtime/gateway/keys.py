@@ -1,6 +1,6 @@
 """API keys: where they come from, who must show one, and that nobody else ever sees them.
 
-The front reads them, takes them out of the environment of every process that it starts, and tells
+The front reads them, takes them out of its environment before it starts any process, and tells
 the gateway alone, over their socket. They are in no argument, file of ours, log, error or timeline.
 The gateway itself keeps only their digests.
 """
@@ -18,20 +18,15 @@ from coldframe.loader.errors import PlatformError
 __all__ = [
     "KEYS_FILE_VARIABLE",
     "KEYS_VARIABLE",
-    "SECRET_VARIABLES",
     "ApiKeys",
     "KeyGuard",
     "LoadedKeys",
     "load_keys",
     "open_paths",
-    "without_secrets",
 ]
 
 KEYS_VARIABLE = "COLDFRAME_API_KEYS"
 KEYS_FILE_VARIABLE = "COLDFRAME_API_KEYS_FILE"
-
-SECRET_VARIABLES = (KEYS_VARIABLE, KEYS_FILE_VARIABLE)
-"""What no child of the front has any use for. (Credentials of sources are the memory service's.)"""
 
 _SHORT = 16
 _LONGEST = 1024
@@ -85,11 +80,6 @@ def load_keys(environ: Mapping[str, str] = os.environ, *, loopback: bool = True)
             f" (set {KEYS_VARIABLE})"
         )
     return LoadedKeys(keys, tuple(warnings))
-
-
-def without_secrets(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment for a child."""
-    return {name: value for name, value in environ.items() if name not in SECRET_VARIABLES}
 
 
 class ApiKeys:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["bind", "bind_early", "take_secrets"]
 
 SECRETS = ("COLDFRAME_API_KEYS", "COLDFRAME_API_KEYS_FILE")
-"""Variables that no child of the front has any use for; the gateway is told by socket."""
+"""As `keys` has them; no child of the front has any use for them, the gateway is told by socket."""
 
 _BACKLOG = 4096
 """Connections that wait to be accepted; the kernel has a limit of its own (somaxconn)."""
@@ -40,6 +40,8 @@ def bind_early(arguments: Sequence[str]) -> tuple[Profile, list[socket.socket]]:
     name = said(arguments, "--platform")
     profile = by_name(name) if name else detect(os.environ, arguments)
     port = said(arguments, "--port", "--http_port")
+    if port and port.startswith("tcp://"):
+        port = None  # Kubernetes sets COLDFRAME_PORT so where a Service is called coldframe
     host = said(arguments, "--host") or profile.host
     listeners = [bind(host, _number(port) if port else profile.port(os.environ))]
     health = profile.health_port(os.environ)

@@ -23,6 +23,7 @@ __all__ = ["Notes", "RequestLog", "notes_of", "request_id_of"]
 
 _KEY = "coldframe.notes"
 _SANE = re.compile(rb"[A-Za-z0-9_.-]{1,128}")
+_FAILED = 500
 _GONE = 499
 """nginx's word for a client that went; nobody gets it."""
 _LONGEST_PATH = 256
@@ -113,6 +114,8 @@ class RequestLog:
             # Starlette wraps what is raised once an answer has begun.
             if isinstance(error, ClientGone) or isinstance(error.__cause__, ClientGone):
                 notes.gone = True
+                if notes.status == _FAILED:
+                    notes.status = None  # what Starlette answers whatever is raised; nobody got it
                 return
             # An error's own words may repeat what the client sent: the beginning must do.
             frames = "".join(traceback.format_tb(error.__traceback__))

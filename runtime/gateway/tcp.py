@@ -15,9 +15,9 @@ _INTERNET = (socket.AF_INET, socket.AF_INET6)
 def prepare(sock: socket.socket, seconds: float) -> None:
     """Sends each token at once, and ends the connection of a client that is gone without a word.
 
-    Without the first, an answer waits 40 ms for the client's kernel to acknowledge its head. asyncio
-    sees to it, but not where a listener was made without naming its protocol. Without the second,
-    a request is computed for nobody, and what is sent to it tried for 15 minutes.
+    Without the first, an answer waits 40 ms for the client's kernel to acknowledge its head.
+    asyncio sees to it, but not where a listener was made without naming its protocol. Without the
+    second, a request is computed for nobody, and what is sent to it tried for 15 minutes.
 
     Args:
         sock: A connection; nothing happens where it is not TCP.

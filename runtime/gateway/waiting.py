@@ -233,8 +233,9 @@ class Line:
 
     def failed(self, number: int, error: ApiError) -> None:
         """A sequence has failed, and its request with it."""
-        work = self._running.get(number) or self._waiting.get(number)
+        work = self._running.pop(number, None) or self._waiting.pop(number, None)
         if work is not None:
+            del work.stream.open[number]
             self._fail(work.stream, error)
 
     def fail_all(self, error: ApiError) -> None:

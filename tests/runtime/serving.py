@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -10,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,11 +20,28 @@ import httpx
 import psutil
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
+from tokenizers import Tokenizer
 
+from tests.runtime.helpers import expected
 from tests.runtime.snapshots import eventually, left_behind
 
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
 _END_S = 30.0
+
+
+@functools.cache
+def tokenizer(model: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(model / "tokenizer.json"))
+
+
+def ids_of(model: Path, text: str) -> tuple[int, ...]:
+    """A text's tokens, the model's own special ones included."""
+    return tuple(tokenizer(model).encode(text).ids)
+
+
+def greedy(model: Path, prompt: tuple[int, ...], count: int) -> str:
+    """What Transformers says to a prompt."""
+    return str(tokenizer(model).decode(expected(model, prompt, count)))
 
 
 class Server:
@@ -58,6 +75,11 @@ class Server:
 
             eventually(listening)
         return self._port
+
+    @property
+    def bound(self) -> bool:
+        """Whether the port is known."""
+        return self._port != 0
 
     @property
     def url(self) -> str:
@@ -97,24 +119,37 @@ class Server:
         """Waits until it has made a token."""
         eventually(lambda: self.get("/readyz").status_code == 200, seconds=60)
 
+    def listens(self) -> bool:
+        """Whether anybody can connect."""
+        with socket.socket() as probe:
+            return probe.connect_ex(("127.0.0.1", self.port)) == 0
+
     def connect(self) -> socket.socket:
         """A bare connection."""
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
-    def child(self, role: str) -> psutil.Process:
-        """The one process of `memory`, `gateway`, `prefill` or `decode`."""
-        (found,) = self.children(role)
+    def gateway(self) -> psutil.Process:
+        """The process that clients talk to."""
+        (found,) = self._children("coldframe.runtime.gateway.process")
         return found
 
-    def children(self, role: str) -> list[psutil.Process]:
-        """The processes of a role."""
+    def worker(self, role: str) -> psutil.Process:
+        """The process of the one worker that is `prefill` or `decode`."""
+        (found,) = [
+            process
+            for process in self._children("coldframe.runtime.worker_process")
+            if any(word.startswith(role) for word in process.cmdline())
+        ]
+        return found
+
+    def _children(self, what: str) -> list[psutil.Process]:
         mine = psutil.Process(self.process.pid).children(recursive=True)
-        return [process for process in mine if _plays(process, role)]
+        return [process for process in mine if _runs(process, what)]
 
 
-def _plays(process: psutil.Process, role: str) -> bool:
+def _runs(process: psutil.Process, what: str) -> bool:
     with suppress(psutil.Error):
-        return role in " ".join(process.cmdline())
+        return what in " ".join(process.cmdline())
     return False
 
 
@@ -147,9 +182,7 @@ def served(model: Path | str, *flags: object, under: Any = (), **env: str) -> It
         eventually(lambda: not left_behind(runs), seconds=5)
         assert list(runs.iterdir()) == [], server.log
         assert "Traceback" not in server.log, server.log
-        if server._port:
-            with socket.socket() as probe:
-                assert probe.connect_ex(("127.0.0.1", server._port)) != 0
+        assert not (server.bound and server.listens())
     except BaseException:
         print(server.log, file=sys.stderr)  # pytest shows it with the failure
         raise
@@ -221,13 +254,3 @@ def together(jobs: list[Callable[[], Any]]) -> list[Any]:
     if errors:
         raise errors[0]
     return results
-
-
-class Stopwatch:
-    """Seconds since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.monotonic()
-
-    def __call__(self) -> float:
-        return time.monotonic() - self._start

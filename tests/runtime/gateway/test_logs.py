@@ -15,8 +15,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from coldframe.runtime.gateway.gone import ClientGone, until_gone
+from coldframe.runtime.gateway.gone import until_gone
 from coldframe.runtime.gateway.logs import Log, Redactor
 from coldframe.runtime.gateway.request_log import RequestLog, notes_of
 from tests.runtime.gateway.raw import (
@@ -148,10 +152,35 @@ def test_short_words_are_no_secrets() -> None:
     assert Redactor(["", "a", "abc"])("abc a") == "abc a"
 
 
+class Wait(Response):
+    """An answer that begins, and whose client goes."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await until_gone(receive, asyncio.Event().wait())
+
+
+async def wait(request: Request) -> Response:
+    await until_gone(request.receive, asyncio.Event().wait())
+    return Response()
+
+
+async def begin(request: Request) -> Response:
+    return Wait()
+
+
 class App:
     """Routes of all fates."""
 
+    def __init__(self) -> None:
+        self._starlette = Starlette(
+            routes=[Route("/starlette/wait", wait), Route("/starlette/begun", begin)]
+        )
+
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"].startswith("/starlette"):
+            await self._starlette(scope, receive, send)
+            return
         await whole_body(receive)
         path = scope["path"]
         if path == "/fails":
@@ -161,11 +190,6 @@ class App:
             raise ValueError("broken in the middle")
         if path == "/wait":
             await until_gone(receive, asyncio.Event().wait())
-        if path == "/wrapped":
-            try:
-                await until_gone(receive, asyncio.Event().wait())
-            except ClientGone as error:  # as Starlette does, where an answer has begun
-                raise RuntimeError("caught handled exception") from error
         if path == "/stream":
             await send({"type": "http.response.start", "status": 200, "headers": []})
             await send({"type": "http.response.body", "body": b"a", "more_body": True})
@@ -229,15 +253,20 @@ def test_requests_leave_a_line_each(served: Served, sink: Sink) -> None:
     assert failed["request_id"] == line["request_id"]
     assert line["status"] == 500
 
-    for path in (b"/wait", b"/wrapped"):
+    for number, (path, status) in enumerate(
+        [("/wait", None), ("/starlette/wait", None), ("/starlette/begun", 200)], start=10
+    ):
         sock = served.connect()
-        sock.sendall(b"GET %s HTTP/1.1\r\nHost: a\r\n\r\n" % path)
+        sock.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\n\r\n".encode())
+        if status is not None:
+            sock.recv(1)
         sock.close()
-    until(lambda: len(sink.lines()) == 11)
-    assert [line.get("client_gone") for line in sink.json()[9:]] == [True, True]
+        until(lambda number=number: len(sink.lines()) == number)  # type: ignore[misc]
+        line = sink.json()[-1]
+        assert (line["client_gone"], line.get("status")) == (True, status)
 
     ask(served, "/late")  # uvicorn ends the connection: the client sees that something is missing
-    until(lambda: len(sink.lines()) == 13)
+    until(lambda: len(sink.lines()) == 14)
 
 
 def test_what_libraries_log_comes_the_same_way() -> None:

@@ -143,7 +143,9 @@ def test_an_answer_waits_for_no_acknowledgement(served: Served) -> None:
     sock = served.connect()
     sock.sendall(GET)
     read_answer(sock)
-    (connection,) = served.server.server_state.connections
+    connections = served.server.server_state.connections
+    until(lambda: len(connections) == 1)
+    (connection,) = connections
     there = connection.transport.get_extra_info("socket")
     assert there.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
     assert there.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 30_000

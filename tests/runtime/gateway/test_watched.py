@@ -22,7 +22,7 @@ Make = Callable[..., Path]
 
 
 def scrape(server: Server) -> dict[tuple[str, ...], float]:
-    """All samples: the name and the labels' values, without the model's."""
+    """All samples: the name, and the labels' values in the order of theirs, without the model's."""
     headers = {"accept": "application/openmetrics-text; version=1.0.0"}
     answer = httpx.get(f"{server.url}/metrics", headers=headers, timeout=30)
     assert answer.status_code == 200, answer.text
@@ -82,9 +82,11 @@ def test_what_prometheus_scrapes(demo_model: Make) -> None:
             json={**body, "n": 8, "max_tokens": 1000, "stream": True, "ignore_eos": True},
         ) as answer:
             assert answer.status_code == 200
-            next(answer.iter_bytes())
+            pieces = answer.iter_bytes()  # without it, httpx would take it that nobody reads on
+            next(pieces)
             until(lambda: scrape(server)["kv_blocks", "used"] > 0)
             assert scrape(server)["num_requests_running",] == 1
+            pieces.close()  # type: ignore[attr-defined]
         until(lambda: scrape(server).get(("num_requests_running",)) == 0)
         until(lambda: scrape(server)["kv_blocks", "used"] == 0)
         found = scrape(server)
@@ -99,7 +101,7 @@ def test_what_prometheus_scrapes(demo_model: Make) -> None:
     assert found["coldstart_stage_seconds", "prefill"] > 0
     assert found["device_seconds_total", "cpu", "idle"] > 0
     assert found["device_seconds_total", "cpu", "used"] > 0
-    assert found["process_memory_bytes", "memory", "anon"] > 0
+    assert found["process_memory_bytes", "anon", "memory"] > 0
     assert found["http_requests_total", "POST", "/v1/completions", "400"] == 1
     refused = sum(v for name, v in found.items() if name[0] == "requests_refused_total")
     assert refused == 1

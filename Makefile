@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy lint format bench bench-peers clean
+.PHONY: setup system criu demo test test-heavy lint format bench bench-peers bench-vllm clean
 
 setup: $(VENV)/.ready
 
@@ -67,6 +67,13 @@ bench: setup
 bench-peers: setup
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip install --quiet -c constraints.txt torch numpy safetensors runai-model-streamer runai-model-streamer-s3 fastsafetensors
+
+# vLLM's own server, beside ours: coldframe bench serve ... --vllm-python build/vllm/bin/python
+bench-vllm: build/vllm/.ready
+
+build/vllm/.ready: benchmarks/install-vllm.sh
+	PYTHON=$(PYTHON) benchmarks/install-vllm.sh build/vllm
+	touch $@
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -14,8 +14,11 @@ import time
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from coldframe.runtime.frontstats import FrontStats
+# Imported by the first scrape.
+if TYPE_CHECKING:
+    from coldframe.runtime.frontstats import FrontStats
 
 __all__ = ["Histogram", "Metrics", "ModelNumbers", "RequestTrace"]
 

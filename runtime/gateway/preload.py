@@ -45,11 +45,10 @@ def preload(*, tracing: bool) -> None:
     Args:
         tracing: Whether spans are exported.
     """
-    from importlib.metadata import version
-
     from coldframe.runtime.gateway.page import read_page
+    from coldframe.runtime.gateway.platforms.documents import our_version
 
-    version("coldframe")
+    our_version()
     read_page()
     for name in _LATER:
         with suppress(ImportError):  # whoever needs it will say so

@@ -30,21 +30,17 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
         spawned_ns: When the front started this process (CLOCK_MONOTONIC).
         first_ns: When its first line of Python ran.
     """
-    from coldframe.runtime.gateway.preload import may_import, preload
-    from coldframe.runtime.gateway.renderer import Renderer
-    from coldframe.snapshot.identity import Identity
-    from coldframe.snapshot.privileges import become, confine
-
-    renderer = Renderer()
-    renderer.start()  # before this process is confined, or it could become nobody else
-    confine()
     recorder = Recorder("gateway")
     recorder.add("interpreter", spawned_ns, first_ns)
     channel = Channel.from_fd(control_fd)
     import asyncio
 
     import coldframe.runtime.gateway.app  # noqa: F401 - what takes long, while the front parses
+    from coldframe.runtime.gateway.preload import may_import, preload
+    from coldframe.runtime.gateway.renderer import Renderer
     from coldframe.runtime.gateway.settings import GatewaySettings
+    from coldframe.snapshot.identity import Identity
+    from coldframe.snapshot.privileges import become, confine
 
     recorder.add("imports", first_ns)
     told = channel.recv()
@@ -52,6 +48,9 @@ def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:
         os._exit(1)  # the front found a wrong flag, say
     settings = GatewaySettings.from_wire(told.body["settings"])
     die_with_parent(told.body["parent"])
+    renderer = Renderer()
+    renderer.start()  # before this process is confined, or it could become nobody else
+    confine()
     if settings.user is not None:
         identity = Identity.from_wire(settings.user)
         renderer.settle(identity)

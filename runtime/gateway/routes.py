@@ -11,7 +11,6 @@ from fastapi import FastAPI
 from starlette.requests import Request
 from starlette.responses import Response
 
-from coldframe.runtime.frontstats import FrontStats
 from coldframe.runtime.gateway.answering import Answering, JsonResponse
 from coldframe.runtime.gateway.api import ApiError
 from coldframe.runtime.gateway.engine import FrontEngine
@@ -142,6 +141,8 @@ def _add_state(table: _Table, engine: FrontEngine, metrics: Metrics) -> None:
         return JsonResponse(told((await engine.ask("startup"))["timeline"]))
 
     async def scrape(request: Request) -> Response:
+        from coldframe.runtime.frontstats import FrontStats
+
         try:
             stats = FrontStats.from_wire(await engine.ask("stats"))
         except ApiError:

@@ -21,7 +21,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.packages import add_site_packages
 from coldframe.loader.process import collect_garbage
 from coldframe.loader.wire import Channel, Message
@@ -97,15 +97,18 @@ def _import_quietly() -> Templates:
 
 
 def _settle(control: Channel, told: Message) -> bool:
-    """Becomes whoever it is told to be; whether that went well."""
+    """Becomes whoever it is told to be; whether that went well, and somebody is there to know."""
+    failed: dict[str, Any] = {}
     try:
         identity = told.body["identity"]
         drop(Identity.current() if identity is None else Identity.from_wire(identity))
     except ColdframeError as error:
-        control.send({"type": "settled", "failed": error.to_wire()})
+        failed = {"failed": error.to_wire()}
+    try:
+        control.send({"type": "settled", **failed})
+    except ReplicaError:  # the gateway has ended meanwhile
         return False
-    control.send({"type": "settled"})
-    return True
+    return not failed
 
 
 def _serve(channel: Channel, limits: Message, templates: Templates) -> None:

@@ -671,10 +671,10 @@ def test_a_cancelled_request_keeps_its_blocks_while_they_are_held(
 
 def test_the_owner_is_told_what_is_in_use(service: Service, model: Path) -> None:
     service.load(model)
+    service.expect("loaded")
     service.owner.send({"type": "usage"})
     assert service.expect("usage").body["kv_total"] == 0  # no KV has been sized yet
     service.kv(blocks=4)
-    service.expect("loaded")
     one = service.client("one")
     service.owner.send({"type": "open", "request": "r"})
     granted = one.grant(3)

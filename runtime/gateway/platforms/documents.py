@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 from coldframe.runtime.gateway.platforms.kserve import INPUTS, OUTPUTS, VERSION
 from coldframe.runtime.gateway.platforms.profile import Route
 
-__all__ = ["KINDS", "document"]
+__all__ = ["KINDS", "document", "our_version"]
 
 KINDS = (
     "health",
@@ -51,7 +52,7 @@ def document(
         case "live":
             return 200, {"status": "live"}
         case "v2-server":
-            return 200, {"name": "coldframe", "version": _version(), "extensions": []}
+            return 200, {"name": "coldframe", "version": our_version(), "extensions": []}
         case "v2-live":
             return 200, {"live": True}
         case "v2-ready":
@@ -74,7 +75,9 @@ def document(
     raise ValueError(f"{route!r} is answered elsewhere")
 
 
-def _version() -> str:
+@functools.cache
+def our_version() -> str:
+    """The installed version of this package."""
     from importlib.metadata import version
 
     return version("coldframe")

@@ -41,7 +41,7 @@ def test_the_page_of_a_replica(demo_model: Make, tmp_path: Path) -> None:
         chromium(tmp_path) as browser,
         # As slow as this, the page is there while the weights are still on their way.
         served(
-            demo_model("llama"), "--throttle", "200kB/s", "--copy", COLDFRAME_API_KEYS=key
+            demo_model("llama"), "--throttle", "800kB/s", "--copy", COLDFRAME_API_KEYS=key
         ) as server,
     ):
         until(lambda: server.port)

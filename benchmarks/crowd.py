@@ -37,7 +37,7 @@ class Crowd:
         all_sent_s: From the exec until the last one had asked.
         first_s: From there until the first token of all.
         last_s: Until the last token of all.
-        memory: Of front and gateway when all was over; see `Server.memory`.
+        memory: Of the endpoint's own processes when all was over; see `Server.memory`.
     """
 
     clients: int

@@ -65,7 +65,7 @@ class _Start:
         connected: Somebody listened.
         ttft: The first streamed token was there.
         accepting: The gateway began to take connections; None where nobody says.
-        memory: Of front and gateway afterwards; see `Server.memory`.
+        memory: Of the endpoint's own processes afterwards; see `Server.memory`.
     """
 
     connected: float
@@ -284,15 +284,10 @@ def _crowd_rows(found: list[Crowd]) -> list[Row]:
 
 
 def _memory_rows(starts: list[_Start]) -> list[Row]:
-    rows = []
-    for kind, target in (("pss", _IDLE_MB), ("rss", None)):
-        single = [
-            {name: values[kind] for name, values in start.memory.items()}
-            for start in starts
-            if start.memory is not None
-        ]
-        together = [sum(values.values()) for values in single]
-        rows.append(Row(f"idle: {kind.upper()} of front and gateway", together, "MB", target))
-        for name in single[0]:
-            rows.append(Row(f"  {name}", [values[name] for values in single], "MB"))
-    return rows
+    """What stays when workers and weights go."""
+    found = [start.memory for start in starts if start.memory is not None]
+    together = [sum(values["pss"] for values in memory.values()) for memory in found]
+    return [
+        Row("idle: PSS of the endpoint's own processes", together, "MB", _IDLE_MB),
+        *(Row(f"  {name}", [m[name]["pss"] for m in found], "MB") for name in found[0]),
+    ]

@@ -41,19 +41,18 @@ class Server:
         return (moment_ns - self.started_ns) / 1e9
 
     def memory(self) -> dict[str, dict[str, float]]:
-        """Memory of the front and the gateway: `pss`, `rss` and `peak_rss`, in MB.
+        """Memory of the endpoint's own processes: `pss`, `rss` and `peak_rss`, in MB.
+
+        Returns:
+            By process: `front`, `gateway`, and `templates`, the gateway's helper.
 
         Raises:
-            PlatformError: There is no gateway.
+            PlatformError: One of them is not there.
         """
-        found = {"front": _memory(self.pid)}
-        for pid in _children(self.pid):
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"coldframe.runtime.gateway.process" in command:
-                found["gateway"] = _memory(pid)
-        if "gateway" not in found:
-            raise PlatformError("the endpoint has no gateway")
-        return found
+        gateway = _child(self.pid, "coldframe.runtime.gateway.process")
+        templates = _child(gateway, "coldframe.runtime.gateway.template_process")
+        pids = {"front": self.pid, "gateway": gateway, "templates": templates}
+        return {name: _memory(pid) for name, pid in pids.items()}
 
 
 @contextmanager
@@ -161,11 +160,13 @@ def _free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(word) for word in (task / "children").read_text().split()]
-    return found
+def _child(parent: int, module: str) -> int:
+    """The child that runs a module."""
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return pid
+    raise PlatformError("a process of the endpoint is not there", expected=module)
 
 
 def _memory(pid: int) -> dict[str, float]:

@@ -1,11 +1,13 @@
 """The front's end of the socket to the gateway: its requests go to the replica, tokens go back.
 
 What the gateway says is checked like a stranger's words: it is the process that talks to clients,
-and runs as nobody. The worst that it can do is to ask for an answer.
+and runs as nobody. The worst that it can do is to ask for answers, as many at once as it may. One
+that says anything else is not the gateway that was started, and is ended.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -27,6 +29,7 @@ class FrontDesk:
         channel: The socket to it.
         replica: Who answers.
         answers: What it may ask for by `ask`, by name.
+        most: Requests that it may have open.
         on_other: Gets the messages that are not about requests.
         on_end: Called when the gateway is gone. Its requests have been cancelled then.
     """
@@ -36,12 +39,14 @@ class FrontDesk:
         channel: Channel,
         replica: Replica,
         answers: dict[str, Callable[[], dict[str, Any]]],
+        most: int,
         on_other: Callable[[Message], None],
         on_end: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._replica = replica
         self._answers = answers
+        self._most = most
         self._on_other = on_other
         self._on_end = on_end
         self._requests: dict[int, str] = {}
@@ -79,19 +84,33 @@ class FrontDesk:
     def _read(self) -> None:
         messages, ended = self._channel.receive_ready()
         for message in messages:
-            match message.kind:
-                case "submit":
-                    self._submit(message.body)
-                case "cancel":
-                    request = self._requests.pop(message.body["id"], None)
-                    if request is not None:
-                        self._replica.cancel(request)
-                case "ask":
-                    self._answer(message.body)
-                case _:
-                    self._on_other(message)
+            for fd in message.fds:
+                os.close(fd)  # none is asked for
+            try:
+                self._take(message)
+            except (KeyError, TypeError, ValueError, OverflowError):
+                ended = True
         if ended:
             self._end()
+
+    def _take(self, message: Message) -> None:
+        """Does what a message says.
+
+        Raises:
+            KeyError, TypeError, ValueError, OverflowError: It is none of the protocol's.
+        """
+        body = message.body
+        match message.kind:
+            case "submit":
+                self._submit(body)
+            case "cancel":
+                request = self._requests.pop(_number(body["id"]), None)
+                if request is not None:
+                    self._replica.cancel(request)
+            case "ask":
+                self._answer(body)
+            case _:
+                self._on_other(message)
 
     def _end(self) -> None:
         if not self._ended:
@@ -99,7 +118,13 @@ class FrontDesk:
             self._on_end()
 
     def _submit(self, body: dict[str, Any]) -> None:
-        number, ids = body["id"], body["prompt_ids"]
+        number, text, ids = _number(body["id"]), body["prompt"], body["prompt_ids"]
+        if (text is None) == (ids is None) or number in self._requests:
+            raise ValueError("neither a text nor ids, or both, or it is open already")
+        if len(self._requests) >= self._most:
+            raise ValueError("more requests than it may have open")
+        if text is not None and not isinstance(text, str):
+            raise TypeError("the text is none")
         try:
             params = SamplingParams.from_wire(body["params"])
             params.validate(self._replica.spec.vocab_size)
@@ -107,17 +132,16 @@ class FrontDesk:
             self._requests[number] = self._replica.submit(
                 params,
                 listener,
-                prompt=body["prompt"],
-                prompt_ids=None if ids is None else tuple(ids),
-                add_special=body["add_special"],
+                prompt=text,
+                prompt_ids=None if ids is None else tuple(_number(i) for i in ids),
+                add_special=body["add_special"] is True,
             )
         except ColdframeError as error:
             self.refuse(number, error)
 
     def _answer(self, body: dict[str, Any]) -> None:
-        answer = self._answers.get(str(body["what"]))
-        told = {} if answer is None else answer()
-        self.send({"type": "answer", "id": body["id"], "body": told})
+        told = self._answers[str(body["what"])]()
+        self.send({"type": "answer", "id": _number(body["id"]), "body": told})
 
     def token(self, number: int, event: TokenEvent) -> None:
         """A token for one of its requests."""
@@ -137,6 +161,12 @@ class FrontDesk:
         self._requests.pop(number, None)
         self.flush()
         self.send({"type": "failed", "id": number, "error": error.to_wire()})
+
+
+def _number(value: object) -> int:
+    if type(value) is not int:
+        raise TypeError("a whole number was expected")
+    return value
 
 
 class _Listener:

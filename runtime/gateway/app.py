@@ -37,6 +37,9 @@ from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
 
 __all__ = ["Gateway"]
 
+_LATECOMERS_S = 0.05
+"""How long connections are taken that the kernel had before the port was closed, in seconds."""
+
 
 class Gateway:
     """A gateway that serves on listeners it was given.
@@ -111,7 +114,7 @@ class Gateway:
 
     def _on_phase(self, phase: str) -> None:
         if phase == "draining":
-            self._server.should_exit = True
+            self._ending = asyncio.create_task(self._end())
         elif phase == "ready":
             self._behind = asyncio.create_task(self._after_start())
 
@@ -123,6 +126,12 @@ class Gateway:
                 await asyncio.to_thread(self._renderer.prepare, card.chat_template)
         if self._tracing is not None:
             await self._trace_start(self._tracing)
+
+    async def _end(self) -> None:
+        # Who has connected while nobody accepted yet is told, and not cut off.
+        await self.accepting.wait()
+        await asyncio.sleep(_LATECOMERS_S)
+        self._server.should_exit = True
 
     async def _trace_start(self, tracing: Tracing) -> None:
         for _ in range(20):

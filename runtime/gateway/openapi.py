@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-from coldframe.runtime.gateway.openai.requests import ChatRequest, CompletionRequest
+from coldframe.runtime.gateway.openai.requests import ChatRequest, CompletionRequest, Request
 from coldframe.runtime.gateway.openai.schemas import (
     CHAT_ANSWER,
     COMPLETION_ANSWER,
@@ -20,6 +20,7 @@ from coldframe.runtime.gateway.openai.schemas import (
     MODEL,
     MODELS,
 )
+from coldframe.runtime.gateway.platforms.kserve import VERSION
 from coldframe.runtime.gateway.platforms.profile import Route
 from coldframe.runtime.gateway.platforms.table import COMMON, by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
@@ -31,6 +32,7 @@ _Operations = Mapping[tuple[str, str], dict[str, Any]]
 """By method and path."""
 
 _ANY: _Schema = {}
+_TEXT: _Schema = {"type": "string"}
 _REFUSALS = {
     400: "The request is wrong.",
     404: "There is no such model.",
@@ -51,6 +53,18 @@ _WAIT = {
 _DESCRIPTION = (
     "A large language model. Requests that come while it still loads are held until it answers."
 )
+_INVOKE: _Schema = {
+    "type": "object",
+    "description": "Parameters stand beside the prompt or under `parameters`, by OpenAI's names.",
+    "properties": {
+        "prompt": {"$ref": "#/components/schemas/CompletionRequest/properties/prompt"},
+        "messages": {"$ref": "#/components/schemas/ChatRequest/properties/messages"},
+        "parameters": {"type": ["object", "null"]},
+        "stream": {"type": ["boolean", "null"]},
+    },
+    "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+    "examples": [{"prompt": "Once upon a time", "parameters": {"max_tokens": 16}}],
+}
 
 
 def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -62,14 +76,16 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
     """
     guarded = bool(settings.keys)
     paths: dict[str, dict[str, Any]] = {}
+    only = {"type": "string", "enum": [settings.model]}
+    known = {"name": only, "model": only, "version": {"type": "string", "enum": [VERSION]}}
 
     def add(method: str, path: str, operation: dict[str, Any]) -> None:
-        names = re.findall(r"{(\w+)}", path)
-        if names:
-            operation["parameters"] = [
-                {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
-                for name in names
-            ]
+        parameters = [
+            {"name": name, "in": "path", "required": True, "schema": known.get(name, _TEXT)}
+            for name in re.findall(r"{(\w+)}", path)
+        ]
+        if parameters:
+            operation["parameters"] = parameters
         # Where a platform has a route that all have, its own stands.
         paths.setdefault(path, {}).setdefault(method.lower(), operation)
 
@@ -82,8 +98,9 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
         add(method, path, operation)
     components: dict[str, Any] = {
         "schemas": {
-            "CompletionRequest": CompletionRequest.model_json_schema(),
-            "ChatRequest": ChatRequest.model_json_schema(),
+            "CompletionRequest": _request(CompletionRequest, settings.model),
+            "ChatRequest": _request(ChatRequest, settings.model),
+            "InvokeRequest": _INVOKE,
             "CompletionAnswer": COMPLETION_ANSWER,
             "ChatAnswer": CHAT_ANSWER,
             "Model": MODEL,
@@ -136,12 +153,18 @@ def _openai(guarded: bool) -> _Operations:
     }
 
 
+def _request(body: type[Request], model: str) -> dict[str, Any]:
+    schema = body.model_json_schema()
+    schema["properties"]["model"] |= {"anyOf": [{"const": model}, {"type": "null"}]}
+    return schema
+
+
 def _predict(route: Route, guarded: bool) -> dict[str, Any]:
     """A platform's way to ask; its errors have the platform's shape."""
     return _operation(
         f"Ask the model, in the words of {route.adapter}.",
         _answer(_ANY, streams=True),
-        body={"type": "object"},
+        body=_ref("InvokeRequest") if route.adapter == "invoke" else {"type": "object"},
         # Cog says 422 to what is 400 elsewhere.
         refusals={**_REFUSALS, 422: _REFUSALS[400]},
         error=_ANY,
@@ -161,7 +184,7 @@ def _document(route: Route) -> dict[str, Any]:
 
 
 def _state(guarded: bool, open_metrics: bool) -> _Operations:
-    status = {"type": "object", "properties": {"status": {"type": "string"}}}
+    status = {"type": "object", "properties": {"status": _TEXT}}
     far = {
         "type": "object",
         "properties": {"state": {"enum": ["zero", "starting", "ready", "draining", "failed"]}},
@@ -169,7 +192,7 @@ def _state(guarded: bool, open_metrics: bool) -> _Operations:
     }
     ready = _operation("Whether a token has been made.", _answer(status), guarded=False)
     ready["responses"]["503"] = {"description": "None has been made yet.", **_json(far)}
-    text = {"description": "Numbers.", "content": {"text/plain": {"schema": {"type": "string"}}}}
+    text = {"description": "Numbers.", "content": {"text/plain": {"schema": _TEXT}}}
     return {
         ("GET", "/healthz"): _operation(
             "Whether the server is alive.", _answer(status), guarded=False
@@ -215,7 +238,7 @@ def _answer(schema: _Schema, *, streams: bool = False) -> dict[str, Any]:
     answer = {"description": "The answer.", **_json(schema)}
     if streams:
         # One event for each piece, and `[DONE]`, where `stream` is true.
-        answer["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+        answer["content"]["text/event-stream"] = {}
     return answer
 
 

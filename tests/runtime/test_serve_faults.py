@@ -218,14 +218,20 @@ def held(server: Server) -> Iterator[None]:
         yield
 
 
+def undisturbed(server: Server) -> str:
+    """The text of that stream. That it is right is shown where nothing goes wrong."""
+    return server.complete(prompt=LONG, max_tokens=COUNT, ignore_eos=True)
+
+
 def test_sigterm_in_mid_stream_lets_it_end(model: Path) -> None:
     with served(model, "--model-name", "demo") as server:
+        want = undisturbed(server)
         pieces = stream(server)
         text = next(pieces)
         server.process.terminate()
         eventually(lambda: not server.listens())
         text += "".join(pieces)
-        assert text == greedy(model, tuple(LONG), COUNT)
+        assert text == want
 
 
 @pytest.mark.heavy
@@ -242,6 +248,20 @@ def test_sigterm_while_it_is_cold_lets_all_have_their_answers(model: Path) -> No
 
         *texts, _ = together([ask, ask, ask, end])
         assert texts == [greedy(model, tuple(LONG), 8)] * 3
+
+
+@pytest.mark.heavy
+def test_who_has_connected_before_the_end_is_told_of_it(model: Path) -> None:
+    with served(model) as server:
+        with server.connect() as sock:  # nobody accepts yet
+            sock.sendall(request("/v1/completions", b'{"prompt": "a"}'))
+            eventually(lambda: '"listening"' in server.log)
+            time.sleep(0.05)
+            server.process.terminate()
+            answer = everything(sock)
+        assert status(answer) == 503
+        assert b'"draining"' in answer
+        assert b"retry-after: 1" in answer
 
 
 @pytest.mark.heavy
@@ -281,13 +301,14 @@ def test_a_signal_at_any_moment_leaves_nothing(model: Path, number: signal.Signa
 @pytest.mark.parametrize("role", ["prefill", "decode"])
 def test_a_worker_that_dies_is_not_noticed(model: Path, role: str) -> None:
     with served(model, "--model-name", "demo") as server:
+        want = undisturbed(server)
         pieces = stream(server)
         text = "".join(next(pieces) for _ in range(5))
         server.worker(role).kill()
         # One that comes now, and the one that was there.
         short = server.complete(prompt=LONG, max_tokens=8, ignore_eos=True)
         assert short == greedy(model, tuple(LONG), 8)
-        assert text + "".join(pieces) == greedy(model, tuple(LONG), COUNT)
+        assert text + "".join(pieces) == want
 
 
 @pytest.mark.heavy

@@ -172,6 +172,7 @@ def test_prompts_of_every_form(client: OpenAI, model: Path) -> None:
         assert answer.usage.completion_tokens == 8 * len(answers)
 
 
+@pytest.mark.heavy
 def test_a_long_answer_fills_the_context(client: OpenAI, model: Path) -> None:
     prompt = prompt_of(24)
     answer = client.completions.create(model="demo", prompt=prompt, max_tokens=1000, **GREEDY)

@@ -333,8 +333,7 @@ class Replica:
         For any other model, the memory service tells where it has put them.
         """
         if not self.options.sources and isinstance(parse_location(self.options.model), Directory):
-            # What is wrong with them ends the replica, in good order: clients are told.
-            self._on_files(self.options.model, None)
+            self._take_facts(ModelFacts(self.options.model))
 
     def _take_facts(self, model: ModelFacts) -> None:
         if self._model is not None:

@@ -9,7 +9,7 @@ import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.gateway.cors import check_origins
@@ -165,7 +165,15 @@ def run(args: argparse.Namespace) -> int:
         key = keys.keys[0] if keys.keys else None
         jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
     recorder.add("imports", imported)
-    with Replica(options, recorder, launch) as replica:
+    try:
+        replica = Replica(options, recorder, launch)
+    except ColdframeError as error:
+        from coldframe.runtime.farewell import turn_away
+
+        log.error("failed", error=str(error))
+        turn_away(args.gateway, listeners, settings, error)
+        raise
+    with replica:
         endpoint = Endpoint(
             replica,
             listeners,

@@ -92,7 +92,7 @@ def as_safetensors_saves_it(model: Path, target: Path) -> Path:
 
 
 @functools.cache
-def _reference(model: Path):  # type: ignore[no-untyped-def]
+def reference(model: Path):  # type: ignore[no-untyped-def]
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(model, dtype="auto").eval()
@@ -104,7 +104,7 @@ def expected(model: Path, prompt: tuple[int, ...], count: int) -> list[int]:
     import torch
 
     ids = torch.tensor([prompt])
-    out = _reference(model).generate(
+    out = reference(model).generate(
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=count,

@@ -151,13 +151,12 @@ def _runs(process: psutil.Process, what: str) -> bool:
 
 
 @contextmanager
-def served(model: Path | str, *flags: object, under: Any = (), **env: str) -> Iterator[Server]:
+def served(model: Path, *flags: object, **env: str) -> Iterator[Server]:
     """Runs the command on a port of its own; afterwards it has ended well and left nothing.
 
     Args:
         model: What it serves.
         flags: Further ones.
-        under: What it is started by, if anything.
         env: Further variables of its environment.
     """
     # A socket's path is short, and pytest's own folders are not.
@@ -166,7 +165,7 @@ def served(model: Path | str, *flags: object, under: Any = (), **env: str) -> It
     runs.mkdir()
     clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
     mine = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **env}
-    command = [*under, COLDFRAME, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
+    command = [COLDFRAME, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [str(word) for word in command], env=clean | mine, stderr=stderr, stdout=stderr
@@ -187,26 +186,6 @@ def served(model: Path | str, *flags: object, under: Any = (), **env: str) -> It
         process.kill()
         process.wait(_END_S)
         shutil.rmtree(base, ignore_errors=True)
-
-
-class Lines:
-    """A raw connection's answer, read as it comes.
-
-    Args:
-        sock: The request has been sent.
-    """
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._sock = sock
-        self._found = b""
-
-    def until(self, mark: bytes) -> bytes:
-        """All that has come, once that is in it."""
-        while mark not in self._found:
-            part = self._sock.recv(1 << 16)
-            assert part, self._found
-            self._found += part
-        return self._found
 
 
 def request(path: str, body: bytes, *, method: str = "POST", more: str = "") -> bytes:

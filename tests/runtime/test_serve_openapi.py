@@ -32,6 +32,7 @@ NOT_SAID = (
     "n",  # times the prompts
     "prompt",  # the vocabulary, and together with the answer
     "stop_token_ids",
+    "stream",  # at /invoke of one sequence only
     "stream_options",  # only with stream
     "top_logprobs",  # only with logprobs
 )

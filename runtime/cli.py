@@ -99,10 +99,12 @@ def _call(name: str, arguments: list[str]) -> int:
     started: dict[str, object] = {}
     try:
         if cold and name == "serve":
+            from coldframe.runtime.ending import Ending
             from coldframe.runtime.gateway.listen import bind_early, take_secrets
 
             started["profile"], started["listeners"] = bind_early(arguments)
             started["listening_ns"] = time.monotonic_ns()
+            started["ending"] = Ending()
             started["secrets"] = take_secrets()
         if cold:
             from coldframe.runtime.early import GatewayProcess, MemoryProcess, likely_restorer

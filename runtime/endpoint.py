@@ -39,6 +39,7 @@ _SPANS_NS = 2_000_000_000
 """How long after the first token spans of the start may still come."""
 _GOODBYE_S = 2.0
 """How long a gateway gets to tell clients that the replica has failed, in seconds."""
+_LAST_S = 0.2
 _GATEWAY_CRASHES = 5
 _GATEWAY_WINDOW_S = 60.0
 
@@ -113,17 +114,17 @@ class Endpoint:
             self._desk.send({"type": "model", "card": self._card})
 
     def _gateway_gone(self) -> None:
-        code = self._gateway.child.kill()
+        code = _status(self._gateway)
         if self._phase in ("draining", "failed"):
             self._drained = True
             return
         if len(self._crashes) == _GATEWAY_CRASHES and (
             time.monotonic() - self._crashes[0] < _GATEWAY_WINDOW_S
         ):
-            self._error = ReplicaError("the gateway dies again and again", got=f"status {code}")
+            self._error = ReplicaError("the gateway dies again and again", got=ending(code))
             self._phase, self._drained = "failed", True
             return
-        self._log.error("the gateway died", status=code)
+        self._log.error("the gateway died", why=ending(code))
         self._crashes.append(time.monotonic())
         self._take_gateway(GatewayProcess())
 
@@ -344,6 +345,14 @@ def _span(wire: Any) -> list[Any]:
     if not (isinstance(name, str) and type(start_ns) is int and type(end_ns) is int):
         raise TypeError("this is no span")
     return [name[:40], "gateway", start_ns, end_ns, None if note is None else str(note)[:200], None]
+
+
+def _status(gateway: GatewayProcess) -> int:
+    """What a gateway that has hung up ended with; it is given a moment to do so by itself."""
+    late = time.monotonic() + _LAST_S
+    while gateway.child.poll() is None and time.monotonic() < late:
+        time.sleep(0.005)
+    return gateway.child.kill()
 
 
 class _Nobody:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import socket
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -25,9 +24,7 @@ from coldframe.snapshot.identity import service_identity
 
 # The rest is imported when the processes are on their way: see `run`.
 if TYPE_CHECKING:
-    from coldframe.runtime.endpoint import Endpoint
     from coldframe.runtime.gateway.platforms.table import Profile
-    from coldframe.runtime.replica import Replica
 
 __all__ = ["add_arguments", "run"]
 
@@ -151,19 +148,12 @@ def run(args: argparse.Namespace) -> int:
     log.info("listening", address=bound, platform=profile.name, model=settings.model)
     for warning in keys.warnings:
         log.warning("access", why=warning)
-    ending = _Ending()
     launch = Launch(options, recorder, args.memory, args.restorer)
     launch.start_workers()
     imported = now()
     from coldframe.runtime.endpoint import Endpoint
     from coldframe.runtime.replica import Replica
 
-    jobs = None
-    if profile.name == "runpod-queue":
-        from coldframe.runtime.jobs import JobFetcher
-
-        key = keys.keys[0] if keys.keys else None
-        jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
     recorder.add("imports", imported)
     try:
         replica = Replica(options, recorder, launch)
@@ -174,6 +164,12 @@ def run(args: argparse.Namespace) -> int:
         turn_away(args.gateway, listeners, settings, error)
         raise
     with replica:
+        jobs = None
+        if profile.name == "runpod-queue":
+            from coldframe.runtime.jobs import JobFetcher
+
+            key = keys.keys[0] if keys.keys else None
+            jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
         endpoint = Endpoint(
             replica,
             listeners,
@@ -184,29 +180,9 @@ def run(args: argparse.Namespace) -> int:
             args.chat_template,
             jobs,
         )
-        ending.follow(replica, endpoint)
+        args.ending.follow(replica.watch, endpoint.drain)
         endpoint.serve()
     return 0
-
-
-class _Ending:
-    """SIGTERM and SIGINT, as events of the replica's loop."""
-
-    def __init__(self) -> None:
-        self._asked, self._write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: None)
-
-    def follow(self, replica: Replica, endpoint: Endpoint) -> None:
-        """From now on a signal has the endpoint end in good order; one before this did already."""
-
-        def asked() -> None:
-            for number in os.read(self._asked, 16):
-                if number in (signal.SIGTERM, signal.SIGINT):
-                    endpoint.drain()
-
-        replica.watch(self._asked, asked)
 
 
 def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:

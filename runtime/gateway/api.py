@@ -17,10 +17,23 @@ from coldframe.loader.errors import (
     DeviceError,
     PlatformError,
     RequestError,
+    SourceCorrupt,
+    SourceDenied,
+    SourceNotFound,
 )
 from coldframe.runtime.engine.params import SamplingParams
 
 __all__ = ["ApiError", "Engine", "Generation", "ModelCard", "Piece", "Stream", "TokenLogprob"]
+
+
+_PERMANENT = (
+    CheckpointError,
+    DeviceError,
+    PlatformError,
+    SourceCorrupt,
+    SourceDenied,
+    SourceNotFound,
+)
 
 
 class ApiError(Exception):
@@ -63,7 +76,8 @@ class ApiError(Exception):
         """What a client is told of an error of ours: its own mistakes in full, others in short."""
         if isinstance(error, RequestError):
             return ApiError(400, str(error), param=error.where, code="invalid_value")
-        gone = isinstance(error, CheckpointError | DeviceError | PlatformError)
+        # What no later try will find mended. OpenAI's clients do try again, after any of them.
+        gone = isinstance(error, _PERMANENT)
         status, code = (500, "model_error") if gone else (503, "replica_error")
         return ApiError(status, error.what, kind="server_error", code=code)
 

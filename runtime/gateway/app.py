@@ -39,6 +39,8 @@ __all__ = ["Gateway"]
 
 _LATECOMERS_S = 0.05
 """How long connections are taken that the kernel had before the port was closed, in seconds."""
+_LAST_WORDS_S = 0.5
+"""So long before the drain budget is over those that are still open are told, in seconds."""
 
 
 class Gateway:
@@ -67,6 +69,7 @@ class Gateway:
         self.metrics = Metrics()
         self._tracing = open_tracing(os.environ, lambda why: self.log.warning("tracing", why=why))
         self._exec_ns = settings.exec_ns
+        self._drain_s = settings.drain_s
         self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
         limits = HttpLimits(connections=connection_limit())
         self._renderer = renderer
@@ -115,6 +118,9 @@ class Gateway:
     def _on_phase(self, phase: str) -> None:
         if phase == "draining":
             self._ending = asyncio.create_task(self._end())
+            # Who is not done then is told so; the front would only cut the connection.
+            late = max(0.0, self._drain_s - _LAST_WORDS_S)
+            asyncio.get_running_loop().call_later(late, self.engine.give_up)
         elif phase == "ready":
             self._behind = asyncio.create_task(self._after_start())
 

@@ -123,6 +123,10 @@ class FrontEngine:
         """Whether no request is open."""
         return not self.line.running and not self.line.waiting
 
+    def give_up(self) -> None:
+        """Ends the requests that are open: they had their time."""
+        self.line.fail_all(self._refusal())
+
     def _on_message(self, message: Message) -> None:
         body = message.body
         match message.kind:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -135,6 +136,13 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("runs", "clients", "pairs"):
         if getattr(args, name) < 1:
             raise RequestError("there must be one", where=f"--{name}", got=getattr(args, name))
+    if args.vllm_python is not None and not os.access(args.vllm_python, os.X_OK):
+        raise RequestError(
+            "there is no such interpreter",
+            where="--vllm-python",
+            got=args.vllm_python,
+            hint="make bench-vllm installs one: build/vllm/bin/python",
+        )
 
 
 # -- cold starts ---------------------------------------------------------------------------------
@@ -152,11 +160,7 @@ def _conditions(model: Path, scratch: Path, left_out: dict[str, str]) -> dict[st
         left_out["restored"] = str(error)
         return found
     restored = {"COLDFRAME_SNAPSHOT": "require", "COLDFRAME_SNAPSHOT_STORE": str(store)}
-    return {
-        **found,
-        "restored": ([], restored),
-        f"restored, {_RATE}": (throttle, restored),
-    }
+    return {**found, "restored": ([], restored), f"restored, {_RATE}": (throttle, restored)}
 
 
 def _cold_pair(

@@ -35,6 +35,9 @@ __all__ = ["Endpoint"]
 
 _PROGRESS_S = 0.1
 _IDLE_S = 1.0
+_MOST_SPANS = 100
+_PROBES = 3
+"""How often the first token is tried for nobody, before the replica is given up."""
 _SPANS_NS = 2_000_000_000
 """How long after the first token spans of the start may still come."""
 _GOODBYE_S = 2.0
@@ -77,13 +80,15 @@ class Endpoint:
         self._count = FrontCount(replica)
         self._spans: list[Span] = []
         self._timeline_open = True
+        self._told_startup: dict[str, Any] | None = None
         self._chat_template = chat_template
         self._jobs = jobs
         self._card: dict[str, Any] | None = None
         self._phase = "starting"
         self._told: dict[str, Any] | None = None
         self._first_token_ns: int | None = None
-        self._probe: str | None = None
+        self._probe: _Probe | None = None
+        self._probes = 0
         self._error: ColdframeError | None = None
         self._image: ImageInTheMaking | None = None
         self._idle_since = time.monotonic()
@@ -103,6 +108,7 @@ class Endpoint:
             {"startup": self._startup, "stats": self._stats},
             self._settings.max_running,
             self._on_message,
+            lambda what: self._log.error("the gateway is not itself", said=what),
             self._gateway_gone,
         )
         self._told = None
@@ -130,9 +136,10 @@ class Endpoint:
 
     def _on_message(self, message: Message) -> None:
         match message.kind:
-            case "spans":
-                self._replica.add_spans([_span(wire) for wire in message.body["spans"]])
-            case "drained":
+            case "spans" if self._timeline_open:
+                spans = [_span(wire) for wire in message.body["spans"][:_MOST_SPANS]]
+                self._replica.add_spans(spans)
+            case "drained" if self._phase in ("draining", "failed"):
                 self._drained = True
 
     # -- the loop --------------------------------------------------------------------------------
@@ -203,6 +210,8 @@ class Endpoint:
             self._introduce()
         if self._first_token_ns is None and replica.answered:
             self._first_token_ns = now()
+        if self._phase == "ready" and not replica.loaded:
+            self._phase, self._probe = "starting", None  # it had to start over
         if self._phase == "starting":
             self._get_ready()
         self._tell()
@@ -210,11 +219,14 @@ class Endpoint:
         self._make_image()
 
     def _watch_jobs(self) -> None:
-        if self._jobs is None or self._jobs.status is None or self._phase == "draining":
+        if self._jobs is None or self._phase == "draining":
             return
         if self._drain_until is not None:
-            self._drain_gateway()
-        else:
+            # The jobs first; but in the end clients, who are these jobs, are told that it is over.
+            late = time.monotonic() > self._drain_until - _GOODBYE_S
+            if late or self._jobs.status is not None:
+                self._drain_gateway()
+        elif self._jobs.status is not None:
             self._fail(ReplicaError("nobody fetches jobs any more", got=ending(self._jobs.status)))
 
     def _fail(self, error: ColdframeError) -> None:
@@ -256,10 +268,17 @@ class Endpoint:
         elif self._probe is None and replica.idle and replica.known:
             # Two tokens, so that decode is known to work as well.
             params = SamplingParams(max_tokens=2, ignore_eos=True)
+            self._probe = _Probe()
+            self._probes += 1
             try:
-                self._probe = replica.submit(params, _Nobody(), prompt_ids=(0,))
+                replica.submit(params, self._probe, prompt_ids=(0,))
             except ColdframeError as error:
                 self._fail(error)
+        elif self._probe is not None and self._probe.error is not None:
+            self._log.warning("no first token", why=str(self._probe.error))
+            if self._probes >= _PROBES:
+                self._fail(self._probe.error)
+            self._probe = None
 
     def _tell(self) -> None:
         """Tells the gateway how far the replica is, where that has changed."""
@@ -300,20 +319,22 @@ class Endpoint:
         if self._first_token_ns is None or not self._replica.loaded:
             return
         if self._timeline_open and now() - self._first_token_ns > _SPANS_NS:
+            self._startup()
             self._timeline_open = False
-            self._timeline()
         if not self._timeline_open:
             self._recorder.drain()
             self._replica.spans.clear()
 
     def _startup(self) -> dict[str, Any]:
-        facts = self._replica.facts
-        return {
-            "timeline": self._timeline().to_json(),
-            "snapshot": facts.get("snapshot"),
-            "load_mode": facts.get("mode"),
-            "verified": facts.get("verified"),
-        }
+        if self._told_startup is None or self._timeline_open:
+            facts = self._replica.facts
+            self._told_startup = {
+                "timeline": self._timeline().to_json(),
+                "snapshot": facts.get("snapshot"),
+                "load_mode": facts.get("mode"),
+                "verified": facts.get("verified"),
+            }
+        return self._told_startup
 
     def _stats(self) -> dict[str, Any]:
         pids = {"front": os.getpid(), "gateway": self._gateway.child.pid, **self._replica.pids}
@@ -342,7 +363,11 @@ def _span(wire: Any) -> list[Any]:
         TypeError, ValueError: It is none.
     """
     name, _, start_ns, end_ns, note, _ = wire
-    if not (isinstance(name, str) and type(start_ns) is int and type(end_ns) is int):
+    latest = now()
+    for moment in (start_ns, end_ns):
+        if type(moment) is not int or not 0 <= moment <= latest:
+            raise ValueError("this is no moment")
+    if not isinstance(name, str):
         raise TypeError("this is no span")
     return [name[:40], "gateway", start_ns, end_ns, None if note is None else str(note)[:200], None]
 
@@ -355,9 +380,13 @@ def _status(gateway: GatewayProcess) -> int:
     return gateway.child.kill()
 
 
-class _Nobody:
+class _Probe:
     """Who asks for the first token where no client does."""
+
+    def __init__(self) -> None:
+        self.error: ColdframeError | None = None
 
     def on_token(self, event: TokenEvent) -> None: ...
 
-    def on_error(self, error: ColdframeError) -> None: ...
+    def on_error(self, error: ColdframeError) -> None:
+        self.error = error

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 __all__ = ["without_secrets"]
 
 _SECRET = frozenset(
-    ("CREDENTIAL", "CREDENTIALS", "KEY", "KEYS", "PASSWORD", "SECRET", "SECRETS", "TOKEN", "TOKENS")
+    [
+        *("APIKEY", "AUTH", "AUTHORIZATION", "CREDENTIAL", "CREDENTIALS", "KEY", "KEYS"),
+        *("PASSWD", "PASSWORD", "SECRET", "SECRETS", "TOKEN", "TOKENS"),
+    ]
 )
 
 

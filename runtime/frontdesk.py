@@ -31,6 +31,7 @@ class FrontDesk:
         answers: What it may ask for by `ask`, by name.
         most: Requests that it may have open.
         on_other: Gets the messages that are not about requests.
+        on_wrong: Told what was no message of a gateway, before that is ended.
         on_end: Called when the gateway is gone. Its requests have been cancelled then.
     """
 
@@ -41,6 +42,7 @@ class FrontDesk:
         answers: dict[str, Callable[[], dict[str, Any]]],
         most: int,
         on_other: Callable[[Message], None],
+        on_wrong: Callable[[str], None],
         on_end: Callable[[], None],
     ) -> None:
         self._channel = channel
@@ -48,6 +50,7 @@ class FrontDesk:
         self._answers = answers
         self._most = most
         self._on_other = on_other
+        self._on_wrong = on_wrong
         self._on_end = on_end
         self._requests: dict[int, str] = {}
         self._tokens: list[list[Any]] = []
@@ -86,9 +89,12 @@ class FrontDesk:
         for message in messages:
             for fd in message.fds:
                 os.close(fd)  # none is asked for
+            if self._ended:
+                return  # it does not read any more
             try:
                 self._take(message)
-            except (KeyError, TypeError, ValueError, OverflowError):
+            except (KeyError, TypeError, ValueError, OverflowError) as error:
+                self._on_wrong(f"{message.kind[:40]!r}: {type(error).__name__}: {error}"[:200])
                 ended = True
         if ended:
             self._end()

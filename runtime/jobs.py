@@ -1,20 +1,23 @@
-"""The process that fetches jobs from a platform's queue and hands them to the gateway."""
+"""The process that fetches jobs from a platform's queue and hands them to the gateway.
+
+It talks to the platform and to whoever puts jobs into the queue, so it has as few rights as the
+gateway. Of the front's environment it gets what its platform's SDK reads, and no other secret.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
-import socket
 
 from coldframe.loader.process import Child, spawn_python
+from coldframe.loader.wire import Channel
+from coldframe.runtime.environment import without_secrets
 from coldframe.snapshot.identity import Identity
 
 __all__ = ["JobFetcher", "fetch"]
 
-_MAIN = (
-    "from coldframe.runtime.jobs import fetch; fetch(sys.argv[1], int(sys.argv[2]), sys.argv[3])"
-)
-_KEY = "COLDFRAME_JOBS_KEY"
+_MAIN = "from coldframe.runtime.jobs import fetch; fetch(3)"
+_PLATFORM = "RUNPOD_"
 
 
 class JobFetcher:
@@ -30,23 +33,24 @@ class JobFetcher:
     """
 
     def __init__(self, port: int, key: str | None, user: Identity) -> None:
-        import json
-
-        environment = dict(os.environ)
-        if key is not None:
-            environment[_KEY] = key
-        ours, theirs = socket.socketpair()
+        sdk = {name: value for name, value in os.environ.items() if name.startswith(_PLATFORM)}
+        self._channel, theirs = Channel.pair()
         try:
-            self._child: Child = spawn_python(
-                _MAIN,
-                [f"http://127.0.0.1:{port}", str(os.getpid()), json.dumps(user.to_wire())],
-                theirs.fileno(),
-                environment,
-            )
+            self._child: Child = spawn_python(_MAIN, [], theirs.fileno(), without_secrets() | sdk)
+        except BaseException:
+            self._channel.close()
+            raise
         finally:
-            ours.close()
             theirs.close()
-        self.pid = self._child.pid
+        self._channel.send(
+            {
+                "type": "fetch",
+                "url": f"http://127.0.0.1:{port}",
+                "key": key,
+                "user": user.to_wire(),
+                "parent": os.getpid(),
+            }
+        )
 
     @property
     def status(self) -> int | None:
@@ -60,28 +64,29 @@ class JobFetcher:
 
     def close(self) -> None:
         """Ends it."""
+        self._channel.close()
         self._child.kill()
 
 
-def fetch(url: str, parent: int, user: str) -> None:
+def fetch(fd: int) -> None:
     """The child's entry.
 
     Args:
-        url: Of the gateway.
-        parent: The front, with which it ends.
-        user: Whom it becomes, as JSON.
+        fd: The inherited end of the front's socket pair.
     """
-    import json
-
     from coldframe.loader.process import die_with_parent
     from coldframe.runtime.gateway.preload import may_import
     from coldframe.runtime.integrations.runpod import main
     from coldframe.snapshot.privileges import become, confine
 
     confine()
-    identity = Identity.from_wire(json.loads(user))
-    # The SDK imports as it goes. Where that user may not, having no capabilities must do.
-    if may_import(identity.seen_here()):
-        become(identity)
-    die_with_parent(parent)
-    main(url, os.environ.pop(_KEY, None))
+    channel = Channel.from_fd(fd)
+    told = channel.recv()
+    if told is None:
+        os._exit(1)
+    channel.close()
+    identity = Identity.from_wire(told.body["user"])
+    # The SDK imports as it goes. Where that user may not, this stays who it is, without rights.
+    become(identity if may_import(identity.seen_here()) else Identity.current())
+    die_with_parent(told.body["parent"])
+    main(told.body["url"], told.body["key"])

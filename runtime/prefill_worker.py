@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from dataclasses import replace
 
 from coldframe.loader.errors import RequestError
 from coldframe.loader.timeline import now
+from coldframe.loader.wire import Message
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
@@ -18,6 +20,9 @@ from coldframe.runtime.worker import Worker, kv_format
 __all__ = ["run"]
 
 _RENEW_S = 5.0
+_LONG_TEXT = 32 << 10
+"""Characters of a prompt above which it is tokenised beside the loop."""
+_TOKENISED = "tokenised"
 _MOST_UNASKED = 4096
 """Tokens that an answer gets at most where the request says no number."""
 _SHARES = 8
@@ -92,21 +97,45 @@ class _PrefillRole:
         for message in self._worker.messages(block=block):
             if message.kind == "job":
                 self._take(Job.from_wire(message.body["job"]))
+            elif message.kind == _TOKENISED:
+                self._line_up(*message.body["outcome"])
             elif message.kind == "ack":
                 self._handed.discard(message.body["request"])
             elif message.kind == "cancel":
                 self._cancel(message.body["request"])
 
     def _take(self, job: Job) -> None:
+        self._inside.add(job.request)
+        if job.prompt_ids is None and len(job.prompt or "") > _LONG_TEXT:
+            # A megabyte takes half a second, in which nobody else would get on.
+            threading.Thread(target=self._tokenise_beside, args=(job,), daemon=True).start()
+        else:
+            self._line_up(job, *self._tokenised(job))
+
+    def _tokenise_beside(self, job: Job) -> None:
+        body = {"type": _TOKENISED, "outcome": (job, *self._tokenised(job))}
+        self._worker.inbox.put(Message(body, ()))
+
+    def _tokenised(self, job: Job) -> tuple[tuple[int, ...], RequestError | None]:
+        """The prompt's ids, or what is wrong with it."""
         started = now()
         try:
-            ids = self._tokenise(job)
+            return self._tokenise(job), None
+        except RequestError as error:
+            return (), error
+        finally:
+            self._worker.recorder.add("tokenize", started)
+
+    def _line_up(self, job: Job, ids: tuple[int, ...], error: RequestError | None) -> None:
+        """Puts a request at the end of the queue."""
+        try:
+            if error is not None:
+                raise error
             job = self._bounded(job, len(ids))
             self._queue.append((job, self._worker.sequence(job, ids)))
-            self._inside.add(job.request)
-        except RequestError as error:
-            self._worker.refuse(job, error)
-        self._worker.recorder.add("tokenize", started)
+        except RequestError as wrong:
+            self._leave(job.request)
+            self._worker.refuse(job, wrong)
 
     def _tokenise(self, job: Job) -> tuple[int, ...]:
         """The prompt's ids, checked against the model.

@@ -108,7 +108,9 @@ class Tokenizer:
                 hint="Send it as UTF-8.",
             ) from None
         try:
-            return list(self._inner.encode(text, add_special_tokens=add_special).ids)
+            # As a batch, since that lets other threads run meanwhile, and `encode` does not.
+            (encoded,) = self._inner.encode_batch([text], add_special_tokens=add_special)
+            return list(encoded.ids)
         except Exception as error:  # the library has no type of its own
             raise RequestError(
                 "the tokenizer cannot encode this text",

@@ -19,9 +19,11 @@ from starlette.types import Receive, Scope, Send
 
 from coldframe.runtime.gateway.api import ApiError
 from coldframe.runtime.gateway.bodies import BodyBudget, read_json
+from coldframe.runtime.gateway.exchange import CURRENT
 from coldframe.runtime.gateway.gone import send_stream, until_gone
 from coldframe.runtime.gateway.limits import HttpLimits
 from coldframe.runtime.gateway.metrics import Metrics
+from coldframe.runtime.gateway.openai.requests import MAX_SEQUENCES
 from coldframe.runtime.gateway.openai.service import OpenAI, Reply
 from coldframe.runtime.gateway.platforms.base import Adapter, Requests
 
@@ -159,9 +161,14 @@ class Answering:
         replies: list[Reply] = []
         try:
             for kind, body in wanted.items:
-                replies.append(
-                    await self._openai.start(kind, body, size // len(wanted.items))  # type: ignore[arg-type]
-                )
+                reply = await self._openai.start(kind, body, size // len(wanted.items))  # type: ignore[arg-type]
+                replies.append(reply)
+                if sum(reply.sequences for reply in replies) > MAX_SEQUENCES:
+                    raise ApiError(
+                        400,
+                        f"a request may ask for {MAX_SEQUENCES} sequences at most",
+                        code="invalid_value",
+                    )
         except BaseException:
             for reply in replies:
                 reply.cancel()
@@ -180,8 +187,12 @@ class Answering:
         return EventStream(first, events, headers)
 
     def _count(self, error: ApiError) -> None:
+        exchange = CURRENT.get()
+        if exchange is not None:
+            exchange.failed(error)
         if not error.counted:
-            self._metrics.refused("bad_request" if error.status < 500 else str(error.code))
+            words = {404: "not_found", 503: str(error.code), 500: str(error.code)}
+            self._metrics.refused(words.get(error.status, "bad_request"))
 
 
 async def _translated(adapter: Adapter, wanted: Requests, reply: Reply) -> AsyncIterator[bytes]:

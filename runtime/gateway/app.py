@@ -26,13 +26,14 @@ from coldframe.runtime.gateway.log_bridge import route_logging
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.gateway.metrics import Metrics
 from coldframe.runtime.gateway.openai.service import OpenAI
-from coldframe.runtime.gateway.platforms.adapters import Adapter, adapter
+from coldframe.runtime.gateway.platforms.adapters import adapter
 from coldframe.runtime.gateway.platforms.table import by_name
 from coldframe.runtime.gateway.protocol import HttpLimits, connection_limit, http_protocol
 from coldframe.runtime.gateway.renderer import Renderer
 from coldframe.runtime.gateway.request_log import RequestLog
 from coldframe.runtime.gateway.routes import add_routes, probe_paths
 from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.gateway.shape import Shape, shape_of
 from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
 
 __all__ = ["Gateway"]
@@ -79,11 +80,12 @@ class Gateway:
             max_body=settings.max_body,
             limits=limits,
         )
-        app = _app(adapter(by_name(settings.platform).errors))
+        shape = shape_of(adapter(by_name(settings.platform).errors))
+        app = _app(shape)
         add_routes(app, settings, self.engine, answering, self.metrics)
         config = uvicorn.Config(
-            self._surrounded(app, settings),
-            http=http_protocol(limits),
+            self._surrounded(app, settings, shape),
+            http=http_protocol(limits, shape),
             loop="asyncio",
             ws="none",
             lifespan="off",  # nothing is loaded there: uvicorn would not accept before it is done
@@ -94,14 +96,13 @@ class Gateway:
         )
         self._server = _Server(config, self.accepting)
 
-    def _surrounded(self, app: ASGIApp, settings: GatewaySettings) -> ASGIApp:
+    def _surrounded(self, app: ASGIApp, settings: GatewaySettings, shape: Shape) -> ASGIApp:
         """The application within what every request goes through, from the inside out."""
         health, quiet = probe_paths(settings)
-        guarded = KeyGuard(
-            app, ApiKeys(settings.keys), open_paths(health, metrics=settings.open_metrics)
-        )
+        unguarded = open_paths(health, metrics=settings.open_metrics)
+        guarded = KeyGuard(app, ApiKeys(settings.keys), unguarded, shape)
         metered = Metering(guarded, self.metrics, self._tracing, quiet)
-        return RequestLog(with_cors(metered, settings.cors), self.log, quiet)
+        return RequestLog(with_cors(metered, settings.cors), self.log, quiet, shape)
 
     async def serve(self) -> None:
         """Serves until it is told to drain, and all open requests have their answers."""
@@ -170,7 +171,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _app(errors: Adapter) -> FastAPI:
+def _app(shape: Shape) -> FastAPI:
     # No pages that load scripts from elsewhere.
     app = FastAPI(title="coldframe", docs_url=None, redoc_url=None)
 
@@ -179,15 +180,13 @@ def _app(errors: Adapter) -> FastAPI:
         what = f"{request.method} {request.url.path}"[:200]
         words = {404: f"There is nothing at {what}", 405: f"{what} is not how this is asked for"}
         told = ApiError(error.status_code, words.get(error.status_code, str(error.detail)))
-        # OpenAI's routes have OpenAI's shape, whose platform this is.
-        shaped = None if request.url.path.startswith("/v1/") else errors.error(told)
-        response = refusal(told, shaped)
+        response = refusal(told, shape(told, request.url.path))
         response.headers.update(error.headers or {})
         return response
 
-    async def refused(_: Request, error: Exception) -> Response:
+    async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, ApiError)
-        return refusal(error)
+        return refusal(error, shape(error, request.url.path))
 
     app.add_exception_handler(HTTPException, unknown)
     app.add_exception_handler(ApiError, refused)

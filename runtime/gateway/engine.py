@@ -55,6 +55,7 @@ class FrontEngine:
         self._wait_s = settings.max_wait_s
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._questions = 0
+        self._open_questions: dict[str, tuple[int, asyncio.Future[dict[str, Any]]]] = {}
         self._link = FrontLink(channel, self._on_message, self._front_gone)
         limits = Limits(
             settings.max_running,
@@ -102,26 +103,24 @@ class FrontEngine:
         Raises:
             ApiError: It does not answer.
         """
-        self._questions += 1
-        number = self._questions
-        answer = self._asked[number] = asyncio.get_running_loop().create_future()
-        self._link.send({"type": "ask", "id": number, "what": what})
+        # Everybody who asks meanwhile gets the same answer: the front has other things to do.
+        number, answer = self._open_questions.get(what, (0, None))
+        if answer is None or answer.done():
+            self._questions += 1
+            number, answer = self._questions, asyncio.get_running_loop().create_future()
+            self._open_questions[what] = number, answer
+            self._asked[number] = answer
+            self._link.send({"type": "ask", "id": number, "what": what})
         try:
-            return await asyncio.wait_for(answer, _ASK_S)
+            return await asyncio.wait_for(asyncio.shield(answer), _ASK_S)
         except TimeoutError:
             raise ApiError(
                 503, "the front does not answer", kind="server_error", code="replica_error"
             ) from None
-        finally:
-            self._asked.pop(number, None)
 
     def say(self, body: dict[str, Any]) -> None:
         """Tells the front something."""
         self._link.send(body)
-
-    def drained(self) -> bool:
-        """Whether no request is open."""
-        return not self.line.running and not self.line.waiting
 
     def give_up(self) -> None:
         """Ends the requests that are open: they had their time."""
@@ -143,7 +142,7 @@ class FrontEngine:
                 self._known.set()
                 self.line.open_gate()
             case "answer":
-                waiting = self._asked.get(body["id"])
+                waiting = self._asked.pop(body["id"], None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(body["body"])
 

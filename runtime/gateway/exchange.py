@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from typing import Any
 
-from coldframe.runtime.gateway.api import Generation
+from coldframe.runtime.gateway.api import ApiError, Generation
 from coldframe.runtime.gateway.metrics import Metrics
 from coldframe.runtime.gateway.request_log import Notes, notes_of
 from coldframe.runtime.gateway.tracing import RequestRecord, Tracing
@@ -76,6 +76,11 @@ class Exchange:
             self.record.prompt_tokens += prompt_tokens
             self.record.token()
 
+    def failed(self, error: ApiError) -> None:
+        """It gets an error for an answer, or for the rest of one."""
+        if self.record is not None:
+            self.record.error = error.code or str(error.status)
+
     def finished(self, reason: str) -> None:
         """One of its sequences is done."""
         if self.record is not None:
@@ -126,6 +131,8 @@ class Metering:
         method = scope["method"] if scope["method"] in _METHODS else "other"
         status = exchange.notes.status or 499
         self._metrics.answered(method, route, status)
+        if status == 401:
+            self._metrics.refused("unauthorized")
         if self._tracing is not None and exchange.record is not None:
             exchange.record.route = route
             exchange.record.status = exchange.notes.status

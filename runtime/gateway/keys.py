@@ -7,13 +7,14 @@ The gateway itself keeps only their digests.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from coldframe.loader.errors import PlatformError
+from coldframe.runtime.gateway.api import ApiError
+from coldframe.runtime.gateway.shape import Shape, openai_shape, raw_answer
 
 __all__ = [
     "KEYS_FILE_VARIABLE",
@@ -138,10 +139,18 @@ class KeyGuard:
         app: What is guarded.
         keys: With none, everybody passes.
         open_paths: Paths that may be read (GET, HEAD) without one; see `open_paths`.
+        shape: Of an error.
     """
 
-    def __init__(self, app: Any, keys: ApiKeys, open_paths: Collection[str]) -> None:
+    def __init__(
+        self,
+        app: Any,
+        keys: ApiKeys,
+        open_paths: Collection[str],
+        shape: Shape = openai_shape,
+    ) -> None:
         self._app = app
+        self._shape = shape
         self._keys = keys
         self._open = frozenset(open_paths)
 
@@ -159,7 +168,10 @@ class KeyGuard:
             if sum([self._keys.match(key) for key in presented]):
                 await self._app(scope, receive, send)
             else:
-                await _refuse(send, bool(presented))
+                error = _refusal(bool(presented))
+                status, headers, body = raw_answer(error, self._shape, scope["path"])
+                await send({"type": "http.response.start", "status": status, "headers": headers})
+                await send({"type": "http.response.body", "body": body})
 
 
 def _presented(headers: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
@@ -174,26 +186,13 @@ def _presented(headers: Sequence[tuple[bytes, bytes]]) -> list[bytes]:
     return found
 
 
-async def _refuse(send: Any, presented: bool) -> None:
+def _refusal(presented: bool) -> ApiError:
     message = (
         "This API key is not valid here."
         if presented
         else "An API key is needed: send `Authorization: Bearer KEY`."
     )
-    error = {
-        "message": message,
-        "type": "invalid_request_error",
-        "param": None,
-        "code": "invalid_api_key",
-    }
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-        (b"www-authenticate", b"Bearer"),
-    ]
-    await send({"type": "http.response.start", "status": 401, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    return ApiError(401, message, code="invalid_api_key")
 
 
 def _split(text: str, where: str) -> list[str]:

@@ -17,7 +17,6 @@ is refused gets an answer in JSON that it can read.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import sys
 from collections.abc import Callable
@@ -29,9 +28,11 @@ from uvicorn.config import Config
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
+from coldframe.runtime.gateway.api import ApiError
 from coldframe.runtime.gateway.heads import Refusal, StrictConnection
 from coldframe.runtime.gateway.limits import HttpLimits, connection_limit
 from coldframe.runtime.gateway.linger import LingeringTransport
+from coldframe.runtime.gateway.shape import Shape, openai_shape, raw_answer
 from coldframe.runtime.gateway.tcp import prepare, unacknowledged
 
 __all__ = ["GatewayProtocol", "HttpLimits", "connection_limit", "http_protocol"]
@@ -50,20 +51,23 @@ _WORDS = {
 }
 
 
-def http_protocol(limits: HttpLimits) -> type[GatewayProtocol]:
+def http_protocol(limits: HttpLimits, shape: Shape = openai_shape) -> type[GatewayProtocol]:
     """The class that `uvicorn.Config(http=...)` takes.
 
     Args:
+        shape: Of an error.
         limits: Ours. `timeout_keep_alive`, `h11_max_incomplete_event_size`, `limit_concurrency` and
             `ws` of uvicorn's own configuration have no effect any more.
     """
-    return type("GatewayProtocol", (GatewayProtocol,), {"limits": limits})
+    made = {"limits": limits, "shape": staticmethod(shape)}
+    return type("GatewayProtocol", (GatewayProtocol,), made)
 
 
 class GatewayProtocol(H11Protocol):
     """One connection."""
 
     limits = HttpLimits()
+    shape = staticmethod(openai_shape)
 
     def __init__(
         self,
@@ -182,7 +186,9 @@ class GatewayProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if not started:
-            self.transport.write(_answer(status, words, kind))
+            error = ApiError(status, words, kind=kind)
+            status, headers, body = raw_answer(error, self.shape)
+            self.transport.write(_head(status, headers) + body)
         self._head_timer.stop()
         self._refused = True
         self.transport.close()
@@ -244,12 +250,7 @@ class _Timer:
         self._then()
 
 
-def _answer(status: int, words: str, kind: str) -> bytes:
-    error = {"message": words, "type": kind, "param": None, "code": None}
-    body = json.dumps({"error": error}).encode()
-    head = (
-        f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
-        f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
-        "connection: close\r\n\r\n"
-    )
-    return head.encode() + body
+def _head(status: int, headers: list[tuple[bytes, bytes]]) -> bytes:
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}".encode()]
+    lines += [name + b": " + value for name, value in [*headers, (b"connection", b"close")]]
+    return b"\r\n".join(lines) + b"\r\n\r\n"

@@ -7,7 +7,6 @@ answer where none has begun, the log a traceback, and uvicorn nothing to say abo
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import time
@@ -16,8 +15,10 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.runtime.gateway.api import ApiError
 from coldframe.runtime.gateway.gone import ClientGone
 from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.gateway.shape import Shape, openai_shape, raw_answer
 
 __all__ = ["Notes", "RequestLog", "notes_of", "request_id_of"]
 
@@ -76,10 +77,14 @@ class RequestLog:
         log: Where the lines go.
         quiet: Paths of probes: each replica is asked every few seconds, and nobody wants to read
             it, unless it is not well. Logged as `debug`.
+        shape: Of an error.
     """
 
-    def __init__(self, app: Any, log: Log, quiet: Collection[str] = ()) -> None:
+    def __init__(
+        self, app: Any, log: Log, quiet: Collection[str] = (), shape: Shape = openai_shape
+    ) -> None:
         self._app = app
+        self._shape = shape
         self._log = log
         self._quiet = frozenset(quiet)
 
@@ -109,7 +114,14 @@ class RequestLog:
         except asyncio.CancelledError:
             # Only a server that ends does this; the task is over in any case.
             if notes.status is None:
-                await _answer(noting, 503, "The server is ending. Try again.")
+                error = ApiError(
+                    503,
+                    "The server is ending. Try again.",
+                    kind="server_error",
+                    code="shutting_down",
+                    retry_after_s=1.0,
+                )
+                await self._answer(noting, error, scope)
         except Exception as error:  # noqa: BLE001 - whatever it is, the server goes on
             # Starlette wraps what is raised once an answer has begun.
             if isinstance(error, ClientGone) or isinstance(error.__cause__, ClientGone):
@@ -122,9 +134,20 @@ class RequestLog:
             trace = f"{frames}{type(error).__name__}: {str(error)[:_LONGEST_WORDS]}"
             self._log.error("request failed", request_id=notes.request_id, traceback=trace)
             if notes.status is None:
-                await _answer(noting, 500, "Something went wrong here, not in the request.")
+                failure = ApiError(
+                    500,
+                    "Something went wrong here, not in the request.",
+                    kind="server_error",
+                    code="internal_error",
+                )
+                await self._answer(noting, failure, scope)
         finally:
             self._line(scope, notes, time.monotonic() - started)
+
+    async def _answer(self, send: Any, error: ApiError, scope: Any) -> None:
+        status, headers, body = raw_answer(error, self._shape, scope["path"])
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
 
     def _line(self, scope: Any, notes: Notes, seconds: float) -> None:
         well = notes.status is not None and notes.status < 400
@@ -145,18 +168,3 @@ class RequestLog:
                 "client_gone": notes.gone or None,
             },
         )
-
-
-async def _answer(send: Any, status: int, message: str) -> None:
-    error = {"message": message, "type": "server_error", "param": None, "code": "internal_error"}
-    if status == 503:
-        error["code"] = "shutting_down"
-    body = json.dumps({"error": error}).encode()
-    headers = [
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
-    if status == 503:
-        headers.append((b"retry-after", b"1"))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

@@ -18,6 +18,7 @@ from coldframe.runtime.gateway.metrics import Metrics
 from coldframe.runtime.gateway.openai.service import model, models
 from coldframe.runtime.gateway.platforms.adapters import adapter
 from coldframe.runtime.gateway.platforms.documents import document
+from coldframe.runtime.gateway.platforms.kserve import VERSION
 from coldframe.runtime.gateway.platforms.profile import Route
 from coldframe.runtime.gateway.platforms.table import COMMON, by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
@@ -63,7 +64,14 @@ def add_routes(
 def probe_paths(settings: GatewaySettings) -> tuple[set[str], set[str]]:
     """The platform's health routes; and all paths that are asked again and again, by whomever."""
     routes = by_name(settings.platform).routes_for(os.environ)
-    health = {route.path for route in routes if route.kind != "predict"}
+    names = {"{model}": settings.model, "{version}": VERSION}
+    health = set()
+    for route in routes:
+        if route.kind != "predict":
+            path = route.path
+            for parameter, value in names.items():
+                path = path.replace(parameter, value)
+            health.add(path)
     return health, {*health, *_STATE}
 
 
@@ -135,7 +143,11 @@ def _add_state(table: _Table, engine: FrontEngine, metrics: Metrics) -> None:
     async def ready(_: Request) -> Response:
         if engine.state.phase == "ready":
             return JsonResponse({"status": "ready"})
-        return JsonResponse(told(None), 503)
+        document = told(None)
+        if document["error"] is not None:
+            # A probe shows no key; where exactly it failed is in the log, and at /startup.
+            document["error"] = {"what": document["error"].get("what")}
+        return JsonResponse(document, 503)
 
     async def startup(_: Request) -> Response:
         return JsonResponse(told((await engine.ask("startup"))["timeline"]))

@@ -91,6 +91,7 @@ class _Stream:
         if self.open:
             self.trace.gone()
             self._line.leave(self)
+            self._wake()
 
     def timing(self) -> dict[str, float]:
         now = time.monotonic()
@@ -246,6 +247,8 @@ class Line:
 
     def _fail(self, stream: _Stream, error: ApiError) -> None:
         _count(stream.trace, error)
+        if stream.exchange is not None:
+            stream.exchange.failed(error)
         self.leave(stream)
         stream.fail(error)
 
@@ -297,6 +300,9 @@ class Line:
                 retry_after_s=self._pace_s(sequences),
             )
         _count(trace, error)
+        exchange = CURRENT.get()
+        if exchange is not None:
+            exchange.failed(error)
         raise error
 
     def loading(self, why: str, code: str) -> ApiError:

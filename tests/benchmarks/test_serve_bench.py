@@ -106,6 +106,21 @@ def test_both_servers_are_asked_for_exactly_so_many_tokens() -> None:
     assert body["prompt"] == [1, 2]
 
 
+def test_what_cannot_be_measured_is_refused_before_anything_starts(
+    demo_model: Callable[..., Path], tmp_path: Path
+) -> None:
+    command = [Path(sys.executable).parent / "coldframe", "bench", "serve"]
+    for arguments, word in (
+        ([tmp_path / "none"], "no such directory"),
+        ([demo_model("llama", "bfloat16"), "--runs", "0"], "--runs"),
+        ([demo_model("llama", "bfloat16"), "--vllm-python", tmp_path / "none"], "bench-vllm"),
+    ):
+        done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
+        assert done.returncode == 1
+        assert word in done.stderr
+        assert not done.stdout
+
+
 @pytest.mark.heavy
 def test_the_benchmark_runs_and_ends_in_one_document(
     demo_model: Callable[..., Path], no_leaks: Path

@@ -58,6 +58,7 @@ class Bench:
         ours, self.gateway = Channel.pair()
         self.replica = Requests()
         self.others: list[Message] = []
+        self.wrong: list[str] = []
         self.ends = 0
         answers: dict[str, Callable[[], dict[str, Any]]] = {"startup": lambda: {"state": "fine"}}
         self.desk = FrontDesk(
@@ -66,6 +67,7 @@ class Bench:
             answers,
             2,
             self.others.append,
+            self.wrong.append,
             self._ended,
         )
 
@@ -165,6 +167,7 @@ def test_questions(bench: Bench) -> None:
 def test_who_says_what_no_gateway_says_is_ended(bench: Bench, body: dict[str, Any]) -> None:
     bench.says(body)
     assert bench.ends == 1
+    assert len(bench.wrong) == 1
     assert not bench.replica.open
 
 

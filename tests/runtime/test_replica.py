@@ -52,6 +52,17 @@ def pid(replica: Replica, role: str) -> int:
     return found
 
 
+def test_a_long_prompt_is_tokenised_beside_the_others(demo_model: Make, no_leaks: Path) -> None:
+    with Replica(options(demo_model(), no_leaks)) as replica:
+        long, short = Client(), Client()
+        replica.submit(SamplingParams(max_tokens=2), long, prompt="once upon a time " * 100_000)
+        replica.submit(SamplingParams(max_tokens=2), short, prompt="once")
+        wait_for(replica, lambda: short.done)
+        assert long.error is None
+        wait_for(replica, lambda: long.error is not None)
+        assert isinstance(long.error, RequestError)
+
+
 def kill_and_wait(replica: Replica, role: str) -> None:
     victim = pid(replica, role)
     os.kill(victim, signal.SIGKILL)

@@ -65,6 +65,7 @@ class Reply:
     def __init__(self, prepared: Prepared, card: ModelCard, stream: Stream) -> None:
         self.card = card
         self.stream = prepared.stream
+        self.sequences = len(prepared.generations)
         self._prepared = prepared
         self._pieces = stream
         prefix = "chatcmpl" if prepared.kind == "chat" else "cmpl"

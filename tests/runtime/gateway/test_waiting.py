@@ -125,6 +125,18 @@ def test_who_goes_frees_the_place_and_the_worker() -> None:
     run(test)
 
 
+def test_who_waits_for_pieces_of_what_was_cancelled_waits_no_more() -> None:
+    async def test() -> None:
+        front = Front(limits())
+        stream = front.enter()
+        waiting = asyncio.create_task(collect(stream))
+        await asyncio.sleep(0)
+        stream.cancel()
+        assert await waiting == []
+
+    run(test)
+
+
 def test_leaving_the_iteration_cancels() -> None:
     async def test() -> None:
         front = Front(limits())

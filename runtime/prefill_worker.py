@@ -113,14 +113,16 @@ class _PrefillRole:
             self._line_up(job, *self._tokenised(job))
 
     def _tokenise_beside(self, job: Job) -> None:
-        body = {"type": _TOKENISED, "outcome": (job, *self._tokenised(job))}
+        body = {"type": _TOKENISED, "outcome": (job, *self._tokenised(job, in_background=True))}
         self._worker.inbox.put(Message(body, ()))
 
-    def _tokenised(self, job: Job) -> tuple[tuple[int, ...], RequestError | None]:
+    def _tokenised(
+        self, job: Job, *, in_background: bool = False
+    ) -> tuple[tuple[int, ...], RequestError | None]:
         """The prompt's ids, or what is wrong with it."""
         started = now()
         try:
-            return self._tokenise(job), None
+            return self._tokenise(job, in_background), None
         except RequestError as error:
             return (), error
         finally:
@@ -137,7 +139,7 @@ class _PrefillRole:
             self._leave(job.request)
             self._worker.refuse(job, wrong)
 
-    def _tokenise(self, job: Job) -> tuple[int, ...]:
+    def _tokenise(self, job: Job, in_background: bool) -> tuple[int, ...]:
         """The prompt's ids, checked against the model.
 
         Raises:
@@ -146,8 +148,9 @@ class _PrefillRole:
         spec = self._worker.spec
         ids = job.prompt_ids
         if ids is None:
-            text = job.prompt or ""
-            ids = tuple(self._worker.tokenizer.encode(text, add_special=job.add_special))
+            encode = self._worker.tokenizer.encode
+            text, special = job.prompt or "", job.add_special
+            ids = tuple(encode(text, add_special=special, in_background=in_background))
         if not ids:
             raise RequestError(
                 "the prompt has no tokens", where="prompt", expected="at least one", got="none"

@@ -87,12 +87,16 @@ class Tokenizer:
         """The number of tokens, added ones included; a model may have more rows than that."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, *, add_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, in_background: bool = False
+    ) -> list[int]:
         """The token ids of a text.
 
         Args:
             text: Any text without lone surrogates.
             add_special: Put the tokens around it that the model expects, such as begin-of-text.
+            in_background: Let other Python threads run meanwhile. The library starts a pool of
+                threads for it, with which a worker can no longer be frozen.
 
         Raises:
             RequestError: The text is not Unicode text, or the vocabulary has nothing for it.
@@ -108,8 +112,10 @@ class Tokenizer:
                 hint="Send it as UTF-8.",
             ) from None
         try:
-            # As a batch, since that lets other threads run meanwhile, and `encode` does not.
-            (encoded,) = self._inner.encode_batch([text], add_special_tokens=add_special)
+            if in_background:  # only a batch releases the interpreter's lock
+                (encoded,) = self._inner.encode_batch([text], add_special_tokens=add_special)
+            else:
+                encoded = self._inner.encode(text, add_special_tokens=add_special)
             return list(encoded.ids)
         except Exception as error:  # the library has no type of its own
             raise RequestError(

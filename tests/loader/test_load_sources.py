@@ -603,6 +603,7 @@ def test_each_refusal_of_a_server_has_an_error_of_its_own(
     refused(publish(), tmp_path / "files", HTTP_REFUSALS[row], in_the_middle)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("in_the_middle", [False, True], ids=["at once", "in the middle"])
 @pytest.mark.parametrize("row", S3_REFUSALS)
 @over_s3

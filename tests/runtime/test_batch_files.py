@@ -103,6 +103,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
     assert lines_of(tmp_path / "in") == [b"{}", b"\xef\xbb\xbf{}"]
 
 
+@pytest.mark.heavy
 def test_a_long_line_is_passed_over_in_little_memory(tmp_path: Path) -> None:
     # Holes of a sparse file: two lines of a gigabyte, with short ones around them.
     with (tmp_path / "in").open("wb") as file:

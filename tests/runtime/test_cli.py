@@ -322,6 +322,7 @@ def test_a_terminal_shows_the_progress_and_clears_it(demo_model: Make, no_leaks:
 # -- ends -------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
@@ -405,6 +406,7 @@ def test_without_an_answer_nothing_is_printed(demo_model: Make, no_leaks: Path) 
     assert done.stderr.startswith("coldframe: RequestError: ")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("closed", ["0", "1", "2", "01", "02", "12", "012"])
 def test_closed_standard_streams_do_no_harm(demo_model: Make, no_leaks: Path, closed: str) -> None:
     redirects = " ".join(f"{fd}>&-" for fd in closed)

@@ -354,6 +354,7 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path, how: signal.Signals) -> Non
 
 
 # A tmpfs of its own, in a mount namespace of its own: a disk that is really full.
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "limit",
     [

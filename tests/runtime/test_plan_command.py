@@ -128,6 +128,7 @@ def test_the_table(demo_model: Make, capsys: Capture) -> None:
     assert f"memory for 2 x {document['context']} tokens" in table
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_each_rank_reads_its_share(demo_model: Make, capsys: Capture, family: str) -> None:
     model = demo_model(family)
@@ -213,6 +214,7 @@ def on_a_peer(model: Path, patch: Patch) -> Iterator[str]:
         yield f"peer://{peer.host}:{peer.port}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("place", [on_http, on_s3, on_hub, on_a_peer])
 def test_a_model_that_is_elsewhere(
     place: Callable[[Path, Patch], Any],
@@ -240,6 +242,7 @@ def test_a_model_that_is_elsewhere(
     assert f"({human_bytes(1e6)}/s, given)" in table
 
 
+@pytest.mark.heavy
 def test_the_rate_is_that_of_the_source(demo_model: Make, capsys: Capture) -> None:
     model = demo_model("llama")
     size, pause = 16 << 10, 0.05

@@ -114,6 +114,7 @@ def test_overlap_can_be_switched_off(demo_model: Make, no_leaks: Path) -> None:
     assert client.tokens == expected(model, tuple(prompt_of(7)), 5)
 
 
+@pytest.mark.heavy
 def test_prefill_runs_ahead_of_the_weights(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks, throttle=size_of(model) / 8.0)) as replica:
@@ -413,6 +414,7 @@ def test_a_broken_checkpoint_is_refused_by_its_file(
         Replica(options(broken, no_leaks))
 
 
+@pytest.mark.heavy
 def test_a_shard_that_shrinks_while_it_is_read_ends_the_replica(
     demo_model: Make, tmp_path: Path, no_leaks: Path
 ) -> None:

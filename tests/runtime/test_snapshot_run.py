@@ -165,6 +165,7 @@ def test_an_image_for_the_next_start(made: Made, commands: Commands, tmp_path: P
     assert list((store / "manifests").iterdir()) == [manifest]
 
 
+@pytest.mark.heavy
 def test_a_new_version_makes_a_new_image(made: Made, commands: Commands, tmp_path: Path) -> None:
     old = edited(
         made.copy(tmp_path / "store"), lambda m: m["machine"].update(coldframe="0.0.9 0123456789")
@@ -181,6 +182,7 @@ def test_a_new_version_makes_a_new_image(made: Made, commands: Commands, tmp_pat
     assert {row["image"]: row["fits"] for row in listed} == {image: True, old.image: False}
 
 
+@pytest.mark.heavy
 def test_a_model_from_the_network_is_known_by_its_name(
     made: Made, commands: Commands, tmp_path: Path
 ) -> None:
@@ -282,6 +284,7 @@ def test_clones_answer_their_images_prompt_before_any_other(
     assert len(heads) == 2  # the image's own prompt, then this one
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_an_answer_is_out_when_the_making_of_an_image_is_cut_short(
     made: Made, commands: Commands, criu: Criu, tmp_path: Path, number: int

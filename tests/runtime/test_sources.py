@@ -209,6 +209,7 @@ def test_from_a_peer_that_has_it(
             assert tokens_of(replica) == answer
 
 
+@pytest.mark.heavy
 def test_from_a_peer_of_a_peer_that_is_still_loading(
     model: Path, answer: list[int], no_leaks: Path
 ) -> None:
@@ -239,6 +240,7 @@ def _state(replica: Replica, stage: int) -> StageState:
     return replica.board.state(stage)
 
 
+@pytest.mark.heavy
 def test_a_dead_peer_hands_over_to_a_server(
     model: Path, answer: list[int], stack: ExitStack, no_leaks: Path
 ) -> None:
@@ -252,6 +254,7 @@ def test_a_dead_peer_hands_over_to_a_server(
 # -- the cache ----------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_what_came_over_a_network_is_there_without_it(
     model: Path, answer: list[int], tmp_path: Path, no_leaks: Path
 ) -> None:
@@ -370,6 +373,7 @@ def test_an_object_that_is_replaced_while_it_is_loaded(
 # -- secrets ------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_no_credentials_are_in_what_is_printed(
     model: Path,
     answer: list[int],

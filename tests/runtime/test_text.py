@@ -245,3 +245,14 @@ def test_text_that_is_not_unicode(every: dict[str, Tokenizer]) -> None:
 def test_torch_is_not_needed() -> None:
     code = "import sys, coldframe.runtime.text; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "llama"])
+def test_a_long_text_has_the_same_tokens_in_the_background(
+    every: dict[str, Tokenizer], kind: str
+) -> None:
+    text = " ".join(TEXTS) * 50
+    tokenizer = every[kind]
+    for special in (False, True):
+        expected = tokenizer.encode(text, add_special=special)
+        assert tokenizer.encode(text, add_special=special, in_background=True) == expected

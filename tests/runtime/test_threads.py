@@ -99,6 +99,7 @@ def test_threads_can_be_asked_for(replica: Replica) -> None:
     assert psutil.Process(pid).num_threads() > OWN_THREADS
 
 
+@pytest.mark.heavy
 def test_an_idle_replica_sleeps(replica: Replica) -> None:
     processes = [psutil.Process(pid) for pid in replica.pids.values()]
 

@@ -115,6 +115,7 @@ print(state() == before)
     assert worker(demo_model(dtype="bfloat16"), code) == ["True"]
 
 
+@pytest.mark.heavy
 def test_a_large_model_takes_little_memory_and_gives_it_back(
     demo_model: Callable[..., Path],
 ) -> None:

@@ -316,6 +316,7 @@ def test_two_creators_at_once_both_succeed(image: Path, root: Path, into: Path) 
     assert same_files(image, into)
 
 
+@pytest.mark.heavy
 def test_a_creator_that_is_killed_leaves_a_store_that_works(
     image: Path, root: Path, tmp_path: Path
 ) -> None:

@@ -404,6 +404,7 @@ def test_identity_is_asked_for(proxy: FaultProxy) -> None:
     assert proxy.log[0].headers["host"] == proxy.url.removeprefix("http://")
 
 
+@pytest.mark.heavy
 def test_many_threads_with_many_faults(proxy: FaultProxy, content: bytes) -> None:
     counted = iter(range(10**6))
     faults = [

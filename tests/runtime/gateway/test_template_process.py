@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -20,16 +21,21 @@ LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% end
 def processes() -> list[psutil.Process]:
     """The process that is forked, and its forks."""
     found = psutil.Process().children(recursive=True)
-    living = [child for child in found if child.status() != psutil.STATUS_ZOMBIE]
-    assert all("template_process" in " ".join(child.cmdline()) for child in living)
-    return sorted(living, key=lambda child: child.ppid() != os.getpid())
+    living = []
+    for child in found:
+        with suppress(psutil.NoSuchProcess, psutil.ZombieProcess):  # it has ended meanwhile
+            if child.status() != psutil.STATUS_ZOMBIE:
+                assert "template_process" in " ".join(child.cmdline())
+                living.append((child.ppid() != os.getpid(), child))
+    return [child for _, child in sorted(living, key=lambda pair: pair[0])]
 
 
 def end(process: psutil.Process) -> None:
     """Kills it; returns when its parent, or the kernel, has noticed."""
     process.send_signal(signal.SIGKILL)
-    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        time.sleep(0.001)
+    with suppress(psutil.NoSuchProcess):  # it may be reaped between the two questions
+        while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            time.sleep(0.001)
 
 
 def test_a_template_that_loops_is_ended_and_the_next_one_runs(no_leaks: object) -> None:

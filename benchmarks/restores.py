@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,17 +149,21 @@ def _first_instruction(cloner: Cloner, work: str) -> int:
         asked = now() - clock_shift_ns()
         wake = Wake.message("bench", environment, cpu_count(), work, asked, Identity.current())
         ours.send(wake, [2])
-        # A replica without a memory service: the clone says what it has recorded, and ends.
-        ours.send(
-            {
-                "type": "init",
-                "name": "bench",
-                "role": "prefill",
-                "overlap": True,
-                "memory": os.path.join(work, "none.sock"),
-                "clock_shift_ns": clock_shift_ns(),
-            }
-        )
+        # A memory service that has gone: the clone says what it has recorded, and ends.
+        memory, gone = Channel.pair()
+        gone.close()
+        with closing(memory):
+            ours.send(
+                {
+                    "type": "init",
+                    "name": "bench",
+                    "role": "prefill",
+                    "parent": os.getpid(),
+                    "overlap": True,
+                    "clock_shift_ns": clock_shift_ns(),
+                },
+                [memory.fileno()],
+            )
         while (message := ours.recv(_WAIT_S)) is not None:
             if message.kind == "spans":
                 spans = [Span.from_wire(data) for data in message.body["spans"]]

@@ -11,7 +11,12 @@ from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
 from coldframe.loader.board import BoardView, Progress
-from coldframe.loader.errors import ColdframeError, ReplicaError, SourceUnreachable
+from coldframe.loader.errors import (
+    ColdframeError,
+    MemoryServiceGone,
+    ReplicaError,
+    SourceUnreachable,
+)
 from coldframe.loader.plan import Plan
 from coldframe.loader.wire import Channel, Message
 
@@ -232,7 +237,7 @@ class MemoryClient:
     # -- the reading thread ----------------------------------------------------------------------
 
     def _read(self) -> None:
-        lost = ReplicaError("the memory service is gone", hint="The replica must start again.")
+        lost = MemoryServiceGone("the memory service is gone")
         reason: ColdframeError = lost
         try:
             while (message := self._channel.recv()) is not None:

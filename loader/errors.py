@@ -238,6 +238,12 @@ class ReplicaError(ColdframeError):
     """A process of the replica died or stalled."""
 
 
+class MemoryServiceGone(ReplicaError):
+    """The connection to the memory service has ended: the service is dead, or about to be."""
+
+    default_hint = "The replica must start again."
+
+
 class PlatformError(ColdframeError):
     """The machine lacks what is needed."""
 

@@ -34,6 +34,9 @@ __all__ = ["Replica"]
 
 USAGE = ("kv_used", "kv_total", "bytes_done")
 
+_MEMORY_END_S = 1.0
+"""For how long a memory service that has left a worker is given to end."""
+
 
 class Replica:
     """A model being served by processes of its own.
@@ -473,6 +476,16 @@ class Replica:
             worker,
         )
         return True
+
+    def hear_memory(self) -> None:
+        memory, deadline = self._memory, time.monotonic() + _MEMORY_END_S
+        with selectors.DefaultSelector() as readable:
+            readable.register(memory.fileno(), selectors.EVENT_READ)
+            # Its end is an error, or a start with another one.
+            while self._error is None and self._memory is memory:
+                if not readable.select(max(0.0, deadline - time.monotonic())):
+                    return
+                self._on_memory()
 
     def _distrust(self, error: ColdframeError) -> None:
         if self._error is None:  # else that is why there was no answer

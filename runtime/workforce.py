@@ -18,7 +18,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
+from coldframe.loader.errors import (
+    ColdframeError,
+    MemoryServiceGone,
+    ReplicaError,
+    SnapshotError,
+)
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
@@ -56,6 +61,10 @@ class Owner(Protocol):
 
     def died(self, worker: WorkerProcess, code: int) -> bool:
         """A worker that was up is dead. Whether that is taken care of."""
+        ...
+
+    def hear_memory(self) -> None:
+        """Waits a moment for the memory service's end, and does what then has to be done."""
         ...
 
 
@@ -303,6 +312,10 @@ class Workforce:
                     self._groups[worker.group].spoke(worker)
                 case "broken":
                     error = ColdframeError.from_wire(message.body["error"])
+                    if isinstance(error, MemoryServiceGone):
+                        # A dying process closes one socket after the other: this worker's may have
+                        # been the first. None is to be started in its place.
+                        self._owner.hear_memory()
                     if isinstance(error, ReplicaError) or worker.restoring:
                         worker.last_words = str(error)  # another may fare better
                     else:

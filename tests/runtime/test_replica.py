@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,6 +40,9 @@ from tests.runtime.helpers import (
 
 Make = Callable[..., Path]
 
+_PIDFD_GETFD = 438
+"""The number of that call, the same on every architecture."""
+
 
 def options(model: Path, runs: Path, **more: object) -> ReplicaOptions:
     return ReplicaOptions(model=str(model), run_dir=str(runs), **more)  # type: ignore[arg-type]
@@ -45,6 +50,17 @@ def options(model: Path, runs: Path, **more: object) -> ReplicaOptions:
 
 def size_of(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+def descriptor_of(process: int, fd: int) -> int:
+    """A descriptor of another process, as one of ours."""
+    theirs = os.pidfd_open(process)
+    try:
+        ours: int = ctypes.CDLL(None, use_errno=True).syscall(_PIDFD_GETFD, theirs, fd, 0)
+    finally:
+        os.close(theirs)
+    assert ours >= 0, os.strerror(ctypes.get_errno())
+    return ours
 
 
 def pid(replica: Replica, role: str) -> int:
@@ -224,6 +240,24 @@ def test_the_memory_services_death_is_an_error(demo_model: Make, no_leaks: Path)
         assert "memory service" in str(client.error)
         with pytest.raises(ReplicaError):
             ask(replica, prompt_of(3), 2)
+
+
+def test_no_worker_is_started_for_a_memory_service_that_is_dying(
+    demo_model: Make, no_leaks: Path
+) -> None:
+    """A dying process closes its sockets in any order: the front's may be the last."""
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, throttle=size_of(model) / 20.0)) as replica:
+        client = ask(replica, prompt_of(20), 8)
+        wait_for(replica, lambda: replica.board is not None)
+        wait_for(replica, lambda: all(w.up for w in replica._workforce.workers.values()))
+        before, service = set(replica.pids), pid(replica, "memory")
+        held = descriptor_of(service, 3)  # its end of the front's socket
+        os.kill(service, signal.SIGKILL)
+        threading.Timer(0.3, os.close, [held]).start()
+        finish(replica, client, seconds=20)
+        assert "the memory service died" in str(client.error)
+        assert set(replica.pids) <= before
 
 
 def test_workers_that_die_again_and_again_end_the_replica(demo_model: Make, no_leaks: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
@@ -17,6 +17,7 @@ from coldframe.loader.errors import (
     ReplicaError,
     SourceUnreachable,
 )
+from coldframe.loader.ledger import Blocks
 from coldframe.loader.plan import Plan
 from coldframe.loader.wire import Channel, Message
 
@@ -24,6 +25,9 @@ __all__ = ["KvArena", "MemoryClient", "STALL_S"]
 
 _Work = tuple[list[int], list[tuple[int, int]]]
 """Stages, and the stretches of the arena that are to be entered for them."""
+
+_ANSWERS = ("assigned", "claimed", "dropped")
+_ASK_AGAIN_S = 0.9
 
 STALL_S = 60.0
 """How long a wait for weights goes on without a single byte coming in, in seconds."""
@@ -83,6 +87,8 @@ class MemoryClient:
         self._arrived: set[int] = set()
         self._populated: set[int] = set()
         self._error: ColdframeError | None = None
+        self._refused = False
+        self._refused_at = 0.0
         self._mapped = False
         self._seen = -1
         self._seen_at = time.monotonic()
@@ -185,20 +191,33 @@ class MemoryClient:
 
     # -- KV --------------------------------------------------------------------------------------
 
-    def grant(self, count: int) -> list[int]:
-        """Asks for KV blocks: so many, or none while there are not enough (`on_event` follows)."""
-        blocks: list[int] = self._ask({"type": "grant", "count": count})["blocks"]
-        return blocks
+    @property
+    def may_assign(self) -> bool:
+        """Whether blocks that were refused may be there by now, so that it is worth asking."""
+        return not self._refused or time.monotonic() - self._refused_at > _ASK_AGAIN_S
 
-    def give_back(self, blocks: list[int]) -> None:
-        self._channel.send({"type": "give_back", "blocks": blocks})
+    def assign(
+        self, request: str, attempt: int, count: int, keys: Sequence[str] = ()
+    ) -> Blocks | None:
+        """Asks for a request's blocks, to be held by this worker; see `BlockLedger.assign`.
 
-    def assign(self, request: str, attempt: int, blocks: list[int]) -> bool:
-        """Gives granted blocks to a request, held by this worker; see `BlockLedger.assign`."""
-        answer = self._ask(
-            {"type": "assign", "request": request, "attempt": attempt, "blocks": blocks}
-        )
-        return bool(answer["taken"])
+        Returns:
+            None where it cannot have them at the moment: there are not enough, or the service has
+            not heard yet that the request was opened, or that its former worker is dead. Ask
+            again as soon as `may_assign`; `on_event` is called then.
+        """
+        # First: the news that make it worth asking may come right behind the answer.
+        self._refused, self._refused_at = True, time.monotonic()
+        body = {"type": "assign", "request": request, "attempt": attempt, "count": count}
+        answer = self._ask({**body, "keys": list(keys)})
+        if answer["blocks"] is None:
+            return None
+        self._refused = False
+        return Blocks(answer["blocks"], answer["reused"])
+
+    def publish(self, request: str, keys: Sequence[str]) -> None:
+        """Says that a request's KV is written, for others to read; see `BlockLedger.publish`."""
+        self._channel.send({"type": "publish", "request": request, "keys": list(keys)})
 
     def claim(self, request: str, attempt: int) -> list[int] | None:
         """Takes over a request's blocks from whoever held them; see `BlockLedger.claim`."""
@@ -212,6 +231,10 @@ class MemoryClient:
         Returns once the ledger knows, so that who is told of the request next can claim them.
         """
         self._ask({"type": "drop", "request": request})
+
+    def finish(self, request: str) -> None:
+        """Lets a request's blocks go where nobody is to claim them; see `BlockLedger.finish`."""
+        self._channel.send({"type": "finish", "request": request})
 
     def renew(self, request: str) -> None:
         """Keeps the blocks of a request that was dropped and not claimed yet."""
@@ -244,7 +267,8 @@ class MemoryClient:
                 with self._changed:
                     self._take(message)
                     self._changed.notify_all()
-                self._on_event()
+                if message.kind not in _ANSWERS:  # whoever asked waits for it already
+                    self._on_event()
         except ColdframeError as error:
             reason = error
         except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
@@ -305,8 +329,10 @@ class MemoryClient:
                 self.kv = KvArena(reservation, body["block_bytes"], body["blocks"])
             case "failed":
                 self._error = ColdframeError.from_wire(body["error"])
-            case "granted" | "assigned" | "claimed" | "dropped":
+            case kind if kind in _ANSWERS:
                 self._answers.append(message)
+            case "available":
+                self._refused = False
 
     def _reserve(self, size: int, base: int) -> Reservation:
         held = self._reserved.pop(base, None)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from typing import Any
 
 from coldframe.loader.arena import PAGE, Segment, round_up
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices import Device
 from coldframe.loader.errors import ReplicaError
-from coldframe.loader.ledger import BlockLedger
+from coldframe.loader.ledger import BlockLedger, KvUsage
 
 __all__ = ["KvDesk"]
 
@@ -66,9 +67,9 @@ class KvDesk:
             body, segment = self._offer
             self._send(worker, body, (segment.fd,))
 
-    def usage(self) -> tuple[int, int]:
-        """Blocks that belong to requests, and blocks that there are; both 0 before the arena."""
-        return (0, 0) if self._ledger is None else (self._ledger.used, self._ledger.blocks)
+    def usage(self) -> KvUsage:
+        """What the ledger counts; nothing before the arena."""
+        return KvUsage() if self._ledger is None else self._ledger.usage
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
@@ -86,26 +87,24 @@ class KvDesk:
 
     def on_open(self, connection: Connection, request: str) -> None:
         self._books.open(request, connection.key)
+        self._tell_available()  # a worker may have asked before
 
     def on_release(self, connection: Connection, request: str) -> None:
         self._books.release(request)
         self._tell_available()
 
-    def on_grant(self, connection: Connection, count: int) -> None:
-        blocks = self._books.grant(connection.key, count)
-        connection.waits_for_blocks = not blocks
-        self._send(connection, {"type": "granted", "blocks": blocks})
-
-    def on_give_back(self, connection: Connection, blocks: list[int]) -> None:
-        self._books.give_back(connection.key, blocks)
-        self._tell_available()
-
     def on_assign(
-        self, connection: Connection, request: str, attempt: int, blocks: list[int]
+        self, connection: Connection, request: str, attempt: int, count: int, keys: list[str]
     ) -> None:
-        taken = self._books.assign(connection.key, request, attempt, blocks)
-        self._send(connection, {"type": "assigned", "taken": taken})
-        self._tell_available()  # a new attempt frees what the old one has left
+        got = self._books.assign(connection.key, request, attempt, count, keys)
+        connection.waits_for_blocks = got is None
+        body = {"blocks": None, "reused": 0} if got is None else asdict(got)
+        self._send(connection, {"type": "assigned", **body})
+        if got is not None:
+            self._tell_available()  # a new attempt frees what the old one has left
+
+    def on_publish(self, connection: Connection, request: str, keys: list[str]) -> None:
+        self._books.publish(connection.key, request, keys)
 
     def on_claim(self, connection: Connection, request: str, attempt: int) -> None:
         blocks = self._books.claim(connection.key, request, attempt)
@@ -114,6 +113,10 @@ class KvDesk:
     def on_drop(self, connection: Connection, request: str) -> None:
         self._books.drop(connection.key, request, time.monotonic())
         self._send(connection, {"type": "dropped"})
+        self._tell_available()
+
+    def on_finish(self, connection: Connection, request: str) -> None:
+        self._books.finish(connection.key, request)
         self._tell_available()
 
     def on_renew(self, connection: Connection, request: str) -> None:

@@ -1,19 +1,60 @@
 """The ledger of KV blocks: which are free, whose the others are, and when they come back.
 
-A block is in one place at any time: free, granted to a worker (its own pocket), or owned by a
-request. A request's blocks have at most one *holder*, the worker that reads and writes them, and
-are freed only when nobody holds them: neither a cancelled request nor an expired lease ever
-frees memory under a worker's hands. Pure bookkeeping; sockets and clocks are the caller's.
+A request's blocks have at most one *holder*, the worker that reads and writes them, and are freed
+only when nobody holds them: neither a cancelled request nor an expired lease ever frees memory
+under a worker's hands.
+
+Full blocks can be *published* under a key, which stands for all tokens up to the block's end; what
+it is made of is the workers' affair (`coldframe.runtime.prefix`). From then on nobody writes to
+them. A request that begins with the same tokens refers to them instead of computing them again,
+and they outlive all requests: a block that none refers to any more is kept until its memory is
+needed. A request refers to blocks from the first one on without a gap, so that blocks nobody
+refers to are never continued by one that is in use; of these the one used longest ago is forgotten
+first, and always after those that continue it.
+
+Pure bookkeeping; sockets and clocks are the caller's.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coldframe.loader.errors import ArenaError
 
-__all__ = ["BlockLedger"]
+__all__ = ["BlockLedger", "Blocks", "KvUsage"]
+
+
+@dataclass(frozen=True, slots=True)
+class Blocks:
+    """What a request got.
+
+    Args:
+        blocks: In order, from its first token on.
+        reused: How many of them, from the first, hold their tokens already and are not to be
+            written to.
+    """
+
+    blocks: list[int]
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvUsage:
+    """What the ledger counts.
+
+    Args:
+        used: Blocks of requests, each once.
+        cached: Blocks that are kept for requests to come.
+        total: All that there are.
+        reused: How often a block was found instead of computed, so far.
+    """
+
+    used: int = 0
+    cached: int = 0
+    total: int = 0
+    reused: int = 0
 
 
 @dataclass(slots=True)
@@ -24,8 +65,21 @@ class _Account:
     attempt: int = -1
     holder: str | None = None
     blocks: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    """Of the published blocks it refers to, from the first one on. A block of its own may stand
+    in the place of one of them, where another request published the same tokens before it."""
+    written: bool = False
+    """Whether its blocks hold what a hand-off says of them."""
     released: bool = False
     lease_ends: float | None = None
+
+
+@dataclass(slots=True)
+class _Published:
+    """A block that is read by many and written by nobody."""
+
+    block: int
+    references: int
 
 
 class BlockLedger:
@@ -39,20 +93,25 @@ class BlockLedger:
     def __init__(self, blocks: int, lease_s: float = 30.0) -> None:
         self.blocks = blocks
         self.lease_s = lease_s
+        self._reused = 0
         self._returned: deque[int] = deque()
         self._next = 0
-        """Blocks from here on were never granted; however many there are, none is listed."""
-        self._pockets: dict[str, set[int]] = {}
+        """Blocks from here on were never given out; however many there are, none is listed."""
         self._accounts: dict[str, _Account] = {}
+        self._published: dict[str, _Published] = {}
+        self._key_of: dict[int, str] = {}
+        """The keys of the published blocks."""
+        self._unused: dict[str, None] = {}
+        """Keys that no request refers to, in the order in which they are forgotten."""
 
     @property
     def free(self) -> int:
-        return len(self._returned) + self.blocks - self._next
+        """Blocks that a request can get, those included that are kept until one needs them."""
+        return len(self._returned) + self.blocks - self._next + len(self._unused)
 
     @property
-    def used(self) -> int:
-        """Blocks that belong to requests; what is in a worker's pocket can still go to any."""
-        return sum(len(account.blocks) for account in self._accounts.values())
+    def usage(self) -> KvUsage:
+        return KvUsage(self.blocks - self.free, len(self._unused), self.blocks, self._reused)
 
     @property
     def requests(self) -> int:
@@ -69,53 +128,88 @@ class BlockLedger:
             account.released = True
             self._settle(request)
 
-    def grant(self, worker: str, count: int) -> list[int]:
-        """Moves up to `count` free blocks into a worker's pocket: all of them, or none."""
-        if count > self.free:
-            return []
-        used = min(count, len(self._returned))
-        taken = [self._returned.popleft() for _ in range(used)]
-        taken += range(self._next, self._next + count - used)
-        self._next += count - used
-        self._pockets.setdefault(worker, set()).update(taken)
-        return taken
+    def assign(
+        self, worker: str, request: str, attempt: int, count: int, keys: Sequence[str] = ()
+    ) -> Blocks | None:
+        """Gives a request the blocks that it needs, held by a worker: all of them, or none.
 
-    def give_back(self, worker: str, blocks: list[int]) -> None:
-        self._take_from_pocket(worker, blocks)
-        self._returned.extend(blocks)
+        They replace what an older attempt, or a worker that died over them, has left.
 
-    def assign(self, worker: str, request: str, attempt: int, blocks: list[int]) -> bool:
-        """Moves blocks from a worker's pocket to a request, which the worker then holds.
-
-        A newer attempt replaces what an older one has left; on the same attempt it adds.
+        Args:
+            worker: The holder to be.
+            request: Whose they are.
+            attempt: The holder's.
+            count: How many.
+            keys: Of its first tokens, block by block; what is published of them is reused.
 
         Returns:
-            False where the request has ended or another holds it; the blocks stay in the pocket.
+            None where there are not enough at the moment, the request has ended, or another
+            worker holds it.
+
+        Raises:
+            ArenaError: There are more keys than blocks.
         """
         account = self._accounts.get(request)
         if account is None or account.released or attempt < account.attempt:
-            return False
+            return None
         if account.holder not in (None, worker):
-            return False
-        self._take_from_pocket(worker, blocks)
-        if attempt > account.attempt:
-            self._returned.extend(account.blocks)
-            account.blocks = []
+            return None
+        if account.holder == worker and attempt == account.attempt:
+            return None  # it has what it asks for
+        if len(keys) > count:
+            raise _nonsense(worker, f"at most {count} keys", len(keys))
+        self._give_up(account)
+        account.holder = None
+        found = self._find(keys)
+        # First of all, lest they be forgotten to make room for the others.
+        self._refer(found)
+        if count - len(found) > self.free:
+            self._unrefer(found)
+            return None
+        fresh = [self._take() for _ in range(count - len(found))]
         account.attempt, account.holder, account.lease_ends = attempt, worker, None
-        account.blocks.extend(blocks)
-        return True
+        account.keys = found
+        account.blocks = [self._published[key].block for key in found] + fresh
+        self._reused += len(found)
+        return Blocks(list(account.blocks), len(found))
+
+    def publish(self, worker: str, request: str, keys: Sequence[str]) -> None:
+        """The holder says that the request's KV is written up to what a hand-off would say.
+
+        Args:
+            worker: The holder.
+            request: Whose blocks they are.
+            keys: Of its first blocks, all of them full. Nobody writes to them any more.
+
+        Raises:
+            ArenaError: The keys are not those that the request began with, or too many.
+        """
+        account = self._accounts.get(request)
+        if account is None or account.holder != worker:
+            return
+        known = len(account.keys)
+        if len(keys) > len(account.blocks) or list(keys[:known]) != account.keys[: len(keys)]:
+            raise _nonsense(worker, f"{len(account.keys)} known keys and more", len(keys))
+        account.written = True
+        for block, key in zip(account.blocks[known:], keys[known:], strict=False):
+            if key in self._published:
+                self._refer([key])
+            else:
+                self._published[key] = _Published(block, 1)
+                self._key_of[block] = key
+            account.keys.append(key)
 
     def claim(self, worker: str, request: str, attempt: int) -> list[int] | None:
         """Makes a worker the holder of a request's blocks.
 
         Returns:
             The blocks in order, or None where the request has ended, its lease has run out,
-            another holds it, or the attempt is an old one.
+            another holds it, its KV was never written to the end, or the attempt is an old one.
         """
         account = self._accounts.get(request)
         if account is None or account.released or attempt < account.attempt:
             return None
-        if account.holder not in (None, worker) or not account.blocks:
+        if account.holder not in (None, worker) or not account.written:
             return None
         account.attempt, account.holder, account.lease_ends = attempt, worker, None
         return list(account.blocks)
@@ -127,6 +221,17 @@ class BlockLedger:
             account.holder, account.lease_ends = None, now + self.lease_s
             self._settle(request)
 
+    def finish(self, worker: str, request: str) -> None:
+        """The worker lets go, and nobody is to go on with these blocks.
+
+        Whoever should get the request again finds what was published, and computes the rest.
+        """
+        account = self._accounts.get(request)
+        if account is not None and account.holder == worker:
+            account.holder = None
+            self._give_up(account)
+            self._settle(request)
+
     def renew(self, request: str, now: float) -> None:
         """Starts the lease again: whoever passed the request on still cares for it."""
         account = self._accounts.get(request)
@@ -134,8 +239,7 @@ class BlockLedger:
             account.lease_ends = now + self.lease_s
 
     def worker_gone(self, worker: str, now: float) -> None:
-        """A worker died: its pocket is free, what it held waits for another."""
-        self._returned.extend(self._pockets.pop(worker, set()))
+        """A worker died: what it held waits for another."""
         for request in [r for r, a in self._accounts.items() if a.holder == worker]:
             self.drop(worker, request, now)
 
@@ -153,24 +257,62 @@ class BlockLedger:
         expired = []
         for request, account in self._accounts.items():
             if account.lease_ends is not None and now >= account.lease_ends:
-                self._returned.extend(account.blocks)
-                account.blocks, account.lease_ends = [], None
+                self._give_up(account)
                 expired.append(request)
         return expired
 
     def _settle(self, request: str) -> None:
         account = self._accounts[request]
         if account.released and account.holder is None:
-            self._returned.extend(account.blocks)
+            self._give_up(account)
             del self._accounts[request]
 
-    def _take_from_pocket(self, worker: str, blocks: list[int]) -> None:
-        pocket = self._pockets.get(worker, set())
-        if len(set(blocks)) != len(blocks) or not pocket.issuperset(blocks):
-            raise ArenaError(
-                "a worker disposed of KV blocks that it was not granted",
-                where=worker,
-                expected=f"some of {len(pocket)} granted",
-                got=str(sorted(set(blocks) - pocket)[:8]),
-            )
-        pocket.difference_update(blocks)
+    def _give_up(self, account: _Account) -> None:
+        """Takes all blocks from a request."""
+        self._returned.extend(block for block in account.blocks if block not in self._key_of)
+        self._unrefer(account.keys)
+        account.blocks, account.keys = [], []
+        account.written, account.lease_ends = False, None
+
+    def _take(self) -> int:
+        """A block for a new owner; there is one."""
+        if self._returned:
+            return self._returned.popleft()
+        if self._next < self.blocks:
+            self._next += 1
+            return self._next - 1
+        key = next(iter(self._unused))
+        del self._unused[key]
+        block = self._published.pop(key).block
+        del self._key_of[block]
+        return block
+
+    def _find(self, keys: Sequence[str]) -> list[str]:
+        """Those of the keys, from the first, whose blocks are there."""
+        found = []
+        for key in keys:
+            if key not in self._published:
+                break
+            found.append(key)
+        return found
+
+    def _refer(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self._published[key].references += 1
+            self._unused.pop(key, None)
+
+    def _unrefer(self, keys: Sequence[str]) -> None:
+        for key in reversed(keys):  # what continues a block is forgotten before it
+            published = self._published[key]
+            published.references -= 1
+            if not published.references:
+                self._unused[key] = None
+
+
+def _nonsense(worker: str, expected: str, got: object) -> ArenaError:
+    return ArenaError(
+        "a worker gave keys that are not those of its KV blocks",
+        where=worker,
+        expected=expected,
+        got=got,
+    )

@@ -5,9 +5,9 @@ blocks. Its one owner, at the other end of the inherited socket, says what to lo
 owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
-`hello`, `grant`, `give_back`, `assign`, `claim`, `drop`, `renew`, `remapped` (from workers).
+`hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers).
 Messages out: `files`, `plan` (board and segments), `kv`, `stage`, `remap`, `relaid`, `failed`,
-`loaded`, `moved`, `kept`, `usage`, `granted`, `assigned`, `claimed`, `dropped`, `available`.
+`loaded`, `moved`, `kept`, `usage`, `assigned`, `claimed`, `dropped`, `available`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from typing import Any
 
 from coldframe.loader.arena import Segment
@@ -438,10 +439,9 @@ class MemoryService:
         """What is asked for when somebody looks at the replica's metrics."""
         if client is not self._owner:
             raise ReplicaError("only the owner asks what is in use", where=client.key)
-        used, total = self._kv.usage()
+        kv = {f"kv_{name}": count for name, count in asdict(self._kv.usage()).items()}
         done = self._load.board.progress.done if self._load is not None and self._planned else 0
-        body = {"type": "usage", "kv_used": used, "kv_total": total, "bytes_done": done}
-        self._send(self._owner, body)
+        self._send(self._owner, {"type": "usage", **kv, "bytes_done": done})
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:

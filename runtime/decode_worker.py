@@ -6,8 +6,6 @@ from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.handoff import Handoff
-from coldframe.runtime.kvpool import KvPool
-from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
@@ -28,34 +26,36 @@ def run(worker: Worker) -> None:
 class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._client = worker.client
         self._decoder = Decoder(worker.model)
-        self._pool = KvPool(self._client, worker.kv.blocks, BLOCK_TOKENS)
+        self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""
-        self._waiting: list[Handoff] = []
+        self._waiting: dict[str, Handoff] = {}
         """Requests that lost their KV, until there are blocks to compute it again in."""
-        self._recomputed: dict[str, list[int]] = {}
-        """Blocks of this worker's own with such KV, until the ledger has them as the request's."""
+        self._recomputed: set[str] = set()
+        """Requests whose KV is not whole yet, so that nobody else may take it to be."""
 
     def run(self) -> None:
         while True:
             self._worker.beat()
             self._receive(block=not len(self._decoder))
             if not len(self._decoder):
-                self._pool.trim()
                 continue
             emitted = self._decoder.step()
             for sequence, emission in emitted:
                 if emission.finish is not None:
-                    self._let_go(sequence.request)
+                    self._let_go(sequence)
                 elif sequence.request in self._recomputed:
-                    self._publish(sequence)
+                    self._recomputed.remove(sequence.request)
+                    self._pool.publish(sequence)
             items = [emission.to_wire() for _, emission in emitted]
             self._worker.control.send({"type": "tokens", "items": items})
 
     def _receive(self, *, block: bool) -> None:
-        self._waiting = [handoff for handoff in self._waiting if not self._admit(handoff)]
+        for handoff in list(self._waiting.values()):
+            if not self._pool.may_take or not self._admit(handoff):
+                break
+            del self._waiting[handoff.job.request]
         for message in self._worker.messages(block=block):
             if message.kind == "handoff":
                 self._take(Handoff.from_wire(message.body["handoff"]))
@@ -68,7 +68,7 @@ class _DecodeRole:
         if self._seen.get(job.request, -1) < job.attempt:
             self._seen[job.request] = job.attempt
             if not self._admit(handoff):
-                self._waiting.append(handoff)
+                self._waiting[job.request] = handoff
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
     def _check(self, handoff: Handoff) -> None:
@@ -91,39 +91,27 @@ class _DecodeRole:
         job = handoff.job
         assert job.prompt_ids is not None
         sequence = self._worker.sequence(job, job.prompt_ids)
-        blocks = self._client.claim(job.request, job.attempt)
-        if blocks is not None:
-            sequence.kv_tokens = handoff.kv_tokens
-        else:
+        if not self._pool.claim(sequence, handoff.kv_tokens):
             try:
-                blocks = self._pool.reserve(job.request, sequence.most_tokens)
+                if not self._pool.take(sequence):
+                    return False
             except RequestError as error:
                 self._seen.pop(job.request)
                 self._worker.refuse(job, error)
                 return True
-            if blocks is None:
-                return False
-            self._recomputed[job.request] = blocks
-        sequence.blocks = blocks
+            self._recomputed.add(job.request)
         self._decoder.admit(sequence)
         return True
 
-    def _publish(self, sequence: Sequence) -> None:
-        """Makes blocks the request's, now that the KV in them is whole.
-
-        Not before: whoever claims a request's blocks takes them to hold what the hand-off says.
-        """
-        blocks = self._recomputed[sequence.request]
-        if self._client.assign(sequence.request, sequence.attempt, blocks):
-            del self._recomputed[sequence.request]
-
     def _cancel(self, request: str) -> None:
-        self._waiting = [handoff for handoff in self._waiting if handoff.job.request != request]
-        self._decoder.remove(request)
-        if request in self._seen:
-            self._let_go(request)
-
-    def _let_go(self, request: str) -> None:
-        self._pool.put_back(self._recomputed.pop(request, []))
-        self._client.drop(request)
+        self._waiting.pop(request, None)
         self._seen.pop(request, None)
+        sequence = self._decoder.remove(request)
+        if sequence is not None:
+            self._let_go(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        """Its tokens are what a next turn begins with, so its KV is kept, too."""
+        self._pool.finish(sequence)
+        self._recomputed.discard(sequence.request)
+        self._seen.pop(sequence.request, None)

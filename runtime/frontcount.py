@@ -71,7 +71,9 @@ class FrontCount:
         found = {name: resident(pid) for name, pid in processes.items()}
         return FrontStats(
             kv_blocks_used=replica.usage.get("kv_used", 0),
+            kv_blocks_cached=replica.usage.get("kv_cached", 0),
             kv_blocks_total=replica.usage.get("kv_total", 0),
+            kv_blocks_reused=replica.usage.get("kv_reused", 0),
             weights_bytes=replica.facts.get("weights_bytes", 0),
             bytes_loaded=0 if replica.board is None else replica.board.progress.done,
             load_s=replica.load_s,

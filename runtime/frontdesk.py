@@ -159,7 +159,10 @@ class FrontDesk:
             own = [event.token, event.logprob, spelled[0]]
             top = [[t, p, s] for (t, p), s in zip(event.top, spelled[1:], strict=True)]
         self._tokens.append(
-            [number, event.token, event.text, event.finish, event.prompt_tokens, own, top]
+            [
+                *(number, event.token, event.text, event.finish),
+                *(event.prompt_tokens, own, top, event.cached_tokens),
+            ]
         )
 
     def refuse(self, number: int, error: ColdframeError) -> None:

@@ -32,6 +32,7 @@ class FrontStats:
 
     Args:
         kv_blocks_used: Blocks that belong to requests.
+        kv_blocks_cached: Blocks that belong to none, and are kept for requests that begin alike.
         kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
         kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
         weights_bytes: Bytes of the model's weights.
@@ -48,6 +49,7 @@ class FrontStats:
     """
 
     kv_blocks_used: int = 0
+    kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     kv_blocks_reused: int = 0
     weights_bytes: int = 0

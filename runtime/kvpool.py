@@ -1,97 +1,118 @@
-"""A worker's pocket of KV blocks: granted by the memory service in chunks, given to requests."""
+"""A worker's dealings in KV blocks: what a request gets, what is reused, and what others may read.
+
+A request gets at its start all the blocks that it can come to need. Memory is touched as they
+fill, so that costs nothing; and no request can run dry half-way. Of these blocks those that an
+earlier request has filled with the same tokens are read only: the first token that is computed
+lies in a block of the request's own.
+"""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.prefix import PrefixKeys
+
+if TYPE_CHECKING:
+    from coldframe.runtime.engine.sequence import Sequence
 
 __all__ = ["KvPool"]
 
-_CHUNK = 64
-"""Blocks asked for at a time, so that most requests cost no question of their own."""
-
 
 class KvPool:
-    """Hands out blocks to requests.
-
-    A request gets at its start all the blocks that it can come to need. Memory is touched as
-    they fill, so that costs nothing; and no request can run dry half-way.
+    """Gets blocks for sequences, and lets them go.
 
     Args:
         client: The memory service.
         blocks: All the blocks that there are.
         block_tokens: Tokens in one.
+        keys: Makes the keys that blocks are found by; None reuses none.
     """
 
-    def __init__(self, client: MemoryClient, blocks: int, block_tokens: int) -> None:
+    def __init__(
+        self,
+        client: MemoryClient,
+        blocks: int,
+        block_tokens: int,
+        keys: PrefixKeys | None = None,
+    ) -> None:
         self._client = client
         self._blocks = blocks
         self._block_tokens = block_tokens
-        # A pocket must not hold back what another worker could use, where there are few.
-        self._chunk = max(1, min(_CHUNK, blocks // 8))
-        self._pocket: list[int] = []
+        self._keys = keys
 
-    def take(self, request: str, attempt: int, tokens: int) -> list[int] | None:
-        """Blocks for a request, assigned to it in the ledger and held by this worker.
+    @property
+    def may_take(self) -> bool:
+        """Whether it is worth asking for blocks again that were not to be had."""
+        return self._client.may_assign
+
+    def take(self, sequence: Sequence) -> bool:
+        """Gives a sequence its blocks, with as much of its KV in them as is there already.
 
         Returns:
-            The blocks, or None where it cannot have them at the moment: there are not enough, or
-            the memory service has not heard yet that the request was opened, or that its former
-            worker is dead. Ask again until it works or the request is cancelled.
+            Whether it has them; else ask again once `may_take`.
 
         Raises:
             RequestError: It needs more than there are.
         """
-        blocks = self.reserve(request, tokens)
-        if blocks is None or self._client.assign(request, attempt, blocks):
-            return blocks
-        self.put_back(blocks)
-        return None
-
-    def reserve(self, request: str, tokens: int) -> list[int] | None:
-        """Blocks of the worker's own, for a request that they are not assigned to yet.
-
-        They come back with `put_back`, or become the request's with `MemoryClient.assign`.
-
-        Returns:
-            The blocks, or None where there are not enough at the moment.
-
-        Raises:
-            RequestError: It needs more than there are.
-        """
-        needed = -(-tokens // self._block_tokens)
+        needed = -(-sequence.most_tokens // self._block_tokens)
         if needed > self._blocks:
             raise RequestError(
                 "the request needs more KV than there is",
                 where="prompt",
                 expected=f"at most {self._blocks * self._block_tokens} tokens",
-                got=f"{tokens} tokens of prompt and answer",
+                got=f"{sequence.most_tokens} tokens of prompt and answer",
                 hint="Ask for fewer tokens or give the replica more KV memory.",
             )
-        if not self._refill(needed):
-            # Two workers that each kept what the other lacks would wait for each other.
-            self.trim()
-            return None
-        taken = self._pocket[:needed]
-        del self._pocket[:needed]
-        return taken
+        # The last token is computed in any case: what follows it is what is asked for.
+        keys = self._keys_of(sequence, sequence.tokens - 1)
+        got = self._client.assign(sequence.request, sequence.attempt, needed, keys)
+        if got is None:
+            return False
+        sequence.blocks = got.blocks
+        sequence.kv_tokens = got.reused * self._block_tokens
+        sequence.cached_tokens = min(sequence.kv_tokens, len(sequence.prompt_ids))
+        return True
 
-    def put_back(self, blocks: list[int]) -> None:
-        """Takes back blocks that were reserved."""
-        self._pocket += blocks
+    def claim(self, sequence: Sequence, kv_tokens: int) -> bool:
+        """Takes over the blocks of a sequence that was handed over.
 
-    def trim(self) -> None:
-        """Gives back what is left over; for a worker that has nothing to do."""
-        if self._pocket:
-            self._client.give_back(self._pocket)
-            self._pocket = []
+        Args:
+            sequence: Whose.
+            kv_tokens: How many of its tokens they hold.
 
-    def _refill(self, needed: int) -> bool:
-        missing = needed - len(self._pocket)
-        if missing > 0:
-            for count in (max(missing, self._chunk), missing):
-                granted = self._client.grant(count)
-                if granted:
-                    self._pocket += granted
-                    break
-        return len(self._pocket) >= needed
+        Returns:
+            Whether they are still there.
+        """
+        blocks = self._client.claim(sequence.request, sequence.attempt)
+        if blocks is None:
+            return False
+        sequence.blocks, sequence.kv_tokens = blocks, kv_tokens
+        return True
+
+    def publish(self, sequence: Sequence) -> None:
+        """Says that what `kv_tokens` counts is written: whoever claims the blocks finds it there.
+
+        The full ones among them may be read for other requests from now on.
+        """
+        self._client.publish(sequence.request, self._keys_of(sequence, sequence.kv_tokens))
+
+    def hand_over(self, sequence: Sequence) -> None:
+        """Publishes and lets go: another worker may claim the blocks, until a lease runs out.
+
+        Returns once that is known, so that who is told of the request next can do so.
+        """
+        self.publish(sequence)
+        self._client.drop(sequence.request)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Publishes and lets go: the sequence is over."""
+        self.publish(sequence)
+        self._client.finish(sequence.request)
+
+    def _keys_of(self, sequence: Sequence, tokens: int) -> list[str]:
+        """Keys of the full blocks among the first tokens."""
+        if self._keys is None:
+            return []
+        return self._keys.of(sequence.ids(tokens), len(sequence.prompt_ids))

@@ -63,6 +63,8 @@ class ReplicaOptions:
         prefill: How many prefill workers.
         decode: How many decode workers.
         kv_bytes: KV memory; None lets the replica choose.
+        prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
+            tokens. A client can tell from the time to its first token that somebody has asked so.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota.
         run_dir: Where the replica's private directory is made; None chooses.
@@ -86,6 +88,7 @@ class ReplicaOptions:
     prefill: int = 1
     decode: int = 1
     kv_bytes: int | None = None
+    prefix_cache: bool = True
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None

@@ -15,12 +15,22 @@ def piece(choice: int, event: TokenEvent) -> Piece:
         choice: The index of its generation among those submitted together.
         event: The token.
     """
-    if event.logprob is None:
-        return Piece(choice, event.token, event.text, event.finish, event.prompt_tokens)
-    spelled = iter(event.spellings)
-    own = TokenLogprob(event.token, event.logprob, next(spelled))
-    top = tuple(
-        TokenLogprob(token, logprob, text)
-        for (token, logprob), text in zip(event.top, spelled, strict=True)
+    own: TokenLogprob | None = None
+    top: tuple[TokenLogprob, ...] = ()
+    if event.logprob is not None:
+        spelled = iter(event.spellings)
+        own = TokenLogprob(event.token, event.logprob, next(spelled))
+        top = tuple(
+            TokenLogprob(token, logprob, text)
+            for (token, logprob), text in zip(event.top, spelled, strict=True)
+        )
+    return Piece(
+        choice,
+        event.token,
+        event.text,
+        event.finish,
+        event.prompt_tokens,
+        own,
+        top,
+        event.cached_tokens,
     )
-    return Piece(choice, event.token, event.text, event.finish, event.prompt_tokens, own, top)

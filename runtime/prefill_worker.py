@@ -13,7 +13,6 @@ from coldframe.loader.wire import Message
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
-from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.worker import Worker, kv_format
 
@@ -49,7 +48,7 @@ class _PrefillRole:
             self._client.is_ready if worker.overlap else self._all_ready,
             worker.recorder,
         )
-        self._pool = KvPool(self._client, worker.kv.blocks, BLOCK_TOKENS)
+        self._pool = worker.kv_pool()
         self._queue: deque[tuple[Job, Sequence]] = deque()
         self._handed: set[str] = set()
         """Requests sent on and not acknowledged yet: their leases are renewed here."""
@@ -79,8 +78,6 @@ class _PrefillRole:
         """Sleeps until there is a message, or news of the weights or the KV."""
         started = now()
         if self._prefiller.idle:
-            if not self._queue:
-                self._pool.trim()
             self._receive(block=True)
             self._worker.recorder.add("queue", started, waits_for="request")
             return
@@ -201,17 +198,18 @@ class _PrefillRole:
                 self._leave(job.request)
                 self._queue.popleft()
                 continue
+            if not self._pool.may_take:
+                return
             try:
-                blocks = self._pool.take(job.request, job.attempt, sequence.most_tokens)
+                taken = self._pool.take(sequence)
             except RequestError as error:
                 self._worker.refuse(job, error)
                 self._leave(job.request)
                 self._queue.popleft()
                 continue
-            if blocks is None:
+            if not taken:
                 return
             self._queue.popleft()
-            sequence.blocks = blocks
             self._prefiller.admit(sequence)
 
     def _cancel(self, request: str) -> None:
@@ -231,10 +229,11 @@ class _PrefillRole:
         cancelled = self._leave(request)
         if not cancelled:
             self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
-        # From here on the decode worker may take the blocks; the lease keeps them until then.
-        self._client.drop(request)
         if cancelled or emission.finish is not None:
+            self._pool.finish(sequence)
             return
+        # From here on the decode worker may take the blocks; the lease keeps them until then.
+        self._pool.hand_over(sequence)
         self._handed.add(request)
         job = Job(
             request,

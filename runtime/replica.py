@@ -32,7 +32,7 @@ from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
 
-USAGE = ("kv_used", "kv_total", "bytes_done")
+USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
 
 _MEMORY_END_S = 1.0
 """For how long a memory service that has left a worker is given to end."""

@@ -39,6 +39,7 @@ class TokenEvent:
     top: tuple[tuple[int, float], ...]
     prompt_tokens: int = 0
     spellings: tuple[bytes, ...] = ()
+    cached_tokens: int = 0
 
 
 class Listener(Protocol):
@@ -251,7 +252,8 @@ class Router:
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
 
     def _token(self, worker: str, item: list[Any]) -> None:
-        request, attempt, index, token, text, finish, logprob, top, prompt_tokens, spelled = item
+        request, attempt, index, token, text, finish, logprob, top, *counts = item
+        prompt_tokens, spelled, cached_tokens = counts
         found = self._current(worker, request, attempt)
         if found is None or index != len(found.generated):
             return
@@ -268,6 +270,7 @@ class Router:
                 tuple((i, p) for i, p in top),
                 prompt_tokens,
                 tuple(text.encode("latin-1") for text in spelled),
+                cached_tokens,
             )
         )
 

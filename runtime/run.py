@@ -111,6 +111,11 @@ def add_replica_arguments(parser: Parser) -> None:
     )
     add_snapshot_arguments(parser)
     parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="memory for KV, as 2GiB")
+    parser.flag(
+        "--no-prefix-cache",
+        action="store_true",
+        help="compute each prompt from its first token, also where an earlier one began alike",
+    )
     parser.flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
 
 
@@ -146,6 +151,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         throttle=args.throttle,
         overlap=not args.no_overlap,
         kv_bytes=args.kv_memory,
+        prefix_cache=not args.no_prefix_cache,
         snapshot=snapshot_options(args),
     )
     if args.threads is None:

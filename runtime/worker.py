@@ -32,7 +32,9 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.prefix import PrefixKeys
 from coldframe.runtime.tensors import tensors_of, torch_dtypes
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
@@ -103,6 +105,7 @@ class Worker:
         """Messages from the front; None says that the memory service has news."""
         self.role = ""
         self.overlap = True
+        self.prefix_cache = True
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
@@ -196,6 +199,7 @@ class Worker:
             die_with_parent(init["parent"])
         self.role = init["role"]
         self.overlap = init["overlap"]
+        self.prefix_cache = init["prefix_cache"]
         self.recorder.process = init["name"]
         self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
         client = MemoryClient(
@@ -214,6 +218,14 @@ class Worker:
         self._setup = _Setup(client, spec, tokenizer, plan, kv, init["parent"])
 
     # -- requests --------------------------------------------------------------------------------
+
+    def kv_pool(self) -> KvPool:
+        """The KV blocks, as this worker gets them."""
+        keys = None
+        if self.prefix_cache:
+            layout = kv_format(self.spec.dtype)
+            keys = PrefixKeys(self.plan.fingerprint, layout, BLOCK_TOKENS, self.spec.rope)
+        return KvPool(self.client, self.kv.blocks, BLOCK_TOKENS, keys)
 
     def sequence(self, job: Job, prompt_ids: tuple[int, ...]) -> Sequence:
         """A request, ready to compute."""

@@ -252,6 +252,7 @@ class Workforce:
                 "config": model.config,
                 "generation": model.generation,
                 "overlap": self._launch.options.overlap,
+                "prefix_cache": self._launch.options.prefix_cache,
                 "clock_shift_ns": clock_shift_ns(),
             },
             [memory.fileno()],

@@ -50,6 +50,15 @@ class RopeSpec:
     truncate: bool = True
     attention_factor: float = 1.0
 
+    def steady_tokens(self, prompt_tokens: int) -> int:
+        """How many first tokens have keys that any longer request with the same tokens has, too.
+
+        Under dynamic scaling that ends where scaling begins; see `Rope.cos_sin`.
+        """
+        if self.kind == "dynamic":
+            return self.max_position if prompt_tokens <= self.max_position else 0
+        return self.context_length
+
     @classmethod
     def from_config(cls, config: Fields, head_dim: int, max_position: int) -> RopeSpec:
         """Reads the RoPE keys of a whole config.

@@ -44,6 +44,8 @@ class Emission:
         prompt_tokens: Of the request's prompt.
         spellings: Where log-probabilities were asked for, the bytes that the token stands for,
             then those of the likeliest ones.
+        cached_tokens: How many tokens of the prompt were found in the KV instead of computed;
+            known of the first token alone.
     """
 
     request: str
@@ -56,6 +58,7 @@ class Emission:
     top: tuple[tuple[int, float], ...] = ()
     prompt_tokens: int = 0
     spellings: tuple[bytes, ...] = ()
+    cached_tokens: int = 0
 
     def to_wire(self) -> list[Any]:
         return [
@@ -70,6 +73,7 @@ class Emission:
             self.prompt_tokens,
             # Bytes as characters of the same number: JSON has no bytes.
             [spelling.decode("latin-1") for spelling in self.spellings],
+            self.cached_tokens,
         ]
 
 
@@ -104,6 +108,8 @@ class Sequence:
         self.blocks: list[int] = []
         self.kv_tokens = 0
         """Tokens whose keys and values are in the blocks."""
+        self.cached_tokens = 0
+        """Tokens of the prompt that were there before this request."""
         self._text = text
         self._ends = frozenset(params.stop_token_ids) | (
             frozenset() if params.ignore_eos else frozenset(eos_ids)
@@ -126,15 +132,17 @@ class Sequence:
         assert self.params.max_tokens is not None
         return self.params.max_tokens
 
+    def ids(self, end: int, start: int = 0) -> list[int]:
+        """The tokens of prompt and answer from one position up to another."""
+        prompt = len(self.prompt_ids)
+        if start >= prompt:
+            return self.generated_ids[start - prompt : end - prompt]
+        return [*self.prompt_ids[start:end], *self.generated_ids[: max(0, end - prompt)]]
+
     def chunk(self) -> Chunk:
         """What is not in the KV yet, as the next thing to compute."""
-        prompt = len(self.prompt_ids)
         start = self.kv_tokens
-        if start >= prompt:
-            fresh = self.generated_ids[start - prompt :]
-        else:
-            fresh = [*self.prompt_ids[start:], *self.generated_ids]
-        return Chunk(fresh, start, prompt, self.blocks)
+        return Chunk(self.ids(self.tokens, start), start, len(self.prompt_ids), self.blocks)
 
     def sample_input(self) -> SampleInput:
         return SampleInput(self.params, self.prompt_ids, self.generated_ids, self.tokens)
@@ -168,4 +176,5 @@ class Sequence:
             sampled.top,
             len(self.prompt_ids),
             spellings,
+            self.cached_tokens if len(self.generated_ids) == 1 else 0,
         )

@@ -161,6 +161,8 @@ class Piece:
         prompt_tokens: Of the generation's prompt.
         logprob: Where asked for.
         top: The likeliest tokens, the likeliest first.
+        cached_tokens: How many tokens of the prompt were found in the KV instead of computed;
+            known of the first token alone.
     """
 
     choice: int
@@ -170,6 +172,7 @@ class Piece:
     prompt_tokens: int
     logprob: TokenLogprob | None = None
     top: tuple[TokenLogprob, ...] = ()
+    cached_tokens: int = 0
 
 
 class Stream(Protocol):

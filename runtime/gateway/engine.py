@@ -176,8 +176,8 @@ class FrontEngine:
 
 
 def _piece(choice: int, item: Sequence[Any]) -> Piece:
-    _, token, text, finish, prompt_tokens, logprob, top = item
+    _, token, text, finish, prompt_tokens, logprob, top, cached_tokens = item
     if logprob is None:
-        return Piece(choice, token, text, finish, prompt_tokens)
+        return Piece(choice, token, text, finish, prompt_tokens, cached_tokens=cached_tokens)
     own, *others = (TokenLogprob(t, p, s.encode("latin-1")) for t, p, s in [logprob, *top])
-    return Piece(choice, token, text, finish, prompt_tokens, own, tuple(others))
+    return Piece(choice, token, text, finish, prompt_tokens, own, tuple(others), cached_tokens)

@@ -164,12 +164,12 @@ def _cold_starts(stats: FrontStats) -> Iterator[Metric]:
 
 
 def _resources(stats: FrontStats) -> Iterator[Metric]:
-    free = stats.kv_blocks_total - stats.kv_blocks_used
+    free = stats.kv_blocks_total - stats.kv_blocks_used - stats.kv_blocks_cached
     yield _gauge(
         "kv_blocks",
-        "KV blocks: those that belong to requests, and the rest.",
+        "KV blocks: those that belong to requests, those kept for others to come, and the rest.",
         ["state"],
-        {("used",): stats.kv_blocks_used, ("free",): free},
+        {("used",): stats.kv_blocks_used, ("cached",): stats.kv_blocks_cached, ("free",): free},
     )
     yield _counter(
         "kv_blocks_reused",

@@ -8,14 +8,20 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from coldframe.loader.errors import ArenaError
-from coldframe.loader.ledger import BlockLedger
+from coldframe.loader.ledger import BlockLedger, Blocks, KvUsage
 
 BLOCKS = 8
 LEASE = 10.0
 WORKERS = st.sampled_from(["prefill", "decode", "third"])
-REQUESTS = st.sampled_from(["a", "b", "c"])
+REQUESTS = st.sampled_from(["a", "b", "c", "d"])
 GATEWAYS = st.sampled_from(["g", "h"])
 ATTEMPTS = st.integers(0, 2)
+TEXTS = st.text("xy", max_size=5)
+"""A letter stands for the tokens of a block, and the text up to it for its key."""
+
+
+def keys(text: str) -> list[str]:
+    return [text[: end + 1] for end in range(len(text))]
 
 
 @pytest.fixture
@@ -25,54 +31,90 @@ def ledger() -> BlockLedger:
     return ledger
 
 
-def test_blocks_are_granted_all_or_none(ledger: BlockLedger) -> None:
-    assert ledger.grant("w", 5) == []
-    assert ledger.grant("w", 3) == [0, 1, 2]
-    assert ledger.grant("w", 2) == []
-    assert ledger.free == 1
-    ledger.give_back("w", [1])
-    assert sorted(ledger.grant("x", 2)) == [1, 3]
+def serve(ledger: BlockLedger, request: str, count: int, text: str) -> Blocks:
+    """A request from its start to its end."""
+    ledger.open(request, "g")
+    got = ledger.assign("w", request, 0, count, keys(text))
+    assert got is not None
+    ledger.publish("w", request, keys(text))
+    ledger.finish("w", request)
+    ledger.release(request)
+    return got
+
+
+# -- requests and their holders -------------------------------------------------------------------
+
+
+def test_a_request_gets_all_its_blocks_or_none(ledger: BlockLedger) -> None:
+    ledger.open("s", "g")
+    assert ledger.assign("w", "r", 0, 5) is None
+    assert ledger.assign("w", "r", 0, 3) == Blocks([0, 1, 2], 0)
+    assert ledger.assign("w", "s", 0, 2) is None
+    assert ledger.assign("w", "s", 0, 1) == Blocks([3], 0)
+    assert ledger.usage == KvUsage(used=4, cached=0, total=4, reused=0)
 
 
 def test_blocks_are_handed_over_in_their_order(ledger: BlockLedger) -> None:
     assert ledger.claim("decode", "r", 0) is None  # nothing there yet
-    ledger.grant("prefill", 4)
-    assert ledger.assign("prefill", "r", 0, [2, 0])
-    assert ledger.assign("prefill", "r", 0, [3])
+    got = ledger.assign("prefill", "r", 0, 3)
+    assert got is not None
     assert ledger.claim("decode", "r", 0) is None
-    assert ledger.claim("prefill", "r", 0) == [2, 0, 3]
+    ledger.publish("prefill", "r", [])
+    assert ledger.claim("decode", "r", 0) is None  # still held
     ledger.drop("decode", "r", 0.0)  # not its to drop
     assert ledger.claim("decode", "r", 0) is None
     ledger.drop("prefill", "r", 0.0)
-    assert ledger.claim("decode", "r", 0) == [2, 0, 3]
-    assert not ledger.assign("prefill", "r", 0, [1])
-    ledger.give_back("prefill", [1])  # still in its pocket
+    assert ledger.claim("decode", "r", 0) == got.blocks
+    assert ledger.assign("prefill", "r", 0, 1) is None
 
 
-def test_what_was_claimed_is_not_the_ledgers_own_list(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 0, ledger.grant("w", 1))
+def test_what_was_given_is_not_the_ledgers_own_list(ledger: BlockLedger) -> None:
+    got = ledger.assign("w", "r", 0, 1)
+    assert got is not None
+    got.blocks.append(98)
+    ledger.publish("w", "r", [])
     claimed = ledger.claim("w", "r", 0)
     assert claimed is not None
     claimed.append(99)
     assert ledger.claim("w", "r", 0) == [0]
 
 
+def test_a_holder_cannot_lose_what_it_has_by_asking_twice(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 2)
+    assert ledger.assign("w", "r", 0, 2) is None
+    assert ledger.usage.used == 2
+
+
+def test_what_was_never_written_cannot_be_claimed(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 3)
+    ledger.worker_gone("w", 0.0)
+    assert ledger.claim("x", "r", 1) is None
+    assert ledger.assign("x", "r", 1, 4) is not None  # they are free for it at once
+
+
+def test_what_was_written_outlives_its_worker(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 3)
+    ledger.publish("w", "r", [])
+    ledger.worker_gone("w", 0.0)
+    assert ledger.claim("x", "r", 1) == [0, 1, 2]
+    ledger.worker_gone("x", 60.0)
+    assert ledger.claim("y", "r", 2) == [0, 1, 2]
+
+
 def test_a_new_attempt_replaces_what_the_old_one_left(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 0, ledger.grant("w", 3))
+    ledger.assign("w", "r", 0, 3)
     ledger.worker_gone("w", 0.0)
     assert ledger.free == 1
-    assert ledger.assign("x", "r", 1, ledger.grant("x", 1))
+    assert ledger.assign("x", "r", 1, 1) == Blocks([0], 0)
     assert ledger.free == 3
-    assert ledger.claim("x", "r", 1) == [3]
 
 
 def test_an_old_attempt_comes_too_late(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 1, ledger.grant("w", 1))
+    ledger.assign("w", "r", 1, 1)
+    ledger.publish("w", "r", [])
     ledger.drop("w", "r", 0.0)
     assert ledger.claim("x", "r", 0) is None
-    blocks = ledger.grant("x", 1)
-    assert not ledger.assign("x", "r", 0, blocks)
-    ledger.give_back("x", blocks)
+    assert ledger.assign("x", "r", 0, 1) is None
     # A claim for a newer attempt takes what is there, and the older one is out.
     assert ledger.claim("x", "r", 2) == [0]
     ledger.drop("x", "r", 0.0)
@@ -80,7 +122,8 @@ def test_an_old_attempt_comes_too_late(ledger: BlockLedger) -> None:
 
 
 def test_a_lease_begins_when_the_holder_lets_go(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 0, ledger.grant("w", 2))
+    ledger.assign("w", "r", 0, 2)
+    ledger.publish("w", "r", [])
     assert ledger.expire(1e9) == []  # held
     ledger.drop("w", "r", 100.0)
     assert ledger.expire(100.0 + LEASE - 0.001) == []
@@ -89,11 +132,12 @@ def test_a_lease_begins_when_the_holder_lets_go(ledger: BlockLedger) -> None:
     assert ledger.expire(1e9) == []
     assert ledger.claim("x", "r", 0) is None
     assert ledger.requests == 1  # it lives on, without KV
-    assert ledger.assign("x", "r", 0, ledger.grant("x", 1))
+    assert ledger.assign("x", "r", 0, 1) is not None
 
 
 def test_a_claim_ends_the_lease(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 0, ledger.grant("w", 1))
+    ledger.assign("w", "r", 0, 1)
+    ledger.publish("w", "r", [])
     ledger.drop("w", "r", 0.0)
     assert ledger.claim("x", "r", 0) == [0]
     assert ledger.expire(1e9) == []
@@ -103,7 +147,7 @@ def test_a_claim_ends_the_lease(ledger: BlockLedger) -> None:
 def test_a_lease_is_renewed_while_it_runs(ledger: BlockLedger) -> None:
     ledger.renew("r", 0.0)  # never dropped: there is none
     ledger.renew("unknown", 0.0)
-    ledger.assign("w", "r", 0, ledger.grant("w", 1))
+    ledger.assign("w", "r", 0, 1)
     ledger.renew("r", 0.0)
     assert ledger.expire(1e9) == []
     ledger.drop("w", "r", 0.0)
@@ -115,33 +159,23 @@ def test_a_lease_is_renewed_while_it_runs(ledger: BlockLedger) -> None:
 
 
 def test_a_release_while_held_waits_for_the_holder(ledger: BlockLedger) -> None:
-    ledger.assign("w", "r", 0, ledger.grant("w", 2))
+    ledger.assign("w", "r", 0, 2)
     ledger.release("r")
     assert ledger.free == 2
     assert ledger.claim("w", "r", 0) is None
-    assert not ledger.assign("w", "r", 1, [])
+    assert ledger.assign("w", "r", 1, 1) is None
     ledger.drop("w", "r", 0.0)
     assert (ledger.free, ledger.requests) == (4, 0)
     ledger.release("r")
     ledger.drop("w", "r", 0.0)
     assert (ledger.free, ledger.requests) == (4, 0)
-
-
-def test_a_dead_workers_pocket_is_free_and_its_requests_wait(ledger: BlockLedger) -> None:
-    ledger.grant("w", 3)
-    ledger.assign("w", "r", 0, [1])
-    ledger.worker_gone("w", 50.0)
-    assert ledger.free == 3
-    assert ledger.claim("x", "r", 0) == [1]
-    ledger.worker_gone("x", 60.0)
-    assert ledger.expire(69.9) == []
-    assert ledger.expire(70.0) == ["r"]
 
 
 def test_requests_die_with_their_gateway_alone(ledger: BlockLedger) -> None:
     ledger.open("s", "h")
     ledger.open("r", "h")  # it is g's already
-    ledger.assign("w", "r", 0, ledger.grant("w", 2))
+    ledger.assign("w", "r", 0, 2)
+    ledger.publish("w", "r", [])
     ledger.drop("w", "r", 0.0)
     ledger.gateway_gone("h")
     assert ledger.requests == 1
@@ -151,19 +185,124 @@ def test_requests_die_with_their_gateway_alone(ledger: BlockLedger) -> None:
     assert (ledger.free, ledger.requests) == (4, 0)
 
 
-@pytest.mark.parametrize("blocks", [[0, 0], [2], [7], [-1], [0, 3]])
-def test_nobody_disposes_of_what_is_not_in_the_pocket(
-    blocks: list[int], ledger: BlockLedger
-) -> None:
-    ledger.grant("w", 2)
-    ledger.grant("x", 1)
-    with pytest.raises(ArenaError, match="not granted"):
-        ledger.give_back("w", blocks)
-    with pytest.raises(ArenaError, match="not granted"):
-        ledger.assign("w", "r", 0, blocks)
-    assert ledger.free == 1
-    assert ledger.claim("w", "r", 0) is None
-    ledger.give_back("w", [0, 1])
+# -- blocks that outlive their request ------------------------------------------------------------
+
+
+def test_published_blocks_are_found_by_who_begins_alike() -> None:
+    ledger = BlockLedger(8)
+    assert serve(ledger, "a", 3, "xy") == Blocks([0, 1, 2], 0)
+    assert ledger.usage == KvUsage(used=0, cached=2, total=8, reused=0)
+    assert serve(ledger, "b", 3, "xyy") == Blocks([0, 1, 2], 2)
+    assert serve(ledger, "c", 2, "y").reused == 0
+    assert serve(ledger, "d", 2, "xx").reused == 1
+    assert ledger.usage.reused == 3
+
+
+def test_requests_share_a_block_while_both_run() -> None:
+    ledger = BlockLedger(4)
+    for request in ("a", "b"):
+        ledger.open(request, "g")
+    assert ledger.assign("w", "a", 0, 2, keys("x")) == Blocks([0, 1], 0)
+    ledger.publish("w", "a", keys("x"))
+    assert ledger.assign("w", "b", 0, 2, keys("x")) == Blocks([0, 2], 1)
+    assert ledger.usage == KvUsage(used=3, cached=0, total=4, reused=1)  # each once
+    ledger.finish("w", "a")
+    assert ledger.usage.used == 2  # the other one still reads it
+    ledger.finish("w", "b")
+    assert ledger.usage == KvUsage(used=0, cached=1, total=4, reused=1)
+
+
+def test_two_that_compute_the_same_keep_their_own_blocks() -> None:
+    ledger = BlockLedger(8)
+    for request in ("a", "b"):
+        ledger.open(request, "g")
+        assert ledger.assign("w", request, 0, 2, keys("xy")) is not None
+    ledger.publish("w", "a", keys("x"))
+    ledger.publish("w", "b", keys("xy"))
+    # What b wrote for "x" is its own; "y" behind it is for all, with a's "x" before it.
+    ledger.finish("w", "a")
+    assert ledger.usage.used == 3
+    ledger.finish("w", "b")
+    assert ledger.usage == KvUsage(used=0, cached=2, total=8, reused=0)
+    ledger.open("c", "g")
+    assert ledger.assign("w", "c", 0, 2, keys("xy")) == Blocks([0, 3], 2)
+
+
+def test_what_was_used_longest_ago_makes_room_first() -> None:
+    ledger = BlockLedger(4)
+    serve(ledger, "a", 2, "xx")
+    serve(ledger, "b", 2, "yy")
+    serve(ledger, "a", 2, "xx")  # used again
+    ledger.open("c", "g")
+    assert ledger.assign("w", "c", 0, 1) is not None
+    ledger.open("d", "g")
+    # The end of b's prompt went before its beginning, and both before a's.
+    got = ledger.assign("w", "d", 0, 2, keys("yy"))
+    assert got is not None
+    assert got.reused == 1
+    assert ledger.usage.cached == 1
+
+
+def test_a_prefix_is_not_forgotten_to_make_room_behind_it() -> None:
+    ledger = BlockLedger(4)
+    serve(ledger, "a", 3, "xxx")
+    ledger.open("b", "g")
+    assert ledger.assign("w", "b", 0, 4, keys("xxx")) == Blocks([0, 1, 2, 3], 3)
+
+
+def test_who_cannot_have_the_rest_holds_no_prefix() -> None:
+    ledger = BlockLedger(4)
+    serve(ledger, "a", 2, "xx")
+    for request in ("b", "c"):
+        ledger.open(request, "g")
+    assert ledger.assign("w", "b", 0, 2) is not None
+    assert ledger.assign("w", "c", 0, 5, keys("xx")) is None
+    assert ledger.usage == KvUsage(used=2, cached=2, total=4, reused=0)
+    ledger.drop("w", "c", 0.0)  # it holds nothing
+    assert ledger.assign("w", "c", 0, 2, keys("xx")) == Blocks([0, 1], 2)
+
+
+def test_what_a_dead_worker_had_published_is_there_for_the_next(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 3, keys("xy"))
+    ledger.publish("w", "r", keys("xy"))
+    ledger.worker_gone("w", 0.0)
+    assert ledger.expire(LEASE) == ["r"]
+    assert ledger.assign("x", "r", 1, 4, keys("xyx")) == Blocks([0, 1, 2, 3], 2)
+
+
+def test_a_finished_request_leaves_nothing_that_could_be_written_to(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 2, keys("x"))
+    ledger.publish("w", "r", keys("xy"))
+    ledger.finish("w", "r")
+    # Its worker died before the last token was out. Whoever takes it up knows "x" alone, and may
+    # not go on writing where "y" is.
+    assert ledger.claim("x", "r", 1) is None
+    assert ledger.assign("x", "r", 1, 2, keys("x")) == Blocks([0, 2], 1)
+
+
+def test_only_the_holder_publishes(ledger: BlockLedger) -> None:
+    ledger.assign("w", "r", 0, 1, keys("x"))
+    ledger.publish("x", "r", keys("x"))
+    ledger.publish("w", "unknown", keys("x"))
+    ledger.finish("x", "r")
+    ledger.finish("w", "unknown")
+    assert ledger.usage.used == 1
+    ledger.finish("w", "r")
+    assert ledger.usage.cached == 0
+
+
+@pytest.mark.parametrize("text", ["y", "yx", "xxxx"])
+def test_keys_that_are_not_those_of_the_blocks_are_refused(text: str, ledger: BlockLedger) -> None:
+    serve(ledger, "before", 2, "x")
+    assert ledger.assign("w", "r", 0, 2, keys("x")) is not None
+    with pytest.raises(ArenaError, match="not those of its KV blocks"):
+        ledger.publish("w", "r", keys(text))
+    ledger.open("s", "g")
+    with pytest.raises(ArenaError, match="not those of its KV blocks"):
+        ledger.assign("w", "s", 0, 0, keys("x"))
+
+
+# -- any order of events --------------------------------------------------------------------------
 
 
 @dataclass
@@ -171,11 +310,26 @@ class Known:
     """What can be known of a request from the answers alone."""
 
     gateway: str
+    text: str = ""
     blocks: list[int] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
     attempt: int = -1
     holder: str | None = None
+    written: bool = False
     dropped: float | None = None
     released: bool = False
+
+    def forget_kv(self) -> None:
+        self.blocks, self.keys, self.written, self.dropped = [], [], False, None
+
+
+@dataclass
+class Kept:
+    """A published block."""
+
+    block: int
+    used: int
+    """When a request referred to it last, counted in events."""
 
 
 class LedgerMachine(RuleBasedStateMachine):
@@ -184,19 +338,43 @@ class LedgerMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.ledger = BlockLedger(BLOCKS, LEASE)
-        self.pockets: dict[str, list[int]] = {}
         self.known: dict[str, Known] = {}
+        self.kept: dict[str, Kept] = {}
         self.now = 0.0
+        self.events = 0
+        self.reused = 0
 
-    def taken(self) -> list[int]:
-        """Blocks in a pocket or of a request, with repetitions if there were any."""
-        pockets = [block for pocket in self.pockets.values() for block in pocket]
-        return pockets + [block for known in self.known.values() for block in known.blocks]
+    def referring(self, key: str) -> int:
+        return sum(key in known.keys for known in self.known.values())
+
+    def taken(self) -> set[int]:
+        """Blocks that belong to a request, or can be read for one to come."""
+        owned = {block for known in self.known.values() for block in known.blocks}
+        return owned | {kept.block for kept in self.kept.values()}
+
+    def touch(self, known: Known) -> None:
+        self.events += 1
+        for key in known.keys:
+            self.kept[key].used = self.events
+
+    def let_go_of_kv(self, known: Known) -> None:
+        self.touch(known)
+        known.forget_kv()
 
     def forget_if_over(self, request: str) -> None:
         known = self.known[request]
         if known.released and known.holder is None:
+            self.let_go_of_kv(known)
             del self.known[request]
+
+    def make_room(self, count: int) -> None:
+        """Forgets what the rules say is forgotten, for so many fresh blocks."""
+        while BLOCKS - len(self.taken()) < count:
+            unused = [key for key in self.kept if not self.referring(key)]
+            ends = [k for k in unused if not any(o != k and o.startswith(k) for o in self.kept)]
+            # A key that is no other's beginning: the one used longest ago. Where two were used by
+            # the same event they were of one request, so that only the longer is an end.
+            del self.kept[min(ends, key=lambda key: self.kept[key].used)]
 
     @rule(request=REQUESTS, gateway=GATEWAYS)
     def open(self, request: str, gateway: str) -> None:
@@ -210,39 +388,62 @@ class LedgerMachine(RuleBasedStateMachine):
             self.known[request].released = True
             self.forget_if_over(request)
 
-    @rule(worker=WORKERS, count=st.integers(0, BLOCKS))
-    def grant(self, worker: str, count: int) -> None:
-        free = BLOCKS - len(self.taken())
-        blocks = self.ledger.grant(worker, count)
-        assert len(blocks) == (count if count <= free else 0)
-        assert not set(blocks) & set(self.taken())
-        self.pockets.setdefault(worker, []).extend(blocks)
-
-    @rule(worker=WORKERS, data=st.data())
-    def give_back(self, worker: str, data: st.DataObject) -> None:
-        pocket = self.pockets.get(worker, [])
-        some = data.draw(st.sets(st.sampled_from(pocket))) if pocket else set()
-        self.ledger.give_back(worker, sorted(some))
-        self.pockets[worker] = [block for block in pocket if block not in some]
-
-    @rule(worker=WORKERS, request=REQUESTS, attempt=ATTEMPTS, data=st.data())
-    def assign(self, worker: str, request: str, attempt: int, data: st.DataObject) -> None:
-        pocket = self.pockets.get(worker, [])
-        some = data.draw(st.lists(st.sampled_from(pocket), unique=True)) if pocket else []
-        taken = self.ledger.assign(worker, request, attempt, some)
+    @rule(worker=WORKERS, request=REQUESTS, attempt=ATTEMPTS, text=TEXTS, more=st.integers(0, 3))
+    def assign(self, worker: str, request: str, attempt: int, text: str, more: int) -> None:
+        count = len(text) + more
+        got = self.ledger.assign(worker, request, attempt, count, keys(text))
         known = self.known.get(request)
-        assert taken == (
-            known is not None
-            and not known.released
-            and known.holder in (None, worker)
-            and attempt >= known.attempt
-        )
-        if taken:
-            assert known is not None
-            self.pockets[worker] = [block for block in pocket if block not in some]
-            kept = known.blocks if attempt == known.attempt else []
-            known.blocks = kept + some
-            known.attempt, known.holder, known.dropped = attempt, worker, None
+        if (
+            known is None
+            or known.released
+            or known.holder not in (None, worker)
+            or attempt < known.attempt
+            or (known.holder == worker and attempt == known.attempt)
+        ):
+            assert got is None
+            return
+        self.let_go_of_kv(known)
+        known.holder = None
+        found = [key for key in keys(text) if key in self.kept]
+        assert found == keys(text)[: len(found)], "a block was forgotten before what continues it"
+        known.keys = found
+        self.touch(known)
+        in_use = {block for other in self.known.values() for block in other.blocks}
+        in_use |= {kept.block for key, kept in self.kept.items() if self.referring(key)}
+        if count - len(found) > BLOCKS - len(in_use):
+            assert got is None
+            self.let_go_of_kv(known)
+            return
+        assert got is not None
+        self.make_room(count - len(found))
+        self.reused += len(found)
+        assert got.reused == len(found)
+        assert got.blocks[: got.reused] == [self.kept[key].block for key in found]
+        fresh = got.blocks[got.reused :]
+        assert len(got.blocks) == count
+        assert len(set(fresh)) == len(fresh)
+        assert not set(fresh) & self.taken(), "memory that somebody reads or writes"
+        known.text, known.blocks = text, got.blocks
+        known.attempt, known.holder = attempt, worker
+
+    @rule(worker=WORKERS, request=REQUESTS, more=st.text("xy", max_size=2), data=st.data())
+    def publish(self, worker: str, request: str, more: str, data: st.DataObject) -> None:
+        known = self.known.get(request)
+        text = ""
+        if known is not None:
+            text = (known.text + more)[: len(known.blocks)]
+            if known.keys:  # what was published stays what it is
+                text = known.keys[-1] + text[len(known.keys) :]
+            text = text[: data.draw(st.integers(0, len(text)))]
+        self.ledger.publish(worker, request, keys(text))
+        if known is None or known.holder != worker:
+            return
+        known.written = True
+        for place, key in enumerate(keys(text)):
+            if place < len(known.keys):
+                continue
+            self.kept.setdefault(key, Kept(known.blocks[place], 0))
+            known.keys.append(key)
 
     @rule(worker=WORKERS, request=REQUESTS, attempt=ATTEMPTS)
     def claim(self, worker: str, request: str, attempt: int) -> None:
@@ -254,13 +455,14 @@ class LedgerMachine(RuleBasedStateMachine):
                 or known.released
                 or known.holder not in (None, worker)
                 or attempt < known.attempt
-                or not known.blocks
+                or not known.written
             )
             return
         assert known is not None
         assert not known.released
         assert known.holder in (None, worker)
-        assert blocks == known.blocks != []
+        assert known.written
+        assert blocks == known.blocks
         known.attempt, known.holder, known.dropped = attempt, worker, None
 
     def let_go(self, worker: str, request: str) -> None:
@@ -274,6 +476,15 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.drop(worker, request, self.now)
         self.let_go(worker, request)
 
+    @rule(worker=WORKERS, request=REQUESTS)
+    def finish(self, worker: str, request: str) -> None:
+        self.ledger.finish(worker, request)
+        known = self.known.get(request)
+        if known is not None and known.holder == worker:
+            known.holder = None
+            self.let_go_of_kv(known)
+            self.forget_if_over(request)
+
     @rule(request=REQUESTS)
     def renew(self, request: str) -> None:
         self.ledger.renew(request, self.now)
@@ -284,7 +495,6 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(worker=WORKERS)
     def worker_gone(self, worker: str) -> None:
         self.ledger.worker_gone(worker, self.now)
-        self.pockets.pop(worker, None)
         for request in list(self.known):
             self.let_go(worker, request)
 
@@ -305,24 +515,39 @@ class LedgerMachine(RuleBasedStateMachine):
             for request, known in self.known.items()
             if known.dropped is not None and self.now - known.dropped >= LEASE
         ]
-        assert sorted(expired) == sorted(due)
+        assert expired == due
         for request in due:
             assert self.known[request].holder is None
-            self.known[request].blocks, self.known[request].dropped = [], None
+            self.let_go_of_kv(self.known[request])
 
     @invariant()
-    def every_block_is_in_one_place(self) -> None:
-        taken = self.taken()
-        assert len(taken) == len(set(taken))
-        assert self.ledger.free == BLOCKS - len(taken)
+    def every_block_is_counted_once(self) -> None:
+        unused = [key for key in self.kept if not self.referring(key)]
+        used = len(self.taken()) - len(unused)
+        assert self.ledger.usage == KvUsage(used, len(unused), BLOCKS, self.reused)
+        assert self.ledger.free == BLOCKS - used
         assert self.ledger.requests == len(self.known)
+
+    @invariant()
+    def nobody_writes_what_others_read(self) -> None:
+        readable = {kept.block for kept in self.kept.values()}
+        assert len(readable) == len(self.kept)
+        for known in self.known.values():
+            own = known.blocks[len(known.keys) :]
+            assert not set(own) & readable
+            others = [other for other in self.known.values() if other is not known]
+            assert not set(own) & {block for other in others for block in other.blocks}
 
     def teardown(self) -> None:
         for worker in ("prefill", "decode", "third"):
             self.ledger.worker_gone(worker, self.now)
         for gateway in ("g", "h"):
             self.ledger.gateway_gone(gateway)
-        assert sorted(self.ledger.grant("heir", BLOCKS)) == list(range(BLOCKS))
+        assert self.ledger.free == BLOCKS
+        self.ledger.open("heir", "g")
+        got = self.ledger.assign("heir", "heir", 0, BLOCKS)
+        assert got is not None
+        assert sorted(got.blocks) == list(range(BLOCKS))
 
 
 LedgerMachine.TestCase.settings = settings(

@@ -180,6 +180,8 @@ def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, fil
         assert answers[name]["status_code"] == 200
         body = answers[name]["body"]
         assert body["model"] == model.name
+        cached = body["usage"].pop("prompt_tokens_details")["cached_tokens"]
+        assert 0 <= cached < len(ids)
         assert body["usage"] == {
             "prompt_tokens": len(ids), "completion_tokens": 9, "total_tokens": len(ids) + 9,
         }  # fmt: skip

@@ -101,13 +101,13 @@ def test_a_request_and_its_tokens(bench: Bench) -> None:
     bench.says(GOOD)
     ((listener, asked),) = bench.replica.open.values()
     assert asked == {"prompt": "once", "prompt_ids": None, "add_special": True}
-    listener.on_token(TokenEvent(0, 7, " a", None, -0.5, ((8, -1.0),), 3, (b"\xff", b"b")))
+    listener.on_token(TokenEvent(0, 7, " a", None, -0.5, ((8, -1.0),), 3, (b"\xff", b"b"), 2))
     listener.on_token(TokenEvent(1, 9, "", "stop", None, (), 3))
     assert bench.hears() == {
         "type": "tokens",
         "items": [
-            [1, 7, " a", None, 3, [7, -0.5, "\xff"], [[8, -1.0, "b"]]],
-            [1, 9, "", "stop", 3, None, []],
+            [1, 7, " a", None, 3, [7, -0.5, "\xff"], [[8, -1.0, "b"]], 2],
+            [1, 9, "", "stop", 3, None, [], 0],
         ],
     }
     bench.says({"type": "cancel", "id": 1})  # it is over

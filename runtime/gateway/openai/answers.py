@@ -146,21 +146,28 @@ def fingerprint(card: ModelCard) -> str:
 
 
 class _Usage:
-    """Counts tokens: a prompt's once, however many choices it has."""
+    """Counts tokens: a prompt's once, however many choices it has.
+
+    Of such a prompt those tokens were cached that no choice had to compute.
+    """
 
     def __init__(self, prepared: Prepared) -> None:
         self._n = prepared.n
         self._prompts = [0] * (len(prepared.generations) // prepared.n)
+        self._cached = [0] * len(prepared.generations)
         self._completion = 0
 
     def add(self, piece: Piece) -> None:
         self._prompts[piece.choice // self._n] = piece.prompt_tokens
+        self._cached[piece.choice] += piece.cached_tokens
         self._completion += 1
 
-    def to_json(self) -> dict[str, int]:
-        prompt = sum(self._prompts)
+    def to_json(self) -> dict[str, Any]:
+        prompt, n = sum(self._prompts), self._n
+        cached = sum(min(self._cached[k : k + n]) for k in range(0, len(self._cached), n))
         return {
             "prompt_tokens": prompt,
+            "prompt_tokens_details": {"cached_tokens": cached},
             "completion_tokens": self._completion,
             "total_tokens": prompt + self._completion,
         }

@@ -119,7 +119,12 @@ def complete(schema: dict[str, Any], *, chat: bool) -> None:
 
 
 _USAGE = _object(
-    {"prompt_tokens": _ID, "completion_tokens": _ID, "total_tokens": _ID},
+    {
+        "prompt_tokens": _ID,
+        "prompt_tokens_details": _object({"cached_tokens": _ID}),
+        "completion_tokens": _ID,
+        "total_tokens": _ID,
+    },
 )
 _FINISH = {"enum": ["stop", "length"]}
 _LIKELY = {

@@ -30,6 +30,7 @@ HISTOGRAMS = {
 }
 FRONT = FrontStats(
     kv_blocks_used=3,
+    kv_blocks_cached=2,
     kv_blocks_total=8,
     kv_blocks_reused=1,
     weights_bytes=1000,
@@ -212,7 +213,8 @@ def test_what_the_front_says_is_told() -> None:
     metrics = Metrics(Clock())
     found = list(families(metrics.render(FRONT)[0]).values())
     assert one(found, "kv_blocks", state="used") == 3
-    assert one(found, "kv_blocks", state="free") == 5
+    assert one(found, "kv_blocks", state="cached") == 2
+    assert one(found, "kv_blocks", state="free") == 3
     assert one(found, "kv_blocks_reused_total") == 1
     assert one(found, "coldstarts_total", tier="image") == 2
     assert one(found, "coldstarts_total", tier="template") == 0

@@ -60,6 +60,7 @@ def test_a_completion(completion: Any, card: ModelCard) -> None:
     assert choice.logprobs is None
     assert answer.usage.model_dump(exclude_none=True) == {
         "prompt_tokens": 3,
+        "prompt_tokens_details": {"cached_tokens": 0},
         "completion_tokens": 3,
         "total_tokens": 6,
     }
@@ -79,10 +80,10 @@ def test_a_chat(chat: Any, card: ModelCard) -> None:
 def test_choices_stand_in_order_and_a_prompt_counts_once(completion: Any, card: ModelCard) -> None:
     ready = completion(prompt=["a", "b"], n=2)
     pieces = [
-        piece("d", choice=3, prompt=7),
-        piece("b", choice=1),
+        piece("d", choice=3, prompt=7, cached_tokens=6),
+        piece("b", choice=1, cached_tokens=1),
         piece("", choice=3, finish="stop", prompt=7),
-        piece("c", choice=2, finish="length", prompt=7),
+        piece("c", choice=2, finish="length", prompt=7, cached_tokens=4),
         piece("a", choice=0, finish="stop"),
         piece("", choice=1, finish="length"),
     ]
@@ -90,6 +91,7 @@ def test_choices_stand_in_order_and_a_prompt_counts_once(completion: Any, card: 
     texts = [(choice.index, choice.text, choice.finish_reason) for choice in answer.choices]
     assert texts == [(0, "a", "stop"), (1, "b", "length"), (2, "c", "length"), (3, "d", "stop")]
     assert answer.usage.prompt_tokens == 3 + 7
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0 + 4  # what no choice computed
     assert answer.usage.completion_tokens == 6
     assert answer.usage.total_tokens == 16
 

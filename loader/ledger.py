@@ -161,12 +161,13 @@ class BlockLedger:
         self._give_up(account)
         account.holder = None
         found = self._find(keys)
-        # First of all, lest they be forgotten to make room for the others.
+        missing = range(count - len(found))
+        # Before any is taken, lest they be forgotten to make room.
         self._refer(found)
-        if count - len(found) > self.free:
+        if len(missing) > self.free:
             self._unrefer(found)
             return None
-        fresh = [self._take() for _ in range(count - len(found))]
+        fresh = [self._take() for _ in missing]
         account.attempt, account.holder, account.lease_ends = attempt, worker, None
         account.keys = found
         account.blocks = [self._published[key].block for key in found] + fresh

@@ -426,15 +426,25 @@ class LedgerMachine(RuleBasedStateMachine):
         known.text, known.blocks = text, got.blocks
         known.attempt, known.holder = attempt, worker
 
-    @rule(worker=WORKERS, request=REQUESTS, more=st.text("xy", max_size=2), data=st.data())
-    def publish(self, worker: str, request: str, more: str, data: st.DataObject) -> None:
+    @rule(worker=WORKERS, request=REQUESTS, text=TEXTS, more=st.integers(0, 3), end=TEXTS)
+    def serve(self, worker: str, request: str, text: str, more: int, end: str) -> None:
+        """What mostly happens, which chance alone would seldom find: a request from end to end."""
+        self.open(request, "g")
+        self.assign(worker, request, self.known[request].attempt + 1, text, more)
+        if self.known[request].holder == worker:
+            self.publish(worker, request, end, 5)
+            self.finish(worker, request)
+        self.release(request)
+
+    @rule(worker=WORKERS, request=REQUESTS, more=TEXTS, most=st.integers(0, 5))
+    def publish(self, worker: str, request: str, more: str, most: int) -> None:
         known = self.known.get(request)
         text = ""
         if known is not None:
             text = (known.text + more)[: len(known.blocks)]
             if known.keys:  # what was published stays what it is
                 text = known.keys[-1] + text[len(known.keys) :]
-            text = text[: data.draw(st.integers(0, len(text)))]
+            text = text[:most]
         self.ledger.publish(worker, request, keys(text))
         if known is None or known.holder != worker:
             return
@@ -475,6 +485,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def drop(self, worker: str, request: str) -> None:
         self.ledger.drop(worker, request, self.now)
         self.let_go(worker, request)
+
+    @rule(request=REQUESTS, more=TEXTS)
+    def hand_over(self, request: str, more: str) -> None:
+        known = self.known.get(request)
+        if known is not None and known.holder is not None:
+            worker = known.holder
+            self.publish(worker, request, more, 5)
+            self.drop(worker, request)
 
     @rule(worker=WORKERS, request=REQUESTS)
     def finish(self, worker: str, request: str) -> None:
@@ -551,8 +569,8 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 LedgerMachine.TestCase.settings = settings(
-    max_examples=60,
-    stateful_step_count=40,
+    max_examples=100,
+    stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )

@@ -25,6 +25,7 @@ from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
     DeviceError,
+    MemoryServiceGone,
     ReplicaError,
     SourceChanged,
     SourceNotFound,
@@ -482,7 +483,7 @@ def test_a_bad_header_reaches_all(service: Service, model: Path) -> None:
     assert error.where is not None
     assert shard_files(model)[0].name in error.where
     early = service.client()
-    for wait in (early.wait_arenas, lambda: early.wait_stage(0), lambda: early.grant(1)):
+    for wait in (early.wait_arenas, lambda: early.wait_stage(0), lambda: early.assign("r", 0, 1)):
         with pytest.raises(CheckpointError) as caught:
             wait()
         assert str(caught.value) == str(error)
@@ -532,6 +533,10 @@ def test_a_load_of_another_kind_ends_the_service(service: Service, model: Path) 
 # -- clients that misbehave -----------------------------------------------------------------------
 
 
+def assign(request: str = "r", **more: Any) -> dict[str, Any]:
+    return {"type": "assign", "request": request, "attempt": 0, **more}
+
+
 def nonsense() -> dict[str, bytes]:
     return {
         "no frame": b"GET / HTTP/1.1\r\n\r\n",
@@ -546,10 +551,13 @@ def nonsense() -> dict[str, bytes]:
         "missing": frame({"type": "hello"}),
         "too many": frame({"type": "hello", "name": "x", "more": 1}),
         "twice": frame({"type": "hello", "name": "x"}) * 2,
-        "types": frame({"type": "grant", "count": "all"}),
+        "types": frame(assign(count="all", keys=[])),
+        "half a block": frame(assign(count=0.5, keys=[])),
         "unhashable": frame({"type": "claim", "request": [], "attempt": 0}),
-        "not granted": frame({"type": "give_back", "blocks": [0]}),
-        "no blocks": frame({"type": "assign", "request": "r", "attempt": 0, "blocks": 5}),
+        "more keys than blocks": frame(assign(count=1, keys=["a", "b"])),
+        "no keys": frame(assign(count=1, keys=5)),
+        "keys of nothing": frame(assign(count=1, keys=[]))
+        + frame({"type": "publish", "request": "r", "keys": ["a", "b"]}),
         "descriptors": frame({"type": "hello", "name": "x", "fds": 3}),
     }
 
@@ -572,8 +580,7 @@ def test_nonsense_harms_only_who_talks_it(service: Service, model: Path) -> None
                     pass
             except ConnectionResetError:
                 pass
-        assert client.grant(1) != [], what
-        client.give_back(client.grant(1))
+        assert client.progress.total, what
         client.close()
         client = service.client()
         assert wait_all(client) == expected
@@ -590,12 +597,20 @@ def test_descriptors_sent_to_the_service_are_closed(service: Service, model: Pat
     with open("/dev/null") as null:
         for _ in range(20):
             bare.send({"type": "renew", "request": "r"}, [null.fileno()] * 10)
-    assert client.grant(1) == [0]
+    assert client.claim("r", 0) is None  # it answers
     until(lambda: len(os.listdir(fds)) == before + 1)
     bare.close()
 
 
 # -- KV -------------------------------------------------------------------------------------------
+
+
+def held(service: Service, client: MemoryClient, request: str, count: int) -> list[int]:
+    """A request with so many blocks, which a worker holds."""
+    service.owner.send({"type": "open", "request": request})
+    got = until(lambda: client.assign(request, 0, count))
+    assert got.reused == 0
+    return got.blocks
 
 
 def test_blocks_are_shared_memory_that_passes_from_hand_to_hand(
@@ -606,67 +621,109 @@ def test_blocks_are_shared_memory_that_passes_from_hand_to_hand(
     for client in (one, two):
         kv = client.wait_arenas()[2]
         assert (kv.blocks, kv.block_bytes, len(kv.view())) == (4, 1000, 4000)
-    service.owner.send({"type": "open", "request": "r"})
-    blocks = one.grant(2)
+    blocks = held(service, one, "r", 2)
     assert len(blocks) == 2
-    assert one.assign("r", 0, blocks)
     assert one.kv is not None
     assert two.kv is not None
     one.kv.view()[2500] = 42
     assert two.kv.view()[2500] == 42
+    one.publish("r", [])
     assert two.claim("r", 0) is None  # still held
     one.drop("r")
     assert two.claim("r", 0) == blocks
     assert one.claim("r", 0) is None
-    one.give_back(one.grant(2))
-    assert not one.assign("r", 0, [])
-    assert not one.assign("unknown", 0, [])
+    assert one.assign("r", 0, 1) is None
+    assert one.assign("unknown", 0, 1) is None
+
+
+def test_published_blocks_go_to_who_begins_alike(service: Service, model: Path) -> None:
+    service.load(model).kv(blocks=4)
+    one, two = service.client("one"), service.client("two")
+    blocks = held(service, one, "r", 3)
+    one.publish("r", ["a", "ab"])
+    one.finish("r")
+    service.owner.send({"type": "open", "request": "s"})
+    got = until(lambda: two.assign("s", 0, 3, ["a", "ab", "abc"]))
+    assert got.reused == 2
+    assert got.blocks[:2] == blocks[:2]
+    service.owner.send({"type": "usage"})
+    usage = service.expect("usage").body
+    assert (usage["kv_used"], usage["kv_cached"], usage["kv_reused"]) == (3, 0, 2)
+    two.finish("s")
+    assert two.claim("s", 0) is None  # in this order: it has let go
+    service.owner.send({"type": "usage"})
+    usage = service.expect("usage").body
+    assert (usage["kv_used"], usage["kv_cached"], usage["kv_reused"]) == (0, 2, 2)
 
 
 def test_blocks_come_back_when_a_worker_dies(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=4)
-    service.owner.send({"type": "open", "request": "r"})
     news = threading.Event()
     one, two = service.client("one"), service.client("two", on_event=news.set)
-    blocks = one.grant(2)
-    assert one.assign("r", 0, blocks)
-    assert len(one.grant(2)) == 2
-    assert two.grant(1) == []
+    blocks = held(service, one, "r", 2)
+    one.publish("r", [])
+    held(service, one, "half", 2)
+    service.owner.send({"type": "open", "request": "s"})
+    assert two.assign("s", 0, 1) is None
+    assert not two.may_assign
     news.clear()
     one.close()
     assert news.wait(20)
-    assert len(two.grant(2)) == 2  # its pocket
-    assert two.grant(1) == []
-    assert two.claim("r", 0) == blocks  # what the request had is still there
+    assert two.may_assign
+    assert until(lambda: two.claim("r", 1)) == blocks  # what it had written is still there
+    assert two.claim("half", 1) is None
+    assert until(lambda: two.assign("half", 1, 2)).reused == 0
+
+
+def test_who_asks_too_early_hears_when_to_ask_again(service: Service) -> None:
+    # The front's `open` and the worker's question go over two sockets, so they may overtake.
+    service.kv(blocks=4).expect("listening")
+    news = threading.Event()
+    client = service.client("one", on_event=news.set)
+    assert news.wait(20)  # the arena, the one thing that there is to be told of
+    news.clear()
+    assert client.assign("r", 0, 1) is None
+    assert not client.may_assign
+    assert not news.is_set()  # an answer is no news
+    service.owner.send({"type": "open", "request": "r"})
+    assert news.wait(20)
+    assert client.may_assign
+    assert client.assign("r", 0, 1) is not None
 
 
 def test_nothing_is_booked_on_a_worker_that_is_gone(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=4)
     client = service.client()
     client.wait_arenas()
+    for request in ("a", "b", "c", "d", "all"):
+        service.owner.send({"type": "open", "request": request})
+    service.owner.send({"type": "usage"})
+    service.expect("usage")
     with deaf(service.path) as bare:
         # The first answer finds nobody; the other questions were read with its one.
-        bare.sendall(frame({"type": "grant", "count": 1}) * 4)
+        bare.sendall(b"".join(frame(assign(request, count=1, keys=[])) for request in "abcd"))
         hung_up = select.poll()
         hung_up.register(bare, 0)
         assert hung_up.poll(20_000)
-        blocks = until(lambda: client.grant(4))
-    assert sorted(blocks) == [0, 1, 2, 3]
+        # What it did get waits for a successor; the requests after it have nothing.
+        service.owner.send({"type": "release", "request": "a"})
+        got = until(lambda: client.assign("all", 0, 4))
+    assert sorted(got.blocks) == [0, 1, 2, 3]
 
 
 def test_a_cancelled_request_keeps_its_blocks_while_they_are_held(
     service: Service, model: Path
 ) -> None:
     service.load(model).kv(blocks=2)
-    service.owner.send({"type": "open", "request": "r"})
     one, two = service.client("one"), service.client("two")
-    assert one.assign("r", 0, one.grant(2))
+    held(service, one, "r", 2)
     service.owner.send({"type": "release", "request": "r"})
-    assert two.grant(1) == []
-    until(lambda: not one.assign("r", 0, []))  # the release comes by another socket
-    assert two.grant(1) == []
+    service.owner.send({"type": "open", "request": "s"})
+    service.owner.send({"type": "usage"})
+    assert service.expect("usage").body["kv_used"] == 2
+    assert two.assign("s", 0, 1) is None
     one.drop("r")
-    assert len(two.grant(2)) == 2
+    assert until(lambda: two.assign("s", 0, 2)) is not None
 
 
 def test_the_owner_is_told_what_is_in_use(service: Service, model: Path) -> None:
@@ -676,12 +733,10 @@ def test_the_owner_is_told_what_is_in_use(service: Service, model: Path) -> None
     assert service.expect("usage").body["kv_total"] == 0  # no KV has been sized yet
     service.kv(blocks=4)
     one = service.client("one")
-    service.owner.send({"type": "open", "request": "r"})
-    granted = one.grant(3)
-    until(lambda: one.assign("r", 0, granted[:2]))
+    held(service, one, "r", 2)
     service.owner.send({"type": "usage"})
     usage = service.expect("usage").body
-    assert (usage["kv_used"], usage["kv_total"]) == (2, 4)  # what is in a pocket is in no use
+    assert (usage["kv_used"], usage["kv_total"]) == (2, 4)
     assert usage["bytes_done"] > 0
     one.drop("r")
     service.owner.send({"type": "release", "request": "r"})
@@ -702,22 +757,23 @@ def test_requests_end_with_their_gateway(service: Service, model: Path) -> None:
     gateway = service.connect()
     gateway.send({"type": "open", "request": "r"})
     one = service.client("one")
-    assert one.assign("r", 0, one.grant(2))
+    assert until(lambda: one.assign("r", 0, 2)) is not None
+    one.publish("r", [])
     one.drop("r")
-    assert one.grant(1) == []
+    service.owner.send({"type": "open", "request": "s"})
+    assert one.assign("s", 0, 1) is None
     gateway.close()
-    assert len(until(lambda: one.grant(2))) == 2
+    assert until(lambda: one.assign("s", 0, 2)) is not None
     assert one.claim("r", 0) is None
 
 
 def test_a_lease_runs_out_unless_it_is_renewed(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=2, lease_s=0.2)
-    for request in ("r", "kept"):
-        service.owner.send({"type": "open", "request": request})
     news = threading.Event()
     one, two = service.client("one"), service.client("two", on_event=news.set)
-    for request in ("r", "kept"):
-        assert one.assign(request, 0, one.grant(1))
+    blocks = {request: held(service, one, request, 1) for request in ("r", "kept")}
+    for request in blocks:
+        one.publish(request, [])
         one.drop(request)
     stop = threading.Event()
 
@@ -727,28 +783,28 @@ def test_a_lease_runs_out_unless_it_is_renewed(service: Service, model: Path) ->
 
     renewer = threading.Thread(target=renew)
     renewer.start()
-    assert two.grant(1) == []
-    assert two.grant(2) == []
+    service.owner.send({"type": "open", "request": "s"})
+    assert two.assign("s", 0, 2) is None
     assert news.wait(20)
-    (block,) = until(lambda: two.grant(1))
+    assert until(lambda: two.assign("s", 0, 1)).blocks == blocks["r"]
     assert two.claim("r", 0) is None
     stop.set()
     renewer.join()
-    assert two.claim("kept", 0) == [1 - block]
+    assert two.claim("kept", 0) == blocks["kept"]
 
 
 def test_who_waits_hears_of_what_a_new_attempt_has_freed(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=3)
-    service.owner.send({"type": "open", "request": "r"})
     news = threading.Event()
     one, two = service.client("one"), service.client("two", on_event=news.set)
-    assert one.assign("r", 0, one.grant(2))
+    held(service, one, "r", 2)
     one.drop("r")
-    assert two.grant(2) == []
+    service.owner.send({"type": "open", "request": "s"})
+    assert until(lambda: two.assign("s", 0, 2) is None and not two.may_assign)
     news.clear()
-    assert one.assign("r", 1, one.grant(1))
+    assert one.assign("r", 1, 1) is not None
     assert news.wait(20)
-    assert len(two.grant(2)) == 2
+    assert two.assign("s", 0, 2) is not None
 
 
 def test_kv_without_room_for_it(service: Service, model: Path) -> None:
@@ -822,9 +878,9 @@ def test_clients_learn_that_the_service_was_killed(doomed: Service, model: Path)
     waiter.start()
     assert doomed.child.kill() == -signal.SIGKILL
     waiter.join(20)
-    assert [type(error) for error in outcome] == [ReplicaError]
+    assert [type(error) for error in outcome] == [MemoryServiceGone]
     with pytest.raises(ReplicaError, match="gone"):
-        client.grant(1)
+        client.claim("r", 0)
     with pytest.raises(ReplicaError):
         client.wait_stage(plan.stages[-1].index)
     while (message := doomed.owner.recv(timeout=20)) is not None:
@@ -844,7 +900,7 @@ def test_a_service_that_stands_still_is_an_error(doomed: Service, model: Path) -
 
     def ask() -> None:
         try:
-            client.grant(1)
+            client.claim("r", 0)
         except ColdframeError as error:
             asked.append(error)
 
@@ -858,7 +914,7 @@ def test_a_service_that_stands_still_is_an_error(doomed: Service, model: Path) -
     # A late answer must not be taken for the one to the next question.
     os.kill(doomed.child.pid, signal.SIGCONT)
     with pytest.raises(ReplicaError, match="does not answer"):
-        client.grant(3)
+        client.claim("r", 0)
 
 
 # -- weights laid out anew ------------------------------------------------------------------------

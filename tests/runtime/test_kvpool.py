@@ -1,4 +1,4 @@
-"""A worker's blocks, granted by a real memory service, also when its news come late."""
+"""A worker's blocks, from a real memory service."""
 
 from __future__ import annotations
 
@@ -13,13 +13,32 @@ from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import RequestError
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.ropespec import RopeSpec
+from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.prefix import PrefixKeys
+from tests.runtime.helpers import prompt_of
 
 Make = Callable[..., Path]
 BLOCKS = 16
 TOKENS = 32
+ROPE = RopeSpec("default", 10000.0, 4096, 4096)
+
+
+class Silent:
+    """A text stream for requests whose text nobody reads."""
+
+    def push(self, token: int) -> tuple[str, bool]:
+        return "", False
+
+    def flush(self) -> tuple[str, bool]:
+        return "", False
+
+    def spell(self, token: int) -> bytes:
+        return b""
 
 
 @pytest.fixture
@@ -39,94 +58,142 @@ def launch(demo_model: Make, no_leaks: Path) -> Iterator[Launch]:
 
 @pytest.fixture
 def client(launch: Launch) -> Iterator[MemoryClient]:
-    client = MemoryClient(Channel.connect(os.path.join(launch.run_dir, "memory.sock")), "worker")
-    client.wait_arenas()
+    client = connect(launch)
     yield client
     client.close()
 
 
-def opened(launch: Launch, request: str) -> None:
-    launch.memory.send({"type": "open", "request": request})
+def connect(launch: Launch) -> MemoryClient:
+    client = MemoryClient(Channel.connect(os.path.join(launch.run_dir, "memory.sock")), "worker")
+    client.wait_arenas()
+    return client
 
 
-def eventually(take: Callable[[], list[int] | None]) -> list[int]:
+def pool_of(client: MemoryClient, *, reuse: bool = True) -> KvPool:
+    return KvPool(client, BLOCKS, TOKENS, PrefixKeys("m", "f", TOKENS, ROPE) if reuse else None)
+
+
+def request(
+    launch: Launch, name: str, prompt: list[int], answer: int = 1, attempt: int = 0
+) -> Sequence:
+    """A request that the front has opened."""
+    launch.memory.send({"type": "open", "request": name})
+    params = SamplingParams(max_tokens=answer)
+    return Sequence(name, attempt, tuple(prompt), (), params, Silent(), ())
+
+
+def eventually(take: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
-    while (blocks := take()) is None:
+    while not take():
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    return blocks
+
+
+def served(launch: Launch, pool: KvPool, sequence: Sequence) -> Sequence:
+    """A request from its start to its end, as if it had been computed."""
+    eventually(lambda: pool.take(sequence))
+    sequence.kv_tokens = sequence.tokens
+    pool.finish(sequence)
+    launch.memory.send({"type": "release", "request": sequence.request})
+    return sequence
 
 
 def test_requests_get_all_their_blocks_at_once(launch: Launch, client: MemoryClient) -> None:
-    pool = KvPool(client, BLOCKS, TOKENS)
+    pool = pool_of(client)
     taken: list[int] = []
     for number, tokens in enumerate((1, 32, 33, 200)):
-        opened(launch, f"r{number}")
-        blocks = eventually(lambda n=number, t=tokens: pool.take(f"r{n}", 0, t))  # type: ignore[misc]
-        assert len(blocks) == -(-tokens // TOKENS)
-        taken += blocks
+        sequence = request(launch, f"r{number}", prompt_of(tokens, seed=number))
+        eventually(lambda s=sequence: pool.take(s))  # type: ignore[misc]
+        assert len(sequence.blocks) == -(-tokens // TOKENS)
+        assert sequence.kv_tokens == 0
+        taken += sequence.blocks
     assert len(set(taken)) == len(taken)
 
 
 def test_more_than_there_is_can_never_be_had(launch: Launch, client: MemoryClient) -> None:
-    opened(launch, "r")
+    sequence = request(launch, "r", prompt_of(BLOCKS * TOKENS + 1))
     with pytest.raises(RequestError, match="at most 512 tokens"):
-        KvPool(client, BLOCKS, TOKENS).take("r", 0, BLOCKS * TOKENS + 1)
+        pool_of(client).take(sequence)
 
 
-def test_a_request_that_is_not_known_yet_is_asked_for_again(
+@pytest.mark.parametrize(
+    ("shared", "more", "reused"),
+    [(0, 40, 0), (31, 40, 0), (32, 40, 32), (33, 40, 32), (64, 0, 32), (64, 1, 64), (70, 9, 64)],
+)
+def test_what_begins_alike_is_found(
+    launch: Launch, client: MemoryClient, shared: int, more: int, reused: int
+) -> None:
+    pool = pool_of(client)
+    first = served(launch, pool, request(launch, "first", prompt_of(90)))
+    prompt = prompt_of(90)[:shared] + prompt_of(more, seed=5)
+    second = request(launch, "second", prompt, answer=8)
+    eventually(lambda: pool.take(second))
+    assert (second.kv_tokens, second.cached_tokens) == (reused, reused)
+    assert second.blocks[: reused // TOKENS] == first.blocks[: reused // TOKENS]
+    # The token that is computed first lies in a block of its own.
+    assert not set(second.blocks[reused // TOKENS :]) & set(first.blocks[:2])
+
+
+def test_nothing_is_found_where_nothing_is_to_be_reused(
     launch: Launch, client: MemoryClient
 ) -> None:
-    # The front's `open` and the worker's question go over two sockets, so they may overtake.
-    pool = KvPool(client, BLOCKS, TOKENS)
-    assert pool.take("r", 0, 100) is None
-    opened(launch, "r")
-    assert len(eventually(lambda: pool.take("r", 0, 100))) == 4
+    pool = pool_of(client, reuse=False)
+    served(launch, pool, request(launch, "first", prompt_of(90)))
+    second = served(launch, pool_of(client), request(launch, "second", prompt_of(90)))
+    assert second.cached_tokens == 0
+    third = request(launch, "third", prompt_of(90))
+    eventually(lambda: pool.take(third))
+    assert third.kv_tokens == 0
 
 
-def test_blocks_of_a_worker_whose_death_is_not_known_yet(
-    launch: Launch, client: MemoryClient
-) -> None:
-    opened(launch, "r")
-    other = Channel.connect(os.path.join(launch.run_dir, "memory.sock"))
-    other.send({"type": "grant", "count": 4})
-    granted = other.recv(timeout=10)
-    assert granted is not None
-    ask = {"type": "assign", "request": "r", "attempt": 0, "blocks": granted.body["blocks"]}
-    other.send(ask)
-    assigned = other.recv(timeout=10)
-    assert assigned is not None
-    assert assigned.body["taken"]
-    pool = KvPool(client, BLOCKS, TOKENS)
-    assert pool.take("r", 1, 100) is None
+def test_what_was_generated_belongs_to_what_is_found(launch: Launch, client: MemoryClient) -> None:
+    pool = pool_of(client)
+    first = request(launch, "first", prompt_of(30), answer=40)
+    first.generated_ids = prompt_of(36, seed=3)
+    served(launch, pool, first)
+    turn = request(launch, "turn", [*prompt_of(30), *first.generated_ids, 7, 8, 9])
+    eventually(lambda: pool.take(turn))
+    assert turn.cached_tokens == 64
+
+
+def test_a_request_is_claimed_with_what_it_has(launch: Launch, client: MemoryClient) -> None:
+    other = connect(launch)
+    pool, next_pool = pool_of(client), pool_of(other)
+    first = request(launch, "r", prompt_of(40), answer=8)
+    eventually(lambda: pool.take(first))
+    again = request(launch, "r", prompt_of(40), answer=8)
+    again.generated_ids = [7]
+    assert not next_pool.claim(again, 40)
+    first.kv_tokens = 40
+    pool.hand_over(first)
+    assert next_pool.claim(again, 40)
+    assert (again.blocks, again.kv_tokens) == (first.blocks, 40)
     other.close()
-    assert len(eventually(lambda: pool.take("r", 1, 100))) == 4
-    # What the dead one had is free again.
-    client.drop("r")
-    opened(launch, "all")
-    pool.trim()
-    launch.memory.send({"type": "release", "request": "r"})
-    assert len(eventually(lambda: pool.take("all", 0, BLOCKS * TOKENS))) == BLOCKS
 
 
-def test_reserved_blocks_come_back(launch: Launch, client: MemoryClient) -> None:
-    pool = KvPool(client, BLOCKS, TOKENS)
-    blocks = pool.reserve("r", BLOCKS * TOKENS)
-    assert blocks is not None
-    assert pool.reserve("s", 1) is None
-    pool.put_back(blocks)
-    assert pool.reserve("s", 1) is not None
-
-
-def test_what_does_not_suffice_is_not_held_back(launch: Launch, client: MemoryClient) -> None:
-    other = Channel.connect(os.path.join(launch.run_dir, "memory.sock"))
-    other.send({"type": "grant", "count": 10})
-    assert other.recv(timeout=10) is not None
-    pool = KvPool(client, BLOCKS, TOKENS)
-    assert pool.reserve("r", 1) is not None  # asked for a chunk of two, so one is left over
-    assert pool.reserve("s", 10 * TOKENS) is None
-    other.send({"type": "grant", "count": 5})
-    granted = other.recv(timeout=10)
-    assert granted is not None
-    assert len(granted.body["blocks"]) == 5
+def test_a_dead_workers_request_finds_its_own_prefix(launch: Launch, client: MemoryClient) -> None:
+    other = connect(launch)
+    first = request(launch, "r", prompt_of(80), answer=8)
+    eventually(lambda: pool_of(other).take(first))
+    first.kv_tokens = 80
+    pool_of(other).publish(first)
+    again = request(launch, "r", prompt_of(80), answer=8, attempt=1)
+    pool = pool_of(client)
+    assert not pool.take(again)  # it is not known to be dead yet
+    assert not pool.may_take
     other.close()
+    eventually(lambda: pool.may_take)
+    assert pool.take(again)
+    assert again.cached_tokens == 64
+    assert again.blocks[:2] == first.blocks[:2]
+
+
+def test_who_is_too_big_for_the_rest_waits(launch: Launch, client: MemoryClient) -> None:
+    pool = pool_of(client)
+    small = request(launch, "small", prompt_of(TOKENS))
+    eventually(lambda: pool.take(small))
+    large = request(launch, "large", prompt_of(BLOCKS * TOKENS))
+    eventually(lambda: not pool.take(large) and not pool.may_take)
+    pool.finish(small)
+    eventually(lambda: pool.may_take)
+    eventually(lambda: pool.take(large))

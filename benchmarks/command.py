@@ -11,6 +11,7 @@ __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
+    "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),

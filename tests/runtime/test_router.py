@@ -77,7 +77,19 @@ class Listener:
 def said(job: Job, prompt: tuple[int, ...], index: int) -> list[Any]:
     finish = "length" if index + 1 == job.params.max_tokens else None
     number = token(prompt, index)
-    return [job.request, job.attempt, index, number, chr(number), finish, None, [], len(prompt), []]
+    return [
+        job.request,
+        job.attempt,
+        index,
+        number,
+        chr(number),
+        finish,
+        None,
+        [],
+        len(prompt),
+        [],
+        0,
+    ]
 
 
 @dataclass

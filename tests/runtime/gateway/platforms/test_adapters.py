@@ -21,7 +21,12 @@ Refused = Callable[..., ApiError]
 Stream = Callable[..., list[tuple[str, Any]]]
 
 CHAT = [{"role": "user", "content": "good day"}]
-USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+USAGE = {
+    "prompt_tokens": 3,
+    "prompt_tokens_details": {"cached_tokens": 0},
+    "completion_tokens": 2,
+    "total_tokens": 5,
+}
 
 
 def body_of(name: str, body: object, index: int = 0) -> dict[str, Any]:

@@ -205,6 +205,7 @@ def test_a_prefill_worker_killed_at_a_reused_prefix(demo_model: Make, no_leaks: 
         settled(replica)
 
 
+@pytest.mark.heavy
 def test_lost_kv_is_computed_again_from_what_is_still_there(
     demo_model: Make, no_leaks: Path
 ) -> None:

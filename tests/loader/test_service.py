@@ -25,6 +25,7 @@ from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
     DeviceError,
+    MemoryServiceGone,
     ReplicaError,
     SourceChanged,
     SourceNotFound,
@@ -822,7 +823,7 @@ def test_clients_learn_that_the_service_was_killed(doomed: Service, model: Path)
     waiter.start()
     assert doomed.child.kill() == -signal.SIGKILL
     waiter.join(20)
-    assert [type(error) for error in outcome] == [ReplicaError]
+    assert [type(error) for error in outcome] == [MemoryServiceGone]
     with pytest.raises(ReplicaError, match="gone"):
         client.grant(1)
     with pytest.raises(ReplicaError):

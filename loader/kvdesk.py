@@ -35,6 +35,7 @@ class KvDesk:
         self._connections = connections
         self._ledger: BlockLedger | None = None
         self._offer: tuple[dict[str, Any], Segment] | None = None
+        self._discarding = False
 
     def open_arena(self, block_bytes: int, blocks: int, lease_s: float) -> None:
         """Makes the arena and offers it to every worker.
@@ -70,6 +71,23 @@ class KvDesk:
         """Blocks that belong to requests, and blocks that there are; both 0 before the arena."""
         return (0, 0) if self._ledger is None else (self._ledger.used, self._ledger.blocks)
 
+    def discard(self) -> None:
+        """Gives the memory of all blocks back, as soon as no worker has any and until one is asked.
+
+        Raises:
+            DeviceError: It cannot be given back.
+        """
+        self._discarding = True
+        self._try_to_discard()
+
+    def _try_to_discard(self) -> None:
+        if not self._discarding or self._ledger is None or self._offer is None:
+            return
+        if self._ledger.reset():
+            self._discarding = False
+            _, segment = self._offer
+            self._device.discard(segment.fd, segment.length)
+
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
         if self._ledger is not None:
@@ -92,6 +110,7 @@ class KvDesk:
         self._tell_available()
 
     def on_grant(self, connection: Connection, count: int) -> None:
+        self._discarding = False
         blocks = self._books.grant(connection.key, count)
         connection.waits_for_blocks = not blocks
         self._send(connection, {"type": "granted", "blocks": blocks})
@@ -126,6 +145,7 @@ class KvDesk:
         return self._ledger
 
     def _tell_available(self) -> None:
+        self._try_to_discard()
         for connection in list(self._connections()):
             if connection.waits_for_blocks:
                 connection.waits_for_blocks = False

@@ -58,6 +58,14 @@ class BlockLedger:
     def requests(self) -> int:
         return len(self._accounts)
 
+    def reset(self) -> bool:
+        """Forgets which blocks were ever granted, where all of them are free. Whether they are."""
+        if self.free < self.blocks:
+            return False
+        self._returned.clear()
+        self._next = 0
+        return True
+
     def open(self, request: str, gateway: str) -> None:
         """A request comes to life; it ends with `release` or with its gateway."""
         self._accounts.setdefault(request, _Account(gateway))

@@ -443,6 +443,12 @@ class MemoryService:
         body = {"type": "usage", "kv_used": used, "kv_total": total, "bytes_done": done}
         self._send(self._owner, body)
 
+    def _on_discard(self, client: Connection) -> None:
+        """The replica is parked: what can be had again, goes."""
+        if client is not self._owner:
+            raise ReplicaError("only the owner gives memory back", where=client.key)
+        self._kv.discard()
+
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:
             raise ReplicaError("only the owner sizes the KV", where=client.key)

@@ -36,6 +36,7 @@ class KvDesk:
         self._connections = connections
         self._ledger: BlockLedger | None = None
         self._offer: tuple[dict[str, Any], Segment] | None = None
+        self._discarding = False
 
     def open_arena(self, block_bytes: int, blocks: int, lease_s: float) -> None:
         """Makes the arena and offers it to every worker.
@@ -71,6 +72,23 @@ class KvDesk:
         """What the ledger counts; nothing before the arena."""
         return KvUsage() if self._ledger is None else self._ledger.usage
 
+    def discard(self) -> None:
+        """Gives the memory of all blocks back, as soon as no worker has any and until one is asked.
+
+        Raises:
+            DeviceError: It cannot be given back.
+        """
+        self._discarding = True
+        self._try_to_discard()
+
+    def _try_to_discard(self) -> None:
+        if not self._discarding or self._ledger is None or self._offer is None:
+            return
+        if self._ledger.reset():
+            self._discarding = False
+            _, segment = self._offer
+            self._device.discard(segment.fd, segment.length)
+
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
         if self._ledger is not None:
@@ -96,6 +114,7 @@ class KvDesk:
     def on_assign(
         self, connection: Connection, request: str, attempt: int, count: int, keys: list[str]
     ) -> None:
+        self._discarding = False
         got = self._books.assign(connection.key, request, attempt, count, keys)
         connection.waits_for_blocks = got is None
         body = {"blocks": None, "reused": 0} if got is None else asdict(got)
@@ -129,6 +148,7 @@ class KvDesk:
         return self._ledger
 
     def _tell_available(self) -> None:
+        self._try_to_discard()
         for connection in list(self._connections()):
             if connection.waits_for_blocks:
                 connection.waits_for_blocks = False

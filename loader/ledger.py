@@ -117,6 +117,17 @@ class BlockLedger:
     def requests(self) -> int:
         return len(self._accounts)
 
+    def reset(self) -> bool:
+        """Forgets what any block ever held, where none is in use. Whether that is so."""
+        if self.free < self.blocks:
+            return False
+        self._returned.clear()
+        self._next = 0
+        self._published.clear()
+        self._key_of.clear()
+        self._unused.clear()
+        return True
+
     def open(self, request: str, gateway: str) -> None:
         """A request comes to life; it ends with `release` or with its gateway."""
         self._accounts.setdefault(request, _Account(gateway))

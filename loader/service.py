@@ -443,6 +443,12 @@ class MemoryService:
         done = self._load.board.progress.done if self._load is not None and self._planned else 0
         self._send(self._owner, {"type": "usage", **kv, "bytes_done": done})
 
+    def _on_discard(self, client: Connection) -> None:
+        """The replica is parked: what can be had again, goes."""
+        if client is not self._owner:
+            raise ReplicaError("only the owner gives memory back", where=client.key)
+        self._kv.discard()
+
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:
             raise ReplicaError("only the owner sizes the KV", where=client.key)

@@ -212,12 +212,12 @@ class Batch:
     def _poll(self, timeout: float, hungry: bool) -> None:
         """Hears what has happened, at the replica, or at an input that had no line yet."""
         if hungry:
-            self._replica.watch(self._intake.fd, lambda: None)
+            self._replica.loop.watch(self._intake.fd, lambda: None)
         try:
             self._replica.poll(timeout)
         finally:
             if hungry:
-                self._replica.unwatch(self._intake.fd)
+                self._replica.loop.unwatch(self._intake.fd)
 
     # -- answers ---------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""A replica behind a gateway: the two brought together, watched, and ended in good order.
+"""A model behind a gateway: the two brought together, watched, and ended in good order.
 
-One loop, that of `Replica.poll`. The gateway is replaced when it dies, with the same listener, so
-that clients see a connection break and can come again. When the replica cannot go on the requests
-get to know why, and the process ends: whoever started the container starts the next.
+One loop, that of `Supervisor.poll`. The gateway is replaced when it dies, with the same listener,
+so that clients see a connection break and can come again. When the model cannot be served at all
+the requests get to know why, and the process ends: whoever started the container starts the next.
 """
 
 from __future__ import annotations
@@ -11,35 +11,25 @@ import os
 import socket
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.timeline import Recorder, Span, now
+from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.creating import ImageInTheMaking
 from coldframe.runtime.early import GatewayProcess
-from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.frontdesk import FrontDesk
-from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.jobs import JobFetcher
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.supervisor import Supervisor
 from coldframe.runtime.workforce import ending
 
 __all__ = ["Endpoint"]
 
 
 _PROGRESS_S = 0.1
-_IDLE_S = 1.0
 _MOST_SPANS = 100
-_PROBES = 3
-"""How often the first token is tried for nobody, before the replica is given up."""
-_SPANS_NS = 2_000_000_000
-"""How long after the first token spans of the start may still come."""
 _GOODBYE_S = 2.0
 """How long a gateway gets to tell clients that the replica has failed, in seconds."""
 _LAST_S = 0.2
@@ -48,10 +38,10 @@ _GATEWAY_WINDOW_S = 60.0
 
 
 class Endpoint:
-    """A replica that is served.
+    """A model that is served.
 
     Args:
-        replica: Who answers.
+        supervisor: Has it answered.
         listeners: The bound ports; they are kept open here for as long as requests are taken.
         gateway: Its process, as it was started.
         settings: What the gateway is told.
@@ -59,11 +49,12 @@ class Endpoint:
         log: Gets what happens.
         chat_template: A file with the operator's own, in place of the checkpoint's.
         jobs: Fetches requests from a queue.
+        exit_at_zero: Whether this ends where nobody asks any more, instead of waiting at zero.
     """
 
     def __init__(
         self,
-        replica: Replica,
+        supervisor: Supervisor,
         listeners: list[socket.socket],
         gateway: GatewayProcess,
         settings: GatewaySettings,
@@ -71,27 +62,24 @@ class Endpoint:
         log: Log,
         chat_template: str | None = None,
         jobs: JobFetcher | None = None,
+        *,
+        exit_at_zero: bool = False,
     ) -> None:
-        self._replica = replica
+        self._supervisor = supervisor
         self._listeners = listeners
         self._settings = settings
         self._recorder = recorder
         self._log = log
-        self._count = FrontCount(replica)
-        self._spans: list[Span] = []
-        self._timeline_open = True
-        self._told_startup: dict[str, Any] | None = None
+        self._exit_at_zero = exit_at_zero
         self._chat_template = chat_template
         self._jobs = jobs
         self._card: dict[str, Any] | None = None
-        self._phase = "starting"
+        self._introduced = 0
+        """The start whose model the gateway knows."""
+        self._phase: str | None = None
+        """`draining` or `failed`, where this is about to end."""
         self._told: dict[str, Any] | None = None
-        self._first_token_ns: int | None = None
-        self._probe: _Probe | None = None
-        self._probes = 0
         self._error: ColdframeError | None = None
-        self._image: ImageInTheMaking | None = None
-        self._idle_since = time.monotonic()
         self._drain_until: float | None = None
         self._drained = False
         self._crashes: deque[float] = deque(maxlen=_GATEWAY_CRASHES)
@@ -104,8 +92,14 @@ class Endpoint:
         self._recorder.add("process_spawn", gateway.started_ns, gateway.spawned_ns, note="gateway")
         self._desk = FrontDesk(
             Channel(gateway.socket),
-            self._replica,
-            {"startup": self._startup, "stats": self._stats},
+            self._supervisor,
+            {
+                "startup": lambda: self._supervisor.start_log.document(),
+                "stats": self._stats,
+                "sleep1": lambda: self._sleep(1),
+                "sleep2": lambda: self._sleep(2),
+                "wake_up": self._wake,
+            },
             self._settings.max_running,
             self._on_message,
             lambda what: self._log.error("the gateway is not itself", said=what),
@@ -121,7 +115,7 @@ class Endpoint:
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
-        if self._phase in ("draining", "failed"):
+        if self._phase is not None:
             self._drained = True
             return
         if len(self._crashes) == _GATEWAY_CRASHES and (
@@ -136,10 +130,10 @@ class Endpoint:
 
     def _on_message(self, message: Message) -> None:
         match message.kind:
-            case "spans" if self._timeline_open:
+            case "spans" if self._supervisor.replica is not None:
                 spans = [_span(wire) for wire in message.body["spans"][:_MOST_SPANS]]
-                self._replica.add_spans(spans)
-            case "drained" if self._phase in ("draining", "failed"):
+                self._supervisor.replica.add_spans(spans)
+            case "drained" if self._phase is not None:
                 self._drained = True
 
     # -- the loop --------------------------------------------------------------------------------
@@ -152,7 +146,8 @@ class Endpoint:
         """
         try:
             while not self._over():
-                self._replica.poll(_PROGRESS_S if self._phase == "starting" else 1.0)
+                starting = self._supervisor.state == "starting"
+                self._supervisor.poll(_PROGRESS_S if starting else 1.0)
                 self._step()
         finally:
             self.close()
@@ -178,9 +173,7 @@ class Endpoint:
         self._tell()
 
     def close(self) -> None:
-        """Ends the gateway, and an image in the making."""
-        if self._image is not None:
-            self._image.close()
+        """Ends the gateway."""
         if self._jobs is not None:
             self._jobs.close()
         self._desk.close()
@@ -198,25 +191,19 @@ class Endpoint:
 
     def _step(self) -> None:
         """What there is to do after something has happened."""
-        self._desk.flush()
-        replica = self._replica
-        self._count.step()
-        if replica.error is not None and self._error is None:
-            self._fail(replica.error)
+        supervisor = self._supervisor
+        self._desk.flush()  # the tokens first
+        supervisor.step()
+        if supervisor.error is not None and self._error is None:
+            self._fail(supervisor.error)
         if self._error is not None:
             return
         self._watch_jobs()
-        if self._card is None and replica.known:
+        if supervisor.starts != self._introduced and supervisor.known:
             self._introduce()
-        if self._first_token_ns is None and replica.answered:
-            self._first_token_ns = now()
-        if self._phase == "ready" and not replica.loaded:
-            self._phase, self._probe = "starting", None  # it had to start over
-        if self._phase == "starting":
-            self._get_ready()
         self._tell()
-        self._close_timeline()
-        self._make_image()
+        if self._exit_at_zero and supervisor.state == "zero" and self._drain_until is None:
+            self.drain()
 
     def _watch_jobs(self) -> None:
         if self._jobs is None or self._phase == "draining":
@@ -240,120 +227,51 @@ class Endpoint:
         """Tells the gateway what the model is, as soon as its config is there."""
         from coldframe.runtime.gateway.card import read_card
 
-        replica = self._replica
+        self._introduced = self._supervisor.starts
+        model = self._supervisor.model
         try:
             card = read_card(
-                replica.model.directory,
+                model.directory,
                 self._settings.model,
-                replica.spec.context_length,
-                replica.spec.vocab_size,
+                model.spec.context_length,
+                model.spec.vocab_size,
                 self._chat_template,
             )
         except ColdframeError as error:
             self._fail(error)
             return
-        self._card = card.to_wire()
-        self._desk.send({"type": "model", "card": self._card})
-
-    def _get_ready(self) -> None:
-        """Ready is who has its weights and has made a token: for a client, or for nobody."""
-        replica = self._replica
-        if not replica.loaded:
-            return
-        if replica.answered:
-            self._phase = "ready"
-            tier = replica.facts.get("snapshot", {}).get("tier")
-            first = (self._first_token_ns or now()) - self._settings.exec_ns
-            self._log.info("ready", first_token_s=first / 1e9, tier=tier, load_s=replica.load_s)
-        elif self._probe is None and replica.idle and replica.known:
-            # Two tokens, so that decode is known to work as well.
-            params = SamplingParams(max_tokens=2, ignore_eos=True)
-            self._probe = _Probe()
-            self._probes += 1
-            try:
-                replica.submit(params, self._probe, prompt_ids=(0,))
-            except ColdframeError as error:
-                self._fail(error)
-        elif self._probe is not None and self._probe.error is not None:
-            self._log.warning("no first token", why=str(self._probe.error))
-            if self._probes >= _PROBES:
-                self._fail(self._probe.error)
-            self._probe = None
+        if card.to_wire() != self._card:
+            self._card = card.to_wire()
+            self._desk.send({"type": "model", "card": self._card})
 
     def _tell(self) -> None:
         """Tells the gateway how far the replica is, where that has changed."""
-        replica = self._replica
-        done, total = replica.board.progress if replica.board is not None else (0, 0)
-        tier = replica.facts.get("snapshot", {}).get("tier")
-        state = LoadState(
-            self._phase,
-            self._stage() if self._phase == "starting" else None,
-            done,
-            total,
-            replica.load_s,
-            tier,
-            None if self._error is None else self._error.to_wire(),
-        ).to_wire()
-        told = {**state, "elapsed_s": 0.0}
+        state = self._supervisor.load_state()
+        if self._phase is not None:
+            error = None if self._error is None else self._error.to_wire()
+            state = replace(state, phase=self._phase, stage=None, open=False, error=error)
+        body = state.to_wire()
+        told = {**body, "elapsed_s": 0.0}
         if told != self._told:
             self._told = told
-            self._desk.send({"type": "state", **state})
-
-    def _stage(self) -> str:
-        replica = self._replica
-        if not replica.known or replica.board is None:
-            return "plan"
-        if not replica.loaded:
-            return "weights"
-        return "first_token" if replica.facts.get("snapshot", {}).get("tier") else "workers"
+            self._desk.send({"type": "state", **body})
 
     # -- what the gateway asks -------------------------------------------------------------------
 
-    def _timeline(self) -> Timeline:
-        self._spans += [*self._recorder.drain(), *self._replica.spans]
-        self._replica.spans.clear()
-        return Timeline(self._spans, self._settings.exec_ns, self._first_token_ns)
-
-    def _close_timeline(self) -> None:
-        """Takes no more spans once the start is over: every request to come has some, too."""
-        if self._first_token_ns is None or not self._replica.loaded:
-            return
-        if self._timeline_open and now() - self._first_token_ns > _SPANS_NS:
-            self._startup()
-            self._timeline_open = False
-        if not self._timeline_open:
-            self._recorder.drain()
-            self._replica.spans.clear()
-
-    def _startup(self) -> dict[str, Any]:
-        if self._told_startup is None or self._timeline_open:
-            facts = self._replica.facts
-            self._told_startup = {
-                "timeline": self._timeline().to_json(),
-                "snapshot": facts.get("snapshot"),
-                "load_mode": facts.get("mode"),
-                "verified": facts.get("verified"),
-            }
-        return self._told_startup
-
     def _stats(self) -> dict[str, Any]:
-        pids = {"front": os.getpid(), "gateway": self._gateway.child.pid, **self._replica.pids}
-        return self._count.stats(self._timeline(), pids).to_wire()
+        supervisor = self._supervisor
+        pids = {"front": os.getpid(), "gateway": self._gateway.child.pid}
+        if supervisor.replica is not None:
+            pids |= supervisor.replica.pids
+        return supervisor.count.stats(supervisor.start_log.timeline(), pids).to_wire()
 
-    # -- an image for the next start -------------------------------------------------------------
+    def _sleep(self, level: int) -> dict[str, Any]:
+        self._supervisor.sleep(level)
+        return {}
 
-    def _make_image(self) -> None:
-        """Freezes a worker for the next start, where there was no image, once nobody asks."""
-        if self._image is not None:
-            if self._image.outcome is None:
-                self._image.step()
-                if self._image.outcome:
-                    self._log.info("image for the next start", **self._image.outcome)
-        elif self._phase == "ready":
-            if not self._replica.idle:
-                self._idle_since = time.monotonic()
-            elif time.monotonic() - self._idle_since > _IDLE_S:
-                self._image = ImageInTheMaking(self._replica)
+    def _wake(self) -> dict[str, Any]:
+        self._supervisor.wake()
+        return {}
 
 
 def _span(wire: Any) -> list[Any]:
@@ -378,15 +296,3 @@ def _status(gateway: GatewayProcess) -> int:
     while gateway.child.poll() is None and time.monotonic() < late:
         time.sleep(0.005)
     return gateway.child.kill()
-
-
-class _Probe:
-    """Who asks for the first token where no client does."""
-
-    def __init__(self) -> None:
-        self.error: ColdframeError | None = None
-
-    def on_token(self, event: TokenEvent) -> None: ...
-
-    def on_error(self, error: ColdframeError) -> None:
-        self.error = error

@@ -72,7 +72,7 @@ class Freezing:
             raise
         finally:
             theirs.close()
-        replica.watch(self._channel.fileno(), self._on_message)
+        replica.loop.watch(self._channel.fileno(), self._on_message)
         self._send(order)
 
     def follow(self, limit_s: float | None = None) -> None:
@@ -166,7 +166,7 @@ class Freezing:
         self.done, self.error = True, error
         if self._trial is not None:
             self._trial.close()
-        self._replica.unwatch(self._channel.fileno())
+        self._replica.loop.unwatch(self._channel.fileno())
         self._channel.close()
         # The end of its socket has it take away what it has stored, and that shall be done.
         late = time.monotonic() + (_CLEAR_UP_S if self._staged else 0.0)

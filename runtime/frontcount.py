@@ -1,10 +1,11 @@
-"""Gathers what the front tells the gateway's metrics, from a replica that goes on meanwhile."""
+"""Gathers what the front tells the gateway's metrics, from replicas that come and go."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from coldframe.runtime.frontstats import (
     BusyClock,
@@ -23,64 +24,87 @@ _USAGE_S = 1.0
 
 
 class FrontCount:
-    """Counts beside a replica.
+    """Counts beside one replica after the other.
 
     Args:
-        replica: Whose numbers these are.
         clock: Monotonic seconds.
         device: `cpu` or `cuda`.
     """
 
     def __init__(
         self,
-        replica: Replica,
         clock: Callable[[], float] = time.monotonic,
         device: str = "cpu",
     ) -> None:
-        self._replica = replica
         self._clock = clock
         self._device = device
         self._busy = BusyClock(clock)
         self._cold_starts: Counter[str] = Counter()
         self._answered = False
         self._asked = -_USAGE_S
+        self._replica: Replica | None = None
+        self._loaded_before = 0
+        self._load_s_before = 0.0
+        self._reused_before = 0
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
 
-    def step(self) -> None:
-        """Takes note of what the replica does now; to be called after each poll."""
-        replica = self._replica
-        self._busy.watch(held=replica.error is None, requests=0 if replica.idle else 1)
+    def step(self, replica: Replica | None, *, idle: bool, parked: bool = False) -> None:
+        """Takes note of what is held now; to be called after each poll.
+
+        Args:
+            replica: The one that there is.
+            idle: Whether no request is open, held ones included.
+            parked: Whether it holds no memory of the device but the weights.
+        """
+        self._replica = replica
+        if replica is None or replica.error is not None:
+            self._busy.enter("zero")
+            return
+        self._busy.enter("used" if not idle else "parked" if parked else "idle")
         if replica.answered and not self._answered:
             tier = replica.facts.get("snapshot", {}).get("tier")
             self._cold_starts[tier or "fresh"] += 1
         self._answered = replica.answered
         now = self._clock()
-        if now - self._asked >= _USAGE_S and replica.known and replica.error is None:
+        if now - self._asked >= _USAGE_S and replica.known:
             self._asked = now
             replica.ask_usage()
+
+    def leave(self, replica: Replica) -> None:
+        """A replica is about to be ended: what it did stays counted."""
+        if replica.board is not None:
+            self._loaded_before += replica.board.progress.done
+        self._load_s_before += replica.load_s
+        self._reused_before += replica.usage.get("kv_reused", 0)
+        self._replica, self._answered = None, False
+        self._busy.enter("zero")
 
     def stats(self, timeline: Timeline | None, processes: Mapping[str, int]) -> FrontStats:
         """The numbers as they are now.
 
         Args:
             timeline: Of the last cold start, once its first token is out.
-            processes: All of the replica by name, with their ids.
+            processes: All that there are by name, with their ids.
         """
         replica = self._replica
         stages, critical = self._of_start(timeline)
         found = {name: resident(pid) for name, pid in processes.items()}
+        usage: Mapping[str, int] = {} if replica is None else replica.usage
+        facts: Mapping[str, Any] = {} if replica is None else replica.facts
+        board = None if replica is None else replica.board
         return FrontStats(
-            kv_blocks_used=replica.usage.get("kv_used", 0),
-            kv_blocks_cached=replica.usage.get("kv_cached", 0),
-            kv_blocks_total=replica.usage.get("kv_total", 0),
-            kv_blocks_reused=replica.usage.get("kv_reused", 0),
-            weights_bytes=replica.facts.get("weights_bytes", 0),
-            bytes_loaded=0 if replica.board is None else replica.board.progress.done,
-            load_s=replica.load_s,
+            kv_blocks_used=usage.get("kv_used", 0),
+            kv_blocks_cached=usage.get("kv_cached", 0),
+            kv_blocks_total=usage.get("kv_total", 0),
+            kv_blocks_reused=self._reused_before + usage.get("kv_reused", 0),
+            weights_bytes=facts.get("weights_bytes", 0),
+            bytes_loaded=self._loaded_before + (0 if board is None else board.progress.done),
+            load_s=self._load_s_before + (0.0 if replica is None else replica.load_s),
             cold_starts=self._cold_starts,
             stages=stages,
             critical=critical,
             zero_s=self._busy.zero_s,
+            parked_s=self._busy.parked_s,
             device=self._device,
             used_s=self._busy.used_s,
             idle_s=self._busy.idle_s,

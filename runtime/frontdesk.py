@@ -1,4 +1,4 @@
-"""The front's end of the socket to the gateway: its requests go to the replica, tokens go back.
+"""The front's end of the socket to the gateway: its requests go to the workers, tokens go back.
 
 What the gateway says is checked like a stranger's words: it is the process that talks to clients,
 and runs as nobody. The worst that it can do is to ask for answers, as many at once as it may. One
@@ -14,8 +14,8 @@ from typing import Any
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.supervisor import Supervisor
 
 __all__ = ["FrontDesk"]
 
@@ -27,7 +27,7 @@ class FrontDesk:
 
     Args:
         channel: The socket to it.
-        replica: Who answers.
+        supervisor: Has requests answered.
         answers: What it may ask for by `ask`, by name.
         most: Requests that it may have open.
         on_other: Gets the messages that are not about requests.
@@ -38,7 +38,7 @@ class FrontDesk:
     def __init__(
         self,
         channel: Channel,
-        replica: Replica,
+        supervisor: Supervisor,
         answers: dict[str, Callable[[], dict[str, Any]]],
         most: int,
         on_other: Callable[[Message], None],
@@ -46,7 +46,7 @@ class FrontDesk:
         on_end: Callable[[], None],
     ) -> None:
         self._channel = channel
-        self._replica = replica
+        self._supervisor = supervisor
         self._answers = answers
         self._most = most
         self._on_other = on_other
@@ -56,7 +56,7 @@ class FrontDesk:
         self._tokens: list[list[Any]] = []
         self._ended = False
         channel.set_send_timeout(_SEND_S)
-        replica.watch(channel.fileno(), self._read)
+        supervisor.loop.watch(channel.fileno(), self._read)
 
     def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """Tells the gateway something."""
@@ -78,11 +78,11 @@ class FrontDesk:
         if self._ended:
             return
         self._ended = True
-        self._replica.unwatch(self._channel.fileno())
+        self._supervisor.loop.unwatch(self._channel.fileno())
         self._channel.close()
         requests, self._requests = self._requests, {}
         for request in requests.values():
-            self._replica.cancel(request)
+            self._supervisor.cancel(request)
 
     def _read(self) -> None:
         messages, ended = self._channel.receive_ready()
@@ -112,7 +112,7 @@ class FrontDesk:
             case "cancel":
                 request = self._requests.pop(_number(body["id"]), None)
                 if request is not None:
-                    self._replica.cancel(request)
+                    self._supervisor.cancel(request)
             case "ask":
                 self._answer(body)
             case _:
@@ -133,9 +133,9 @@ class FrontDesk:
             raise TypeError("the text is none")
         try:
             params = SamplingParams.from_wire(body["params"])
-            params.validate(self._replica.spec.vocab_size)
+            params.validate(self._supervisor.model.spec.vocab_size)
             listener = _Listener(self, number)
-            self._requests[number] = self._replica.submit(
+            self._requests[number] = self._supervisor.submit(
                 params,
                 listener,
                 prompt=text,

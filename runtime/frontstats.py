@@ -23,7 +23,8 @@ __all__ = [
     "stage_seconds",
 ]
 
-DeviceState = Literal["zero", "idle", "used"]
+DeviceState = Literal["zero", "parked", "idle", "used"]
+_STATES: tuple[DeviceState, ...] = ("zero", "parked", "idle", "used")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,7 @@ class FrontStats:
         stages: The last cold start's stages; see `stage_seconds`.
         critical: What its first token waited for; see `critical_seconds`.
         zero_s: Seconds in which nothing was held but the gateway.
+        parked_s: Seconds in which the weights were held, and no more.
         device: `cpu` or `cuda`.
         used_s: Device seconds while a request was open.
         idle_s: Device seconds while the device was held and no request was open.
@@ -59,6 +61,7 @@ class FrontStats:
     stages: Mapping[str, float] = field(default_factory=dict)
     critical: Mapping[str, float] = field(default_factory=dict)
     zero_s: float = 0.0
+    parked_s: float = 0.0
     device: str = "cpu"
     used_s: float = 0.0
     idle_s: float = 0.0
@@ -145,7 +148,7 @@ class BusyClock:
         self._devices = devices
         self._state: DeviceState = "zero"
         self._since = clock()
-        self._seconds: dict[DeviceState, float] = {"zero": 0.0, "idle": 0.0, "used": 0.0}
+        self._seconds: dict[DeviceState, float] = dict.fromkeys(_STATES, 0.0)
 
     @property
     def state(self) -> DeviceState:
@@ -157,20 +160,17 @@ class BusyClock:
             self._settle()
             self._state = state
 
-    def watch(self, *, held: bool, requests: int) -> None:
-        """As `enter`, from what the front knows.
-
-        Args:
-            held: Whether there are workers, or processes that are to become some.
-            requests: How many are open.
-        """
-        self.enter("zero" if not held else "used" if requests else "idle")
-
     @property
     def zero_s(self) -> float:
         """Seconds at zero, of the clock: no device is held then."""
         self._settle()
         return self._seconds["zero"]
+
+    @property
+    def parked_s(self) -> float:
+        """Seconds parked, of the clock."""
+        self._settle()
+        return self._seconds["parked"]
 
     @property
     def idle_s(self) -> float:

@@ -25,6 +25,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
 from coldframe.runtime.launch import Launch, WorkerProcess
+from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, kv_blocks
@@ -45,6 +46,7 @@ class Replica:
         options: What it is to be.
         recorder: Gets the front's spans; `spans` has those of all processes.
         launch: Its processes, where they were started before this module was imported.
+        loop: Whose it is to call, where others use it too; it stays open then.
 
     Use it as a context manager, or call `close`: it leaves nothing behind.
 
@@ -57,11 +59,13 @@ class Replica:
         options: ReplicaOptions,
         recorder: Recorder | None = None,
         launch: Launch | None = None,
+        loop: Loop | None = None,
     ) -> None:
         self.options = options
         self.recorder = recorder or Recorder("front")
         self.spans: list[Span] = []
-        self._selector = selectors.DefaultSelector()
+        self.loop = loop or Loop()
+        self._own_loop = loop is None
         self._error: ColdframeError | None = None
         self._next_tick = 0.0
         self._requests = 0
@@ -91,8 +95,9 @@ class Replica:
         self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
-        self._selector.register(self._memory.fileno(), selectors.EVENT_READ, self._on_memory)
-        self._workforce = Workforce(self._launch, self._selector, self._router, self.recorder, self)
+        self.loop.watch(self._memory.fileno(), self._on_memory)
+        selector = self.loop.selector
+        self._workforce = Workforce(self._launch, selector, self._router, self.recorder, self)
         try:
             if launch is None:
                 self._launch.start_workers()
@@ -245,6 +250,10 @@ class Replica:
         self._load_started_ns = now()
         self._read_facts()
 
+    def park(self) -> None:
+        """Gives the memory of all KV back; the next request takes it anew. It has to be idle."""
+        self.to_memory({"type": "discard"})
+
     def ask_usage(self) -> None:
         """Asks the memory service what is in use; the answer is in `usage` after some `poll`."""
         self.to_memory({"type": "usage"})
@@ -257,10 +266,7 @@ class Replica:
     def poll(self, timeout: float | None = None) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
         limit = max(0.0, self._next_tick - time.monotonic())
-        for key, _ in self._selector.select(limit if timeout is None else min(timeout, limit)):
-            # Handling one may have ended the process at the other end of the next.
-            if self._selector.get_map().get(key.fd) == key:
-                key.data()
+        self.loop.poll(limit if timeout is None else min(timeout, limit))
         self._workforce.catch_up()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
@@ -277,13 +283,6 @@ class Replica:
             if self._error is not None:
                 raise self._error
             self.poll()
-
-    def watch(self, fd: int, ready: Callable[[], None]) -> None:
-        """Has `poll` call something whenever a descriptor is readable."""
-        self._selector.register(fd, selectors.EVENT_READ, ready)
-
-    def unwatch(self, fd: int) -> None:
-        self._selector.unregister(fd)
 
     def add_clones(
         self, snapshot: SnapshotOptions, group: str, lost: Callable[[ColdframeError], None]
@@ -310,8 +309,10 @@ class Replica:
             return
         self._closed = True
         self._workforce.close()
+        self._forget_memory()
         self._launch.close()
-        self._selector.close()
+        if self._own_loop:
+            self.loop.close()
         sweep_run_dirs(self.options.run_dir)
 
     # -- Transport, for the router ---------------------------------------------------------------
@@ -407,6 +408,11 @@ class Replica:
         if ended:
             self._memory_died(ending(self._memory_child.kill()))
 
+    def _forget_memory(self) -> None:
+        """Hears no more of the memory service."""
+        if self._memory.fileno() in self.loop.selector.get_map():
+            self.loop.unwatch(self._memory.fileno())
+
     def _memory_died(self, why: str) -> None:
         workers = self._workforce.workers.values()
         clones = any(w.cloner is not None and not w.group for w in workers)
@@ -420,7 +426,7 @@ class Replica:
             tiers = self._workforce.tiers
             tiers.why, tiers.failed = [why], why
             return
-        self._selector.unregister(self._memory.fileno())
+        self._forget_memory()
         self.fail(
             ReplicaError(
                 "the memory service died",
@@ -511,8 +517,7 @@ class Replica:
         gone = self._workforce.close()
         if dead is not None:
             gone.append(dead.name)
-        if self._memory.fileno() in self._selector.get_map():
-            self._selector.unregister(self._memory.fileno())
+        self._forget_memory()
         if self.board is not None:
             self.board.close()
         self._launch.close()

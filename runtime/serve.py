@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import socket
+from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -89,6 +90,30 @@ def add_arguments(parser: Parser) -> None:
         type=float,
         help="how long open requests may take after SIGTERM (what the platform grants, less a bit)",
     )
+    rest = parser.add_argument_group("when nobody asks")
+    parser.flag(
+        "--idle",
+        metavar="SECONDS",
+        type=float,
+        group=rest,
+        help="how long without a request until it rests (it stays warm)",
+    )
+    parser.flag(
+        "--park",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        group=rest,
+        help="how long it is parked then, the weights in memory, before it goes to zero (0)",
+    )
+    parser.flag(
+        "--on-idle",
+        choices=["zero", "exit"],
+        default="zero",
+        group=rest,
+        help="at zero: listen on, without a model, until somebody asks; or end with status 0"
+        " (zero)",
+    )
     access = parser.add_argument_group(
         "access (API keys are in COLDFRAME_API_KEYS, or in the file COLDFRAME_API_KEYS_FILE names)"
     )
@@ -141,9 +166,7 @@ def run(args: argparse.Namespace) -> int:
     user = service_identity(args.user)
     options = replace(replica_options(args), user=user)
     keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
-    settings = replace(
-        _settings(args, profile), user=user.to_wire(), keys=keys.keys, exec_ns=exec_ns
-    )
+    settings = replace(_settings(args, profile), user=user.to_wire(), keys=keys.keys)
     log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
     log.info("listening", address=bound, platform=profile.name, model=settings.model)
     for warning in keys.warnings:
@@ -152,41 +175,45 @@ def run(args: argparse.Namespace) -> int:
     launch.start_workers()
     imported = now()
     from coldframe.runtime.endpoint import Endpoint
-    from coldframe.runtime.replica import Replica
+    from coldframe.runtime.loop import Loop
+    from coldframe.runtime.supervisor import IdlePolicy, Supervisor
 
     recorder.add("imports", imported)
-    try:
-        replica = Replica(options, recorder, launch)
-    except ColdframeError as error:
-        from coldframe.runtime.farewell import turn_away
+    policy = IdlePolicy(args.idle, args.park)
+    with closing(Loop()) as loop:
+        try:
+            supervisor = Supervisor(options, policy, recorder, log, loop, launch, exec_ns)
+        except ColdframeError as error:
+            from coldframe.runtime.farewell import turn_away
 
-        log.error("failed", error=str(error))
-        turn_away(args.gateway, listeners, settings, error)
-        raise
-    with replica:
-        jobs = None
-        if profile.name == "runpod-queue":
-            from coldframe.runtime.jobs import JobFetcher
+            log.error("failed", error=str(error))
+            turn_away(args.gateway, listeners, settings, error)
+            raise
+        with closing(supervisor):
+            jobs = None
+            if profile.name == "runpod-queue":
+                from coldframe.runtime.jobs import JobFetcher
 
-            key = keys.keys[0] if keys.keys else None
-            jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
-        endpoint = Endpoint(
-            replica,
-            listeners,
-            args.gateway,
-            settings,
-            recorder,
-            log,
-            args.chat_template,
-            jobs,
-        )
-        args.ending.follow(replica.watch, endpoint.drain)
-        endpoint.serve()
+                key = keys.keys[0] if keys.keys else None
+                jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
+            endpoint = Endpoint(
+                supervisor,
+                listeners,
+                args.gateway,
+                settings,
+                recorder,
+                log,
+                args.chat_template,
+                jobs,
+                exit_at_zero=args.on_idle == "exit",
+            )
+            args.ending.follow(loop.watch, endpoint.drain)
+            endpoint.serve()
     return 0
 
 
 def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
-    for name in ("max_running", "max_waiting", "max_wait", "drain"):
+    for name in ("max_running", "max_waiting", "max_wait", "drain", "idle"):
         value = getattr(args, name)
         if value is not None and not value > 0:
             raise RequestError(

@@ -35,3 +35,15 @@ class Device(Protocol):
             DeviceError: The device has not that much left.
         """
         ...
+
+    def discard(self, fd: int, nbytes: int) -> None:
+        """Gives memory back that stays reserved: whoever touches it again finds zeros.
+
+        Args:
+            fd: Of memory that was allocated with `now` off.
+            nbytes: Its size.
+
+        Raises:
+            DeviceError: It cannot be done.
+        """
+        ...

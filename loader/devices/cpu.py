@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 
 from coldframe.loader.arena import PAGE, round_up
@@ -55,3 +56,15 @@ class CpuDevice:
                 got=error.strerror if isinstance(error, OSError) else error,
             ) from error
         return fd
+
+    def discard(self, fd: int, nbytes: int) -> None:
+        try:
+            with mmap.mmap(fd, nbytes) as view:
+                view.madvise(mmap.MADV_REMOVE)
+        except OSError as error:
+            raise DeviceError(
+                "memory cannot be given back",
+                where=self.name,
+                expected=f"{nbytes:,} bytes",
+                got=error.strerror,
+            ) from error

@@ -69,7 +69,6 @@ class Gateway:
         route_logging(self.log)
         self.metrics = Metrics()
         self._tracing = open_tracing(os.environ, lambda why: self.log.warning("tracing", why=why))
-        self._exec_ns = settings.exec_ns
         self._drain_s = settings.drain_s
         self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
         limits = HttpLimits(connections=connection_limit())
@@ -116,13 +115,13 @@ class Gateway:
         if self._tracing is not None:
             self._tracing.close()
 
-    def _on_phase(self, phase: str) -> None:
+    def _on_phase(self, before: str, phase: str) -> None:
         if phase == "draining":
             self._ending = asyncio.create_task(self._end())
             # Who is not done then is told so; the front would only cut the connection.
             late = max(0.0, self._drain_s - _LAST_WORDS_S)
             asyncio.get_running_loop().call_later(late, self.engine.give_up)
-        elif phase == "ready":
+        elif phase == "ready" and before == "starting":
             self._behind = asyncio.create_task(self._after_start())
 
     async def _after_start(self) -> None:
@@ -142,12 +141,13 @@ class Gateway:
 
     async def _trace_start(self, tracing: Tracing) -> None:
         for _ in range(20):
-            timeline = (await self.engine.ask("startup"))["timeline"]
+            startup = await self.engine.ask("startup")
+            timeline = startup["timeline"]
             # The spans of who made the first token come behind it.
             if any(stage["name"] == "prefill[head]" for stage in timeline["stages"]):
                 break
             await asyncio.sleep(0.1)
-        tracing.cold_start(ColdStart(timeline, self._exec_ns, self.engine.state.tier))
+        tracing.cold_start(ColdStart(timeline, startup["began_ns"], self.engine.state.tier))
 
     def _front_gone(self) -> None:
         # The kernel ends this process with the front; this is for where it does not.

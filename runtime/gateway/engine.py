@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError
@@ -34,7 +34,7 @@ class FrontEngine:
         channel: The socket to the front.
         settings: The queue's limits, and the model's name.
         metrics: Gets what happens to requests.
-        on_phase: Called with the replica's phase, when that is another one.
+        on_phase: Called with the phase that was and the one that is, when these differ.
         on_end: Called when the front is gone.
     """
 
@@ -43,7 +43,7 @@ class FrontEngine:
         channel: Channel,
         settings: GatewaySettings,
         metrics: Metrics,
-        on_phase: Callable[[str], None],
+        on_phase: Callable[[str, str], None],
         on_end: Callable[[], None],
     ) -> None:
         self.state = LoadState()
@@ -55,6 +55,7 @@ class FrontEngine:
         self._wait_s = settings.max_wait_s
         self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._questions = 0
+        self._phase_watchers: set[asyncio.Event] = set()
         self._open_questions: dict[str, tuple[int, asyncio.Future[dict[str, Any]]]] = {}
         self._link = FrontLink(channel, self._on_message, self._front_gone)
         limits = Limits(
@@ -118,6 +119,32 @@ class FrontEngine:
                 503, "the front does not answer", kind="server_error", code="replica_error"
             ) from None
 
+    async def until(self, phases: Set[str], seconds: float) -> None:
+        """Waits until the replica is in one of some phases.
+
+        Raises:
+            ApiError: It has not come to that.
+        """
+        changed = asyncio.Event()
+        self._phase_watchers.add(changed)
+        try:
+            async with asyncio.timeout(seconds):
+                while self.state.phase not in phases:
+                    if self.state.phase in ("failed", "draining"):
+                        raise self._refusal()
+                    changed.clear()
+                    await changed.wait()
+        except TimeoutError:
+            raise ApiError(
+                503,
+                f"the replica is still {self.state.phase}",
+                kind="unavailable_error",
+                code="deadline",
+                retry_after_s=1.0,
+            ) from None
+        finally:
+            self._phase_watchers.discard(changed)
+
     def say(self, body: dict[str, Any]) -> None:
         """Tells the front something."""
         self._link.send(body)
@@ -150,14 +177,18 @@ class FrontEngine:
         before, self.state = self.state.phase, state
         if state.phase == before:
             return
+        for changed in self._phase_watchers:
+            changed.set()
         if state.phase == "failed":
             self._known.set()
             self.line.fail_all(self._refusal())
-        self._on_phase(state.phase)
+        self._on_phase(before, state.phase)
 
     def _front_gone(self) -> None:
         self.state = LoadState(phase="failed", stage=None)
         self._known.set()
+        for changed in self._phase_watchers:
+            changed.set()
         self.line.fail_all(self._refusal())
         self._on_end()
 

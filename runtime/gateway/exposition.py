@@ -161,6 +161,9 @@ def _cold_starts(stats: FrontStats) -> Iterator[Metric]:
     yield _counter(
         "zero_seconds", "Time at zero: nothing held but the gateway.", [], {(): stats.zero_s}
     )
+    yield _counter(
+        "parked_seconds", "Time parked: the weights held, and no more.", [], {(): stats.parked_s}
+    )
 
 
 def _resources(stats: FrontStats) -> Iterator[Metric]:

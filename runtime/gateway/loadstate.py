@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LoadState"]
+__all__ = ["PHASES", "LoadState"]
+
+PHASES = ("zero", "starting", "ready", "parked", "draining", "failed")
+"""What a replica can be in, for whoever looks at it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,14 +17,17 @@ class LoadState:
     """What the front last said of the replica.
 
     Args:
-        phase: `starting`, `ready`, `draining` or `failed`.
+        phase: One of `PHASES`.
         stage: What the first token waits for: `plan`, `weights`, `workers`, `first_token`; None
             once it is out.
         bytes_done: Of the weights.
         bytes_total: 0 while that is not known.
         elapsed_s: How long they have been coming.
         tier: How the prefill worker started: `image`, `template` or `fresh`.
-        error: Why the replica cannot go on: an error of ours, as JSON values.
+        error: Why the replica cannot go on, or why the last one could not: an error of ours, as
+            JSON values.
+        open: Whether requests are welcome, even where they have to wait for a start.
+        failures: How many replicas have died, one soon after the other.
     """
 
     phase: str = "starting"
@@ -31,11 +37,18 @@ class LoadState:
     elapsed_s: float = 0.0
     tier: str | None = None
     error: Mapping[str, Any] | None = None
+    open: bool = False
+    failures: int = 0
 
     @property
     def cold(self) -> bool:
-        """Whether no token has been made yet."""
-        return self.phase == "starting"
+        """Whether a request has to wait for more than a place."""
+        return self.phase in ("zero", "starting", "parked")
+
+    @property
+    def health(self) -> str:
+        """What a platform's probe is told: `ready` is who wakes when somebody asks, too."""
+        return "ready" if self.open else "starting" if self.cold else self.phase
 
     @property
     def rate(self) -> float | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
+from coldframe.runtime.gateway.loadstate import PHASES
 from coldframe.runtime.gateway.openai.requests import ChatRequest, CompletionRequest, Request
 from coldframe.runtime.gateway.openai.schemas import (
     CHAT_ANSWER,
@@ -187,7 +188,7 @@ def _state(guarded: bool, open_metrics: bool) -> _Operations:
     status = {"type": "object", "properties": {"status": _TEXT}}
     far = {
         "type": "object",
-        "properties": {"state": {"enum": ["zero", "starting", "ready", "draining", "failed"]}},
+        "properties": {"state": {"enum": list(PHASES)}},
         "required": ["state", "model", "stage", "bytes_done", "bytes_total", "queue"],
     }
     ready = _operation("Whether a token has been made.", _answer(status), guarded=False)

@@ -22,6 +22,7 @@ from coldframe.runtime.gateway.platforms.kserve import VERSION
 from coldframe.runtime.gateway.platforms.profile import Route
 from coldframe.runtime.gateway.platforms.table import COMMON, by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.gateway.sleeping import Sleeping
 from coldframe.runtime.gateway.startup import Startup, startup_document
 
 __all__ = ["add_routes", "probe_paths"]
@@ -52,6 +53,10 @@ def add_routes(
     for route in [*by_name(settings.platform).routes_for(os.environ), *COMMON]:
         table.add(route.method, route.path, _platform(route, engine, answering))
     _add_state(table, engine, metrics)
+    sleeping = Sleeping(engine, settings.max_wait_s)
+    table.add("POST", "/sleep", sleeping.sleep, include_in_schema=False)
+    table.add("POST", "/wake_up", sleeping.wake_up, include_in_schema=False)
+    table.add("GET", "/is_sleeping", sleeping.is_sleeping, include_in_schema=False)
 
     def described() -> dict[str, Any]:
         from coldframe.runtime.gateway.openapi import openapi
@@ -121,7 +126,7 @@ def _platform(route: Route, engine: FrontEngine, answering: Answering) -> _Handl
         return predict
 
     async def tell(request: Request) -> Response:
-        status, body = document(route, engine.state.phase, engine.name, request.path_params)
+        status, body = document(route, engine.state.health, engine.name, request.path_params)
         return Response(status_code=status) if body is None else JsonResponse(body, status)
 
     return tell
@@ -141,8 +146,8 @@ def _add_state(table: _Table, engine: FrontEngine, metrics: Metrics) -> None:
         return JsonResponse({"status": "live"})
 
     async def ready(_: Request) -> Response:
-        if engine.state.phase == "ready":
-            return JsonResponse({"status": "ready"})
+        if engine.state.open:
+            return JsonResponse({"status": "ready", "state": engine.state.phase})
         document = told(None)
         if document["error"] is not None:
             # A probe shows no key; where exactly it failed is in the log, and at /startup.

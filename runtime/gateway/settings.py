@@ -28,7 +28,6 @@ class GatewaySettings:
         log_level: The least that is logged.
         user: Whom the gateway runs as: an identity's JSON values.
         keys: The API keys; with none, everybody may ask.
-        exec_ns: When the front was created, CLOCK_MONOTONIC.
     """
 
     model: str
@@ -45,7 +44,6 @@ class GatewaySettings:
     log_level: str = "info"
     user: Mapping[str, Any] | None = None
     keys: tuple[str, ...] = field(default=(), repr=False)
-    exec_ns: int = 0
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,7 +1,7 @@
 """What `GET /startup` says: how far the replica is, and the timeline of its last cold start.
 
     {
-      "state": "zero" | "starting" | "ready" | "draining" | "failed",
+      "state": "zero" | "starting" | "ready" | "parked" | "draining" | "failed",
       "model": as clients call it,
       "stage": what the first token waits for, or null once it is out,
       "bytes_done": 1024, "bytes_total": 4096 (0 while not known),
@@ -9,6 +9,7 @@
       "eta_s": seconds until the weights are in, or null,
       "tier": "image" | "template" | "fresh" | null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
+      "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
       "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null
     }
@@ -45,6 +46,7 @@ class Startup(TypedDict):
     eta_s: float | None
     tier: str | None
     error: Mapping[str, Any] | None
+    failures: int
     queue: Queue
     timeline: Mapping[str, Any] | None
 
@@ -77,6 +79,7 @@ def startup_document(
         "eta_s": state.eta_s if loading else None,
         "tier": state.tier,
         "error": state.error,
+        "failures": state.failures,
         "queue": {"running": running, "waiting": waiting},
         "timeline": timeline,
     }

@@ -280,6 +280,18 @@ def test_a_finished_request_leaves_nothing_that_could_be_written_to(ledger: Bloc
     assert ledger.assign("x", "r", 1, 2, keys("x")) == Blocks([0, 2], 1)
 
 
+def test_nothing_is_found_after_a_reset() -> None:
+    ledger = BlockLedger(4)
+    serve(ledger, "a", 3, "xy")
+    ledger.open("b", "g")
+    assert ledger.assign("w", "b", 0, 1) is not None
+    assert not ledger.reset()
+    ledger.finish("w", "b")
+    assert ledger.reset()
+    assert ledger.usage == KvUsage(total=4)
+    assert ledger.assign("w", "b", 0, 4, keys("xy")) == Blocks([0, 1, 2, 3], 0)
+
+
 def test_only_the_holder_publishes(ledger: BlockLedger) -> None:
     ledger.assign("w", "r", 0, 1, keys("x"))
     ledger.publish("x", "r", keys("x"))
@@ -523,6 +535,13 @@ class LedgerMachine(RuleBasedStateMachine):
             if known.gateway == gateway:
                 known.released = True
                 self.forget_if_over(request)
+
+    @rule()
+    def reset(self) -> None:
+        used = self.ledger.usage.used
+        assert self.ledger.reset() == (used == 0)
+        if not used:
+            self.kept.clear()
 
     @rule(seconds=st.sampled_from([0.0, 1.0, LEASE / 2, LEASE]))
     def time_passes(self, seconds: float) -> None:

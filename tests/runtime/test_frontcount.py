@@ -31,17 +31,17 @@ def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -
     exec_ns = now()
     options = ReplicaOptions(model=str(demo_model("llama")), run_dir=str(no_leaks))
     with Replica(options) as replica:
-        count = FrontCount(replica, clock)
-        count.step()
+        count = FrontCount(clock)
+        count.step(replica, idle=True)
         cold = count.stats(None, replica.pids)
         assert (cold.cold_starts, cold.stages, cold.kv_blocks_total) == ({}, {}, 0)
         clock.now += 3  # it loads, and nobody has asked yet
         client = ask(replica, prompt_of(20), 200)
-        count.step()
+        count.step(replica, idle=False)
         wait_for(replica, lambda: len(client.events) > 3 and replica.loaded)
         first_ns = now()
         clock.now += 5
-        count.step()
+        count.step(replica, idle=False)
         wait_for(replica, lambda: replica.usage.get("kv_used", 0) > 0)
         timeline = Timeline([*replica.recorder.drain(), *replica.spans], exec_ns, first_ns)
         warm = count.stats(timeline, replica.pids)
@@ -55,11 +55,20 @@ def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -
         assert sum(warm.critical.values()) == pytest.approx((first_ns - exec_ns) / 1e9)
         assert set(warm.memory) == set(replica.pids)
         replica.cancel(client.request)
-        count.step()
+        count.step(replica, idle=True)
         clock.now += 7
-        count.step()  # it asks again: what it was told is some seconds old
+        count.step(replica, idle=True)  # it asks again: what it was told is some seconds old
         wait_for(replica, lambda: replica.usage["kv_used"] == 0 or bool(replica.ask_usage()))
         idle = count.stats(timeline, {})
         assert (idle.idle_s, idle.used_s, idle.kv_blocks_used) == (10, 5, 0)
         assert idle.cold_starts == {"fresh": 1}
         assert (idle.stages, idle.memory) == (warm.stages, {})
+        count.step(replica, idle=True, parked=True)
+        clock.now += 11
+        count.leave(replica)
+        clock.now += 13
+        count.step(None, idle=True)
+        gone = count.stats(timeline, {})
+        assert (gone.parked_s, gone.zero_s, gone.idle_s) == (11, 13, 10)
+        assert (gone.bytes_loaded, gone.load_s) == (warm.bytes_loaded, warm.load_s)
+        assert (gone.weights_bytes, gone.kv_blocks_total) == (0, 0)

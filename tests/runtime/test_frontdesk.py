@@ -28,10 +28,11 @@ GOOD = {
 
 
 class Requests:
-    """What the desk uses of a replica: an engine that answers when it is told to."""
+    """What the desk uses of a supervisor: an engine that answers when it is told to."""
 
     def __init__(self) -> None:
-        self.spec = SimpleNamespace(vocab_size=100)
+        self.model = SimpleNamespace(spec=SimpleNamespace(vocab_size=100))
+        self.loop = self
         self.open: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.cancelled: list[str] = []
         self.ready: Callable[[], None] | None = None

@@ -113,6 +113,7 @@ def test_the_document_says_when_the_weights_will_be_in() -> None:
         "eta_s": pytest.approx(303 / 246),
         "tier": None,
         "error": None,
+        "failures": 0,
         "queue": {"running": 0, "waiting": 3},
         "timeline": None,
     }

@@ -315,9 +315,14 @@ def test_http_1_0_is_answered_and_closed(served: Served) -> None:
 def test_more_than_was_announced_does_not_spoil_the_answer(served: Served) -> None:
     sock = served.connect()
     sock.sendall(LAST)
-    with suppress(OSError):
+    got = bytearray()
+    # What comes when it is closed already may reset the connection, but behind the answer.
+    with suppress(ConnectionError):
         sock.sendall(b"\r\n")
-    assert read_all(sock).endswith(b"/x ")
+    with suppress(ConnectionResetError):
+        while part := sock.recv(1 << 16):
+            got += part
+    assert got.endswith(b"/x ")
 
 
 def test_pipelined_requests_are_answered_in_order(served: Served) -> None:

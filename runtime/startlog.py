@@ -1,0 +1,79 @@
+"""The timeline of one start, written while it goes on, and told from then on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from coldframe.loader.timeline import Recorder, Span, now
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.timeline import Timeline
+
+__all__ = ["StartLog"]
+
+_SPANS_NS = 2_000_000_000
+"""How long after the first token spans of the start may still come."""
+
+
+class StartLog:
+    """What happened from a start's beginning to its first token.
+
+    Args:
+        began_ns: When it was asked for: the exec, or the request that woke the replica.
+        recorder: Has the front's spans.
+    """
+
+    def __init__(self, began_ns: int, recorder: Recorder) -> None:
+        self.began_ns = began_ns
+        self.first_token_ns: int | None = None
+        self.open = True
+        """Whether there is more to come."""
+        self._recorder = recorder
+        self._spans: list[Span] = []
+        self._facts: dict[str, Any] = {}
+        self._told: dict[str, Any] | None = None
+
+    @property
+    def first_token_s(self) -> float:
+        """How long the first token has been waited for, or was, in seconds."""
+        return ((self.first_token_ns or now()) - self.began_ns) / 1e9
+
+    def step(self, replica: Replica) -> None:
+        """Takes note of what there is; to be called after each poll."""
+        if self.first_token_ns is None and replica.answered:
+            self.first_token_ns = now()
+        if self.open:
+            self._take(replica)
+            late = self.first_token_ns is not None and now() - self.first_token_ns > _SPANS_NS
+            if late and replica.loaded:
+                self.close()
+        else:
+            # Every request to come has spans, too.
+            self._recorder.drain()
+            replica.spans.clear()
+
+    def close(self) -> None:
+        """Takes no more: the start is over."""
+        if self.open:
+            self.document()
+            self.open = False
+
+    def timeline(self) -> Timeline:
+        return Timeline(self._spans, self.began_ns, self.first_token_ns)
+
+    def document(self) -> dict[str, Any]:
+        """The timeline and what else is known of the start, as JSON values."""
+        if self._told is None or self.open:
+            facts = self._facts
+            self._told = {
+                "timeline": self.timeline().to_json(),
+                "began_ns": self.began_ns,
+                "snapshot": facts.get("snapshot"),
+                "load_mode": facts.get("mode"),
+                "verified": facts.get("verified"),
+            }
+        return self._told
+
+    def _take(self, replica: Replica) -> None:
+        self._facts = replica.facts
+        self._spans += [*self._recorder.drain(), *replica.spans]
+        replica.spans.clear()

@@ -1,0 +1,493 @@
+"""A model's life: from zero, when somebody asks, and back when nobody does.
+
+    zero      nothing is held but the gateway and the front
+    starting  processes and weights are on their way; requests are held
+    warm      requests are answered
+    draining  those that there are get their answers first; new ones are held
+    parked    the weights stay in memory and the workers up; the device's memory for KV is free
+    failed    it cannot be loaded, and no later try would find that mended
+
+A replica that dies is started again, behind the requests that have not had a token yet; what keeps
+dying is started ever later.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Literal
+
+from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.creating import ImageInTheMaking
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.frontcount import FrontCount
+from coldframe.runtime.gateway.loadstate import LoadState
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.launch import Launch
+from coldframe.runtime.loop import Loop
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.router import Listener, TokenEvent
+from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.startlog import StartLog
+
+__all__ = ["IdlePolicy", "State", "Supervisor"]
+
+State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
+
+_QUIET_S = 1.0
+"""How long nobody asks before an image is made for the next start, in seconds."""
+_PROBES = 3
+"""How often the first token is tried for nobody, before the replica is given up."""
+_TRIES = 3
+"""How many replicas may die under a request that has had no token, before it is given up."""
+_GIVE_UP = 5
+"""After so many deaths a replica that never was warm is left to whoever started this container."""
+_STABLE_S = 60.0
+"""Who was warm for so long dies for a reason of its own: the deaths before it count no more."""
+_LOOP = 3
+"""So many deaths, one after the other, are a loop: nobody is sent here meanwhile."""
+_FIRST_DELAY_S = 0.5
+_MOST_DELAY_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class IdlePolicy:
+    """What becomes of a replica that nobody asks.
+
+    Args:
+        idle_s: How long it stays warm, in seconds; None for ever.
+        park_s: How long it is parked before it goes to zero; 0 to go there at once, None for ever.
+    """
+
+    idle_s: float | None = None
+    park_s: float | None = 0.0
+
+
+class Supervisor:
+    """One model, started, watched, put to rest and started again.
+
+    Args:
+        options: What its replica is to be.
+        policy: When it rests.
+        recorder: Gets the front's spans.
+        log: Gets what happens.
+        loop: The front's.
+        launch: The processes of the first start, where they are on their way already.
+        began_ns: When that began, CLOCK_MONOTONIC.
+
+    Raises:
+        ColdframeError: The first start is none.
+    """
+
+    def __init__(
+        self,
+        options: ReplicaOptions,
+        policy: IdlePolicy,
+        recorder: Recorder,
+        log: Log,
+        loop: Loop,
+        launch: Launch | None,
+        began_ns: int,
+    ) -> None:
+        self.loop = loop
+        self.state: State = "starting"
+        self.error: ColdframeError | None = None
+        """Why it cannot go on, where that is for good."""
+        self.starts = 1
+        """How many there were."""
+        self.failures = 0
+        """Deaths, one soon after the other."""
+        self._options = options
+        self._policy = policy
+        self._recorder = recorder
+        self._log = log
+        self._asks: OrderedDict[str, _Ask] = OrderedDict()
+        self._numbers = 0
+        self._known_start = 0
+        self._model: ModelFacts | None = None
+        self._was_warm = False
+        self._warm_since = 0.0
+        self._idle_since = time.monotonic()
+        self._retry_at = 0.0
+        self._rest: Literal["parked", "zero"] | None = None
+        """What is wanted once those that are with the workers have their answers."""
+        self._probe: _Probe | None = None
+        self._probes = 0
+        self._image: ImageInTheMaking | None = None
+        self._last_error: ColdframeError | None = None
+        self.count = FrontCount()
+        self.start_log = StartLog(began_ns, recorder)
+        self.replica: Replica | None = Replica(options, recorder, launch, loop)
+
+    # -- requests --------------------------------------------------------------------------------
+
+    @property
+    def known(self) -> bool:
+        """Whether this start has read the model's config."""
+        return self._known_start == self.starts
+
+    @property
+    def model(self) -> ModelFacts:
+        """The model's configs and shape, as a start has read them last.
+
+        Raises:
+            ReplicaError: None has yet.
+        """
+        if self._model is None:
+            raise ReplicaError("the model's config is not there yet")
+        return self._model
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request is open."""
+        return not self._asks
+
+    def submit(
+        self,
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        prompt: str | None = None,
+        prompt_ids: tuple[int, ...] | None = None,
+        add_special: bool = True,
+    ) -> str:
+        """Takes a request, and wakes the replica for it: its id; see `Replica.submit`.
+
+        Raises:
+            ColdframeError: It cannot go on.
+        """
+        if self.error is not None:
+            raise self.error
+        self._numbers += 1
+        name = f"s{self._numbers}"
+        self._asks[name] = _Ask(self, name, params, listener, prompt, prompt_ids, add_special)
+        if self.state != "draining":
+            self.wake()
+        return name
+
+    def cancel(self, name: str) -> None:
+        """Forgets a request."""
+        ask = self._asks.pop(name, None)
+        if ask is not None and ask.request is not None and self.replica is not None:
+            self.replica.cancel(ask.request)
+
+    # -- states ----------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Has it started, if it is not; the next `step` does so."""
+        if self.state == "zero":
+            self.state = "starting"
+            self.start_log = StartLog(now(), self._recorder)
+        elif self.state == "parked":
+            self._become_warm()
+        elif self.state == "draining":
+            self.state, self._rest = "warm", None
+
+    def sleep(self, level: int) -> None:
+        """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
+        if self.state in ("zero", "failed"):
+            return
+        self._rest = "parked" if level == 1 else "zero"
+        if self.state == "warm":
+            self.state = "draining"
+        elif self.state == "parked" and level != 1:
+            self._end()
+
+    def poll(self, timeout: float) -> None:
+        """Handles what has happened; waits for something at most so many seconds."""
+        if self.replica is not None:
+            self.replica.poll(timeout)
+        else:
+            if self.state == "starting":
+                timeout = min(timeout, max(0.0, self._retry_at - time.monotonic()))
+            self.loop.poll(timeout)
+
+    def step(self) -> None:
+        """What there is to do after something has happened; to be called after each poll."""
+        replica = self.replica
+        if replica is not None and replica.error is not None:
+            self._lost(replica.error)
+        if self.state == "starting" and self.replica is None:
+            self._start()
+        if self.replica is not None:
+            self._step(self.replica)
+        self.count.step(self.replica, idle=self.idle, parked=self.state == "parked")
+
+    def _step(self, replica: Replica) -> None:
+        if replica.known:
+            self._model, self._known_start = replica.model, self.starts
+        self.start_log.step(replica)
+        if self.state == "warm" and not replica.loaded:
+            self.state, self._probe = "starting", None  # it had to start over
+        self._pass_on(replica)
+        if self.state == "starting":
+            self._get_warm(replica)
+        self._make_image(replica)
+        self._get_rest()
+
+    def close(self) -> None:
+        """Ends all processes; requests get no word of it."""
+        self._asks.clear()
+        self._leave()
+
+    # -- what the gateway is told ----------------------------------------------------------------
+
+    @property
+    def open(self) -> bool:
+        """Whether requests are welcome, even where they have to wait for a start."""
+        if self.state == "starting":
+            return self._was_warm and self.failures < _LOOP
+        return self.state != "failed"
+
+    def load_state(self) -> LoadState:
+        """How far it is."""
+        replica = self.replica
+        phase = {"warm": "ready", "draining": "ready"}.get(self.state, self.state)
+        error = self.error or (self._last_error if self.state == "starting" else None)
+        told = None if error is None else error.to_wire()
+        if replica is None:
+            stage = "plan" if self.state == "starting" else None
+            return LoadState(phase, stage, error=told, open=self.open, failures=self.failures)
+        done, total = replica.board.progress if replica.board is not None else (0, 0)
+        return LoadState(
+            phase,
+            _stage(replica) if self.state == "starting" else None,
+            done,
+            total,
+            replica.load_s,
+            _tier(replica),
+            told,
+            self.open,
+            self.failures,
+        )
+
+    # -- from zero -------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        if time.monotonic() < self._retry_at:
+            return
+        self.starts += 1
+        try:
+            self.replica = Replica(self._options, self._recorder, None, self.loop)
+        except ColdframeError as error:
+            self._lost(error)
+
+    def _get_warm(self, replica: Replica) -> None:
+        """Warm is who has its weights and has made a token: for a client, or for nobody."""
+        if not replica.loaded:
+            return
+        if replica.answered:
+            self._become_warm()
+            first_s, tier = self.start_log.first_token_s, _tier(replica)
+            self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)
+        elif self._probe is None and replica.idle and replica.known:
+            # Two tokens, so that decode is known to work as well.
+            params = SamplingParams(max_tokens=2, ignore_eos=True)
+            self._probe = _Probe()
+            self._probes += 1
+            try:
+                replica.submit(params, self._probe, prompt_ids=(0,))
+            except ColdframeError as error:
+                self._lost(error)
+        elif self._probe is not None and self._probe.error is not None:
+            why, self._probe = self._probe.error, None
+            self._log.warning("no first token", why=str(why))
+            if self._probes >= _PROBES:
+                self._lost(why)
+
+    def _become_warm(self) -> None:
+        self.state = "warm" if self._rest is None else "draining"
+        self._was_warm = True
+        self._warm_since = self._idle_since = time.monotonic()
+        self._probes, self._last_error = 0, None
+
+    def _pass_on(self, replica: Replica) -> None:
+        """Gives the workers what is held, in its order."""
+        if not replica.known or self.state not in ("starting", "warm"):
+            return
+        for ask in [ask for ask in self._asks.values() if ask.request is None]:
+            try:
+                ask.request = replica.submit(
+                    ask.params,
+                    ask,
+                    prompt=ask.prompt,
+                    prompt_ids=ask.prompt_ids,
+                    add_special=ask.add_special,
+                )
+            except ColdframeError:
+                return  # the replica's own, which is handled as that
+
+    # -- back to it ------------------------------------------------------------------------------
+
+    def _get_rest(self) -> None:
+        """Goes where nobody asking, or an order, leads."""
+        replica = self.replica
+        moment = time.monotonic()
+        if self._asks or (self._image is not None and self._image.outcome is None):
+            self._idle_since = moment
+        idle_s, park_s = self._policy.idle_s, self._policy.park_s
+        if self.state == "warm" and idle_s is not None and moment - self._idle_since >= idle_s:
+            self._rest = "zero" if park_s == 0 else "parked"
+            self.state = "draining"
+        if self.state == "draining" and replica is not None and replica.idle:
+            self._park(replica) if self._rest == "parked" else self._end()
+        elif self.state == "parked" and park_s is not None and moment - self._idle_since >= park_s:
+            self._end()
+
+    def _park(self, replica: Replica) -> None:
+        replica.park()
+        self.state, self._rest, self._idle_since = "parked", None, time.monotonic()
+        self._log.info("parked")
+        self._wake_for_held()
+
+    def _end(self) -> None:
+        self._leave()
+        self.state, self._rest, self.failures = "zero", None, 0
+        self._log.info("zero")
+        self._wake_for_held()
+
+    def _wake_for_held(self) -> None:
+        if self._asks:
+            self.wake()
+
+    def _leave(self) -> None:
+        """Ends the replica."""
+        if self._image is not None:
+            self._image.close()
+            self._image = None
+        self._probe, self._probes = None, 0
+        replica, self.replica = self.replica, None
+        if replica is not None:
+            self.start_log.close()
+            self.count.leave(replica)
+            replica.close()
+
+    # -- when it dies ----------------------------------------------------------------------------
+
+    def _lost(self, error: ColdframeError) -> None:
+        """The replica cannot go on: another one is started, where that may help."""
+        if self._was_warm and time.monotonic() - self._warm_since > _STABLE_S:
+            self.failures = 0
+        self.failures += 1
+        self._last_error = error
+        self._log.error("failed", error=str(error), failures=self.failures)
+        self._leave()
+        died = isinstance(error, ReplicaError)
+        if not self._was_warm and (not died or self.failures >= _GIVE_UP):
+            self.state, self.error = "failed", error
+        for name, ask in list(self._asks.items()):
+            ask.request, ask.deaths = None, ask.deaths + 1
+            if self.error is not None or not died or ask.tokens or ask.deaths >= _TRIES:
+                del self._asks[name]
+                ask.listener.on_error(error)
+        if self.error is not None:
+            return
+        # The first time at once: a single death is none of a loop.
+        delay = 0.0 if self.failures == 1 else _FIRST_DELAY_S * 2 ** (self.failures - 2)
+        self._retry_at = time.monotonic() + min(delay, _MOST_DELAY_S)
+        back = self._asks or not self._was_warm or self._policy.idle_s is None
+        self.state = "starting" if back else "zero"
+        self.start_log = StartLog(now(), self._recorder)
+
+    def given_up(self, name: str, error: ColdframeError) -> None:
+        """A request has failed; it is held for the next replica where it is this one that died."""
+        ask = self._asks[name]
+        died = self.replica is not None and self.replica.error is not None
+        if died and isinstance(error, ReplicaError) and not ask.tokens:
+            ask.request = None
+            return
+        del self._asks[name]
+        ask.listener.on_error(error)
+
+    def answered(self, name: str) -> None:
+        """A request is done."""
+        del self._asks[name]
+
+    # -- an image for the next start -------------------------------------------------------------
+
+    def _make_image(self, replica: Replica) -> None:
+        """Freezes a worker for the next start, where there was no image, once nobody asks."""
+        if self._image is not None:
+            if self._image.outcome is None:
+                self._image.step()
+                if self._image.outcome:
+                    self._log.info("image for the next start", **self._image.outcome)
+        elif self.state == "warm" and time.monotonic() - self._idle_since > _QUIET_S:
+            self._image = ImageInTheMaking(replica)
+
+
+def _tier(replica: Replica) -> str | None:
+    found: str | None = replica.facts.get("snapshot", {}).get("tier")
+    return found
+
+
+def _stage(replica: Replica) -> str:
+    """What the first token waits for."""
+    if not replica.known or replica.board is None:
+        return "plan"
+    if not replica.loaded:
+        return "weights"
+    return "first_token" if _tier(replica) else "workers"
+
+
+class _Ask:
+    """A request, and its place with the replica that there is."""
+
+    __slots__ = (
+        "_supervisor",
+        "add_special",
+        "deaths",
+        "listener",
+        "name",
+        "params",
+        "prompt",
+        "prompt_ids",
+        "request",
+        "tokens",
+    )
+
+    def __init__(
+        self,
+        supervisor: Supervisor,
+        name: str,
+        params: SamplingParams,
+        listener: Listener,
+        prompt: str | None,
+        prompt_ids: tuple[int, ...] | None,
+        add_special: bool,
+    ) -> None:
+        self._supervisor = supervisor
+        self.name = name
+        self.params = params
+        self.listener = listener
+        self.prompt = prompt
+        self.prompt_ids = prompt_ids
+        self.add_special = add_special
+        self.request: str | None = None
+        """Its id there; None while it is held."""
+        self.tokens = 0
+        self.deaths = 0
+
+    def on_token(self, event: TokenEvent) -> None:
+        self.tokens += 1
+        if event.finish is not None:
+            self._supervisor.answered(self.name)
+        self.listener.on_token(event)
+
+    def on_error(self, error: ColdframeError) -> None:
+        self._supervisor.given_up(self.name, error)
+
+
+class _Probe:
+    """Who asks for the first token where no client does."""
+
+    def __init__(self) -> None:
+        self.error: ColdframeError | None = None
+
+    def on_token(self, event: TokenEvent) -> None: ...
+
+    def on_error(self, error: ColdframeError) -> None:
+        self.error = error

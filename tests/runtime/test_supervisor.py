@@ -1,0 +1,316 @@
+"""A model's life over real processes: from zero and back, and through deaths."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from coldframe.loader.errors import ColdframeError, ReplicaError, SourceNotFound
+from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime import supervisor as module
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.loop import Loop
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from tests.runtime.helpers import Client, expected, prompt_of
+
+Make = Callable[..., Path]
+PROMPT = prompt_of(40)
+NEVER = IdlePolicy()
+
+
+@pytest.fixture(scope="module")
+def model(demo_model: Make) -> Path:
+    return demo_model("llama", "float32")
+
+
+@contextmanager
+def supervised(
+    model: Path, runs: Path, policy: IdlePolicy = NEVER, **more: object
+) -> Iterator[Supervisor]:
+    options = ReplicaOptions(model=str(model), run_dir=str(runs), **more)  # type: ignore[arg-type]
+    log = Log(process="front")
+    loop = Loop()
+    supervisor = Supervisor(options, policy, Recorder("front"), log, loop, None, now())
+    try:
+        yield supervisor
+    finally:
+        supervisor.close()
+        assert not loop.selector.get_map()
+        loop.close()
+
+
+def until(supervisor: Supervisor, done: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, f"it never came: {supervisor.state}"
+        supervisor.poll(0.05)
+        supervisor.step()
+
+
+def ask(supervisor: Supervisor, count: int, prompt: Sequence[int] = PROMPT) -> Client:
+    client = Client()
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    client.request = supervisor.submit(params, client, prompt_ids=tuple(prompt))
+    return client
+
+
+def answers(supervisor: Supervisor, model: Path) -> None:
+    client = ask(supervisor, 8)
+    until(supervisor, lambda: client.done)
+    assert client.tokens == expected(model, tuple(PROMPT), 8)
+
+
+def is_in(supervisor: Supervisor, *states: str) -> Callable[[], bool]:
+    return lambda: supervisor.state in states
+
+
+def processes() -> list[psutil.Process]:
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if child.status() != psutil.STATUS_ZOMBIE and "coldframe" in " ".join(child.cmdline())
+    ]
+
+
+def kv_bytes(supervisor: Supervisor) -> int:
+    """Memory that is behind the KV's descriptor."""
+    assert supervisor.replica is not None
+    folder = f"/proc/{supervisor.replica.pids['memory']}/fd"
+    found = [fd for fd in os.listdir(folder) if "coldframe-kv" in os.readlink(f"{folder}/{fd}")]
+    return os.stat(f"{folder}/{found[0]}").st_blocks * 512
+
+
+def kill(supervisor: Supervisor, name: str) -> None:
+    assert supervisor.replica is not None
+    os.kill(supervisor.replica.pids[name], signal.SIGKILL)
+
+
+# -- rest -----------------------------------------------------------------------------------------
+
+
+def test_nobody_asks_and_it_goes_to_zero_and_comes_back(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks, IdlePolicy(0.1, 0.0)) as supervisor:
+        until(supervisor, is_in(supervisor, "zero"))  # warm first, without anybody
+        assert supervisor.count.stats(None, {}).cold_starts == {"fresh": 1}
+        assert processes() == []
+        assert supervisor.open
+        assert supervisor.load_state().phase == "zero"
+        answers(supervisor, model)
+        assert supervisor.starts == 2
+        until(supervisor, is_in(supervisor, "zero"))
+        told = supervisor.start_log.document()["timeline"]
+        assert told["ttft_s"] > 0
+        stats = supervisor.count.stats(supervisor.start_log.timeline(), {})
+        assert stats.cold_starts == {"fresh": 2}
+        assert stats.zero_s > 0
+
+
+@pytest.mark.heavy
+def test_who_is_warm_stays_so_while_somebody_asks(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+        client = ask(supervisor, 400)
+        until(supervisor, lambda: client.done)
+        assert len(client.tokens) == 400
+        assert client.tokens[:8] == expected(model, tuple(PROMPT), 8)
+        assert supervisor.starts == 1
+        until(supervisor, is_in(supervisor, "zero"))
+
+
+def test_parked_it_gives_its_kv_back_and_wakes_in_place(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks, IdlePolicy(0.1, None)) as supervisor:
+        client = ask(supervisor, 8)
+        until(supervisor, lambda: client.done)
+        assert kv_bytes(supervisor) > 0
+        until(supervisor, is_in(supervisor, "parked"))
+        until(supervisor, lambda: kv_bytes(supervisor) == 0)
+        assert supervisor.load_state().phase == "parked"
+        before = processes()
+        answers(supervisor, model)
+        assert processes() == before
+        assert (supervisor.starts, supervisor.state) == (1, "warm")
+        until(supervisor, is_in(supervisor, "parked"))
+
+
+@pytest.mark.heavy
+def test_after_it_was_parked_for_so_long_it_goes_to_zero(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks, IdlePolicy(0.1, 0.1)) as supervisor:
+        until(supervisor, is_in(supervisor, "parked"))
+        until(supervisor, is_in(supervisor, "zero"))
+        answers(supervisor, model)
+        stats = supervisor.count.stats(None, {})
+        assert stats.parked_s >= 0.1
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("level", "state"), [(1, "parked"), (2, "zero")])
+def test_put_to_sleep_it_ends_what_it_has_first(
+    model: Path, no_leaks: Path, level: int, state: str
+) -> None:
+    with supervised(model, no_leaks) as supervisor:
+        client = ask(supervisor, 300)
+        until(supervisor, lambda: len(client.events) > 5)
+        until(supervisor, is_in(supervisor, "warm"))
+        supervisor.sleep(level)
+        assert supervisor.state == "draining"
+        later = ask(supervisor, 8)
+        until(supervisor, lambda: client.done)
+        # It was asleep for the moment between the two.
+        until(supervisor, lambda: later.done)
+        assert len(client.tokens) == 300
+        assert client.tokens[:8] == expected(model, tuple(PROMPT), 8)
+        assert later.tokens == expected(model, tuple(PROMPT), 8)
+        assert supervisor.starts == level
+        supervisor.sleep(level)
+        until(supervisor, is_in(supervisor, state))
+        supervisor.sleep(2)
+        assert supervisor.state == "zero"
+        supervisor.wake()
+        until(supervisor, is_in(supervisor, "warm"))
+
+
+@pytest.mark.heavy
+def test_a_request_that_is_held_can_be_taken_back(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+        until(supervisor, is_in(supervisor, "zero"))
+        client = ask(supervisor, 8)
+        supervisor.cancel(client.request)
+        supervisor.cancel(client.request)
+        until(supervisor, lambda: supervisor.starts == 2 and supervisor.state == "zero")
+        assert client.events == []
+        assert client.error is None
+
+
+# -- deaths ---------------------------------------------------------------------------------------
+
+
+def test_who_has_no_token_yet_does_not_notice_that_all_died(model: Path, no_leaks: Path) -> None:
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with supervised(model, no_leaks, throttle=size / 0.5) as supervisor:
+        first = ask(supervisor, 8)
+        until(supervisor, lambda: supervisor.replica is not None and supervisor.replica.known)
+        kill(supervisor, "memory")
+        until(supervisor, lambda: supervisor.failures == 1)
+        assert not supervisor.open  # it never was warm
+        assert supervisor.load_state().error is not None
+        until(supervisor, lambda: first.done)
+        assert first.tokens == expected(model, tuple(PROMPT), 8)
+        until(supervisor, is_in(supervisor, "warm"))
+        assert supervisor.load_state().error is None
+
+
+def test_who_has_tokens_is_told_and_the_next_is_answered(model: Path, no_leaks: Path) -> None:
+    with supervised(model, no_leaks) as supervisor:
+        begun = ask(supervisor, 900)
+        until(supervisor, lambda: len(begun.events) > 5)
+        until(supervisor, is_in(supervisor, "warm"))
+        kill(supervisor, "memory")
+        until(supervisor, lambda: begun.done)
+        assert isinstance(begun.error, ReplicaError)
+        assert begun.tokens[:5] == expected(model, tuple(PROMPT), 8)[:5]
+        answers(supervisor, model)
+        assert (supervisor.starts, supervisor.failures) == (2, 1)
+        assert supervisor.open
+
+
+@pytest.mark.heavy
+def test_what_keeps_dying_is_started_ever_later(
+    model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.01)
+    with supervised(model, no_leaks) as supervisor:
+        until(supervisor, is_in(supervisor, "warm"))
+        waits = []
+        for deaths in range(1, 6):
+            kill(supervisor, "memory")
+            until(supervisor, lambda deaths=deaths: supervisor.failures == deaths)  # type: ignore[misc]
+            waits.append(supervisor._retry_at - time.monotonic())
+            assert supervisor.open == (deaths < 3)
+            until(supervisor, lambda: supervisor.replica is not None)
+        assert waits[0] <= 0.0
+        assert all(0.01 * 2**place - 0.01 < wait for place, wait in enumerate(waits[1:]))
+        state = supervisor.load_state()
+        assert (state.phase, state.failures, state.health) == ("starting", 5, "starting")
+        answers(supervisor, model)
+        assert supervisor.open
+        monkeypatch.setattr(module, "_STABLE_S", 0.0)
+        kill(supervisor, "memory")
+        until(supervisor, lambda: supervisor.replica is None or supervisor.starts == 7)
+        assert supervisor.failures == 1  # the deaths before are forgotten
+
+
+@pytest.mark.heavy
+def test_a_request_under_which_all_die_again_and_again_is_given_up(
+    model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.01)
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with supervised(model, no_leaks, throttle=size / 60) as supervisor:
+        client = ask(supervisor, 8)
+        for _ in range(3):
+            assert not client.done
+            until(supervisor, lambda: supervisor.replica is not None and supervisor.replica.known)
+            deaths = supervisor.failures
+            kill(supervisor, "memory")
+            until(supervisor, lambda deaths=deaths: supervisor.failures > deaths)  # type: ignore[misc]
+        assert isinstance(client.error, ReplicaError)
+        # A replica that never was warm is not tried for ever either.
+        for _ in range(2):
+            until(supervisor, lambda: supervisor.replica is not None and supervisor.replica.known)
+            deaths = supervisor.failures
+            kill(supervisor, "memory")
+            until(supervisor, lambda deaths=deaths: supervisor.failures > deaths)  # type: ignore[misc]
+        assert supervisor.state == "failed"
+        with pytest.raises(ReplicaError):
+            ask(supervisor, 8)
+
+
+@pytest.mark.heavy
+def test_a_model_that_has_gone_meanwhile_is_an_error_for_who_asks(
+    model: Path, no_leaks: Path, tmp_path: Path
+) -> None:
+    here, away = tmp_path / "here", tmp_path / "away"
+    shutil.copytree(model, here)
+    with supervised(here, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+        until(supervisor, is_in(supervisor, "zero"))
+        here.rename(away)
+        client = ask(supervisor, 8)
+        until(supervisor, lambda: client.done)
+        assert isinstance(client.error, SourceNotFound)
+        assert (supervisor.state, supervisor.error) == ("zero", None)
+        away.rename(here)
+        answers(supervisor, model)
+
+
+def test_a_first_start_that_cannot_succeed_is_none(model: Path, no_leaks: Path) -> None:
+    with pytest.raises(ColdframeError), supervised(model / "nowhere", no_leaks):
+        pass
+
+
+def test_a_damaged_model_fails_for_good(model: Path, no_leaks: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(model, bad)
+    config = json.loads((bad / "config.json").read_text())
+    (bad / "config.json").write_text(json.dumps({**config, "hidden_size": 12}))
+    error = ""
+    try:
+        with supervised(bad, no_leaks) as supervisor:
+            client = ask(supervisor, 8)
+            until(supervisor, lambda: client.done)
+            assert supervisor.state == "failed"
+            assert supervisor.error is client.error is not None
+            assert processes() == []
+            error = str(client.error)
+    except ColdframeError as wrong:  # whichever comes first
+        error = str(wrong)
+    assert "does not match config.json" in error

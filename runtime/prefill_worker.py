@@ -213,7 +213,11 @@ class _PrefillRole:
             self._prefiller.admit(sequence)
 
     def _cancel(self, request: str) -> None:
-        if request in self._inside:
+        sequence = self._prefiller.remove(request)
+        if sequence is not None:
+            self._leave(request)
+            self._pool.finish(sequence)
+        elif request in self._inside:
             self._cancelled.add(request)
         self._handed.discard(request)
 

@@ -139,10 +139,16 @@ class Sequence:
             return self.generated_ids[start - prompt : end - prompt]
         return [*self.prompt_ids[start:end], *self.generated_ids[: max(0, end - prompt)]]
 
-    def chunk(self) -> Chunk:
-        """What is not in the KV yet, as the next thing to compute."""
+    @property
+    def left(self) -> int:
+        """Tokens that are to be computed before the next one is known."""
+        return self.tokens - self.kv_tokens
+
+    def chunk(self, most: int | None = None) -> Chunk:
+        """What is not in the KV yet, or the first tokens of it, as the next thing to compute."""
         start = self.kv_tokens
-        return Chunk(self.ids(self.tokens, start), start, len(self.prompt_ids), self.blocks)
+        end = self.tokens if most is None else min(self.tokens, start + most)
+        return Chunk(self.ids(end, start), start, len(self.prompt_ids), self.blocks)
 
     def sample_input(self) -> SampleInput:
         return SampleInput(self.params, self.prompt_ids, self.generated_ids, self.tokens)

@@ -32,12 +32,12 @@ class Silent:
 class Loading:
     """A prefiller over weights that come in one stage at a time."""
 
-    def __init__(self, pair: Any, ready: int = 0) -> None:
+    def __init__(self, pair: Any, ready: int = 0, chunk: int = 512) -> None:
         self.pair = pair
         self.ready = ready
         self.failure: Exception | None = None
         self.recorder = Recorder("prefill-0")
-        self.prefiller = Prefiller(pair.model, self.is_ready, self.recorder)
+        self.prefiller = Prefiller(pair.model, self.is_ready, self.recorder, chunk)
         self.rows = 0
 
     def is_ready(self, stage: int) -> bool:
@@ -125,21 +125,120 @@ def test_late_arrivals_catch_up_and_join(
     }
 
 
-def test_once_loaded_the_first_to_come_is_the_first_to_end(
+# -- once all weights are in ------------------------------------------------------------------
+
+
+def order(loading: Loading) -> list[set[str]]:
+    """Which requests came to their end together, in the order in which they did."""
+    return [set(tokens(group)) for group in loading.go_on()]
+
+
+def test_a_long_prompt_gives_way_to_shorter_ones(
     pair: MakePair, prompts: dict[int, list[int]]
 ) -> None:
     loading = Loading(pair("llama"), STAGES)
+    found: dict[str, int] = {}
     loading.admit(prompts[300])
-    assert loading.prefiller.advance() == []
-    loading.admit(prompts[7])
-    assert loading.prefiller.advance() == []
+    loading.prefiller.advance()
+    loading.admit(prompts[64])
+    loading.admit(prompts[64])
+    loading.prefiller.advance()
     loading.admit(prompts[1])
-    groups = [tokens(group) for group in loading.go_on()]
-    # Those that came while the first was computed go together after it.
-    assert [set(group) for group in groups] == [{"r0"}, {"r1", "r2"}]
-    for row, length in enumerate((300, 7, 1)):
-        found = next(group[f"r{row}"] for group in groups if f"r{row}" in group)
-        assert [found] == loading.pair.reference_greedy(prompts[length], 1)
+    ended = loading.go_on()
+    # The shortest overtook all; the two behind it fill the device together.
+    assert [set(tokens(group)) for group in ended] == [{"r3"}, {"r1", "r2"}, {"r0"}]
+    for group in ended:
+        found |= tokens(group)
+    for row, length in enumerate((300, 64, 64, 1)):
+        assert [found[f"r{row}"]] == loading.pair.reference_greedy(prompts[length], 1)
+
+
+def test_few_tokens_go_together(pair: MakePair, prompts: dict[int, list[int]]) -> None:
+    loading = Loading(pair("llama"), STAGES)
+    for length in (33, 7, 300, 1, 64):
+        loading.admit(prompts[length])
+    assert order(loading) == [{"r0", "r1", "r3", "r4"}, {"r2"}]
+
+
+def test_of_equals_the_first_to_come_is_the_first_to_end(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    loading = Loading(pair("llama"), STAGES)
+    for _ in range(3):
+        loading.admit(prompts[300])
+        loading.prefiller.advance()
+    assert order(loading) == [{"r0"}, {"r1"}, {"r2"}]
+
+
+@pytest.mark.parametrize("chunk", [1, 31, 32, 33, 100, 299, 300])
+def test_chunks_change_no_token(pair: MakePair, prompts: dict[int, list[int]], chunk: int) -> None:
+    loading = Loading(pair("llama"), STAGES, chunk)
+    asked = loading.admit(prompts[300])
+    ((sequence, emission),) = loading.go_on()[0]
+    assert sequence is asked
+    assert [emission.token] == loading.pair.reference_greedy(prompts[300], 1)
+    assert sequence.kv_tokens == 300
+    assert loading.spans()["prefill[0]"] == -(-300 // chunk)
+
+
+def test_chunks_of_a_window(pair: MakePair, prompts: dict[int, list[int]]) -> None:
+    loading = Loading(pair("mistral"), STAGES, 50)
+    loading.admit(prompts[300])
+    ((_, emission),) = loading.go_on()[0]
+    assert [emission.token] == loading.pair.reference_greedy(prompts[300], 1)
+
+
+def test_chunks_begin_behind_what_is_in_the_kv(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    loading = Loading(pair("llama"), STAGES, 100)
+    loading.admit(prompts[300])
+    loading.go_on()
+    loading.spans()
+    loading.rows = 0  # the blocks that have it already
+    again = loading.admit(prompts[300])
+    again.kv_tokens = 96
+    ((_, emission),) = loading.go_on()[0]
+    assert [emission.token] == loading.pair.reference_greedy(prompts[300], 1)
+    assert loading.spans()["prefill[0]"] == 3  # 204 tokens
+
+
+def test_a_long_prompt_is_not_overtaken_for_ever(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    loading = Loading(pair("llama"), STAGES, 32)
+    loading.admit(prompts[300])
+    overtaken = 0
+    ended: set[str] = set()
+    while "r0" not in ended:
+        loading.rows = 1 + overtaken % 6
+        loading.admit(prompts[33])  # there is always a shorter one
+        while not (emitted := loading.prefiller.advance()):
+            pass
+        ended = set(tokens(emitted))
+        overtaken += 1
+    assert 10 < overtaken < 60
+
+
+def test_a_request_can_be_taken_back(pair: MakePair, prompts: dict[int, list[int]]) -> None:
+    loading = Loading(pair("llama"), STAGES, 100)
+    long = loading.admit(prompts[300])
+    while not long.kv_tokens:
+        assert loading.prefiller.advance() == []
+    loading.prefiller.advance()  # in the middle of its second chunk
+    assert loading.prefiller.remove("r0") is long
+    assert loading.prefiller.idle
+    waiting = loading.admit(prompts[7])
+    assert loading.prefiller.remove("r1") is waiting
+    for length in (7, 33):
+        loading.admit(prompts[length])
+    loading.prefiller.advance()
+    assert loading.prefiller.remove("r2") is None  # together with another
+    assert loading.prefiller.remove("unknown") is None
+    assert order(loading) == [{"r2", "r3"}]
+
+
+# -- in either case ---------------------------------------------------------------------------
 
 
 def test_what_was_generated_before_is_computed_with_the_prompt(

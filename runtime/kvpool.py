@@ -65,8 +65,7 @@ class KvPool:
                 got=f"{sequence.most_tokens} tokens of prompt and answer",
                 hint="Ask for fewer tokens or give the replica more KV memory.",
             )
-        # The last token is computed in any case: what follows it is what is asked for.
-        keys = self._keys_of(sequence, sequence.tokens - 1)
+        keys = self.keys(sequence)
         got = self._client.assign(sequence.request, sequence.attempt, needed, keys)
         if got is None:
             return False
@@ -74,6 +73,11 @@ class KvPool:
         sequence.kv_tokens = got.reused * self._block_tokens
         sequence.cached_tokens = min(sequence.kv_tokens, len(sequence.prompt_ids))
         return True
+
+    def keys(self, sequence: Sequence) -> list[str]:
+        """The keys by which blocks of a sequence can be found."""
+        # The last token is computed in any case: what follows it is what is asked for.
+        return self._keys_of(sequence, sequence.tokens - 1)
 
     def claim(self, sequence: Sequence, kv_tokens: int) -> bool:
         """Takes over the blocks of a sequence that was handed over.

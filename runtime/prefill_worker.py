@@ -14,6 +14,7 @@ from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.underway import Underway
 from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
@@ -50,6 +51,7 @@ class _PrefillRole:
         )
         self._pool = worker.kv_pool()
         self._queue: deque[tuple[Job, Sequence]] = deque()
+        self._underway: Underway[tuple[Job, Sequence]] = Underway(BLOCK_TOKENS)
         self._handed: set[str] = set()
         """Requests sent on and not acknowledged yet: their leases are renewed here."""
         self._inside: set[str] = set()
@@ -198,6 +200,10 @@ class _PrefillRole:
                 self._leave(job.request)
                 self._queue.popleft()
                 continue
+            keys = self._pool.keys(sequence)
+            if self._underway.wait((job, sequence), keys):
+                self._queue.popleft()
+                continue
             if not self._pool.may_take:
                 return
             try:
@@ -211,12 +217,14 @@ class _PrefillRole:
                 return
             self._queue.popleft()
             self._prefiller.admit(sequence)
+            self._underway.begin(sequence, keys[sequence.kv_tokens // BLOCK_TOKENS :])
 
     def _cancel(self, request: str) -> None:
         sequence = self._prefiller.remove(request)
         if sequence is not None:
             self._leave(request)
             self._pool.finish(sequence)
+            self._go_on_behind(request)
         elif request in self._inside:
             self._cancelled.add(request)
         self._handed.discard(request)
@@ -228,6 +236,10 @@ class _PrefillRole:
         self._cancelled.discard(request)
         return cancelled
 
+    def _go_on_behind(self, request: str) -> None:
+        """Those that have waited for this one's KV are the next."""
+        self._queue.extendleft(reversed(self._underway.end(request)))
+
     def _hand_over(self, sequence: Sequence, emission: Emission) -> None:
         request = sequence.request
         cancelled = self._leave(request)
@@ -235,9 +247,11 @@ class _PrefillRole:
             self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
         if cancelled or emission.finish is not None:
             self._pool.finish(sequence)
+            self._go_on_behind(request)
             return
         # From here on the decode worker may take the blocks; the lease keeps them until then.
         self._pool.hand_over(sequence)
+        self._go_on_behind(request)
         self._handed.add(request)
         job = Job(
             request,

@@ -110,19 +110,19 @@ def test_many_at_once_with_the_same_beginning(demo_model: Make, no_leaks: Path) 
     model = demo_model("llama")
     with Replica(options(model, no_leaks, decode=2)) as replica:
         prompts = [[*prompt_of(70), *prompt_of(k, seed=k)] for k in range(8)]
-        # Some start together and compute the same; the rest find it, while those still run.
+        # One computes what they share; the rest find it, while those before them still run.
         early = [ask(replica, prompt, 60) for prompt in prompts[:4]]
         wait_for(replica, lambda: all(client.events for client in early))
         late = [ask(replica, prompt, 60) for prompt in prompts[4:]]
         finish(replica, *early, *late)
         for prompt, client in zip(prompts, early + late, strict=True):
             check(model, prompt, client, 60)
-        assert [cached(client) for client in late] == [64] * 4
+        assert [cached(client) for client in early + late] == [0] + [64] * 7
         settled(replica)
 
 
 @pytest.mark.heavy
-def test_reuse_while_the_weights_still_come(demo_model: Make, no_leaks: Path) -> None:
+def test_prompts_that_begin_alike_while_the_weights_come(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     with Replica(options(model, no_leaks, throttle=size / 1.5)) as replica:
@@ -155,6 +155,23 @@ def test_little_memory_is_shared_and_made_room_in(demo_model: Make, no_leaks: Pa
         client = ask(replica, large, 9)
         finish(replica, client)
         check(model, large, client, 9)
+
+
+@pytest.mark.heavy
+def test_a_crowd_behind_one_that_goes(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    prompt = prompt_of(900)
+    with Replica(options(model, no_leaks)) as replica:
+        finish(replica, ask(replica, prompt_of(3), 2))
+        first = ask(replica, prompt, 8)
+        clients = [ask(replica, prompt, 8) for _ in range(6)]
+        replica.cancel(first.request)
+        replica.cancel(clients.pop(2).request)
+        finish(replica, *clients)
+        for client in clients:
+            check(model, prompt, client, 8)
+        assert sum(cached(client) == 896 for client in clients) >= len(clients) - 1
+        settled(replica)
 
 
 # -- deaths -----------------------------------------------------------------------------------

@@ -203,6 +203,27 @@ def test_chunks_begin_behind_what_is_in_the_kv(
     assert loading.spans()["prefill[0]"] == 3  # 204 tokens
 
 
+def test_what_is_in_the_kv_is_not_computed_while_the_weights_come(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    before = Loading(pair("llama"), STAGES)
+    before.admit(prompts[300])
+    before.go_on()
+    loading = Loading(before.pair)
+    known, other = loading.admit(prompts[300]), loading.admit(prompts[64])
+    known.kv_tokens = 288
+    ended = []
+    for _ in range(STAGES):
+        loading.ready += 1
+        ended += loading.go_on()
+    assert tokens(ended[0]) == {
+        "r0": loading.pair.reference_greedy(prompts[300], 1)[0],
+        "r1": loading.pair.reference_greedy(prompts[64], 1)[0],
+    }
+    assert known.kv_tokens == 300
+    assert other.kv_tokens == 64
+
+
 def test_a_long_prompt_is_not_overtaken_for_ever(
     pair: MakePair, prompts: dict[int, list[int]]
 ) -> None:

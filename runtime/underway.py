@@ -58,7 +58,7 @@ class Underway(Generic[Waiting]):
         if not known:
             return False
         ahead = self._computing[known[-1]]
-        # About: what it would compute otherwise is as much as it waits for, or nearly.
+        # About as much as it would have to compute itself; waiting leaves the device to others.
         if 2 * len(known) * self._block_tokens < ahead.left:
             return False
         self._behind.setdefault(ahead.request, []).append(waiting)

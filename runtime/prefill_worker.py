@@ -200,12 +200,12 @@ class _PrefillRole:
                 self._leave(job.request)
                 self._queue.popleft()
                 continue
+            if not self._pool.may_take:
+                return
             keys = self._pool.keys(sequence)
             if self._underway.wait((job, sequence), keys):
                 self._queue.popleft()
                 continue
-            if not self._pool.may_take:
-                return
             try:
                 taken = self._pool.take(sequence)
             except RequestError as error:

@@ -3,8 +3,12 @@ from __future__ import annotations
 import hashlib
 import struct
 
+import pytest
+
 from coldframe.runtime.engine.ropespec import RopeSpec
+from coldframe.runtime.flags import Parser
 from coldframe.runtime.prefix import PrefixKeys
+from coldframe.runtime.run import add_replica_arguments, replica_options
 from tests.runtime.helpers import prompt_of
 
 ROPE = RopeSpec("default", 10000.0, 4096, 4096)
@@ -58,3 +62,11 @@ def test_what_dynamic_scaling_rotates_by_the_length_has_no_key() -> None:
     assert len(made(rope=rope).of(ids[:150], 40)) == 2  # an answer that goes on beyond them
     assert made(rope=rope).of(ids[:65], 65) == []
     assert made(rope=rope).of(ids, 200) == []
+
+
+@pytest.mark.parametrize(("flags", "reuse"), [([], True), (["--no-prefix-cache"], False)])
+def test_reuse_can_be_switched_off(flags: list[str], reuse: bool) -> None:
+    parser = Parser(prog="coldframe")
+    parser.add_argument("model")
+    add_replica_arguments(parser)
+    assert replica_options(parser.parse(["m", *flags])).prefix_cache is reuse

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -260,3 +262,46 @@ def test_a_cancelled_request_leaves_what_it_computed(demo_model: Make, no_leaks:
         finish(replica, client)
         assert cached(client) >= (100 + 39) // 32 * 32
         check(model, longer, client, 10)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_dies_whoever_goes(demo_model: Make, no_leaks: Path, seed: int) -> None:
+    """Little memory, short leases, a few beginnings and many ends; a worker dies now and then."""
+    model, chance = demo_model("llama"), random.Random(seed)
+    block, _ = kv_blocks(ModelFacts(str(model)).spec, None)
+    prompts = [
+        [*prompt_of(shared, seed=start), *prompt_of(end, seed=100 + end)]
+        for start in range(3)
+        for shared in (31, 64, 100, 150)
+        for end in (1, 20, 33)
+    ]
+    asked: list[tuple[list[int], Client]] = []
+    gone: list[Client] = []
+    more = {"kv_bytes": 40 * block, "lease_s": 0.05, "prefill": 2, "decode": 2}
+    with Replica(options(model, no_leaks, **more)) as replica:
+        finish(replica, ask(replica, prompt_of(3), 2))
+        end = time.monotonic() + 20
+        kill_at = time.monotonic() + 2
+        while time.monotonic() < end:
+            replica.poll(0.01)
+            assert replica.error is None
+            open_ones = [client for _, client in asked if not client.done and client not in gone]
+            if len(open_ones) < 8:
+                prompt = chance.choice(prompts)
+                asked.append((prompt, ask(replica, prompt, 25)))
+            elif chance.random() < 0.01:
+                gone.append(chance.choice(open_ones))
+                replica.cancel(gone[-1].request)
+            if time.monotonic() > kill_at and replica.pids:
+                # Rarer than what ends a replica for good.
+                kill_at = time.monotonic() + chance.uniform(9, 12)
+                workers = [pid for name, pid in replica.pids.items() if name != "memory"]
+                if workers:
+                    os.kill(chance.choice(workers), signal.SIGKILL)
+        finish(replica, *[client for _, client in asked if client not in gone])
+        assert settled(replica)["kv_reused"] > 0
+    for prompt, client in asked:
+        assert client.error is None
+        assert client.tokens == expected(model, tuple(prompt), 25)[: len(client.tokens)]
+        assert client in gone or len(client.tokens) == 25

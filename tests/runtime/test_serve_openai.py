@@ -277,6 +277,31 @@ def test_stop_strings_end_an_answer(client: OpenAI, model: Path) -> None:
         assert chunks[-1].choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+def test_what_was_not_computed_is_told(client: OpenAI, model: Path, stream: bool) -> None:
+    prompt = prompt_of(90, seed=77 + stream)
+    found = []
+    for _ in range(2):
+        if stream:
+            *_, last = client.completions.create(
+                model="demo",
+                prompt=prompt,
+                max_tokens=3,
+                stream=True,
+                stream_options={"include_usage": True},
+                **GREEDY,
+            )
+            usage = last.usage
+        else:
+            usage = client.completions.create(
+                model="demo", prompt=prompt, max_tokens=3, **GREEDY
+            ).usage
+        assert usage is not None
+        assert usage.prompt_tokens_details is not None
+        found.append(usage.prompt_tokens_details.cached_tokens)
+    assert found == [0, 64]
+
+
 def test_choices_differ_and_a_seed_repeats_them(client: OpenAI) -> None:
     def ask(seed: int | None, n: int = 3) -> list[str]:
         answer = client.completions.create(

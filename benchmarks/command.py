@@ -12,6 +12,8 @@ __all__ = ["BENCHMARKS", "add_arguments", "run"]
 BENCHMARKS = {
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
+    "replay": ("coldframe.benchmarks.replay", "an hour of arrivals, while processes are killed"),
+    "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),

@@ -34,7 +34,12 @@ _GOODBYE_S = 2.0
 """How long a gateway gets to tell clients that the replica has failed, in seconds."""
 _LAST_S = 0.2
 _GATEWAY_CRASHES = 5
+"""After so many gateways in a row that died before they took a connection, it is given up."""
 _GATEWAY_WINDOW_S = 60.0
+_GATEWAY_AT_ONCE = 3
+"""So many deaths within a window are answered at once; each further one is waited behind longer."""
+_GATEWAY_DELAY_S = 0.2
+_GATEWAY_MOST_DELAY_S = 5.0
 
 
 class Endpoint:
@@ -82,13 +87,17 @@ class Endpoint:
         self._error: ColdframeError | None = None
         self._drain_until: float | None = None
         self._drained = False
-        self._crashes: deque[float] = deque(maxlen=_GATEWAY_CRASHES)
+        self._deaths: deque[float] = deque()
+        self._stillborn = 0
+        self._gateway_at: float | None = None
+        """When the next gateway is started, where there is none."""
         self._take_gateway(gateway)
 
     # -- the gateway -----------------------------------------------------------------------------
 
     def _take_gateway(self, gateway: GatewayProcess) -> None:
         self._gateway = gateway
+        self._gateway_accepted = False
         self._recorder.add("process_spawn", gateway.started_ns, gateway.spawned_ns, note="gateway")
         self._desk = FrontDesk(
             Channel(gateway.socket),
@@ -118,21 +127,33 @@ class Endpoint:
         if self._phase is not None:
             self._drained = True
             return
-        if len(self._crashes) == _GATEWAY_CRASHES and (
-            time.monotonic() - self._crashes[0] < _GATEWAY_WINDOW_S
-        ):
-            self._error = ReplicaError("the gateway dies again and again", got=ending(code))
+        self._stillborn = 0 if self._gateway_accepted else self._stillborn + 1
+        if self._stillborn == _GATEWAY_CRASHES:
+            self._error = ReplicaError("no gateway comes up", got=ending(code))
             self._phase, self._drained = "failed", True
             return
-        self._log.error("the gateway died", why=ending(code))
-        self._crashes.append(time.monotonic())
-        self._take_gateway(GatewayProcess())
+        moment = time.monotonic()
+        self._deaths.append(moment)
+        while self._deaths[0] < moment - _GATEWAY_WINDOW_S:
+            self._deaths.popleft()
+        late = len(self._deaths) - _GATEWAY_AT_ONCE
+        delay = min(_GATEWAY_DELAY_S * 2**late, _GATEWAY_MOST_DELAY_S) if late > 0 else 0.0
+        self._log.error("the gateway died", why=ending(code), next_in_s=delay)
+        # What connects meanwhile is held by the kernel: the listeners are open here.
+        self._gateway_at = moment + delay
+
+    def _replace_gateway(self) -> None:
+        if self._gateway_at is not None and time.monotonic() >= self._gateway_at:
+            self._gateway_at = None
+            self._take_gateway(GatewayProcess())
 
     def _on_message(self, message: Message) -> None:
         match message.kind:
-            case "spans" if self._supervisor.replica is not None:
+            case "spans":
+                self._gateway_accepted = True
                 spans = [_span(wire) for wire in message.body["spans"][:_MOST_SPANS]]
-                self._supervisor.replica.add_spans(spans)
+                if self._supervisor.replica is not None:
+                    self._supervisor.replica.add_spans(spans)
             case "drained" if self._phase is not None:
                 self._drained = True
 
@@ -146,8 +167,8 @@ class Endpoint:
         """
         try:
             while not self._over():
-                starting = self._supervisor.state == "starting"
-                self._supervisor.poll(_PROGRESS_S if starting else 1.0)
+                busy = self._supervisor.state == "starting" or self._gateway_at is not None
+                self._supervisor.poll(_PROGRESS_S if busy else 1.0)
                 self._step()
         finally:
             self.close()
@@ -170,6 +191,7 @@ class Endpoint:
         self._phase = "draining"
         # Else the kernel would go on taking connections that nobody will ever look at.
         self._stop_listening()
+        self._drained = self._gateway_at is not None  # there is nobody to wait for
         self._tell()
 
     def close(self) -> None:
@@ -193,6 +215,7 @@ class Endpoint:
         """What there is to do after something has happened."""
         supervisor = self._supervisor
         self._desk.flush()  # the tokens first
+        self._replace_gateway()
         supervisor.step()
         if supervisor.error is not None and self._error is None:
             self._fail(supervisor.error)

@@ -310,6 +310,8 @@ class Replica:
         self._closed = True
         self._workforce.close()
         self._forget_memory()
+        if self.board is not None:
+            self.board.close()
         self._launch.close()
         if self._own_loop:
             self.loop.close()

@@ -114,6 +114,8 @@ class Supervisor:
         self._retry_at = 0.0
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
+        self._ordered = False
+        """Whether somebody has said so, and it stays there until somebody asks."""
         self._probe: _Probe | None = None
         self._probes = 0
         self._image: ImageInTheMaking | None = None
@@ -191,6 +193,7 @@ class Supervisor:
         if self.state in ("zero", "failed"):
             return
         self._rest = "parked" if level == 1 else "zero"
+        self._ordered = True
         if self.state == "warm":
             self.state = "draining"
         elif self.state == "parked" and level != 1:
@@ -325,17 +328,19 @@ class Supervisor:
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
-        moment = time.monotonic()
         if self._asks or (self._image is not None and self._image.outcome is None):
-            self._idle_since = moment
-        idle_s, park_s = self._policy.idle_s, self._policy.park_s
-        if self.state == "warm" and idle_s is not None and moment - self._idle_since >= idle_s:
+            self._idle_since = time.monotonic()
+        park_s = self._policy.park_s
+        if self.state == "warm" and self._idle_for(self._policy.idle_s):
             self._rest = "zero" if park_s == 0 else "parked"
-            self.state = "draining"
+            self.state, self._ordered = "draining", False
         if self.state == "draining" and replica is not None and replica.idle:
             self._park(replica) if self._rest == "parked" else self._end()
-        elif self.state == "parked" and park_s is not None and moment - self._idle_since >= park_s:
+        elif self.state == "parked" and not self._ordered and self._idle_for(park_s):
             self._end()
+
+    def _idle_for(self, seconds: float | None) -> bool:
+        return seconds is not None and time.monotonic() - self._idle_since >= seconds
 
     def _park(self, replica: Replica) -> None:
         replica.park()

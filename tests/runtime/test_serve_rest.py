@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -139,3 +140,21 @@ def test_a_signal_at_rest_ends_it(model: Path, rest: str) -> None:
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
         assert time.monotonic() - started < 20
+
+
+@pytest.mark.heavy
+def test_a_gateway_that_is_killed_again_and_again_comes_back(model: Path) -> None:
+    with served(model) as server:
+        want = greedy(model, tuple(PROMPT), 8)
+        for _ in range(8):
+            assert complete(server) == want
+            gateway = server.gateway()
+            gateway.kill()
+            gateway.wait(10)
+        # From the fourth on it takes its time, and who has connected is held by the kernel.
+        assert complete(server) == want
+        assert re.findall(r'"next_in_s": (\S+)}', server.log)[2:5] == ["0.0", "0.4", "0.8"]
+        server.gateway().kill()
+        # Told to end while there is none.
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0

@@ -173,6 +173,9 @@ def test_put_to_sleep_it_ends_what_it_has_first(
         assert supervisor.starts == level
         supervisor.sleep(level)
         until(supervisor, is_in(supervisor, state))
+        stays = time.monotonic() + 0.3
+        until(supervisor, lambda: time.monotonic() > stays)
+        assert supervisor.state == state
         supervisor.sleep(2)
         assert supervisor.state == "zero"
         supervisor.wake()

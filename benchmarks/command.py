@@ -10,6 +10,10 @@ from coldframe.runtime.flags import Parser
 __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
+    "interference": (
+        "coldframe.benchmarks.interference",
+        "what running decodes feel of prompts that arrive, apart and together",
+    ),
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),

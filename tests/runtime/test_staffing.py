@@ -14,6 +14,8 @@ from coldframe.runtime.options import ReplicaOptions, ScalingOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+from tests.runtime.snapshots import Made
+from tests.runtime.snapshots import options as of_clones
 from tests.support import unavailable
 
 Make = Callable[..., Path]
@@ -195,6 +197,39 @@ def test_workers_keep_to_their_halves_of_the_cores(demo_model: Make, no_leaks: P
         assert found["memory"] == set(cores)
         assert found["prefill"] | found["decode"] == set(cores)
         assert not found["prefill"] & found["decode"]
+
+
+@pytest.mark.heavy
+def test_clones_come_to_help_too_and_keep_to_their_cores(made: Made, no_leaks: Path) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        unavailable("there is one core")
+    more = {"prefill": Scale(1, 2), "scaling": QUICK, "pin": True}
+    with Replica(of_clones(made, no_leaks, "require", **more)) as replica:
+        warm(replica)
+        stuck = stop(replica, "prefill")
+        clients = [ask(replica, prompt, FEW) for prompt in PROMPTS]
+        wait_for(replica, lambda: sum(client.done for client in clients) == len(clients) - 2)
+        os.kill(stuck, signal.SIGCONT)
+        finish(replica, *clients)
+        right(made.model, clients, FEW)
+        cores = {}
+        for name in ("prefill", "decode"):
+            allowed = [
+                frozenset(os.sched_getaffinity(int(task)))
+                for pid in pids(replica, name).values()
+                for task in tasks(pid)
+            ]
+            cores[name] = frozenset.union(*allowed)
+            assert {*allowed} == {cores[name]}
+        assert not cores["prefill"] & cores["decode"]
+        clones = {span.process for span in replica.spans if span.name == "hooks"}
+        assert len([name for name in clones if name.startswith("prefill")]) == 2
+        assert replica.facts["snapshot"]["tier"] == "image"
+        wait_for(replica, lambda: len(pids(replica, "prefill")) == 1)
+        # One that goes is no clone that has failed: the next one is a clone as well.
+        assert replica.facts["snapshot"]["why"] is None
+        assert not replica._workforce.tiers.why
+        assert replica.error is None
 
 
 def tasks(pid: int) -> list[str]:

@@ -10,6 +10,10 @@ from coldframe.runtime.flags import Parser
 __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
+    "interference": (
+        "coldframe.benchmarks.interference",
+        "what running decodes feel of prompts that arrive, apart and together",
+    ),
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
     "replay": ("coldframe.benchmarks.replay", "an hour of arrivals, while processes are killed"),

@@ -17,6 +17,7 @@ from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
+from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
@@ -81,6 +82,7 @@ class Launch:
 
     Raises:
         PlatformError: A process or the run directory cannot be made.
+        DeviceError: There are not cores enough for workers that have some of their own.
     """
 
     def __init__(
@@ -97,6 +99,10 @@ class Launch:
         self.workers: list[WorkerProcess] = []
         self.later: list[str] = []
         """The roles of workers that are still to be started."""
+        self._cores: dict[str, tuple[int, ...]] = {}
+        if options.pin:
+            halves = split_cores(os.sched_getaffinity(0))
+            self._cores = dict(zip(("prefill", "decode"), halves, strict=True))
         memory = memory or MemoryProcess(options.run_dir)
         recorder.add("process_spawn", memory.started_ns, memory.spawned_ns, note="memory")
         self.run_dir, self.lock = memory.run_dir, memory.lock
@@ -151,23 +157,25 @@ class Launch:
         )
 
     def start_workers(self) -> None:
-        """Starts the workers that the options ask for, or that the first token needs.
+        """Starts the workers that the first token needs; the others are to follow (`later`).
 
-        Prefill at once. The others, and all that the front does next, keep off the cores until the
-        memory service has asked for the first byte: on a small machine they would only take turns
-        with it. Where they are clones, which are there in no time, they keep off until prefill
-        waits for weights or has its first token (`later`).
+        One for prefill at once. The one for decode, and all that the front does next, keep off the
+        cores until the memory service has asked for the first byte: on a small machine they would
+        only take turns with it. Where they are clones, which are there in no time, they keep off
+        until prefill waits for weights or has its first token. So do further ones of each role.
         """
+        first = [role for role, scale in self.options.scales.items() if scale.least]
+        self.later = [
+            role for role, scale in self.options.scales.items() for _ in range(scale.least - 1)
+        ]
         try:
-            for _ in range(self.options.prefill):
-                self.workers.append(self.start_worker("prefill"))
-            if not self.options.hold_load:
-                self.memory.wait_readable(_FIRST_BYTE_S)
-            if self.workers and self.tiers.best is not None:
-                self.later = ["decode"] * self.options.decode
-                return
-            for _ in range(self.options.decode):
-                self.workers.append(self.start_worker("decode"))
+            for role in first:
+                if role == "decode" and not self.options.hold_load:
+                    self.memory.wait_readable(_FIRST_BYTE_S)
+                if self.workers and self.tiers.best is not None:
+                    self.later.insert(0, role)
+                else:
+                    self.workers.append(self.start_worker(role))
         except BaseException:
             self.close()
             raise
@@ -216,10 +224,11 @@ class Launch:
         child: Child | CloneChild
         try:
             if cloner is not None:
-                child = tiers.clone(cloner, name, (ours, theirs), self.threads, self._environment())
+                threads, environment = self.threads_of(role), self._environment(role)
+                child = tiers.clone(cloner, name, (ours, theirs), threads, environment)
             else:
                 arguments = [str(started), *self._identity()]
-                child = spawn_python(_WORKER, arguments, theirs.fileno(), self._environment())
+                child = spawn_python(_WORKER, arguments, theirs.fileno(), self._environment(role))
                 self._recorder.add("process_spawn", started, note=name)
         except BaseException:
             ours.close()
@@ -230,18 +239,27 @@ class Launch:
 
     @property
     def threads(self) -> int:
-        """Threads of each worker's kernels."""
+        """Threads of a worker's kernels, where all cores are everybody's."""
         return self.options.threads or cpu_count()
+
+    def threads_of(self, role: str) -> int:
+        """Threads of a worker's kernels."""
+        cores = self._cores.get(role)
+        if cores is None or self.options.threads is not None:
+            return self.threads
+        # Its cores, and of a quota that is less than they are the same part.
+        return max(1, self.threads * len(cores) // sum(map(len, self._cores.values())))
 
     def _identity(self) -> list[str]:
         """Whom a worker that starts fresh is told to become; a clone is told when it wakes."""
         user = self.options.user
         return [] if user is None else [json.dumps(user.to_wire())]
 
-    def _environment(self) -> dict[str, str]:
-        threads = str(self.threads)
+    def _environment(self, role: str) -> dict[str, str]:
+        threads = str(self.threads_of(role))
         return {
             **without_secrets(),
+            CORES: to_environment(self._cores.get(role, ())),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             # Threads that wait must sleep: spinning ones take the cores that the other workers,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.identity import Identity
 
-__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "SnapshotOptions", "model_name"]
+__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "ScalingOptions", "SnapshotOptions", "model_name"]
 
 BLOCK_TOKENS = 32
 """Tokens in a KV block; the same in all processes of a replica."""
@@ -42,6 +43,22 @@ class SnapshotOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ScalingOptions:
+    """What calls for more workers, and what for fewer.
+
+    Args:
+        prefill_tokens: A prefill worker's share: prompt tokens that are not computed yet.
+        decode_blocks: A decode worker's share: KV blocks of the requests that it decodes. Its
+            step reads all of them, so they are what its requests wait for together.
+        down_s: For how long fewer would have done before some go, in seconds.
+    """
+
+    prefill_tokens: int = 4096
+    decode_blocks: int = 512
+    down_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaOptions:
     """One model on one machine.
 
@@ -60,13 +77,17 @@ class ReplicaOptions:
             is worth.
         hold_load: Start the processes and load nothing until `Replica.start_load`, to measure a
             load with workers that are up.
-        prefill: How many prefill workers.
-        decode: How many decode workers.
+        prefill: How many prefill workers: a number, or the bounds between which there are as many
+            as there is work for.
+        decode: How many decode workers, likewise.
+        scaling: What calls for more of them, and what for fewer.
+        pin: Give prefill one half of the cores and decode the other.
         kv_bytes: KV memory; None lets the replica choose.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
-        threads: Threads of each worker's kernels; None follows the cgroup's CPU quota.
+        threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
+            worker has of it where they are pinned.
         run_dir: Where the replica's private directory is made; None chooses.
         user: Whom the workers run as, without capabilities, once they have opened what they need.
             None leaves them who the front is.
@@ -85,8 +106,10 @@ class ReplicaOptions:
     throttle: float | None = None
     overlap: bool = True
     hold_load: bool = False
-    prefill: int = 1
-    decode: int = 1
+    prefill: int | Scale = 1
+    decode: int | Scale = 1
+    scaling: ScalingOptions = ScalingOptions()
+    pin: bool = False
     kv_bytes: int | None = None
     prefix_cache: bool = True
     lease_s: float = 30.0
@@ -94,6 +117,11 @@ class ReplicaOptions:
     run_dir: str | None = None
     user: Identity | None = None
     snapshot: SnapshotOptions = SnapshotOptions()
+
+    @property
+    def scales(self) -> dict[str, Scale]:
+        """The bounds of each role's workers; the first token needs the first of them."""
+        return {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
 
 
 def model_name(model: str) -> str:

@@ -184,6 +184,11 @@ class Replica:
         workers = {w.name: w.child.pid for w in self._workforce.workers.values()}
         return {"memory": self._memory_child.pid, **workers}
 
+    @property
+    def staff(self) -> dict[str, dict[str, int]]:
+        """By role: how many workers start, are up, and are to go."""
+        return self._workforce.counts
+
     def submit(
         self,
         params: SamplingParams,

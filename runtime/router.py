@@ -4,10 +4,14 @@ Plain bookkeeping: it is told what happened and says what to send; sockets, proc
 are the replica's. Two rules make it safe to kill any worker at any moment. A token counts when
 it has the index that is due and comes from the attempt that is current, so none is sent twice.
 And a request is given out again only after its former worker is dead.
+
+What is given to a worker stays there. So where others may come to help, prompts wait here beyond
+what a worker has to do for a while (`share`), in the order in which they came.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -15,6 +19,7 @@ from typing import Any, Protocol
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.loads import TextGauge, blocks_of
 
 __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
@@ -68,6 +73,7 @@ class _Worker:
     group: str = ""
     up: bool = False
     heard: float = 0.0
+    leaving: bool = False
 
 
 @dataclass(slots=True)
@@ -81,6 +87,11 @@ class _Request:
     acked: bool = False
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
+
+    @property
+    def role(self) -> str:
+        """Of the workers that it needs next."""
+        return "prefill" if self.handoff is None else "decode"
 
 
 class Router:
@@ -96,10 +107,24 @@ class Router:
         self._clock = clock
         self._workers: dict[str, _Worker] = {}
         self._requests: dict[str, _Request] = {}
+        self._gauge = TextGauge()
+        self.share: int | None = None
+        """Prompt tokens that a prefill worker may have to compute; None gives it all there is."""
 
     @property
     def open_requests(self) -> int:
         return len(self._requests)
+
+    def load(self, role: str) -> int:
+        """What the workers of a role have to do, and what waits for them.
+
+        Returns:
+            For prefill the prompt tokens that are not computed yet, as far as they are known; for
+            decode the KV blocks of its requests.
+        """
+        return sum(
+            self._work(r) for r in self._requests.values() if (r.role, r.group) == (role, "")
+        )
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -119,7 +144,7 @@ class Router:
         job = Job(request, 0, seeded, prompt, prompt_ids, add_special=add_special)
         self._requests[request] = _Request(job, listener, group)
         self._transport.to_memory({"type": "open", "request": request})
-        self._place(request)
+        self._give_out()
 
     def cancel(self, request: str) -> None:
         """Forgets a request and frees what it holds."""
@@ -129,6 +154,7 @@ class Router:
         if found.worker is not None:
             self._transport.to_worker(found.worker, {"type": "cancel", "request": request})
         self._end(request)
+        self._give_out()
 
     def fail_all(self, error: ColdframeError) -> None:
         """Ends every request with an error: the replica cannot go on."""
@@ -147,9 +173,28 @@ class Router:
     def worker_added(self, worker: str, role: str, group: str = "") -> None:
         """A worker was started; what waits for its role is given to it at once."""
         self._workers[worker] = _Worker(role, group, heard=self._clock())
-        for request, found in self._requests.items():
-            if found.worker is None:
-                self._place(request)
+        self._give_out()
+
+    def retire(self, worker: str) -> None:
+        """A worker gets no more requests: it is to go when it has none (`is_free`)."""
+        self._workers[worker].leaving = True
+
+    def retain(self, worker: str) -> None:
+        """A worker that was to go stays after all."""
+        self._workers[worker].leaving = False
+        self._give_out()
+
+    def is_leaving(self, worker: str) -> bool:
+        state = self._workers.get(worker)
+        return state is not None and state.leaving
+
+    def is_free(self, worker: str) -> bool:
+        """Whether no request depends on a worker, nor on the lease that it renews for one."""
+        return all(worker not in (r.worker, r.sender) for r in self._requests.values())
+
+    def work_of(self, worker: str) -> int:
+        """What a worker has to do; see `load`."""
+        return self._loads()[worker]
 
     def worker_gone(self, worker: str, why: str = "it died") -> None:
         """A worker is dead: its requests go on elsewhere, or wait for its successor.
@@ -162,13 +207,13 @@ class Router:
         """As `worker_gone`, for several at once: what one of them had does not go to another."""
         for worker in workers:
             self._workers.pop(worker, None)
-        for request, found in list(self._requests.items()):
-            if found.worker not in workers or request not in self._requests:
-                continue
+        theirs = {r: found for r, found in self._requests.items() if found.worker in workers}
+        for found in theirs.values():
             found.worker, found.acked = None, False
             self._advance_attempt(found)
-            if found.job.attempt < MOST_ATTEMPTS:
-                self._place(request)
+        for request, found in theirs.items():
+            # A listener may cancel others.
+            if found.job.attempt < MOST_ATTEMPTS or request not in self._requests:
                 continue
             self._end(request)
             found.listener.on_error(
@@ -180,6 +225,7 @@ class Router:
                     hint="What they said last is on standard error.",
                 )
             )
+        self._give_out()
 
     def on_message(self, worker: str, body: dict[str, Any]) -> None:
         """What a worker said."""
@@ -190,15 +236,21 @@ class Router:
         match body["type"]:
             case "up":
                 state.up = True
+                self._give_out()
             case "tokens":
+                before = len(self._requests)
                 for item in body["items"]:
                     self._token(worker, item)
+                if len(self._requests) != before:
+                    self._give_out()
             case "handoff":
                 self._handed_over(worker, Handoff.from_wire(body["handoff"]))
+                self._give_out()
             case "ack":
                 self._acknowledged(worker, body["request"], body["attempt"])
             case "failed":
                 self._failed(worker, body)
+                self._give_out()
 
     def tick(self) -> None:
         """Kills workers that hang; call it about once a second."""
@@ -217,28 +269,69 @@ class Router:
 
     # -- the life of a request -------------------------------------------------------------------
 
-    def _place(self, request: str) -> None:
-        """Gives a request to the least loaded worker of the role that it needs, if there is one."""
-        found = self._requests[request]
-        role = "prefill" if found.handoff is None else "decode"
-        wanted = (role, found.group)
-        loads = {n: 0 for n, state in self._workers.items() if (state.role, state.group) == wanted}
-        for other in self._requests.values():
-            if other.worker in loads:
-                loads[other.worker] += 1
-        if not loads:
+    def _give_out(self) -> None:
+        """Places what waits, in the order in which it came, as far as there are workers for it."""
+        waiting = [request for request, found in self._requests.items() if found.worker is None]
+        if not waiting:
             return
-        worker = min(loads, key=lambda name: (not self._workers[name].up, loads[name]))
+        loads = self._loads()
+        full: set[tuple[str, str]] = set()
+        for request in waiting:
+            found = self._requests[request]
+            wanted = (found.role, found.group)
+            worker = None if wanted in full else self._choose(found, loads)
+            if worker is None:
+                full.add(wanted)  # whoever came later does not pass
+                continue
+            if not loads[worker]:
+                self._workers[worker].heard = self._clock()
+            loads[worker] += self._work(found)
+            self._give(found, worker)
+
+    def _loads(self) -> Counter[str]:
+        """What each worker has to do."""
+        loads: Counter[str] = Counter()
+        for found in self._requests.values():
+            if found.worker is not None:
+                loads[found.worker] += self._work(found)
+        return loads
+
+    def _choose(self, found: _Request, loads: Counter[str]) -> str | None:
+        """The worker that will be through with a request first, or None where it is to wait.
+
+        All workers of one device reach the same KV, so that a prefix is as near to one as to the
+        other. Where that is not so, what a worker has of the prompt counts against its load here.
+        """
+        names = [
+            name
+            for name, state in self._workers.items()
+            if (state.role, state.group) == (found.role, found.group) and not state.leaving
+        ]
+        # One that is up comes first whatever its load: the other may take a while.
+        names = [name for name in names if self._workers[name].up] or names
+        if not names:
+            return None
+        best = min(names, key=loads.__getitem__)
+        if found.handoff is None and self.share is not None and loads[best]:
+            return best if loads[best] + self._work(found) <= self.share else None
+        return best
+
+    def _give(self, found: _Request, worker: str) -> None:
         found.worker, found.acked = worker, False
-        state = self._workers[worker]
-        if loads[worker] == 0:
-            state.heard = self._clock()
         if found.handoff is None:
-            self._transport.to_worker(worker, {"type": "job", "job": found.job.to_wire()})
+            message = {"type": "job", "job": found.job.to_wire()}
         else:
-            self._transport.to_worker(
-                worker, {"type": "handoff", "handoff": found.handoff.to_wire()}
-            )
+            message = {"type": "handoff", "handoff": found.handoff.to_wire()}
+        self._transport.to_worker(worker, message)
+
+    def _work(self, found: _Request) -> int:
+        """What there is to do for a request, in the unit of its role; see `load`."""
+        job, generated = found.job, len(found.generated)
+        if found.handoff is not None:
+            return blocks_of(len(found.handoff.job.prompt_ids or ()) + generated)
+        if job.prompt_ids is None:
+            return self._gauge.guess(job.prompt or "") + generated
+        return max(1, len(job.prompt_ids) + generated)
 
     def _advance_attempt(self, found: _Request) -> None:
         """Makes the request's job or hand-off say all that the client has seen."""
@@ -258,6 +351,8 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
+        if index == 0 and found.job.prompt is not None:
+            self._gauge.learn(found.job.prompt, prompt_tokens)
         if finish is not None:
             self._end(request)
         found.listener.on_token(
@@ -283,7 +378,6 @@ class Router:
         found.handoff, found.sender, found.worker = handoff, worker, None
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)
-        self._place(job.request)
 
     def _acknowledged(self, worker: str, request: str, attempt: int) -> None:
         found = self._current(worker, request, attempt)

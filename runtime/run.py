@@ -11,13 +11,14 @@ from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.errors import ColdframeError, PlatformError, RequestError, SourceError
+from coldframe.loader.errors import ColdframeError, PlatformError, SourceError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.snapshot_flags import add_snapshot_arguments, snapshot_options
 from coldframe.runtime.units import byte_count, byte_rate
+from coldframe.runtime.worker_flags import add_worker_arguments, worker_options
 
 # The rest is imported when the processes are on their way: see `run`.
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def add_replica_arguments(parser: Parser) -> None:
         action="store_true",
         help="compute each prompt from its first token, also where an earlier one began alike",
     )
-    parser.flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
+    add_worker_arguments(parser)
 
 
 def _add_sampling_arguments(parser: Parser) -> None:
@@ -137,8 +138,13 @@ def _add_sampling_arguments(parser: Parser) -> None:
 
 
 def replica_options(args: argparse.Namespace) -> ReplicaOptions:
-    """The options that `add_replica_arguments` stand for."""
-    options = ReplicaOptions(
+    """The options that `add_replica_arguments` stand for.
+
+    Raises:
+        RequestError: A value says nothing that can be.
+        DeviceError: A device is named that this build cannot use.
+    """
+    return ReplicaOptions(
         model=args.model,
         sources=tuple(args.source or ()),
         copy=args.copy,
@@ -153,19 +159,8 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         kv_bytes=args.kv_memory,
         prefix_cache=not args.no_prefix_cache,
         snapshot=snapshot_options(args),
+        **worker_options(args),
     )
-    if args.threads is None:
-        return options
-    from dataclasses import replace
-
-    if args.threads < 1:
-        raise RequestError(
-            "there must be a thread",
-            where="--threads",
-            got=args.threads,
-            hint="Ask for at least 1.",
-        )
-    return replace(options, threads=args.threads)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -12,6 +12,7 @@ from typing import NoReturn
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
+from coldframe.runtime.cores import CORES, keep_to
 from coldframe.runtime.worker import Warm, Worker
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import confine
@@ -59,6 +60,11 @@ def work(
         since_ns: See `Worker.boot`.
         user: See `Worker`.
     """
+    try:
+        keep_to(os.environ.get(CORES))
+    except ColdframeError as error:
+        control.send({"type": "broken", "error": error.to_wire()})
+        os._exit(1)
     worker = Worker(control, recorder, warm, user)
     try:
         worker.boot(since_ns)

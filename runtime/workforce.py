@@ -31,6 +31,7 @@ from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.router import Router
 from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.staffing import Staffing
 from coldframe.runtime.tiers import Tiers
 
 __all__ = ["Owner", "Workforce", "ending"]
@@ -100,6 +101,12 @@ class Workforce:
         """Whom to tell of each group that it is gone."""
         self._groups: dict[str, Clones] = {}
         self._groups[""] = self._follow(launch.tiers, self._start_instead)
+        self._staffing = Staffing(self, router, recorder, launch.options)
+
+    @property
+    def counts(self) -> dict[str, dict[str, int]]:
+        """By role: how many workers start, are up, and are to go."""
+        return self._staffing.counts()
 
     @property
     def tiers(self) -> Tiers:
@@ -127,6 +134,10 @@ class Workforce:
     def start(self, role: str) -> None:
         """Starts a worker in the best way that is left."""
         self.adopt(self._launch.start_worker(role))
+
+    def end(self, worker: WorkerProcess, why: str) -> None:
+        """Ends a worker that has nothing to do."""
+        self._remove(worker, why)
 
     def start_rest(self) -> None:
         """Starts those that were put off for the first token's sake."""
@@ -301,6 +312,8 @@ class Workforce:
         for worker in list(self.workers.values()):
             if not worker.up and max(worker.child.spawned_ns, started_ns) < late:
                 self._bury(worker, f"it was not up after {_START_S:g} s")
+        if not self._launch.later:
+            self._staffing.tick()
 
     def _on_message(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()
@@ -325,6 +338,8 @@ class Workforce:
                     if kind == "up":
                         worker.up = True
                         self._owner.is_up(worker)
+                    elif kind == "tokens" and not worker.group:
+                        self._staffing.begin()
                     self._owner.heard(worker, message)
         if ended and worker.name in self.workers:
             self._bury(worker, None)
@@ -339,6 +354,9 @@ class Workforce:
         code = self._reap(worker)
         end = why or worker.last_words or ending(code)
         if self._owner.died(worker, code):
+            return
+        if self._staffing.replace(worker):
+            self._router.worker_gone(worker.name, end)
             return
         self._crashes.append(time.monotonic())
         while self._crashes[0] < time.monotonic() - _CRASH_WINDOW_S:

@@ -374,6 +374,9 @@ def broken(model: Path, folder: Path) -> Path:
         (["MODEL", "--prompt-file", "nowhere.txt"], "SourceError", "nowhere.txt"),
         (["MODEL", "-p", "x", "--top-p", "7"], "RequestError", "top_p"),
         (["MODEL", "-p", "x", "--threads", "0"], "RequestError", "--threads"),
+        (["MODEL", "-p", "x", "--prefill", "0-2"], "RequestError", "--prefill"),
+        (["MODEL", "-p", "x", "--decode", "1@cuda:0"], "DeviceError", "--decode"),
+        (["MODEL", "-p", "x", "--scale-down", "0"], "RequestError", "--scale-down"),
         (["BROKEN", "-p", "x"], "CheckpointError", ".safetensors"),
     ],
 )

@@ -200,6 +200,10 @@ class Machine(RuleBasedStateMachine):
             body = message.get("job") or message["handoff"]["job"]
             holders = [w.name for w in self.workers.values() if w.holds(body["request"])]
             assert holders == [], "a request that another worker still has"
+            assert not self.router.is_leaving(worker), "a new request for one that is to go"
+        if message["type"] == "job" and self.router.share is not None:
+            queued = [r for r in self.router._requests.values() if r.worker == worker]
+            assert len(queued) == 1 or self.router.work_of(worker) <= self.router.share
         if self.workers[worker].alive:  # else it is lost, as what is sent to a dead socket
             self.workers[worker].inbox.append(over_the_wire(message))
 
@@ -230,8 +234,11 @@ class Machine(RuleBasedStateMachine):
 
     # -- what can happen -------------------------------------------------------------------------
 
-    @initialize(prefill=st.integers(0, 2), decode=st.integers(0, 2))
-    def begin(self, prefill: int, decode: int) -> None:
+    @initialize(
+        prefill=st.integers(0, 2), decode=st.integers(0, 2), share=st.sampled_from([None, 1, 4])
+    )
+    def begin(self, prefill: int, decode: int, share: int | None = None) -> None:
+        self.router.share = share
         for _ in range(prefill):
             self._add("prefill")
         for _ in range(decode):
@@ -333,6 +340,34 @@ class Machine(RuleBasedStateMachine):
         if worker is not None:
             worker.hung = True
 
+    @rule(data=st.data())
+    def one_is_to_go(self, data: st.DataObject) -> None:
+        staying = [w for w in self.workers.values() if not self.router.is_leaving(w.name)]
+        roles = Counter(worker.role for worker in staying)
+        worker = self._pick(data, lambda w: w in staying and roles[w.role] > 1)
+        if worker is not None:
+            self.router.retire(worker.name)
+
+    @rule(data=st.data())
+    def one_stays_after_all(self, data: st.DataObject) -> None:
+        worker = self._pick(data, lambda w: self.router.is_leaving(w.name))
+        if worker is not None:
+            self.router.retain(worker.name)
+
+    @rule(data=st.data())
+    def one_that_was_to_go_is_ended(self, data: st.DataObject) -> None:
+        worker = self._pick(
+            data, lambda w: self.router.is_leaving(w.name) and self.router.is_free(w.name)
+        )
+        if worker is None:
+            return
+        attempts = {name: r.job.attempt for name, r in self.router._requests.items()}
+        del self.workers[worker.name]
+        self.buried.append(worker)
+        self.router.worker_gone(worker.name)
+        # Nobody had to begin again for it.
+        assert attempts == {name: r.job.attempt for name, r in self.router._requests.items()}
+
     @rule(seconds=st.sampled_from([1.0, ACK_S / 2, ACK_S + 1]))
     def time_goes_by(self, seconds: float) -> None:
         self.now += seconds
@@ -352,7 +387,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         """All is calm in the end: who hangs is found, and every request has come to its end."""
         for role in ("prefill", "decode"):
-            if not any(worker.role == role for worker in self.workers.values()):
+            if all(w.role != role or self.router.is_leaving(w.name) for w in self.workers.values()):
                 self._add(role)
         for _ in range(200):
             for worker in list(self.workers.values()):
@@ -378,6 +413,8 @@ class Machine(RuleBasedStateMachine):
                 assert REFUSED in listener.prompt
                 assert listener.events == []
         for worker in self.workers.values():
+            assert self.router.is_free(worker.name)
+            assert self.router.work_of(worker.name) == 0
             if worker.works:
                 while worker.inbox:
                     worker.take()
@@ -463,6 +500,95 @@ def test_requests_go_to_the_worker_with_the_fewest(machine: Machine) -> None:
     for _ in range(4):
         machine.submit("a", 2)
     assert (len(first.inbox), len(second.inbox)) == (4, 4)
+
+
+def tokens_in(worker: Worker) -> list[int]:
+    """The lengths of the prompts that a worker has got, in the order in which they came."""
+    jobs = [message["job"] for message in worker.inbox if message["type"] == "job"]
+    return [len(job["prompt_ids"] or ids_of(job["prompt"])) for job in jobs]
+
+
+def two(machine: Machine, role: str) -> tuple[Worker, Worker]:
+    """Two workers that are up."""
+    machine._add(role)
+    first, second = [worker for worker in machine.workers.values() if worker.role == role]
+    machine._deliver(second)
+    return first, second
+
+
+def test_prompts_go_where_the_fewest_tokens_are_queued(machine: Machine) -> None:
+    first, second = two(machine, "prefill")
+    for length in (100, 30, 30, 30, 30, 5):
+        machine.submit([14] * length, 2)
+    assert (tokens_in(first), tokens_in(second)) == ([100, 5], [30, 30, 30, 30])
+
+
+def test_texts_are_weighed_by_what_their_tokens_turned_out_to_be(machine: Machine) -> None:
+    # Here each character is a token, of which the front has four to the token in mind.
+    machine.submit("abc" * 10_000, 1)
+    machine._go_on(one(machine, "prefill"))
+    first, second = two(machine, "prefill")
+    machine.submit("a" * 1000, 2)
+    for _ in range(4):
+        machine.submit([14] * 200, 2)
+    assert (tokens_in(first), tokens_in(second)) == ([1000], [200] * 4)
+
+
+def test_hand_offs_go_where_the_least_kv_is(machine: Machine) -> None:
+    prefill = one(machine, "prefill")
+    first, second = two(machine, "decode")
+    for length in (1000, 200, 200, 200):
+        machine.submit([14] * length, 20)
+        machine._go_on(prefill)
+    assert (len(first.inbox), len(second.inbox)) == (1, 3)
+    # Blocks of 32 tokens: of 1000 prompt tokens and the first of the answer, and 200 likewise.
+    assert machine.router.load("decode") == 32 + 3 * 7
+
+
+def test_prompts_wait_in_their_order_for_who_has_done_its_share(machine: Machine) -> None:
+    machine.router.share = 100
+    first = one(machine, "prefill")
+    for length in (90, 300, 5, 4):
+        machine.submit([14] * length, 1)
+    # 5 would have had room, but does not pass 300.
+    assert tokens_in(first) == [90]
+    assert machine.router.load("prefill") == 399
+    machine._go_on(first)
+    assert tokens_in(first) == [300]
+    machine.router.cancel("r1")
+    assert tokens_in(first) == [300, 5, 4]
+
+
+def test_prompts_wait_for_a_worker_that_is_up_and_go_to_the_one_that_comes_up(
+    machine: Machine,
+) -> None:
+    machine.router.share = 100
+    first = one(machine, "prefill")
+    for _ in range(3):
+        machine.submit([14] * 80, 1)
+    machine._add(first.role)
+    second = next(w for w in machine.workers.values() if w.role == "prefill" and w is not first)
+    assert (tokens_in(first), tokens_in(second)) == ([80], [])
+    machine._deliver(second)
+    assert (tokens_in(first), tokens_in(second)) == ([80], [80])
+
+
+def test_who_is_to_go_gets_nothing_and_is_free_when_it_has_nothing(machine: Machine) -> None:
+    first, second = two(machine, "prefill")
+    machine.submit("a", 8)
+    machine.router.retire(first.name)
+    for _ in range(3):
+        machine.submit("b", 8)
+    assert (tokens_in(first), len(second.inbox)) == ([1], 3)
+    assert not machine.router.is_free(first.name)
+    machine._go_on(first)
+    # It still renews the lease of what it has handed over.
+    assert not machine.router.is_free(first.name)
+    machine._go_on(one(machine, "decode"))
+    assert machine.router.is_free(first.name)
+    machine.router.retain(first.name)
+    machine.submit("c", 8)
+    assert [message["type"] for message in first.inbox] == ["ack", "job"]
 
 
 def test_who_passed_a_request_on_hears_of_the_acknowledgement(machine: Machine) -> None:

@@ -1,0 +1,89 @@
+"""The flags that say how many workers there are, where, and on which cores."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from functools import partial
+from typing import Any
+
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.options import ScalingOptions
+from coldframe.runtime.scale_spec import Scale
+
+__all__ = ["add_worker_arguments", "worker_options"]
+
+
+def add_worker_arguments(parser: Parser) -> None:
+    """The flags that say which workers there are to be."""
+    flag = partial(parser.flag, group=parser.add_argument_group("workers"))
+    for role in ("prefill", "decode"):
+        flag(
+            f"--{role}",
+            metavar="N|MIN-MAX",
+            default="1",
+            help=f"how many {role} workers: so many, or as many between two numbers as there is "
+            "work for; where, behind an @, as 1-4@cpu (1)",
+        )
+    flag(
+        "--prefill-share",
+        metavar="TOKENS",
+        type=int,
+        default=ScalingOptions().prefill_tokens,
+        help="prompt tokens to compute that call for one prefill worker (4096)",
+    )
+    flag(
+        "--decode-share",
+        metavar="BLOCKS",
+        type=int,
+        default=ScalingOptions().decode_blocks,
+        help="KV blocks of running requests that call for one decode worker (512)",
+    )
+    flag(
+        "--scale-down",
+        metavar="SECONDS",
+        type=float,
+        default=ScalingOptions().down_s,
+        help="for how long fewer workers would have done before some go (60)",
+    )
+    flag(
+        "--pin", action="store_true", help="one half of the cores for prefill, the other for decode"
+    )
+    flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
+
+
+def worker_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `ReplicaOptions` that the flags stand for.
+
+    Raises:
+        RequestError: A value says nothing that can be.
+        DeviceError: A device is named that this build cannot use.
+    """
+    if args.threads is not None and args.threads < 1:
+        raise RequestError(
+            "there must be a thread",
+            where="--threads",
+            got=args.threads,
+            hint="Ask for at least 1.",
+        )
+    return {
+        "prefill": Scale.parse(args.prefill, "--prefill"),
+        "decode": Scale.parse(args.decode, "--decode"),
+        "scaling": _scaling_options(args),
+        "pin": args.pin,
+        "threads": args.threads,
+    }
+
+
+def _scaling_options(args: argparse.Namespace) -> ScalingOptions:
+    for name in ("prefill_share", "decode_share", "scale_down"):
+        value = getattr(args, name)
+        if not 0 < value < math.inf:
+            raise RequestError(
+                "this must be some amount",
+                where=f"--{name.replace('_', '-')}",
+                expected="more than 0",
+                got=value,
+            )
+    return ScalingOptions(args.prefill_share, args.decode_share, args.scale_down)

@@ -60,7 +60,7 @@ class Pace:
     Args:
         seconds: How long it is.
         interval_s: From one prompt to the next, whether or not that is answered; the first comes
-            at once. None for no prompts.
+            after half of it. None for no prompts.
         pid: Of the process that decodes.
     """
 
@@ -114,7 +114,7 @@ class Pace:
         return self.phase
 
     def _due(self, number: int) -> float:
-        return self._begin + number * (self._interval_s or 0.0)
+        return self._begin + (number + 0.5) * (self._interval_s or 0.0)
 
 
 def _run_delay_ns(pid: int) -> int:

@@ -141,8 +141,8 @@ class _Engine:
 def _main() -> None:
     model, load, seconds, interval_s, seed = json.loads(sys.argv[1])
     engine = _Engine(model, Load(**load))
-    # One prompt and one step beforehand: kernels are made when they are first used.
-    engine.window(1e-3, interval_s, seed)
+    # One prompt and some steps beforehand: kernels are made when they are first used.
+    engine.window(0.3, 0.2, seed)
     phases = [engine.window(seconds, None, seed + 1000)]
     phases.append(engine.window(seconds, interval_s, seed + 2000))
     print(json.dumps([asdict(phase) for phase in phases]))

@@ -56,6 +56,7 @@ def holders(replica: Replica) -> set[str]:
     return {found.worker for found in replica._router._requests.values() if found.worker}
 
 
+@pytest.mark.heavy
 def test_a_prefill_worker_comes_to_help_and_goes_when_all_is_done(
     demo_model: Make, no_leaks: Path
 ) -> None:

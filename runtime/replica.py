@@ -95,7 +95,8 @@ class Replica:
         self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
-        self.loop.watch(self._memory.fileno(), self._on_memory)
+        self._memory_fd: int | None = self._memory.fileno()
+        self.loop.watch(self._memory_fd, self._on_memory)
         selector = self.loop.selector
         self._workforce = Workforce(self._launch, selector, self._router, self.recorder, self)
         try:
@@ -417,8 +418,10 @@ class Replica:
 
     def _forget_memory(self) -> None:
         """Hears no more of the memory service."""
-        if self._memory.fileno() in self.loop.selector.get_map():
-            self.loop.unwatch(self._memory.fileno())
+        # By its number: it may be closed already.
+        if self._memory_fd is not None:
+            self.loop.unwatch(self._memory_fd)
+            self._memory_fd = None
 
     def _memory_died(self, why: str) -> None:
         workers = self._workforce.workers.values()

@@ -38,7 +38,7 @@ _PASSED_ON = (
     signal.SIGCONT,
 )
 _SIGNALLED = 128
-_ENDING_S = 0.2
+_ENDING_S = 1.0
 # Of /proc/PID/stat (linux/sched.h): it exits, and a signal has ended it.
 _PF_EXITING, _PF_SIGNALED = 0x4, 0x400
 

@@ -166,8 +166,7 @@ class Supervisor:
         self._numbers += 1
         name = f"s{self._numbers}"
         self._asks[name] = _Ask(self, name, params, listener, prompt, prompt_ids, add_special)
-        if self.state != "draining":
-            self.wake()
+        self._rouse()
         return name
 
     def cancel(self, name: str) -> None:
@@ -179,14 +178,18 @@ class Supervisor:
     # -- states ----------------------------------------------------------------------------------
 
     def wake(self) -> None:
-        """Has it started, if it is not; the next `step` does so."""
+        """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
+        self._rest = None
+        if self.state == "draining":
+            self.state = "warm"
+        self._rouse()
+
+    def _rouse(self) -> None:
         if self.state == "zero":
             self.state = "starting"
             self.start_log = StartLog(now(), self._recorder)
         elif self.state == "parked":
             self._become_warm()
-        elif self.state == "draining":
-            self.state, self._rest = "warm", None
 
     def sleep(self, level: int) -> None:
         """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
@@ -356,7 +359,7 @@ class Supervisor:
 
     def _wake_for_held(self) -> None:
         if self._asks:
-            self.wake()
+            self._rouse()
 
     def _leave(self) -> None:
         """Ends the replica."""

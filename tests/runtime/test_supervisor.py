@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -76,19 +77,23 @@ def is_in(supervisor: Supervisor, *states: str) -> Callable[[], bool]:
 
 
 def processes() -> list[psutil.Process]:
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if child.status() != psutil.STATUS_ZOMBIE and "coldframe" in " ".join(child.cmdline())
-    ]
+    found = []
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ends meanwhile, or has ended
+            if "coldframe" in " ".join(child.cmdline()):
+                found.append(child)
+    return found
 
 
 def kv_bytes(supervisor: Supervisor) -> int:
     """Memory that is behind the KV's descriptor."""
     assert supervisor.replica is not None
-    folder = f"/proc/{supervisor.replica.pids['memory']}/fd"
-    found = [fd for fd in os.listdir(folder) if "coldframe-kv" in os.readlink(f"{folder}/{fd}")]
-    return os.stat(f"{folder}/{found[0]}").st_blocks * 512
+    for fd in Path(f"/proc/{supervisor.replica.pids['memory']}/fd").iterdir():
+        # The service opens and closes others meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            if "coldframe-kv" in os.readlink(fd):
+                return fd.stat().st_blocks * 512
+    raise AssertionError("the memory service holds no KV memory")
 
 
 def kill(supervisor: Supervisor, name: str) -> None:

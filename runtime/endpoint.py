@@ -120,7 +120,9 @@ class Endpoint:
             tuple(listener.fileno() for listener in self._listeners),
         )
         if self._card is not None:
-            self._desk.send({"type": "model", "card": self._card})
+            self._desk.send(
+                {"type": "model", "model": self._settings.models[0], "card": self._card}
+            )
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
@@ -255,7 +257,7 @@ class Endpoint:
         try:
             card = read_card(
                 model.directory,
-                self._settings.model,
+                self._settings.models[0],
                 model.spec.context_length,
                 model.spec.vocab_size,
                 self._chat_template,
@@ -265,7 +267,13 @@ class Endpoint:
             return
         if card.to_wire() != self._card:
             self._card = card.to_wire()
-            self._desk.send({"type": "model", "card": self._card})
+            self._desk.send(
+                {"type": "model", "model": self._settings.models[0], "card": self._card}
+            )
+
+    def _tell_card(self) -> None:
+        name = self._settings.models[0]
+        self._desk.send({"type": "model", "model": name, "card": self._card})
 
     def _tell(self) -> None:
         """Tells the gateway how far the replica is, where that has changed."""
@@ -277,7 +285,7 @@ class Endpoint:
         told = {**body, "elapsed_s": 0.0}
         if told != self._told:
             self._told = told
-            self._desk.send({"type": "state", **body})
+            self._desk.send({"type": "state", "model": self._settings.models[0], **body})
 
     # -- what the gateway asks -------------------------------------------------------------------
 

@@ -168,7 +168,7 @@ def run(args: argparse.Namespace) -> int:
     keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
     settings = replace(_settings(args, profile), user=user.to_wire(), keys=keys.keys)
     log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
-    log.info("listening", address=bound, platform=profile.name, model=settings.model)
+    log.info("listening", address=bound, platform=profile.name, model=settings.models[0])
     for warning in keys.warnings:
         log.warning("access", why=warning)
     launch = Launch(options, recorder, args.memory, args.restorer)
@@ -223,7 +223,7 @@ def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
                 got=value,
             )
     return GatewaySettings(
-        model=args.model_name or profile.model_name(os.environ) or model_name(args.model),
+        models=(args.model_name or profile.model_name(os.environ) or model_name(args.model),),
         platform=profile.name,
         max_running=args.max_running,
         max_waiting=args.max_waiting,

@@ -105,7 +105,7 @@ class Endpoint:
                 "sleep2": lambda name: self._sleep(name, 2),
                 "wake_up": self._wake,
             },
-            self._settings.max_running,
+            self._settings.max_running * len(self._settings.models),
             self._on_message,
             lambda what: self._log.error("the gateway is not itself", said=what),
             self._gateway_gone,

@@ -41,7 +41,7 @@ NOT_SAID = (
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
 def test_the_document_names_every_route_and_no_other(profile: Any) -> None:
-    gateway = GatewaySettings("demo", profile.name)
+    gateway = GatewaySettings(("demo",), profile.name)
     app = FastAPI()
     add_routes(app, gateway, None, None, None)  # type: ignore[arg-type]
     served = {
@@ -55,7 +55,7 @@ def test_the_document_names_every_route_and_no_other(profile: Any) -> None:
 
 
 def test_keys_are_in_the_document_where_they_are_asked_for() -> None:
-    paths = openapi(GatewaySettings("demo", "generic", keys=("k",)), {})["paths"]
+    paths = openapi(GatewaySettings(("demo",), "generic", keys=("k",)), {})["paths"]
     guarded = {
         path for path, methods in paths.items() for op in methods.values() if "security" in op
     }
@@ -68,7 +68,7 @@ def test_keys_are_in_the_document_where_they_are_asked_for() -> None:
         "/v1/models",
         "/v1/models/{name}",
     }
-    assert "security" not in str(openapi(GatewaySettings("demo", "generic"), {}))
+    assert "security" not in str(openapi(GatewaySettings(("demo",), "generic"), {}))
 
 
 def test_nothing_of_it_is_imported_before_it_is_asked_for() -> None:

@@ -14,7 +14,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.api import ApiError, Generation, Piece
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.metrics import Metrics
-from coldframe.runtime.gateway.waiting import Limits, Line
+from coldframe.runtime.gateway.waiting import Hall, Limits, Line
 
 LOADING = LoadState("starting", "weights", 100, 1100, 2.0)
 READY = LoadState("ready", None, 1100, 1100, 2.0)
@@ -23,16 +23,25 @@ READY = LoadState("ready", None, 1100, 1100, 2.0)
 class Front:
     """What a line speaks to, written down."""
 
-    def __init__(self, limits: Limits, state: LoadState = READY) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        state: LoadState = READY,
+        *,
+        hall: Hall | None = None,
+        model: str = "m",
+    ) -> None:
         self.state = state
         self.sent: list[dict[str, Any]] = []
         self.metrics = Metrics()
-        self.line = Line(limits, self.sent.append, self.metrics, lambda: self.state)
+        self.hall = hall or Hall(1000)
+        send, metrics = self.sent.append, self.metrics
+        self.line = Line(model, limits, self.hall, send, metrics, lambda: self.state)
         self.line.open_gate()
 
     def enter(self, sequences: int = 1, size: int = 10, name: str = "p") -> Any:
         made = [Generation(name, SamplingParams()) for _ in range(sequences)]
-        return self.line.enter("m", made, size)
+        return self.line.enter(made, size)
 
     def token(self, number: int, text: str, finish: str | None = None) -> None:
         def piece(choice: int, _: Any) -> Piece:
@@ -49,8 +58,8 @@ class Front:
         return [m["id"] for m in self.sent if m["type"] == "cancel"]
 
 
-def limits(running: int = 2, waiting: int = 3, size: int = 1000, wait_s: float = 60.0) -> Limits:
-    return Limits(running, waiting, size, wait_s)
+def limits(running: int = 2, waiting: int = 3, wait_s: float = 60.0) -> Limits:
+    return Limits(running, waiting, wait_s)
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -80,8 +89,9 @@ def test_first_come_first_served() -> None:
 def test_nothing_goes_before_the_model_is_known() -> None:
     async def test() -> None:
         front = Front(limits())
-        line = Line(limits(), front.sent.append, front.metrics, lambda: LOADING)
-        line.enter("m", [Generation((1, 2), SamplingParams())], 1)
+        send = front.sent.append
+        line = Line("m", limits(), front.hall, send, front.metrics, lambda: LOADING)
+        line.enter([Generation((1, 2), SamplingParams())], 1)
         assert not front.sent
         line.open_gate()
         (message,) = front.sent
@@ -183,7 +193,7 @@ def test_full_once_warm_is_saturation() -> None:
 
 def test_bytes_count_too() -> None:
     async def test() -> None:
-        front = Front(limits(size=100))
+        front = Front(limits(), hall=Hall(100))
         stream = front.enter(size=90)
         with pytest.raises(ApiError):
             front.enter(size=20)
@@ -265,7 +275,7 @@ EVENTS = st.sampled_from(["enter", "finish", "cancel", "fail"])
 @given(st.lists(st.tuples(EVENTS, st.integers(0, 9))))
 def test_whatever_happens_nothing_is_lost(events: list[tuple[str, int]]) -> None:
     async def test() -> None:
-        front = Front(Limits(2, 4, 100, 60.0))
+        front = Front(limits(2, 4), hall=Hall(100))
         open_streams: dict[int, Any] = {}
         entered = 0
         for event, which in events:

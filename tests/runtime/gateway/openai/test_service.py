@@ -233,8 +233,9 @@ def test_nothing_wrong_is_submitted(
 
 
 def test_models(card: ModelCard) -> None:
-    page = SyncPage[Model].model_validate(models(card))
+    page = SyncPage[Model].model_validate(models({"demo": card, "never-started": None}))
     assert page.object == "list"
-    (read,) = page.data
+    read, other = page.data
+    assert (other.id, other.object) == ("never-started", "model")
     assert read == Model.model_validate(model(card), strict=True)
     assert (read.id, read.created, read.owned_by) == ("demo", card.created, "coldframe")

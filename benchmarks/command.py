@@ -20,6 +20,7 @@ BENCHMARKS = {
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
+    "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
 }
 

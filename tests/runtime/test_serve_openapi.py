@@ -18,7 +18,9 @@ from coldframe.runtime.gateway.openapi import openapi
 from coldframe.runtime.gateway.platforms.table import PROFILES
 from coldframe.runtime.gateway.routes import add_routes
 from coldframe.runtime.gateway.settings import GatewaySettings
+from tests.runtime.gateway.front import fronted
 from tests.runtime.serving import Server, served
+from tests.runtime.snapshots import eventually
 
 Make = Callable[..., Path]
 
@@ -118,12 +120,29 @@ def shorter(body: Any) -> Any:
 @pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_what_the_document_says_is_so(server: Server, mode: str) -> None:
+    keeps_its_word(server.url, mode)
+    assert server.complete(max_tokens=1)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_what_the_document_says_of_several_models_is_so(tmp_path: Path, mode: str) -> None:
+    with fronted(tmp_path, "one", "org/other", platform="kserve") as front:
+        front.ready()
+        eventually(lambda: front.get("/readyz").status_code == 200)
+        keeps_its_word(front.url, mode)
+        asked = {submitted["model"] for submitted in front.submitted}
+        assert asked == ({"one", "org/other"} if mode == "positive" else set())
+
+
+def keeps_its_word(url: str, mode: str) -> None:
+    """Asks a server all that its document offers, or what it forbids."""
     import schemathesis
     from schemathesis.checks import load_all_checks
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     load_all_checks()
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     seen: Counter[tuple[str, int]] = Counter()
 
     def check(case: Any) -> None:
@@ -152,4 +171,3 @@ def test_what_the_document_says_is_so(server: Server, mode: str) -> None:
     for label in OPENAI:
         taken = seen[label, 200]
         assert taken > 20 if mode == "positive" else taken == 0, seen
-    assert server.complete(max_tokens=1)

@@ -101,9 +101,11 @@ class Front:
         """A sequence is answered: with its model's name, and its prompt."""
         number, model = submitted["id"], submitted["model"]
         prompt = submitted["prompt"] if submitted["prompt"] is not None else "ids"
+        wanted = submitted["params"]["logprobs"]
+        likely = [None, []] if wanted is None else [[7, -0.5, "x"], [[7, -0.5, "x"]] * wanted]
         items = [
-            [number, 7, f"{model}: ", None, 3, None, [], 0],
-            [number, 8, prompt, "stop", 3, None, [], 0],
+            [number, 7, f"{model}: ", None, 3, *likely, 0],
+            [number, 7, prompt, "stop", 3, *likely, 0],
         ]
         self.send({"type": "tokens", "items": items})
 

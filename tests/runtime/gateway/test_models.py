@@ -140,6 +140,7 @@ def test_a_model_that_was_never_started_is_woken_once_by_those_who_ask(front: Fr
     assert front.count("a", "wake_up") == 0
 
 
+@pytest.mark.heavy
 def test_who_comes_before_it_is_known_that_it_rests_wakes_it_too(front: Front) -> None:
     def later() -> None:
         eventually(lambda: front.get("/healthz").status_code == 200)
@@ -150,6 +151,7 @@ def test_who_comes_before_it_is_known_that_it_rests_wakes_it_too(front: Front) -
     assert front.count("b", "wake_up") == 1
 
 
+@pytest.mark.heavy
 def test_a_model_whose_card_is_known_is_only_given_the_request(front: Front) -> None:
     front.card("b")
     front.state("b", "zero")
@@ -157,6 +159,7 @@ def test_a_model_whose_card_is_known_is_only_given_the_request(front: Front) -> 
     assert front.count("b", "wake_up") == 0
 
 
+@pytest.mark.heavy
 def test_a_start_that_fails_may_be_tried_again(front: Front) -> None:
     front.asleep.add("b")
     front.state("b", "zero")
@@ -344,6 +347,7 @@ def test_each_is_put_to_sleep_and_woken_by_its_name(front: Front) -> None:
     assert phases(front)["b"] == "ready"
 
 
+@pytest.mark.heavy
 def test_one_is_woken_after_the_other(front: Front) -> None:
     for name in ("a", "b"):
         front.card(name)
@@ -447,6 +451,7 @@ def test_series_have_a_model_and_shared_processes_have_none(warm: Front) -> None
     }
 
 
+@pytest.mark.heavy
 def test_lines_of_the_log_say_which_model(front: Front) -> None:
     front.ready("a")
     front.state("b", "failed", ReplicaError("it died"))

@@ -120,9 +120,7 @@ class Endpoint:
             tuple(listener.fileno() for listener in self._listeners),
         )
         if self._card is not None:
-            self._desk.send(
-                {"type": "model", "model": self._settings.models[0], "card": self._card}
-            )
+            self._tell_card()
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
@@ -267,9 +265,7 @@ class Endpoint:
             return
         if card.to_wire() != self._card:
             self._card = card.to_wire()
-            self._desk.send(
-                {"type": "model", "model": self._settings.models[0], "card": self._card}
-            )
+            self._tell_card()
 
     def _tell_card(self) -> None:
         name = self._settings.models[0]

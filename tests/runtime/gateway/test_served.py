@@ -27,10 +27,11 @@ class Front:
         self.sent: list[dict[str, Any]] = []
         self.phases: list[tuple[str, str]] = []
         self.questions = Questions(self.sent.append)
+        self.hall = Hall(1000)
         self.model = ServedModel(
             "m",
             GatewaySettings(("m",), "generic", **settings),
-            Hall(1000),
+            self.hall,
             self.sent.append,
             self.questions,
             Metrics(),
@@ -148,6 +149,25 @@ def test_nobody_who_has_gone_wakes_it() -> None:
         await asyncio.gather(waiting, return_exceptions=True)
         front.says("zero")
         assert front.asked == []
+
+    run(test)
+
+
+def test_those_who_wait_for_a_card_are_as_many_and_as_large_as_a_line_holds() -> None:
+    async def test() -> None:
+        front = Front(max_running=1, max_waiting=2)
+        waiting = [await started(front.model.card(size=300)) for _ in range(3)]
+        with pytest.raises(ApiError) as caught:
+            await front.model.card()
+        assert (caught.value.status, caught.value.code) == (503, "queue_full")
+        waiting.pop().cancel()
+        await asyncio.sleep(0)
+        with pytest.raises(ApiError, match="too many"):
+            await front.model.card(size=401)
+        waiting.append(await started(front.model.card(size=400)))
+        front.model.take_card(CARD)
+        assert await asyncio.gather(*waiting) == [CARD] * 3
+        assert front.hall.fits(1000)
 
     run(test)
 

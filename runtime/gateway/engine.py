@@ -63,12 +63,12 @@ class FrontEngine:
 
     # -- Engine ----------------------------------------------------------------------------------
 
-    async def card(self, name: str | None) -> ModelCard:
+    async def card(self, name: str | None, *, size: int = 0) -> ModelCard:
         model = self.pick(name)
         exchange = CURRENT.get()
         if exchange is not None:
-            exchange.notes.model = model.name
-        return await model.card()
+            exchange.about(model.name)
+        return await model.card(size=size)
 
     def submit(self, model: str, generations: Sequence[Generation], *, size: int) -> Stream:
         return self.models[model].submit(generations, size=size)

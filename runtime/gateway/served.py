@@ -44,6 +44,7 @@ class ServedModel:
     ) -> None:
         self.name = name
         self.state = LoadState()
+        self._hall = hall
         self._questions = questions
         self._on_phase = on_phase
         self._wait_s = settings.max_wait_s
@@ -66,22 +67,27 @@ class ServedModel:
         """Its card, if that is known yet."""
         return self._card
 
-    async def card(self) -> ModelCard:
+    async def card(self, *, size: int = 0) -> ModelCard:
         """Its card; waits while that is on the way, and has it come where the model rests.
+
+        Args:
+            size: Bytes of the request that waits for it.
 
         Raises:
             ApiError: It cannot be had.
         """
         if self._card is None:
-            await self._settle()
+            await self._settle(size)
         if self._card is None:
             raise self.refusal()
         return self._card
 
-    async def _settle(self) -> None:
-        if self._curious >= self._most_curious:
+    async def _settle(self, size: int) -> None:
+        """Waits for the card, bounded as the line is: nothing can stand there before it."""
+        if self._curious >= self._most_curious or not self._hall.fits(size):
             raise self.line.loading("too many requests wait for the model already", "queue_full")
         self._curious += 1
+        self._hall.take(size)
         try:
             self._wake_up()
             async with asyncio.timeout(self._wait_s):
@@ -90,6 +96,7 @@ class ServedModel:
             raise self.line.loading("its config is still on the way", "deadline") from None
         finally:
             self._curious -= 1
+            self._hall.give_back(size)
 
     def _wake_up(self) -> None:
         """Has a model started that never was, where somebody waits to know what it is."""

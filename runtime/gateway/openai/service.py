@@ -50,7 +50,7 @@ class OpenAI:
         Raises:
             ApiError: The request is wrong, or there is no place for it.
         """
-        card = await self._engine.card(_model_name(body))
+        card = await self._engine.card(_model_name(body), size=size)
         if kind == "chat":
             prepared = await asyncio.to_thread(prepare_chat, body, card, self._render)
         else:

@@ -91,26 +91,53 @@ def test_a_tensor_goes_to_the_model_in_its_path(warm: Front) -> None:
     assert warm.post("/v2/models/c/infer", {"inputs": [tensor]}).status_code == 404
 
 
-@pytest.mark.parametrize(
-    ("platform", "route", "body", "output"),
-    [
-        ("sagemaker", "/invocations", {"inputs": "x"}, lambda told: told[0]["generated_text"]),
-        ("sagemaker", "/invocations", {"prompt": "x"}, lambda told: told["choices"][0]["text"]),
-        ("huggingface", "/", {"inputs": "x"}, lambda told: told[0]["generated_text"]),
-        ("vertex", "/predict", {"prompt": "x"}, lambda told: told["choices"][0]["text"]),
-        ("azureml", "/score", {"prompt": "x"}, lambda told: told["output"]),
-        ("baseten", "/predict", {"prompt": "x"}, lambda told: told["output"]),
-    ],
-)
+PROMPT = {"prompt": "x"}
+PLATFORMS: list[tuple[str, str, Callable[[Any], Any], Callable[[Any], Any]]] = [
+    # Where a model stands in a body, and the text in its answer.
+    (
+        "sagemaker",
+        "/invocations",
+        lambda more: {"inputs": "x", **more},
+        lambda told: told[0]["generated_text"],
+    ),
+    (
+        "huggingface",
+        "/",
+        lambda more: {"inputs": "x", **more},
+        lambda told: told[0]["generated_text"],
+    ),
+    (
+        "vertex",
+        "/predict",
+        lambda more: {"instances": [{**PROMPT, **more}]},
+        lambda told: told["predictions"][0],
+    ),
+    ("azureml", "/score", lambda more: {**PROMPT, **more}, lambda told: told["output"]),
+    ("baseten", "/predict", lambda more: {**PROMPT, **more}, lambda told: told["output"]),
+    (
+        "cog",
+        "/predictions",
+        lambda more: {"input": {**PROMPT, **more}},
+        lambda told: told["output"],
+    ),
+    ("cloud-run", "/invoke", lambda more: {**PROMPT, **more}, lambda told: told["output"]),
+]
+
+
 @pytest.mark.heavy
+@pytest.mark.parametrize(("platform", "route", "body", "output"), PLATFORMS)
 def test_platforms_mean_the_first_unless_a_body_names_one(
-    tmp_path: Path, platform: str, route: str, body: dict[str, Any], output: Callable[[Any], str]
+    tmp_path: Path,
+    platform: str,
+    route: str,
+    body: Callable[[Any], Any],
+    output: Callable[[Any], Any],
 ) -> None:
     with fronted(tmp_path, "a", "b", platform=platform) as front:
         front.ready()
-        assert output(front.post(route, body).json()) == "a: x"
-        assert output(front.post(route, {**body, "model": "b"}).json()) == "b: x"
-        assert front.post(route, {**body, "model": "c"}).status_code == 404
+        assert output(front.post(route, body({})).json()) == "a: x"
+        assert output(front.post(route, body({"model": "b"})).json()) == "b: x"
+        assert front.post(route, body({"model": "c"})).status_code == 404
 
 
 @pytest.mark.heavy

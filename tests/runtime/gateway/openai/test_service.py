@@ -52,7 +52,7 @@ class GivenEngine:
         self.stream = Given(pieces, error)
         self.submitted: list[tuple[str, Sequence[Generation], int]] = []
 
-    async def card(self, name: str | None) -> ModelCard:
+    async def card(self, name: str | None, *, size: int = 0) -> ModelCard:
         if name not in (None, self._card.name):
             raise ApiError(404, "There is none.", param="model", code="model_not_found")
         return self._card

@@ -215,6 +215,7 @@ class Endpoint:
         """What there is to do after something has happened."""
         supervisor = self._supervisor
         self._desk.flush()  # the tokens first
+        self._desk.watch()
         self._replace_gateway()
         supervisor.step()
         if supervisor.error is not None and self._error is None:

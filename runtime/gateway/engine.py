@@ -168,6 +168,8 @@ class FrontEngine:
                 self._card = ModelCard.from_wire(body["card"])
                 self._known.set()
                 self.line.open_gate()
+            case "ping":
+                self.say({"type": "pong"})
             case "answer":
                 waiting = self._asked.pop(body["id"], None)
                 if waiting is not None and not waiting.done():

@@ -1,8 +1,8 @@
 """Whoever is killed, and whenever: what clients see of it, and that nothing is left.
 
 Each cell is a moment and a victim. A streaming client and one that waits for its whole answer are
-in it together. The answers are compared with those of Transformers, the first half of an answer that
-broke off as well. docs/architecture.md has the table that these tests prove.
+in it together. The answers are compared with those of Transformers, what came of one that broke off
+as well. docs/architecture.md has the table that these tests prove.
 """
 
 from __future__ import annotations

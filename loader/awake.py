@@ -3,8 +3,8 @@
 Who waits for another process's word must not count the time in which it could not have heard it:
 a virtual machine is suspended, a platform takes the processor away between two requests, somebody
 stops the whole group. The other side was stopped as well then, and gets its time behind that. No
-clock of the kernel's knows of all these. So this one is looked at often, and a gap between two looks
-counts as a short one.
+clock of the kernel's knows of all these. So this one is looked at often, and a gap between two
+looks counts as a short one.
 """
 
 from __future__ import annotations

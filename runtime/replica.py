@@ -39,8 +39,8 @@ USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
 _MEMORY_END_S = 1.0
 """For how long a memory service that has left a worker is given to end."""
 _MEMORY_SILENCE_S = 30.0
-"""How long the memory service may leave a question unanswered, in seconds: its loop does nothing that
-takes long, and the workers wait for it."""
+"""How long the memory service may leave a question unanswered, in seconds: its loop does nothing
+that takes long, and the workers wait for it."""
 _SEND_TIMEOUT_S = 10
 
 

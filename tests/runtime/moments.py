@@ -12,7 +12,8 @@ end it, and it is reached when a client, or a number at /metrics, says so.
     draining                     likewise, and the front has been told to end
     parking                      the memory service is stopped, and told to give its KV back
     parked                       it has done so
-    waking                       the request that woke it lies before a prefill worker that is stopped
+    waking                       the request that woke it lies before a prefill worker that is
+                                 stopped
 
 Starts from zero are the first two again, behind a server that has been put to sleep.
 """

@@ -9,6 +9,7 @@ end it, and it is reached when a client, or a number at /metrics, says so.
                                  of the hand-off before the front does, is stopped
     the hand-off is sent         it lies before a decode worker that is stopped
     the answer is half done      the decode worker is stopped between two tokens
+    the KV is full               likewise, and others wait for blocks
     draining                     likewise, and the front has been told to end
     parking                      the memory service is stopped, and told to give its KV back
     parked                       it has done so
@@ -121,7 +122,6 @@ class Scene:
 
     Args:
         server: The server.
-        throttle: Whether it loads so slowly that half a load can be caught.
     """
 
     def __init__(self, server: Server) -> None:
@@ -176,9 +176,12 @@ class Scene:
 
     # -- what it says ----------------------------------------------------------------------------
 
+    def metric(self, name: str) -> int:
+        return int(self.server.metrics().get(name, 0))
+
     def tokens(self) -> int:
         """How many this gateway has passed on."""
-        return int(self.server.metrics().get("coldframe_generation_tokens_total", 0))
+        return self.metric("coldframe_generation_tokens_total")
 
     def running(self) -> int:
         """How many requests the front has."""
@@ -200,7 +203,7 @@ class Scene:
         held = {kind: len(self.processes(kind)) for kind in ("memory", "worker", "gateway")}
         held["descriptors"] = psutil.Process(self.server.process.pid).num_fds()
         held["run directories"] = len(list(self.server.runs.iterdir()))
-        held["KV blocks"] = int(self.server.metrics()["coldframe_kv_blocks{used}"])
+        held["KV blocks"] = self.metric("coldframe_kv_blocks{used}")
         return held
 
     def settle(self) -> None:
@@ -305,6 +308,16 @@ def in_mid_stream(scene: Scene, begin: Begin) -> Iterator[None]:
 
 
 @contextmanager
+def while_the_kv_is_full(scene: Scene, begin: Begin) -> Iterator[None]:
+    with scene.stopped("decode"):
+        before, count = scene.tokens(), begin()
+        eventually(lambda: scene.running() == count)
+        eventually(lambda: 0 < scene.tokens() - before < count)
+        eventually(lambda: scene.metric("coldframe_kv_blocks{free}") < 7)
+        yield
+
+
+@contextmanager
 def while_draining(scene: Scene, begin: Begin) -> Iterator[None]:
     with in_mid_stream(scene, begin):
         scene.server.process.terminate()
@@ -356,6 +369,7 @@ MOMENTS: dict[str, Moment] = {
     "before the hand-off": before_the_handoff,
     "before the acknowledgement": before_the_acknowledgement,
     "in mid-stream": in_mid_stream,
+    "while the KV is full": while_the_kv_is_full,
     "while draining": while_draining,
     "while parking": while_parking,
     "while parked": while_parked,

@@ -27,6 +27,7 @@ WARM = (
     "before the hand-off",
     "before the acknowledgement",
     "in mid-stream",
+    "while the KV is full",
     "while parking",
     "while parked",
     "while waking",
@@ -36,6 +37,7 @@ WITH_TOKENS = (
     "before the hand-off",
     "before the acknowledgement",
     "in mid-stream",
+    "while the KV is full",
     "while draining",
 )
 """The moments at which clients have had a token, or one was made for them."""
@@ -52,7 +54,10 @@ def model(demo_model: Make) -> Path:
 @pytest.fixture(scope="module")
 def scene(model: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
     """A warm server, one for all that happens at a moment."""
-    flags = ("--throttle", THROTTLE) if request.param in FROM_ZERO else ()
+    flags = {
+        "while the KV is full": ("--kv-memory", "1MiB"),  # for two requests
+        **dict.fromkeys(FROM_ZERO, ("--throttle", THROTTLE)),
+    }.get(request.param, ())
     with served(model, "--model-name", "demo", *flags) as server:
         server.ready()
         scene = Scene(server)
@@ -69,7 +74,7 @@ def right(scene: Scene, model: Path) -> None:
 
 
 class Clients:
-    """One that streams, and one that does not.
+    """One that streams, and one that does not; three of each where there is no room for all.
 
     Args:
         scene: Where they ask.
@@ -81,7 +86,7 @@ class Clients:
     def __init__(self, scene: Scene, moment: str, retries: int, *, whole_first: bool) -> None:
         self._scene = scene
         self._retries = retries
-        self._streams = (False, True) if whole_first else (True, False)
+        self._streams = [not whole_first, whole_first] * (3 if "full" in moment else 1)
         # What takes the prefill worker long enough to be caught at it.
         self.length, self.count = (700, 8) if moment == "before the hand-off" else (24, COUNT)
         self.asks: list[Ask] = []

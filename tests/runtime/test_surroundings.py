@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -13,6 +14,7 @@ import pytest
 from tests.runtime.helpers import prompt_of
 from tests.runtime.moments import MOMENTS, Ask, Scene
 from tests.runtime.serving import Server, greedy, served
+from tests.runtime.snapshots import eventually
 from tests.support import unavailable
 
 Make = Callable[..., Path]
@@ -86,3 +88,38 @@ def test_few_descriptors_mean_few_connections_and_nothing_worse(model: Path) -> 
             scene.kill(victim)
             assert complete(server) == want
         scene.nothing_leaks()
+
+
+# -- the wall clock -------------------------------------------------------------------------------
+
+JUMPS = """
+import itertools, time
+
+hours = itertools.cycle((1, -1))
+for name, unit in (("time", 1), ("time_ns", 10**9)):
+    def jumping(clock=getattr(time, name), hour=3600 * unit):
+        return clock() + next(hours) * hour
+    setattr(time, name, jumping)
+"""
+"""A clock that is an hour ahead and an hour behind, in turn."""
+
+
+def test_the_clock_jumps_an_hour_back_and_forth(model: Path, tmp_path: Path) -> None:
+    """In the front, the gateway and the workers, whenever one of them looks at it."""
+    (tmp_path / "sitecustomize.py").write_text(JUMPS)
+    flags = ("--model-name", "demo", "--idle", "0.5", "--throttle", "2MB/s")
+    with served(model, *flags, PYTHONPATH=str(tmp_path)) as server:
+        scene = Scene(server)
+        asked: list[Ask] = []
+
+        def begin() -> int:
+            asked.append(Ask(server, PROMPT, 200, stream=True, retries=0))
+            return 1
+
+        for victim in ("prefill", "decode"):
+            with MOMENTS["from zero, in mid-load"](scene, begin):
+                scene.kill(victim)
+            assert (asked[-1].wait().error, asked[-1].text) == (None, asked[-1].wanted(model))
+            eventually(lambda: server.get("/startup").json()["state"] == "zero")
+        hours = {json.loads(line)["time"][11:13] for line in server.log.splitlines()}
+        assert len(hours) > 1

@@ -18,6 +18,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.creating import ImageInTheMaking
@@ -110,7 +111,10 @@ class Supervisor:
         self._model: ModelFacts | None = None
         self._was_warm = False
         self._warm_since = 0.0
-        self._idle_since = time.monotonic()
+        # Who is stopped between two requests, as some platforms do it, does not fall asleep by
+        # that: it goes on because somebody asks.
+        self._awake = AwakeClock()
+        self._idle_since = self._awake()
         self._retry_at = 0.0
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
@@ -307,7 +311,7 @@ class Supervisor:
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
         self._was_warm = True
-        self._warm_since = self._idle_since = time.monotonic()
+        self._warm_since, self._idle_since = time.monotonic(), self._awake()
         self._probes, self._last_error = 0, None
 
     def _pass_on(self, replica: Replica) -> None:
@@ -332,7 +336,7 @@ class Supervisor:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
         if self._asks or (self._image is not None and self._image.outcome is None):
-            self._idle_since = time.monotonic()
+            self._idle_since = self._awake()
         park_s = self._policy.park_s
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
             self._rest = "zero" if park_s == 0 else "parked"
@@ -343,11 +347,11 @@ class Supervisor:
             self._end()
 
     def _idle_for(self, seconds: float | None) -> bool:
-        return seconds is not None and time.monotonic() - self._idle_since >= seconds
+        return seconds is not None and self._awake() - self._idle_since >= seconds
 
     def _park(self, replica: Replica) -> None:
         replica.park()
-        self.state, self._rest, self._idle_since = "parked", None, time.monotonic()
+        self.state, self._rest, self._idle_since = "parked", None, self._awake()
         self._log.info("parked")
         self._wake_for_held()
 
@@ -423,7 +427,7 @@ class Supervisor:
                 self._image.step()
                 if self._image.outcome:
                     self._log.info("image for the next start", **self._image.outcome)
-        elif self.state == "warm" and time.monotonic() - self._idle_since > _QUIET_S:
+        elif self.state == "warm" and self._awake() - self._idle_since > _QUIET_S:
             self._image = ImageInTheMaking(replica)
 
 

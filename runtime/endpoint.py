@@ -14,7 +14,8 @@ from collections import deque
 from dataclasses import replace
 from typing import Any
 
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
+from coldframe.loader.process import Child
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.early import GatewayProcess
@@ -29,6 +30,8 @@ __all__ = ["Endpoint"]
 
 
 _PROGRESS_S = 0.1
+_LEND_S = 1.0
+"""How often a gateway gets a process for templates at most: more would be a game."""
 _MOST_SPANS = 100
 _GOODBYE_S = 2.0
 """How long a gateway gets to tell clients that the replica has failed, in seconds."""
@@ -91,6 +94,9 @@ class Endpoint:
         self._stillborn = 0
         self._gateway_at: float | None = None
         """When the next gateway is started, where there is none."""
+        self._lent: Child | None = None
+        """A process for chat templates that the gateway may not have been able to start."""
+        self._lent_at = -_LEND_S
         self._take_gateway(gateway)
 
     # -- the gateway -----------------------------------------------------------------------------
@@ -124,6 +130,7 @@ class Endpoint:
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
+        self._end_lent()
         if self._phase is not None:
             self._drained = True
             return
@@ -156,6 +163,29 @@ class Endpoint:
                     self._supervisor.replica.add_spans(spans)
             case "drained" if self._phase is not None:
                 self._drained = True
+            case "templates":
+                self._lend_templates()
+
+    def _lend_templates(self) -> None:
+        """Starts a process for chat templates, in the place of one that has died."""
+        from coldframe.runtime.gateway.renderer import start_template_process
+
+        if time.monotonic() - self._lent_at < _LEND_S:
+            return
+        self._lent_at = time.monotonic()
+        self._end_lent()
+        try:
+            channel, self._lent = start_template_process()
+        except PlatformError as error:
+            self._log.error("no process for chat templates", why=str(error))
+            return
+        self._desk.send({"type": "templates"}, (channel.fileno(),))
+        channel.close()
+
+    def _end_lent(self) -> None:
+        if self._lent is not None:
+            self._lent.kill()
+            self._lent = None
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -200,6 +230,7 @@ class Endpoint:
             self._jobs.close()
         self._desk.close()
         self._gateway.child.kill()
+        self._end_lent()
         self._stop_listening()
 
     def _stop_listening(self) -> None:

@@ -75,6 +75,7 @@ class Gateway:
         self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
         limits = HttpLimits(connections=connection_limit())
         self._renderer = renderer
+        renderer.elsewhere = self.engine.templates
         answering = Answering(
             OpenAI(self.engine, renderer.render),
             self.metrics,

@@ -57,6 +57,8 @@ class FrontEngine:
         self._questions = 0
         self._phase_watchers: set[asyncio.Event] = set()
         self._open_questions: dict[str, tuple[int, asyncio.Future[dict[str, Any]]]] = {}
+        self._loop = asyncio.get_running_loop()
+        self._templates: asyncio.Future[Channel] | None = None
         self._link = FrontLink(channel, self._on_message, self._front_gone)
         limits = Limits(
             settings.max_running,
@@ -119,6 +121,23 @@ class FrontEngine:
                 503, "the front does not answer", kind="server_error", code="replica_error"
             ) from None
 
+    def templates(self) -> Channel:
+        """A socket to a process for chat templates that the front starts; blocks another thread.
+
+        Raises:
+            TimeoutError: It has started none.
+        """
+        asked = asyncio.run_coroutine_threadsafe(self._ask_for_templates(), self._loop)
+        return asked.result()
+
+    async def _ask_for_templates(self) -> Channel:
+        self._templates = self._loop.create_future()
+        self._link.send({"type": "templates"})
+        try:
+            return await asyncio.wait_for(self._templates, _ASK_S)
+        finally:
+            self._templates = None
+
     async def until(self, phases: Set[str], seconds: float) -> None:
         """Waits until the replica is in one of some phases.
 
@@ -168,6 +187,12 @@ class FrontEngine:
                 self._card = ModelCard.from_wire(body["card"])
                 self._known.set()
                 self.line.open_gate()
+            case "templates":
+                lent = Channel.from_fd(message.fds[0])
+                if self._templates is None or self._templates.done():
+                    lent.close()  # nobody waits for it any more
+                else:
+                    self._templates.set_result(lent)
             case "ping":
                 self.say({"type": "pong"})
             case "answer":

@@ -216,3 +216,21 @@ def test_nobody_is_taken_for_dead_when_all_were_stopped(model: Path, moment: str
         assert (asked[0].wait().error, asked[0].text) == (None, asked[0].wanted(model))
         for kind, count in (("memory", 1), ("worker", 2), ("gateway", 1)):
             assert len([p for p in scene.processes(kind) if p in everybody]) == count
+
+
+def test_who_is_stopped_between_two_requests_has_not_been_idle(model: Path) -> None:
+    with served(model, "--model-name", "demo", "--idle", 6) as server:
+        Ask(server, PROMPT, 8, stream=True, retries=0).wait()
+        scene = Scene(server)
+        front = psutil.Process(server.process.pid)
+        everybody = [front, *front.children(recursive=True)]
+        for process in everybody:
+            stop(process)
+        goes_on = time.monotonic() + STOPPED_S
+        eventually(lambda: time.monotonic() > goes_on)
+        for process in everybody:
+            process.resume()
+        client = Ask(server, PROMPT, 8, stream=True, retries=0).wait()
+        assert (client.error, client.text) == (None, client.wanted(model))
+        for kind in ("memory", "worker"):
+            assert set(scene.processes(kind)) <= set(everybody)

@@ -41,6 +41,7 @@ _MODULES = {
     "worker": "coldframe.runtime.worker_process",
     "gateway": "coldframe.runtime.gateway.process",
     "template": "coldframe.runtime.gateway.template_process",
+    "restorer": "coldframe.snapshot.restorer",
 }
 _PULSE_S = 0.004
 _PATIENCE_S = 60.0
@@ -141,7 +142,7 @@ class Scene:
         return [process for *_, process in sorted(found)]
 
     def process(self, name: str) -> psutil.Process:
-        """`memory`, `prefill`, `decode`, `gateway` or `template`; waits for it."""
+        """`memory`, `prefill`, `decode`, `gateway`, `template` or `restorer`; waits for it."""
         if name not in ("prefill", "decode"):
             eventually(lambda: self.processes(name))
             return self.processes(name)[0]

@@ -17,6 +17,7 @@ from openai import APIConnectionError, APIError, InternalServerError
 from tests.runtime.helpers import prompt_of
 from tests.runtime.moments import MOMENTS, Ask, Scene, Visitor
 from tests.runtime.serving import greedy, served
+from tests.runtime.snapshots import Made
 
 Make = Callable[..., Path]
 THROTTLE = "2MB/s"
@@ -249,3 +250,22 @@ def test_the_process_of_the_templates_dies(model: Path) -> None:
         for which in (-1, 0):
             scene.processes("template")[which].kill()
             assert chat() == want
+
+
+# -- the process that restores images -------------------------------------------------------------
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("moment", ["in mid-load", "from zero, in mid-load"])
+def test_the_process_that_restores_dies(made: Made, moment: str) -> None:
+    """The workers are its children, and go with it; fresh ones take their places."""
+    flags = ("--throttle", THROTTLE, "--snapshot", made.store, "--no-snapshot-create")
+    with served(made.model, "--model-name", "demo", *flags) as server:
+        scene = Scene(server)
+        if moment != "in mid-load":
+            right(scene, made.model)
+        clients = Clients(scene, moment, 0, whole_first=False)
+        with MOMENTS[moment](scene, clients.begin):
+            scene.kill("restorer")
+        check(scene, made.model, clients, "nothing")
+        right(scene, made.model)

@@ -372,9 +372,9 @@ def test_what_is_in_use_can_be_asked_for(demo_model: Make, no_leaks: Path) -> No
         client = ask(replica, prompt_of(20), 400)
         wait_for(replica, lambda: len(client.events) > 3)
         replica.ask_usage()
-        wait_for(replica, lambda: bool(replica.usage))
+        wait_for(replica, lambda: replica.usage.get("kv_used", 0) > 0)
         total = replica.usage["kv_total"]
-        assert 0 < replica.usage["kv_used"] < total
+        assert replica.usage["kv_used"] < total
         assert replica.usage["bytes_done"] == replica.facts["weights_bytes"]
         replica.cancel(client.request)
         while replica.usage["kv_used"]:  # the worker lets go between two steps

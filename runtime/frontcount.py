@@ -19,9 +19,6 @@ from coldframe.runtime.timeline import Timeline
 
 __all__ = ["FrontCount"]
 
-_USAGE_S = 1.0
-"""How old what the memory service said of its blocks may be: a scrape does not wait for it."""
-
 
 class FrontCount:
     """Counts beside one replica after the other.
@@ -41,7 +38,6 @@ class FrontCount:
         self._busy = BusyClock(clock)
         self._cold_starts: Counter[str] = Counter()
         self._answered = False
-        self._asked = -_USAGE_S
         self._replica: Replica | None = None
         self._loaded_before = 0
         self._load_s_before = 0.0
@@ -65,10 +61,6 @@ class FrontCount:
             tier = replica.facts.get("snapshot", {}).get("tier")
             self._cold_starts[tier or "fresh"] += 1
         self._answered = replica.answered
-        now = self._clock()
-        if now - self._asked >= _USAGE_S and replica.known:
-            self._asked = now
-            replica.ask_usage()
 
     def leave(self, replica: Replica) -> None:
         """A replica is about to be ended: what it did stays counted."""

@@ -15,6 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.process import sweep_run_dirs
@@ -36,6 +37,10 @@ USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
 
 _MEMORY_END_S = 1.0
 """For how long a memory service that has left a worker is given to end."""
+_MEMORY_SILENCE_S = 30.0
+"""How long the memory service may leave a question unanswered, in seconds: its loop does nothing
+that takes long, and the workers wait for it."""
+_SEND_TIMEOUT_S = 10
 
 
 class Replica:
@@ -70,7 +75,8 @@ class Replica:
         self._requests = 0
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
-        self._router = Router(self, time.monotonic)
+        self._clock = AwakeClock()
+        self._router = Router(self, self._clock)
         self._gate: Gate | None = None
         if options.snapshot.verify and options.snapshot.mode != "off":
             self._gate = Gate(self._submit_first, self._distrust)
@@ -94,6 +100,8 @@ class Replica:
         self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
+        self._memory.set_send_timeout(_SEND_TIMEOUT_S)
+        self._memory_heard = self._clock()
         self._memory_fd: int | None = self._memory.fileno()
         self.loop.watch(self._memory_fd, self._on_memory)
         selector = self.loop.selector
@@ -284,6 +292,7 @@ class Replica:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
+            self._watch_memory()
             self._workforce.tick(self._load_started_ns)
 
     def run_until(self, done: Callable[[], bool]) -> None:
@@ -338,8 +347,10 @@ class Replica:
     def to_memory(self, message: dict[str, Any]) -> None:
         try:
             self._memory.send(message)
-        except ReplicaError:  # its end is read from the socket, with the reason before it
-            return
+        except ReplicaError:
+            # Dead, or as good as that: it does not read. Its end is read from the socket, with the
+            # reason before it.
+            self._memory_child.kill()
 
     def kill(self, worker: str) -> None:
         self._workforce.kill(worker)
@@ -387,8 +398,19 @@ class Replica:
         except ColdframeError as error:
             self.fail(error)
 
+    def _watch_memory(self) -> None:
+        """Ends a memory service that hangs; to be called about once a second."""
+        if self._memory_fd is None:
+            return
+        if self._clock() - self._memory_heard > _MEMORY_SILENCE_S:
+            self._memory_child.kill()
+            self._memory_died(f"it did not answer for {_MEMORY_SILENCE_S:g} s")
+        else:
+            self.ask_usage()  # a scrape does not wait for it, either
+
     def _on_memory(self) -> None:
         messages, ended = self._memory.receive_ready()
+        self._memory_heard = self._clock()
         for message in messages:
             body = message.body
             match message.kind:

@@ -36,6 +36,7 @@ class FrontStats:
         kv_blocks_cached: Blocks that belong to none, and are kept for requests that begin alike.
         kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
         kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
+        prefilled_by_decode: Requests the rest of whose prompt a decode worker was given, so far.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.
@@ -54,6 +55,7 @@ class FrontStats:
     kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     kv_blocks_reused: int = 0
+    prefilled_by_decode: int = 0
     weights_bytes: int = 0
     bytes_loaded: int = 0
     load_s: float = 0.0

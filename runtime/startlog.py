@@ -71,7 +71,8 @@ class StartLog:
                 "load_mode": facts.get("mode"),
                 "verified": facts.get("verified"),
             }
-        return self._told
+        # Where no image had it, it is measured after the start.
+        return {**self._told, "prefill_batch": self._facts.get("prefill_batch")}
 
     def _take(self, replica: Replica) -> None:
         self._facts = replica.facts

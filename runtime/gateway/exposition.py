@@ -181,6 +181,12 @@ def _resources(stats: FrontStats) -> Iterator[Metric]:
         {(): stats.kv_blocks_reused},
     )
     yield _counter(
+        "requests_prefilled_by_decode",
+        "Requests the rest of whose prompt was left to a decode worker.",
+        [],
+        {(): stats.prefilled_by_decode},
+    )
+    yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
         ["device", "state"],

@@ -45,7 +45,7 @@ def test_requests_join_and_leave_a_running_batch(
     pair: MakePair, prompts: dict[int, list[int]]
 ) -> None:
     both = pair("llama")
-    decoder = Decoder(both.model)
+    decoder = Decoder(both.model, beside=300)
     # By step: who joins. Their KV is empty, so a first step is their whole prompt.
     joins = {
         0: request(both, 0, prompts[33], 12),

@@ -258,11 +258,11 @@ class _PrefillRole:
     def _is_for_decode(self, sequence: Sequence) -> bool:
         """Whether a decode worker is to compute what is left of a prompt.
 
-        That is so while others are computed here, and where little is left behind what is in KV.
-        No more is sent than the decode worker takes into its next step, when it acknowledges it:
-        many that come at once are shared between both.
+        That is so where it would have to wait here, and little is left behind what is in KV. No
+        more is sent than the decode worker has acknowledged, as it does when it takes them into its
+        next step: of many that come at once each side gets some.
         """
-        if not sequence.cached_tokens or self._prefiller.idle or not self._prefiller.loaded:
+        if not sequence.cached_tokens or self._prefiller.has_room_for(sequence):
             return False
         return sequence.left + sum(self._handed.values()) <= self._worker.local_prefill
 

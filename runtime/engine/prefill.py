@@ -103,10 +103,22 @@ class Prefiller:
     def idle(self) -> bool:
         return not self._waiting and not self._groups
 
-    @property
-    def loaded(self) -> bool:
-        """Whether it has found all weights in."""
-        return self._loaded
+    def has_room_for(self, sequence: Sequence) -> bool:
+        """Whether a request would go into the next batch, or weights are still awaited.
+
+        Else it would wait for others: for such as have less left than it has, or have waited long.
+        """
+        if not self._loaded:
+            return True
+        rank = self._computed + _PATIENCE * sequence.left
+        ahead = sum(other.left for other in self._waiting if self._rank(other) <= rank)
+        ahead += sum(
+            other.left
+            for group in self._groups
+            if self._rank_of_group(group) <= rank
+            for other in group.sequences
+        )
+        return ahead + sequence.left <= self.full
 
     @property
     def blocked_on(self) -> int:

@@ -159,14 +159,14 @@ class _Bench:
         began = time.monotonic()
         long = self._submit(self._prompt(args.long), 1) if with_long else None
         waited: list[float] = []
-        while len(waited) < _QUIET_TURNS if long is None else not long.done:
-            self._wait(_PAUSE_S)
-            if long is not None and long.done:
-                break
+        while not waited or (len(waited) < _QUIET_TURNS if long is None else not long.done):
             started = time.monotonic()
             turn = self._submit((*chat, *self._prompt(args.rest)), 1)
             self._finish(turn)
             waited.append(turn.at - started)
+            self._wait(_PAUSE_S)
+        if long is not None:
+            self._finish(long)
         phase = pace.close()
         for client in decodes:
             client.pace = None

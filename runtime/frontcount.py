@@ -101,6 +101,7 @@ class FrontCount:
             kv_blocks_total=usage.get("kv_total", 0),
             kv_blocks_reused=self._reused_before + usage.get("kv_reused", 0),
             prefilled_by_decode=self._by_decode_before + by_decode,
+            prefill_batch_tokens=facts.get("prefill_batch", {}).get("tokens", 0),
             weights_bytes=facts.get("weights_bytes", 0),
             bytes_loaded=self._loaded_before + (0 if board is None else board.progress.done),
             load_s=self._load_s_before + (0.0 if replica is None else replica.load_s),

@@ -71,8 +71,7 @@ class StartLog:
                 "load_mode": facts.get("mode"),
                 "verified": facts.get("verified"),
             }
-        # Where no image had it, it is measured after the start.
-        return {**self._told, "prefill_batch": self._facts.get("prefill_batch")}
+        return self._told
 
     def _take(self, replica: Replica) -> None:
         self._facts = replica.facts

@@ -166,7 +166,10 @@ class Worker:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
             die_with_parent(setup.parent)  # forgotten with the change of user
-        self.recorder.add("ready", now(), note="but for the weights")
+        note = "but for the weights"
+        if self.role == "prefill" and self.saturation is not None:
+            note += f"; prefill in batches of {self.saturation.tokens} tokens"
+        self.recorder.add("ready", now(), note=note)
         self.report_spans()
         self.control.send({"type": "up"})
         collect_garbage()

@@ -186,6 +186,12 @@ def _resources(stats: FrontStats) -> Iterator[Metric]:
         [],
         {(): stats.prefilled_by_decode},
     )
+    yield _gauge(
+        "prefill_batch_tokens",
+        "Tokens in the smallest batch that saturates the device; 0 before that is measured.",
+        [],
+        {(): stats.prefill_batch_tokens},
+    )
     yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",

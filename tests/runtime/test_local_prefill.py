@@ -14,11 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.runtime.engine.saturation import SIZES
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.serving import greedy, served
+from tests.runtime.snapshots import eventually
 
 Make = Callable[..., Path]
 CROWD, SHORT = 60, 20
@@ -330,3 +332,4 @@ def test_over_http_it_is_counted_and_changes_nothing(demo_model: Make, stream: b
                 break
         else:
             raise AssertionError("none was left to the decode worker")
+        eventually(lambda: server.metrics()["coldframe_prefill_batch_tokens"] in SIZES, seconds=60)

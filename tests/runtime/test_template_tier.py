@@ -116,6 +116,8 @@ def test_clones_know_how_large_a_batch_should_be(tier: Tier) -> None:
         found = replica.facts["prefill_batch"]
         assert found["tokens"] in SIZES
         assert found["threads"] == replica.threads
+        (ready,) = [s for s in replica.spans if (s.name, s.process) == ("ready", "prefill-0")]
+        assert f"batches of {found['tokens']} tokens" in (ready.note or "")
 
 
 @pytest.mark.heavy

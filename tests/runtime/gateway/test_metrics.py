@@ -34,6 +34,7 @@ FRONT = FrontStats(
     kv_blocks_total=8,
     kv_blocks_reused=1,
     prefilled_by_decode=4,
+    prefill_batch_tokens=128,
     weights_bytes=1000,
     bytes_loaded=3000,
     load_s=1.5,
@@ -218,6 +219,7 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_blocks", state="free") == 3
     assert one(found, "kv_blocks_reused_total") == 1
     assert one(found, "requests_prefilled_by_decode_total") == 4
+    assert one(found, "prefill_batch_tokens") == 128
     assert one(found, "coldstarts_total", tier="image") == 2
     assert one(found, "coldstarts_total", tier="template") == 0
     assert one(found, "coldstart_stage_seconds", stage="prefill") == 0.25

@@ -10,6 +10,7 @@ from coldframe.runtime.flags import Parser
 __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
+    "batching": ("coldframe.benchmarks.batching", "how large a batch of prompts should be"),
     "interference": (
         "coldframe.benchmarks.interference",
         "what running decodes feel of prompts that arrive, apart and together",
@@ -21,6 +22,7 @@ BENCHMARKS = {
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
+    "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
 }
 

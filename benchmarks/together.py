@@ -17,9 +17,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from coldframe.benchmarks.in_process import load_model, sequence_of
 from coldframe.benchmarks.pacing import Load, Pace, Phase, prompt_ids
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
+from coldframe.runtime.loads import blocks_of
+from coldframe.runtime.sizing import ModelFacts
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence
@@ -66,29 +69,16 @@ class _Engine:
     """Prefill and decode over one model, one after the other."""
 
     def __init__(self, model: str, load: Load) -> None:
-        import torch
-        from safetensors.torch import load_file
-
         from coldframe.runtime.engine.decode import Decoder
-        from coldframe.runtime.engine.kv import KVCache
-        from coldframe.runtime.engine.model import Model
         from coldframe.runtime.engine.prefill import Prefiller
-        from coldframe.runtime.loads import blocks_of
-        from coldframe.runtime.sizing import ModelFacts
-        from coldframe.runtime.tensors import torch_dtypes
         from coldframe.runtime.text import Tokenizer
 
         self._spec = ModelFacts(model).spec
         self._load = load
         self._tokenizer = Tokenizer.load(model)
         each, long = blocks_of(self._spec.context_length), blocks_of(load.prompt_tokens + 1)
-        dtype = torch_dtypes()[self._spec.dtype]
         blocks = each * load.decodes + long
-        memory = torch.empty(blocks * self._spec.kv_block_bytes(dtype.itemsize), dtype=torch.uint8)
-        weights: dict[str, torch.Tensor] = {}
-        for file in sorted(Path(model).glob("*.safetensors")):
-            weights |= load_file(file)
-        engine = Model(self._spec, weights, KVCache(memory, self._spec, dtype, blocks))
+        engine = load_model(model, blocks)
         self._prefiller, self._decoder = Prefiller(engine, lambda stage: True), Decoder(engine)
         self._blocks = [list(range(n * each, (n + 1) * each)) for n in range(load.decodes)]
         self._long_blocks = list(range(load.decodes * each, blocks))
@@ -127,15 +117,8 @@ class _Engine:
     def _sequence(
         self, name: str, prompt: tuple[int, ...], tokens: int, blocks: list[int]
     ) -> Sequence:
-        from coldframe.runtime.answer import TextStream
-        from coldframe.runtime.engine.params import SamplingParams
-        from coldframe.runtime.engine.sequence import Sequence
-
-        params = SamplingParams(max_tokens=tokens, ignore_eos=True).with_seed()
-        text = TextStream(self._tokenizer, prompt, ())
-        sequence = Sequence(name, 0, prompt, (), params, text, self._spec.eos_token_ids)
-        sequence.blocks = list(blocks)
-        return sequence
+        eos_ids = self._spec.eos_token_ids
+        return sequence_of(name, prompt, tokens, blocks, self._tokenizer, eos_ids)
 
 
 def _main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from coldframe.loader.errors import ReplicaError, RequestError
+from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.handoff import Handoff
@@ -32,8 +33,9 @@ class _DecodeRole:
         """The latest attempt of each request that was taken here."""
         self._waiting: dict[str, Handoff] = {}
         """Requests that lost their KV, until there are blocks to compute it again in."""
-        self._recomputed: set[str] = set()
-        """Requests whose KV is not whole yet, so that nobody else may take it to be."""
+        self._behind: dict[str, int] = {}
+        """Since when each request is here whose KV is not whole yet. Only then is it published:
+        nobody may take it to be whole before."""
 
     def run(self) -> None:
         while True:
@@ -42,12 +44,12 @@ class _DecodeRole:
             if not len(self._decoder):
                 continue
             emitted = self._decoder.step()
+            if not emitted:
+                continue
             for sequence, emission in emitted:
+                self._caught_up(sequence)
                 if emission.finish is not None:
                     self._let_go(sequence)
-                elif sequence.request in self._recomputed:
-                    self._recomputed.remove(sequence.request)
-                    self._pool.publish(sequence)
             items = [emission.to_wire() for _, emission in emitted]
             self._worker.control.send({"type": "tokens", "items": items})
 
@@ -85,13 +87,16 @@ class _DecodeRole:
     def _admit(self, handoff: Handoff) -> bool:
         """Takes a request in with its KV, or, where that is lost, with blocks to compute it again.
 
+        What is missing in the KV is computed between steps: all of it, or the rest of a prompt.
+
         Returns:
             Whether it is settled; else try again when something has changed.
         """
         job = handoff.job
         assert job.prompt_ids is not None
         sequence = self._worker.sequence(job, job.prompt_ids)
-        if not self._pool.claim(sequence, handoff.kv_tokens):
+        claimed = self._pool.claim(sequence, handoff.kv_tokens)
+        if not claimed:
             try:
                 if not self._pool.take(sequence):
                     return False
@@ -99,9 +104,18 @@ class _DecodeRole:
                 self._seen.pop(job.request)
                 self._worker.refuse(job, error)
                 return True
-            self._recomputed.add(job.request)
+        if not claimed or sequence.left > 1:
+            self._behind[job.request] = now()
         self._decoder.admit(sequence)
         return True
+
+    def _caught_up(self, sequence: Sequence) -> None:
+        """A request has a token: all before that is in the KV."""
+        since = self._behind.pop(sequence.request, None)
+        if since is not None:
+            self._pool.publish(sequence)
+            self._worker.recorder.add("prefill", since, note="between decode steps")
+            self._worker.report_spans()
 
     def _cancel(self, request: str) -> None:
         self._waiting.pop(request, None)
@@ -113,5 +127,5 @@ class _DecodeRole:
     def _let_go(self, sequence: Sequence) -> None:
         """Its tokens are what a next turn begins with, so its KV is kept, too."""
         self._pool.finish(sequence)
-        self._recomputed.discard(sequence.request)
+        self._behind.pop(sequence.request, None)
         self._seen.pop(sequence.request, None)

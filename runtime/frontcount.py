@@ -42,6 +42,7 @@ class FrontCount:
         self._loaded_before = 0
         self._load_s_before = 0.0
         self._reused_before = 0
+        self._by_decode_before = 0
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
 
     def step(self, replica: Replica | None, *, idle: bool, parked: bool = False) -> None:
@@ -68,6 +69,7 @@ class FrontCount:
             self._loaded_before += replica.board.progress.done
         self._load_s_before += replica.load_s
         self._reused_before += replica.usage.get("kv_reused", 0)
+        self._by_decode_before += replica.prefilled_by_decode
         self._replica, self._answered = None, False
         self._busy.enter("zero")
 
@@ -83,12 +85,15 @@ class FrontCount:
         found = {name: resident(pid) for name, pid in processes.items()}
         usage: Mapping[str, int] = {} if replica is None else replica.usage
         facts: Mapping[str, Any] = {} if replica is None else replica.facts
+        by_decode = 0 if replica is None else replica.prefilled_by_decode
         board = None if replica is None else replica.board
         return FrontStats(
             kv_blocks_used=usage.get("kv_used", 0),
             kv_blocks_cached=usage.get("kv_cached", 0),
             kv_blocks_total=usage.get("kv_total", 0),
             kv_blocks_reused=self._reused_before + usage.get("kv_reused", 0),
+            prefilled_by_decode=self._by_decode_before + by_decode,
+            prefill_batch_tokens=facts.get("prefill_batch", {}).get("tokens", 0),
             weights_bytes=facts.get("weights_bytes", 0),
             bytes_loaded=self._loaded_before + (0 if board is None else board.progress.done),
             load_s=self._load_s_before + (0.0 if replica is None else replica.load_s),

@@ -39,6 +39,9 @@ class FrontStats:
         kv_blocks_cached: Blocks that belong to none, and are kept for requests that begin alike.
         kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
         kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
+        prefilled_by_decode: Requests the rest of whose prompt a decode worker was given, so far.
+        prefill_batch_tokens: In the smallest batch that saturates the device; 0 before that is
+            measured.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.
@@ -58,6 +61,8 @@ class FrontStats:
     kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     kv_blocks_reused: int = 0
+    prefilled_by_decode: int = 0
+    prefill_batch_tokens: int = 0
     weights_bytes: int = 0
     bytes_loaded: int = 0
     load_s: float = 0.0

@@ -100,6 +100,7 @@ def _warm(order: dict[str, Any]) -> Warm:
     # What a role imports, imported now.
     import coldframe.runtime.decode_worker
     import coldframe.runtime.prefill_worker  # noqa: F401
+    from coldframe.runtime.calibration import measure_apart
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warmup import warm_up
 
@@ -114,6 +115,7 @@ def _warm(order: dict[str, Any]) -> Warm:
             expected=threads,
             got=torch.get_num_threads(),
         )
+    saturation = measure_apart(model.spec)  # before there are threads that a fork would lack
     warm_up(model.spec, tokenizer)
     weights, kv = order["arenas"]
     # Nothing else gets to lie there, now or in any clone.
@@ -121,7 +123,7 @@ def _warm(order: dict[str, Any]) -> Warm:
         Reservation(weights, WEIGHTS_BASE, exact=True),
         Reservation(kv, KV_BASE, exact=True),
     )
-    return Warm(tokenizer, reservations)
+    return Warm(tokenizer, reservations, saturation)
 
 
 def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:

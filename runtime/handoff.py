@@ -14,7 +14,8 @@ The protocol, with the front's router between the workers:
 
 Where the receiver dies before its `ack`, the router sends the same hand-off to another with the
 next attempt. Where it dies later, the router adds the tokens it has seen, and does the same.
-Where the KV is gone, whoever gets the request computes it again from the ids.
+Where the KV is gone, whoever gets the request computes it again from the ids. A token that the
+router has seen says that all before it is in the KV.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from coldframe.runtime.engine.params import SamplingParams
 
 __all__ = ["Handoff", "Job", "VERSION"]
 
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +84,12 @@ class Handoff:
     """A job with its KV.
 
     Args:
-        job: The request, its prompt tokenised, at least one token generated.
+        job: The request, its prompt tokenised.
         fingerprint: Of the checkpoint whose weights made the KV, however they lay in memory.
         kv_format: Layout, dtype and block size of the KV.
         blocks: The KV blocks, from the first token on.
-        kv_tokens: Tokens whose keys and values are in them: all but the last generated one.
+        kv_tokens: Tokens whose keys and values are in them: all but the last one, where the request
+            has been computed so far.
     """
 
     job: Job
@@ -95,6 +97,11 @@ class Handoff:
     kv_format: str
     blocks: tuple[int, ...]
     kv_tokens: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether no more than the last token is to be computed."""
+        return self.kv_tokens == len(self.job.prompt_ids or ()) + len(self.job.generated_ids) - 1
 
     def to_wire(self) -> dict[str, Any]:
         return {

@@ -93,6 +93,8 @@ class KvPool:
         if blocks is None:
             return False
         sequence.blocks, sequence.kv_tokens = blocks, kv_tokens
+        # Of a request without a token, that is what was found there of its prompt.
+        sequence.cached_tokens = min(kv_tokens, len(sequence.prompt_ids))
         return True
 
     def publish(self, sequence: Sequence) -> None:

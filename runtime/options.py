@@ -85,6 +85,9 @@ class ReplicaOptions:
         kv_bytes: KV memory; None lets the replica choose.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
+        local_prefill: Tokens of a prompt, behind what of it is in KV, up to which a decode worker
+            computes them between its steps where the prefill workers are busy; 0 has it compute
+            none.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
@@ -112,6 +115,7 @@ class ReplicaOptions:
     pin: bool = False
     kv_bytes: int | None = None
     prefix_cache: bool = True
+    local_prefill: int = 64
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None

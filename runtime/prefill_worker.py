@@ -11,6 +11,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Message
 from coldframe.runtime.engine.prefill import Prefiller
+from coldframe.runtime.engine.saturation import Saturation, SaturationProbe
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.options import BLOCK_TOKENS
@@ -20,6 +21,8 @@ from coldframe.runtime.worker import Worker, kv_format
 __all__ = ["run"]
 
 _RENEW_S = 5.0
+_CALM_S = 2.0
+"""How long nobody must have asked before something is measured, in seconds."""
 _LONG_TEXT = 32 << 10
 """Characters of a prompt above which it is tokenised beside the loop."""
 _TOKENISED = "tokenised"
@@ -52,12 +55,20 @@ class _PrefillRole:
         self._pool = worker.kv_pool()
         self._queue: deque[tuple[Job, Sequence]] = deque()
         self._underway: Underway[tuple[Job, Sequence]] = Underway(BLOCK_TOKENS)
-        self._handed: set[str] = set()
-        """Requests sent on and not acknowledged yet: their leases are renewed here."""
+        self._handed: dict[str, int] = {}
+        """Requests sent on and not acknowledged yet: their leases are renewed here. Of each, how
+        many tokens of its prompt are left to the decode worker."""
         self._inside: set[str] = set()
         """Requests that are queued or computed here."""
         self._cancelled: set[str] = set()
         self._renew_at = 0.0
+        self._probe: SaturationProbe | None = None
+        self._calm_since: float | None = None
+        """Since when nobody has asked; None before the first token."""
+        if worker.saturation is None:
+            self._probe = SaturationProbe()
+        else:
+            self._saturate(worker.saturation)
 
     def run(self) -> None:
         while True:
@@ -80,6 +91,8 @@ class _PrefillRole:
         """Sleeps until there is a message, or news of the weights or the KV."""
         started = now()
         if self._prefiller.idle:
+            if self._measured():
+                return
             self._receive(block=True)
             self._worker.recorder.add("queue", started, waits_for="request")
             return
@@ -87,6 +100,25 @@ class _PrefillRole:
         self._client.check_stalled()
         self._receive(block=True)
         self._worker.recorder.add("wait", started, waits_for=f"stage_ready[{stage}]")
+
+    def _measured(self) -> bool:
+        """Goes on finding out how large a batch should be, where nobody waits.
+
+        Who comes meanwhile waits for a layer's time at most, as behind a long prompt.
+        """
+        if self._probe is None or self._calm_since is None:
+            return False
+        if time.monotonic() - self._calm_since < _CALM_S:
+            return False
+        found = self._probe.advance(self._worker.model.weights.layers)
+        if found is not None:
+            self._probe = None
+            self._saturate(found)
+        return True
+
+    def _saturate(self, found: Saturation) -> None:
+        self._prefiller.full = found.tokens
+        self._worker.control.send({"type": "saturation", **found.to_wire()})
 
     def _receive(self, *, block: bool) -> None:
         if time.monotonic() >= self._renew_at:
@@ -99,7 +131,7 @@ class _PrefillRole:
             elif message.kind == _TOKENISED:
                 self._line_up(*message.body["outcome"])
             elif message.kind == "ack":
-                self._handed.discard(message.body["request"])
+                self._handed.pop(message.body["request"], None)
             elif message.kind == "cancel":
                 self._cancel(message.body["request"])
 
@@ -216,8 +248,23 @@ class _PrefillRole:
             if not taken:
                 return
             self._queue.popleft()
+            if self._is_for_decode(sequence):
+                self._leave(job.request)
+                self._pass_on(sequence)
+                continue
             self._prefiller.admit(sequence)
             self._underway.begin(sequence, keys[sequence.kv_tokens // BLOCK_TOKENS :])
+
+    def _is_for_decode(self, sequence: Sequence) -> bool:
+        """Whether a decode worker is to compute what is left of a prompt.
+
+        That is so where it would have to wait here, and little is left behind what is in KV. No
+        more is sent than the decode worker has acknowledged, as it does when it takes them into its
+        next step: of many that come at once each side gets some.
+        """
+        if not sequence.cached_tokens or self._prefiller.has_room_for(sequence):
+            return False
+        return sequence.left + sum(self._handed.values()) <= self._worker.local_prefill
 
     def _cancel(self, request: str) -> None:
         sequence = self._prefiller.remove(request)
@@ -227,7 +274,7 @@ class _PrefillRole:
             self._go_on_behind(request)
         elif request in self._inside:
             self._cancelled.add(request)
-        self._handed.discard(request)
+        self._handed.pop(request, None)
 
     def _leave(self, request: str) -> bool:
         """The request is here no more. Whether it had been cancelled."""
@@ -243,16 +290,21 @@ class _PrefillRole:
     def _hand_over(self, sequence: Sequence, emission: Emission) -> None:
         request = sequence.request
         cancelled = self._leave(request)
+        self._calm_since = time.monotonic()
         if not cancelled:
             self._worker.control.send({"type": "tokens", "items": [emission.to_wire()]})
         if cancelled or emission.finish is not None:
             self._pool.finish(sequence)
-            self._go_on_behind(request)
-            return
+        else:
+            self._pass_on(sequence)
+        self._go_on_behind(request)
+
+    def _pass_on(self, sequence: Sequence) -> None:
+        """Hands a request to a decode worker, as far as it is."""
+        request = sequence.request
         # From here on the decode worker may take the blocks; the lease keeps them until then.
         self._pool.hand_over(sequence)
-        self._go_on_behind(request)
-        self._handed.add(request)
+        self._handed[request] = sequence.left - 1
         job = Job(
             request,
             sequence.attempt,

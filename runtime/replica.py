@@ -35,6 +35,7 @@ __all__ = ["Replica"]
 
 USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
 
+_SATURATION = ("tokens", "threads")
 _MEMORY_END_S = 1.0
 """For how long a memory service that has left a worker is given to end."""
 _MEMORY_SILENCE_S = 30.0
@@ -85,7 +86,8 @@ class Replica:
     def _begin(self, launch: Launch | None) -> None:
         """Starts the processes, or takes over those that were started."""
         self.facts: dict[str, Any] = {}
-        """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`."""
+        """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`.
+        Beside it `snapshot`, and `prefill_batch`, once it is measured."""
         self.board: BoardView | None = None
         """How far the load is."""
         self.usage: dict[str, int] = {}
@@ -191,6 +193,11 @@ class Replica:
         """The processes by name."""
         workers = {w.name: w.child.pid for w in self._workforce.workers.values()}
         return {"memory": self._memory_child.pid, **workers}
+
+    @property
+    def prefilled_by_decode(self) -> int:
+        """Requests the rest of whose prompt was left to a decode worker, so far."""
+        return self._router.prefilled_by_decode
 
     @property
     def staff(self) -> dict[str, dict[str, int]]:
@@ -508,6 +515,8 @@ class Replica:
             self._answered = True
             self._workforce.start_rest()
             self._settle()
+        elif message.kind == "saturation":
+            self.facts["prefill_batch"] = {name: message.body[name] for name in _SATURATION}
         self._router.on_message(worker.name, message.body)
 
     def died(self, worker: WorkerProcess, code: int) -> bool:

@@ -71,6 +71,8 @@ class Transport(Protocol):
 class _Worker:
     role: str
     group: str = ""
+    domain: str = ""
+    """Whose KV it reaches: that of its device."""
     up: bool = False
     heard: float = 0.0
     leaving: bool = False
@@ -87,6 +89,8 @@ class _Request:
     acked: bool = False
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
+    domain: str = ""
+    """Where its KV is, once there is any."""
 
     @property
     def role(self) -> str:
@@ -110,6 +114,8 @@ class Router:
         self._gauge = TextGauge()
         self.share: int | None = None
         """Prompt tokens that a prefill worker may have to compute; None gives it all there is."""
+        self.prefilled_by_decode = 0
+        """Requests the rest of whose prompt was left to a decode worker, so far."""
 
     @property
     def open_requests(self) -> int:
@@ -170,9 +176,16 @@ class Router:
 
     # -- workers ---------------------------------------------------------------------------------
 
-    def worker_added(self, worker: str, role: str, group: str = "") -> None:
-        """A worker was started; what waits for its role is given to it at once."""
-        self._workers[worker] = _Worker(role, group, heard=self._clock())
+    def worker_added(self, worker: str, role: str, group: str = "", domain: str = "") -> None:
+        """A worker was started; what waits for its role is given to it at once.
+
+        Args:
+            worker: Its name.
+            role: `prefill` or `decode`.
+            group: Whose requests it takes.
+            domain: Workers of the same one reach the same KV.
+        """
+        self._workers[worker] = _Worker(role, group, domain, heard=self._clock())
         self._give_out()
 
     def retire(self, worker: str) -> None:
@@ -297,10 +310,10 @@ class Router:
         return loads
 
     def _choose(self, found: _Request, loads: Counter[str]) -> str | None:
-        """The worker that will be through with a request first, or None where it is to wait.
+        """The worker with the least to do for it to be through, or None where it is to wait.
 
-        All workers of one device reach the same KV, so that a prefix is as near to one as to the
-        other. Where that is not so, what a worker has of the prompt counts against its load here.
+        A request's KV is as near to one worker of its domain as to another, so there the load
+        decides. Elsewhere it would have to be moved or computed again, which is work, too.
         """
         names = [
             name
@@ -311,10 +324,17 @@ class Router:
         names = [name for name in names if self._workers[name].up] or names
         if not names:
             return None
-        best = min(names, key=loads.__getitem__)
+        best = min(names, key=lambda name: loads[name] + self._missing(found, name))
         if found.handoff is None and self.share is not None and loads[best]:
             return best if loads[best] + self._work(found) <= self.share else None
         return best
+
+    def _missing(self, found: _Request, worker: str) -> int:
+        """What of a request's KV a worker does not reach, in blocks."""
+        handoff = found.handoff
+        if handoff is None or self._workers[worker].domain == found.domain:
+            return 0
+        return blocks_of(handoff.kv_tokens)
 
     def _give(self, found: _Request, worker: str) -> None:
         found.worker, found.acked = worker, False
@@ -340,8 +360,10 @@ class Router:
         if found.handoff is not None:
             prompt = found.handoff.job.prompt_ids
             assert prompt is not None
+            kv_tokens = found.handoff.kv_tokens
+            if len(generated) > len(found.handoff.job.generated_ids):
+                kv_tokens = len(prompt) + len(generated) - 1
             found.job = replace(found.job, prompt=None, prompt_ids=prompt)
-            kv_tokens = len(prompt) + len(generated) - 1
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
 
     def _token(self, worker: str, item: list[Any]) -> None:
@@ -351,6 +373,7 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
+        found.domain = self._workers[worker].domain
         if index == 0 and found.job.prompt is not None:
             self._gauge.learn(found.job.prompt, prompt_tokens)
         if finish is not None:
@@ -376,6 +399,8 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
+        found.domain = self._workers[worker].domain
+        self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)
 

@@ -32,7 +32,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.text import Tokenizer
 
-__all__ = ["warm_up"]
+__all__ = ["dummy_weights", "warm_up"]
 
 _BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
 """Prompt lengths of the requests that are prefilled, and then decoded, together.
@@ -74,7 +74,7 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
     kinds = tuple(dict.fromkeys(spec.windows))  # layers differ in nothing else
     spec = replace(spec, layers=len(kinds), windows=kinds)
     for gap in (0, 8):
-        model = Model(spec, _zero_weights(spec, gap), _cache(spec))
+        model = Model(spec, dummy_weights(spec, gap), _cache(spec))
         for lengths in _BATCHES:
             _serve(model, lengths, tokenizer)
         del model
@@ -96,7 +96,7 @@ def _sample(spec: ModelSpec) -> None:
     sample(logits, [SampleInput(params, (0,), (0,), 2) for params in _PARAMS])
 
 
-def _zero_weights(spec: ModelSpec, gap: int) -> dict[str, torch.Tensor]:
+def dummy_weights(spec: ModelSpec, gap: int = 0) -> dict[str, torch.Tensor]:
     """Weights of nothing but zeros, unmapped with the last tensor of them.
 
     Args:

@@ -11,7 +11,7 @@ needs from sockets alone.
 Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
 `ack`; for a decode worker `handoff`; for both `cancel`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
-`broken` (the worker), `spans`.
+`broken` (the worker), `spans`, and of a prefill worker `saturation`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from coldframe.snapshot.privileges import become
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.model import Model
+    from coldframe.runtime.engine.saturation import Saturation
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
     from coldframe.runtime.handoff import Job
@@ -76,10 +77,12 @@ class Warm:
     Args:
         tokenizer: The model's.
         reserved: The arenas' addresses, nothing mapped there.
+        saturation: The smallest batch that saturates the device, where that was measured.
     """
 
     tokenizer: Tokenizer
     reserved: tuple[Reservation, ...]
+    saturation: Saturation | None = None
 
 
 class Worker:
@@ -106,6 +109,7 @@ class Worker:
         self.role = ""
         self.overlap = True
         self.prefix_cache = True
+        self.local_prefill = 0
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
@@ -162,7 +166,10 @@ class Worker:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
             die_with_parent(setup.parent)  # forgotten with the change of user
-        self.recorder.add("ready", now(), note="but for the weights")
+        note = "but for the weights"
+        if self.role == "prefill" and self.saturation is not None:
+            note += f"; prefill in batches of {self.saturation.tokens} tokens"
+        self.recorder.add("ready", now(), note=note)
         self.report_spans()
         self.control.send({"type": "up"})
         collect_garbage()
@@ -200,6 +207,7 @@ class Worker:
         self.role = init["role"]
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
+        self.local_prefill = init["local_prefill"]
         self.recorder.process = init["name"]
         self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
         client = MemoryClient(
@@ -216,6 +224,14 @@ class Worker:
         plan, _, kv = client.wait_arenas()
         spec = ModelSpec.from_config(init["config"], plan.placements, init["generation"])
         self._setup = _Setup(client, spec, tokenizer, plan, kv, init["parent"])
+
+    @property
+    def saturation(self) -> Saturation | None:
+        """What was measured before this was frozen, if it holds for as many threads as it has."""
+        import torch
+
+        found = None if self._warm is None else self._warm.saturation
+        return found if found is not None and found.threads == torch.get_num_threads() else None
 
     # -- requests --------------------------------------------------------------------------------
 

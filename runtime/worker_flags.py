@@ -9,7 +9,7 @@ from typing import Any
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.options import ScalingOptions
+from coldframe.runtime.options import ReplicaOptions, ScalingOptions
 from coldframe.runtime.scale_spec import Scale
 
 __all__ = ["add_worker_arguments", "worker_options"]
@@ -48,6 +48,14 @@ def add_worker_arguments(parser: Parser) -> None:
         help="for how long fewer workers would have done before some go (60)",
     )
     flag(
+        "--local-prefill",
+        metavar="TOKENS",
+        type=int,
+        default=ReplicaOptions("").local_prefill,
+        help="tokens of a prompt, behind what of it is in KV, up to which a decode worker computes "
+        "them while the prefill workers are busy (64); 0 for none",
+    )
+    flag(
         "--pin", action="store_true", help="one half of the cores for prefill, the other for decode"
     )
     flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
@@ -67,10 +75,18 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
             got=args.threads,
             hint="Ask for at least 1.",
         )
+    if args.local_prefill < 0:
+        raise RequestError(
+            "this must be some amount, or none",
+            where="--local-prefill",
+            expected="at least 0",
+            got=args.local_prefill,
+        )
     return {
         "prefill": Scale.parse(args.prefill, "--prefill"),
         "decode": Scale.parse(args.decode, "--decode"),
         "scaling": _scaling_options(args),
+        "local_prefill": args.local_prefill,
         "pin": args.pin,
         "threads": args.threads,
     }

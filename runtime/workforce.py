@@ -268,12 +268,14 @@ class Workforce:
                 "generation": model.generation,
                 "overlap": self._launch.options.overlap,
                 "prefix_cache": self._launch.options.prefix_cache,
+                "local_prefill": self._launch.options.local_prefill,
                 "clock_shift_ns": clock_shift_ns(),
             },
             [memory.fileno()],
         )
         memory.close()
-        self._router.worker_added(worker.name, worker.role, worker.group)
+        device = self._launch.options.scales[worker.role].device
+        self._router.worker_added(worker.name, worker.role, worker.group, device)
 
     # -- while they live -------------------------------------------------------------------------
 

@@ -9,11 +9,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
 from coldframe.snapshot.criu import Criu
 from tests.support import unavailable
+
+# How long an example takes says more of what else the machine does than of the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -1,17 +1,25 @@
 """Decode with continuous batching: all running requests, one token each, step by step.
 
-A request whose KV is not complete (its former worker died) needs no path of its own: what is
-missing is simply more than one token of its first step.
+A request of which more is missing in the KV than its last token needs no path of its own: what is
+missing is simply more than one token of a step. That is so where its former worker died and the KV
+with it, and where the prefill workers left the rest of its prompt to this one. But a token of each
+request waits for the whole step, so little of such a request goes into one beside others.
 """
 
 from __future__ import annotations
 
-from coldframe.runtime.engine.batch import Batch
+from coldframe.runtime.engine.batch import Batch, Chunk
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.sampling import sample
 from coldframe.runtime.engine.sequence import Emission, Sequence
 
-__all__ = ["Decoder"]
+__all__ = ["BESIDE", "Decoder"]
+
+BESIDE = 32
+"""Tokens that are computed beside the next ones of running requests: a step takes about twice as
+long with them."""
+_ALONE = 512
+"""Tokens that are computed in a step for which no other request waits."""
 
 
 class Decoder:
@@ -20,11 +28,13 @@ class Decoder:
     Args:
         model: The model, all its weights in.
         most: The largest batch; more requests wait their turn.
+        beside: Tokens in a step, beside one of each running request, of those that are behind.
     """
 
-    def __init__(self, model: Model, most: int = 64) -> None:
+    def __init__(self, model: Model, most: int = 64, beside: int = BESIDE) -> None:
         self._model = model
         self._most = most
+        self._beside = beside
         self._running: dict[str, Sequence] = {}
 
     def __len__(self) -> int:
@@ -39,12 +49,20 @@ class Decoder:
         return self._running.pop(request, None)
 
     def step(self) -> list[tuple[Sequence, Emission]]:
-        """The next token of each running request. Those that have finished are gone after it."""
-        sequences = list(self._running.values())[: self._most]
-        batch = Batch.build(
-            [sequence.chunk() for sequence in sequences], block_tokens=self._model.kv.block_tokens
-        )
+        """The next token of each request that is not behind. Those that have finished are gone."""
+        sequences, chunks = self._next()
+        batch = Batch.build(chunks, block_tokens=self._model.kv.block_tokens)
         logits = self._model.forward(batch)
+        rows = []
+        for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
+            if len(chunk.token_ids) == sequence.left:
+                rows.append(row)
+            else:
+                sequence.kv_tokens += len(chunk.token_ids)
+        if not rows:
+            return []
+        if len(rows) < len(sequences):
+            sequences, logits = [sequences[row] for row in rows], logits[rows]
         sampled = sample(logits, [sequence.sample_input() for sequence in sequences])
         emitted = []
         for sequence, token in zip(sequences, sampled, strict=True):
@@ -53,3 +71,20 @@ class Decoder:
                 del self._running[sequence.request]
             emitted.append((sequence, emission))
         return emitted
+
+    def _next(self) -> tuple[list[Sequence], list[Chunk]]:
+        """What goes into the next step. Of those that are behind the first to come goes first."""
+        running = list(self._running.values())[: self._most]
+        room = self._beside if any(sequence.left == 1 for sequence in running) else _ALONE
+        sequences, chunks = [], []
+        for sequence in running:
+            if sequence.left > 1:
+                if not room:
+                    continue
+                chunk = sequence.chunk(room)
+                room -= len(chunk.token_ids)
+            else:
+                chunk = sequence.chunk()
+            sequences.append(sequence)
+            chunks.append(chunk)
+        return sequences, chunks

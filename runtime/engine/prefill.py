@@ -31,7 +31,7 @@ __all__ = ["Prefiller"]
 _CHUNK = 512
 """Tokens of a long prompt that go through the layers together, once all weights are in."""
 _FULL = 128
-"""Tokens in a batch beyond which a token takes as long as in a larger one."""
+"""Tokens in a batch that saturates the device, until that is measured (`engine/saturation.py`)."""
 _PATIENCE = 4
 """By how many times its own length in tokens of others a prompt is overtaken, about."""
 
@@ -54,6 +54,9 @@ class Prefiller:
         is_ready: Whether a stage's weights are in; may raise, if they will never be.
         recorder: Gets a span `prefill[i]` for each layer until the first token.
         chunk: The most tokens of a prompt at once, once all weights are in.
+
+    Attributes:
+        full: Tokens in a batch beyond which a token takes as long as in a larger one.
     """
 
     def __init__(
@@ -68,6 +71,7 @@ class Prefiller:
         self._is_ready = is_ready
         self._recorder = recorder
         self._chunk = chunk
+        self.full = _FULL
         self._loaded = False
         self._computed = 0
         """Tokens, so far: the clock by which patience ends."""
@@ -98,6 +102,23 @@ class Prefiller:
     @property
     def idle(self) -> bool:
         return not self._waiting and not self._groups
+
+    def has_room_for(self, sequence: Sequence) -> bool:
+        """Whether a request would go into the next batch, or weights are still awaited.
+
+        Else it would wait for others: for such as have less left than it has, or have waited long.
+        """
+        if not self._loaded:
+            return True
+        rank = self._computed + _PATIENCE * sequence.left
+        ahead = sum(other.left for other in self._waiting if self._rank(other) <= rank)
+        ahead += sum(
+            other.left
+            for group in self._groups
+            if self._rank_of_group(group) <= rank
+            for other in group.sequences
+        )
+        return ahead + sequence.left <= self.full
 
     @property
     def blocked_on(self) -> int:
@@ -163,7 +184,7 @@ class Prefiller:
         first = self._waiting.pop(0)
         sequences, chunks = [first], [first.chunk(self._chunk)]
         tokens = len(chunks[0].token_ids)
-        while self._waiting and tokens + self._waiting[0].left <= _FULL:
+        while self._waiting and tokens + self._waiting[0].left <= self.full:
             sequences.append(self._waiting.pop(0))
             chunks.append(sequences[-1].chunk())
             tokens += len(chunks[-1].token_ids)

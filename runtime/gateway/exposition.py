@@ -194,6 +194,18 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         {(model,): told.kv_blocks_reused for model, told in stats.items()},
     )
     yield _counter(
+        "requests_prefilled_by_decode",
+        "Requests the rest of whose prompt was left to a decode worker.",
+        ["model"],
+        {(model,): told.prefilled_by_decode for model, told in stats.items()},
+    )
+    yield _gauge(
+        "prefill_batch_tokens",
+        "Tokens in the smallest batch that saturates the device; 0 before that is measured.",
+        ["model"],
+        {(model,): told.prefill_batch_tokens for model, told in stats.items()},
+    )
+    yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
         ["model", "device", "state"],

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -29,6 +29,8 @@ from coldframe.runtime.router import ACK_S, MOST_ATTEMPTS, SILENCE_S, Router, To
 Wire = dict[str, Any]
 REFUSED = 13
 """A token id that no worker takes."""
+KNOWN = 11
+"""A token id by which a prompt's first half is in the KV, and its rest left to a decode worker."""
 
 
 def ids_of(text: str) -> tuple[int, ...]:
@@ -107,6 +109,10 @@ class Worker:
     attempts: dict[str, int] = field(default_factory=dict)
     handed: set[str] = field(default_factory=set)
     """Requests whose lease it renews."""
+    behind: set[str] = field(default_factory=set)
+    """Requests of whose prompt more is to be computed before there is a token."""
+    kv: dict[str, int] = field(default_factory=dict)
+    """How many tokens of each request are in the KV, which is the same for all workers."""
 
     @property
     def works(self) -> bool:
@@ -133,6 +139,7 @@ class Worker:
                 self.handed.discard(message["request"])
             case "cancel":
                 self.jobs.pop(message["request"], None)
+                self.behind.discard(message["request"])
                 self.attempts.pop(message["request"], None)
                 self.handed.discard(message["request"])
 
@@ -149,8 +156,13 @@ class Worker:
         assert self.role == "decode"
         job = handoff.job
         assert job.prompt_ids is not None
-        # What the hand-off says of the KV agrees with what it says of the tokens.
-        assert handoff.kv_tokens == len(job.prompt_ids) + len(job.generated_ids) - 1
+        # What the hand-off says of the KV is there, and all that is known to be there is said.
+        assert handoff.kv_tokens <= self.kv[job.request]
+        if handoff.whole:
+            self.behind.discard(job.request)
+        else:
+            assert handoff.kv_tokens == len(job.prompt_ids) // 2
+            self.behind.add(job.request)
         if self.attempts.get(job.request, -1) < job.attempt:
             self.attempts[job.request] = job.attempt
             self.jobs[job.request] = job
@@ -162,6 +174,14 @@ class Worker:
             prompt = job.prompt_ids if job.prompt_ids is not None else ids_of(job.prompt or "")
             index = len(job.generated_ids)
             assert list(job.generated_ids) == [token(prompt, i) for i in range(index)]
+            if request in self.behind:
+                self.behind.remove(request)
+                continue
+            if self.role == "prefill" and KNOWN in prompt and len(prompt) > 1:
+                del self.jobs[request]
+                self._pass_on(replace(job, prompt=None, prompt_ids=prompt), len(prompt) // 2)
+                continue
+            self.kv[request] = len(prompt) + index
             item = said(job, prompt, index)
             self.outbox.append({"type": "tokens", "items": [item]})
             generated = (*job.generated_ids, item[3])
@@ -172,10 +192,13 @@ class Worker:
             else:
                 self.jobs[request] = job
             if item[5] is None and self.role == "prefill":
-                self.handed.add(request)
-                kv_tokens = len(prompt) + index
-                handoff = Handoff(job, "plan", "kv", (1, 2), kv_tokens)
-                self.outbox.append({"type": "handoff", "handoff": handoff.to_wire()})
+                self._pass_on(job, len(prompt) + index)
+
+    def _pass_on(self, job: Job, kv_tokens: int) -> None:
+        self.handed.add(job.request)
+        self.kv[job.request] = kv_tokens
+        handoff = Handoff(job, "plan", "kv", (1, 2), kv_tokens)
+        self.outbox.append({"type": "handoff", "handoff": handoff.to_wire()})
 
 
 class Machine(RuleBasedStateMachine):
@@ -186,6 +209,7 @@ class Machine(RuleBasedStateMachine):
         self.now = 0.0
         self.router = Router(self, lambda: self.now)
         self.workers: dict[str, Worker] = {}
+        self.kv: dict[str, int] = {}
         self.buried: list[Worker] = []
         self.listeners: dict[str, Listener] = {}
         self.memory: Counter[tuple[str, str]] = Counter()
@@ -223,7 +247,7 @@ class Machine(RuleBasedStateMachine):
 
     def _add(self, role: str) -> None:
         self.names += 1
-        worker = Worker(f"{role}-{self.names}", role)
+        worker = Worker(f"{role}-{self.names}", role, kv=self.kv)
         worker.outbox.append({"type": "up"})
         self.workers[worker.name] = worker
         self.router.worker_added(worker.name, role)
@@ -309,6 +333,7 @@ class Machine(RuleBasedStateMachine):
         if worker is not None:
             worker.alive = False
             worker.jobs.clear()
+            worker.behind.clear()
             kept = data.draw(st.integers(0, len(worker.outbox)), label="messages that got out")
             while len(worker.outbox) > kept:
                 worker.outbox.pop()
@@ -638,3 +663,156 @@ def test_another_memory_service_is_told_which_requests_there_are(machine: Machin
     machine.router.cancel("over")
     machine.router.reopen()
     assert (machine.memory["open", "over"], machine.memory["open", "open"]) == (1, 2)
+
+
+# -- prompts whose rest is left to a decode worker ------------------------------------------------
+
+
+def test_what_is_in_the_kv_is_said_until_a_token_proves_more(machine: Machine) -> None:
+    machine.submit([KNOWN] * 6, 4)
+    machine._go_on(one(machine, "prefill"))
+    assert machine.router.prefilled_by_decode == 1
+    told = []
+    for steps in (1, 2, 0):  # the first step gives no token yet
+        decode = one(machine, "decode")
+        handoff = Handoff.from_wire(decode.inbox[0]["handoff"])
+        told.append((len(handoff.job.generated_ids), handoff.kv_tokens))
+        for _ in range(steps):
+            machine._go_on(decode)
+        if steps:
+            decode.alive = False
+            machine._bury(decode)
+    assert told == [(0, 3), (0, 3), (1, 6)]
+    machine.teardown()
+    assert machine.router.prefilled_by_decode == 1
+
+
+def test_a_prompt_that_had_a_token_may_be_left_to_a_decode_worker_too(machine: Machine) -> None:
+    machine.submit([14] * 6, 4)
+    prefill = one(machine, "prefill")
+    prefill.take()
+    prefill.step()
+    machine._deliver(prefill)  # its token, but not its hand-off
+    prefill.outbox.clear()
+    machine._bury(prefill)
+    # Its successor finds half of the KV, and has others to compute.
+    successor = one(machine, "prefill")
+    job = Job.from_wire(successor.inbox.popleft()["job"])
+    assert len(job.generated_ids) == 1
+    successor._pass_on(job, 3)
+    while successor.outbox:
+        machine._deliver(successor)
+    first = one(machine, "decode")
+    assert Handoff.from_wire(first.inbox[0]["handoff"]).kv_tokens == 3
+    first.alive = False
+    machine._bury(first)
+    # No token has come since, so that nothing more is known of the KV.
+    assert Handoff.from_wire(one(machine, "decode").inbox[0]["handoff"]).kv_tokens == 3
+    machine.teardown()
+
+
+# -- workers that reach other KV ------------------------------------------------------------------
+
+
+class Domains:
+    """A router with decode workers of two KV domains, and hand-offs of prefill workers in each."""
+
+    def __init__(self, *decode: str) -> None:
+        self.sent: dict[str, str] = {}
+        """Which decode worker has which request."""
+        self.router = Router(self, lambda: 0.0)
+        for domain in ("a", "b"):
+            self.router.worker_added(f"prefill-{domain}", "prefill", "", domain)
+        for number, domain in enumerate(decode):
+            name = f"{domain}{number}"
+            self.router.worker_added(name, "decode", "", domain)
+            self.router.on_message(name, {"type": "up"})
+
+    def to_worker(self, worker: str, message: Wire) -> None:
+        if message["type"] == "handoff":
+            self.sent[message["handoff"]["job"]["request"]] = worker
+        if message["type"] == "job":
+            self.asked = worker
+
+    def to_memory(self, message: Wire) -> None: ...
+
+    def kill(self, worker: str) -> None: ...
+
+    def hand_over(self, request: str, tokens: int, domain: str) -> str | None:
+        """A request that was prefilled in a domain: who decodes it."""
+        prompt = (1,) * tokens
+        for other in {"a", "b"} - {domain}:
+            self.router.retire(f"prefill-{other}")
+        params = SamplingParams(max_tokens=5)
+        self.router.submit(request, params, Listener(prompt, 5), prompt_ids=prompt)
+        for other in {"a", "b"} - {domain}:
+            self.router.retain(f"prefill-{other}")
+        prefill = f"prefill-{domain}"
+        assert self.asked == prefill
+        job = Job(request, 0, params, prompt_ids=prompt)
+        self.say(prefill, said(job, prompt, 0))
+        job = replace(job, generated_ids=(token(prompt, 0),))
+        handoff = Handoff(job, "plan", "kv", (1,), tokens)
+        self.router.on_message(prefill, {"type": "handoff", "handoff": handoff.to_wire()})
+        return self.sent.get(request)
+
+    def say(self, worker: str, item: list[Any]) -> None:
+        self.router.on_message(worker, {"type": "tokens", "items": [item]})
+
+
+def test_a_request_stays_where_its_kv_is_unless_there_is_more_to_do() -> None:
+    domains = Domains("a", "b")
+    assert domains.hand_over("r0", 320, "b") == "b1"
+    # 11 blocks to read there, 10 to be moved here.
+    assert domains.hand_over("r1", 320, "b") == "a0"
+    # 11 and 11 by now: another would only be moved for nothing.
+    assert domains.hand_over("r2", 32, "b") == "b1"
+    assert domains.hand_over("r3", 32, "a") == "a0"
+    # A short one is moved for little.
+    assert domains.hand_over("r4", 64, "b") == "b1"
+    assert domains.hand_over("r5", 31, "b") == "a0"
+
+
+def test_in_one_domain_the_load_alone_decides() -> None:
+    domains = Domains("a", "a")
+    placed = [domains.hand_over(f"r{n}", tokens, "a") for n, tokens in enumerate((500, 64, 64, 64))]
+    assert placed == ["a0", "a1", "a1", "a1"]
+
+
+def test_kv_is_where_the_latest_token_was_made() -> None:
+    domains = Domains("a", "b")
+    assert domains.hand_over("r0", 640, "b") == "b1"
+    assert domains.hand_over("r1", 320, "b") == "a0"  # moved
+    prompt = (1,) * 320
+    job = Job("r1", 0, SamplingParams(max_tokens=5), prompt_ids=prompt)
+    domains.say("a0", said(job, prompt, 1))
+    domains.router.worker_added("a2", "decode", "", "a")
+    domains.router.on_message("a2", {"type": "up"})
+    domains.router.cancel("r0")
+    domains.router.worker_gone("a0")
+    # Both have nothing to do; but there it would have to be moved back.
+    assert domains.sent["r1"] == "a2"
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    workers=st.lists(st.sampled_from("ab"), min_size=1, max_size=5),
+    requests=st.lists(
+        st.tuples(st.integers(1, 600), st.sampled_from("ab"), st.booleans()), max_size=25
+    ),
+)
+def test_nobody_waits_and_no_choice_is_worse_than_by_load_by_more_than_the_prefix(
+    workers: list[str], requests: list[tuple[int, str, bool]]
+) -> None:
+    domains = Domains(*workers)
+    names = [f"{domain}{number}" for number, domain in enumerate(workers)]
+    for number, (tokens, domain, one_ends) in enumerate(requests):
+        loads = {name: domains.router.work_of(name) for name in names}
+        chosen = domains.hand_over(f"r{number}", tokens, domain)
+        assert chosen is not None
+        blocks = -(-tokens // 32)
+        costs = {name: load + blocks * (name[0] != domain) for name, load in loads.items()}
+        assert costs[chosen] == min(costs.values())
+        assert loads[chosen] <= min(loads.values()) + blocks
+        if one_ends:
+            domains.router.cancel(f"r{number // 2}")

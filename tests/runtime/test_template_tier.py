@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from coldframe.loader.errors import SnapshotError
+from coldframe.runtime.engine.saturation import SIZES
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
 from coldframe.snapshot.criu import Criu
@@ -107,6 +108,24 @@ def test_clones_answer_as_transformers_does(tier: Tier) -> None:
     assert restored == {"prefill-0", "decode-1"}
     assert len(checked) == 1
     assert imported == []  # as a worker that starts fresh does
+
+
+def test_clones_know_how_large_a_batch_should_be(tier: Tier) -> None:
+    with Replica(tier.options()) as replica:
+        finish(replica, ask(replica, PROMPT, 2))
+        found = replica.facts["prefill_batch"]
+        assert found["tokens"] in SIZES
+        assert found["threads"] == replica.threads
+        (ready,) = [s for s in replica.spans if (s.name, s.process) == ("ready", "prefill-0")]
+        assert f"batches of {found['tokens']} tokens" in (ready.note or "")
+
+
+@pytest.mark.heavy
+def test_clones_with_other_threads_measure_anew(tier: Tier) -> None:
+    with Replica(tier.options(threads=3)) as replica:
+        finish(replica, ask(replica, PROMPT, 2))
+        wait_for(replica, lambda: "prefill_batch" in replica.facts)
+        assert replica.facts["prefill_batch"]["threads"] == 3
 
 
 def test_prefill_of_clones_runs_ahead_of_the_weights(tier: Tier) -> None:

@@ -19,6 +19,7 @@ def test_by_default_there_is_one_of_each() -> None:
     assert options().scales == ReplicaOptions("m").scales
     assert options().scales == {"prefill": Scale(1, 1), "decode": Scale(1, 1)}
     assert (options().scaling, options().pin, options().threads) == (ScalingOptions(), False, None)
+    assert options().local_prefill == ReplicaOptions("m").local_prefill == 64
 
 
 def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,11 +27,11 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDFRAME_PIN", "1")
     found = options(
         *("--prefill", "1-4", "--prefill-share", "9", "--decode-share", "8", "--scale-down", "2.5"),
-        *("--threads", "3"),
+        *("--threads", "3", "--local-prefill", "0"),
     )
     assert found.scales == {"prefill": Scale(1, 4), "decode": Scale(2, 2)}
     assert found.scaling == ScalingOptions(9, 8, 2.5)
-    assert (found.pin, found.threads) == (True, 3)
+    assert (found.pin, found.threads, found.local_prefill) == (True, 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,7 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--scale-down", "inf"), "--scale-down"),
         (("--scale-down", "nan"), "--scale-down"),
         (("--threads", "0"), "--threads"),
+        (("--local-prefill", "-1"), "--local-prefill"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_name(arguments: tuple[str, str], where: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Ids
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -257,6 +258,63 @@ def test_a_request_can_be_taken_back(pair: MakePair, prompts: dict[int, list[int
     assert loading.prefiller.remove("r2") is None  # together with another
     assert loading.prefiller.remove("unknown") is None
     assert order(loading) == [{"r2", "r3"}]
+
+
+def test_what_goes_together_is_bounded_by_what_was_measured(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    loading = Loading(pair("llama"), STAGES)
+    loading.prefiller.full = 40
+    for length in (33, 7, 1, 64):
+        loading.admit(prompts[length])
+    assert order(loading) == [{"r1", "r2"}, {"r0"}, {"r3"}]
+
+
+def test_who_would_have_to_wait_is_told(pair: MakePair, prompts: dict[int, list[int]]) -> None:
+    loading = Loading(pair("llama"), STAGES)
+    prefiller = loading.prefiller
+
+    def has_room_for(length: int) -> bool:
+        asking = loading.admit(prompts[length])
+        assert prefiller.remove(asking.request) is asking
+        loading.rows -= 1
+        return prefiller.has_room_for(asking)
+
+    loading.ready = 1
+    loading.admit(prompts[300])
+    prefiller.advance()
+    assert has_room_for(300)  # the weights are still awaited, and nobody else could do better
+    loading.ready = STAGES
+    prefiller.advance()
+    # A longer one that has just begun is overtaken.
+    assert has_room_for(64)
+    assert not has_room_for(300)
+    for _ in range(2):
+        loading.admit(prompts[64])
+    # As many tokens as fill the device are to go before it, and then one batch more.
+    assert has_room_for(33)
+    assert not has_room_for(64)
+    for _ in range(4):
+        loading.admit(prompts[33])
+    assert not has_room_for(33)
+    assert has_room_for(1)
+
+
+def test_who_has_waited_long_goes_before_who_comes(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    loading = Loading(pair("llama"), STAGES, 32)
+    loading.prefiller.full = 40
+    loading.admit(prompts[300])
+    loading.prefiller.advance()
+    asking = Sequence("asking", 0, tuple(prompts[33]), (), SamplingParams(), Silent(), ())
+    rooms = []
+    while not loading.prefiller.idle:
+        rooms.append(loading.prefiller.has_room_for(asking))
+        loading.prefiller.advance()
+    # A long prompt is overtaken as long as much of it is left, and only so long.
+    assert rooms[0]
+    assert [before for before, after in pairwise(rooms) if before != after] == [True]
 
 
 # -- in either case ---------------------------------------------------------------------------

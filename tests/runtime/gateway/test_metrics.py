@@ -33,6 +33,8 @@ FRONT = FrontStats(
     kv_blocks_cached=2,
     kv_blocks_total=8,
     kv_blocks_reused=1,
+    prefilled_by_decode=4,
+    prefill_batch_tokens=128,
     weights_bytes=1000,
     bytes_loaded=3000,
     load_s=1.5,
@@ -216,6 +218,8 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_blocks", model="m", state="cached") == 2
     assert one(found, "kv_blocks", model="m", state="free") == 3
     assert one(found, "kv_blocks_reused_total", model="m") == 1
+    assert one(found, "requests_prefilled_by_decode_total", model="m") == 4
+    assert one(found, "prefill_batch_tokens", model="m") == 128
     assert one(found, "coldstarts_total", model="m", tier="image") == 2
     assert one(found, "coldstarts_total", model="m", tier="template") == 0
     assert one(found, "coldstart_stage_seconds", model="m", stage="prefill") == 0.25

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.identity import Identity
 
@@ -85,6 +86,7 @@ class ReplicaOptions:
         kv_bytes: KV memory; None lets the replica choose.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
+        kv_store: Where KV is kept that leaves its memory; None keeps none.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
@@ -112,6 +114,7 @@ class ReplicaOptions:
     pin: bool = False
     kv_bytes: int | None = None
     prefix_cache: bool = True
+    kv_store: KvStoreOptions | None = None
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None

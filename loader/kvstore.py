@@ -75,9 +75,7 @@ class KvStore:
         if options.directory is None:
             return
         if identity is None:
-            say(
-                "keeps nothing on disk: versions of the weights cannot be told apart without a seal"
-            )
+            say("keeps nothing on disk: without a seal nobody can tell which weights these are")
             return
         identity = f"{identity}\0{options.kv_format}\0{self._block_bytes}"
         self._disk = KvDisk(options.directory, identity, options.max_bytes)

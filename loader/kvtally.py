@@ -43,6 +43,12 @@ class StoreUsage:
         return {f"kv_store_{name}": count for name, count in asdict(self).items()}
 
     @staticmethod
+    def states() -> dict[str, bool]:
+        """By name: whether it says how things are now, and not how often something was so."""
+        now = ("memory_bytes", "disk_bytes", "paused")
+        return {part.name: part.name in now for part in fields(StoreUsage)}
+
+    @staticmethod
     def names() -> list[str]:
         """The names in `to_wire`."""
         return [f"kv_store_{part.name}" for part in fields(StoreUsage)]

@@ -36,6 +36,8 @@ class FrontStats:
         kv_blocks_cached: Blocks that belong to none, and are kept for requests that begin alike.
         kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
         kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
+        kv_store: What the KV store has counted so far, and how much there is in it now; see
+            `coldframe.loader.kvtally.StoreUsage`.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.
@@ -54,6 +56,7 @@ class FrontStats:
     kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     kv_blocks_reused: int = 0
+    kv_store: Mapping[str, int] = field(default_factory=dict)
     weights_bytes: int = 0
     bytes_loaded: int = 0
     load_s: float = 0.0

@@ -180,6 +180,7 @@ def _resources(stats: FrontStats) -> Iterator[Metric]:
         [],
         {(): stats.kv_blocks_reused},
     )
+    yield from _kv_store(stats.kv_store)
     yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
@@ -195,6 +196,46 @@ def _resources(stats: FrontStats) -> Iterator[Metric]:
             for process, kinds in stats.memory.items()
             for kind, count in kinds.items()
         },
+    )
+
+
+def _kv_store(counts: Mapping[str, int]) -> Iterator[Metric]:
+    tiers = ("memory", "disk")
+    yield _counter(
+        "kv_store_stored_blocks",
+        "KV blocks that went to the store, by tier.",
+        ["tier"],
+        {(tier,): counts.get(f"{tier}_stored", 0) for tier in tiers},
+    )
+    yield _counter(
+        "kv_store_loaded_blocks",
+        "KV blocks that came back from the store, by tier.",
+        ["tier"],
+        {(tier,): counts.get(f"{tier}_loaded", 0) for tier in tiers},
+    )
+    yield _gauge(
+        "kv_store_bytes",
+        "What the store holds, by tier; of the disk, what all replicas have there.",
+        ["tier"],
+        {(tier,): counts.get(f"{tier}_bytes", 0) for tier in tiers},
+    )
+    yield _counter(
+        "kv_store_lost_blocks",
+        "KV blocks that the store does not have, and why.",
+        ["reason"],
+        {(why,): counts.get(why, 0) for why in ("corrupt", "unreadable", "unwritten")},
+    )
+    yield _counter(
+        "kv_store_pauses",
+        "How often the store could not be written, so that it waited.",
+        [],
+        {(): counts.get("pauses", 0)},
+    )
+    yield _gauge(
+        "kv_store_paused",
+        "1 while the store cannot be written, else 0.",
+        [],
+        {(): counts.get("paused", 0)},
     )
 
 

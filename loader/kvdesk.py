@@ -191,12 +191,14 @@ class KvDesk:
             self._preparer.worker_gone(connection.key)
         self._ledger.worker_gone(connection.key, time.monotonic())
         self._ledger.gateway_gone(connection.key)
+        if self._preparer is not None:
+            self._preparer.tidy()
         self._tell_available()
 
     def tick(self) -> None:
         """Ends the leases that have run out."""
         if self._preparer is not None:
-            self._preparer.tick()
+            self._preparer.tidy()
         if self._ledger is not None and self._ledger.expire(time.monotonic()):
             self._tell_available()
 
@@ -209,7 +211,7 @@ class KvDesk:
     def on_release(self, connection: Connection, request: str) -> None:
         self._books.release(request)
         if self._preparer is not None:
-            self._preparer.release(request)
+            self._preparer.tidy()
         self._tell_available()
 
     def on_assign(
@@ -217,10 +219,7 @@ class KvDesk:
     ) -> None:
         self._discarding, self._asked = False, True
         self._check_keys(connection, keys)
-        got: Blocks | None = None
-        asked = (connection.key, request, attempt, count, keys)
-        if self._preparer is None or self._preparer.may_assign(*asked):
-            got = self._books.assign(*asked)
+        got = self._assign(connection.key, request, attempt, count, keys)
         connection.waits_for_blocks = got is None
         if got is None:
             self._send(connection, {"type": "assigned", "blocks": None, "reused": 0})
@@ -230,6 +229,20 @@ class KvDesk:
             self._store.used(keys[: got.reused])
         self._send(connection, {"type": "assigned", "blocks": got.blocks, "reused": got.reused})
         self._tell_available()  # a new attempt frees what the old one has left
+
+    def _assign(
+        self, worker: str, request: str, attempt: int, count: int, keys: list[str]
+    ) -> Blocks | None:
+        asked = (worker, request, attempt, count, keys)
+        preparer = self._preparer
+        if preparer is None:
+            return self._books.assign(*asked)
+        if not preparer.may_assign(*asked):
+            return None
+        got = self._books.assign(*asked)
+        if got is None and self._books.may_assign(worker, request, attempt) and preparer.give_way():
+            got = self._books.assign(*asked)
+        return got
 
     def on_publish(self, connection: Connection, request: str, keys: list[str]) -> None:
         self._check_keys(connection, keys)

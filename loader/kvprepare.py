@@ -87,22 +87,31 @@ class KvPreparer:
             return True
         return not self._begin(worker, request, count, keys)
 
-    def release(self, request: str) -> None:
-        """A request is over."""
-        known = self._wanted.get(request)
-        if known is not None:
+    def give_way(self) -> bool:
+        """Lets go of all that is ready, where another request cannot get its blocks.
+
+        What was read stays published as long as nobody needs its memory.
+
+        Returns:
+            Whether there was any.
+        """
+        ready = [known for known in self._wanted.values() if not known.running]
+        for known in ready:
             self._leave(known)
+        return bool(ready)
 
     def worker_gone(self, worker: str) -> None:
         """A worker asks no more."""
-        for known in [p for p in self._wanted.values() if p.worker == worker]:
+        for known in [known for known in self._wanted.values() if known.worker == worker]:
             self._leave(known)
 
-    def tick(self) -> None:
-        """Lets go of what nobody has asked for again."""
+    def tidy(self) -> None:
+        """Lets go of what nobody will ask for again; to be called when requests may have ended."""
         late = time.monotonic() - self._lease_s
-        for known in [p for p in self._wanted.values() if not p.running and p.began < late]:
-            self._leave(known)
+        for known in list(self._wanted.values()):
+            forgotten = not known.running and known.began < late
+            if forgotten or not self._ledger.is_open(known.request):
+                self._leave(known)
 
     @property
     def _disk_hangs(self) -> bool:

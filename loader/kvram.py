@@ -11,9 +11,11 @@ import ctypes
 import mmap
 from collections import OrderedDict
 
+from coldframe.loader.errors import DeviceError
+
 __all__ = ["KvMemory", "copy"]
 
-_NO_RESERVE = 0x4000
+_LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap does not name
 
 
 def copy(target: memoryview, source: memoryview) -> None:
@@ -30,6 +32,9 @@ class KvMemory:
         block_bytes: Of one block.
         kept: How many blocks are kept for their own sake.
         passing: How many more there may be that must stay.
+
+    Raises:
+        DeviceError: There is no room for that.
     """
 
     def __init__(self, block_bytes: int, kept: int, passing: int) -> None:
@@ -41,9 +46,17 @@ class KvMemory:
         self._free: list[int] = []
         self._next = 0
         self._most = kept + passing
-        # Memory is taken as slots are written, and slots given back are the first to be used again.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-        self._memory = memoryview(mmap.mmap(-1, max(1, self._most * block_bytes), flags=flags))
+        size = max(1, self._most * block_bytes)
+        try:
+            # Taken as slots are written; slots given back are the first to be used again.
+            self._memory = memoryview(mmap.mmap(-1, size, flags=_LAZY))
+        except OSError as error:
+            raise DeviceError(
+                "there is no room for KV in host memory",
+                where="--kv-store-memory",
+                expected=f"{size:,} bytes",
+                got=error.strerror,
+            ) from error
 
     def __len__(self) -> int:
         return len(self._slots)

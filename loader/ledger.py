@@ -201,6 +201,11 @@ class BlockLedger:
             return attempt != account.attempt  # else it has what it asks for
         return account.holder is None
 
+    def is_open(self, request: str) -> bool:
+        """Whether a request is alive."""
+        account = self._accounts.get(request)
+        return account is not None and not account.released
+
     def found(self, keys: Sequence[str]) -> int:
         """How many of the keys, from the first, are published."""
         return len(self._find(keys))

@@ -28,7 +28,7 @@ from typing import Any
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices import open_device
-from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.errors import ArenaError, ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
@@ -465,7 +465,7 @@ class MemoryService:
             raise ReplicaError("only the owner sizes the KV", where=client.key)
         try:
             self._kv.open_arena(**sizes)
-        except DeviceError as error:
+        except (ArenaError, DeviceError) as error:
             self._report(error)
 
 

@@ -28,8 +28,6 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 _FOLDER = re.compile(r"[0-9a-f]{32}")
 _PART = re.compile(r"[0-9a-f]{2}")
 _UNFINISHED = ".new"
-_FORGOTTEN_S = 600.0
-"""After so long a file that is still being written is one that a dead process has left."""
 _LOW = 0.9
 """Share of what it may have to which a directory is brought down that could come to have more."""
 _LOOK_AGAIN = 16
@@ -81,6 +79,8 @@ class KvDisk:
     def __init__(self, root: str, identity: str, max_bytes: int) -> None:
         self.root = root
         self.max_bytes = max_bytes
+        self.forgotten_s = 600.0
+        """After so long a file that is still being written is one that a dead process has left."""
         self.nbytes = 0
         """What all files took when it was looked last, and what has been written since."""
         name = blake2b(f"{VERSION}\0{identity}".encode(), digest_size=16).hexdigest()
@@ -185,7 +185,7 @@ class KvDisk:
 
     def _files(self, folder: str) -> list[tuple[int, int, str]]:
         """The blocks in a folder: when used last, size, and path."""
-        found, late = [], time.time() - _FORGOTTEN_S
+        found, late = [], time.time() - self.forgotten_s
         for entry in _entries(folder):
             with suppress(FileNotFoundError):  # somebody else was faster
                 status = entry.stat(follow_symlinks=False)

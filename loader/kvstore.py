@@ -27,8 +27,6 @@ __all__ = ["KvStore"]
 _READERS = 4
 _PASSING_BYTES = 64 << 20
 """Host memory for blocks that have left the arena and are not written yet."""
-_FRESH_S = 300.0
-"""For so long a block counts as used just now: its file need not be told again."""
 _ORDER_NS = 1000
 """By how much a block seems to have been used before the one that it continues."""
 
@@ -43,6 +41,8 @@ class KvStore:
     """
 
     def __init__(self, options: KvStoreOptions, arena: memoryview, block_bytes: int) -> None:
+        self.fresh_s = 300.0
+        """For so long a block counts as used just now: its file need not be told again."""
         self._options = options
         self._arena = arena
         self._block_bytes = block_bytes
@@ -120,7 +120,7 @@ class KvStore:
 
     def used(self, keys: Sequence[str]) -> None:
         """Published blocks are used again: their files are to know, now and then."""
-        late = time.monotonic() - _FRESH_S
+        late = time.monotonic() - self.fresh_s
         self._offer([key for key in keys if self._used.get(key, 0.0) < late])
 
     def saves(self) -> bool:
@@ -188,7 +188,13 @@ class KvStore:
         """
 
         places = [self._view(block) for block in blocks]
-        fetch = _Fetch(self._load, keys, places, done)
+
+        def fetched(loaded: Sequence[str]) -> None:
+            for name in loaded:
+                self._tally.add(name)
+            done(len(loaded))
+
+        fetch = _Fetch(self._load, keys, places, fetched)
 
         def save_and_fetch() -> None:
             self.forgotten(forgotten)
@@ -198,23 +204,21 @@ class KvStore:
 
         self._do(save_and_fetch)
 
-    def _load(self, key: str, into: memoryview, used_ns: int) -> bool:
+    def _load(self, key: str, into: memoryview, used_ns: int) -> str | None:
+        """Reads a block to its place: as what it counts then; None where it is not there."""
         with self._lock:
             if self._memory.read(key, into):
-                self._tally.add("memory_loaded")
-                return True
+                return "memory_loaded"
         if self._disk is None:
-            return False
+            return None
         try:
             found = self._disk.read(key, into, used_ns)
         except OSError:
             self._tally.add("unreadable")
-            return False
+            return None
         if found is None:
             self._tally.add("corrupt")
-        elif found:
-            self._tally.add("disk_loaded")
-        return bool(found)
+        return "disk_loaded" if found else None
 
     # -- what is in the arena --------------------------------------------------------------------
 
@@ -273,18 +277,18 @@ class _Fetch:
     """Blocks being read by several threads, as far as they are there without a gap.
 
     Args:
-        load: Reads a block to its place; returns whether it is there.
+        load: Reads a block to its place; None where it is not there.
         keys: What is wanted.
         places: Where each is to go.
-        done: Called by the last thread with how many there are, from the first.
+        done: Called by the last thread with what `load` has returned for those that are there.
     """
 
     def __init__(
         self,
-        load: Callable[[str, memoryview, int], bool],
+        load: Callable[[str, memoryview, int], str | None],
         keys: Sequence[str],
         places: Sequence[memoryview],
-        done: Callable[[int], None],
+        done: Callable[[Sequence[str]], None],
     ) -> None:
         self._load = load
         self._keys = keys
@@ -294,6 +298,7 @@ class _Fetch:
         self._next = 0
         self._end = len(keys)
         """Where there is nothing any more."""
+        self._loaded = [""] * len(keys)
         self._reading = 0
         self._over = False
         self._used_ns = time.time_ns()
@@ -311,16 +316,18 @@ class _Fetch:
                     break
                 place, self._next = self._next, self._next + 1
                 self._reading += 1
-            there = self._try(place)
+            loaded = self._try(place)
             with self._lock:
                 self._reading -= 1
-                if not there:
+                if loaded is None:
                     self._end = min(self._end, place)
-        self._done(self._end)
+                else:
+                    self._loaded[place] = loaded
+        self._done(self._loaded[: self._end])
 
-    def _try(self, place: int) -> bool:
+    def _try(self, place: int) -> str | None:
         try:
             used_ns = self._used_ns - place * _ORDER_NS
             return self._load(self._keys[place], self._places[place], used_ns)
         except Exception:  # noqa: BLE001 - whatever it is, the block is computed then
-            return False
+            return None

@@ -96,8 +96,12 @@ class KvMemory:
         if slot is None:
             return False
         copy(into, self._view(slot))
-        self._slots.move_to_end(key)
         return True
+
+    def touch(self, key: str) -> None:
+        """A block has been used, if it is here."""
+        if key in self._slots:
+            self._slots.move_to_end(key)
 
     def release(self, key: str) -> None:
         """A block need not stay any more."""

@@ -192,6 +192,9 @@ class KvStore:
         def fetched(loaded: Sequence[str]) -> None:
             for name in loaded:
                 self._tally.add(name)
+            with self._lock:
+                for key in reversed(keys[: len(loaded)]):  # what continues a block goes before it
+                    self._memory.touch(key)
             done(len(loaded))
 
         fetch = _Fetch(self._load, keys, places, fetched)

@@ -26,6 +26,8 @@ def test_the_one_used_longest_ago_makes_room() -> None:
     for key in "ab":
         assert memory.put(key, block(key), must=False)
     assert read(memory, "a") == block("a")
+    memory.touch("a")
+    memory.touch("x")
     assert memory.put("c", block("c"), must=False)
     assert [key in memory for key in "abc"] == [True, False, True]
     assert memory.nbytes == 2 * BLOCK

@@ -192,14 +192,15 @@ class KvStore:
         def fetched(loaded: Sequence[str]) -> None:
             for name in loaded:
                 self._tally.add(name)
-            with self._lock:
-                for key in reversed(keys[: len(loaded)]):  # what continues a block goes before it
-                    self._memory.touch(key)
             done(len(loaded))
 
         fetch = _Fetch(self._load, keys, places, fetched)
 
         def save_and_fetch() -> None:
+            with self._lock:
+                # Before others take its place. What continues a block goes before it.
+                for key in reversed(keys):
+                    self._memory.touch(key)
             self.forgotten(forgotten)
             for _ in range(min(_READERS, len(keys)) - 1):
                 self._do(fetch.run)

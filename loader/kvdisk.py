@@ -14,6 +14,7 @@ import errno
 import itertools
 import os
 import re
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -109,14 +110,19 @@ class KvDisk:
             os.unlink(path)
         return None
 
-    def touch(self, key: str, used_ns: int) -> bool:
-        """Marks a block as used. Whether it is there.
+    def touch(self, key: str, nbytes: int, used_ns: int) -> bool:
+        """Marks a block as used. Whether it is there, as far as its size tells.
 
         Raises:
             OSError: It cannot be told.
         """
+        path = self._path(key)
         try:
-            os.utime(self._path(key), ns=(used_ns, used_ns), follow_symlinks=False)
+            status = os.stat(path, follow_symlinks=False)
+            # A machine that lost its power may have left empty files.
+            if not stat.S_ISREG(status.st_mode) or status.st_size != HEADER_BYTES + nbytes:
+                return False
+            os.utime(path, ns=(used_ns, used_ns), follow_symlinks=False)
         except FileNotFoundError:
             return False
         return True

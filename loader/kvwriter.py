@@ -113,7 +113,6 @@ class KvWriter:
             except OSError as error:
                 self._pause(key, error)
             else:
-                self._go_on()
                 self._done(key)
 
     def _next(self) -> tuple[str, int] | None:
@@ -135,12 +134,13 @@ class KvWriter:
                 self._changed.wait(wait_s)
 
     def _write(self, key: str, used_ns: int) -> None:
-        if self._disk.touch(key, used_ns):
+        if self._disk.touch(key, len(self._buffer), used_ns):
             return
         if not self._copy_out(key, self._buffer):
             self.give_up(key)
             return
         self._disk.write(key, self._buffer, used_ns)
+        self._go_on()
         self._tally.add("disk_stored")
         self._tally.set("disk_bytes", self._disk.nbytes)
 

@@ -51,11 +51,12 @@ def files(disk: KvDisk) -> set[str]:
 
 def test_what_was_written_is_read(disk: KvDisk) -> None:
     assert read(disk, 1) is False
-    assert not disk.touch(key(1), NOW)
+    assert not disk.touch(key(1), BLOCK, NOW)
     disk.write(key(1), block(1), NOW)
     assert read(disk, 1) == block(1)
     assert read(disk, 2) is False
-    assert disk.touch(key(1), NOW)
+    assert disk.touch(key(1), BLOCK, NOW)
+    assert not disk.touch(key(1), BLOCK + 1, NOW)
     disk.write(key(1), block(1), NOW)  # again, as by two replicas at once
     assert read(disk, 1) == block(1)
 

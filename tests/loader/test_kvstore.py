@@ -258,8 +258,9 @@ def no_larger_files_than(size: int) -> Iterator[None]:
 
 
 def test_writing_that_fails_pauses_and_goes_on(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("coldframe.loader.kvwriter._FIRST_PAUSE_S", 0.05)
     with arena(tmp_path) as made:
         made.store.may_write()
         made.publish(0)
@@ -271,7 +272,7 @@ def test_writing_that_fails_pauses_and_goes_on(
             # What there is can be read, and so can what waits.
             assert made.fetch(list(range(6)), list(range(6))) == 6
             assert [made[place] for place in range(6)] == [content(n) for n in range(6)]
-            time.sleep(1.2)  # another try, which fails, too
+            time.sleep(0.2)  # further tries, which fail, too
             assert made.store.usage().pauses == 1
         made.written(6)
         usage = made.store.usage()

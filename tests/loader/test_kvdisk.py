@@ -227,7 +227,7 @@ def test_several_write_read_and_sweep_at_once(tmp_path: Path) -> None:
     def work(name: int) -> None:
         disk = KvDisk(str(tmp_path / "kv"), "model", 20 * size)
         try:
-            for turn in range(60):
+            for turn in range(30):
                 number = (turn * 7 + name) % 40
                 got = read(disk, number)
                 assert got is False or got == block(number)

@@ -136,6 +136,7 @@ def test_it_outlives_the_service_that_ends(opened: Open, model: Path, store: Pat
         assert (usage["kv_store_disk_loaded"], usage["kv_reused"]) == (7, 7)
 
 
+@pytest.mark.heavy
 def test_it_outlives_the_service_that_is_killed(opened: Open, model: Path, store: Path) -> None:
     first = opened(model, store)
     first.serve("r", range(5))
@@ -148,7 +149,7 @@ def test_it_outlives_the_service_that_is_killed(opened: Open, model: Path, store
         assert second.serve("r", range(5)) == 5
 
 
-@pytest.mark.parametrize("memory", [0, BLOCKS])
+@pytest.mark.parametrize("memory", [pytest.param(0, marks=pytest.mark.heavy), BLOCKS])
 def test_it_outlives_the_arenas_memory(opened: Open, model: Path, store: Path, memory: int) -> None:
     with once(opened, model, store, memory) as kept:
         kept.serve("r", range(5))
@@ -189,6 +190,7 @@ def test_other_weights_of_the_same_shapes_are_another_model(
         assert second.serve("r", range(5)) == 0
 
 
+@pytest.mark.heavy
 def test_sealed_weights_are_known_wherever_they_lie(
     opened: Open, model: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -200,6 +202,7 @@ def test_sealed_weights_are_known_wherever_they_lie(
         assert second.serve("r", range(5)) == 5
 
 
+@pytest.mark.heavy
 def test_nothing_is_written_of_weights_that_were_not_held_against_their_seal(
     opened: Open, model: Path, store: Path
 ) -> None:
@@ -224,6 +227,7 @@ def test_a_key_that_could_name_another_file_harms_only_who_gives_it(
         assert kept.serve("t", range(2)) == 2
 
 
+@pytest.mark.heavy
 def test_two_services_share_a_directory(opened: Open, model: Path, store: Path) -> None:
     with once(opened, model, store) as first, once(opened, model, store) as second:
         first.serve("r", range(6))
@@ -242,6 +246,7 @@ def test_two_services_share_a_directory(opened: Open, model: Path, store: Path) 
         assert fourth.serve("r", range(8)) == 8
 
 
+@pytest.mark.heavy
 def test_a_request_that_ends_while_it_waits_leaves_no_block(
     opened: Open, model: Path, store: Path
 ) -> None:

@@ -76,14 +76,14 @@ def test_a_prefix_survives_the_way_to_zero_and_back(
         assert cached(first) == 0
     assert len(files(store)) == 3
     with Replica(kept(model, no_leaks, store)) as replica:
-        clients = [(shared, ask(replica, variant(shared), 9)) for shared in SHARED]
+        clients = [(shared, ask(replica, variant(shared), 9)) for shared in (0, 33, 100)]
         finish(replica, *[client for _, client in clients])
         for shared, client in clients:
             check(model, variant(shared), client, 9)
             assert cached(client) == shared // 32 * 32
         told = usage(replica)
         assert told["kv_store_disk_loaded"] == 3
-        assert told["kv_reused"] == sum(shared // 32 for shared in SHARED)
+        assert told["kv_reused"] == 4
         settled(replica)
 
 
@@ -301,12 +301,12 @@ def test_little_memory_is_made_room_in_from_host_memory(
     more = {"kv_bytes": 12 * block_bytes(model)}
     with Replica(kept(model, no_leaks, store, 100, **more)) as replica:
         for turn in range(2):
-            for seed in range(5):
-                prompts = [[*prompt_of(100, seed=seed), *prompt_of(k, seed=9)] for k in (0, 3, 40)]
-                clients = [ask(replica, prompt, 30) for prompt in prompts]
+            for seed in range(4):
+                prompts = [[*prompt_of(100, seed=seed), *prompt_of(k, seed=9)] for k in (0, 40)]
+                clients = [ask(replica, prompt, 9) for prompt in prompts]
                 finish(replica, *clients)
                 for prompt, client in zip(prompts, clients, strict=True):
-                    check(model, prompt, client, 30)
+                    check(model, prompt, client, 9)
                 if turn:
                     assert cached(clients[0]) == 96
         told = settled(replica)
@@ -325,8 +325,8 @@ def test_whatever_dies_and_rests(model: Path, no_leaks: Path, store: Path, seed:
     prompts = [
         [*prompt_of(shared, seed=start), *prompt_of(end, seed=100 + end)]
         for start in range(3)
-        for shared in (31, 64, 100, 150)
-        for end in (1, 20, 33)
+        for shared in (64, 150)
+        for end in (1, 33)
     ]
     more = {"kv_bytes": 30 * block_bytes(model), "lease_s": 0.05, "prefill": 2}
     asked = []

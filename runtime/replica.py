@@ -18,6 +18,7 @@ from typing import Any
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Message
@@ -27,13 +28,14 @@ from coldframe.runtime.gate import Gate
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.prefix import kv_format
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand, kv_blocks
 from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
 
-USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
+USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done", *StoreUsage.names())
 
 _SATURATION = ("tokens", "threads")
 _MEMORY_END_S = 1.0
@@ -385,10 +387,18 @@ class Replica:
                 "block_bytes": block_bytes,
                 "blocks": blocks,
                 "lease_s": self.options.lease_s,
+                "store": self._kv_store(model),
             }
         )
         self._router.reopen()
         self._tell_workers()
+
+    def _kv_store(self, model: ModelFacts) -> dict[str, Any] | None:
+        """What the memory service is told of where KV is kept, if anywhere."""
+        store = self.options.kv_store
+        if store is None or not self.options.prefix_cache:
+            return None
+        return replace(store, kv_format=kv_format(model.spec.dtype)).to_wire()
 
     def _settle(self) -> None:
         """Lets the memory service do, once, what would have delayed the first token."""

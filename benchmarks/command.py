@@ -21,8 +21,9 @@ BENCHMARKS = {
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
-    "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
+    "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
+    "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
 }
 
 

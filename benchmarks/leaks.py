@@ -16,7 +16,7 @@ from coldframe.benchmarks.servers import Server
 __all__ = ["Holdings", "holdings"]
 
 _WAIT_S = 30.0
-_BLOCKS = re.compile(r'^coldframe_kv_blocks\{state="(\w+)"\} (\S+)$', re.MULTILINE)
+_BLOCKS = re.compile(r'^coldframe_kv_blocks\{model="[^"]*",state="(\w+)"\} (\S+)$', re.MULTILINE)
 _MOST_MB = 16.0
 """So much more memory may a process have after thousands of requests: its allocator's pools."""
 _MOST_DESCRIPTORS = 2

@@ -1,7 +1,7 @@
-"""A model behind a gateway: the two brought together, watched, and ended in good order.
+"""Models behind a gateway: the two brought together, watched, and ended in good order.
 
-One loop, that of `Supervisor.poll`. The gateway is replaced when it dies, with the same listener,
-so that clients see a connection break and can come again. When the model cannot be served at all
+One loop, that of `Fleet.poll`. The gateway is replaced when it dies, with the same listener,
+so that clients see a connection break and can come again. When no model can be served at all
 the requests get to know why, and the process ends: whoever started the container starts the next.
 """
 
@@ -11,18 +11,18 @@ import os
 import socket
 import time
 from collections import deque
-from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.announcer import Announcer
 from coldframe.runtime.early import GatewayProcess
+from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.frontdesk import FrontDesk
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.jobs import JobFetcher
-from coldframe.runtime.supervisor import Supervisor
 from coldframe.runtime.workforce import ending
 
 __all__ = ["Endpoint"]
@@ -43,10 +43,10 @@ _GATEWAY_MOST_DELAY_S = 5.0
 
 
 class Endpoint:
-    """A model that is served.
+    """Models that are served.
 
     Args:
-        supervisor: Has it answered.
+        fleet: Has them answered.
         listeners: The bound ports; they are kept open here for as long as requests are taken.
         gateway: Its process, as it was started.
         settings: What the gateway is told.
@@ -59,7 +59,7 @@ class Endpoint:
 
     def __init__(
         self,
-        supervisor: Supervisor,
+        fleet: Fleet,
         listeners: list[socket.socket],
         gateway: GatewayProcess,
         settings: GatewaySettings,
@@ -70,20 +70,16 @@ class Endpoint:
         *,
         exit_at_zero: bool = False,
     ) -> None:
-        self._supervisor = supervisor
+        self._fleet = fleet
+        self._announcer = Announcer(fleet, chat_template)
         self._listeners = listeners
         self._settings = settings
         self._recorder = recorder
         self._log = log
         self._exit_at_zero = exit_at_zero
-        self._chat_template = chat_template
         self._jobs = jobs
-        self._card: dict[str, Any] | None = None
-        self._introduced = 0
-        """The start whose model the gateway knows."""
         self._phase: str | None = None
         """`draining` or `failed`, where this is about to end."""
-        self._told: dict[str, Any] | None = None
         self._error: ColdframeError | None = None
         self._drain_until: float | None = None
         self._drained = False
@@ -101,26 +97,24 @@ class Endpoint:
         self._recorder.add("process_spawn", gateway.started_ns, gateway.spawned_ns, note="gateway")
         self._desk = FrontDesk(
             Channel(gateway.socket),
-            self._supervisor,
+            self._fleet,
             {
-                "startup": lambda: self._supervisor.start_log.document(),
+                "startup": lambda name: self._fleet[name].start_log.document(),
                 "stats": self._stats,
-                "sleep1": lambda: self._sleep(1),
-                "sleep2": lambda: self._sleep(2),
+                "sleep1": lambda name: self._sleep(name, 1),
+                "sleep2": lambda name: self._sleep(name, 2),
                 "wake_up": self._wake,
             },
-            self._settings.max_running,
+            self._settings.max_running * len(self._settings.models),
             self._on_message,
             lambda what: self._log.error("the gateway is not itself", said=what),
             self._gateway_gone,
         )
-        self._told = None
         self._desk.send(
             {"type": "settings", "settings": self._settings.to_wire(), "parent": os.getpid()},
             tuple(listener.fileno() for listener in self._listeners),
         )
-        if self._card is not None:
-            self._desk.send({"type": "model", "card": self._card})
+        self._announcer.begin(self._desk.send)
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
@@ -152,8 +146,8 @@ class Endpoint:
             case "spans":
                 self._gateway_accepted = True
                 spans = [_span(wire) for wire in message.body["spans"][:_MOST_SPANS]]
-                if self._supervisor.replica is not None:
-                    self._supervisor.replica.add_spans(spans)
+                if self._fleet.first.replica is not None:
+                    self._fleet.first.replica.add_spans(spans)
             case "drained" if self._phase is not None:
                 self._drained = True
 
@@ -167,8 +161,8 @@ class Endpoint:
         """
         try:
             while not self._over():
-                busy = self._supervisor.state == "starting" or self._gateway_at is not None
-                self._supervisor.poll(_PROGRESS_S if busy else 1.0)
+                busy = self._fleet.starting or self._gateway_at is not None
+                self._fleet.poll(_PROGRESS_S if busy else 1.0)
                 self._step()
         finally:
             self.close()
@@ -213,19 +207,16 @@ class Endpoint:
 
     def _step(self) -> None:
         """What there is to do after something has happened."""
-        supervisor = self._supervisor
         self._desk.flush()  # the tokens first
         self._replace_gateway()
-        supervisor.step()
-        if supervisor.error is not None and self._error is None:
-            self._fail(supervisor.error)
+        self._fleet.step()
+        if self._fleet.error is not None and self._error is None:
+            self._fail(self._fleet.error)
         if self._error is not None:
             return
         self._watch_jobs()
-        if supervisor.starts != self._introduced and supervisor.known:
-            self._introduce()
         self._tell()
-        if self._exit_at_zero and supervisor.state == "zero" and self._drain_until is None:
+        if self._exit_at_zero and self._fleet.at_zero and self._drain_until is None:
             self.drain()
 
     def _watch_jobs(self) -> None:
@@ -246,54 +237,25 @@ class Endpoint:
         self._tell()
         self._drain_until = time.monotonic() + _GOODBYE_S
 
-    def _introduce(self) -> None:
-        """Tells the gateway what the model is, as soon as its config is there."""
-        from coldframe.runtime.gateway.card import read_card
-
-        self._introduced = self._supervisor.starts
-        model = self._supervisor.model
-        try:
-            card = read_card(
-                model.directory,
-                self._settings.model,
-                model.spec.context_length,
-                model.spec.vocab_size,
-                self._chat_template,
-            )
-        except ColdframeError as error:
-            self._fail(error)
-            return
-        if card.to_wire() != self._card:
-            self._card = card.to_wire()
-            self._desk.send({"type": "model", "card": self._card})
-
     def _tell(self) -> None:
-        """Tells the gateway how far the replica is, where that has changed."""
-        state = self._supervisor.load_state()
-        if self._phase is not None:
-            error = None if self._error is None else self._error.to_wire()
-            state = replace(state, phase=self._phase, stage=None, open=False, error=error)
-        body = state.to_wire()
-        told = {**body, "elapsed_s": 0.0}
-        if told != self._told:
-            self._told = told
-            self._desk.send({"type": "state", **body})
+        """Tells the gateway how far the models are, where that has changed."""
+        self._announcer.tell(self._desk.send, self._phase, self._error)
 
     # -- what the gateway asks -------------------------------------------------------------------
 
-    def _stats(self) -> dict[str, Any]:
-        supervisor = self._supervisor
-        pids = {"front": os.getpid(), "gateway": self._gateway.child.pid}
-        if supervisor.replica is not None:
-            pids |= supervisor.replica.pids
-        return supervisor.count.stats(supervisor.start_log.timeline(), pids).to_wire()
+    def _stats(self, name: str) -> dict[str, Any]:
+        model = self._fleet[name]
+        pids = {} if model.replica is None else dict(model.replica.pids)
+        if model is self._fleet.first:
+            pids |= {"front": os.getpid(), "gateway": self._gateway.child.pid}
+        return model.count.stats(model.start_log.timeline(), pids).to_wire()
 
-    def _sleep(self, level: int) -> dict[str, Any]:
-        self._supervisor.sleep(level)
+    def _sleep(self, name: str, level: int) -> dict[str, Any]:
+        self._fleet[name].sleep(level)
         return {}
 
-    def _wake(self) -> dict[str, Any]:
-        self._supervisor.wake()
+    def _wake(self, name: str) -> dict[str, Any]:
+        self._fleet[name].wake()
         return {}
 
 

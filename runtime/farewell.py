@@ -37,7 +37,8 @@ def turn_away(
     told = {"type": "settings", "settings": settings.to_wire(), "parent": os.getpid()}
     try:
         channel.send(told, tuple(listener.fileno() for listener in listeners))
-        channel.send({"type": "state", **state.to_wire()})
+        for model in settings.models:
+            channel.send({"type": "state", "model": model, **state.to_wire()})
         time.sleep(_SECONDS)
     except ReplicaError:
         pass  # it is dead as well, and nobody can be told

@@ -54,7 +54,9 @@ class Parser(argparse.ArgumentParser):
                     lists[action.dest] = value
                 else:
                     action.default = value
-        args = self.parse_args(argv)
+        # Flags between several of the same; argparse itself takes those in one piece only.
+        several = any(action.nargs == "*" for action in self._get_positional_actions())
+        args = self.parse_intermixed_args(argv) if several else self.parse_args(argv)
         for name, value in lists.items():
             if getattr(args, name) is None:
                 setattr(args, name, value)

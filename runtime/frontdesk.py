@@ -14,6 +14,7 @@ from typing import Any
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.router import TokenEvent
 from coldframe.runtime.supervisor import Supervisor
 
@@ -27,8 +28,8 @@ class FrontDesk:
 
     Args:
         channel: The socket to it.
-        supervisor: Has requests answered.
-        answers: What it may ask for by `ask`, by name.
+        fleet: Has requests answered.
+        answers: What it may ask for by `ask`, by name; each gets a model's name.
         most: Requests that it may have open.
         on_other: Gets the messages that are not about requests.
         on_wrong: Told what was no message of a gateway, before that is ended.
@@ -38,25 +39,26 @@ class FrontDesk:
     def __init__(
         self,
         channel: Channel,
-        supervisor: Supervisor,
-        answers: dict[str, Callable[[], dict[str, Any]]],
+        fleet: Fleet,
+        answers: dict[str, Callable[[str], dict[str, Any]]],
         most: int,
         on_other: Callable[[Message], None],
         on_wrong: Callable[[str], None],
         on_end: Callable[[], None],
     ) -> None:
         self._channel = channel
-        self._supervisor = supervisor
+        self._fleet = fleet
         self._answers = answers
         self._most = most
         self._on_other = on_other
         self._on_wrong = on_wrong
         self._on_end = on_end
-        self._requests: dict[int, str] = {}
+        self._requests: dict[int, tuple[Supervisor, str]] = {}
+        """Whose they are, and what they are called there."""
         self._tokens: list[list[Any]] = []
         self._ended = False
         channel.set_send_timeout(_SEND_S)
-        supervisor.loop.watch(channel.fileno(), self._read)
+        fleet.loop.watch(channel.fileno(), self._read)
 
     def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """Tells the gateway something."""
@@ -78,11 +80,11 @@ class FrontDesk:
         if self._ended:
             return
         self._ended = True
-        self._supervisor.loop.unwatch(self._channel.fileno())
+        self._fleet.loop.unwatch(self._channel.fileno())
         self._channel.close()
         requests, self._requests = self._requests, {}
-        for request in requests.values():
-            self._supervisor.cancel(request)
+        for model, request in requests.values():
+            model.cancel(request)
 
     def _read(self) -> None:
         messages, ended = self._channel.receive_ready()
@@ -110,9 +112,10 @@ class FrontDesk:
             case "submit":
                 self._submit(body)
             case "cancel":
-                request = self._requests.pop(_number(body["id"]), None)
-                if request is not None:
-                    self._supervisor.cancel(request)
+                found = self._requests.pop(_number(body["id"]), None)
+                if found is not None:
+                    model, request = found
+                    model.cancel(request)
             case "ask":
                 self._answer(body)
             case _:
@@ -131,22 +134,24 @@ class FrontDesk:
             raise ValueError("more requests than it may have open")
         if text is not None and not isinstance(text, str):
             raise TypeError("the text is none")
+        model = self._fleet[body["model"]]
         try:
             params = SamplingParams.from_wire(body["params"])
-            params.validate(self._supervisor.model.spec.vocab_size)
+            params.validate(model.model.spec.vocab_size)
             listener = _Listener(self, number)
-            self._requests[number] = self._supervisor.submit(
+            request = model.submit(
                 params,
                 listener,
                 prompt=text,
                 prompt_ids=None if ids is None else tuple(_number(i) for i in ids),
                 add_special=body["add_special"] is True,
             )
+            self._requests[number] = model, request
         except ColdframeError as error:
             self.refuse(number, error)
 
     def _answer(self, body: dict[str, Any]) -> None:
-        told = self._answers[str(body["what"])]()
+        told = self._answers[str(body["what"])](body["model"])
         self.send({"type": "answer", "id": _number(body["id"]), "body": told})
 
     def token(self, number: int, event: TokenEvent) -> None:

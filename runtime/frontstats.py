@@ -15,6 +15,7 @@ from typing import Any, Literal
 from coldframe.runtime.timeline import Timeline
 
 __all__ = [
+    "SHARED_PROCESSES",
     "BusyClock",
     "DeviceState",
     "FrontStats",
@@ -25,6 +26,8 @@ __all__ = [
 
 DeviceState = Literal["zero", "parked", "idle", "used"]
 _STATES: tuple[DeviceState, ...] = ("zero", "parked", "idle", "used")
+SHARED_PROCESSES = ("front", "gateway")
+"""The names of those that serve all models."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +53,8 @@ class FrontStats:
         device: `cpu` or `cuda`.
         used_s: Device seconds while a request was open.
         idle_s: Device seconds while the device was held and no request was open.
-        memory: By process: resident bytes by kind; see `resident`.
+        memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
+            told with one model only.
     """
 
     kv_blocks_used: int = 0

@@ -17,7 +17,6 @@ from typing import Any
 
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Message
@@ -28,7 +27,7 @@ from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Listener, Router
-from coldframe.runtime.sizing import ModelFacts, StoredTensor, kv_blocks
+from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand, kv_blocks
 from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
@@ -278,8 +277,16 @@ class Replica:
 
     def poll(self, timeout: float | None = None) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
-        limit = max(0.0, self._next_tick - time.monotonic())
-        self.loop.poll(limit if timeout is None else min(timeout, limit))
+        self.loop.poll(self.wait_s if timeout is None else min(timeout, self.wait_s))
+        self.step()
+
+    @property
+    def wait_s(self) -> float:
+        """How long nothing is to be done unless something happens, in seconds."""
+        return max(0.0, self._next_tick - time.monotonic())
+
+    def step(self) -> None:
+        """What there is to do after something has happened; where others poll the loop."""
         self._workforce.catch_up()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
@@ -351,8 +358,9 @@ class Replica:
 
         For any other model, the memory service tells where it has put them.
         """
-        if not self.options.sources and isinstance(parse_location(self.options.model), Directory):
-            self._take_facts(ModelFacts(self.options.model))
+        facts = facts_at_hand(self.options)
+        if facts is not None:
+            self._take_facts(facts)
 
     def _take_facts(self, model: ModelFacts) -> None:
         if self._model is not None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import socket
 from contextlib import closing
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
@@ -18,8 +18,8 @@ from coldframe.runtime.gateway.logs import LEVELS, Log
 from coldframe.runtime.gateway.platforms.table import PROFILES
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.launch import Launch
-from coldframe.runtime.options import model_name
 from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options
+from coldframe.runtime.served import memory_to_share, named_models
 from coldframe.runtime.units import byte_count
 from coldframe.snapshot.identity import service_identity
 
@@ -35,15 +35,28 @@ _WAIT_S = 300.0
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument(
-        "model",
+        "models",
         metavar="MODEL",
-        nargs="?",
-        help=f"{MODEL_HELP}; by default where the platform puts it",
+        nargs="*",
+        help=f"{MODEL_HELP}; by default where the platform puts it. The first of several is "
+        "started at once, the others when they are asked",
     )
     parser.flag("--platform", metavar="NAME", help="whose contract to keep; else it is detected")
     parser.flag("--host", help="the address to listen on (0.0.0.0)")
     parser.flag("--port", metavar="N", help="the port (the platform's, else 8000); 0 takes any")
-    parser.flag("--model-name", metavar="NAME", help="as clients call it (MODEL's last part)")
+    parser.flag(
+        "--model-name",
+        metavar="NAME",
+        action="append",
+        help="as clients call it (MODEL's last part); of several models each one's, in their order",
+    )
+    parser.flag(
+        "--device-memory",
+        metavar="SIZE",
+        type=byte_count,
+        help="what weights and KV of all models may take together (what is available); those "
+        "used longest ago make room",
+    )
     parser.flag(
         "--chat-template", metavar="FILE", help="a Jinja template in place of the checkpoint's"
     )
@@ -107,6 +120,15 @@ def add_arguments(parser: Parser) -> None:
         help="how long it is parked then, the weights in memory, before it goes to zero (0)",
     )
     parser.flag(
+        "--pool",
+        metavar="N",
+        type=int,
+        default=0,
+        group=rest,
+        help="so many models are kept parked, whoever was not asked yet among them, where there is "
+        "room for them (0)",
+    )
+    parser.flag(
         "--on-idle",
         choices=["zero", "exit"],
         default="zero",
@@ -133,7 +155,8 @@ def add_arguments(parser: Parser) -> None:
     for profile in PROFILES:
         for alias, meaning in profile.aliases:
             dest = {"port": "port", "model": "model_dir", "name": "model_name"}[meaning]
-            parser.add_argument(alias, dest=dest, help=argparse.SUPPRESS)
+            action = "append" if meaning == "name" else "store"
+            parser.add_argument(alias, dest=dest, action=action, help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -150,46 +173,53 @@ def run(args: argparse.Namespace) -> int:
     bound = ", ".join(map(_address, listeners))
     recorder.add("listen", args.listening_ns, args.listening_ns, note=bound)
     profile: Profile = args.profile
-    args.model = (
-        args.model
-        or getattr(args, "model_dir", None)
-        or os.environ.get("COLDFRAME_MODEL")
-        or profile.model(os.environ)
-    )
-    if args.model is None:
-        raise RequestError(
-            "no model is named",
-            where="MODEL",
-            hint="Give a directory, s3://bucket/prefix or any other place as the first argument, "
-            "or set COLDFRAME_MODEL.",
-        )
+    models = named_models(args, profile)
+    args.model = next(iter(models.values()))
     user = service_identity(args.user)
     options = replace(replica_options(args), user=user)
+    memory, options = memory_to_share(options, len(models), args.device_memory, memory_available)
     keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
-    settings = replace(_settings(args, profile), user=user.to_wire(), keys=keys.keys)
+    settings = replace(_settings(args, profile, tuple(models)), user=user.to_wire(), keys=keys.keys)
     log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
-    log.info("listening", address=bound, platform=profile.name, model=settings.model)
+    log.info("listening", address=bound, platform=profile.name, model=", ".join(models))
     for warning in keys.warnings:
         log.warning("access", why=warning)
     launch = Launch(options, recorder, args.memory, args.restorer)
     launch.start_workers()
     imported = now()
     from coldframe.runtime.endpoint import Endpoint
+    from coldframe.runtime.fleet import Fleet
     from coldframe.runtime.loop import Loop
+    from coldframe.runtime.room import Room
     from coldframe.runtime.supervisor import IdlePolicy, Supervisor
 
     recorder.add("imports", imported)
-    policy = IdlePolicy(args.idle, args.park)
+    # Who is in the pool stays parked; the fleet ends those that are too many.
+    policy = IdlePolicy(args.idle, None if args.pool else args.park)
+    room = None if memory is None else Room(memory)
     with closing(Loop()) as loop:
-        try:
-            supervisor = Supervisor(options, policy, recorder, log, loop, launch, exec_ns)
-        except ColdframeError as error:
-            from coldframe.runtime.farewell import turn_away
+        supervisors: dict[str, Supervisor] = {}
+        fleet = Fleet(supervisors, loop, room, args.pool)
+        for name, place in models.items():
+            first = not supervisors
+            try:
+                supervisors[name] = Supervisor(
+                    replace(options, model=place),
+                    policy,
+                    recorder if first else Recorder("front"),
+                    log if len(models) == 1 else log.about(model=name),
+                    loop,
+                    launch if first else None,
+                    exec_ns if first else None,
+                    room,
+                )
+            except ColdframeError as error:
+                from coldframe.runtime.farewell import turn_away
 
-            log.error("failed", error=str(error))
-            turn_away(args.gateway, listeners, settings, error)
-            raise
-        with closing(supervisor):
+                log.error("failed", error=str(error))
+                turn_away(args.gateway, listeners, settings, error)
+                raise
+        with closing(fleet):
             jobs = None
             if profile.name == "runpod-queue":
                 from coldframe.runtime.jobs import JobFetcher
@@ -197,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
                 key = keys.keys[0] if keys.keys else None
                 jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
             endpoint = Endpoint(
-                supervisor,
+                fleet,
                 listeners,
                 args.gateway,
                 settings,
@@ -212,7 +242,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
+def _settings(
+    args: argparse.Namespace, profile: Profile, models: tuple[str, ...]
+) -> GatewaySettings:
     for name in ("max_running", "max_waiting", "max_wait", "drain", "idle"):
         value = getattr(args, name)
         if value is not None and not value > 0:
@@ -222,8 +254,12 @@ def _settings(args: argparse.Namespace, profile: Profile) -> GatewaySettings:
                 expected="more than 0",
                 got=value,
             )
+    if args.pool < 0:
+        raise RequestError(
+            "there cannot be fewer than none", where="--pool", expected="0 or more", got=args.pool
+        )
     return GatewaySettings(
-        model=args.model_name or profile.model_name(os.environ) or model_name(args.model),
+        models=models,
         platform=profile.name,
         max_running=args.max_running,
         max_waiting=args.max_waiting,

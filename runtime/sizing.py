@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
 from coldframe.loader.errors import CheckpointError, DeviceError
+from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
-from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 
-__all__ = ["ModelFacts", "StoredTensor", "kv_blocks"]
+__all__ = ["ModelFacts", "StoredTensor", "facts_at_hand", "kv_blocks"]
 
 _MOST_KV = 4 << 30
 
@@ -33,9 +34,12 @@ class ModelFacts:
 
     def __init__(self, directory: str, tensors: Mapping[str, TensorLike] | None = None) -> None:
         self.directory = directory
+        self.weights_bytes: int | None = None
+        """What the weights take; None where their headers are elsewhere."""
         if tensors is None:
             checkpoint = Checkpoint.open(directory)
             self.config: dict[str, Any] = checkpoint.config
+            self.weights_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
             tensors = checkpoint.tensors
         else:
             self.config = read_config(directory)
@@ -46,6 +50,17 @@ class ModelFacts:
         except CheckpointError as error:
             error.where = f"{directory}: {error.where}"
             raise
+
+
+def facts_at_hand(options: ReplicaOptions) -> ModelFacts | None:
+    """A model's facts where it lies in a directory, read here and now; None where it does not.
+
+    Raises:
+        CheckpointError: It is not sound, or not a model that the engine runs.
+        SourceError: It cannot be read.
+    """
+    place = None if options.sources else parse_location(options.model)
+    return ModelFacts(options.model) if isinstance(place, Directory) else None
 
 
 class StoredTensor(NamedTuple):

@@ -8,7 +8,8 @@
     failed    it cannot be loaded, and no later try would find that mended
 
 A replica that dies is started again, behind the requests that have not had a token yet; what keeps
-dying is started ever later.
+dying is started ever later. Where several models share a device, one that starts waits until there
+is room for it, and may be sent to zero for another one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Literal
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.asks import Ask, Probe
 from coldframe.runtime.creating import ImageInTheMaking
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frontcount import FrontCount
@@ -28,8 +30,11 @@ from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.quarters import Quarters
+from coldframe.runtime.relapses import Relapses
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import Listener, TokenEvent
+from coldframe.runtime.room import Room
+from coldframe.runtime.router import Listener
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.startlog import StartLog
 
@@ -43,14 +48,9 @@ _PROBES = 3
 """How often the first token is tried for nobody, before the replica is given up."""
 _TRIES = 3
 """How many replicas may die under a request that has had no token, before it is given up."""
-_GIVE_UP = 5
-"""After so many deaths a replica that never was warm is left to whoever started this container."""
-_STABLE_S = 60.0
-"""Who was warm for so long dies for a reason of its own: the deaths before it count no more."""
-_LOOP = 3
-"""So many deaths, one after the other, are a loop: nobody is sent here meanwhile."""
-_FIRST_DELAY_S = 0.5
-_MOST_DELAY_S = 60.0
+_ROOM_S = 0.05
+"""How soon to ask for room again: who has it may be left alone no longer."""
+_LONG_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +72,12 @@ class Supervisor:
     Args:
         options: What its replica is to be.
         policy: When it rests.
-        recorder: Gets the front's spans.
+        recorder: Gets the front's spans; of this model and no other.
         log: Gets what happens.
         loop: The front's.
         launch: The processes of the first start, where they are on their way already.
-        began_ns: When that began, CLOCK_MONOTONIC.
+        began_ns: When that began, CLOCK_MONOTONIC; None to start when somebody asks.
+        room: The device's memory, where others want some of it.
 
     Raises:
         ColdframeError: The first start is none.
@@ -90,57 +91,70 @@ class Supervisor:
         log: Log,
         loop: Loop,
         launch: Launch | None,
-        began_ns: int,
+        began_ns: int | None,
+        room: Room | None = None,
     ) -> None:
         self.loop = loop
-        self.state: State = "starting"
+        self.state: State = "zero" if began_ns is None else "starting"
         self.error: ColdframeError | None = None
         """Why it cannot go on, where that is for good."""
-        self.starts = 1
+        self.starts = 0
         """How many there were."""
-        self.failures = 0
-        """Deaths, one soon after the other."""
+        self.used_at = time.monotonic()
+        """When somebody asked last; who is being asked was used just now."""
         self._options = options
         self._policy = policy
         self._recorder = recorder
         self._log = log
-        self._asks: OrderedDict[str, _Ask] = OrderedDict()
+        self._asks: OrderedDict[str, Ask] = OrderedDict()
         self._numbers = 0
-        self._known_start = 0
-        self._model: ModelFacts | None = None
+        self._quarters = Quarters(self, options, room)
+        self._relapses = Relapses()
         self._was_warm = False
         self._warm_since = 0.0
         self._idle_since = time.monotonic()
-        self._retry_at = 0.0
+        self._start_s = 0.0
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
         """Whether somebody has said so, and it stays there until somebody asks."""
-        self._probe: _Probe | None = None
+        self._probe: Probe | None = None
         self._probes = 0
         self._image: ImageInTheMaking | None = None
         self._last_error: ColdframeError | None = None
         self.count = FrontCount()
-        self.start_log = StartLog(began_ns, recorder)
-        self.replica: Replica | None = Replica(options, recorder, launch, loop)
+        self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
+        self.replica: Replica | None = None
+        self._on_demand = began_ns is None
+        if began_ns is not None and self._quarters.take():
+            self.starts = 1
+            self.replica = Replica(options, recorder, launch, loop)
 
     # -- requests --------------------------------------------------------------------------------
 
     @property
     def known(self) -> bool:
-        """Whether this start has read the model's config."""
-        return self._known_start == self.starts
+        """Whether the model's config has been read."""
+        return self._quarters.known
 
     @property
     def model(self) -> ModelFacts:
-        """The model's configs and shape, as a start has read them last.
+        """The model's configs and shape, as they were read last.
 
         Raises:
-            ReplicaError: None has yet.
+            ReplicaError: They have not been yet.
         """
-        if self._model is None:
-            raise ReplicaError("the model's config is not there yet")
-        return self._model
+        return self._quarters.model
+
+    @property
+    def failures(self) -> int:
+        """Deaths, one soon after the other."""
+        return self._relapses.count
+
+    @property
+    def fits(self) -> bool:
+        """Whether it could start now without anybody being sent away."""
+        return self._quarters.fits
 
     @property
     def idle(self) -> bool:
@@ -165,7 +179,7 @@ class Supervisor:
             raise self.error
         self._numbers += 1
         name = f"s{self._numbers}"
-        self._asks[name] = _Ask(self, name, params, listener, prompt, prompt_ids, add_special)
+        self._asks[name] = Ask(self, name, params, listener, prompt, prompt_ids, add_special)
         self._rouse()
         return name
 
@@ -202,17 +216,22 @@ class Supervisor:
         elif self.state == "parked" and level != 1:
             self._end()
 
-    def poll(self, timeout: float) -> None:
-        """Handles what has happened; waits for something at most so many seconds."""
+    @property
+    def wait_s(self) -> float:
+        """How long nothing is to be done unless something happens, in seconds."""
         if self.replica is not None:
-            self.replica.poll(timeout)
-        else:
-            if self.state == "starting":
-                timeout = min(timeout, max(0.0, self._retry_at - time.monotonic()))
-            self.loop.poll(timeout)
+            return self.replica.wait_s
+        if self.state != "starting":
+            return _LONG_S
+        return max(_ROOM_S if self._quarters.waiting else 0.0, self._relapses.wait_s)
+
+    def tick(self) -> None:
+        """Has the replica take note of what has happened; to be called after each poll."""
+        if self.replica is not None:
+            self.replica.step()
 
     def step(self) -> None:
-        """What there is to do after something has happened; to be called after each poll."""
+        """What there is to do after something has happened; to be called after `tick`."""
         replica = self.replica
         if replica is not None and replica.error is not None:
             self._lost(replica.error)
@@ -220,11 +239,13 @@ class Supervisor:
             self._start()
         if self.replica is not None:
             self._step(self.replica)
+        if self._asks:
+            self.used_at = time.monotonic()
         self.count.step(self.replica, idle=self.idle, parked=self.state == "parked")
 
     def _step(self, replica: Replica) -> None:
-        if replica.known:
-            self._model, self._known_start = replica.model, self.starts
+        if not self._has_settled(replica):
+            return
         self.start_log.step(replica)
         if self.state == "warm" and not replica.loaded:
             self.state, self._probe = "starting", None  # it had to start over
@@ -245,7 +266,7 @@ class Supervisor:
     def open(self) -> bool:
         """Whether requests are welcome, even where they have to wait for a start."""
         if self.state == "starting":
-            return self._was_warm and self.failures < _LOOP
+            return (self._was_warm or self._on_demand) and not self._relapses.looping
         return self.state != "failed"
 
     def load_state(self) -> LoadState:
@@ -255,7 +276,8 @@ class Supervisor:
         error = self.error or (self._last_error if self.state == "starting" else None)
         told = None if error is None else error.to_wire()
         if replica is None:
-            stage = "plan" if self.state == "starting" else None
+            waits_for = "memory" if self._quarters.waiting else "plan"
+            stage = waits_for if self.state == "starting" else None
             return LoadState(phase, stage, error=told, open=self.open, failures=self.failures)
         done, total = replica.board.progress if replica.board is not None else (0, 0)
         return LoadState(
@@ -273,13 +295,39 @@ class Supervisor:
     # -- from zero -------------------------------------------------------------------------------
 
     def _start(self) -> None:
-        if time.monotonic() < self._retry_at:
+        if self._relapses.wait_s:
             return
-        self.starts += 1
         try:
+            if not self._quarters.take():
+                return
+            self.starts += 1
             self.replica = Replica(self._options, self._recorder, None, self.loop)
         except ColdframeError as error:
             self._lost(error)
+
+    def read_ahead(self) -> None:
+        """Reads the model's config before a start does, where it lies in a directory."""
+        if self.error is None:
+            try:
+                self._quarters.read_ahead()
+            except ColdframeError as error:
+                self._lost(error)
+
+    def _has_settled(self, replica: Replica) -> bool:
+        """Whether the replica is still there after it is known what it is."""
+        try:
+            if replica.known:
+                self._quarters.learn(replica.model)
+            if self._quarters.settle(replica):
+                return True
+        except ColdframeError as error:
+            self._lost(error)
+            return False
+        self._log.info("others make room first")
+        for ask in self._asks.values():
+            ask.request = None
+        self._leave()
+        return False
 
     def _get_warm(self, replica: Replica) -> None:
         """Warm is who has its weights and has made a token: for a client, or for nobody."""
@@ -292,7 +340,7 @@ class Supervisor:
         elif self._probe is None and replica.idle and replica.known:
             # Two tokens, so that decode is known to work as well.
             params = SamplingParams(max_tokens=2, ignore_eos=True)
-            self._probe = _Probe()
+            self._probe = Probe()
             self._probes += 1
             try:
                 replica.submit(params, self._probe, prompt_ids=(0,))
@@ -307,7 +355,9 @@ class Supervisor:
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
         self._was_warm = True
+        self._relapses.warm()
         self._warm_since = self._idle_since = time.monotonic()
+        self._start_s = self.start_log.first_token_s
         self._probes, self._last_error = 0, None
 
     def _pass_on(self, replica: Replica) -> None:
@@ -327,6 +377,29 @@ class Supervisor:
                 return  # the replica's own, which is handled as that
 
     # -- back to it ------------------------------------------------------------------------------
+
+    @property
+    def leaving(self) -> bool:
+        """Whether it is to be at zero soon."""
+        return self.state == "draining" and self._rest == "zero"
+
+    @property
+    def can_go(self) -> bool:
+        """Whether it may be sent to zero for another one.
+
+        One that is being asked stays for as long as its start took: where all are asked all the
+        time, half of it at most goes into starts.
+        """
+        if self.state != "warm":
+            return self.state == "parked"
+        return self.idle or time.monotonic() - self._warm_since >= self._start_s
+
+    def make_room(self) -> None:
+        """Goes to zero, once those that are with the workers have their answers."""
+        if self.state == "warm":
+            self.state, self._rest, self._ordered = "draining", "zero", False
+        if self.replica is not None and self.replica.idle and not self._asks:
+            self._end()
 
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
@@ -353,7 +426,8 @@ class Supervisor:
 
     def _end(self) -> None:
         self._leave()
-        self.state, self._rest, self.failures = "zero", None, 0
+        self.state, self._rest = "zero", None
+        self._relapses.forget()
         self._log.info("zero")
         self._wake_for_held()
 
@@ -372,19 +446,18 @@ class Supervisor:
             self.start_log.close()
             self.count.leave(replica)
             replica.close()
+        self._quarters.leave()
 
     # -- when it dies ----------------------------------------------------------------------------
 
     def _lost(self, error: ColdframeError) -> None:
         """The replica cannot go on: another one is started, where that may help."""
-        if self._was_warm and time.monotonic() - self._warm_since > _STABLE_S:
-            self.failures = 0
-        self.failures += 1
+        self._relapses.died()
         self._last_error = error
         self._log.error("failed", error=str(error), failures=self.failures)
         self._leave()
         died = isinstance(error, ReplicaError)
-        if not self._was_warm and (not died or self.failures >= _GIVE_UP):
+        if not self._was_warm and (not died or self._relapses.too_many):
             self.state, self.error = "failed", error
         for name, ask in list(self._asks.items()):
             ask.request, ask.deaths = None, ask.deaths + 1
@@ -393,12 +466,14 @@ class Supervisor:
                 ask.listener.on_error(error)
         if self.error is not None:
             return
-        # The first time at once: a single death is none of a loop.
-        delay = 0.0 if self.failures == 1 else _FIRST_DELAY_S * 2 ** (self.failures - 2)
-        self._retry_at = time.monotonic() + min(delay, _MOST_DELAY_S)
         back = self._asks or not self._was_warm or self._policy.idle_s is None
         self.state = "starting" if back else "zero"
         self.start_log = StartLog(now(), self._recorder)
+
+    def give_up(self, error: ColdframeError) -> None:
+        """Serves it no more: what was read of it beside its weights is wrong."""
+        self._was_warm = False
+        self._lost(error)
 
     def given_up(self, name: str, error: ColdframeError) -> None:
         """A request has failed; it is held for the next replica where it is this one that died."""
@@ -439,63 +514,3 @@ def _stage(replica: Replica) -> str:
     if not replica.loaded:
         return "weights"
     return "first_token" if _tier(replica) else "workers"
-
-
-class _Ask:
-    """A request, and its place with the replica that there is."""
-
-    __slots__ = (
-        "_supervisor",
-        "add_special",
-        "deaths",
-        "listener",
-        "name",
-        "params",
-        "prompt",
-        "prompt_ids",
-        "request",
-        "tokens",
-    )
-
-    def __init__(
-        self,
-        supervisor: Supervisor,
-        name: str,
-        params: SamplingParams,
-        listener: Listener,
-        prompt: str | None,
-        prompt_ids: tuple[int, ...] | None,
-        add_special: bool,
-    ) -> None:
-        self._supervisor = supervisor
-        self.name = name
-        self.params = params
-        self.listener = listener
-        self.prompt = prompt
-        self.prompt_ids = prompt_ids
-        self.add_special = add_special
-        self.request: str | None = None
-        """Its id there; None while it is held."""
-        self.tokens = 0
-        self.deaths = 0
-
-    def on_token(self, event: TokenEvent) -> None:
-        self.tokens += 1
-        if event.finish is not None:
-            self._supervisor.answered(self.name)
-        self.listener.on_token(event)
-
-    def on_error(self, error: ColdframeError) -> None:
-        self._supervisor.given_up(self.name, error)
-
-
-class _Probe:
-    """Who asks for the first token where no client does."""
-
-    def __init__(self) -> None:
-        self.error: ColdframeError | None = None
-
-    def on_token(self, event: TokenEvent) -> None: ...
-
-    def on_error(self, error: ColdframeError) -> None:
-        self.error = error

@@ -188,11 +188,13 @@ class Answering:
 
     def _count(self, error: ApiError) -> None:
         exchange = CURRENT.get()
+        model = ""
         if exchange is not None:
             exchange.failed(error)
+            model = exchange.notes.model or ""
         if not error.counted:
             words = {404: "not_found", 503: str(error.code), 500: str(error.code)}
-            self._metrics.refused(words.get(error.status, "bad_request"))
+            self._metrics.refused(words.get(error.status, "bad_request"), model)
 
 
 async def _translated(adapter: Adapter, wanted: Requests, reply: Reply) -> AsyncIterator[bytes]:

@@ -194,8 +194,12 @@ class Stream(Protocol):
 class Engine(Protocol):
     """Who computes."""
 
-    async def card(self, name: str | None) -> ModelCard:
-        """The model of that name, or the only one; waits while its config is on the way.
+    async def card(self, name: str | None, *, size: int = 0) -> ModelCard:
+        """The model of that name, or the first one; waits while its config is on the way.
+
+        Args:
+            name: As clients call it.
+            size: Bytes of the request, which are held while it waits.
 
         Raises:
             ApiError: There is none of that name (404), or it cannot be had.

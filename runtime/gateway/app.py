@@ -32,6 +32,7 @@ from coldframe.runtime.gateway.protocol import HttpLimits, connection_limit, htt
 from coldframe.runtime.gateway.renderer import Renderer
 from coldframe.runtime.gateway.request_log import RequestLog
 from coldframe.runtime.gateway.routes import add_routes, probe_paths
+from coldframe.runtime.gateway.served import ServedModel
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.gateway.shape import Shape, shape_of
 from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
@@ -62,6 +63,8 @@ class Gateway:
         renderer: Renderer,
     ) -> None:
         self.accepting = asyncio.Event()
+        self._ending: asyncio.Task[None] | None = None
+        self._behind: set[asyncio.Task[None]] = set()
         self._listeners = listeners
         self.log = Log(
             settings.log_format, settings.log_level, process="gateway", secrets=settings.keys
@@ -115,23 +118,26 @@ class Gateway:
         if self._tracing is not None:
             self._tracing.close()
 
-    def _on_phase(self, before: str, phase: str) -> None:
-        if phase == "draining":
+    def _on_phase(self, model: ServedModel, before: str, phase: str) -> None:
+        # All models drain at once: it is the container that ends.
+        if phase == "draining" and self._ending is None:
             self._ending = asyncio.create_task(self._end())
             # Who is not done then is told so; the front would only cut the connection.
             late = max(0.0, self._drain_s - _LAST_WORDS_S)
             asyncio.get_running_loop().call_later(late, self.engine.give_up)
         elif phase == "ready" and before == "starting":
-            self._behind = asyncio.create_task(self._after_start())
+            behind = asyncio.create_task(self._after_start(model))
+            self._behind.add(behind)
+            behind.add_done_callback(self._behind.discard)
 
-    async def _after_start(self) -> None:
+    async def _after_start(self, model: ServedModel) -> None:
         """What would have delayed the first token."""
-        card = self.engine.known_card
+        card = model.known_card
         if card is not None and card.chat_template is not None:
             with contextlib.suppress(ApiError):  # who asks for a chat is told what is wrong with it
                 await asyncio.to_thread(self._renderer.prepare, card.chat_template)
         if self._tracing is not None:
-            await self._trace_start(self._tracing)
+            await _trace_start(self._tracing, model)
 
     async def _end(self) -> None:
         # Who has connected while nobody accepted yet is told, and not cut off.
@@ -139,20 +145,21 @@ class Gateway:
         await asyncio.sleep(_LATECOMERS_S)
         self._server.should_exit = True
 
-    async def _trace_start(self, tracing: Tracing) -> None:
-        for _ in range(20):
-            startup = await self.engine.ask("startup")
-            timeline = startup["timeline"]
-            # The spans of who made the first token come behind it.
-            if any(stage["name"] == "prefill[head]" for stage in timeline["stages"]):
-                break
-            await asyncio.sleep(0.1)
-        tracing.cold_start(ColdStart(timeline, startup["began_ns"], self.engine.state.tier))
-
     def _front_gone(self) -> None:
         # The kernel ends this process with the front; this is for where it does not.
         self._server.should_exit = True
         self._server.force_exit = True
+
+
+async def _trace_start(tracing: Tracing, model: ServedModel) -> None:
+    for _ in range(20):
+        startup = await model.ask("startup")
+        timeline = startup["timeline"]
+        # The spans of who made the first token come behind it.
+        if any(stage["name"] == "prefill[head]" for stage in timeline["stages"]):
+            break
+        await asyncio.sleep(0.1)
+    tracing.cold_start(ColdStart(model.name, timeline, startup["began_ns"], model.state.tier))
 
 
 class _Server(uvicorn.Server):

@@ -1,9 +1,8 @@
-"""The workers, seen from the gateway: at the other end of the socket to the front."""
+"""The workers of all models, seen from the gateway: at the other end of the socket to the front."""
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError
@@ -16,15 +15,19 @@ from coldframe.runtime.gateway.api import (
     Stream,
     TokenLogprob,
 )
+from coldframe.runtime.gateway.exchange import CURRENT
 from coldframe.runtime.gateway.link import FrontLink
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.metrics import Metrics
+from coldframe.runtime.gateway.questions import Questions
+from coldframe.runtime.gateway.served import ServedModel
 from coldframe.runtime.gateway.settings import GatewaySettings
-from coldframe.runtime.gateway.waiting import Limits, Line
+from coldframe.runtime.gateway.waiting import Hall
 
 __all__ = ["FrontEngine"]
 
-_ASK_S = 10.0
+_MOST_NAMES = 16
+"""So many names are told to who asks for a model that there is not."""
 
 
 class FrontEngine:
@@ -32,9 +35,9 @@ class FrontEngine:
 
     Args:
         channel: The socket to the front.
-        settings: The queue's limits, and the model's name.
+        settings: The models' names, and their lines' limits.
         metrics: Gets what happens to requests.
-        on_phase: Called with the phase that was and the one that is, when these differ.
+        on_phase: Called with a model, the phase that was and the one that is, when these differ.
         on_end: Called when the front is gone.
     """
 
@@ -43,167 +46,112 @@ class FrontEngine:
         channel: Channel,
         settings: GatewaySettings,
         metrics: Metrics,
-        on_phase: Callable[[str, str], None],
+        on_phase: Callable[[ServedModel, str, str], None],
         on_end: Callable[[], None],
     ) -> None:
-        self.state = LoadState()
-        self.name = settings.model
-        self._on_phase = on_phase
         self._on_end = on_end
-        self._card: ModelCard | None = None
-        self._known = asyncio.Event()
-        self._wait_s = settings.max_wait_s
-        self._asked: dict[int, asyncio.Future[dict[str, Any]]] = {}
-        self._questions = 0
-        self._phase_watchers: set[asyncio.Event] = set()
-        self._open_questions: dict[str, tuple[int, asyncio.Future[dict[str, Any]]]] = {}
         self._link = FrontLink(channel, self._on_message, self._front_gone)
-        limits = Limits(
-            settings.max_running,
-            settings.max_waiting,
-            settings.max_waiting_bytes,
-            settings.max_wait_s,
-        )
-        self.line = Line(limits, self._link.send, metrics, lambda: self.state)
+        send = self._link.send
+        self._hall = Hall(settings.max_waiting_bytes)
+        self._questions = Questions(send)
+        self.models = {
+            name: ServedModel(name, settings, self._hall, send, self._questions, metrics, on_phase)
+            for name in settings.models
+        }
+        """By name; the first is meant where none is named."""
+        self.default = self.models[settings.models[0]]
 
     # -- Engine ----------------------------------------------------------------------------------
 
-    async def card(self, name: str | None) -> ModelCard:
-        if name is not None and name != self.name:
+    async def card(self, name: str | None, *, size: int = 0) -> ModelCard:
+        model = self.pick(name)
+        exchange = CURRENT.get()
+        if exchange is not None:
+            exchange.about(model.name)
+        return await model.card(size=size)
+
+    def submit(self, model: str, generations: Sequence[Generation], *, size: int) -> Stream:
+        return self.models[model].submit(generations, size=size)
+
+    # -- the models ------------------------------------------------------------------------------
+
+    def pick(self, name: str | None) -> ServedModel:
+        """The model of that name, or the first one.
+
+        Raises:
+            ApiError: There is none of that name (404).
+        """
+        if name is None:
+            return self.default
+        found = self.models.get(name)
+        if found is None:
+            some = [repr(known) for known in self.models][:_MOST_NAMES]
+            if len(self.models) > _MOST_NAMES:
+                some.append(f"{len(self.models) - _MOST_NAMES} more")
+            told = " and ".join([", ".join(some[:-1]), some[-1]] if len(some) > 1 else some)
             raise ApiError(
                 404,
-                f"The model {name[:200]!r} does not exist. This server has {self.name!r}.",
+                f"The model {name[:200]!r} does not exist. This server has {told}.",
                 param="model",
                 code="model_not_found",
             )
-        if self._card is None:
-            try:
-                async with asyncio.timeout(self._wait_s):
-                    await self._known.wait()
-            except TimeoutError:
-                raise self.line.loading("its config is still on the way", "deadline") from None
-        if self._card is None:
-            raise self._refusal()
-        return self._card
-
-    def submit(self, model: str, generations: Sequence[Generation], *, size: int) -> Stream:
-        if self.state.phase in ("failed", "draining"):
-            raise self._refusal()
-        return self.line.enter(model, generations, size)
-
-    # -- what else the front knows ---------------------------------------------------------------
+        return found
 
     @property
-    def known_card(self) -> ModelCard | None:
-        """The model's card, if it is known yet."""
-        return self._card
+    def ready(self) -> bool:
+        """Whether requests should come here: one model is open, and none starts for the first time.
 
-    async def ask(self, what: str) -> dict[str, Any]:
-        """Asks the front something, such as `startup` or `stats`.
-
-        Raises:
-            ApiError: It does not answer.
+        A model that is started by the first request for it, rests, or starts again holds up nobody.
         """
-        # Everybody who asks meanwhile gets the same answer: the front has other things to do.
-        number, answer = self._open_questions.get(what, (0, None))
-        if answer is None or answer.done():
-            self._questions += 1
-            number, answer = self._questions, asyncio.get_running_loop().create_future()
-            self._open_questions[what] = number, answer
-            self._asked[number] = answer
-            self._link.send({"type": "ask", "id": number, "what": what})
-        try:
-            return await asyncio.wait_for(asyncio.shield(answer), _ASK_S)
-        except TimeoutError:
-            raise ApiError(
-                503, "the front does not answer", kind="server_error", code="replica_error"
-            ) from None
+        models = self.models.values()
+        return any(m.state.open for m in models) and not any(m.starts_first for m in models)
 
-    async def until(self, phases: Set[str], seconds: float) -> None:
-        """Waits until the replica is in one of some phases.
+    @property
+    def health(self) -> str:
+        """What a platform's probe is told of all models together; see `LoadState.health`."""
+        if self.ready:
+            return "ready"
+        each = [model.state.health for model in self.models.values()]
+        for word in ("draining", "starting"):
+            if word in each:
+                return word
+        return each[0]
 
-        Raises:
-            ApiError: It has not come to that.
-        """
-        changed = asyncio.Event()
-        self._phase_watchers.add(changed)
-        try:
-            async with asyncio.timeout(seconds):
-                while self.state.phase not in phases:
-                    if self.state.phase in ("failed", "draining"):
-                        raise self._refusal()
-                    changed.clear()
-                    await changed.wait()
-        except TimeoutError:
-            raise ApiError(
-                503,
-                f"the replica is still {self.state.phase}",
-                kind="unavailable_error",
-                code="deadline",
-                retry_after_s=1.0,
-            ) from None
-        finally:
-            self._phase_watchers.discard(changed)
+    def give_up(self) -> None:
+        """Ends the requests that are open: they had their time."""
+        for model in self.models.values():
+            model.give_up()
+
+    # -- the front -------------------------------------------------------------------------------
 
     def say(self, body: dict[str, Any]) -> None:
         """Tells the front something."""
         self._link.send(body)
-
-    def give_up(self) -> None:
-        """Ends the requests that are open: they had their time."""
-        self.line.fail_all(self._refusal())
 
     def _on_message(self, message: Message) -> None:
         body = message.body
         match message.kind:
             case "tokens":
                 for item in body["items"]:
-                    self.line.token(item[0], item, _piece)
+                    line = self._hall.line_of(item[0])
+                    if line is not None:  # else its request has gone meanwhile
+                        line.token(item[0], item, _piece)
             case "failed":
-                error = ApiError.of(ColdframeError.from_wire(body["error"]))
-                self.line.failed(body["id"], error)
+                line = self._hall.line_of(body["id"])
+                if line is not None:
+                    error = ApiError.of(ColdframeError.from_wire(body["error"]))
+                    line.failed(body["id"], error)
             case "state":
-                self._take_state(LoadState.from_wire(body))
+                self.models[body["model"]].take_state(LoadState.from_wire(body))
             case "model":
-                self._card = ModelCard.from_wire(body["card"])
-                self._known.set()
-                self.line.open_gate()
+                self.models[body["model"]].take_card(ModelCard.from_wire(body["card"]))
             case "answer":
-                waiting = self._asked.pop(body["id"], None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(body["body"])
-
-    def _take_state(self, state: LoadState) -> None:
-        before, self.state = self.state.phase, state
-        if state.phase == before:
-            return
-        for changed in self._phase_watchers:
-            changed.set()
-        if state.phase == "failed":
-            self._known.set()
-            self.line.fail_all(self._refusal())
-        self._on_phase(before, state.phase)
+                self._questions.answered(body["id"], body["body"])
 
     def _front_gone(self) -> None:
-        self.state = LoadState(phase="failed", stage=None)
-        self._known.set()
-        for changed in self._phase_watchers:
-            changed.set()
-        self.line.fail_all(self._refusal())
+        for model in self.models.values():
+            model.take_state(LoadState(phase="failed", stage=None))
         self._on_end()
-
-    def _refusal(self) -> ApiError:
-        if self.state.phase == "draining":
-            return ApiError(
-                503,
-                "this replica is being shut down",
-                kind="unavailable_error",
-                code="draining",
-                retry_after_s=1.0,
-            )
-        if self.state.error is not None:
-            return ApiError.of(ColdframeError.from_wire(dict(self.state.error)))
-        return ApiError(503, "the replica is gone", kind="server_error", code="replica_error")
 
 
 def _piece(choice: int, item: Sequence[Any]) -> Piece:

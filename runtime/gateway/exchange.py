@@ -33,6 +33,10 @@ class Exchange:
         self.notes = notes
         self.record = record
 
+    def about(self, model: str) -> None:
+        """It is for that model, whatever becomes of it."""
+        self.notes.model = model
+
     def asked(self, model: str, generations: Sequence[Generation], *, cold: bool) -> None:
         """It asks for sequences.
 

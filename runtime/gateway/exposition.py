@@ -18,18 +18,19 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from coldframe.runtime.frontstats import FrontStats
+from coldframe.runtime.frontstats import SHARED_PROCESSES, FrontStats
 from coldframe.runtime.gateway.metrics import Histogram, Metrics, ModelNumbers
 
 __all__ = ["PREFIX", "render"]
 
 PREFIX = "coldframe_"
 _OPENMETRICS = "application/openmetrics-text"
+_TIERS = ("image", "template", "fresh")
 
 _Labels = Mapping[tuple[str, ...], float]
 
 
-def render(metrics: Metrics, stats: FrontStats | None, accept: str) -> tuple[bytes, str]:
+def render(metrics: Metrics, stats: Mapping[str, FrontStats], accept: str) -> tuple[bytes, str]:
     """See `Metrics.render`."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Families(metrics, stats))
@@ -41,7 +42,7 @@ def render(metrics: Metrics, stats: FrontStats | None, accept: str) -> tuple[byt
 class _Families(Collector):
     """One scrape's families."""
 
-    def __init__(self, metrics: Metrics, stats: FrontStats | None) -> None:
+    def __init__(self, metrics: Metrics, stats: Mapping[str, FrontStats]) -> None:
         self._metrics = metrics
         self._stats = stats
         # The loop may add a model while this runs in a thread; a list is taken in one go.
@@ -53,7 +54,7 @@ class _Families(Collector):
     def collect(self) -> Iterator[Metric]:
         yield from self._latencies()
         yield from self._requests()
-        if self._stats is not None:
+        if self._stats:
             yield from _cold_starts(self._stats)
             yield from _resources(self._stats)
 
@@ -128,86 +129,118 @@ class _Families(Collector):
         )
 
 
-def _cold_starts(stats: FrontStats) -> Iterator[Metric]:
-    tiers = {"image": 0, "template": 0, "fresh": 0, **stats.cold_starts}
+def _cold_starts(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
     yield _counter(
         "coldstarts",
         "Cold starts, by how the workers came to be.",
-        ["tier"],
-        {(tier,): count for tier, count in tiers.items()},
+        ["model", "tier"],
+        _each(stats, lambda told: {**dict.fromkeys(_TIERS, 0), **told.cold_starts}),
     )
     yield _gauge(
         "coldstart_stage_seconds",
         "Time that some process spent on a stage of the last cold start; stages overlap.",
-        ["stage"],
-        {(stage,): seconds for stage, seconds in stats.stages.items()},
+        ["model", "stage"],
+        _each(stats, lambda told: told.stages),
     )
     yield _gauge(
         "coldstart_critical_seconds",
         "What the last cold start's first token waited for; adds up to the time to it.",
-        ["stage"],
-        {(stage,): seconds for stage, seconds in stats.critical.items()},
+        ["model", "stage"],
+        _each(stats, lambda told: told.critical),
     )
-    yield _gauge("weights_bytes", "The model's weights.", [], {(): stats.weights_bytes})
+    yield _gauge(
+        "weights_bytes",
+        "The model's weights.",
+        ["model"],
+        {(model,): told.weights_bytes for model, told in stats.items()},
+    )
     yield _counter(
         "weights_loaded_bytes",
         "Bytes of weights loaded, in all cold starts.",
-        [],
-        {(): stats.bytes_loaded},
+        ["model"],
+        {(model,): told.bytes_loaded for model, told in stats.items()},
     )
     yield _counter(
-        "weights_load_seconds", "Time that loads of weights took.", [], {(): stats.load_s}
+        "weights_load_seconds",
+        "Time that loads of weights took.",
+        ["model"],
+        {(model,): told.load_s for model, told in stats.items()},
     )
     yield _counter(
-        "zero_seconds", "Time at zero: nothing held but the gateway.", [], {(): stats.zero_s}
+        "zero_seconds",
+        "Time at zero: nothing of the model held.",
+        ["model"],
+        {(model,): told.zero_s for model, told in stats.items()},
     )
     yield _counter(
-        "parked_seconds", "Time parked: the weights held, and no more.", [], {(): stats.parked_s}
+        "parked_seconds",
+        "Time parked: the weights held, and no more.",
+        ["model"],
+        {(model,): told.parked_s for model, told in stats.items()},
     )
 
 
-def _resources(stats: FrontStats) -> Iterator[Metric]:
-    free = stats.kv_blocks_total - stats.kv_blocks_used - stats.kv_blocks_cached
+def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
     yield _gauge(
         "kv_blocks",
         "KV blocks: those that belong to requests, those kept for others to come, and the rest.",
-        ["state"],
-        {("used",): stats.kv_blocks_used, ("cached",): stats.kv_blocks_cached, ("free",): free},
+        ["model", "state"],
+        _each(stats, _kv_blocks),
     )
     yield _counter(
         "kv_blocks_reused",
         "KV blocks of prompts that were found instead of computed.",
-        [],
-        {(): stats.kv_blocks_reused},
+        ["model"],
+        {(model,): told.kv_blocks_reused for model, told in stats.items()},
     )
     yield _counter(
         "requests_prefilled_by_decode",
         "Requests the rest of whose prompt was left to a decode worker.",
-        [],
-        {(): stats.prefilled_by_decode},
+        ["model"],
+        {(model,): told.prefilled_by_decode for model, told in stats.items()},
     )
     yield _gauge(
         "prefill_batch_tokens",
         "Tokens in the smallest batch that saturates the device; 0 before that is measured.",
-        [],
-        {(): stats.prefill_batch_tokens},
+        ["model"],
+        {(model,): told.prefill_batch_tokens for model, told in stats.items()},
     )
     yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
-        ["device", "state"],
-        {(stats.device, "used"): stats.used_s, (stats.device, "idle"): stats.idle_s},
+        ["model", "device", "state"],
+        {
+            (model, told.device, state): seconds
+            for model, told in stats.items()
+            for state, seconds in (("used", told.used_s), ("idle", told.idle_s))
+        },
     )
     yield _gauge(
         "process_memory_bytes",
-        "Resident memory by process: its own (anon), shared (shmem) or of files (file).",
-        ["process", "kind"],
+        "Resident memory by process: its own (anon), shared (shmem) or of files (file); those of "
+        "no model serve all of them.",
+        ["model", "process", "kind"],
         {
-            (process, kind): count
-            for process, kinds in stats.memory.items()
+            ("" if process in SHARED_PROCESSES else model, process, kind): count
+            for model, told in stats.items()
+            for process, kinds in told.memory.items()
             for kind, count in kinds.items()
         },
     )
+
+
+def _each(
+    stats: Mapping[str, FrontStats], pick: Callable[[FrontStats], Mapping[str, float]]
+) -> _Labels:
+    """Each model's values by one more label."""
+    return {
+        (model, key): value for model, told in stats.items() for key, value in pick(told).items()
+    }
+
+
+def _kv_blocks(told: FrontStats) -> Mapping[str, float]:
+    used, cached = told.kv_blocks_used, told.kv_blocks_cached
+    return {"used": used, "cached": cached, "free": told.kv_blocks_total - used - cached}
 
 
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelNumbers], Histogram]], ...] = (

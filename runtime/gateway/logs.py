@@ -13,6 +13,7 @@ import os
 import re
 import time
 from contextlib import suppress
+from copy import copy
 from math import isfinite
 
 TYPE_CHECKING = False  # `typing` itself is slow to import
@@ -77,6 +78,13 @@ class Log:
         self._process = process
         self._redact = Redactor(secrets)
         self._fd = fd
+        self._always: dict[str, Any] = {}
+
+    def about(self, **fields: Any) -> Log:
+        """This log, with fields that each of its lines has."""
+        log = copy(self)
+        log._always = {**self._always, **fields}
+        return log
 
     def debug(self, event: str, **fields: Any) -> None:
         self.write("debug", event, fields)
@@ -106,7 +114,7 @@ class Log:
             "process": self._process,
             "event": self._plain(event),
         }
-        for name, value in fields.items():
+        for name, value in {**self._always, **fields}.items():
             if value is not None:
                 record[name] = self._plain(value)
         with suppress(OSError):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 # Imported by the first scrape.
@@ -140,11 +140,11 @@ class Metrics:
         """
         self.responses[method, route, status] += 1
 
-    def render(self, stats: FrontStats | None, accept: str = "") -> tuple[bytes, str]:
+    def render(self, stats: Mapping[str, FrontStats], accept: str = "") -> tuple[bytes, str]:
         """The exposition; from the loop or, since the first one imports much, from a thread.
 
         Args:
-            stats: What the front said; None where it did not answer, and then its series are
+            stats: What the front said of each model, by name. Where it said nothing the series are
                 missing, which is what Prometheus calls a gap.
             accept: The request's Accept header.
 

@@ -8,7 +8,7 @@ the platform's own business, and said here to be JSON and no more.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -51,21 +51,6 @@ _WAIT = {
         "schema": {"type": "integer", "minimum": 1},
     }
 }
-_DESCRIPTION = (
-    "A large language model. Requests that come while it still loads are held until it answers."
-)
-_INVOKE: _Schema = {
-    "type": "object",
-    "description": "Parameters stand beside the prompt or under `parameters`, by OpenAI's names.",
-    "properties": {
-        "prompt": {"$ref": "#/components/schemas/CompletionRequest/properties/prompt"},
-        "messages": {"$ref": "#/components/schemas/ChatRequest/properties/messages"},
-        "parameters": {"type": ["object", "null"]},
-        "stream": {"type": ["boolean", "null"]},
-    },
-    "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
-    "examples": [{"prompt": "Once upon a time", "parameters": {"max_tokens": 16}}],
-}
 
 
 def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, Any]:
@@ -77,7 +62,8 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
     """
     guarded = bool(settings.keys)
     paths: dict[str, dict[str, Any]] = {}
-    only = {"type": "string", "enum": [settings.model]}
+    names = list(settings.models)
+    only = {"type": "string", "enum": names}
     known = {"name": only, "model": only, "version": {"type": "string", "enum": [VERSION]}}
 
     def add(method: str, path: str, operation: dict[str, Any]) -> None:
@@ -86,7 +72,7 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
             for name in re.findall(r"{(\w+)}", path)
         ]
         if parameters:
-            operation["parameters"] = parameters
+            operation["parameters"] = [*parameters, *operation.get("parameters", ())]
         # Where a platform has a route that all have, its own stands.
         paths.setdefault(path, {}).setdefault(method.lower(), operation)
 
@@ -95,13 +81,13 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
     for route in [*by_name(settings.platform).routes_for(environ), *COMMON]:
         operation = _predict(route, guarded) if route.kind == "predict" else _document(route)
         add(route.method, route.path, operation)
-    for (method, path), operation in _state(guarded, settings.open_metrics).items():
+    for (method, path), operation in _state(guarded, settings.open_metrics, only).items():
         add(method, path, operation)
     components: dict[str, Any] = {
         "schemas": {
-            "CompletionRequest": _request(CompletionRequest, settings.model),
-            "ChatRequest": _request(ChatRequest, settings.model),
-            "InvokeRequest": _INVOKE,
+            "CompletionRequest": _request(CompletionRequest, names),
+            "ChatRequest": _request(ChatRequest, names),
+            "InvokeRequest": _invoke(names),
             "CompletionAnswer": COMPLETION_ANSWER,
             "ChatAnswer": CHAT_ANSWER,
             "Model": MODEL,
@@ -116,7 +102,7 @@ def openapi(settings: GatewaySettings, environ: Mapping[str, str]) -> dict[str, 
         "info": {
             "title": "coldframe",
             "version": version("coldframe"),
-            "description": f"{_DESCRIPTION} Its name is {settings.model}.",
+            "description": _description(names),
         },
         "paths": paths,
         "components": components,
@@ -140,13 +126,13 @@ def _openai(guarded: bool) -> _Operations:
             guarded=guarded,
         ),
         ("GET", "/v1/models"): _operation(
-            "The model that is served.",
+            "The models that are served.",
             _answer(_ref("Models")),
             refusals=_some(500, 503),
             guarded=guarded,
         ),
         ("GET", "/v1/models/{name}"): _operation(
-            "The model, by its name.",
+            "A model, by its name.",
             _answer(_ref("Model")),
             refusals=_some(404, 500, 503),
             guarded=guarded,
@@ -154,10 +140,43 @@ def _openai(guarded: bool) -> _Operations:
     }
 
 
-def _request(body: type[Request], model: str) -> dict[str, Any]:
+def _description(models: Sequence[str]) -> str:
+    if len(models) > 1:
+        return (
+            "Large language models. Requests that come while theirs still loads are held until it "
+            f"answers. Their names are {', '.join(models)}; the first is meant where none is named."
+        )
+    return (
+        "A large language model. Requests that come while it still loads are held until it "
+        f"answers. Its name is {models[0]}."
+    )
+
+
+def _request(body: type[Request], models: Sequence[str]) -> dict[str, Any]:
     schema = body.model_json_schema()
-    schema["properties"]["model"] |= {"anyOf": [{"const": model}, {"type": "null"}]}
+    schema["properties"]["model"] |= _one_of(models)
     return schema
+
+
+def _invoke(models: Sequence[str]) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "description": "Parameters stand beside the prompt or under `parameters`, by OpenAI's "
+        "names.",
+        "properties": {
+            "model": _one_of(models),
+            "prompt": {"$ref": "#/components/schemas/CompletionRequest/properties/prompt"},
+            "messages": {"$ref": "#/components/schemas/ChatRequest/properties/messages"},
+            "parameters": {"type": ["object", "null"]},
+            "stream": {"type": ["boolean", "null"]},
+        },
+        "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+        "examples": [{"prompt": "Once upon a time", "parameters": {"max_tokens": 16}}],
+    }
+
+
+def _one_of(models: Sequence[str]) -> dict[str, Any]:
+    return {"anyOf": [{"enum": list(models)}, {"type": "null"}]}
 
 
 def _predict(route: Route, guarded: bool) -> dict[str, Any]:
@@ -184,7 +203,7 @@ def _document(route: Route) -> dict[str, Any]:
     return operation
 
 
-def _state(guarded: bool, open_metrics: bool) -> _Operations:
+def _state(guarded: bool, open_metrics: bool, name: _Schema) -> _Operations:
     status = {"type": "object", "properties": {"status": _TEXT}}
     far = {
         "type": "object",
@@ -194,17 +213,27 @@ def _state(guarded: bool, open_metrics: bool) -> _Operations:
     ready = _operation("Whether a token has been made.", _answer(status), guarded=False)
     ready["responses"]["503"] = {"description": "None has been made yet.", **_json(far)}
     text = {"description": "Numbers.", "content": {"text/plain": {"schema": _TEXT}}}
+    startup = _operation(
+        "How far a model is, and the timeline of its last cold start.",
+        _answer(far),
+        refusals=_some(404, 503),
+        guarded=guarded,
+    )
+    startup["parameters"] = [
+        {
+            "name": "model",
+            "in": "query",
+            "required": False,
+            "schema": name,
+            "description": "Which model; the first by default.",
+        }
+    ]
     return {
         ("GET", "/healthz"): _operation(
             "Whether the server is alive.", _answer(status), guarded=False
         ),
         ("GET", "/readyz"): ready,
-        ("GET", "/startup"): _operation(
-            "How far the model is, and the timeline of its last cold start.",
-            _answer(far),
-            refusals=_some(503),
-            guarded=guarded,
-        ),
+        ("GET", "/startup"): startup,
         ("GET", "/metrics"): _operation(
             "Numbers for Prometheus.", text, guarded=guarded and not open_metrics
         ),

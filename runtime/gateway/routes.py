@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -12,7 +11,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from coldframe.runtime.gateway.answering import Answering, JsonResponse
-from coldframe.runtime.gateway.api import ApiError
 from coldframe.runtime.gateway.engine import FrontEngine
 from coldframe.runtime.gateway.metrics import Metrics
 from coldframe.runtime.gateway.openai.service import model, models
@@ -23,7 +21,7 @@ from coldframe.runtime.gateway.platforms.profile import Route
 from coldframe.runtime.gateway.platforms.table import COMMON, by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.gateway.sleeping import Sleeping
-from coldframe.runtime.gateway.startup import Startup, startup_document
+from coldframe.runtime.gateway.status import Status
 
 __all__ = ["add_routes", "probe_paths"]
 
@@ -44,7 +42,7 @@ def add_routes(
     Args:
         app: Has none yet.
         settings: Whose contract is kept, and what may be asked without a key.
-        engine: Knows how far the replica is.
+        engine: Has the models.
         answering: Answers what asks for tokens.
         metrics: What is told at /metrics.
     """
@@ -52,7 +50,12 @@ def add_routes(
     _add_openai(table, engine, answering)
     for route in [*by_name(settings.platform).routes_for(os.environ), *COMMON]:
         table.add(route.method, route.path, _platform(route, engine, answering))
-    _add_state(table, engine, metrics)
+    status = Status(engine, metrics)
+    table.add("GET", "/healthz", status.alive)
+    table.add("GET", "/readyz", status.ready)
+    table.add("GET", "/startup", status.startup)
+    table.add("GET", "/metrics", status.metrics)
+    table.add("GET", "/", status.page, include_in_schema=False)
     sleeping = Sleeping(engine, settings.max_wait_s)
     table.add("POST", "/sleep", sleeping.sleep, include_in_schema=False)
     table.add("POST", "/wake_up", sleeping.wake_up, include_in_schema=False)
@@ -69,14 +72,11 @@ def add_routes(
 def probe_paths(settings: GatewaySettings) -> tuple[set[str], set[str]]:
     """The platform's health routes; and all paths that are asked again and again, by whomever."""
     routes = by_name(settings.platform).routes_for(os.environ)
-    names = {"{model}": settings.model, "{version}": VERSION}
     health = set()
     for route in routes:
         if route.kind != "predict":
-            path = route.path
-            for parameter, value in names.items():
-                path = path.replace(parameter, value)
-            health.add(path)
+            path = route.path.replace("{version}", VERSION)
+            health |= {path.replace("{model}", name) for name in settings.models}
     return health, {*health, *_STATE}
 
 
@@ -104,7 +104,9 @@ def _add_openai(table: _Table, engine: FrontEngine, answering: Answering) -> Non
         return await answering.openai(request, "chat")
 
     async def list_models(_: Request) -> Response:
-        return JsonResponse(models(await engine.card(None)))
+        if len(engine.models) == 1:
+            await engine.default.card()
+        return JsonResponse(models({name: m.known_card for name, m in engine.models.items()}))
 
     async def one_model(request: Request) -> Response:
         return JsonResponse(model(await engine.card(request.path_params["name"])))
@@ -126,59 +128,8 @@ def _platform(route: Route, engine: FrontEngine, answering: Answering) -> _Handl
         return predict
 
     async def tell(request: Request) -> Response:
-        status, body = document(route, engine.state.health, engine.name, request.path_params)
+        phases = {name: model.state.health for name, model in engine.models.items()}
+        status, body = document(route, engine.health, phases, request.path_params)
         return Response(status_code=status) if body is None else JsonResponse(body, status)
 
     return tell
-
-
-def _add_state(table: _Table, engine: FrontEngine, metrics: Metrics) -> None:
-    def told(timeline: Mapping[str, Any] | None) -> Startup:
-        return startup_document(
-            engine.name,
-            engine.state,
-            running=engine.line.running,
-            waiting=engine.line.waiting,
-            timeline=timeline,
-        )
-
-    async def alive(_: Request) -> Response:
-        return JsonResponse({"status": "live"})
-
-    async def ready(_: Request) -> Response:
-        if engine.state.open:
-            return JsonResponse({"status": "ready", "state": engine.state.phase})
-        document = told(None)
-        if document["error"] is not None:
-            # A probe shows no key; where exactly it failed is in the log, and at /startup.
-            document["error"] = {"what": document["error"].get("what")}
-        return JsonResponse(document, 503)
-
-    async def startup(_: Request) -> Response:
-        return JsonResponse(told((await engine.ask("startup"))["timeline"]))
-
-    async def scrape(request: Request) -> Response:
-        from coldframe.runtime.frontstats import FrontStats
-
-        try:
-            stats = FrontStats.from_wire(await engine.ask("stats"))
-        except ApiError:
-            stats = None
-        accept = request.headers.get("accept", "")
-        # The first one imports much.
-        body, kind = await asyncio.to_thread(metrics.render, stats, accept)
-        return Response(body, media_type=None, headers={"content-type": kind})
-
-    async def show(request: Request) -> Response:
-        from coldframe.runtime.gateway.page import read_page
-
-        page = read_page()
-        if request.headers.get("if-none-match") == page.headers["etag"]:
-            return Response(status_code=304, headers=dict(page.headers))
-        return Response(page.body, headers=dict(page.headers))
-
-    table.add("GET", "/healthz", alive)
-    table.add("GET", "/readyz", ready)
-    table.add("GET", "/startup", startup)
-    table.add("GET", "/metrics", scrape)
-    table.add("GET", "/", show, include_in_schema=False)

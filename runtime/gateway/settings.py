@@ -14,11 +14,13 @@ class GatewaySettings:
     """How requests are taken.
 
     Args:
-        model: The name that clients call the model by.
+        models: The names that clients call the models by, at least one. The first is meant where
+            a request names none, and where a platform's contract has no model in it.
         platform: A profile's name.
-        max_running: Sequences that the workers get at once; the others wait in the gateway.
-        max_waiting: Sequences that may wait; more are refused.
-        max_waiting_bytes: Bytes of requests that may wait.
+        max_running: Sequences of a model that its workers get at once; the others wait in the
+            gateway.
+        max_waiting: Sequences that may wait for a model; more are refused.
+        max_waiting_bytes: Bytes of requests that may be open, of all models together.
         max_wait_s: How long a request may wait for its first token, in seconds.
         max_body: Bytes of a request's body.
         drain_s: How long open requests may take once the end was asked for, in seconds.
@@ -30,7 +32,7 @@ class GatewaySettings:
         keys: The API keys; with none, everybody may ask.
     """
 
-    model: str
+    models: tuple[str, ...]
     platform: str
     max_running: int = 32
     max_waiting: int = 1024
@@ -50,4 +52,5 @@ class GatewaySettings:
 
     @staticmethod
     def from_wire(data: Mapping[str, Any]) -> GatewaySettings:
-        return GatewaySettings(**{**data, "cors": tuple(data["cors"]), "keys": tuple(data["keys"])})
+        lists = {name: tuple(data[name]) for name in ("models", "cors", "keys")}
+        return GatewaySettings(**{**data, **lists})

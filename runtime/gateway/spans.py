@@ -56,7 +56,8 @@ class SpanExport:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("coldframe", _VERSION)
         self._propagator = TraceContextTextMapPropagator()
-        self._told: tuple[ColdStart, SpanContext] | None = None
+        self._told: dict[str, tuple[ColdStart, SpanContext]] = {}
+        """The last cold start of each model, and the span that has its stages."""
 
     def close(self) -> None:
         """Sends the rest."""
@@ -104,19 +105,20 @@ class SpanExport:
         self, record: RequestRecord, start: ColdStart, parent: Span, inside: Context
     ) -> None:
         """The cold start: whole, with its stages, for one request; the others point there."""
-        attributes: _Attributes = {}
+        attributes: _Attributes = {"coldframe.model": start.model}
         if start.tier is not None:
             attributes["coldframe.tier"] = start.tier
-        if self._told is not None and self._told[0] is start:
+        told = self._told.get(start.model)
+        if told is not None and told[0] is start:
             begin = max(start.exec_ns, record.arrived_ns)
-            links = [Link(self._told[1])]
+            links = [Link(told[1])]
             span = self._open("cold_start", inside, begin, attributes, links=links)
             waited = start.end_ns if record.first_ns is None else record.first_ns
             self._close(span, max(begin, min(start.end_ns, waited)))
             return
         span = self._open("cold_start", inside, start.exec_ns, attributes)
         if parent.is_recording():
-            self._told = (start, span.get_span_context())
+            self._told[start.model] = start, span.get_span_context()
             within = set_span_in_context(span, Context())
             for stage in start.timeline.get("stages", ()):
                 self._add_stage(stage, start.exec_ns, within)

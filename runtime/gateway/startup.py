@@ -11,20 +11,22 @@
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
-      "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null
+      "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null,
+      "models": {name: {"state", "open", "failures", "error"}, ...}, where there are several
     }
 
-The page at `/` shows it. To ask for it never counts as a request.
+It is about one model, the first where none is named: `/startup?model=NAME`. The page at `/` shows
+it. To ask for it never counts as a request.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from coldframe.runtime.gateway.loadstate import LoadState
 
-__all__ = ["Queue", "Startup", "startup_document"]
+__all__ = ["InShort", "Queue", "Startup", "in_short", "startup_document"]
 
 
 class Queue(TypedDict):
@@ -32,6 +34,15 @@ class Queue(TypedDict):
 
     running: int
     waiting: int
+
+
+class InShort(TypedDict):
+    """A model among others; `error` is what is wrong, in one sentence, or null."""
+
+    state: str
+    open: bool
+    failures: int
+    error: str | None
 
 
 class Startup(TypedDict):
@@ -49,6 +60,17 @@ class Startup(TypedDict):
     failures: int
     queue: Queue
     timeline: Mapping[str, Any] | None
+    models: NotRequired[Mapping[str, InShort]]
+
+
+def in_short(state: LoadState) -> InShort:
+    """A model's state without what only its operator should see: a probe shows no key."""
+    return {
+        "state": state.phase,
+        "open": state.open,
+        "failures": state.failures,
+        "error": None if state.error is None else state.error.get("what"),
+    }
 
 
 def startup_document(

@@ -91,11 +91,13 @@ class ColdStart:
     """The start of a replica, for the requests that waited for it.
 
     Args:
+        model: Its model's name.
         timeline: Its document (`Timeline.to_json`): times in seconds from the exec on.
         exec_ns: The exec, in CLOCK_MONOTONIC.
         tier: How the workers came to be.
     """
 
+    model: str
     timeline: Mapping[str, Any]
     exec_ns: int
     tier: str | None = None
@@ -116,7 +118,8 @@ class Tracing:
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._queue: queue.SimpleQueue[RequestRecord | None] = queue.SimpleQueue()
-        self._cold_start: ColdStart | None = None
+        self._cold_starts: dict[str, ColdStart] = {}
+        """The last one of each model."""
         self._news = threading.Condition()
         self._thread: threading.Thread | None = None
         self._closed = False
@@ -147,7 +150,7 @@ class Tracing:
     def cold_start(self, start: ColdStart) -> None:
         """The timeline of the start is known; those that waited for it get its stages."""
         with self._news:
-            self._cold_start = start
+            self._cold_starts[start.model] = start
             self._news.notify()
 
     def close(self, seconds: float = _CLOSE_S) -> None:
@@ -187,12 +190,12 @@ class Tracing:
         assert record.ended_ns is not None
         patience_s = _TIMELINE_S - (time.monotonic_ns() - record.ended_ns) / 1e9
         with self._news:
-            self._news.wait_for(lambda: self._closed or self._covers(record), max(0.0, patience_s))
-            return self._cold_start if self._covers(record) else None
+            self._news.wait_for(lambda: self._closed or self._known(record), max(0.0, patience_s))
+            return self._known(record)
 
-    def _covers(self, record: RequestRecord) -> bool:
-        start = self._cold_start
-        return start is not None and start.end_ns > record.arrived_ns
+    def _known(self, record: RequestRecord) -> ColdStart | None:
+        start = self._cold_starts.get(record.model or "")
+        return start if start is not None and start.end_ns > record.arrived_ns else None
 
     def _give_up(self, why: str) -> None:
         self._closed = True

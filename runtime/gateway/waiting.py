@@ -1,16 +1,16 @@
 """Requests on their way to the workers: in a line, first come first served, and bounded.
 
-A few sequences are with the workers at once, the rest wait here, where a place costs only what the
-request's text takes. A request whose client goes, or whose time is up, leaves the line wherever it
-stands.
+Each model has a line of its own, so that nobody waits behind another model's start. A few sequences
+are with the workers at once, the rest wait here, where a place costs only what the request's text
+takes. That is memory of one process: it is bounded for all lines together, in the `Hall`. A request
+whose client goes, or whose time is up, leaves the line wherever it stands.
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,9 @@ from coldframe.runtime.gateway.api import ApiError, Generation, Piece
 from coldframe.runtime.gateway.exchange import CURRENT
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.metrics import Metrics, RequestTrace
+from coldframe.runtime.gateway.stream import RequestStream, Work
 
-__all__ = ["Limits", "Line"]
+__all__ = ["Hall", "Limits", "Line"]
 
 _LEAST_RETRY_S = 1.0
 _MOST_RETRY_S = 120.0
@@ -33,116 +34,60 @@ class Limits:
     Args:
         running: Sequences with the workers.
         waiting: Sequences in the line.
-        waiting_bytes: Bytes of their requests.
         wait_s: How long a request may wait for its first token.
     """
 
     running: int
     waiting: int
-    waiting_bytes: int
     wait_s: float
 
 
-class _Work:
-    """One sequence."""
+class Hall:
+    """Where the lines of all models stand: sequences are numbered, and memory is bounded, in one.
 
-    __slots__ = ("choice", "generation", "id", "stream")
+    Args:
+        most_bytes: Bytes of the requests that may be open.
+    """
 
-    def __init__(self, number: int, choice: int, generation: Generation, stream: _Stream) -> None:
-        self.id = number
-        self.choice = choice
-        self.generation = generation
-        self.stream = stream
+    def __init__(self, most_bytes: int) -> None:
+        self._free_bytes = most_bytes
+        self._numbers = 0
+        self._lines: dict[int, Line] = {}
 
+    def line_of(self, number: int) -> Line | None:
+        """The line of a sequence; None where that is over."""
+        return self._lines.get(number)
 
-class _Stream:
-    """The sequences of one request; see `api.Stream`."""
+    def fits(self, size: int) -> bool:
+        """Whether there is memory for a request of so many bytes."""
+        return size <= self._free_bytes
 
-    def __init__(self, line: Line, size: int, trace: RequestTrace) -> None:
-        self.size = size
-        self.trace = trace
-        self.open: dict[int, _Work] = {}
-        self.deadline: asyncio.TimerHandle | None = None
-        self._entered = time.monotonic()
-        self._submitted: float | None = None
-        self._answered: float | None = None
-        self.exchange = CURRENT.get()
-        self._begun: set[int] = set()
-        self._line = line
-        self._pieces: deque[Piece] = deque()
-        self._error: ApiError | None = None
-        self._waiter: asyncio.Future[None] | None = None
+    def take(self, size: int) -> None:
+        """A request of so many bytes is open."""
+        self._free_bytes -= size
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        try:
-            while True:
-                while self._pieces:
-                    yield self._pieces.popleft()
-                if self._error is not None:
-                    raise self._error
-                if not self.open:
-                    return
-                self._waiter = asyncio.get_running_loop().create_future()
-                await self._waiter
-        finally:
-            self.cancel()
+    def give_back(self, size: int) -> None:
+        """It is over."""
+        self._free_bytes += size
 
-    def cancel(self) -> None:
-        if self.open:
-            self.trace.gone()
-            self._line.leave(self)
-            self._wake()
+    def admit(self, line: Line) -> int:
+        """A number for a sequence that enters a line; no other one ever had it."""
+        self._numbers += 1
+        self._lines[self._numbers] = line
+        return self._numbers
 
-    def timing(self) -> dict[str, float]:
-        now = time.monotonic()
-        times = {"queue": self._submitted, "first_token": self._answered, "total": now}
-        return {name: t - self._entered for name, t in times.items() if t is not None}
-
-    def submitted(self) -> None:
-        """Its first sequence is with a worker."""
-        if self._submitted is None:
-            self._submitted = time.monotonic()
-            self.trace.submitted()
-            if self.exchange is not None:
-                self.exchange.submitted()
-
-    def answered(self) -> None:
-        """Its first token is there."""
-        self._answered = time.monotonic()
-        self.forget_deadline()
-
-    def forget_deadline(self) -> None:
-        """It may take as long as it likes, or is over."""
-        if self.deadline is not None:
-            self.deadline.cancel()
-            self.deadline = None
-
-    def add(self, piece: Piece) -> None:
-        """A token has come."""
-        self.trace.token(piece.prompt_tokens, piece.choice)
-        if self.exchange is not None:
-            first = piece.choice not in self._begun
-            self._begun.add(piece.choice)
-            self.exchange.token(piece.prompt_tokens if first else 0)
-            if piece.finish is not None:
-                self.exchange.finished(piece.finish)
-        self._pieces.append(piece)
-        self._wake()
-
-    def fail(self, error: ApiError) -> None:
-        self._error = error
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
+    def release(self, number: int) -> None:
+        """A sequence has left its line."""
+        del self._lines[number]
 
 
 class Line:
-    """The line before the workers.
+    """The line before a model's workers.
 
     Args:
-        limits: How much it holds.
+        model: Its name.
+        limits: How much the line holds.
+        hall: Where it stands, with those of other models.
         send: Sends a message to the front.
         metrics: Gets what happens to requests.
         state: Says how far the replica is.
@@ -150,19 +95,21 @@ class Line:
 
     def __init__(
         self,
+        model: str,
         limits: Limits,
+        hall: Hall,
         send: Callable[[dict[str, Any]], None],
         metrics: Metrics,
         state: Callable[[], LoadState],
     ) -> None:
+        self._model = model
         self._limits = limits
+        self._hall = hall
         self._send = send
         self._metrics = metrics
         self._state = state
-        self._numbers = 0
-        self._waiting: OrderedDict[int, _Work] = OrderedDict()
-        self._running: dict[int, _Work] = {}
-        self._bytes = 0
+        self._waiting: OrderedDict[int, Work] = OrderedDict()
+        self._running: dict[int, Work] = {}
         self._may_go = False
         self._ended: deque[float] = deque(maxlen=32)
         """When the last sequences were done: how fast the line moves."""
@@ -180,27 +127,27 @@ class Line:
         self._may_go = True
         self._advance()
 
-    def enter(self, model: str, generations: Sequence[Generation], size: int) -> _Stream:
+    def enter(self, generations: Sequence[Generation], size: int) -> RequestStream:
         """Takes a request; see `api.Engine.submit`."""
-        trace = self._metrics.begin(model)
+        trace = self._metrics.begin(self._model)
         self._check_room(len(generations), size, trace)
-        stream = _Stream(self, size, trace)
+        stream = RequestStream(self.leave, size, trace)
         if stream.exchange is not None:
-            stream.exchange.asked(model, generations, cold=self._state().cold)
+            stream.exchange.asked(self._model, generations, cold=self._state().cold)
         for choice, generation in enumerate(generations):
-            self._numbers += 1
-            work = _Work(self._numbers, choice, generation, stream)
+            work = Work(self._hall.admit(self), choice, generation, stream)
             stream.open[work.id] = work
             self._waiting[work.id] = work
-        self._bytes += size
+        self._hall.take(size)
         loop = asyncio.get_running_loop()
         stream.deadline = loop.call_later(self._limits.wait_s, self._too_late, stream)
         self._advance()
         return stream
 
-    def leave(self, stream: _Stream) -> None:
+    def leave(self, stream: RequestStream) -> None:
         """Takes a request out, wherever its sequences are."""
         for number in stream.open:
+            self._hall.release(number)
             if self._waiting.pop(number, None) is None and number in self._running:
                 del self._running[number]
                 self._send({"type": "cancel", "id": number})
@@ -226,6 +173,7 @@ class Line:
         stream.add(made)
         if made.finish is not None:
             del self._running[work.id], stream.open[work.id]
+            self._hall.release(work.id)
             self._ended.append(asyncio.get_running_loop().time())
             if not stream.open:
                 stream.trace.end(made.finish)
@@ -237,6 +185,7 @@ class Line:
         work = self._running.pop(number, None) or self._waiting.pop(number, None)
         if work is not None:
             del work.stream.open[number]
+            self._hall.release(number)
             self._fail(work.stream, error)
 
     def fail_all(self, error: ApiError) -> None:
@@ -245,16 +194,16 @@ class Line:
             while works:
                 self._fail(next(iter(works.values())).stream, error)
 
-    def _fail(self, stream: _Stream, error: ApiError) -> None:
+    def _fail(self, stream: RequestStream, error: ApiError) -> None:
         _count(stream.trace, error)
         if stream.exchange is not None:
             stream.exchange.failed(error)
         self.leave(stream)
         stream.fail(error)
 
-    def _close(self, stream: _Stream) -> None:
+    def _close(self, stream: RequestStream) -> None:
         stream.open.clear()
-        self._bytes -= stream.size
+        self._hall.give_back(stream.size)
         stream.forget_deadline()
 
     def _advance(self) -> None:
@@ -268,6 +217,7 @@ class Line:
                 {
                     "type": "submit",
                     "id": number,
+                    "model": self._model,
                     "params": generation.params.to_wire(),
                     "prompt": generation.prompt if text else None,
                     "prompt_ids": None if text else generation.prompt,
@@ -280,7 +230,7 @@ class Line:
     def _check_room(self, sequences: int, size: int, trace: RequestTrace) -> None:
         free = self._limits.running - len(self._running) if self._may_go else 0
         room = self._limits.waiting - len(self._waiting) + max(0, free)
-        if sequences <= room and self._bytes + size <= self._limits.waiting_bytes:
+        if sequences <= room and self._hall.fits(size):
             return
         if sequences > self._limits.waiting + self._limits.running:
             error = ApiError(
@@ -322,7 +272,7 @@ class Line:
             },
         )
 
-    def _too_late(self, stream: _Stream) -> None:
+    def _too_late(self, stream: RequestStream) -> None:
         if self._state().cold:
             error = self.loading("this request has waited as long as it may", "deadline")
         else:

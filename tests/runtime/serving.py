@@ -133,6 +133,11 @@ class Server:
         (found,) = self._children("coldframe.runtime.gateway.process")
         return found
 
+    def memory_services(self) -> list[psutil.Process]:
+        """The processes that hold weights, in the order of their starts."""
+        found = self._children("coldframe.loader.service")
+        return sorted(found, key=lambda process: process.create_time())
+
     def worker(self, role: str) -> psutil.Process:
         """The process of the one worker that is `prefill` or `decode`; the first starts first."""
         found = self._children("coldframe.runtime.worker_process")

@@ -123,3 +123,12 @@ def test_abbreviations_are_refused(parser: Parser, capsys: pytest.CaptureFixture
         parse(parser, "--cop")
     assert ended.value.code == 2
     assert "--cop" in capsys.readouterr().err
+
+
+def test_several_of_the_same_may_have_flags_between_them() -> None:
+    parser = Parser(prog="coldframe test")
+    parser.add_argument("models", nargs="*")
+    parser.flag("--port", type=int)
+    args = parser.parse(["a", "--port", "1", "b"])
+    assert (args.models, args.port) == (["a", "b"], 1)
+    assert parser.parse([]).models == []

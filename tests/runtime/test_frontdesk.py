@@ -19,6 +19,7 @@ from coldframe.runtime.router import TokenEvent
 
 GOOD = {
     "type": "submit",
+    "model": "one",
     "id": 1,
     "params": SamplingParams(max_tokens=4).to_wire(),
     "prompt": "once",
@@ -32,16 +33,8 @@ class Requests:
 
     def __init__(self) -> None:
         self.model = SimpleNamespace(spec=SimpleNamespace(vocab_size=100))
-        self.loop = self
         self.open: dict[str, tuple[Any, dict[str, Any]]] = {}
         self.cancelled: list[str] = []
-        self.ready: Callable[[], None] | None = None
-
-    def watch(self, _: int, ready: Callable[[], None]) -> None:
-        self.ready = ready
-
-    def unwatch(self, _: int) -> None:
-        self.ready = None
 
     def submit(self, params: SamplingParams, listener: Any, **asked: Any) -> str:
         name = f"r{len(self.open)}"
@@ -52,19 +45,37 @@ class Requests:
         self.cancelled.append(request)
 
 
+class Models(dict[str, Requests]):
+    """What the desk uses of a fleet."""
+
+    def __init__(self, **models: Requests) -> None:
+        super().__init__(models)
+        self.loop = self
+        self.ready: Callable[[], None] | None = None
+
+    def watch(self, _: int, ready: Callable[[], None]) -> None:
+        self.ready = ready
+
+    def unwatch(self, _: int) -> None:
+        self.ready = None
+
+
 class Bench:
     """A desk, and the gateway's end of its socket."""
 
     def __init__(self) -> None:
         ours, self.gateway = Channel.pair()
-        self.replica = Requests()
+        self.replica, self.second = Requests(), Requests()
+        self.models = Models(one=self.replica, two=self.second)
         self.others: list[Message] = []
         self.wrong: list[str] = []
         self.ends = 0
-        answers: dict[str, Callable[[], dict[str, Any]]] = {"startup": lambda: {"state": "fine"}}
+        answers: dict[str, Callable[[str], dict[str, Any]]] = {
+            "startup": lambda name: {"id": self.models[name] is self.second}
+        }
         self.desk = FrontDesk(
             ours,
-            self.replica,  # type: ignore[arg-type]
+            self.models,  # type: ignore[arg-type]
             answers,
             2,
             self.others.append,
@@ -77,8 +88,8 @@ class Bench:
 
     def says(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         self.gateway.send(body, fds)
-        assert self.replica.ready is not None
-        self.replica.ready()
+        assert self.models.ready is not None
+        self.models.ready()
 
     def hears(self) -> dict[str, Any]:
         self.desk.flush()
@@ -135,21 +146,34 @@ def test_the_end_cancels(bench: Bench) -> None:
     bench.says(GOOD)
     bench.says({**GOOD, "id": 2, "prompt": None, "prompt_ids": [1, 2]})
     bench.gateway.close()
-    assert bench.replica.ready is not None
-    bench.replica.ready()
+    assert bench.models.ready is not None
+    bench.models.ready()
     assert bench.replica.cancelled == ["r0", "r1"]
     assert bench.ends == 1
 
 
 def test_questions(bench: Bench) -> None:
-    bench.says({"type": "ask", "id": 5, "what": "startup"})
-    assert bench.hears() == {"type": "answer", "id": 5, "body": {"state": "fine"}}
+    for number, model in enumerate(("one", "two")):
+        bench.says({"type": "ask", "id": number, "model": model, "what": "startup"})
+        assert bench.hears() == {"type": "answer", "id": number, "body": {"id": number == 1}}
+
+
+def test_each_model_gets_its_own(bench: Bench) -> None:
+    bench.says({**GOOD, "model": "two"})
+    bench.says({**GOOD, "id": 2})
+    assert (len(bench.replica.open), len(bench.second.open)) == (1, 1)
+    bench.says({"type": "cancel", "id": 1})
+    assert (bench.replica.cancelled, bench.second.cancelled) == ([], ["r0"])
+    bench.desk.close()
+    assert bench.replica.cancelled == ["r0"]
 
 
 @pytest.mark.parametrize(
     "body",
     [
         {"type": "submit"},
+        {**GOOD, "model": "three"},
+        {**GOOD, "model": ["one"]},
         {**GOOD, "id": "1"},
         {**GOOD, "id": [1]},
         {**GOOD, "id": True},
@@ -161,8 +185,10 @@ def test_questions(bench: Bench) -> None:
         {**GOOD, "params": None},
         {"type": "cancel"},
         {"type": "cancel", "id": {}},
-        {"type": "ask", "id": 1, "what": "passwd"},
-        {"type": "ask", "id": {}, "what": "startup"},
+        {"type": "ask", "id": 1, "model": "one", "what": "passwd"},
+        {"type": "ask", "id": 1, "model": "three", "what": "startup"},
+        {"type": "ask", "id": 1, "what": "startup"},
+        {"type": "ask", "id": {}, "model": "one", "what": "startup"},
     ],
 )
 def test_who_says_what_no_gateway_says_is_ended(bench: Bench, body: dict[str, Any]) -> None:
@@ -190,7 +216,7 @@ def test_descriptors_are_not_kept(bench: Bench) -> None:
     fd = os.open(os.devnull, os.O_RDONLY)
     before = len(os.listdir("/proc/self/fd"))
     for number in range(20):
-        bench.says({"type": "ask", "id": number, "what": "startup"}, (fd,))
+        bench.says({"type": "ask", "id": number, "model": "one", "what": "startup"}, (fd,))
     assert len(os.listdir("/proc/self/fd")) == before
     os.close(fd)
 

@@ -18,7 +18,9 @@ from coldframe.runtime.gateway.openapi import openapi
 from coldframe.runtime.gateway.platforms.table import PROFILES
 from coldframe.runtime.gateway.routes import add_routes
 from coldframe.runtime.gateway.settings import GatewaySettings
+from tests.runtime.gateway.front import fronted
 from tests.runtime.serving import Server, served
+from tests.runtime.snapshots import eventually
 
 Make = Callable[..., Path]
 
@@ -41,7 +43,7 @@ NOT_SAID = (
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
 def test_the_document_names_every_route_and_no_other(profile: Any) -> None:
-    gateway = GatewaySettings("demo", profile.name)
+    gateway = GatewaySettings(("demo",), profile.name)
     app = FastAPI()
     add_routes(app, gateway, None, None, None)  # type: ignore[arg-type]
     served = {
@@ -55,7 +57,7 @@ def test_the_document_names_every_route_and_no_other(profile: Any) -> None:
 
 
 def test_keys_are_in_the_document_where_they_are_asked_for() -> None:
-    paths = openapi(GatewaySettings("demo", "generic", keys=("k",)), {})["paths"]
+    paths = openapi(GatewaySettings(("demo",), "generic", keys=("k",)), {})["paths"]
     guarded = {
         path for path, methods in paths.items() for op in methods.values() if "security" in op
     }
@@ -68,7 +70,7 @@ def test_keys_are_in_the_document_where_they_are_asked_for() -> None:
         "/v1/models",
         "/v1/models/{name}",
     }
-    assert "security" not in str(openapi(GatewaySettings("demo", "generic"), {}))
+    assert "security" not in str(openapi(GatewaySettings(("demo",), "generic"), {}))
 
 
 def test_nothing_of_it_is_imported_before_it_is_asked_for() -> None:
@@ -118,12 +120,29 @@ def shorter(body: Any) -> Any:
 @pytest.mark.heavy
 @pytest.mark.parametrize("mode", ["positive", "negative"])
 def test_what_the_document_says_is_so(server: Server, mode: str) -> None:
+    keeps_its_word(server.url, mode)
+    assert server.complete(max_tokens=1)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("mode", ["positive", "negative"])
+def test_what_the_document_says_of_several_models_is_so(tmp_path: Path, mode: str) -> None:
+    with fronted(tmp_path, "one", "org/other", platform="kserve") as front:
+        front.ready()
+        eventually(lambda: front.get("/readyz").status_code == 200)
+        keeps_its_word(front.url, mode)
+        asked = {submitted["model"] for submitted in front.submitted}
+        assert asked == ({"one", "org/other"} if mode == "positive" else set())
+
+
+def keeps_its_word(url: str, mode: str) -> None:
+    """Asks a server all that its document offers, or what it forbids."""
     import schemathesis
     from schemathesis.checks import load_all_checks
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     load_all_checks()
-    schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
+    schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     seen: Counter[tuple[str, int]] = Counter()
 
     def check(case: Any) -> None:
@@ -152,4 +171,3 @@ def test_what_the_document_says_is_so(server: Server, mode: str) -> None:
     for label in OPENAI:
         taken = seen[label, 200]
         assert taken > 20 if mode == "positive" else taken == 0, seen
-    assert server.complete(max_tokens=1)

@@ -17,7 +17,7 @@ import pytest
 
 from coldframe.loader.errors import ColdframeError, ReplicaError, SourceNotFound
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime import supervisor as module
+from coldframe.runtime import relapses
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
@@ -55,7 +55,8 @@ def until(supervisor: Supervisor, done: Callable[[], bool], seconds: float = 60)
     deadline = time.monotonic() + seconds
     while not done():
         assert time.monotonic() < deadline, f"it never came: {supervisor.state}"
-        supervisor.poll(0.05)
+        supervisor.loop.poll(min(0.05, supervisor.wait_s))
+        supervisor.tick()
         supervisor.step()
 
 
@@ -243,7 +244,7 @@ def test_who_has_tokens_is_told_and_the_next_is_answered(model: Path, no_leaks: 
 def test_what_keeps_dying_is_started_ever_later(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(relapses, "_FIRST_DELAY_S", 0.01)
     with supervised(model, no_leaks) as supervisor:
         until(supervisor, is_in(supervisor, "warm"))
         waits = []
@@ -259,7 +260,7 @@ def test_what_keeps_dying_is_started_ever_later(
         assert (state.phase, state.failures, state.health) == ("starting", 5, "starting")
         answers(supervisor, model)
         assert supervisor.open
-        monkeypatch.setattr(module, "_STABLE_S", 0.0)
+        monkeypatch.setattr(relapses, "_STABLE_S", 0.0)
         kill(supervisor, "memory")
         until(supervisor, lambda: supervisor.replica is None or supervisor.starts == 7)
         assert supervisor.failures == 1  # the deaths before are forgotten
@@ -269,7 +270,7 @@ def test_what_keeps_dying_is_started_ever_later(
 def test_a_request_under_which_all_die_again_and_again_is_given_up(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "_FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(relapses, "_FIRST_DELAY_S", 0.01)
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     with supervised(model, no_leaks, throttle=size / 60) as supervisor:
         client = ask(supervisor, 8)

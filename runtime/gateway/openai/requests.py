@@ -67,7 +67,7 @@ class Request(_Model):
     model_config = ConfigDict(json_schema_extra=_whole_schema)
 
     model: str | None = Field(
-        None, min_length=1, max_length=MAX_NAME, description="The model; the only one by default."
+        None, min_length=1, max_length=MAX_NAME, description="The model; the first one by default."
     )
     max_tokens: int | None = Field(None, ge=1, le=_INT32)
     max_completion_tokens: int | None = Field(

@@ -6,7 +6,7 @@ import asyncio
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -50,7 +50,7 @@ class OpenAI:
         Raises:
             ApiError: The request is wrong, or there is no place for it.
         """
-        card = await self._engine.card(_model_name(body))
+        card = await self._engine.card(_model_name(body), size=size)
         if kind == "chat":
             prepared = await asyncio.to_thread(prepare_chat, body, card, self._render)
         else:
@@ -153,20 +153,29 @@ _encode = json.JSONEncoder(
 ).encode
 
 
-def models(card: ModelCard) -> dict[str, Any]:
-    """The answer of GET /v1/models."""
-    return {"object": "list", "data": [model(card)]}
+def models(cards: Mapping[str, ModelCard | None]) -> dict[str, Any]:
+    """The answer of GET /v1/models.
+
+    Args:
+        cards: By name; None where it is not known yet, since that model was never started.
+    """
+    return {"object": "list", "data": [_entry(name, card) for name, card in cards.items()]}
 
 
 def model(card: ModelCard) -> dict[str, Any]:
-    """The answer of GET /v1/models/{id}; `max_model_len` is vLLM's name for the context."""
-    return {
-        "id": card.name,
+    """The answer of GET /v1/models/{id}."""
+    return _entry(card.name, card)
+
+
+def _entry(name: str, card: ModelCard | None) -> dict[str, Any]:
+    """A model in OpenAI's words; `max_model_len` is vLLM's name for the context."""
+    entry = {
+        "id": name,
         "object": "model",
-        "created": card.created,
+        "created": 0 if card is None else card.created,
         "owned_by": "coldframe",
-        "max_model_len": card.context_length,
     }
+    return entry if card is None else {**entry, "max_model_len": card.context_length}
 
 
 def _model_name(body: object) -> str | None:

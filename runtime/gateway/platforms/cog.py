@@ -1,8 +1,9 @@
 """Cog's predictions: `{"input": {...}}` in, `{"status", "output", "metrics", ...}` out.
 
-The input has `prompt`, maybe with `system_prompt`, or `messages`; what else is in it is a
-parameter. Nothing is fetched and nobody is called back: `webhook` and `output_file_prefix` are
-refused. `Prefer: respond-async` is a preference, and answered when the prediction is done.
+The input has `prompt`, maybe with `system_prompt`, or `messages`, and `model` where one of several
+is meant; what else is in it is a parameter. Nothing is fetched and nobody is called back: `webhook`
+and `output_file_prefix` are refused. `Prefer: respond-async` is a preference, and answered when the
+prediction is done.
 Source: https://github.com/replicate/cog/blob/main/docs/http.md.
 """
 
@@ -55,6 +56,8 @@ class CogAdapter:
             stops = given["stop_sequences"].split(",")
             given["stop_sequences"] = [stop for stop in stops if stop] or None
         request = openai_parameters(given)
+        if given.get("model") is not None:
+            request["model"] = given["model"]
         if system and prompt is not None:
             chat = [
                 {"role": "system", "content": system},

@@ -27,25 +27,27 @@ _COG = {"starting": "STARTING", "ready": "READY", "draining": "BUSY", "failed": 
 
 
 def document(
-    route: Route, phase: str, model: str, path: Mapping[str, str] | None = None
+    route: Route, phase: str, models: Mapping[str, str], path: Mapping[str, str] | None = None
 ) -> tuple[int, Any]:
     """The status and the JSON for a route; None stands for no body.
 
     Args:
         route: One of `KINDS`.
-        phase: `starting`, `ready`, `draining` or `failed`.
-        model: The name that the model is served by.
+        phase: Of all models together: `starting`, `ready`, `draining` or `failed`.
+        models: The phase of each, by the name that it is served by.
         path: The parameters of the route.
     """
     path = path or {}
+    model = path.get("model", "")
+    if route.kind.startswith("v2-model"):
+        version = path.get("version", VERSION)
+        if model not in models or version != VERSION:
+            return 404, {"error": f"there is no model {model!r:.100}, version {version!r:.100}"}
+        phase = models[model]
     ready = phase == "ready"
     # 204 says that it will be: only while that is so. A container that drains or has failed is
     # unhealthy everywhere.
     status = 200 if ready else route.loading if phase == "starting" else 503
-    if route.kind.startswith("v2-model"):
-        asked, version = path.get("model"), path.get("version", VERSION)
-        if asked != model or version != VERSION:
-            return 404, {"error": f"there is no model {asked!r:.100}, version {version!r:.100}"}
     match route.kind:
         case "health":
             return status, None if status == 204 else {"status": phase}

@@ -1,6 +1,7 @@
 """RunPod's jobs: the `input` of one, as RunPod's vLLM worker takes it, and its output.
 
-    {"prompt" | "messages": ..., "sampling_params"?: {...}, "stream"?, "apply_chat_template"?}
+    {"prompt" | "messages": ..., "sampling_params"?: {...}, "model"?, "stream"?,
+     "apply_chat_template"?}
     {"choices": [{"tokens": [text, ...]}, ...], "usage": {"input": n, "output": n}}
 
     {"openai_route": "/v1/chat/completions", "openai_input": {...}}    OpenAI's body and answer
@@ -45,6 +46,8 @@ class JobAdapter:
         if given[0] == "prompt" and not isinstance(value, str):
             raise refused("input.prompt must be a string.", "prompt")
         request = openai_parameters(mapping(fields.get("sampling_params"), "sampling_params"))
+        if fields.get("model") is not None:
+            request["model"] = fields["model"]
         chat = given[0] == "messages"
         if not chat and switch(fields, "apply_chat_template"):
             chat, value = True, [{"role": "user", "content": value}]

@@ -70,6 +70,7 @@ class Backstage:
 
     Attributes:
         document: What /startup says.
+        named: What it says of each model that is asked for by name; there are no others.
         key: Who wants anything else needs it, where there is one.
         seen: Method, path and headers of each request.
         asked: The bodies of completions.
@@ -79,6 +80,7 @@ class Backstage:
 
     def __init__(self, document: dict[str, Any]) -> None:
         self.document = document
+        self.named: dict[str, dict[str, Any]] = {}
         self.key = ""
         self.seen: list[tuple[str, str, dict[str, str]]] = []
         self.asked: list[dict[str, Any]] = []
@@ -119,7 +121,12 @@ class Backstage:
 
         async def startup(request: Request) -> Response:
             self._note(request)
-            return JSONResponse(self.document) if self._may(request) else _NO_KEY
+            if not self._may(request):
+                return _NO_KEY
+            name = request.query_params.get("model")
+            if name is None:
+                return JSONResponse(self.document)
+            return JSONResponse(self.named[name]) if name in self.named else _NO_MODEL
 
         async def completions(request: Request) -> Response:
             self._note(request)
@@ -177,4 +184,5 @@ class Backstage:
             thread.join()
 
 
+_NO_MODEL = JSONResponse({"error": {"message": "The model does not exist."}}, 404)
 _NO_KEY = JSONResponse({"error": {"message": "Incorrect API key provided."}}, 401)

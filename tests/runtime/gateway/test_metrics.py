@@ -62,9 +62,9 @@ def families(text: bytes) -> dict[str, Metric]:
     return {family.name: family for family in found}
 
 
-def value(metrics: Metrics, name: str, stats: FrontStats | None = None, **labels: str) -> float:
+def value(metrics: Metrics, name: str, **labels: str) -> float:
     """One sample, read back by Prometheus's parser."""
-    return one(families(metrics.render(stats)[0]).values(), name, **labels)
+    return one(families(metrics.render({})[0]).values(), name, **labels)
 
 
 def one(found: Iterable[Metric], name: str, **labels: str) -> float:
@@ -160,7 +160,7 @@ def test_what_comes_after_the_end_counts_for_nothing() -> None:
     ended = metrics.begin("m")
     ended.token()
     ended.end("length")
-    before = metrics.render(FRONT)
+    before = metrics.render({"m": FRONT})
 
     def calls(trace: RequestTrace) -> None:
         trace.submitted()
@@ -170,7 +170,7 @@ def test_what_comes_after_the_end_counts_for_nothing() -> None:
         trace.refused("deadline")
 
     calls(ended)
-    assert metrics.render(FRONT) == before
+    assert metrics.render({"m": FRONT}) == before
 
 
 def test_time_between_tokens_is_that_of_each_sequence() -> None:
@@ -202,7 +202,7 @@ def test_a_histogram_says_how_many_were_at_most_so_long(waits: list[float]) -> N
     for wait in waits:
         metrics.begin("m", arrived=-wait).token()
     metrics.model("m")
-    found = families(metrics.render(None)[0])["coldframe_time_to_first_token_seconds"]
+    found = families(metrics.render({})[0])["coldframe_time_to_first_token_seconds"]
     for sample in found.samples:
         if "le" in sample.labels:
             assert sample.value == sum(wait <= float(sample.labels["le"]) for wait in waits)
@@ -213,31 +213,31 @@ def test_a_histogram_says_how_many_were_at_most_so_long(waits: list[float]) -> N
 
 def test_what_the_front_says_is_told() -> None:
     metrics = Metrics(Clock())
-    found = list(families(metrics.render(FRONT)[0]).values())
-    assert one(found, "kv_blocks", state="used") == 3
-    assert one(found, "kv_blocks", state="cached") == 2
-    assert one(found, "kv_blocks", state="free") == 3
-    assert one(found, "kv_blocks_reused_total") == 1
-    assert one(found, "requests_prefilled_by_decode_total") == 4
-    assert one(found, "prefill_batch_tokens") == 128
-    assert one(found, "coldstarts_total", tier="image") == 2
-    assert one(found, "coldstarts_total", tier="template") == 0
-    assert one(found, "coldstart_stage_seconds", stage="prefill") == 0.25
-    assert one(found, "coldstart_critical_seconds", stage="unattributed") == 0.01
-    assert one(found, "weights_bytes") == 1000
-    assert one(found, "weights_loaded_bytes_total") == 3000
-    assert one(found, "weights_load_seconds_total") == 1.5
-    assert one(found, "zero_seconds_total") == 100
-    assert one(found, "device_seconds_total", device="cpu", state="used") == 20
-    assert one(found, "device_seconds_total", device="cpu", state="idle") == 5
-    assert one(found, "process_memory_bytes", process="memory", kind="shmem") == 22
+    found = list(families(metrics.render({"m": FRONT})[0]).values())
+    assert one(found, "kv_blocks", model="m", state="used") == 3
+    assert one(found, "kv_blocks", model="m", state="cached") == 2
+    assert one(found, "kv_blocks", model="m", state="free") == 3
+    assert one(found, "kv_blocks_reused_total", model="m") == 1
+    assert one(found, "requests_prefilled_by_decode_total", model="m") == 4
+    assert one(found, "prefill_batch_tokens", model="m") == 128
+    assert one(found, "coldstarts_total", model="m", tier="image") == 2
+    assert one(found, "coldstarts_total", model="m", tier="template") == 0
+    assert one(found, "coldstart_stage_seconds", model="m", stage="prefill") == 0.25
+    assert one(found, "coldstart_critical_seconds", model="m", stage="unattributed") == 0.01
+    assert one(found, "weights_bytes", model="m") == 1000
+    assert one(found, "weights_loaded_bytes_total", model="m") == 3000
+    assert one(found, "weights_load_seconds_total", model="m") == 1.5
+    assert one(found, "zero_seconds_total", model="m") == 100
+    assert one(found, "device_seconds_total", model="m", device="cpu", state="used") == 20
+    assert one(found, "device_seconds_total", model="m", device="cpu", state="idle") == 5
+    assert one(found, "process_memory_bytes", model="m", process="memory", kind="shmem") == 22
 
 
 def test_without_the_front_the_gateways_own_numbers_are_told() -> None:
     clock = Clock()
     metrics = Metrics(clock)
     a_busy_day(clock, metrics)
-    names = set(families(metrics.render(None)[0]))
+    names = set(families(metrics.render({})[0]))
     assert "coldframe_num_requests_waiting" in names
     assert "coldframe_kv_blocks" not in names
 
@@ -249,9 +249,9 @@ def test_both_formats_say_the_same() -> None:
     clock = Clock()
     metrics = Metrics(clock)
     a_busy_day(clock, metrics)
-    text, kind = metrics.render(FRONT)
+    text, kind = metrics.render({"m": FRONT})
     assert kind.startswith("text/plain; version=0.0.4")
-    opened, open_kind = metrics.render(FRONT, OPENMETRICS)
+    opened, open_kind = metrics.render({"m": FRONT}, OPENMETRICS)
     assert open_kind.startswith("application/openmetrics-text; version=1.0.0")
     assert opened.endswith(b"# EOF\n")
 
@@ -279,7 +279,7 @@ def test_both_formats_say_the_same() -> None:
     ],
 )
 def test_nothing_of_the_accept_header_comes_back(accept: str) -> None:
-    body, kind = Metrics(Clock()).render(FRONT, accept)
+    body, kind = Metrics(Clock()).render({"m": FRONT}, accept)
     assert re.fullmatch(r"(application/openmetrics-text|text/plain); version=[01.4]+; .*", kind)
     assert not re.search(r"evil|nonsense|abc|\"|\n", kind)
     assert body.startswith(b"# ")
@@ -290,7 +290,7 @@ def test_names_keep_to_the_rules() -> None:
     clock = Clock()
     metrics = Metrics(clock)
     a_busy_day(clock, metrics)
-    text = metrics.render(FRONT)[0].decode()
+    text = metrics.render({"m": FRONT})[0].decode()
     typed = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     helped = dict(re.findall(r"^# HELP (\S+) (.+)$", text, re.MULTILINE))
     assert set(typed) == set(helped)
@@ -319,7 +319,7 @@ def test_labels_are_quoted_whatever_they_are() -> None:
     metrics.begin(hostile).token()
     metrics.begin("half \udce4 letter").token()
     for accept in ("", OPENMETRICS):
-        text = metrics.render(None, accept)[0].decode()
+        text = metrics.render({}, accept)[0].decode()
         found = strict_families(text) if accept else parser.text_string_to_metric_families(text)
         models = {s.labels["model"] for f in found for s in f.samples if "model" in s.labels}
         assert models == {hostile, "half ? letter"}
@@ -333,7 +333,7 @@ def test_a_scrape_in_a_thread_does_not_disturb_the_loop() -> None:
     def scrape() -> None:
         try:
             while not stop.is_set():
-                strict = metrics.render(FRONT, OPENMETRICS)[0].decode()
+                strict = metrics.render({"m": FRONT}, OPENMETRICS)[0].decode()
                 list(strict_families(strict))
         except BaseException as error:  # noqa: BLE001
             failures.append(error)
@@ -359,7 +359,7 @@ def test_prometheus_is_not_imported_before_somebody_scrapes() -> None:
         "metrics = Metrics()\n"
         "trace = metrics.begin('m'); trace.submitted(); trace.token(); trace.end('stop')\n"
         "assert not any(name.startswith('prometheus') for name in sys.modules)\n"
-        "metrics.render(None)\n"
+        "metrics.render({})\n"
         "assert 'prometheus_client' in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True)

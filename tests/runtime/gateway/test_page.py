@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse
 from coldframe.loader.timeline import Span
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.page import read_page
-from coldframe.runtime.gateway.startup import startup_document
+from coldframe.runtime.gateway.startup import in_short, startup_document
 from coldframe.runtime.timeline import Timeline
 from tests.runtime.gateway.browser import Backstage, chromium, until
 
@@ -183,6 +183,69 @@ def test_progress_then_ready(browser: WebDriver, backstage: Backstage) -> None:
     assert not shown(browser, "start")
     assert text(browser, "model") == "a-model"
     assert "a-model" in browser.title
+
+
+def several(**states: LoadState) -> dict[str, dict[str, Any]]:
+    """What `/startup` says of each of several models."""
+    models = {name: in_short(state) for name, state in states.items()}
+    return {
+        name: {**a_document(state, model=name, timeline=a_timeline(name)), "models": models}
+        for name, state in states.items()
+    }
+
+
+@heavy
+def test_of_several_models_one_is_chosen(browser: WebDriver, backstage: Backstage) -> None:
+    backstage.named = several(**{ATTACK: READY, "b": LOADING, "c": LoadState("parked", None)})
+    backstage.document = backstage.named[ATTACK]
+    browser.get(backstage.url)
+
+    def listed() -> list[tuple[str, str | None]]:
+        buttons = browser.find_elements("css selector", "#models button")
+        return [(button.text, button.get_attribute("aria-pressed")) for button in buttons]
+
+    until(lambda: shown(browser, "models"))
+    first = f"{ATTACK} ready"
+    assert listed() == [(first, "true"), ("b starting", "false"), ("c parked", "false")]
+    assert not shown(browser, "start")
+    button = browser.find_elements("css selector", "#models button")[1]
+    assert button.accessible_name == "b starting"
+    button.send_keys(Keys.ENTER)
+    until(lambda: text(browser, "model") == "b")
+    until(lambda: listed() == [(first, "false"), ("b starting", "true"), ("c parked", "false")])
+    assert shown(browser, "start")
+    bars = 'return [...document.querySelectorAll("#waterfall rect")].map((b) => b.textContent)'
+    assert any("(b)" in bar for bar in browser.execute_script(bars))  # type: ignore[no-untyped-call]
+    assert browser.switch_to.active_element == button
+    # It goes on looking at that one, and asks it.
+    backstage.named = several(**{ATTACK: READY, "b": READY, "c": LoadState("parked", None)})
+    until(lambda: text(browser, "state") == "ready")
+    assert listed()[1] == ("b ready", "true")
+    type_prompt(browser, "x", Keys.CONTROL, Keys.ENTER)
+    until(lambda: backstage.asked)
+    assert backstage.asked[0]["model"] == "b"
+    backstage.token("yes")
+    backstage.end(1)
+    until(lambda: text(browser, "answer") == "yes")
+    # Where it is gone, the first one is shown.
+    del backstage.named["b"]
+    backstage.document = a_document(READY, model="other")
+    type_prompt(browser, "y", Keys.CONTROL, Keys.ENTER)
+    backstage.token("no")
+    backstage.end(1)
+    until(lambda: text(browser, "model") == "other")
+    assert not shown(browser, "models")
+
+
+@heavy
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_list_of_models_can_be_read(
+    browser: WebDriver, backstage: Backstage, scheme: str
+) -> None:
+    states = [LOADING, READY, LoadState("failed", None), LoadState("zero"), LoadState("draining")]
+    backstage.named = several(**{f"m{number}": state for number, state in enumerate(states)})
+    backstage.document = backstage.named["m0"]
+    assert poor_contrasts(browser, backstage, scheme, "models") == []
 
 
 @heavy
@@ -531,12 +594,19 @@ def test_text_can_be_read_in_both_schemes(
     error = {"what": "a shard is cut"} if state == "failed" else None
     load = LoadState(state, "weights", 1, 2, 1.0, "image", error)
     backstage.document = a_document(load, timeline=a_timeline(), waiting=1)
+    assert poor_contrasts(browser, backstage, scheme, "cold") == []
+
+
+def poor_contrasts(
+    browser: WebDriver, backstage: Backstage, scheme: str, there: str
+) -> list[tuple[str, float]]:
+    """Texts that are hard to read, with their contrasts, once an element is shown."""
     feature = {"name": "prefers-color-scheme", "value": scheme}
     browser.execute_cdp_cmd(  # type: ignore[no-untyped-call,attr-defined]
         "Emulation.setEmulatedMedia", {"features": [feature]}
     )
     browser.get(backstage.url)
-    until(lambda: shown(browser, "cold"))
+    until(lambda: shown(browser, there))
     script = """
         const light = (colour) => {
             const [r, g, b] = colour.match(/[\\d.]+/g).slice(0, 3).map((v) => v / 255).map(
@@ -562,7 +632,7 @@ def test_text_can_be_read_in_both_schemes(
     found = browser.execute_script(script)  # type: ignore[no-untyped-call]
     assert len(found) > 20
     # WCAG 2.2, success criterion 1.4.3
-    assert [(words, ratio) for words, ratio in found if ratio < 4.5] == []
+    return [(words, ratio) for words, ratio in found if ratio < 4.5]
 
 
 @heavy

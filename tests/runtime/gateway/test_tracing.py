@@ -59,7 +59,7 @@ def answered(tracing: Tracing, *, cold: bool = False, traceparent: str | None = 
     tracing.finish(record)
 
 
-def a_start(end_ns: int) -> ColdStart:
+def a_start(end_ns: int, model: str = "a-model") -> ColdStart:
     """A cold start of 100 ms with two stages, whose first token is out then."""
     exec_ns = end_ns - 100 * MS
     stages = [
@@ -67,7 +67,7 @@ def a_start(end_ns: int) -> ColdStart:
         Stage("wait", "prefill-0", exec_ns + 20 * MS, exec_ns + 80 * MS, None, "stage_ready[0]"),
     ]
     document = Timeline(stages, exec_ns, end_ns).to_json()
-    return ColdStart(document, exec_ns, "image")
+    return ColdStart(model, document, exec_ns, "image")
 
 
 # -- what a collector gets ------------------------------------------------------------------------
@@ -146,7 +146,7 @@ def test_requests_that_waited_for_a_cold_start_say_so(collector: Collector) -> N
     tracing.close()
     whole, pointing = [span for span in collector.spans if span.name == "cold_start"]
     assert whole.end_time_unix_nano - whole.start_time_unix_nano == 100 * MS
-    assert values(whole) == {"coldframe.tier": "image"}
+    assert values(whole) == {"coldframe.model": "a-model", "coldframe.tier": "image"}
     stages = collector.children(whole)
     assert set(stages) == {"weight_read", "wait"}
     read = stages["weight_read"]

@@ -14,7 +14,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.api import ApiError, Generation, Piece
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.metrics import Metrics
-from coldframe.runtime.gateway.waiting import Limits, Line
+from coldframe.runtime.gateway.waiting import Hall, Limits, Line
 
 LOADING = LoadState("starting", "weights", 100, 1100, 2.0)
 READY = LoadState("ready", None, 1100, 1100, 2.0)
@@ -23,16 +23,25 @@ READY = LoadState("ready", None, 1100, 1100, 2.0)
 class Front:
     """What a line speaks to, written down."""
 
-    def __init__(self, limits: Limits, state: LoadState = READY) -> None:
+    def __init__(
+        self,
+        limits: Limits,
+        state: LoadState = READY,
+        *,
+        hall: Hall | None = None,
+        model: str = "m",
+    ) -> None:
         self.state = state
         self.sent: list[dict[str, Any]] = []
         self.metrics = Metrics()
-        self.line = Line(limits, self.sent.append, self.metrics, lambda: self.state)
+        self.hall = hall or Hall(1000)
+        send, metrics = self.sent.append, self.metrics
+        self.line = Line(model, limits, self.hall, send, metrics, lambda: self.state)
         self.line.open_gate()
 
     def enter(self, sequences: int = 1, size: int = 10, name: str = "p") -> Any:
         made = [Generation(name, SamplingParams()) for _ in range(sequences)]
-        return self.line.enter("m", made, size)
+        return self.line.enter(made, size)
 
     def token(self, number: int, text: str, finish: str | None = None) -> None:
         def piece(choice: int, _: Any) -> Piece:
@@ -49,8 +58,8 @@ class Front:
         return [m["id"] for m in self.sent if m["type"] == "cancel"]
 
 
-def limits(running: int = 2, waiting: int = 3, size: int = 1000, wait_s: float = 60.0) -> Limits:
-    return Limits(running, waiting, size, wait_s)
+def limits(running: int = 2, waiting: int = 3, wait_s: float = 60.0) -> Limits:
+    return Limits(running, waiting, wait_s)
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
@@ -80,8 +89,9 @@ def test_first_come_first_served() -> None:
 def test_nothing_goes_before_the_model_is_known() -> None:
     async def test() -> None:
         front = Front(limits())
-        line = Line(limits(), front.sent.append, front.metrics, lambda: LOADING)
-        line.enter("m", [Generation((1, 2), SamplingParams())], 1)
+        send = front.sent.append
+        line = Line("m", limits(), front.hall, send, front.metrics, lambda: LOADING)
+        line.enter([Generation((1, 2), SamplingParams())], 1)
         assert not front.sent
         line.open_gate()
         (message,) = front.sent
@@ -183,12 +193,33 @@ def test_full_once_warm_is_saturation() -> None:
 
 def test_bytes_count_too() -> None:
     async def test() -> None:
-        front = Front(limits(size=100))
+        front = Front(limits(), hall=Hall(100))
         stream = front.enter(size=90)
         with pytest.raises(ApiError):
             front.enter(size=20)
         stream.cancel()
         front.enter(size=20)
+
+    run(test)
+
+
+def test_memory_is_one_for_all_lines_and_places_are_not() -> None:
+    async def test() -> None:
+        hall = Hall(100)
+        here, there = (Front(limits(), hall=hall, model=name) for name in ("a", "b"))
+        streams = [here.enter(size=18) for _ in range(5)]
+        with pytest.raises(ApiError, match="all places are taken"):
+            here.enter(size=1)
+        stream = there.enter(size=10)  # it has places of its own
+        with pytest.raises(ApiError, match="all places are taken"):
+            there.enter(size=1)  # but there is no memory left
+        streams.pop().cancel()
+        there.enter(size=18).cancel()
+        stream.cancel()
+        ids = [*here.submitted, *there.submitted]
+        assert len(set(ids)) == len(ids)
+        assert {m["model"] for m in here.sent if m["type"] == "submit"} == {"a"}
+        assert {m["model"] for m in there.sent if m["type"] == "submit"} == {"b"}
 
     run(test)
 
@@ -258,30 +289,38 @@ def test_timing() -> None:
     run(test)
 
 
-EVENTS = st.sampled_from(["enter", "finish", "cancel", "fail"])
+EVENTS = st.tuples(
+    st.sampled_from(["enter", "finish", "cancel", "fail"]), st.integers(0, 9), st.sampled_from("ab")
+)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(EVENTS, st.integers(0, 9))))
-def test_whatever_happens_nothing_is_lost(events: list[tuple[str, int]]) -> None:
+@settings(max_examples=100, deadline=None)
+@given(st.lists(EVENTS))
+def test_whatever_happens_nothing_is_lost(events: list[tuple[str, int, str]]) -> None:
     async def test() -> None:
-        front = Front(Limits(2, 4, 100, 60.0))
-        open_streams: dict[int, Any] = {}
+        hall = Hall(100)
+        lines = {name: Front(limits(2, 4), hall=hall, model=name) for name in "ab"}
+        opened: dict[str, dict[int, Any]] = {name: {} for name in lines}
+        numbers: dict[str, list[int]] = {name: [] for name in lines}
         entered = 0
-        for event, which in events:
+        for event, which, name in events:
+            front, streams = lines[name], opened[name]
+            held = sum(map(len, opened.values()))
             if event == "enter":
-                if len(open_streams) == 6:
+                if len(streams) == 6 or held == 10:  # of 10 bytes each
                     with pytest.raises(ApiError, match="all places are taken"):
                         front.enter()
                 else:
                     entered += 1
-                    open_streams[entered] = front.enter(name=str(entered))
-            elif open_streams:
-                number = sorted(open_streams)[which % len(open_streams)]
+                    streams[entered] = front.enter(name=str(entered))
+                    numbers[name].append(entered)
+            elif streams:
+                number = sorted(streams)[which % len(streams)]
                 if event == "cancel":
-                    open_streams.pop(number).cancel()
+                    streams.pop(number).cancel()
                 elif number in front.submitted:
-                    stream = open_streams.pop(number)
+                    stream, line = streams.pop(number), hall.line_of(number)
+                    assert line is front.line
                     if event == "finish":
                         front.token(number, "x", "stop")
                         assert await collect(stream) == ["x"]
@@ -289,9 +328,17 @@ def test_whatever_happens_nothing_is_lost(events: list[tuple[str, int]]) -> None
                         front.line.failed(number, ApiError(500, "failed"))
                         with pytest.raises(ApiError):
                             await collect(stream)
-            running = [n for n in open_streams if n in front.submitted]
-            assert len(running) == front.line.running == min(2, len(open_streams))
-            assert front.line.waiting == len(open_streams) - len(running)
-        assert front.submitted == sorted(front.submitted)
+            running = [n for n in streams if n in front.submitted]
+            assert len(running) == front.line.running == min(2, len(streams))
+            assert front.line.waiting == len(streams) - len(running)
+        for name, front in lines.items():
+            assert front.submitted == sorted(front.submitted)
+            assert set(front.submitted) <= set(numbers[name])
+            for number in numbers[name]:
+                there = front.line if number in opened[name] else None
+                assert hall.line_of(number) is there
+            for stream in opened[name].values():
+                stream.cancel()
+        assert (hall.fits(100), hall.fits(101)) == (True, False)
 
     run(test)

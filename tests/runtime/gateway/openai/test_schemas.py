@@ -148,7 +148,7 @@ def test_answers_are_as_their_schemas_say(logprobs: bool) -> None:
         answer = document(ready, CARD, pieces, id="x", created=1)
         jsonschema_rs.validate(schema, answer)
     jsonschema_rs.validate(schemas.MODEL, model(CARD))
-    jsonschema_rs.validate(schemas.MODELS, models(CARD))
+    jsonschema_rs.validate(schemas.MODELS, models({"demo": CARD, "unknown": None}))
     error = prepare("chat", {})
     assert isinstance(error, ApiError)
     jsonschema_rs.validate(schemas.ERROR, error.to_openai())

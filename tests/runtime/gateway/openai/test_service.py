@@ -52,7 +52,7 @@ class GivenEngine:
         self.stream = Given(pieces, error)
         self.submitted: list[tuple[str, Sequence[Generation], int]] = []
 
-    async def card(self, name: str | None) -> ModelCard:
+    async def card(self, name: str | None, *, size: int = 0) -> ModelCard:
         if name not in (None, self._card.name):
             raise ApiError(404, "There is none.", param="model", code="model_not_found")
         return self._card
@@ -233,8 +233,9 @@ def test_nothing_wrong_is_submitted(
 
 
 def test_models(card: ModelCard) -> None:
-    page = SyncPage[Model].model_validate(models(card))
+    page = SyncPage[Model].model_validate(models({"demo": card, "never-started": None}))
     assert page.object == "list"
-    (read,) = page.data
+    read, other = page.data
+    assert (other.id, other.object) == ("never-started", "model")
     assert read == Model.model_validate(model(card), strict=True)
     assert (read.id, read.created, read.owned_by) == ("demo", card.created, "coldframe")

@@ -26,7 +26,7 @@ CARD = ModelCard(
 
 def prepared(kind: str, body: dict[str, Any]) -> Prepared:
     """What OpenAI's reader makes of a body; the wrong model is none of ours."""
-    if body.get("model", CARD.name) != CARD.name:
+    if body.get("model") not in (None, CARD.name):
         raise ApiError(404, "There is no such model.", param="model", code="model_not_found")
     if kind == "completion":
         return prepare_completion(body, CARD)

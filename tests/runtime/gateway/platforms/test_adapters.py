@@ -462,6 +462,28 @@ def test_inference_refuses(body: dict[str, Any], refused: Refused) -> None:
     assert refused("kserve", body).status == 400
 
 
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [
+        ("invoke", lambda model: {"prompt": "a", "model": model}),
+        ("openai", lambda model: {"prompt": "a", "model": model}),
+        ("sagemaker", lambda model: {"inputs": "a", "model": model}),
+        ("huggingface", lambda model: {"inputs": "a", "model": model}),
+        ("vertex", lambda model: {"instances": ["b", {"prompt": "a", "model": model}]}),
+        ("vertex", lambda model: {"prompt": "a", "model": model}),
+        ("cog", lambda model: {"input": {"prompt": "a", "model": model}}),
+        ("runpod", lambda model: {"prompt": "a", "model": model}),
+        ("runpod", lambda model: {"messages": [{"role": "user", "content": "a"}], "model": model}),
+    ],
+)
+def test_a_body_may_say_which_model_is_meant(
+    name: str, body: Callable[[object], object], ask: Ask, refused: Refused
+) -> None:
+    assert ask(name, body("demo")) is not None
+    assert ask(name, body(None)) is not None
+    assert refused(name, body("other")).status == 404
+
+
 def test_a_version_or_model_that_there_is_not(refused: Refused) -> None:
     assert refused("kserve", tensor(), model="demo", version="2").status == 404
     assert refused("kserve", tensor(), model="other").status == 404

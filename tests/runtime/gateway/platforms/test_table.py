@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -108,10 +109,15 @@ def test_contracts(
     assert 0 < killed_after - profile.drain_s <= 2, "drained before it is killed, and not long"
     assert profile.model({}) == model
     health = [route for route in profile.routes if route.kind in HEALTH]
-    assert ({document(route, "starting", "m")[0] for route in health} or {None}) == {loading}
+    assert ({told(route, "starting")[0] for route in health} or {None}) == {loading}
 
 
 HEALTH = ("health", "v2-ready", "cog-health")
+
+
+def told(route: Route, phase: str, path: dict[str, str] | None = None) -> tuple[int, Any]:
+    """What a route says where there is one model."""
+    return document(route, phase, {"m": phase}, path)
 
 
 def test_every_contract_is_a_row_and_every_row_is_complete() -> None:
@@ -224,12 +230,12 @@ def test_a_model_that_nothing_here_can_read(name: str, variable: str, place: str
     ],
 )
 def test_statuses_of_health(kind: str, phase: str, status: int) -> None:
-    assert document(Route("GET", "/x", kind), phase, "m")[0] == status
+    assert told(Route("GET", "/x", kind), phase)[0] == status
 
 
 def test_runpod_calls_only_a_start_initialising() -> None:
     (route,) = by_name("runpod").routes
-    said = {phase: document(route, phase, "m") for phase in ("starting", "ready", "draining")}
+    said = {phase: told(route, phase) for phase in ("starting", "ready", "draining")}
     assert said["starting"] == (204, None)
     assert said["ready"][0] == 200
     assert said["draining"][0] == 503, "it is not coming up any more"
@@ -237,22 +243,31 @@ def test_runpod_calls_only_a_start_initialising() -> None:
 
 def test_documents_of_the_inference_protocol() -> None:
     model = Route("GET", "/v2/models/{model}", "v2-model")
-    status, said = document(model, "starting", "m", {"model": "m"})
+    status, said = told(model, "starting", {"model": "m"})
     assert (status, said["name"], said["versions"]) == (200, "m", ["1"])
     assert {"name", "datatype", "shape"} == set(said["inputs"][0])
-    assert document(model, "ready", "m", {"model": "other"})[0] == 404
-    assert document(model, "ready", "m", {"model": "m", "version": "2"})[0] == 404
+    assert told(model, "ready", {"model": "other"})[0] == 404
+    assert told(model, "ready", {"model": "m", "version": "2"})[0] == 404
     ready = Route("GET", "/v2/models/{model}/ready", "v2-model-ready")
-    assert document(ready, "starting", "m", {"model": "m"}) == (503, {"name": "m", "ready": False})
-    assert document(ready, "ready", "m", {"model": "m", "version": "1"})[0] == 200
-    status, said = document(Route("GET", "/v2", "v2-server"), "ready", "m")
+    assert told(ready, "starting", {"model": "m"}) == (503, {"name": "m", "ready": False})
+    assert told(ready, "ready", {"model": "m", "version": "1"})[0] == 200
+    status, said = told(Route("GET", "/v2", "v2-server"), "ready")
     assert (status, said["name"], said["extensions"]) == (200, "coldframe", [])
     assert said["version"]
 
 
+def test_each_of_several_models_has_documents_of_its_own() -> None:
+    ready = Route("GET", "/v2/models/{model}/ready", "v2-model-ready")
+    phases = {"a": "ready", "b": "failed"}
+    assert document(ready, "ready", phases, {"model": "a"}) == (200, {"name": "a", "ready": True})
+    assert document(ready, "ready", phases, {"model": "b"}) == (503, {"name": "b", "ready": False})
+    assert document(ready, "ready", phases, {"model": "c"})[0] == 404
+    assert document(Route("GET", "/ping", "health"), "ready", phases)[0] == 200
+
+
 def test_cog_says_how_far_it_is() -> None:
     route = Route("GET", "/health-check", "cog-health")
-    said = [document(route, p, "m")[1]["status"] for p in ("starting", "ready", "failed")]
+    said = [told(route, p)[1]["status"] for p in ("starting", "ready", "failed")]
     assert said == ["STARTING", "READY", "SETUP_FAILED"]
 
 

@@ -1,0 +1,116 @@
+"""The models that one gateway serves: on one loop, with a device's memory between them.
+
+The first one starts with the container, the others when somebody asks them. Where a *pool* is
+wanted, so many models are kept parked, their weights in memory, as far as there is room for them
+that nobody else wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.loop import Loop
+from coldframe.runtime.room import Room
+from coldframe.runtime.supervisor import Supervisor
+
+__all__ = ["Fleet"]
+
+
+class Fleet:
+    """Models by the names that clients call them by.
+
+    Args:
+        models: Each one's supervisor; the first is meant where no name is given.
+        loop: What they all use.
+        room: What they share, where they share anything.
+        pool: So many are kept parked.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Supervisor],
+        loop: Loop,
+        room: Room | None = None,
+        pool: int = 0,
+    ) -> None:
+        self.loop = loop
+        self._models = models
+        self._room = room
+        self._pool = pool
+
+    def __getitem__(self, name: str) -> Supervisor:
+        return self._models[name]
+
+    def __iter__(self) -> Iterator[tuple[str, Supervisor]]:
+        return iter(self._models.items())
+
+    @property
+    def first(self) -> Supervisor:
+        """The model that is meant where none is named."""
+        return next(iter(self._models.values()))
+
+    @property
+    def at_zero(self) -> bool:
+        """Whether nothing is held for any model."""
+        return all(model.state in ("zero", "failed") for model in self._models.values())
+
+    @property
+    def starting(self) -> bool:
+        """Whether one of them is on its way."""
+        return any(model.state == "starting" for model in self._models.values())
+
+    @property
+    def error(self) -> ColdframeError | None:
+        """Why none of them can go on, where that is so: the first one's reason."""
+        errors = [model.error for model in self._models.values()]
+        return None if None in errors else errors[0]
+
+    def poll(self, timeout: float) -> None:
+        """Handles what has happened; waits for something at most so many seconds."""
+        models = self._models.values()
+        self.loop.poll(min(timeout, *(model.wait_s for model in models)))
+        for model in models:
+            model.tick()
+
+    def step(self) -> None:
+        """What there is to do after something has happened; to be called after each poll."""
+        for model in self._models.values():
+            model.step()
+        while self._room is not None and self._room.changed:
+            # Somebody has left: who waits for that goes on now, and not with the next event.
+            self._room.changed = False
+            for model in self._models.values():
+                if model.state == "starting":
+                    model.step()
+        if not self.starting:
+            self._prepare()
+
+    def close(self) -> None:
+        """Ends all processes; requests get no word of it."""
+        for model in self._models.values():
+            model.close()
+
+    def _prepare(self) -> None:
+        """What is better done before somebody asks for it; one thing at a time."""
+        models = self._models.values()
+        for model in models:
+            if not model.known and model.error is None:
+                model.read_ahead()
+        if self._pool:
+            self._keep_pool()
+
+    def _keep_pool(self) -> None:
+        """Has as many models parked as there are to be."""
+        models = self._models.values()
+        parked = sorted((m for m in models if m.state == "parked"), key=lambda m: m.used_at)
+        for model in parked[: max(0, len(parked) - self._pool)]:
+            model.sleep(2)
+        loaded = sum(model.state in ("warm", "draining", "parked") for model in models)
+        if loaded >= self._pool or not all(model.idle for model in models):
+            return
+        for model in models:
+            if model.state == "zero" and model.fits:
+                model.wake()
+                model.sleep(1)
+                return

@@ -1,0 +1,102 @@
+"""The routes that say how all is: `/healthz`, `/readyz`, `/startup`, `/metrics` and the page.
+
+To ask for one of them is no request, and wakes nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from coldframe.runtime.gateway.answering import JsonResponse
+from coldframe.runtime.gateway.api import ApiError
+from coldframe.runtime.gateway.engine import FrontEngine
+from coldframe.runtime.gateway.metrics import Metrics
+from coldframe.runtime.gateway.served import ServedModel
+from coldframe.runtime.gateway.startup import InShort, Startup, in_short, startup_document
+
+__all__ = ["Status"]
+
+
+class Status:
+    """Says how the models are.
+
+    Args:
+        engine: Has them.
+        metrics: What is told at /metrics, beside what the front counts.
+    """
+
+    def __init__(self, engine: FrontEngine, metrics: Metrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+
+    async def alive(self, _: Request) -> Response:
+        return JsonResponse({"status": "live"})
+
+    async def ready(self, _: Request) -> Response:
+        engine = self._engine
+        if engine.ready:
+            body: dict[str, Any] = {"status": "ready", "state": engine.default.state.phase}
+            if len(engine.models) > 1:
+                body["models"] = self._models()
+            return JsonResponse(body)
+        # About the one that all wait for.
+        late = [model for model in engine.models.values() if model.starts_first]
+        document = self._document(late[0] if late else engine.default, None)
+        if document["error"] is not None:
+            # A probe shows no key; where exactly it failed is in the log, and at /startup.
+            document["error"] = {"what": document["error"].get("what")}
+        return JsonResponse(document, 503)
+
+    async def startup(self, request: Request) -> Response:
+        model = self._engine.pick(request.query_params.get("model"))
+        return JsonResponse(self._document(model, (await model.ask("startup"))["timeline"]))
+
+    async def metrics(self, request: Request) -> Response:
+        from coldframe.runtime.frontstats import FrontStats
+
+        models = self._engine.models.values()
+        told = await asyncio.gather(*(_stats(model) for model in models))
+        stats = {
+            model.name: FrontStats.from_wire(numbers)
+            for model, numbers in zip(models, told, strict=True)
+            if numbers is not None
+        }
+        accept = request.headers.get("accept", "")
+        # The first one imports much.
+        body, kind = await asyncio.to_thread(self._metrics.render, stats, accept)
+        return Response(body, media_type=None, headers={"content-type": kind})
+
+    async def page(self, request: Request) -> Response:
+        from coldframe.runtime.gateway.page import read_page
+
+        page = read_page()
+        if request.headers.get("if-none-match") == page.headers["etag"]:
+            return Response(status_code=304, headers=dict(page.headers))
+        return Response(page.body, headers=dict(page.headers))
+
+    def _document(self, model: ServedModel, timeline: Mapping[str, Any] | None) -> Startup:
+        document = startup_document(
+            model.name,
+            model.state,
+            running=model.line.running,
+            waiting=model.line.waiting,
+            timeline=timeline,
+        )
+        if len(self._engine.models) > 1:
+            document["models"] = self._models()
+        return document
+
+    def _models(self) -> dict[str, InShort]:
+        return {name: in_short(model.state) for name, model in self._engine.models.items()}
+
+
+async def _stats(model: ServedModel) -> dict[str, Any] | None:
+    try:
+        return await model.ask("stats")
+    except ApiError:
+        return None

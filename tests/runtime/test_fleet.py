@@ -1,0 +1,245 @@
+"""Several models in the memory of one device, over real processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.fleet import Fleet
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.loop import Loop
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.room import Room
+from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from tests.loader.web.servers import nginx
+from tests.runtime.helpers import Client, expected, prompt_of
+
+Make = Callable[..., Path]
+PROMPT = prompt_of(40)
+KV = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def models(demo_model: Make) -> dict[str, Path]:
+    return {name: demo_model(name, "float32") for name in ("llama", "qwen2", "qwen3")}
+
+
+def need(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.glob("*.safetensors")) + KV
+
+
+@contextmanager
+def fleet_of(
+    places: dict[str, str],
+    runs: Path,
+    memory: int,
+    *,
+    policy: IdlePolicy | None = None,
+    pool: int = 0,
+) -> Iterator[Fleet]:
+    """The first one is started, the others are not."""
+    loop, room, log = Loop(), Room(memory), Log(process="front")
+    supervisors: dict[str, Supervisor] = {}
+    for name, place in places.items():
+        options = ReplicaOptions(place, run_dir=str(runs), kv_bytes=KV)
+        began = None if supervisors else now()
+        supervisors[name] = Supervisor(
+            options,
+            policy or IdlePolicy(),
+            Recorder("front"),
+            log.about(model=name),
+            loop,
+            None,
+            began,
+            room,
+        )
+    fleet = Fleet(supervisors, loop, room, pool)
+    try:
+        yield fleet
+    finally:
+        fleet.close()
+        assert room.free == memory
+        assert not loop.selector.get_map()
+        loop.close()
+
+
+def until(fleet: Fleet, done: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < deadline, {name: model.state for name, model in fleet}
+        fleet.poll(0.05)
+        fleet.step()
+
+
+def ask(fleet: Fleet, name: str, count: int = 8) -> Client:
+    client = Client()
+    params = SamplingParams(max_tokens=count, ignore_eos=True)
+    client.request = fleet[name].submit(params, client, prompt_ids=tuple(PROMPT))
+    return client
+
+
+def finish(fleet: Fleet, *clients: Client) -> None:
+    until(fleet, lambda: all(client.done for client in clients))
+
+
+def places(models: dict[str, Path], *names: str) -> dict[str, str]:
+    return {name: str(models[name]) for name in names}
+
+
+def states(fleet: Fleet) -> list[str]:
+    return [model.state for _, model in fleet]
+
+
+def right(client: Client, model: Path) -> bool:
+    return client.tokens == expected(model, tuple(PROMPT), len(client.tokens))
+
+
+def test_two_that_do_not_fit_together_take_turns(models: dict[str, Path], no_leaks: Path) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        for name in ("llama", "qwen2", "llama"):
+            client = ask(fleet, name)
+            finish(fleet, client)
+            assert right(client, models[name])
+            assert [model.replica is not None for _, model in fleet].count(True) == 1
+        assert [model.starts for _, model in fleet] == [2, 1]
+        assert [model.failures for _, model in fleet] == [0, 0]
+
+
+@pytest.mark.heavy
+def test_two_that_fit_stay(models: dict[str, Path], no_leaks: Path) -> None:
+    both = need(models["llama"]) + need(models["qwen2"])
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, both) as fleet:
+        for _ in range(2):
+            clients = {name: ask(fleet, name) for name, _ in fleet}
+            finish(fleet, *clients.values())
+            assert all(right(client, models[name]) for name, client in clients.items())
+        assert states(fleet) == ["warm", "warm"]
+        assert [model.starts for _, model in fleet] == [1, 1]
+        # Each has a timeline of its own.
+        told = [model.start_log.document()["timeline"] for _, model in fleet]
+        assert all(timeline["ttft_s"] > 0 for timeline in told)
+
+
+@pytest.mark.heavy
+def test_who_is_asked_answers_before_it_goes(models: dict[str, Path], no_leaks: Path) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        first = ask(fleet, "llama", 400)
+        until(fleet, lambda: len(first.events) > 5)
+        assert not fleet["llama"].can_go  # it has just come
+        fleet["llama"]._start_s = 0.0  # or it would be left alone for as long as its start took
+        second = ask(fleet, "qwen2")
+        until(fleet, lambda: fleet["llama"].state == "draining")
+        assert not first.done
+        # What comes while it goes is held, and brings it back afterwards.
+        third = ask(fleet, "llama")
+        finish(fleet, first)
+        assert not third.done
+        finish(fleet, second, third)
+        assert len(first.tokens) == 400
+        assert first.tokens[:8] == expected(models["llama"], tuple(PROMPT), 8)
+        assert right(second, models["qwen2"])
+        assert right(third, models["llama"])
+        assert [model.starts for _, model in fleet] == [2, 1]
+
+
+@pytest.mark.heavy
+def test_the_one_used_longest_ago_goes(models: dict[str, Path], no_leaks: Path) -> None:
+    names = ("llama", "qwen2", "qwen3")
+    sizes = sorted(need(models[name]) for name in names)
+    with fleet_of(places(models, *names), no_leaks, sizes[1] + sizes[2]) as fleet:
+        for name in ("llama", "qwen2", "llama", "qwen3"):
+            finish(fleet, ask(fleet, name))
+        assert states(fleet) == ["warm", "zero", "warm"]
+        finish(fleet, ask(fleet, "qwen2"))
+        assert states(fleet) == ["zero", "warm", "warm"]
+
+
+@pytest.mark.heavy
+def test_a_pool_of_parked_models(models: dict[str, Path], no_leaks: Path) -> None:
+    names = ("llama", "qwen2", "qwen3")
+    all_of_them = sum(need(models[name]) for name in names)
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, *names), no_leaks, all_of_them, policy=policy, pool=2) as fleet:
+        until(fleet, lambda: sorted(states(fleet)) == ["parked", "parked", "zero"])
+        assert fleet["qwen3"].state == "zero"
+        started = fleet["qwen2"].starts
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
+        assert fleet["qwen2"].starts == started
+        # A third one takes the place of the one that was asked longest ago, or never.
+        finish(fleet, ask(fleet, "qwen3"))
+        until(fleet, lambda: sorted(states(fleet)) == ["parked", "parked", "zero"])
+        assert fleet["llama"].state == "zero"
+
+
+@pytest.mark.heavy
+def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most, policy=policy) as fleet:
+        until(fleet, lambda: fleet["llama"].state == "parked")
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
+        assert fleet["llama"].state == "zero"
+
+
+@pytest.mark.heavy
+def test_one_from_elsewhere_makes_room_once_it_is_known_how_much(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    far = models["qwen2"]
+    memory = max(need(models["llama"]), need(far)) + need(far) // 2
+    with nginx(far.parent) as base:
+        where = {**places(models, "llama"), "far": f"{base}/{far.name}"}
+        with fleet_of(where, no_leaks, memory) as fleet:
+            finish(fleet, ask(fleet, "llama"))
+            for name, place in (("far", far), ("llama", models["llama"]), ("far", far)):
+                client = ask(fleet, name)
+                finish(fleet, client)
+                assert right(client, place)
+            # The first time it came too early.
+            assert [model.starts for _, model in fleet] == [2, 3]
+            assert [model.failures for _, model in fleet] == [0, 0]
+
+
+@pytest.mark.heavy
+def test_one_that_is_no_model_leaves_the_others_alone(
+    models: dict[str, Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    where = {**places(models, "llama"), "none": str(tmp_path)}
+    with fleet_of(where, no_leaks, 1 << 30) as fleet:
+        client = ask(fleet, "none")
+        finish(fleet, client)
+        assert client.error is not None
+        assert fleet["none"].state == "failed"
+        assert fleet.error is None
+        good = ask(fleet, "llama")
+        finish(fleet, good)
+        assert right(good, models["llama"])
+        assert fleet["none"].load_state().error is not None
+
+
+@pytest.mark.heavy
+def test_one_that_is_larger_than_the_device_says_so(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    sizes = {name: need(models[name]) for name in ("llama", "qwen2")}
+    small, large = sorted(sizes, key=sizes.__getitem__)
+    assert sizes[large] - sizes[small] > 100_000  # headers count here, and not there
+    with fleet_of(places(models, small, large), no_leaks, sizes[small]) as fleet:
+        client = ask(fleet, large)
+        finish(fleet, client)
+        assert client.error is not None
+        assert client.error.what == "the model does not fit the device's memory"
+        finish(fleet, ask(fleet, small))

@@ -22,8 +22,8 @@ BENCHMARKS = {
     "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
-    "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
+    "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
 }
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import replace
 
 from coldframe.loader.errors import RequestError
 from coldframe.loader.timeline import now
@@ -15,6 +14,7 @@ from coldframe.runtime.engine.saturation import Saturation, SaturationProbe
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.prompts import bounded, token_ids
 from coldframe.runtime.underway import Underway
 from coldframe.runtime.worker import Worker, kv_format
 
@@ -26,12 +26,6 @@ _CALM_S = 2.0
 _LONG_TEXT = 32 << 10
 """Characters of a prompt above which it is tokenised beside the loop."""
 _TOKENISED = "tokenised"
-_MOST_UNASKED = 4096
-"""Tokens that an answer gets at most where the request says no number."""
-_SHARES = 8
-"""Of all KV such a request gets at most so small a part..."""
-_FEW = 256
-"""... unless that is less than this many tokens."""
 
 
 def run(worker: Worker) -> None:
@@ -153,7 +147,7 @@ class _PrefillRole:
         """The prompt's ids, or what is wrong with it."""
         started = now()
         try:
-            return self._tokenise(job, in_background), None
+            return token_ids(self._worker, job, in_background=in_background), None
         except RequestError as error:
             return (), error
         finally:
@@ -164,65 +158,11 @@ class _PrefillRole:
         try:
             if error is not None:
                 raise error
-            job = self._bounded(job, len(ids))
+            job = bounded(self._worker, job, len(ids))
             self._queue.append((job, self._worker.sequence(job, ids)))
         except RequestError as wrong:
             self._leave(job.request)
             self._worker.refuse(job, wrong)
-
-    def _tokenise(self, job: Job, in_background: bool) -> tuple[int, ...]:
-        """The prompt's ids, checked against the model.
-
-        Raises:
-            RequestError: There are none, too many, or some that the model does not have.
-        """
-        spec = self._worker.spec
-        ids = job.prompt_ids
-        if ids is None:
-            encode = self._worker.tokenizer.encode
-            text, special = job.prompt or "", job.add_special
-            ids = tuple(encode(text, add_special=special, in_background=in_background))
-        if not ids:
-            raise RequestError(
-                "the prompt has no tokens", where="prompt", expected="at least one", got="none"
-            )
-        job.params.validate(spec.vocab_size)
-        outside = [i for i in ids if type(i) is not int or not 0 <= i < spec.vocab_size]
-        if outside:
-            raise RequestError(
-                "a token id is out of range",
-                where="prompt",
-                expected=f"0 to {spec.vocab_size - 1}",
-                got=repr(outside[0]),
-                hint="Tokenise the prompt with this model's tokenizer.",
-            )
-        return ids
-
-    def _bounded(self, job: Job, prompt_tokens: int) -> Job:
-        """The job with a number of tokens to generate that the model's context has room for.
-
-        Where none was asked for it is what there is room for, up to a limit: a request gets at its
-        start all the KV that it can come to need, and a whole context for each would let few in.
-
-        Raises:
-            RequestError: There is no room.
-        """
-        left = self._worker.spec.context_length - prompt_tokens
-        wanted = job.params.max_tokens
-        if left < (wanted or 1):
-            raise RequestError(
-                "prompt and answer do not fit the model's context",
-                where="prompt",
-                expected=f"at most {self._worker.spec.context_length} tokens",
-                got=f"{prompt_tokens} of prompt + {wanted or 1} to generate",
-                hint="Shorten the prompt or ask for fewer tokens.",
-            )
-        if wanted is not None:
-            return job
-        room = self._worker.kv.blocks * BLOCK_TOKENS
-        share = max(room // _SHARES, min(_FEW, room - prompt_tokens), 1)
-        params = replace(job.params, max_tokens=min(left, share, _MOST_UNASKED))
-        return replace(job, params=params)
 
     def _admit(self) -> None:
         """Lets requests in, in their order, as far as there are KV blocks for them."""

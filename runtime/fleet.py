@@ -52,8 +52,9 @@ class Fleet:
 
     @property
     def at_zero(self) -> bool:
-        """Whether nothing is held for any model."""
-        return all(model.state in ("zero", "failed") for model in self._models.values())
+        """Whether nothing is held for any model, and nobody asks one."""
+        models = self._models.values()
+        return all(model.state in ("zero", "failed") and model.idle for model in models)
 
     @property
     def starting(self) -> bool:

@@ -213,16 +213,19 @@ class Supervisor:
         """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
         if self.state in ("zero", "failed"):
             return
-        self._rest = "parked" if level == 1 else "zero"
         self._ordered = True
-        if self.state == "warm":
-            self.state = "draining"
-        elif self.state == "parked" and level != 1:
+        if self.state != "parked":
+            self._rest = "parked" if level == 1 else "zero"
+            if self.state == "warm":
+                self.state = "draining"
+        elif level != 1:
             self._end()
 
     @property
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
+        if self._asks and self.state in ("parked", "zero"):
+            return 0.0
         if self.replica is not None:
             return self.replica.wait_s
         if self.state != "starting":
@@ -239,6 +242,10 @@ class Supervisor:
         replica = self.replica
         if replica is not None and replica.error is not None:
             self._lost(replica.error)
+        if self._asks:
+            # Those that were held while it drained. Not in the step that has it rest: whoever has
+            # ordered that is to hear of it.
+            self._rouse()
         if self.state == "starting" and self.replica is None:
             self._start()
         if self.replica is not None:
@@ -426,18 +433,12 @@ class Supervisor:
         replica.park()
         self.state, self._rest, self._idle_since = "parked", None, self._awake()
         self._log.info("parked")
-        self._wake_for_held()
 
     def _end(self) -> None:
         self._leave()
         self.state, self._rest = "zero", None
         self._relapses.forget()
         self._log.info("zero")
-        self._wake_for_held()
-
-    def _wake_for_held(self) -> None:
-        if self._asks:
-            self._rouse()
 
     def _leave(self) -> None:
         """Ends the replica."""

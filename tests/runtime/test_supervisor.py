@@ -171,7 +171,9 @@ def test_put_to_sleep_it_ends_what_it_has_first(
         assert supervisor.state == "draining"
         later = ask(supervisor, 8)
         until(supervisor, lambda: client.done)
-        # It was asleep for the moment between the two.
+        # It is asleep for a moment between the two, so that who has ordered that hears of it.
+        until(supervisor, is_in(supervisor, state))
+        assert later.events == []
         until(supervisor, lambda: later.done)
         assert len(client.tokens) == 300
         assert client.tokens[:8] == expected(model, tuple(PROMPT), 8)
@@ -190,7 +192,10 @@ def test_put_to_sleep_it_ends_what_it_has_first(
         last = ask(supervisor, 8)
         until(supervisor, lambda: last.done)
         until(supervisor, is_in(supervisor, "parked"))
-        supervisor.wake()
+        supervisor.sleep(1)  # as it does already
+        last = ask(supervisor, 8)
+        assert supervisor.state == "warm"
+        until(supervisor, lambda: last.done)
         supervisor.sleep(2)
         supervisor.wake()
         assert supervisor.state == "warm"

@@ -112,6 +112,5 @@ class Fleet:
             return
         for model in models:
             if model.state == "zero" and model.fits:
-                model.wake()
-                model.sleep(1)
+                model.start_ahead()
                 return

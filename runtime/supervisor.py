@@ -121,7 +121,8 @@ class Supervisor:
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
-        """Whether somebody has said so, and it stays there until somebody asks."""
+        """Whether somebody has said so: nobody who asks before changes that, and it stays there
+        until somebody asks."""
         self._probe: Probe | None = None
         self._probes = 0
         self._image: ImageInTheMaking | None = None
@@ -182,6 +183,8 @@ class Supervisor:
         if self.error is not None:
             raise self.error
         self._numbers += 1
+        if self.state == "starting" and not self._ordered:
+            self._rest = None  # it was started ahead, to rest until somebody asks
         name = f"s{self._numbers}"
         self._asks[name] = Ask(self, name, params, listener, prompt, prompt_ids, add_special)
         self._rouse()
@@ -201,6 +204,11 @@ class Supervisor:
         if self.state == "draining":
             self.state = "warm"
         self._rouse()
+
+    def start_ahead(self) -> None:
+        """Has it started and parked, unless somebody asks it before it is."""
+        self._rouse()
+        self._rest, self._ordered = "parked", False
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -471,7 +479,11 @@ class Supervisor:
                 ask.listener.on_error(error)
         if self.error is not None:
             return
-        back = self._asks or not self._was_warm or self._policy.idle_s is None
+        resting = self.state in ("draining", "parked")
+        stays = self._policy.idle_s is None and not resting
+        if resting and (not self._asks or not self._ordered):
+            self._rest = None  # others have the room that it was to make, or it is at zero
+        back = self._asks or not self._was_warm or stays
         self.state = "starting" if back else "zero"
         self.start_log = StartLog(now(), self._recorder)
 

@@ -182,6 +182,20 @@ def test_a_pool_of_parked_models(models: dict[str, Path], no_leaks: Path) -> Non
 
 
 @pytest.mark.heavy
+def test_one_of_the_pool_that_is_asked_while_it_starts_stays(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    both = need(models["llama"]) + need(models["qwen2"])
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, both, pool=2) as fleet:
+        until(fleet, lambda: fleet["qwen2"].state == "starting")
+        client = ask(fleet, "qwen2", 400)
+        until(fleet, lambda: fleet["qwen2"].state not in ("zero", "starting"))
+        # Else who comes next would have to wait until all that it has is answered.
+        assert fleet["qwen2"].state == "warm"
+        finish(fleet, client)
+
+
+@pytest.mark.heavy
 def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> None:
     most = max(need(models[name]) for name in ("llama", "qwen2"))
     policy = IdlePolicy(0.1, None)

@@ -216,6 +216,31 @@ def test_a_request_that_is_held_can_be_taken_back(model: Path, no_leaks: Path) -
 # -- deaths ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
+def test_what_dies_while_it_rests_or_is_about_to_is_not_started_for_nobody(
+    model: Path, no_leaks: Path
+) -> None:
+    with supervised(model, no_leaks) as supervisor:
+        until(supervisor, is_in(supervisor, "warm"))
+        supervisor.sleep(1)
+        until(supervisor, is_in(supervisor, "parked"))
+        kill(supervisor, "memory")
+        until(supervisor, is_in(supervisor, "zero"))
+        client = ask(supervisor, 400)
+        until(supervisor, lambda: len(client.events) > 5)
+        supervisor.sleep(2)
+        later = ask(supervisor, 8)
+        kill(supervisor, "memory")
+        until(supervisor, lambda: client.done and later.done)
+        assert isinstance(client.error, ReplicaError)
+        assert later.tokens == expected(model, tuple(PROMPT), 8)
+        # The order stands: it is carried out behind those who came before it was.
+        until(supervisor, is_in(supervisor, "zero"))
+        assert supervisor.starts == 3
+        answers(supervisor, model)
+        assert supervisor.state == "warm"
+
+
 def test_who_has_no_token_yet_does_not_notice_that_all_died(model: Path, no_leaks: Path) -> None:
     size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
     with supervised(model, no_leaks, throttle=size / 0.5) as supervisor:

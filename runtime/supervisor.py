@@ -200,28 +200,36 @@ class Supervisor:
 
     def wake(self) -> None:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
-        self._rest = None
+        self._rest, self._ordered = None, False
         if self.state == "draining":
             self.state = "warm"
         self._rouse()
 
+    @property
+    def may_start_ahead(self) -> bool:
+        """Whether it could be there before somebody asks, and nobody has ordered it to zero."""
+        return self.state == "zero" and not self._ordered and self.fits
+
     def start_ahead(self) -> None:
         """Has it started and parked, unless somebody asks it before it is."""
         self._rouse()
-        self._rest, self._ordered = "parked", False
+        self._rest = "parked"
 
     def _rouse(self) -> None:
         if self.state == "zero":
-            self.state = "starting"
+            self.state, self._ordered = "starting", False
             self.start_log = StartLog(now(), self._recorder)
         elif self.state == "parked":
+            self._ordered = False
             self._become_warm()
 
     def sleep(self, level: int) -> None:
         """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
-        if self.state in ("zero", "failed"):
+        if self.state == "failed":
             return
         self._ordered = True
+        if self.state == "zero":
+            return
         if self.state != "parked":
             self._rest = "parked" if level == 1 else "zero"
             if self.state == "warm":
@@ -416,7 +424,8 @@ class Supervisor:
     def make_room(self) -> None:
         """Goes to zero, once those that are with the workers have their answers."""
         if self.state == "warm":
-            self.state, self._rest, self._ordered = "draining", "zero", False
+            self.state, self._rest = "draining", "zero"
+        self._ordered = False
         if self.replica is not None and self.replica.idle and not self._asks:
             self._end()
 

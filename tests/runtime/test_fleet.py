@@ -196,6 +196,25 @@ def test_one_of_the_pool_that_is_asked_while_it_starts_stays(
 
 
 @pytest.mark.heavy
+def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, "llama"), no_leaks, 1 << 30, policy=policy, pool=1) as fleet:
+        until(fleet, lambda: states(fleet) == ["parked"])
+        fleet["llama"].sleep(2)
+        stays = time.monotonic() + 0.3
+        until(fleet, lambda: time.monotonic() > stays)
+        assert states(fleet) == ["zero"]
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: states(fleet) == ["parked"])
+        assert fleet["llama"].starts == 2
+        fleet["llama"].make_room()  # as for another one, which does not come
+        until(fleet, lambda: fleet["llama"].starts == 3)
+        until(fleet, lambda: states(fleet) == ["parked"])
+
+
+@pytest.mark.heavy
 def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> None:
     most = max(need(models[name]) for name in ("llama", "qwen2"))
     policy = IdlePolicy(0.1, None)

@@ -5,7 +5,8 @@
     warm      requests are answered
     draining  those that there are get their answers first; new ones are held
     parked    the weights stay in memory and the workers up; the device's memory for KV is free
-    failed    it cannot be loaded, and no later try would find that mended
+    failed    it cannot be loaded; where that may pass by itself it is at zero again after a while,
+              if it is not the only one, which ends with this
 
 A replica that dies is started again, behind the requests that have not had a token yet; what keeps
 dying is started ever later. Where several models share a device, one that starts waits until there
@@ -20,7 +21,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coldframe.loader.awake import AwakeClock
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import (
+    ColdframeError,
+    PlatformError,
+    ReplicaError,
+    SourceUnreachable,
+)
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.asks import Ask, Probe
 from coldframe.runtime.creating import ImageInTheMaking
@@ -52,6 +58,10 @@ _TRIES = 3
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
+_PASSING = (PlatformError, ReplicaError, SourceUnreachable)
+"""What may pass by itself: a network that is down, too few descriptors, processes that die."""
+_AGAIN_S = 60.0
+"""After so long a model that has failed of that may be asked again, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ class Supervisor:
         self.loop = loop
         self.state: State = "zero" if began_ns is None else "starting"
         self.error: ColdframeError | None = None
-        """Why it cannot go on, where that is for good."""
+        """Why it cannot go on, where that is so."""
         self.starts = 0
         """How many there were."""
         self.used_at = time.monotonic()
@@ -127,6 +137,7 @@ class Supervisor:
         self._probes = 0
         self._image: ImageInTheMaking | None = None
         self._last_error: ColdframeError | None = None
+        self._failed_at = 0.0
         self.count = FrontCount()
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
@@ -258,6 +269,8 @@ class Supervisor:
         replica = self.replica
         if replica is not None and replica.error is not None:
             self._lost(replica.error)
+        if self.state == "failed":
+            self._forgive()
         if self._asks:
             # Those that were held while it drained. Not in the step that has it rest: whoever has
             # ordered that is to hear of it.
@@ -480,7 +493,7 @@ class Supervisor:
         self._leave()
         died = isinstance(error, ReplicaError)
         if not self._was_warm and (not died or self._relapses.too_many):
-            self.state, self.error = "failed", error
+            self.state, self.error, self._failed_at = "failed", error, time.monotonic()
         for name, ask in list(self._asks.items()):
             ask.request, ask.deaths = None, ask.deaths + 1
             if self.error is not None or not died or ask.tokens or ask.deaths >= _TRIES:
@@ -495,6 +508,13 @@ class Supervisor:
         back = self._asks or not self._was_warm or stays
         self.state = "starting" if back else "zero"
         self.start_log = StartLog(now(), self._recorder)
+
+    def _forgive(self) -> None:
+        """Lets it be asked again, where what it has failed of may have passed."""
+        late = time.monotonic() - self._failed_at >= _AGAIN_S
+        if late and isinstance(self.error, _PASSING):
+            self.state, self.error, self._on_demand = "zero", None, True
+            self._relapses.forget()
 
     def give_up(self, error: ColdframeError) -> None:
         """Serves it no more: what was read of it beside its weights is wrong."""

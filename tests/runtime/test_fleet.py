@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.errors import CheckpointError, SourceUnreachable
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime import supervisor
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.gateway.logs import Log
@@ -261,6 +263,26 @@ def test_one_that_is_no_model_leaves_the_others_alone(
         finish(fleet, good)
         assert right(good, models["llama"])
         assert fleet["none"].load_state().error is not None
+
+
+@pytest.mark.heavy
+def test_what_may_be_mended_is_tried_again_and_nothing_else(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(places(models, "llama", "qwen2", "qwen3"), no_leaks, 1 << 30) as fleet:
+        finish(fleet, ask(fleet, "llama"))
+        fleet["qwen2"]._lost(SourceUnreachable("the network is down"))
+        fleet["qwen3"]._lost(CheckpointError("these are no weights"))
+        fleet.step()
+        assert states(fleet) == ["warm", "failed", "failed"]
+        with pytest.raises(SourceUnreachable):
+            ask(fleet, "qwen2")
+        monkeypatch.setattr(supervisor, "_AGAIN_S", 0.0)
+        fleet.step()
+        assert states(fleet) == ["warm", "zero", "failed"]
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
 
 
 @pytest.mark.heavy

@@ -226,8 +226,6 @@ def test_nobody_is_taken_for_dead_when_all_were_stopped(model: Path, moment: str
         eventually(lambda: time.monotonic() > goes_on)
         for process in everybody:
             process.resume()
-        if not asked:
-            begin()
         assert (asked[0].wait().error, asked[0].text) == (None, asked[0].wanted(model))
         for kind, count in (("memory", 1), ("worker", 2), ("gateway", 1)):
             assert len([p for p in scene.processes(kind) if p in everybody]) == count

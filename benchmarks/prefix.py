@@ -3,6 +3,8 @@
 One warm replica, whose front takes the requests directly, each after the one before it is over. In
 every run three prompts go in turn: one that nobody has asked before, the same beginning with
 another end, and such an end alone, which is what is left to compute and so the limit.
+
+Then a server with a KV store, from zero and from parked: see `prefix_store`.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import time
 from pathlib import Path
 
 from coldframe.benchmarks.harness import Row, print_rows
+from coldframe.benchmarks.prefix_store import measure_store
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.flags import Parser
@@ -33,6 +36,12 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--runs", type=int, default=9, help="runs of each cell (9)")
     parser.flag("--prefix", type=int, default=1000, help="tokens of what prompts share (1000)")
     parser.flag("--rest", type=int, default=16, help="tokens of each prompt behind it (16)")
+    parser.flag(
+        "--tier",
+        choices=["image", "fresh"],
+        default="image",
+        help="how workers start where the KV store is measured (image)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
     known: list[float] = []
     alone: list[float] = []
     numbers = random.Random(0)
+    shared = args.prefix // BLOCK_TOKENS * BLOCK_TOKENS
     with Replica(ReplicaOptions(model=str(args.model))) as replica:
         replica.run_until(lambda: replica.known)
         vocabulary = range(_FIRST_ID, replica.spec.vocab_size)
@@ -54,14 +64,16 @@ def run(args: argparse.Namespace) -> int:
             ends = [numbers.choices(vocabulary, k=args.rest) for _ in range(3)]
             cells = [
                 (new, [*prefix, *ends[0]], 0),
-                (known, [*prefix, *ends[1]], args.prefix // BLOCK_TOKENS * BLOCK_TOKENS),
+                (known, [*prefix, *ends[1]], shared),
                 (alone, ends[2], 0),
             ]
             for found, prompt, reused in cells:
                 seconds = _first_token_s(replica, prompt, reused)
                 if number >= 0:
                     found.append(seconds)
-    rows = _rows(new, known, alone)
+    rows = _rows(new, known, alone) + measure_store(
+        args.model, args.tier, vocabulary, args.runs, args.prefix, args.rest, shared
+    )
     print_rows(
         rows,
         {
@@ -69,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
             "runs": args.runs,
             "prefix_tokens": args.prefix,
             "rest_tokens": args.rest,
+            "tier": args.tier,
         },
     )
     return 0 if all(row.met is not False for row in rows) else 1

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView, Progress
 from coldframe.loader.errors import (
     ColdframeError,
@@ -91,7 +92,8 @@ class MemoryClient:
         self._refused_at = 0.0
         self._mapped = False
         self._seen = -1
-        self._seen_at = time.monotonic()
+        self._clock = AwakeClock()
+        self._seen_at = self._clock()
         self.plan: Plan | None = None
         self.weights: Reservation | None = None
         self.kv: KvArena | None = None
@@ -161,7 +163,7 @@ class MemoryClient:
         self._wait(lambda: self.is_ready(stage), f"stage {stage}")
 
     def _wait(self, done: Callable[[], bool], what: str) -> None:
-        self._seen_at = time.monotonic()
+        self._seen_at = self._clock()
         with self._changed:
             while not done():
                 if self._error is not None:
@@ -180,8 +182,8 @@ class MemoryClient:
         """
         done, total = self.progress
         if done != self._seen:
-            self._seen, self._seen_at = done, time.monotonic()
-        elif time.monotonic() - self._seen_at > self._stall_s:
+            self._seen, self._seen_at = done, self._clock()
+        elif self._clock() - self._seen_at > self._stall_s:
             raise SourceUnreachable(
                 f"no byte of the weights came in for {self._stall_s:g} s",
                 where=what,
@@ -243,12 +245,12 @@ class MemoryClient:
     def _ask(self, body: dict[str, Any]) -> dict[str, Any]:
         with self._asking:
             self._channel.send(body)
-            deadline = time.monotonic() + self._stall_s
+            deadline = self._clock() + self._stall_s
             with self._changed:
                 while self._error is not None or not self._answers:
                     if self._error is not None:
                         raise self._error
-                    if time.monotonic() >= deadline:
+                    if self._clock() >= deadline:
                         # For good: a late answer would be taken for that of the next question.
                         self._error = ReplicaError(
                             "the memory service does not answer", where=str(body["type"])

@@ -12,6 +12,9 @@ needed. A request refers to blocks from the first one on without a gap, so that 
 refers to are never continued by one that is in use; of these the one used longest ago is forgotten
 first, and always after those that continue it.
 
+Blocks can also be *reserved* for a request to come, while KV that is kept elsewhere is brought back
+into them. What has come is published, and the request finds it as it finds all else.
+
 Pure bookkeeping; sockets and clocks are the caller's.
 """
 
@@ -23,7 +26,10 @@ from dataclasses import dataclass, field
 
 from coldframe.loader.errors import ArenaError
 
-__all__ = ["BlockLedger", "Blocks", "KvUsage"]
+__all__ = ["BlockLedger", "Blocks", "KvUsage", "Named", "Reserved"]
+
+Named = list[tuple[str, int]]
+"""Published blocks: their keys, and which they are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +40,12 @@ class Blocks:
         blocks: In order, from its first token on.
         reused: How many of them, from the first, hold their tokens already and are not to be
             written to.
+        forgotten: What was in some of the others, published and used by nobody.
     """
 
     blocks: list[int]
     reused: int
+    forgotten: Named = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +66,22 @@ class KvUsage:
 
 
 @dataclass(slots=True)
-class _Account:
-    """What the ledger knows of one request."""
+class Reserved:
+    """Blocks that belong to somebody, in the order of their tokens."""
 
-    gateway: str
-    attempt: int = -1
-    holder: str | None = None
     blocks: list[int] = field(default_factory=list)
     keys: list[str] = field(default_factory=list)
     """Of the published blocks it refers to, from the first one on. A block of its own may stand
     in the place of one of them, where another request published the same tokens before it."""
+
+
+@dataclass(slots=True)
+class _Account(Reserved):
+    """What the ledger knows of one request."""
+
+    gateway: str = ""
+    attempt: int = -1
+    holder: str | None = None
     written: bool = False
     """Whether its blocks hold what a hand-off says of them."""
     released: bool = False
@@ -114,6 +128,11 @@ class BlockLedger:
         return KvUsage(self.blocks - self.free, len(self._unused), self.blocks, self._reused)
 
     @property
+    def kept(self) -> Named:
+        """The published blocks that none refers to, in the order in which they are forgotten."""
+        return [(key, self._published[key].block) for key in self._unused]
+
+    @property
     def requests(self) -> int:
         return len(self._accounts)
 
@@ -130,7 +149,7 @@ class BlockLedger:
 
     def open(self, request: str, gateway: str) -> None:
         """A request comes to life; it ends with `release` or with its gateway."""
-        self._accounts.setdefault(request, _Account(gateway))
+        self._accounts.setdefault(request, _Account(gateway=gateway))
 
     def release(self, request: str) -> None:
         """The request is over. Its blocks are freed, once its holder has dropped them."""
@@ -160,32 +179,70 @@ class BlockLedger:
         Raises:
             ArenaError: There are more keys than blocks.
         """
-        account = self._accounts.get(request)
-        if account is None or account.released or attempt < account.attempt:
-            return None
-        if account.holder not in (None, worker):
-            return None
-        if account.holder == worker and attempt == account.attempt:
-            return None  # it has what it asks for
         if len(keys) > count:
             raise _nonsense(worker, f"at most {count} keys", len(keys))
-        self._give_up(account)
-        account.holder = None
-        found = self._find(keys)
-        missing = range(count - len(found))
-        # Before any is taken, lest they be forgotten to make room.
-        self._refer(found)
-        if len(missing) > self.free:
-            self._unrefer(found)
+        if not self.may_assign(worker, request, attempt):
             return None
-        fresh = [self._take() for _ in missing]
-        account.attempt, account.holder, account.lease_ends = attempt, worker, None
-        account.keys = found
-        account.blocks = [self._published[key].block for key in found] + fresh
-        self._reused += len(found)
-        return Blocks(list(account.blocks), len(found))
+        account = self._accounts[request]
+        self._give_up_kv(account)
+        account.holder = None
+        got = self._fill(account, count, keys)
+        if got is not None:
+            account.attempt, account.holder, account.lease_ends = attempt, worker, None
+            self._reused += got.reused
+        return got
 
-    def publish(self, worker: str, request: str, keys: Sequence[str]) -> None:
+    def may_assign(self, worker: str, request: str, attempt: int) -> bool:
+        """Whether a worker would get a request's blocks if there were enough."""
+        account = self._accounts.get(request)
+        if account is None or account.released or attempt < account.attempt:
+            return False
+        if account.holder == worker:
+            return attempt != account.attempt  # else it has what it asks for
+        return account.holder is None
+
+    def is_open(self, request: str) -> bool:
+        """Whether a request is alive."""
+        account = self._accounts.get(request)
+        return account is not None and not account.released
+
+    def found(self, keys: Sequence[str]) -> int:
+        """How many of the keys, from the first, are published."""
+        return len(self._find(keys))
+
+    def forgets(self, count: int) -> bool:
+        """Whether something would be forgotten to make room for so many blocks."""
+        return count > len(self._returned) + self.blocks - self._next
+
+    def reserve(self, count: int, keys: Sequence[str]) -> tuple[Reserved, Blocks] | None:
+        """Takes the blocks that a request is about to ask for, with what is published of its keys.
+
+        They are nobody's until `give_back`, so that they can be written to.
+
+        Returns:
+            What is to be given back, and what there is; None where there are not enough.
+        """
+        reserved = Reserved()
+        got = self._fill(reserved, count, keys)
+        return None if got is None else (reserved, got)
+
+    def fill(self, reserved: Reserved, keys: Sequence[str]) -> Named:
+        """Publishes what was brought into reserved blocks.
+
+        Args:
+            reserved: As `reserve` gave them.
+            keys: Of all that is there now, from the first one on; those found first among them.
+
+        Returns:
+            The blocks that are published by this.
+        """
+        return self._publish(reserved, keys)
+
+    def give_back(self, reserved: Reserved) -> None:
+        """Lets reserved blocks go; what is published of them is kept. Any number of times."""
+        self._give_up(reserved)
+
+    def publish(self, worker: str, request: str, keys: Sequence[str]) -> Named:
         """The holder says that the request's KV is written up to what a hand-off would say.
 
         Args:
@@ -193,23 +250,20 @@ class BlockLedger:
             request: Whose blocks they are.
             keys: Of its first blocks, all of them full. Nobody writes to them any more.
 
+        Returns:
+            The blocks that are published by this.
+
         Raises:
             ArenaError: The keys are not those that the request began with, or too many.
         """
         account = self._accounts.get(request)
         if account is None or account.holder != worker:
-            return
+            return []
         known = len(account.keys)
         if len(keys) > len(account.blocks) or list(keys[:known]) != account.keys[: len(keys)]:
             raise _nonsense(worker, f"{len(account.keys)} known keys and more", len(keys))
         account.written = True
-        for block, key in zip(account.blocks[known:], keys[known:], strict=False):
-            if key in self._published:
-                self._refer([key])
-            else:
-                self._published[key] = _Published(block, 1)
-                self._key_of[block] = key
-            account.keys.append(key)
+        return self._publish(account, keys)
 
     def claim(self, worker: str, request: str, attempt: int) -> list[int] | None:
         """Makes a worker the holder of a request's blocks.
@@ -241,7 +295,7 @@ class BlockLedger:
         account = self._accounts.get(request)
         if account is not None and account.holder == worker:
             account.holder = None
-            self._give_up(account)
+            self._give_up_kv(account)
             self._settle(request)
 
     def renew(self, request: str, now: float) -> None:
@@ -269,25 +323,55 @@ class BlockLedger:
         expired = []
         for request, account in self._accounts.items():
             if account.lease_ends is not None and now >= account.lease_ends:
-                self._give_up(account)
+                self._give_up_kv(account)
                 expired.append(request)
         return expired
 
     def _settle(self, request: str) -> None:
         account = self._accounts[request]
         if account.released and account.holder is None:
-            self._give_up(account)
+            self._give_up_kv(account)
             del self._accounts[request]
 
-    def _give_up(self, account: _Account) -> None:
+    def _fill(self, owner: Reserved, count: int, keys: Sequence[str]) -> Blocks | None:
+        """Gives blocks to somebody who has none: all of them, or none."""
+        found = self._find(keys)
+        missing = range(count - len(found))
+        # Before any is taken, lest they be forgotten to make room.
+        self._refer(found)
+        if len(missing) > self.free:
+            self._unrefer(found)
+            return None
+        forgotten: Named = []
+        fresh = [self._take(forgotten) for _ in missing]
+        owner.keys = found
+        owner.blocks = [self._published[key].block for key in found] + fresh
+        return Blocks(list(owner.blocks), len(found), forgotten)
+
+    def _publish(self, owner: Reserved, keys: Sequence[str]) -> Named:
+        known, new = len(owner.keys), []
+        for block, key in zip(owner.blocks[known:], keys[known:], strict=False):
+            if key in self._published:
+                self._refer([key])
+            else:
+                self._published[key] = _Published(block, 1)
+                self._key_of[block] = key
+                new.append((key, block))
+            owner.keys.append(key)
+        return new
+
+    def _give_up_kv(self, account: _Account) -> None:
         """Takes all blocks from a request."""
-        self._returned.extend(block for block in account.blocks if block not in self._key_of)
-        self._unrefer(account.keys)
-        account.blocks, account.keys = [], []
+        self._give_up(account)
         account.written, account.lease_ends = False, None
 
-    def _take(self) -> int:
-        """A block for a new owner; there is one."""
+    def _give_up(self, owner: Reserved) -> None:
+        self._returned.extend(block for block in owner.blocks if block not in self._key_of)
+        self._unrefer(owner.keys)
+        owner.blocks, owner.keys = [], []
+
+    def _take(self, forgotten: Named) -> int:
+        """A block for a new owner; there is one. What it held is added to what is forgotten."""
         if self._returned:
             return self._returned.popleft()
         if self._next < self.blocks:
@@ -297,6 +381,7 @@ class BlockLedger:
         del self._unused[key]
         block = self._published.pop(key).block
         del self._key_of[block]
+        forgotten.append((key, block))
         return block
 
     def _find(self, keys: Sequence[str]) -> list[str]:

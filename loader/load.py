@@ -127,6 +127,7 @@ class Load:
         self._from_cache = False
         self._closing = False
         self._given_up = False
+        self._mixed = False
         self._handling = threading.Lock()
         """Held while weights that are ready are read, to be checked or to be put elsewhere."""
 
@@ -137,6 +138,23 @@ class Load:
         An entry of the cache that turns out bad is taken away, by us or by another process.
         """
         return self._from_directory and not self._from_cache
+
+    @property
+    def identity(self) -> str | None:
+        """What tells these weights from all others, for what is kept beyond this replica.
+
+        A seal does so wherever they are; without one it is the versions of the files, and None
+        where their place does not tell versions apart. Known once there is a plan.
+        """
+        if self._sealed:
+            return self.plan.fingerprint
+        versions = [shard.version for shard in self._checkpoint.shards]
+        return "\0".join([self.plan.fingerprint, *versions]) if all(versions) else None
+
+    @property
+    def proven(self) -> bool:
+        """Whether the weights, being in, are known to be those that `identity` names."""
+        return self.verified == SEALED if self._sealed else not self._mixed
 
     @property
     def _from_directory(self) -> bool:
@@ -334,6 +352,7 @@ class Load:
 
     def _went_on(self, uri: str, error: ColdframeError) -> None:
         self._distrust(error)
+        self._mixed = True
         self.why = f"{error.where}: {error.what}; went on with {uri}"
 
     def _distrust(self, error: ColdframeError) -> None:

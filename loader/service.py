@@ -28,7 +28,7 @@ from typing import Any
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices import open_device
-from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.errors import ArenaError, ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
@@ -75,7 +75,7 @@ class MemoryService:
         self._wished: bool | None = None
         self._moving = False
         self._moved: Callable[[], None] | None = None
-        self._kv = KvDesk(self._device, self._send, lambda: self._clients.values())
+        self._kv = KvDesk(self._device, self._send, lambda: self._clients.values(), self._post)
         self._running = True
 
     def run(self) -> None:
@@ -97,6 +97,7 @@ class MemoryService:
                 self._kv.tick()
 
     def close(self) -> None:
+        self._kv.close()
         # A load that is still being opened is left to the end of the process.
         if self._load is not None and not self._opening.is_alive():
             self._load.close()
@@ -219,7 +220,9 @@ class MemoryService:
         self._send(self._owner, {"type": "files", "path": path, "local": self._load.local})
 
     def _planned_now(self) -> None:
+        assert self._load is not None
         self._planned = True
+        self._kv.model_is(self._load.identity)
         for client in list(self._attached()):
             self._send_plan(client)
         self._send_plan(self._owner)
@@ -232,6 +235,7 @@ class MemoryService:
     def _ended_now(self, error: ColdframeError | None) -> None:
         self._load_ended = True
         self._report(error)
+        self._check_proven()
         self._check_lease()
 
     def _kept_now(self, why: str | None) -> None:
@@ -248,6 +252,10 @@ class MemoryService:
             for client in list(self._attached()):
                 self._send(client, body)
         self._send(self._owner, {**body, "spans": spans})
+
+    def _check_proven(self) -> None:
+        if self._load is not None and self._failure is None and self._load.proven:
+            self._kv.weights_are_proven()
 
     @staticmethod
     def _facts(load: Load) -> dict[str, Any]:
@@ -377,6 +385,7 @@ class MemoryService:
         self._moving = False
         spans = [span.to_wire() for span in self._recorder.drain()]
         self._send(self._owner, {"type": "moved", **self._facts(self._load), "spans": spans})
+        self._check_proven()
         self._check_lease()
         self._settle()  # it may have been ended early
 
@@ -403,6 +412,7 @@ class MemoryService:
         assert self._load is not None
         load = self._load
         load.adopt_layout(plan, arena)
+        self._check_proven()
         self._send_to_all("relaid", {"plan": plan.to_wire()}, load.segments, load.retire)
 
     def _send_to_all(
@@ -440,6 +450,7 @@ class MemoryService:
         if client is not self._owner:
             raise ReplicaError("only the owner asks what is in use", where=client.key)
         kv = {f"kv_{name}": count for name, count in asdict(self._kv.usage()).items()}
+        kv |= self._kv.store_usage().to_wire()
         done = self._load.board.progress.done if self._load is not None and self._planned else 0
         self._send(self._owner, {"type": "usage", **kv, "bytes_done": done})
 
@@ -454,7 +465,7 @@ class MemoryService:
             raise ReplicaError("only the owner sizes the KV", where=client.key)
         try:
             self._kv.open_arena(**sizes)
-        except DeviceError as error:
+        except (ArenaError, DeviceError) as error:
             self._report(error)
 
 

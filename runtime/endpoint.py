@@ -13,7 +13,8 @@ import time
 from collections import deque
 from typing import Any
 
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
+from coldframe.loader.process import Child
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.announcer import Announcer
@@ -29,6 +30,8 @@ __all__ = ["Endpoint"]
 
 
 _PROGRESS_S = 0.1
+_LEND_S = 1.0
+"""How often a gateway gets a process for templates at most: more would be a game."""
 _MOST_SPANS = 100
 _GOODBYE_S = 2.0
 """How long a gateway gets to tell clients that the replica has failed, in seconds."""
@@ -87,6 +90,9 @@ class Endpoint:
         self._stillborn = 0
         self._gateway_at: float | None = None
         """When the next gateway is started, where there is none."""
+        self._lent: Child | None = None
+        """A process for chat templates that the gateway may not have been able to start."""
+        self._lent_at = -_LEND_S
         self._take_gateway(gateway)
 
     # -- the gateway -----------------------------------------------------------------------------
@@ -118,6 +124,7 @@ class Endpoint:
 
     def _gateway_gone(self) -> None:
         code = _status(self._gateway)
+        self._end_lent()
         if self._phase is not None:
             self._drained = True
             return
@@ -150,6 +157,29 @@ class Endpoint:
                     self._fleet.first.replica.add_spans(spans)
             case "drained" if self._phase is not None:
                 self._drained = True
+            case "templates":
+                self._lend_templates()
+
+    def _lend_templates(self) -> None:
+        """Starts a process for chat templates, in the place of one that has died."""
+        from coldframe.runtime.gateway.renderer import start_template_process
+
+        if time.monotonic() - self._lent_at < _LEND_S:
+            return
+        self._lent_at = time.monotonic()
+        self._end_lent()
+        try:
+            channel, self._lent = start_template_process()
+        except PlatformError as error:
+            self._log.error("no process for chat templates", why=str(error))
+            return
+        self._desk.send({"type": "templates"}, (channel.fileno(),))
+        channel.close()
+
+    def _end_lent(self) -> None:
+        if self._lent is not None:
+            self._lent.kill()
+            self._lent = None
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -194,6 +224,7 @@ class Endpoint:
             self._jobs.close()
         self._desk.close()
         self._gateway.child.kill()
+        self._end_lent()
         self._stop_listening()
 
     def _stop_listening(self) -> None:
@@ -208,6 +239,7 @@ class Endpoint:
     def _step(self) -> None:
         """What there is to do after something has happened."""
         self._desk.flush()  # the tokens first
+        self._desk.watch()
         self._replace_gateway()
         self._fleet.step()
         if self._fleet.error is not None and self._error is None:

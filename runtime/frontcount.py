@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from coldframe.loader.kvtally import StoreUsage
 from coldframe.runtime.frontstats import (
     BusyClock,
     FrontStats,
@@ -18,9 +19,6 @@ from coldframe.runtime.replica import Replica
 from coldframe.runtime.timeline import Timeline
 
 __all__ = ["FrontCount"]
-
-_USAGE_S = 1.0
-"""How old what the memory service said of its blocks may be: a scrape does not wait for it."""
 
 
 class FrontCount:
@@ -41,12 +39,12 @@ class FrontCount:
         self._busy = BusyClock(clock)
         self._cold_starts: Counter[str] = Counter()
         self._answered = False
-        self._asked = -_USAGE_S
         self._replica: Replica | None = None
         self._loaded_before = 0
         self._load_s_before = 0.0
         self._reused_before = 0
         self._by_decode_before = 0
+        self._stored_before: Counter[str] = Counter()
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
 
     def step(self, replica: Replica | None, *, idle: bool, parked: bool = False) -> None:
@@ -66,10 +64,6 @@ class FrontCount:
             tier = replica.facts.get("snapshot", {}).get("tier")
             self._cold_starts[tier or "fresh"] += 1
         self._answered = replica.answered
-        now = self._clock()
-        if now - self._asked >= _USAGE_S and replica.known:
-            self._asked = now
-            replica.ask_usage()
 
     def leave(self, replica: Replica) -> None:
         """A replica is about to be ended: what it did stays counted."""
@@ -78,6 +72,7 @@ class FrontCount:
         self._load_s_before += replica.load_s
         self._reused_before += replica.usage.get("kv_reused", 0)
         self._by_decode_before += replica.prefilled_by_decode
+        self._stored_before = self._stored(replica.usage, now=False)
         self._replica, self._answered = None, False
         self._busy.enter("zero")
 
@@ -102,6 +97,7 @@ class FrontCount:
             kv_blocks_reused=self._reused_before + usage.get("kv_reused", 0),
             prefilled_by_decode=self._by_decode_before + by_decode,
             prefill_batch_tokens=facts.get("prefill_batch", {}).get("tokens", 0),
+            kv_store=self._stored(usage),
             weights_bytes=facts.get("weights_bytes", 0),
             bytes_loaded=self._loaded_before + (0 if board is None else board.progress.done),
             load_s=self._load_s_before + (0.0 if replica is None else replica.load_s),
@@ -115,6 +111,14 @@ class FrontCount:
             idle_s=self._busy.idle_s,
             memory={name: kinds for name, kinds in found.items() if kinds},
         )
+
+    def _stored(self, usage: Mapping[str, int], *, now: bool = True) -> Counter[str]:
+        """What the KV store has counted, of all replicas, and what there is `now`."""
+        found = Counter(self._stored_before)
+        for name, state in StoreUsage.states().items():
+            if now or not state:
+                found[name] += usage.get(f"kv_store_{name}", 0)
+        return found
 
     def _of_start(self, timeline: Timeline | None) -> tuple[dict[str, float], dict[str, float]]:
         if timeline is None or timeline.first_token_ns is None:

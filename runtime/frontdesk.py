@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.engine.params import SamplingParams
@@ -21,6 +22,11 @@ from coldframe.runtime.supervisor import Supervisor
 __all__ = ["FrontDesk"]
 
 _SEND_S = 10
+_START_S = 300.0
+"""How long a gateway may take to say its first word, in seconds."""
+_SILENCE_S = 30.0
+"""How long it may leave a ping unanswered from then on: its loop does nothing that takes long."""
+_PING_S = 5.0
 
 
 class FrontDesk:
@@ -57,6 +63,9 @@ class FrontDesk:
         """Whose they are, and what they are called there."""
         self._tokens: list[list[Any]] = []
         self._ended = False
+        self._clock = AwakeClock()
+        self._heard = self._pinged = self._clock()
+        self._spoke = False
         channel.set_send_timeout(_SEND_S)
         fleet.loop.watch(channel.fileno(), self._read)
 
@@ -75,6 +84,18 @@ class FrontDesk:
             tokens, self._tokens = self._tokens, []
             self.send({"type": "tokens", "items": tokens})
 
+    def watch(self) -> None:
+        """Hangs up on a gateway that hangs; to be called about once a second."""
+        if self._ended:
+            return
+        moment = self._clock()
+        if moment - self._heard > (_SILENCE_S if self._spoke else _START_S):
+            self._on_wrong("nothing, and that for too long")
+            self._end()
+        elif self._spoke and moment - self._pinged > _PING_S:
+            self._pinged = moment
+            self.send({"type": "ping"})
+
     def close(self) -> None:
         """Hangs up; what it had asked for is cancelled."""
         if self._ended:
@@ -88,6 +109,7 @@ class FrontDesk:
 
     def _read(self) -> None:
         messages, ended = self._channel.receive_ready()
+        self._heard, self._spoke = self._clock(), True
         for message in messages:
             for fd in message.fds:
                 os.close(fd)  # none is asked for
@@ -118,6 +140,8 @@ class FrontDesk:
                     model.cancel(request)
             case "ask":
                 self._answer(body)
+            case "pong":
+                pass  # that something came is what counts
             case _:
                 self._on_other(message)
 

@@ -42,6 +42,8 @@ class FrontStats:
         prefilled_by_decode: Requests the rest of whose prompt a decode worker was given, so far.
         prefill_batch_tokens: In the smallest batch that saturates the device; 0 before that is
             measured.
+        kv_store: What the KV store has counted so far, and how much there is in it now; see
+            `coldframe.loader.kvtally.StoreUsage`.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.
@@ -63,6 +65,7 @@ class FrontStats:
     kv_blocks_reused: int = 0
     prefilled_by_decode: int = 0
     prefill_batch_tokens: int = 0
+    kv_store: Mapping[str, int] = field(default_factory=dict)
     weights_bytes: int = 0
     bytes_loaded: int = 0
     load_s: float = 0.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.identity import Identity
 
@@ -88,6 +89,7 @@ class ReplicaOptions:
         local_prefill: Tokens of a prompt, behind what of it is in KV, up to which a decode worker
             computes them between its steps where the prefill workers are busy; 0 has it compute
             none.
+        kv_store: Where KV is kept that leaves its memory; None keeps none.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
@@ -116,6 +118,7 @@ class ReplicaOptions:
     kv_bytes: int | None = None
     prefix_cache: bool = True
     local_prefill: int = 64
+    kv_store: KvStoreOptions | None = None
     lease_s: float = 30.0
     threads: int | None = None
     run_dir: str | None = None

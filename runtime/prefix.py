@@ -13,13 +13,20 @@ from collections.abc import Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
+from coldframe.runtime.options import BLOCK_TOKENS
+
 if TYPE_CHECKING:
     from coldframe.runtime.engine.ropespec import RopeSpec
 
-__all__ = ["PrefixKeys"]
+__all__ = ["PrefixKeys", "kv_format"]
 
 _BYTES = 32
 _ID_BYTES = 4
+
+
+def kv_format(dtype: str) -> str:
+    """Names what KV blocks hold, so that no worker reads what another wrote differently."""
+    return f"block-layer-kv-token-head/{BLOCK_TOKENS}/{dtype}"
 
 
 class PrefixKeys:
@@ -27,7 +34,7 @@ class PrefixKeys:
 
     Args:
         fingerprint: Of the checkpoint whose weights make the KV.
-        kv_format: What the blocks hold; see `coldframe.runtime.worker.kv_format`.
+        kv_format: What the blocks hold; see `kv_format`.
         block_tokens: Tokens in a block.
         rope: How the model rotates: under dynamic scaling a long request's KV is that of no other.
     """

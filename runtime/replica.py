@@ -15,8 +15,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Message
@@ -26,17 +28,22 @@ from coldframe.runtime.gate import Gate
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.prefix import kv_format
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand, kv_blocks
 from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
 
-USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done")
+USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done", *StoreUsage.names())
 
 _SATURATION = ("tokens", "threads")
 _MEMORY_END_S = 1.0
 """For how long a memory service that has left a worker is given to end."""
+_MEMORY_SILENCE_S = 30.0
+"""How long the memory service may leave a question unanswered, in seconds: its loop does nothing
+that takes long, and the workers wait for it."""
+_SEND_TIMEOUT_S = 10
 
 
 class Replica:
@@ -71,7 +78,8 @@ class Replica:
         self._requests = 0
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
-        self._router = Router(self, time.monotonic)
+        self._clock = AwakeClock()
+        self._router = Router(self, self._clock)
         self._gate: Gate | None = None
         if options.snapshot.verify and options.snapshot.mode != "off":
             self._gate = Gate(self._submit_first, self._distrust)
@@ -96,6 +104,8 @@ class Replica:
         self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
         self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
+        self._memory.set_send_timeout(_SEND_TIMEOUT_S)
+        self._memory_heard = self._clock()
         self._memory_fd: int | None = self._memory.fileno()
         self.loop.watch(self._memory_fd, self._on_memory)
         selector = self.loop.selector
@@ -291,6 +301,7 @@ class Replica:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
+            self._watch_memory()
             self._workforce.tick(self._load_started_ns)
 
     def run_until(self, done: Callable[[], bool]) -> None:
@@ -345,8 +356,10 @@ class Replica:
     def to_memory(self, message: dict[str, Any]) -> None:
         try:
             self._memory.send(message)
-        except ReplicaError:  # its end is read from the socket, with the reason before it
-            return
+        except ReplicaError:
+            # Dead, or as good as that: it does not read. Its end is read from the socket, with the
+            # reason before it.
+            self._memory_child.kill()
 
     def kill(self, worker: str) -> None:
         self._workforce.kill(worker)
@@ -374,10 +387,18 @@ class Replica:
                 "block_bytes": block_bytes,
                 "blocks": blocks,
                 "lease_s": self.options.lease_s,
+                "store": self._kv_store(model),
             }
         )
         self._router.reopen()
         self._tell_workers()
+
+    def _kv_store(self, model: ModelFacts) -> dict[str, Any] | None:
+        """What the memory service is told of where KV is kept, if anywhere."""
+        store = self.options.kv_store
+        if store is None or not self.options.prefix_cache:
+            return None
+        return replace(store, kv_format=kv_format(model.spec.dtype)).to_wire()
 
     def _settle(self) -> None:
         """Lets the memory service do, once, what would have delayed the first token."""
@@ -394,8 +415,19 @@ class Replica:
         except ColdframeError as error:
             self.fail(error)
 
+    def _watch_memory(self) -> None:
+        """Ends a memory service that hangs; to be called about once a second."""
+        if self._memory_fd is None:
+            return
+        if self._clock() - self._memory_heard > _MEMORY_SILENCE_S:
+            self._memory_child.kill()
+            self._memory_died(f"it did not answer for {_MEMORY_SILENCE_S:g} s")
+        else:
+            self.ask_usage()  # a scrape does not wait for it, either
+
     def _on_memory(self) -> None:
         messages, ended = self._memory.receive_ready()
+        self._memory_heard = self._clock()
         for message in messages:
             body = message.body
             match message.kind:

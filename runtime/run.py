@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.errors import ColdframeError, PlatformError, SourceError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.kv_flags import add_kv_arguments, kv_options
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.snapshot_flags import add_snapshot_arguments, snapshot_options
@@ -111,12 +112,7 @@ def add_replica_arguments(parser: Parser) -> None:
         help="wait for all weights before the prefill, to measure what overlapping is worth",
     )
     add_snapshot_arguments(parser)
-    parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="memory for KV, as 2GiB")
-    parser.flag(
-        "--no-prefix-cache",
-        action="store_true",
-        help="compute each prompt from its first token, also where an earlier one began alike",
-    )
+    add_kv_arguments(parser)
     add_worker_arguments(parser)
 
 
@@ -142,7 +138,8 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
 
     Raises:
         RequestError: A value says nothing that can be.
-        DeviceError: A device is named that this build cannot use.
+        DeviceError: A device is named that this build cannot use, or has not so much memory.
+        PlatformError: A directory cannot be used.
     """
     return ReplicaOptions(
         model=args.model,
@@ -156,9 +153,8 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         serve_peers=args.serve_peers,
         throttle=args.throttle,
         overlap=not args.no_overlap,
-        kv_bytes=args.kv_memory,
-        prefix_cache=not args.no_prefix_cache,
         snapshot=snapshot_options(args),
+        **kv_options(args),
         **worker_options(args),
     )
 

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
+from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.asks import Ask, Probe
@@ -112,7 +113,10 @@ class Supervisor:
         self._relapses = Relapses()
         self._was_warm = False
         self._warm_since = 0.0
-        self._idle_since = time.monotonic()
+        # Who is stopped between two requests, as some platforms do it, does not fall asleep by
+        # that: it goes on because somebody asks.
+        self._awake = AwakeClock()
+        self._idle_since = self._awake()
         self._start_s = 0.0
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
@@ -356,7 +360,7 @@ class Supervisor:
         self.state = "warm" if self._rest is None else "draining"
         self._was_warm = True
         self._relapses.warm()
-        self._warm_since = self._idle_since = time.monotonic()
+        self._warm_since, self._idle_since = time.monotonic(), self._awake()
         self._start_s = self.start_log.first_token_s
         self._probes, self._last_error = 0, None
 
@@ -405,7 +409,7 @@ class Supervisor:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
         if self._asks or (self._image is not None and self._image.outcome is None):
-            self._idle_since = time.monotonic()
+            self._idle_since = self._awake()
         park_s = self._policy.park_s
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
             self._rest = "zero" if park_s == 0 else "parked"
@@ -416,11 +420,11 @@ class Supervisor:
             self._end()
 
     def _idle_for(self, seconds: float | None) -> bool:
-        return seconds is not None and time.monotonic() - self._idle_since >= seconds
+        return seconds is not None and self._awake() - self._idle_since >= seconds
 
     def _park(self, replica: Replica) -> None:
         replica.park()
-        self.state, self._rest, self._idle_since = "parked", None, time.monotonic()
+        self.state, self._rest, self._idle_since = "parked", None, self._awake()
         self._log.info("parked")
         self._wake_for_held()
 
@@ -498,7 +502,7 @@ class Supervisor:
                 self._image.step()
                 if self._image.outcome:
                     self._log.info("image for the next start", **self._image.outcome)
-        elif self.state == "warm" and time.monotonic() - self._idle_since > _QUIET_S:
+        elif self.state == "warm" and self._awake() - self._idle_since > _QUIET_S:
             self._image = ImageInTheMaking(replica)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["byte_count", "byte_rate", "human_bytes", "human_seconds"]
+__all__ = ["byte_count", "byte_count_or_none", "byte_rate", "human_bytes", "human_seconds"]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -18,14 +18,23 @@ def byte_count(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: It is not such a text.
     """
+    size = byte_count_or_none(text)
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return size
+
+
+def byte_count_or_none(text: str) -> int:
+    """As `byte_count`, and 0 for none.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not such a text.
+    """
     match = _QUANTITY.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512MB or 4GiB")
     unit = match[2].lower()
-    size = int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
-    if size <= 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
-    return size
+    return int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
 
 
 def byte_rate(text: str) -> float:

@@ -34,7 +34,7 @@ from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.options import BLOCK_TOKENS
-from coldframe.runtime.prefix import PrefixKeys
+from coldframe.runtime.prefix import PrefixKeys, kv_format
 from coldframe.runtime.tensors import tensors_of, torch_dtypes
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
@@ -51,11 +51,6 @@ __all__ = ["Warm", "Worker", "kv_format"]
 
 BEAT_S = 5.0
 """How often a worker says that it is alive, in seconds."""
-
-
-def kv_format(dtype: str) -> str:
-    """Names what KV blocks hold, so that no worker reads what another wrote differently."""
-    return f"block-layer-kv-token-head/{BLOCK_TOKENS}/{dtype}"
 
 
 @dataclass(slots=True)

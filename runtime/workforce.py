@@ -246,10 +246,14 @@ class Workforce:
                 self._tell(worker, model)
 
     def _tell(self, worker: WorkerProcess, model: ModelFacts) -> None:
+        path = os.path.join(self._launch.run_dir, "memory.sock")
         try:
             # Whom a worker runs as need not be let into the run directory.
-            memory = Channel.connect(os.path.join(self._launch.run_dir, "memory.sock"))
-        except ReplicaError:  # it is dead, which is told by its own socket
+            memory = Channel.connect(path)
+        except ReplicaError:
+            # It is dead, which is told by its own socket; or alive, and out of reach for good.
+            if not os.path.exists(path):
+                self._owner.fail(_run_dir_gone(self._launch.run_dir))
             return
         worker.told = True
         self.send(
@@ -396,6 +400,15 @@ class Workforce:
         self._selector.unregister(worker.channel.fileno())
         worker.channel.close()
         return worker.child.kill()
+
+
+def _run_dir_gone(path: str) -> ReplicaError:
+    return ReplicaError(
+        "somebody has removed the run directory of this replica",
+        where=path,
+        hint="Its lock (flock) says that it is in use. Where that is not heeded, set "
+        "COLDFRAME_RUN_DIR to a directory that nobody clears up.",
+    )
 
 
 def ending(code: int) -> str:

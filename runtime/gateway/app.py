@@ -39,6 +39,8 @@ from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
 
 __all__ = ["Gateway"]
 
+_BACKLOG = 2048
+"""Connections that the kernel holds at most."""
 _LATECOMERS_S = 0.05
 """How long connections are taken that the kernel had before the port was closed, in seconds."""
 _LAST_WORDS_S = 0.5
@@ -76,6 +78,7 @@ class Gateway:
         self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
         limits = HttpLimits(connections=connection_limit())
         self._renderer = renderer
+        renderer.elsewhere = self.engine.templates
         answering = Answering(
             OpenAI(self.engine, renderer.render),
             self.metrics,
@@ -94,6 +97,8 @@ class Gateway:
             log_config=None,
             access_log=False,
             server_header=False,
+            # So many are accepted in one go, before the first of them can be refused.
+            backlog=min(_BACKLOG, limits.connections),
             timeout_graceful_shutdown=max(1, int(settings.drain_s)),
         )
         self._server = _Server(config, self.accepting)

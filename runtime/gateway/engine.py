@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.gateway.waiting import Hall
 
 __all__ = ["FrontEngine"]
+
+_TEMPLATES_S = 10.0
 
 _MOST_NAMES = 16
 """So many names are told to who asks for a model that there is not."""
@@ -50,6 +53,8 @@ class FrontEngine:
         on_end: Callable[[], None],
     ) -> None:
         self._on_end = on_end
+        self._loop = asyncio.get_running_loop()
+        self._templates: asyncio.Future[Channel] | None = None
         self._link = FrontLink(channel, self._on_message, self._front_gone)
         send = self._link.send
         self._hall = Hall(settings.max_waiting_bytes)
@@ -117,6 +122,23 @@ class FrontEngine:
                 return word
         return each[0]
 
+    def templates(self) -> Channel:
+        """A socket to a process for chat templates that the front starts; blocks another thread.
+
+        Raises:
+            TimeoutError: It has started none.
+        """
+        asked = asyncio.run_coroutine_threadsafe(self._ask_for_templates(), self._loop)
+        return asked.result()
+
+    async def _ask_for_templates(self) -> Channel:
+        self._templates = self._loop.create_future()
+        self._link.send({"type": "templates"})
+        try:
+            return await asyncio.wait_for(self._templates, _TEMPLATES_S)
+        finally:
+            self._templates = None
+
     def give_up(self) -> None:
         """Ends the requests that are open: they had their time."""
         for model in self.models.values():
@@ -145,6 +167,14 @@ class FrontEngine:
                 self.models[body["model"]].take_state(LoadState.from_wire(body))
             case "model":
                 self.models[body["model"]].take_card(ModelCard.from_wire(body["card"]))
+            case "templates":
+                lent = Channel.from_fd(message.fds[0])
+                if self._templates is None or self._templates.done():
+                    lent.close()  # nobody waits for it any more
+                else:
+                    self._templates.set_result(lent)
+            case "ping":
+                self.say({"type": "pong"})
             case "answer":
                 self._questions.answered(body["id"], body["body"])
 

@@ -205,6 +205,7 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         ["model"],
         {(model,): told.prefill_batch_tokens for model, told in stats.items()},
     )
+    yield from _kv_store(stats)
     yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
@@ -241,6 +242,46 @@ def _each(
 def _kv_blocks(told: FrontStats) -> Mapping[str, float]:
     used, cached = told.kv_blocks_used, told.kv_blocks_cached
     return {"used": used, "cached": cached, "free": told.kv_blocks_total - used - cached}
+
+
+def _kv_store(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
+    tiers, reasons = ("memory", "disk"), ("corrupt", "unreadable", "unwritten")
+    yield _counter(
+        "kv_store_stored_blocks",
+        "KV blocks that went to the store, by tier.",
+        ["model", "tier"],
+        _each(stats, lambda told: {tier: told.kv_store.get(f"{tier}_stored", 0) for tier in tiers}),
+    )
+    yield _counter(
+        "kv_store_loaded_blocks",
+        "KV blocks that came back from the store, by tier.",
+        ["model", "tier"],
+        _each(stats, lambda told: {tier: told.kv_store.get(f"{tier}_loaded", 0) for tier in tiers}),
+    )
+    yield _gauge(
+        "kv_store_bytes",
+        "What the store holds, by tier; of the disk, what all replicas have there.",
+        ["model", "tier"],
+        _each(stats, lambda told: {tier: told.kv_store.get(f"{tier}_bytes", 0) for tier in tiers}),
+    )
+    yield _counter(
+        "kv_store_lost_blocks",
+        "KV blocks that the store does not have, and why.",
+        ["model", "reason"],
+        _each(stats, lambda told: {why: told.kv_store.get(why, 0) for why in reasons}),
+    )
+    yield _counter(
+        "kv_store_pauses",
+        "How often the store could not be written, so that it waited.",
+        ["model"],
+        {(model,): told.kv_store.get("pauses", 0) for model, told in stats.items()},
+    )
+    yield _gauge(
+        "kv_store_paused",
+        "1 while the store cannot be written, else 0.",
+        ["model"],
+        {(model,): told.kv_store.get("paused", 0) for model, told in stats.items()},
+    )
 
 
 _HISTOGRAMS: tuple[tuple[str, str, Callable[[ModelNumbers], Histogram]], ...] = (

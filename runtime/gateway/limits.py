@@ -71,4 +71,5 @@ def connection_limit(most: int = _MOST_CONNECTIONS, reserved: int = _RESERVED_FD
             soft = raised
     if soft == resource.RLIM_INFINITY:
         return most
-    return max(1, min(most, max(soft - reserved, soft // 2)))
+    # Of very few, a quarter: as many again are being refused, and the rest is for everything else.
+    return max(1, min(most, max(soft - reserved, soft // 4)))

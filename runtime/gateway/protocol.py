@@ -38,7 +38,7 @@ from coldframe.runtime.gateway.tcp import prepare, unacknowledged
 __all__ = ["GatewayProtocol", "HttpLimits", "connection_limit", "http_protocol"]
 
 _OVERFLOW = 32
-"""Connections beyond the limit that are told so; those beyond these are only closed."""
+"""Connections beyond the limit that are told so, if that is for as many; others are only closed."""
 _AHEAD = 64 << 10
 """Bytes that a client may send ahead before its next answer; then it is not heard until that."""
 _READ = 64 << 10
@@ -102,7 +102,7 @@ class GatewayProtocol(H11Protocol):
         self._socket: socket.socket = transport.get_extra_info("socket")
         prepare(self._socket, self.limits.write_s)
         over = len(self.connections) - self.limits.connections
-        if over > _OVERFLOW:
+        if over > min(_OVERFLOW, self.limits.connections):
             transport.abort()
         elif over > 0:
             self._refuse(503, "There are too many connections.", kind="server_error")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
@@ -19,7 +19,7 @@ from coldframe.runtime.gateway.api import ApiError
 from coldframe.snapshot.forking import Fork, Forker
 from coldframe.snapshot.identity import Identity
 
-__all__ = ["Renderer"]
+__all__ = ["Renderer", "start_template_process"]
 
 _MAIN = "from coldframe.runtime.gateway.template_process import main; main(3)"
 # What an interpreter may need to start at all, and the zone of `strftime_now`.
@@ -46,6 +46,9 @@ class Renderer:
         deadline_s: How long one template may take, in seconds.
         memory_bytes: Address space of the process that it runs in.
         max_chars: The most characters that it may make.
+
+    Where the process that is forked has died and this one may not start another, `elsewhere` is
+    called, if somebody has set it: for a socket to one that somebody else has started.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Renderer:
             "memory_bytes": memory_bytes,
             "max_chars": max_chars,
         }
+        self.elsewhere: Callable[[], Channel] | None = None
         self._identity: Identity | None = None
         self._lock = threading.Lock()
         """One template at a time: there is one process for them."""
@@ -171,7 +175,14 @@ class Renderer:
                 return self._forks.fork(self._identity, self._limits)
             except ReplicaError:  # somebody has killed it
                 self._end_forks()
-        self._forks = _Forks()
+        try:
+            self._forks = _Forks()
+            return self._forks.fork(self._identity, self._limits)
+        except (ColdframeError, OSError):
+            if self.elsewhere is None:
+                raise
+        self._end_forks()
+        self._forks = _Forks(self.elsewhere())
         return self._forks.fork(self._identity, self._limits)
 
     def _sound(self, answer: Mapping[str, Any]) -> bool:
@@ -201,25 +212,39 @@ class Renderer:
         )
 
 
+def start_template_process() -> tuple[Channel, Child]:
+    """Starts a process that is forked for templates: a socket to it, with whose end it ends.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+    ours, theirs = Channel.pair()
+    environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    try:
+        child = spawn_python(_MAIN, [], theirs.fileno(), environment, site_packages=False)
+    except BaseException:
+        ours.close()
+        raise
+    finally:
+        theirs.close()
+    return ours, child
+
+
 class _Forks:
-    """The process that is forked, as its parent sees it.
+    """The process that is forked, as it is seen here.
+
+    Args:
+        control: A socket to it, where somebody else has started it and reaps it.
 
     Raises:
         PlatformError: It cannot be started.
     """
 
-    def __init__(self) -> None:
-        self._control, theirs = Channel.pair()
-        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        try:
-            self._child: Child = spawn_python(
-                _MAIN, [], theirs.fileno(), environment, site_packages=False
-            )
-        except BaseException:
-            self._control.close()
-            raise
-        finally:
-            theirs.close()
+    def __init__(self, control: Channel | None = None) -> None:
+        self._child: Child | None = None
+        if control is None:
+            control, self._child = start_template_process()
+        self._control = control
         self._told = False
         self._forker: Forker | None = None
 
@@ -279,6 +304,8 @@ class _Forks:
     def close(self) -> None:
         """Ends it."""
         self._control.close()
+        if self._child is None:
+            return
         deadline = time.monotonic() + _END_S
         while self._child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.001)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from coldframe.loader.errors import ArenaError
-from coldframe.loader.ledger import BlockLedger, Blocks, KvUsage
+from coldframe.loader.ledger import BlockLedger, Blocks, KvUsage, Reserved
 
 BLOCKS = 8
 LEASE = 10.0
@@ -314,6 +314,59 @@ def test_keys_that_are_not_those_of_the_blocks_are_refused(text: str, ledger: Bl
         ledger.assign("w", "s", 0, 0, keys("x"))
 
 
+# -- blocks that are got ready -------------------------------------------------------------------
+
+
+def test_what_was_brought_in_is_found_by_who_asks_then() -> None:
+    ledger = BlockLedger(4)
+    found = ledger.reserve(3, keys("ab"))
+    assert found is not None
+    reserved, got = found
+    assert got == Blocks([0, 1, 2], 0)
+    assert ledger.usage == KvUsage(used=3, cached=0, total=4, reused=0)
+    assert ledger.fill(reserved, keys("ab")) == [("a", 0), ("ab", 1)]
+    ledger.give_back(reserved)
+    ledger.give_back(reserved)
+    assert ledger.usage == KvUsage(used=0, cached=2, total=4, reused=0)
+    ledger.open("r", "g")
+    assert ledger.assign("w", "r", 0, 3, keys("abc")) == Blocks([0, 1, 2], 2)
+    assert ledger.claim("x", "r", 1) is None  # what was brought in is not all of a request's KV
+
+
+def test_what_is_forgotten_is_told() -> None:
+    ledger = BlockLedger(3)
+    serve(ledger, "r", 3, "ab")
+    assert ledger.kept == [("ab", 1), ("a", 0)]
+    assert not ledger.forgets(1)
+    assert ledger.forgets(2)
+    found = ledger.reserve(2, keys("x"))
+    assert found is not None
+    assert found[1] == Blocks([2, 1], 0, [("ab", 1)])
+    ledger.open("s", "g")
+    assert ledger.assign("w", "s", 0, 1) == Blocks([0], 0, [("a", 0)])
+
+
+def test_nothing_is_reserved_where_not_all_of_it_is_free() -> None:
+    ledger = BlockLedger(3)
+    serve(ledger, "r", 2, "ab")
+    ledger.open("s", "g")
+    ledger.assign("w", "s", 0, 1)
+    assert ledger.reserve(3, keys("ab")) is None
+    assert ledger.kept == [("ab", 1), ("a", 0)]
+    assert ledger.reserve(2, keys("ab")) is not None
+
+
+def test_two_that_bring_in_the_same_keep_one_of_it() -> None:
+    ledger = BlockLedger(4)
+    both = [ledger.reserve(2, keys("ab")) for _ in range(2)]
+    for found in both:
+        assert found is not None
+        ledger.fill(found[0], keys("ab"))
+        ledger.give_back(found[0])
+    assert ledger.usage == KvUsage(used=0, cached=2, total=4, reused=0)
+    assert ledger.free == 4
+
+
 # -- any order of events --------------------------------------------------------------------------
 
 
@@ -351,17 +404,23 @@ class LedgerMachine(RuleBasedStateMachine):
         super().__init__()
         self.ledger = BlockLedger(BLOCKS, LEASE)
         self.known: dict[str, Known] = {}
+        self.reserved: list[tuple[Reserved, Known]] = []
         self.kept: dict[str, Kept] = {}
         self.now = 0.0
         self.events = 0
         self.reused = 0
 
+    @property
+    def owners(self) -> list[Known]:
+        """Requests, and those that get blocks ready for one."""
+        return [*self.known.values(), *(known for _, known in self.reserved)]
+
     def referring(self, key: str) -> int:
-        return sum(key in known.keys for known in self.known.values())
+        return sum(key in known.keys for known in self.owners)
 
     def taken(self) -> set[int]:
         """Blocks that belong to a request, or can be read for one to come."""
-        owned = {block for known in self.known.values() for block in known.blocks}
+        owned = {block for known in self.owners for block in known.blocks}
         return owned | {kept.block for kept in self.kept.values()}
 
     def touch(self, known: Known) -> None:
@@ -416,27 +475,75 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         self.let_go_of_kv(known)
         known.holder = None
+        if self.gets(known, got, text, count):
+            assert got is not None
+            self.reused += got.reused
+            known.attempt, known.holder = attempt, worker
+
+    def gets(self, known: Known, got: Blocks | None, text: str, count: int) -> bool:
+        """Holds what somebody who has no blocks was given against what is right."""
         found = [key for key in keys(text) if key in self.kept]
         assert found == keys(text)[: len(found)], "a block was forgotten before what continues it"
         known.keys = found
         self.touch(known)
-        in_use = {block for other in self.known.values() for block in other.blocks}
+        in_use = {block for other in self.owners for block in other.blocks}
         in_use |= {kept.block for key, kept in self.kept.items() if self.referring(key)}
         if count - len(found) > BLOCKS - len(in_use):
             assert got is None
             self.let_go_of_kv(known)
-            return
+            return False
         assert got is not None
+        before = dict(self.kept)
         self.make_room(count - len(found))
-        self.reused += len(found)
+        gone = {(key, kept.block) for key, kept in before.items() if key not in self.kept}
+        assert set(got.forgotten) == gone
+        assert len(got.forgotten) == len(gone)
         assert got.reused == len(found)
         assert got.blocks[: got.reused] == [self.kept[key].block for key in found]
         fresh = got.blocks[got.reused :]
         assert len(got.blocks) == count
         assert len(set(fresh)) == len(fresh)
         assert not set(fresh) & self.taken(), "memory that somebody reads or writes"
-        known.text, known.blocks = text, got.blocks
-        known.attempt, known.holder = attempt, worker
+        known.text, known.blocks = text, list(got.blocks)
+        return True
+
+    @rule(text=TEXTS, more=st.integers(0, 3))
+    def reserve(self, text: str, more: int) -> None:
+        count, known = len(text) + more, Known("")
+        forgets = self.ledger.forgets(count - self.ledger.found(keys(text)))
+        found = self.ledger.reserve(count, keys(text))
+        reserved, got = (Reserved(), None) if found is None else found
+        self.reserved.append((reserved, known))
+        if self.gets(known, got, text, count):
+            assert got is not None
+            assert bool(got.forgotten) == forgets
+        else:
+            self.reserved.pop()
+
+    @rule(which=st.integers(0, 3), read=st.integers(0, 5))
+    def brought_in(self, which: int, read: int) -> None:
+        """As much as there was has been read into what was reserved."""
+        if which >= len(self.reserved):
+            return
+        reserved, known = self.reserved[which]
+        wanted = keys(known.text)[: len(known.keys) + read]
+        new = self.ledger.fill(reserved, wanted)
+        expected = []
+        for place, key in list(enumerate(wanted))[len(known.keys) :]:
+            if key not in self.kept:
+                self.kept[key] = Kept(known.blocks[place], 0)
+                expected.append((key, known.blocks[place]))
+            known.keys.append(key)
+        assert new == expected
+
+    @rule(which=st.integers(0, 3))
+    def give_back(self, which: int) -> None:
+        if which < len(self.reserved):
+            reserved, known = self.reserved.pop(which)
+            self.events += 1
+            for key in known.keys:
+                self.kept[key].used = self.events
+            self.ledger.give_back(reserved)
 
     @rule(worker=WORKERS, request=REQUESTS, text=TEXTS, more=st.integers(0, 3), end=TEXTS)
     def serve(self, worker: str, request: str, text: str, more: int, end: str) -> None:
@@ -569,10 +676,10 @@ class LedgerMachine(RuleBasedStateMachine):
     def nobody_writes_what_others_read(self) -> None:
         readable = {kept.block for kept in self.kept.values()}
         assert len(readable) == len(self.kept)
-        for known in self.known.values():
+        for known in self.owners:
             own = known.blocks[len(known.keys) :]
             assert not set(own) & readable
-            others = [other for other in self.known.values() if other is not known]
+            others = [other for other in self.owners if other is not known]
             assert not set(own) & {block for other in others for block in other.blocks}
 
     def teardown(self) -> None:
@@ -580,6 +687,8 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.worker_gone(worker, self.now)
         for gateway in ("g", "h"):
             self.ledger.gateway_gone(gateway)
+        for reserved, _ in self.reserved:
+            self.ledger.give_back(reserved)
         assert self.ledger.free == BLOCKS
         self.ledger.open("heir", "g")
         got = self.ledger.assign("heir", "heir", 0, BLOCKS)

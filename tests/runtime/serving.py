@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ from tests.runtime.helpers import expected
 from tests.runtime.snapshots import eventually, left_behind
 
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
+_PATCHED = """
+import importlib, json, sys
+for name, value in json.loads(sys.argv.pop(1)).items():
+    module, _, constant = name.rpartition(".")
+    assert hasattr(importlib.import_module(module), constant), name
+    setattr(sys.modules[module], constant, value)
+from coldframe.runtime.cli import main
+sys.exit(main())
+"""
 _END_S = 30.0
 
 
@@ -141,7 +151,8 @@ class Server:
     def worker(self, role: str) -> psutil.Process:
         """The process of the one worker that is `prefill` or `decode`; the first starts first."""
         found = self._children("coldframe.runtime.worker_process")
-        prefill, decode = sorted(found, key=lambda process: process.create_time())
+        # Both may have been started within one tick of the clock.
+        prefill, decode = sorted(found, key=lambda process: (process.create_time(), process.pid))
         return prefill if role == "prefill" else decode
 
     def _children(self, what: str) -> list[psutil.Process]:
@@ -156,12 +167,20 @@ def _runs(process: psutil.Process, what: str) -> bool:
 
 
 @contextmanager
-def served(model: Path, *flags: object, **env: str) -> Iterator[Server]:
+def served(
+    model: Path,
+    *flags: object,
+    front: Mapping[str, object] | None = None,
+    under: Sequence[str] = (),
+    **env: str,
+) -> Iterator[Server]:
     """Runs the command on a port of its own; afterwards it has ended well and left nothing.
 
     Args:
         model: What it serves.
         flags: Further ones.
+        front: Constants of modules that are others in the front, such as how long it waits.
+        under: A command that runs it.
         env: Further variables of its environment.
     """
     # A socket's path is short, and pytest's own folders are not.
@@ -170,7 +189,10 @@ def served(model: Path, *flags: object, **env: str) -> Iterator[Server]:
     runs.mkdir()
     clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
     mine = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **env}
-    command = [COLDFRAME, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
+    program = [COLDFRAME]
+    if front is not None:
+        program = [sys.executable, "-P", "-c", _PATCHED, json.dumps(front)]
+    command = [*under, *program, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [str(word) for word in command], env=clean | mine, stderr=stderr, stdout=stderr

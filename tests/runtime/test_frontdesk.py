@@ -212,6 +212,40 @@ def test_the_same_twice(bench: Bench) -> None:
     assert bench.ends == 1
 
 
+def test_who_leaves_pings_unanswered_is_ended(bench: Bench) -> None:
+    moment = bench.desk._clock()
+    bench.desk._clock = lambda: moment  # type: ignore[method-assign,assignment]
+
+    def later(seconds: float) -> None:
+        nonlocal moment
+        moment += seconds
+        bench.desk.watch()
+
+    later(60)  # it imports
+    bench.says({"type": "pong"})
+    for _ in range(10):
+        later(6)
+        assert bench.hears() == {"type": "ping"}
+        bench.says({"type": "pong"})
+    bench.says(GOOD)
+    for _ in range(5):
+        later(5.9)
+    assert bench.ends == 0
+    later(1)
+    assert (bench.ends, bench.replica.cancelled, len(bench.wrong)) == (1, ["r0"], 1)
+    later(100)
+    assert bench.ends == 1
+
+
+def test_who_never_says_a_word_is_ended_later(bench: Bench) -> None:
+    bench.desk._clock = lambda: 299.0  # type: ignore[method-assign,assignment]
+    bench.desk.watch()
+    assert bench.ends == 0
+    bench.desk._clock = lambda: 301.0  # type: ignore[method-assign,assignment]
+    bench.desk.watch()
+    assert bench.ends == 1
+
+
 def test_descriptors_are_not_kept(bench: Bench) -> None:
     fd = os.open(os.devnull, os.O_RDONLY)
     before = len(os.listdir("/proc/self/fd"))

@@ -52,6 +52,13 @@ def size_of(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
+def cached(model: Path) -> Path:
+    """The model with all its files in the page cache: what was written a while ago may be out."""
+    for file in model.iterdir():
+        file.read_bytes()
+    return model
+
+
 def descriptor_of(process: int, fd: int) -> int:
     """A descriptor of another process, as one of ours."""
     theirs = os.pidfd_open(process)
@@ -104,9 +111,7 @@ def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, fam
 
 
 def test_cached_weights_are_mapped_and_not_copied(demo_model: Make, no_leaks: Path) -> None:
-    model = demo_model("llama")
-    for file in model.iterdir():
-        file.read_bytes()
+    model = cached(demo_model("llama"))
     with Replica(options(model, no_leaks)) as replica:
         client = ask(replica, prompt_of(7), 5)
         finish(replica, client)
@@ -367,9 +372,9 @@ def test_what_is_in_use_can_be_asked_for(demo_model: Make, no_leaks: Path) -> No
         client = ask(replica, prompt_of(20), 400)
         wait_for(replica, lambda: len(client.events) > 3)
         replica.ask_usage()
-        wait_for(replica, lambda: bool(replica.usage))
+        wait_for(replica, lambda: replica.usage.get("kv_used", 0) > 0)
         total = replica.usage["kv_total"]
-        assert 0 < replica.usage["kv_used"] < total
+        assert replica.usage["kv_used"] < total
         assert replica.usage["bytes_done"] == replica.facts["weights_bytes"]
         replica.cancel(client.request)
         while replica.usage["kv_used"]:  # the worker lets go between two steps
@@ -398,15 +403,17 @@ def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path)
 def test_a_worker_whose_mapped_file_is_cut_means_a_start_with_a_copy(
     role: str, demo_model: Make, no_leaks: Path
 ) -> None:
-    model = demo_model("llama")
+    model = cached(demo_model("llama"))
     with Replica(options(model, no_leaks)) as replica:
-        client = ask(replica, prompt_of(12), 60)
-        wait_for(replica, lambda: len(client.events) > 4 and replica.loaded)
+        wait_for(replica, lambda: replica.loaded)
         assert replica.facts["mode"] == "mapped"
+        client = ask(replica, prompt_of(12), 60)
+        wait_for(replica, lambda: len(client.events) > 4)
         before = replica.pids
         os.kill(next(pid for name, pid in before.items() if name.startswith(role)), signal.SIGBUS)
+        # The answer may be there before that death is heard of.
+        wait_for(replica, lambda: replica.facts.get("mode") == "copied")
         finish(replica, client)
-        assert replica.facts["mode"] == "copied"
         assert "shrank" in replica.facts["restarted"]
         assert not set(before.values()) & set(replica.pids.values())
         again = ask(replica, prompt_of(5), 4)

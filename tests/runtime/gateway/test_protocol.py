@@ -534,7 +534,7 @@ def test_the_limit_of_connections_follows_that_of_files() -> None:
         )
         assert done.returncode == 0, done.stderr
         limits[hard] = done.stdout.split()
-    assert limits[30] == ["15", "30", "30"]
+    assert limits[30] == ["7", "30", "30"]
     assert limits[200] == ["136", "200", "200"]
     assert limits[4000] == ["300", "364", "4000"]
 

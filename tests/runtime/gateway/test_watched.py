@@ -137,7 +137,8 @@ def test_what_a_collector_gets(demo_model: Make) -> None:
     assert set(inside) == {"queue", "prefill", "decode", "cold_start"}
     start = inside["cold_start"]
     assert start.start_time_unix_nano < request.start_time_unix_nano
-    assert abs(start.end_time_unix_nano - inside["prefill"].end_time_unix_nano) < 0.2e9
+    # A worker made the token before the gateway heard of it.
+    assert 0 <= inside["prefill"].end_time_unix_nano - start.end_time_unix_nano < 20e9
     assert {"imports", "plan", "prefill[head]"} <= set(collector.children(start))
     assert [s.name for s in collector.spans if s.kind == Span.SPAN_KIND_SERVER] == [request.name]
     sent = b"".join(message.SerializeToString() for message in collector.requests)

@@ -1,0 +1,88 @@
+"""The flags that say how much KV there is, and where it is kept."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from functools import partial
+from typing import Any
+
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.errors import DeviceError, RequestError
+from coldframe.loader.kv_options import DEFAULT_BYTES, KvStoreOptions
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.units import byte_count, byte_count_or_none
+
+__all__ = ["add_kv_arguments", "kv_options"]
+
+
+def add_kv_arguments(parser: Parser) -> None:
+    """The flags of KV: its memory, and what outlives a request."""
+    flag = partial(parser.flag, group=parser.add_argument_group("KV"))
+    flag("--kv-memory", metavar="SIZE", type=byte_count, help="memory for KV, as 2GiB")
+    flag(
+        "--no-prefix-cache",
+        action="store_true",
+        help="compute each prompt from its first token, also where an earlier one began alike",
+    )
+    flag(
+        "--kv-store",
+        metavar="DIR",
+        help="keep KV of prompts and answers there, for those that begin alike, also behind a "
+        "return to zero; prompts can be told from it",
+    )
+    flag(
+        "--kv-store-bytes",
+        metavar="SIZE",
+        type=byte_count,
+        default=DEFAULT_BYTES,
+        help="how much of it, before what was used longest ago goes (20GiB)",
+    )
+    flag(
+        "--kv-store-memory",
+        metavar="SIZE",
+        type=byte_count_or_none,
+        default=0,
+        help="host memory for KV that has left its own; parked, too (none: on a CPU both are the "
+        "same memory)",
+    )
+
+
+def kv_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of `ReplicaOptions` that the flags stand for; the directory is there then.
+
+    Raises:
+        RequestError: KV is to be kept that is not to be used.
+        DeviceError: There is not so much memory.
+        PlatformError: The directory cannot be used.
+    """
+    wanted = args.kv_store is not None or args.kv_store_memory > 0
+    if wanted and args.no_prefix_cache:
+        raise RequestError(
+            "KV that is kept is of no use where each prompt is computed from its first token",
+            where="--kv-store",
+            got="--no-prefix-cache",
+            hint="Leave one of the two out.",
+        )
+    available = memory_available()
+    if args.kv_store_memory > available:
+        raise DeviceError(
+            "the KV store's memory is larger than what is available",
+            where="--kv-store-memory",
+            expected=f"at most {available:,} bytes",
+            got=f"{args.kv_store_memory:,}",
+            hint="Ask for less.",
+        )
+    directory = None
+    if args.kv_store is not None:
+        from coldframe.loader.kvdisk import prepare_directory
+
+        directory = os.path.abspath(os.path.expanduser(args.kv_store))
+        prepare_directory(directory)
+    return {
+        "kv_bytes": args.kv_memory,
+        "prefix_cache": not args.no_prefix_cache,
+        "kv_store": (
+            KvStoreOptions(directory, args.kv_store_bytes, args.kv_store_memory) if wanted else None
+        ),
+    }

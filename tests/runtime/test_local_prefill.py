@@ -178,6 +178,27 @@ def test_running_answers_go_on_beside_it(demo_model: Make, no_leaks: Path) -> No
 
 
 @pytest.mark.heavy
+def test_several_decode_workers_of_one_device_share_it(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, decode=2, local_prefill=800)) as replica:
+        chats = Chats(replica)
+        wait_for(replica, lambda: replica.staff["decode"]["up"] == 2)
+        assert {worker.domain for worker in replica._router._workers.values()} == {"cpu"}
+        both = [pid for name, pid in replica.pids.items() if name.startswith("decode")]
+        for stopped in both:
+            os.kill(stopped, signal.SIGSTOP)
+        turns = [chats.ask_decode(250, 20) for _ in range(2)]
+        holders = {replica._router._requests[client.request].worker for _, client in turns}
+        for stopped in both:
+            os.kill(stopped, signal.SIGCONT)
+        # The second one is for whoever has less to do: their KV is the same.
+        assert len(holders) == 2
+        finish(replica, *[client for _, client in turns])
+        for prompt, client in turns:
+            check(model, prompt, client, 20)
+
+
+@pytest.mark.heavy
 def test_no_more_is_left_than_has_been_taken(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks)) as replica:

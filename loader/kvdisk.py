@@ -90,6 +90,7 @@ class KvDisk:
         self._names = f"{os.urandom(8).hex()}-"
         self._numbers = itertools.count()
         self._until_look = 0
+        self._ours = False
 
     def read(self, key: str, into: memoryview, used_ns: int) -> bool | None:
         """Reads a block to its place; see `read_block`.
@@ -102,6 +103,7 @@ class KvDisk:
         """
         path = self._path(key)
         try:
+            self._check()
             if read_block(path, key, into, used_ns):
                 return True
         except FileNotFoundError:
@@ -118,6 +120,7 @@ class KvDisk:
         """
         path = self._path(key)
         try:
+            self._check()
             status = os.stat(path, follow_symlinks=False)
             # A machine that lost its power may have left empty files.
             if not stat.S_ISREG(status.st_mode) or status.st_size != HEADER_BYTES + nbytes:
@@ -157,9 +160,14 @@ class KvDisk:
             raise
 
     @property
-    def must_sweep(self) -> bool:
-        """Whether it is time for `sweep`."""
+    def may_sweep(self) -> bool:
+        """Whether it is time for `sweep`, if there is time."""
         return self._until_look <= 0
+
+    @property
+    def must_sweep(self) -> bool:
+        """Whether `sweep` cannot wait any longer."""
+        return self._until_look <= -(self.max_bytes // _LOOK_AGAIN)
 
     def sweep(self, urgent: Callable[[], bool] = lambda: False) -> None:
         """Sees how much there is, and deletes what was used longest ago where it is too much.
@@ -200,6 +208,25 @@ class KvDisk:
                 elif entry.name.endswith(_UNFINISHED) and status.st_ctime < late:
                     os.unlink(entry.path)
         return found
+
+    def _check(self) -> None:
+        """Looks, once, whether nobody else could have put files into the folder.
+
+        Raises:
+            OSError: It is not there, or somebody could.
+        """
+        if self._ours:
+            return
+        status = os.stat(self._folder, follow_symlinks=False)
+        # To a file server root may be another user: then the directory is that one's as well.
+        owners = (os.geteuid(), os.stat(self.root).st_uid)
+        if (
+            not stat.S_ISDIR(status.st_mode)
+            or status.st_mode & 0o022
+            or status.st_uid not in owners
+        ):
+            raise PermissionError(errno.EACCES, "others may write to its folder")
+        self._ours = True
 
     def _path(self, key: str) -> str:
         return os.path.join(self._folder, key[:2], key)

@@ -120,8 +120,10 @@ class KvPreparer:
 
     def _begin(self, worker: str, request: str, count: int, keys: Sequence[str]) -> bool:
         """Begins to prepare a request, where there is something to do."""
+        if self._disk_hangs:
+            return False
         found = self._ledger.found(keys)
-        fetch = [] if self._disk_hangs else keys[found:]
+        fetch = keys[found:]
         if not fetch and not (self._ledger.forgets(count - found) and self._store.saves()):
             return False
         got = self._ledger.reserve(count, keys)

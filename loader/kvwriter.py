@@ -118,7 +118,9 @@ class KvWriter:
     def _next(self) -> tuple[str, int] | None:
         """The next one to be written; None at the end."""
         while True:
-            if self._end_at is None and self._disk.must_sweep:
+            disk = self._disk
+            sweeps = disk.must_sweep or (disk.may_sweep and not self._waiting)
+            if sweeps and self._end_at is None:
                 with suppress(OSError):  # what cannot be read now is looked at later
                     self._disk.sweep(lambda: self._end_at is not None)
                 self._tally.set("disk_bytes", self._disk.nbytes)

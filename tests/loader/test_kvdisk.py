@@ -162,6 +162,27 @@ def test_what_is_no_file_is_neither_waited_for_nor_followed(disk: KvDisk, tmp_pa
     assert read(disk, 1) is None
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("how", ["owner", "mode", "link"])
+def test_a_folder_that_others_may_write_to_is_not_used(disk: KvDisk, how: str) -> None:
+    disk.write(key(1), block(1), NOW)
+    folder = path_of(disk, 1).parent.parent
+    if how == "owner":
+        os.chown(folder, 65532, 65532)
+    elif how == "mode":
+        folder.chmod(0o777)
+    else:
+        folder.rename(folder.with_name("elsewhere"))
+        folder.symlink_to(folder.with_name("elsewhere"))
+    another = KvDisk(disk.root, "model", 1 << 30)
+    for use in (
+        lambda: another.read(key(1), block(2), NOW),
+        lambda: another.touch(key(1), BLOCK, NOW),
+    ):
+        with pytest.raises(PermissionError, match="others may write"):
+            use()
+
+
 def test_only_a_hash_in_hexadecimal_is_a_key() -> None:
     assert is_key(key(1))
     for text in ("", "ab", key(1).upper(), key(1)[:-1], key(1) + "\n", "../" + key(1)[3:]):
@@ -179,7 +200,7 @@ def test_what_was_used_longest_ago_goes_and_never_before_what_continues_it(
         disk.write(key(place), block(place), NOW - place)
     disk.sweep()
     assert (disk.nbytes, len(files(disk))) == (7 * size, 7)
-    assert not disk.must_sweep
+    assert not disk.may_sweep
     assert read(disk, 0) == block(0)
     other.write(key(101), block(101), NOW + 1)
     other.sweep()

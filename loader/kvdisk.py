@@ -219,12 +219,8 @@ class KvDisk:
             return
         status = os.stat(self._folder, follow_symlinks=False)
         # To a file server root may be another user: then the directory is that one's as well.
-        owners = (os.geteuid(), os.stat(self.root).st_uid)
-        if (
-            not stat.S_ISDIR(status.st_mode)
-            or status.st_mode & 0o022
-            or status.st_uid not in owners
-        ):
+        ours = status.st_uid in (os.geteuid(), os.stat(self.root).st_uid)
+        if not ours or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
             raise PermissionError(errno.EACCES, "others may write to its folder")
         self._ours = True
 

@@ -143,8 +143,8 @@ class KvWriter:
             return
         self._disk.write(key, self._buffer, used_ns)
         self._go_on()
-        self._tally.add("disk_stored")
         self._tally.set("disk_bytes", self._disk.nbytes)
+        self._tally.add("disk_stored")
 
     def _done(self, key: str) -> None:
         with self._changed:

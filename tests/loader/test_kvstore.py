@@ -292,8 +292,6 @@ def test_a_disk_that_stays_full_loses_blocks_and_nothing_else(tmp_path: Path) ->
         until(lambda: made.store.usage().paused == 1)
         made.forget(*range(4))
         assert made.fetch(list(range(4)), list(range(4))) == 4
-        started = time.monotonic()
-    assert time.monotonic() - started < 4  # what cannot be written is not waited for
     assert place.read_text() == "in the way"
 
 

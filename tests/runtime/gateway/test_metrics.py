@@ -33,6 +33,7 @@ FRONT = FrontStats(
     kv_blocks_cached=2,
     kv_blocks_total=8,
     kv_blocks_reused=1,
+    kv_store={"disk_stored": 4, "memory_loaded": 2, "disk_bytes": 9, "corrupt": 1, "paused": 1},
     weights_bytes=1000,
     bytes_loaded=3000,
     load_s=1.5,
@@ -216,6 +217,15 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_blocks", state="cached") == 2
     assert one(found, "kv_blocks", state="free") == 3
     assert one(found, "kv_blocks_reused_total") == 1
+    assert one(found, "kv_store_stored_blocks_total", tier="disk") == 4
+    assert one(found, "kv_store_stored_blocks_total", tier="memory") == 0
+    assert one(found, "kv_store_loaded_blocks_total", tier="memory") == 2
+    assert one(found, "kv_store_bytes", tier="disk") == 9
+    assert one(found, "kv_store_lost_blocks_total", reason="corrupt") == 1
+    assert one(found, "kv_store_lost_blocks_total", reason="unreadable") == 0
+    assert one(found, "kv_store_lost_blocks_total", reason="unwritten") == 0
+    assert one(found, "kv_store_pauses_total") == 0
+    assert one(found, "kv_store_paused") == 1
     assert one(found, "coldstarts_total", tier="image") == 2
     assert one(found, "coldstarts_total", tier="template") == 0
     assert one(found, "coldstart_stage_seconds", stage="prefill") == 0.25

@@ -33,6 +33,8 @@ _LOW = 0.9
 """Share of what it may have to which a directory is brought down that could come to have more."""
 _LOOK_AGAIN = 16
 """After this part of what it may have has been written, it is looked at what others have."""
+_OF_DISK = 0.95
+"""Of what it has and what is free it may have this share: others write to the disk as well."""
 _PAUSE_S = 0.001
 
 
@@ -90,6 +92,8 @@ class KvDisk:
         self._names = f"{os.urandom(8).hex()}-"
         self._numbers = itertools.count()
         self._until_look = 0
+        self._step = max_bytes // _LOOK_AGAIN
+        """After so many bytes it is looked at what others have."""
         self._ours = False
 
     def read(self, key: str, into: memoryview, used_ns: int) -> bool | None:
@@ -167,7 +171,7 @@ class KvDisk:
     @property
     def must_sweep(self) -> bool:
         """Whether `sweep` cannot wait any longer."""
-        return self._until_look <= -(self.max_bytes // _LOOK_AGAIN)
+        return self._until_look <= -self._step
 
     def sweep(self, urgent: Callable[[], bool] = lambda: False) -> None:
         """Sees how much there is, and deletes what was used longest ago where it is too much.
@@ -178,7 +182,7 @@ class KvDisk:
         Raises:
             OSError: The directory cannot be read.
         """
-        self._until_look = step = self.max_bytes // _LOOK_AGAIN
+        self._until_look = self._step
         files: list[tuple[int, int, str]] = []
         for folder in _entries(self.root, _FOLDER):
             for part in _entries(folder.path, _PART):
@@ -187,15 +191,26 @@ class KvDisk:
                 files += self._files(part.path)
                 time.sleep(_PAUSE_S)  # what goes on beside this is more urgent
         self.nbytes = sum(size for _, size, _ in files)
-        if self.nbytes + step <= self.max_bytes:
+        most = self._most()
+        self._until_look = self._step = most // _LOOK_AGAIN
+        if self.nbytes + self._step <= most:
             return
         files.sort()
         for _, size, path in files:
-            if self.nbytes <= self.max_bytes * _LOW:
+            if self.nbytes <= most * _LOW:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
             self.nbytes -= size
+
+    def _most(self) -> int:
+        """What there may be: less than was asked for where the disk has no room for that."""
+        try:
+            status = os.statvfs(self.root)
+        except FileNotFoundError:
+            return self.max_bytes
+        room = self.nbytes + status.f_bavail * status.f_frsize
+        return min(self.max_bytes, int(room * _OF_DISK))
 
     def _files(self, folder: str) -> list[tuple[int, int, str]]:
         """The blocks in a folder: when used last, size, and path."""

@@ -119,11 +119,11 @@ class KvWriter:
         """The next one to be written; None at the end."""
         while True:
             disk = self._disk
-            sweeps = disk.must_sweep or (disk.may_sweep and not self._waiting)
-            if sweeps and self._end_at is None:
+            free = not self._waiting or self._pause_s
+            if self._end_at is None and (disk.must_sweep or (disk.may_sweep and free)):
                 with suppress(OSError):  # what cannot be read now is looked at later
-                    self._disk.sweep(lambda: self._end_at is not None)
-                self._tally.set("disk_bytes", self._disk.nbytes)
+                    disk.sweep(lambda: self._end_at is not None)
+                self._tally.set("disk_bytes", disk.nbytes)
             with self._changed:
                 moment = time.monotonic()
                 if self._end_at is not None and (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import signal
@@ -16,6 +15,7 @@ from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
+from tests.loader.test_kvdisk import mounted
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 from tests.runtime.test_prefix_reuse import (
     SHARED,
@@ -204,16 +204,8 @@ def test_files_that_are_not_right_are_computed_instead(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", bytes(place), b"tmpfs", 0, b"size=4m,mode=0700"):
-        pytest.skip(f"no file system can be mounted: {os.strerror(ctypes.get_errno())}")
-    try:
+    with mounted(tmp_path / "small") as place:
         yield place
-    finally:
-        libc.umount2(bytes(place), 2)
 
 
 @pytest.mark.heavy

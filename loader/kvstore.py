@@ -265,9 +265,9 @@ class KvStore:
     # -- threads ---------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Has a reader do something."""
-        with self._lock:
-            if len(self._readers) < _READERS:
+        """Has a reader do something. The first to ask is the service's loop."""
+        if not self._readers:
+            for _ in range(_READERS):
                 thread = threading.Thread(target=self._read, name="kv-reader", daemon=True)
                 self._readers.append(thread)
                 thread.start()

@@ -56,9 +56,8 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
         DeviceError: There is not so much memory.
         PlatformError: The directory cannot be used.
     """
-    # An empty one is none, as where a platform sets all variables that it knows.
-    place = args.kv_store or None
-    wanted = place is not None or args.kv_store_memory > 0
+    # An empty name is none, as where a platform sets all variables that it knows.
+    wanted = bool(args.kv_store) or args.kv_store_memory > 0
     if wanted and args.no_prefix_cache:
         raise RequestError(
             "KV that is kept is of no use where each prompt is computed from its first token",
@@ -76,10 +75,10 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
             hint="Ask for less.",
         )
     directory = None
-    if place is not None:
+    if args.kv_store:
         from coldframe.loader.kvdisk import prepare_directory
 
-        directory = os.path.abspath(os.path.expanduser(place))
+        directory = os.path.abspath(os.path.expanduser(args.kv_store))
         prepare_directory(directory)
     return {
         "kv_bytes": args.kv_memory,

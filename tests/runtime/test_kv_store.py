@@ -28,6 +28,8 @@ from tests.runtime.test_prefix_reuse import (
     variant,
 )
 
+pytestmark = pytest.mark.timeout(300)
+
 Make = Callable[..., Path]
 
 
@@ -209,7 +211,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.heavy
-@pytest.mark.timeout(300)
 def test_a_full_disk_fails_nobody(
     model: Path, no_leaks: Path, small_disk: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

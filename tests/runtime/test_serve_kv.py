@@ -17,6 +17,8 @@ from tests.runtime.helpers import prompt_of
 from tests.runtime.serving import Server, greedy, served
 from tests.runtime.snapshots import eventually
 
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
+
 Make = Callable[..., Path]
 STORED = "coldframe_kv_store_stored_blocks_total{disk}"
 PROMPT = [5, *prompt_of(99)]
@@ -44,7 +46,6 @@ def sleep(server: Server, level: int) -> None:
     eventually(lambda: server.get("/startup").json()["state"] == wanted, seconds=60)
 
 
-@pytest.mark.heavy
 def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
     store = tmp_path / "kv"
     with served(model, "--kv-store", store, "--kv-store-memory", "64MiB") as server:
@@ -69,7 +70,6 @@ def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
         assert place.stat().st_uid == os.getuid()
 
 
-@pytest.mark.heavy
 def test_a_prefix_survives_a_kill_of_all_processes(model: Path, tmp_path: Path) -> None:
     with served(model, "--kv-store", tmp_path / "kv") as server:
         assert ask(server, model) == 0
@@ -88,7 +88,6 @@ def test_a_prefix_survives_a_kill_of_all_processes(model: Path, tmp_path: Path) 
             assert ask(other, model) == 96
 
 
-@pytest.mark.heavy
 def test_the_memory_service_dies_and_the_prefix_stays(model: Path, tmp_path: Path) -> None:
     with served(model, "--kv-store", tmp_path / "kv") as server:
         assert ask(server, model) == 0

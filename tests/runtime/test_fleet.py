@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.errors import CheckpointError, SourceUnreachable
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime import supervisor
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.gateway.logs import Log
@@ -182,6 +184,39 @@ def test_a_pool_of_parked_models(models: dict[str, Path], no_leaks: Path) -> Non
 
 
 @pytest.mark.heavy
+def test_one_of_the_pool_that_is_asked_while_it_starts_stays(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    both = need(models["llama"]) + need(models["qwen2"])
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, both, pool=2) as fleet:
+        until(fleet, lambda: fleet["qwen2"].state == "starting")
+        client = ask(fleet, "qwen2", 400)
+        until(fleet, lambda: fleet["qwen2"].state not in ("zero", "starting"))
+        # Else who comes next would have to wait until all that it has is answered.
+        assert fleet["qwen2"].state == "warm"
+        finish(fleet, client)
+
+
+@pytest.mark.heavy
+def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, "llama"), no_leaks, 1 << 30, policy=policy, pool=1) as fleet:
+        until(fleet, lambda: states(fleet) == ["parked"])
+        fleet["llama"].sleep(2)
+        stays = time.monotonic() + 0.3
+        until(fleet, lambda: time.monotonic() > stays)
+        assert states(fleet) == ["zero"]
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: states(fleet) == ["parked"])
+        assert fleet["llama"].starts == 2
+        fleet["llama"].make_room()  # as for another one, which does not come
+        until(fleet, lambda: fleet["llama"].starts == 3)
+        until(fleet, lambda: states(fleet) == ["parked"])
+
+
+@pytest.mark.heavy
 def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> None:
     most = max(need(models[name]) for name in ("llama", "qwen2"))
     policy = IdlePolicy(0.1, None)
@@ -228,6 +263,26 @@ def test_one_that_is_no_model_leaves_the_others_alone(
         finish(fleet, good)
         assert right(good, models["llama"])
         assert fleet["none"].load_state().error is not None
+
+
+@pytest.mark.heavy
+def test_what_may_be_mended_is_tried_again_and_nothing_else(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(places(models, "llama", "qwen2", "qwen3"), no_leaks, 1 << 30) as fleet:
+        finish(fleet, ask(fleet, "llama"))
+        fleet["qwen2"]._lost(SourceUnreachable("the network is down"))
+        fleet["qwen3"]._lost(CheckpointError("these are no weights"))
+        fleet.step()
+        assert states(fleet) == ["warm", "failed", "failed"]
+        with pytest.raises(SourceUnreachable):
+            ask(fleet, "qwen2")
+        monkeypatch.setattr(supervisor, "_AGAIN_S", 0.0)
+        fleet.step()
+        assert states(fleet) == ["warm", "zero", "failed"]
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
 
 
 @pytest.mark.heavy

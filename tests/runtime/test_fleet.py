@@ -11,7 +11,7 @@ import pytest
 
 from coldframe.loader.errors import CheckpointError, SourceUnreachable
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime import supervisor
+from coldframe.runtime import sizing, supervisor
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.gateway.logs import Log
@@ -112,6 +112,25 @@ def test_two_that_do_not_fit_together_take_turns(models: dict[str, Path], no_lea
             assert [model.replica is not None for _, model in fleet].count(True) == 1
         assert [model.starts for _, model in fleet] == [2, 1]
         assert [model.failures for _, model in fleet] == [0, 0]
+
+
+@pytest.mark.heavy
+def test_what_another_one_has_is_there_for_who_takes_its_place(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        # As on a machine that one of them fills.
+        monkeypatch.setattr(
+            sizing,
+            "memory_available",
+            lambda: KV - 1 if fleet["llama"].state == "warm" else 1 << 30,
+        )
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: fleet["qwen2"].known)
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
 
 
 @pytest.mark.heavy

@@ -172,6 +172,26 @@ def test_who_is_asked_answers_before_it_goes(models: dict[str, Path], no_leaks: 
 
 
 @pytest.mark.heavy
+def test_nobody_goes_for_who_does_not_wait_any_more(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        client = ask(fleet, "llama", 400)
+        until(fleet, lambda: fleet["llama"].state == "warm" and len(client.events) > 5)
+        fleet["llama"]._start_s = 1000.0  # it stays as long as somebody asks it
+        late = ask(fleet, "qwen2")
+        until(fleet, lambda: fleet["qwen2"].load_state().stage == "memory")
+        fleet["qwen2"].cancel(late.request)
+        until(fleet, lambda: fleet["qwen2"].state == "zero")
+        finish(fleet, client)
+        assert states(fleet) == ["warm", "zero"]
+        # One that was told to start does so, whether somebody asks it or not.
+        fleet["qwen2"].wake()
+        until(fleet, lambda: states(fleet) == ["zero", "warm"])
+
+
+@pytest.mark.heavy
 def test_the_one_used_longest_ago_goes(models: dict[str, Path], no_leaks: Path) -> None:
     names = ("llama", "qwen2", "qwen3")
     sizes = sorted(need(models[name]) for name in names)

@@ -263,6 +263,13 @@ def _settings(
         raise RequestError(
             "there cannot be fewer than none", where="--pool", expected="0 or more", got=args.pool
         )
+    if args.pool and args.on_idle == "exit":
+        raise RequestError(
+            "with a pool there is always a model that is kept, and never an end",
+            where="--pool",
+            got="--on-idle exit",
+            hint="Leave one of the two out.",
+        )
     return GatewaySettings(
         models=models,
         platform=profile.name,

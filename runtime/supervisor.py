@@ -142,6 +142,8 @@ class Supervisor:
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
         self._on_demand = began_ns is None
+        self._called = not self._on_demand
+        """Whether it is to start also where nobody asks it."""
         if began_ns is not None and self._quarters.take():
             self.starts = 1
             self.replica = Replica(options, recorder, launch, loop)
@@ -211,7 +213,7 @@ class Supervisor:
 
     def wake(self) -> None:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
-        self._rest, self._ordered = None, False
+        self._rest, self._ordered, self._called = None, False, True
         if self.state == "draining":
             self.state = "warm"
         self._rouse()
@@ -224,7 +226,7 @@ class Supervisor:
     def start_ahead(self) -> None:
         """Has it started and parked, unless somebody asks it before it is."""
         self._rouse()
-        self._rest = "parked"
+        self._rest, self._called = "parked", True
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -337,6 +339,10 @@ class Supervisor:
     def _start(self) -> None:
         if self._relapses.wait_s:
             return
+        if self._quarters.waiting and not self._asks and not self._called:
+            self._quarters.leave()  # nobody is to go for those who have gone meanwhile
+            self.state = "zero"
+            return
         try:
             if not self._quarters.take():
                 return
@@ -394,7 +400,7 @@ class Supervisor:
 
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
-        self._was_warm = True
+        self._was_warm, self._called = True, False
         self._relapses.warm()
         self._warm_since, self._idle_since = time.monotonic(), self._awake()
         self._start_s = self.start_log.first_token_s
@@ -505,8 +511,8 @@ class Supervisor:
         stays = self._policy.idle_s is None and not resting
         if resting and (not self._asks or not self._ordered):
             self._rest = None  # others have the room that it was to make, or it is at zero
-        back = self._asks or not self._was_warm or stays
-        self.state = "starting" if back else "zero"
+        self._called = not self._was_warm or stays
+        self.state = "starting" if self._asks or self._called else "zero"
         self.start_log = StartLog(now(), self._recorder)
 
     def _forgive(self) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from coldframe.loader.errors import CheckpointError, SourceUnreachable
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime import supervisor
+from coldframe.runtime import sizing, supervisor
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.gateway.logs import Log
@@ -115,6 +115,25 @@ def test_two_that_do_not_fit_together_take_turns(models: dict[str, Path], no_lea
 
 
 @pytest.mark.heavy
+def test_what_another_one_has_is_there_for_who_takes_its_place(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        # As on a machine that one of them fills.
+        monkeypatch.setattr(
+            sizing,
+            "memory_available",
+            lambda: KV - 1 if fleet["llama"].state == "warm" else 1 << 30,
+        )
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: fleet["qwen2"].known)
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
+
+
+@pytest.mark.heavy
 def test_two_that_fit_stay(models: dict[str, Path], no_leaks: Path) -> None:
     both = need(models["llama"]) + need(models["qwen2"])
     with fleet_of(places(models, "llama", "qwen2"), no_leaks, both) as fleet:
@@ -150,6 +169,26 @@ def test_who_is_asked_answers_before_it_goes(models: dict[str, Path], no_leaks: 
         assert right(second, models["qwen2"])
         assert right(third, models["llama"])
         assert [model.starts for _, model in fleet] == [2, 1]
+
+
+@pytest.mark.heavy
+def test_nobody_goes_for_who_does_not_wait_any_more(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        client = ask(fleet, "llama", 400)
+        until(fleet, lambda: fleet["llama"].state == "warm" and len(client.events) > 5)
+        fleet["llama"]._start_s = 1000.0  # it stays as long as somebody asks it
+        late = ask(fleet, "qwen2")
+        until(fleet, lambda: fleet["qwen2"].load_state().stage == "memory")
+        fleet["qwen2"].cancel(late.request)
+        until(fleet, lambda: fleet["qwen2"].state == "zero")
+        finish(fleet, client)
+        assert states(fleet) == ["warm", "zero"]
+        # One that was told to start does so, whether somebody asks it or not.
+        fleet["qwen2"].wake()
+        until(fleet, lambda: states(fleet) == ["zero", "warm"])
 
 
 @pytest.mark.heavy

@@ -39,3 +39,9 @@ def test_what_cannot_be_is_refused_by_its_name(flag: str, values: tuple[str, ...
         with pytest.raises(RequestError) as raised:
             settings(flag, value)
         assert raised.value.where == flag
+
+
+def test_who_keeps_a_pool_never_ends_for_want_of_requests() -> None:
+    assert settings("--on-idle", "exit").models == settings("--pool", "1").models
+    with pytest.raises(RequestError, match="--on-idle exit"):
+        settings("--pool", "1", "--on-idle", "exit")

@@ -52,9 +52,10 @@ class Fleet:
 
     @property
     def at_zero(self) -> bool:
-        """Whether nothing is held for any model, and nobody asks one."""
+        """Whether one has gone back to zero, and nothing is held for any, and nobody asks one."""
         models = self._models.values()
-        return all(model.state in ("zero", "failed") and model.idle for model in models)
+        been = any(model.starts and model.state == "zero" for model in models)
+        return been and all(model.state in ("zero", "failed") and model.idle for model in models)
 
     @property
     def starting(self) -> bool:

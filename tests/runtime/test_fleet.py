@@ -297,11 +297,27 @@ def test_one_that_is_no_model_leaves_the_others_alone(
         finish(fleet, client)
         assert client.error is not None
         assert fleet["none"].state == "failed"
+        assert not fleet.at_zero
         assert fleet.error is None
         good = ask(fleet, "llama")
         finish(fleet, good)
         assert right(good, models["llama"])
         assert fleet["none"].load_state().error is not None
+
+
+@pytest.mark.heavy
+def test_who_never_was_anywhere_else_has_not_gone_to_zero(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, 1 << 30) as fleet:
+        fleet["llama"]._lost(CheckpointError("these are no weights"))
+        fleet.step()
+        assert states(fleet) == ["failed", "zero"]
+        assert not fleet.at_zero  # the other one could still be asked
+        finish(fleet, ask(fleet, "qwen2"))
+        assert not fleet.at_zero
+        fleet["qwen2"].sleep(2)
+        until(fleet, lambda: fleet.at_zero)
 
 
 @pytest.mark.heavy

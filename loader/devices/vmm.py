@@ -1,0 +1,359 @@
+"""Arenas in a GPU's memory: reserved addresses, with memory behind them that others can map.
+
+The same contract as `arena.Reservation` has on the CPU, and the same `Segment`s on the wire: who
+owns memory gives a descriptor of it away, who gets one maps it at the same place. What differs is
+that memory comes in pieces of the device's granularity, and that a piece is mapped as a whole.
+
+The driver counts references: memory lives as long as a handle, a mapping or a descriptor of it
+does, in any process. So a handle is released as soon as its memory is mapped, and from then on
+there is one thing to undo, the mapping, and one to close, the descriptor.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+from coldframe.loader.arena import Segment, round_up
+from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.driver import Memory
+from coldframe.loader.errors import ArenaError, DeviceError, DeviceFull, DeviceLost
+
+__all__ = ["DeviceArena", "DeviceReservation"]
+
+
+class DeviceReservation:
+    """A range of a device's addresses in this process, with the segments mapped into it.
+
+    One thread at a time may use it.
+
+    Args:
+        context: The device.
+        size: Bytes; rounded up to the device's granularity.
+        base: The wanted address, a multiple of the granularity; None leaves it to the driver.
+        exact: Whether another address than `base` is an error (see `arena.Reservation`).
+
+    Attributes:
+        read_only: Whether what was mapped for reading only cannot be written either. A driver may
+            refuse to make that distinction; then such memory is mapped like any other.
+
+    Raises:
+        ArenaError: The address is taken.
+        DeviceError: There are no addresses left.
+    """
+
+    def __init__(
+        self, context: Context, size: int, base: int | None = None, *, exact: bool = False
+    ) -> None:
+        self.context = context
+        self.size = round_up(max(size, 1), context.granularity)
+        self.read_only = True
+        self._mapped: dict[int, int] = {}
+        """Length of each mapping, by its offset."""
+        driver = context.driver
+        context.bind()
+        self.address = driver.reserve(self.size, base or 0)
+        if exact and base is not None and self.address != base:
+            # The driver takes the address as a wish, and another is no error to it.
+            _quietly(driver.free_addresses, self.address, self.size)
+            raise ArenaError(
+                "the arena's address is taken in this process",
+                where=f"{context.name}, {self.size:,} bytes",
+                expected=hex(base),
+                got=hex(self.address),
+                hint="Start the worker fresh instead of from a snapshot.",
+            )
+
+    def attach(self, segments: Sequence[Segment]) -> None:
+        """Maps memory that another process, or this one, gave a descriptor of.
+
+        The descriptors stay the caller's, who may close them. Where one segment cannot be mapped,
+        none of them is.
+
+        Raises:
+            ArenaError: A segment does not fit, its place is taken, or its descriptor is not of a
+                GPU's memory.
+            DeviceLost: The device broke.
+        """
+        done: list[int] = []
+        try:
+            for segment in segments:
+                self._attach(segment)
+                done.append(segment.offset)
+        except BaseException:
+            for offset in reversed(done):
+                _quietly(self._unmap, offset)
+            raise
+
+    def _attach(self, segment: Segment) -> None:
+        where = f"{self.context.name}, offset {segment.offset}, {segment.length} bytes"
+        if segment.fd_offset:
+            raise ArenaError(
+                "memory of a GPU is mapped from its start",
+                where=where,
+                expected=0,
+                got=segment.fd_offset,
+            )
+        self._check_place(segment.offset, segment.length)
+        driver = self.context.driver
+        self.context.bind()
+        try:
+            memory = driver.import_fd(segment.fd)
+            try:
+                self.map(segment.offset, segment.length, memory, writable=segment.writable)
+            finally:
+                _quietly(driver.release, memory)
+        except (DeviceLost, DeviceFull):
+            raise
+        except DeviceError as error:
+            raise ArenaError(
+                f"a segment cannot be mapped: {error.what}",
+                where=where,
+                got=error.got,
+                hint="Both sides must be of one version, and on the same GPU.",
+            ) from error
+
+    def map(self, offset: int, length: int, memory: Memory, *, writable: bool) -> None:
+        """Maps memory at a place, all of it; it may be released then.
+
+        Raises:
+            ArenaError: It does not fit, or there is something already.
+            DeviceError: The driver refuses.
+        """
+        self._check_place(offset, length)
+        driver, address = self.context.driver, self.address + offset
+        driver.map(address, length, memory)
+        try:
+            self._let_in(address, length, writable)
+        except BaseException:
+            _quietly(driver.unmap, address, length)
+            raise
+        self._mapped[offset] = length
+
+    def _let_in(self, address: int, length: int, writable: bool) -> None:
+        driver, ordinal = self.context.driver, self.context.ordinal
+        try:
+            driver.set_access(address, length, ordinal, writable=writable)
+        except DeviceLost:
+            raise
+        except DeviceError:
+            if writable:
+                raise
+            driver.set_access(address, length, ordinal, writable=True)
+            self.read_only = False
+
+    def _check_place(self, offset: int, length: int) -> None:
+        unit, end = self.context.granularity, offset + length
+        if offset < 0 or offset % unit or length < 1 or length % unit or end > self.size:
+            raise ArenaError(
+                "a segment does not fit its arena",
+                where=f"{self.context.name}, offset {offset}, {length} bytes",
+                expected=f"multiples of {unit} within {self.size} bytes",
+            )
+        for begin, size in self._mapped.items():
+            if begin < end and offset < begin + size:
+                raise ArenaError(
+                    "there is a segment already",
+                    where=f"{self.context.name}, offset {offset}, {length} bytes",
+                    got=f"offset {begin}, {size} bytes",
+                )
+
+    def detach(self, begin: int = 0) -> None:
+        """Unmaps what lies from an offset on, and keeps the addresses, for `attach`.
+
+        A process that holds memory of others cannot be frozen with it, and memory that is to be
+        free for others must be mapped nowhere. No work that touches it may be under way.
+
+        Raises:
+            DeviceError: Something could not be unmapped; everything else is.
+        """
+        first: DeviceError | None = None
+        for offset in sorted(self._mapped, reverse=True):
+            if offset < begin:
+                break
+            try:
+                self._unmap(offset)
+            except DeviceError as error:
+                first = first or error
+        if first is not None:
+            raise first
+
+    def _unmap(self, offset: int) -> None:
+        length = self._mapped.pop(offset)
+        self.context.driver.unmap(self.address + offset, length)
+
+    def close(self) -> None:
+        """Unmaps everything and gives the addresses back.
+
+        On a device that is lost nothing can be given back, and nothing needs to be.
+        """
+        if not self.address:
+            return
+        try:
+            self.detach()
+            self.context.driver.free_addresses(self.address, self.size)
+        except DeviceLost:
+            self._mapped.clear()
+        finally:
+            self.address = 0
+
+
+class DeviceArena:
+    """An arena whose memory is this process's: reserved in full, given memory step by step.
+
+    Args:
+        context: The device.
+        size: Bytes that it may grow to; rounded up to the device's granularity.
+        base: See `DeviceReservation`.
+        exact: See there.
+        writable: Whether those who attach its segments may write (KV) or only read (weights).
+        zeroed: Whether new memory is filled with zeros. A driver does not promise that.
+
+    Attributes:
+        segments: What others map, one for each step. Those who are to have all of it need each new
+            one. The descriptors are the arena's.
+
+    Raises:
+        ArenaError: The address is taken.
+        DeviceError: There are no addresses left.
+    """
+
+    def __init__(
+        self,
+        context: Context,
+        size: int,
+        base: int | None = None,
+        *,
+        exact: bool = False,
+        writable: bool,
+        zeroed: bool = False,
+    ) -> None:
+        self.context = context
+        self.segments: list[Segment] = []
+        self._writable = writable
+        self._zeroed = zeroed
+        self._reservation = DeviceReservation(context, size, base, exact=exact)
+
+    @property
+    def address(self) -> int:
+        """Where it begins."""
+        return self._reservation.address
+
+    @property
+    def size(self) -> int:
+        """Bytes that it may grow to."""
+        return self._reservation.size
+
+    @property
+    def grown(self) -> int:
+        """Bytes that have memory behind them, from the start."""
+        if not self.segments:
+            return 0
+        return self.segments[-1].offset + self.segments[-1].length
+
+    def grow(self, nbytes: int) -> Segment:
+        """Adds memory behind what is there.
+
+        Args:
+            nbytes: At least how much; rounded up to the granularity, but not beyond the arena.
+
+        Returns:
+            The new segment, which is also the last of `segments`.
+
+        Raises:
+            ArenaError: It has its full size already.
+            DeviceFull: The device has not that much left.
+            DeviceError: The driver refuses. In each case the arena is as it was.
+        """
+        offset = self.grown
+        left = self.size - offset
+        if nbytes < 1 or left == 0:
+            raise ArenaError(
+                "the arena cannot grow",
+                where=self.context.name,
+                expected=f"1 to {left:,} bytes",
+                got=f"{nbytes:,} bytes",
+            )
+        length = min(round_up(nbytes, self.context.granularity), left)
+        driver = self.context.driver
+        self.context.bind()
+        memory = driver.create(self.context.ordinal, length)
+        try:
+            fd = driver.export(memory)
+            try:
+                self._reservation.map(offset, length, memory, writable=True)
+                if self._zeroed:
+                    self._zero(offset, length)
+            except BaseException:
+                os.close(fd)
+                raise
+        finally:
+            _quietly(driver.release, memory)
+        segment = Segment(fd, 0, length, offset, self._writable)
+        self.segments.append(segment)
+        return segment
+
+    def _zero(self, offset: int, length: int) -> None:
+        driver = self.context.driver
+        try:
+            stream = driver.stream()
+            try:
+                driver.fill_zeros(self.address + offset, length, stream)
+                driver.synchronize(stream)
+            finally:
+                _quietly(driver.destroy_stream, stream)
+        except BaseException:
+            _quietly(self._reservation.detach, offset)
+            raise
+
+    def shrink(self, nbytes: int = 0) -> list[Segment]:
+        """Gives memory back from the end, and keeps the addresses, for `grow`.
+
+        It comes free once those who have it attached have let it go too. No work that touches it
+        may be under way.
+
+        Args:
+            nbytes: How much of the arena stays; the step that it ends in does as a whole.
+
+        Returns:
+            The segments that are gone; their descriptors are closed.
+
+        Raises:
+            DeviceError: It could not be unmapped.
+        """
+        kept = [segment for segment in self.segments if segment.offset < nbytes]
+        gone = self.segments[len(kept) :]
+        self.segments = kept
+        for segment in gone:
+            os.close(segment.fd)
+        self._reservation.detach(self.grown)
+        return gone
+
+    def detach(self) -> None:
+        """Unmaps all of it here, and keeps memory and addresses; `attach` undoes it."""
+        self._reservation.detach()
+
+    def attach(self) -> None:
+        """Maps all of it again, where and as it was.
+
+        Raises:
+            ArenaError: It is mapped already.
+            DeviceError: The driver refuses.
+        """
+        mine = [Segment(s.fd, 0, s.length, s.offset, True) for s in self.segments]
+        self._reservation.attach(mine)
+
+    def close(self) -> None:
+        """Gives everything back. The memory lives on while somebody else has it mapped."""
+        for segment in self.segments:
+            os.close(segment.fd)
+        self.segments = []
+        self._reservation.close()
+
+
+def _quietly(step: Callable[..., object], *arguments: object) -> None:
+    """Takes a step back where its failure would only hide what led there."""
+    try:
+        step(*arguments)
+    except DeviceError:
+        return

@@ -13,7 +13,8 @@ from __future__ import annotations
 import importlib
 from typing import Any, NewType
 
-from coldframe.loader.errors import DeviceError, DeviceFull, DeviceLost, NoDevice
+from coldframe.loader.devices.driver_errors import NO_GPU, kind_of
+from coldframe.loader.errors import DeviceError, NoDevice
 from coldframe.loader.packages import add_site_packages
 
 __all__ = ["Driver", "Memory", "Stream", "Event", "ContextHandle", "NEEDED"]
@@ -38,55 +39,6 @@ NEEDED = (
     "cuMemUnmap",
 )
 """Calls that arenas are made with, and that a driver of 2019 lacks."""
-
-_BROKEN = frozenset(
-    f"CUDA_ERROR_{name}"
-    for name in (
-        "ASSERT",
-        "CONTAINED",
-        "CONTEXT_IS_DESTROYED",
-        "DEINITIALIZED",
-        "DEVICE_UNAVAILABLE",
-        "ECC_UNCORRECTABLE",
-        "EXTERNAL_DEVICE",
-        "HARDWARE_STACK_ERROR",
-        "ILLEGAL_ADDRESS",
-        "ILLEGAL_INSTRUCTION",
-        "INVALID_ADDRESS_SPACE",
-        "INVALID_PC",
-        "LAUNCH_FAILED",
-        "LAUNCH_TIMEOUT",
-        "MISALIGNED_ADDRESS",
-        "MPS_CLIENT_TERMINATED",
-        "NVLINK_UNCORRECTABLE",
-        "TENSOR_MEMORY_LEAK",
-        "UNKNOWN",
-    )
-)
-"""After one of these each further call fails, whatever it asks for."""
-
-_ABSENT = {
-    "NO_DEVICE": "Give the container a GPU (--gpus, a device plugin), or take the CPU.",
-    "INVALID_DEVICE": "Name a GPU that this process can see (CUDA_VISIBLE_DEVICES, nvidia-smi).",
-    "STUB_LIBRARY": "Take the toolkit's stub of libcuda out of the library path.",
-    "SYSTEM_DRIVER_MISMATCH": "Mount the libcuda of the kernel's driver, or reboot.",
-    "COMPAT_NOT_SUPPORTED_ON_DEVICE": "Take the forward-compatibility libcuda out of the path.",
-    "SYSTEM_NOT_READY": "Start what the machine's GPUs need first (nvidia-fabricmanager).",
-    "DEVICE_NOT_LICENSED": "Get the virtual GPU a licence.",
-}
-
-_HINTS = {
-    "INVALID_VALUE": "This is a mistake in coldframe or in what it was given: report it.",
-    "INVALID_HANDLE": "It was released already, which is a mistake in coldframe: report it.",
-    "INVALID_CONTEXT": "No context is current in this thread, which is a mistake: report it.",
-    "NOT_PERMITTED": "The container may not do that; run it with the GPU's device files.",
-    "NOT_SUPPORTED": "This GPU or its driver cannot do that (MIG, WSL, an old driver).",
-    "PEER_ACCESS_UNSUPPORTED": "These two GPUs cannot reach each other's memory: use one of them.",
-    "PEER_ACCESS_NOT_ENABLED": "Let the one GPU reach the other's memory first.",
-    "TOO_MANY_PEERS": "A GPU reaches the memory of a few others only: use fewer.",
-    "MPS_MAX_CLIENTS_REACHED": "Stop another process that uses this GPU over MPS.",
-    "OPERATING_SYSTEM": "The kernel refused; raise the limits on locked memory and open files.",
-}
 
 
 class Driver:
@@ -132,7 +84,7 @@ class Driver:
                 "there is no CUDA driver on this machine",
                 expected="libcuda.so.1",
                 got=str(error).splitlines()[0],
-                hint=_ABSENT["NO_DEVICE"],
+                hint=NO_GPU,
             ) from error
         driver._check("the CUDA driver does not start", "cuInit", None, code)
         missing = [name for name in NEEDED if not driver.has(name)]
@@ -412,6 +364,13 @@ class Driver:
     ) -> Any:
         try:
             code, *values = getattr(self._api, function)(*arguments)
+        except ValueError as error:  # a code that the bindings have no name for
+            raise DeviceError(
+                what,
+                where=function,
+                got=error,
+                hint="Update cuda-bindings to the driver's version.",
+            ) from error
         except (AttributeError, RuntimeError) as error:  # no such name there, no such symbol here
             raise DeviceError(
                 what,
@@ -429,7 +388,7 @@ class Driver:
         if code == self._api.CUresult.CUDA_SUCCESS:
             return
         name, meaning = self._text("cuGetErrorName", code), self._text("cuGetErrorString", code)
-        kind, hint = _kind_of(name)
+        kind, hint = kind_of(name)
         raise kind(
             what,
             where=f"{function}, {where}" if where else function,
@@ -443,15 +402,3 @@ class Driver:
         result, text = getattr(self._api, function)(code)
         known = result == self._api.CUresult.CUDA_SUCCESS and text is not None
         return text.decode(errors="replace") if known else f"CUDA error {int(code)}"
-
-
-def _kind_of(name: str) -> tuple[type[DeviceError], str | None]:
-    """The error for one of the driver's, and a hint where the error's own does not fit."""
-    short = name.removeprefix("CUDA_ERROR_")
-    if short == "OUT_OF_MEMORY":
-        return DeviceFull, "Free memory of the GPU (nvidia-smi) or take a smaller model."
-    if name in _BROKEN:
-        return DeviceLost, None
-    if short in _ABSENT:
-        return NoDevice, _ABSENT[short]
-    return DeviceError, _HINTS.get(short, "See what the driver's documentation says of it.")

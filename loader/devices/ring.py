@@ -20,51 +20,18 @@ or in the driver, which wakes it when an event has passed.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
 from contextlib import suppress
-from types import TracebackType
 
-from coldframe.loader.arena import HUGE_PAGE, PAGE, round_up
+from coldframe.loader.arena import PAGE, round_up
+from coldframe.loader.devices.buffers import Buffer, make_buffers
 from coldframe.loader.devices.context import Context
-from coldframe.loader.devices.copies import Copy
-from coldframe.loader.devices.driver import Driver, Event, Stream
+from coldframe.loader.devices.driver import Driver, Stream
+from coldframe.loader.devices.transfer import Job, Transfer
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost, ReplicaError
 
-__all__ = ["Arrived", "Ring", "Slot", "Transfer"]
-
-Arrived = Callable[[ColdframeError | None], None]
-"""Told once of each chunk: nothing where it is in, or the error for which it will not be.
-
-Called by one thread, chunk by chunk. It may take slots of no transfer, nor cancel one.
-"""
-
-
-class _Buffer:
-    """One buffer, and the event behind its last copy."""
-
-    def __init__(self, memory: memoryview) -> None:
-        self.view = memory
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self.locked = False
-        self.event: Event | None = None
-
-
-class _Job:
-    """A buffer that was handed in."""
-
-    __slots__ = ("arrived", "buffer", "copies", "transfer")
-
-    def __init__(
-        self, buffer: _Buffer, copies: Sequence[Copy], arrived: Arrived, transfer: Transfer
-    ) -> None:
-        self.buffer = buffer
-        self.copies = copies
-        self.arrived = arrived
-        self.transfer = transfer
+__all__ = ["Ring"]
 
 
 class Ring:
@@ -80,22 +47,11 @@ class Ring:
 
     def __init__(self, buffers: int, nbytes: int) -> None:
         self.nbytes = round_up(nbytes, PAGE)
-        # Private, and no concern of children: after a fork the first write to a page that the
-        # device reads would move it to another.
-        self._memory = mmap.mmap(
-            -1,
-            round_up(buffers * self.nbytes, HUGE_PAGE),
-            flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS,
-        )
-        for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-            _advise(self._memory, advice)
-        view = memoryview(self._memory)
-        starts = range(0, buffers * self.nbytes, self.nbytes)
-        self._buffers = [_Buffer(view[at : at + self.nbytes]) for at in starts]
+        self._buffers = make_buffers(buffers, self.nbytes)
         self._free = deque(self._buffers)
-        self._queue: deque[_Job] = deque()
-        self._sending: _Job | None = None
-        self._flying: deque[_Job] = deque()
+        self._queue: deque[Job] = deque()
+        self._sending: Job | None = None
+        self._flying: deque[Job] = deque()
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._queued = threading.Condition(self._lock)
@@ -191,7 +147,7 @@ class Ring:
 
     # -- for transfers ---------------------------------------------------------------------------
 
-    def take(self, transfer: Transfer) -> _Buffer:
+    def take(self, transfer: Transfer) -> Buffer:
         """A free buffer; waits for one."""
         with self._lock:
             while True:
@@ -201,7 +157,7 @@ class Ring:
                     return self._free.popleft()
                 self._freed.wait()
 
-    def hand_in(self, job: _Job) -> None:
+    def hand_in(self, job: Job) -> None:
         """A buffer that was filled."""
         with self._lock:
             try:
@@ -213,7 +169,7 @@ class Ring:
             self._queue.append(job)
             self._queued.notify()
 
-    def take_back(self, buffer: _Buffer, transfer: Transfer) -> None:
+    def take_back(self, buffer: Buffer, transfer: Transfer) -> None:
         """A buffer that was taken for nothing."""
         with self._lock:
             self._put_back(buffer)
@@ -231,7 +187,7 @@ class Ring:
             while transfer.open:
                 self._settled.wait()
 
-    def _put_back(self, buffer: _Buffer) -> None:
+    def _put_back(self, buffer: Buffer) -> None:
         # The one used last is the one that is in the cache, and locked already.
         self._free.appendleft(buffer)
         self._freed.notify()
@@ -272,7 +228,7 @@ class Ring:
             with self._lock:
                 self._end(DeviceError("the copies to the device broke", got=repr(error)))
 
-    def _send(self, driver: Driver, job: _Job, stream: Stream) -> None:
+    def _send(self, driver: Driver, job: Job, stream: Stream) -> None:
         buffer = job.buffer
         if not buffer.locked and self._not_locked is None:
             try:
@@ -316,13 +272,13 @@ class Ring:
                 context.driver.synchronize(stream)
         self._drop_everything()
 
-    def _next_flying(self) -> _Job | None:
+    def _next_flying(self) -> Job | None:
         with self._lock:
             while self._error is None and not self._flying:
                 self._flown.wait()
             return self._flying[0] if self._error is None else None
 
-    def _landed(self, job: _Job) -> None:
+    def _landed(self, job: Job) -> None:
         with self._lock:
             self._flying.popleft()
             self._put_back(job.buffer)
@@ -352,99 +308,3 @@ class Ring:
                     job.arrived(error)
             with self._lock:
                 self._settle(job.transfer)
-
-
-class Transfer:
-    """What one load has in a ring; several loads may share one.
-
-    Attributes:
-        cancelled: Whether `cancel` was called.
-        open: Slots that are taken, or whose chunk nobody was told of yet. The ring's to count.
-    """
-
-    def __init__(self, ring: Ring) -> None:
-        self._ring = ring
-        self.cancelled = False
-        self.open = 0
-
-    def slot(self) -> Slot:
-        """A buffer to read into; waits until there is one.
-
-        Use it with `with`: what is not handed in at the end is given back.
-
-        Raises:
-            ColdframeError: The transfer was cancelled or the ring has ended; also while it waits.
-        """
-        return Slot(self._ring, self, self._ring.take(self))
-
-    def check(self) -> None:
-        """Raises where nothing more will arrive."""
-        if self.cancelled:
-            raise ReplicaError("the copies to the device are cancelled")
-        if self._ring.error is not None:
-            raise self._ring.error
-
-    def cancel(self) -> None:
-        """Ends it: nobody is told of anything any more.
-
-        Returns when no buffer of it is read into or copied from. Readers have to leave their slots
-        for that; who waits for one gets an error.
-        """
-        self._ring.cancel(self)
-
-
-class Slot:
-    """A buffer in the hands of a reader, of one thread.
-
-    Attributes:
-        view: Its bytes, page-aligned. Not to be touched once it is handed in.
-    """
-
-    def __init__(self, ring: Ring, transfer: Transfer, buffer: _Buffer) -> None:
-        self._ring = ring
-        self._transfer = transfer
-        self._buffer: _Buffer | None = buffer
-        self.view = buffer.view
-
-    def submit(self, copies: Sequence[Copy], arrived: Arrived) -> None:
-        """Hands it in, to be copied.
-
-        Args:
-            copies: What goes where; may be none.
-            arrived: Told when all of them are in the device's memory.
-
-        Raises:
-            DeviceError: A copy reaches beyond the buffer.
-            ColdframeError: See `Transfer.slot`; then nobody is told.
-        """
-        buffer = self._buffer
-        assert buffer is not None, "handed in already"
-        for copy in copies:
-            if copy.offset < 0 or copy.end > len(self.view):
-                raise DeviceError(
-                    "a copy reaches beyond its buffer",
-                    where=f"offset {copy.offset} to {copy.end}",
-                    expected=f"at most {len(self.view)} bytes",
-                    hint="This is a mistake in coldframe: report it.",
-                )
-        self._buffer = None
-        self._ring.hand_in(_Job(buffer, copies, arrived, self._transfer))
-
-    def __enter__(self) -> Slot:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._buffer is not None:
-            self._ring.take_back(self._buffer, self._transfer)
-            self._buffer = None
-
-
-def _advise(memory: mmap.mmap, advice: int) -> None:
-    """Advice that a kernel may not know is none that is needed."""
-    with suppress(OSError):
-        memory.madvise(advice)

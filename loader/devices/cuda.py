@@ -14,7 +14,7 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.ring import Ring
-from coldframe.loader.errors import DeviceError, DeviceFull
+from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
 
 __all__ = ["CudaDevice"]
 
@@ -86,8 +86,8 @@ class CudaDevice:
         def connect() -> None:
             try:
                 ring.connect(self.context, streams=streams)
-            except DeviceError as error:
-                ring.fail(error)
+            except ColdframeError as error:
+                ring.fail(error)  # which may have ended meanwhile
 
         thread = threading.Thread(target=connect, name="cuda-context", daemon=True)
         self._feeding.append(thread)

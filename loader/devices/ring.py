@@ -52,6 +52,7 @@ class Ring:
         self._queue: deque[Job] = deque()
         self._sending: Job | None = None
         self._flying: deque[Job] = deque()
+        self._connecting = threading.Lock()
         self._lock = threading.Lock()
         self._freed = threading.Condition(self._lock)
         self._queued = threading.Condition(self._lock)
@@ -85,17 +86,24 @@ class Ring:
             streams: Queues that the copies alternate between: 1 or 2.
 
         Raises:
-            DeviceError: It is not up after all. The ring is ended then.
+            ColdframeError: The ring has ended, or ends here since the device is not up after all.
         """
         try:
-            context.bind()
-            self._context = context
-            self._streams = [context.driver.stream() for _ in range(streams)]
-            for buffer in self._buffers:
-                buffer.event = context.driver.event()
-        except DeviceError as error:
+            with self._connecting:
+                if self._error is not None:
+                    raise self._error
+                self._connect(context, streams)
+        except ColdframeError as error:
             self.fail(error)
             raise
+
+    def _connect(self, context: Context, streams: int) -> None:
+        self._context = context
+        context.bind()
+        for _ in range(streams):
+            self._streams.append(context.driver.stream())
+        for buffer in self._buffers:
+            buffer.event = context.driver.event()
         self._copying = threading.Thread(
             target=self._copy, args=(context,), name="ring-copy", daemon=True
         )
@@ -109,7 +117,9 @@ class Ring:
         """The device will not be up, or is no good any more: ends everything that waits."""
         with self._lock:
             self._end(error)
-        if self._arriving is None:
+        with self._connecting:
+            connected = self._arriving is not None
+        if not connected:
             self._drop_everything()
 
     def transfer(self) -> Transfer:

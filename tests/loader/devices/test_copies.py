@@ -20,7 +20,9 @@ from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import ColdframeError, SourceError
 from coldframe.loader.plan import Extent, Layout, Plan, Run
+from coldframe.loader.slices import Rank
 from coldframe.loader.sources.file import FileSource
+from tests.loader.checkpoints import write_model
 from tests.loader.devices.emulator import Emulator
 from tests.loader.weights import arena_tensors, layered, reference
 
@@ -131,6 +133,20 @@ def test_a_checkpoint_lands_in_the_gpus_memory(
     emulator.delay = 0.0002
     memory = load(gpu, root, plan, streams=streams)
     assert arena_tensors(plan, memory) == reference(root)
+
+
+def test_slices_by_columns_land_as_rows(tmp_path: Path, emulator: Emulator, gpu: Context) -> None:
+    names = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(2)]
+    dice = random.Random(1)
+    tensors = [(name, "U8", [9, 4098], dice.randbytes(9 * 4098)) for name in names]
+    root = write_model(tmp_path / "m", [tensors])
+    plan = Plan.build(Checkpoint.open(root), layout=Layout.ALIGNED, rank=Rank(1, 2))
+    memory = load(gpu, root, plan, streams=1)
+    for name, _, _, data in tensors:
+        right = b"".join(data[4098 * row + 2049 : 4098 * (row + 1)] for row in range(9))
+        at = plan.placements[name].arena_offset
+        assert memory[at : at + 9 * 2049] == right
+    assert emulator.calls["cuMemcpy2DAsync"] > 0
 
 
 def test_what_cannot_be_read_gives_its_buffer_back(tmp_path: Path, gpu: Context) -> None:

@@ -12,11 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coldframe.loader.arena import PAGE
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.copies import Copy
 from coldframe.loader.devices.device_arena import DeviceArena
+from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.devices.transfer import Transfer
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost, ReplicaError
@@ -277,6 +280,30 @@ def test_a_call_that_fails_ends_everything_that_waits(
     ring.close()
 
 
+def test_a_chunk_that_is_sent_by_half_is_given_up_only_once_the_device_lets_go(
+    emulator: Emulator, gpu: Context, arena: DeviceArena
+) -> None:
+    ring = Ring(2, PAGE)
+    ring.connect(gpu)
+    arrivals, transfer = Arrivals(), ring.transfer()
+    emulator.hold()
+    emulator.fail("cuMemcpyHtoDAsync", nth=2)
+    with transfer.slot() as slot:
+        slot.view[:8] = b"one, two"
+        copies = [Copy(arena.address, 0, 4), Copy(arena.address + 4, 4, 4)]
+        slot.submit(copies, arrivals.of(0))
+    eventually(lambda: ring.error is not None)
+    with pytest.raises(DeviceError, match="INVALID_VALUE"):
+        transfer.slot()
+    # The first of the two copies has its turn still to come.
+    assert arrivals.told == []
+    assert len(ring._free) == 1
+    emulator.go.set()
+    arrivals.wait(1)
+    assert len(ring._free) == 2
+    ring.close()
+
+
 @pytest.mark.parametrize("nth", [1, 2, 7])
 def test_a_device_lost_in_mid_load_ends_everything_that_waits(
     emulator: Emulator, gpu: Context, arena: DeviceArena, nth: int
@@ -394,6 +421,108 @@ def test_who_is_told_and_raises_ends_the_ring_with_that(
         flood(transfer, arena.address, arrivals)
     transfer.cancel()
     ring.close()
+
+
+def test_a_ring_that_is_closed_is_not_connected_any_more(emulator: Emulator, gpu: Context) -> None:
+    ring = Ring(2, PAGE)
+    ring.close()
+    with pytest.raises(ReplicaError, match="are ended"):
+        ring.connect(gpu)
+    assert emulator.calls["cuStreamCreate"] == 0
+
+
+# Streams, what happens meanwhile, and after how many chunks.
+CHAOS = st.tuples(
+    st.sampled_from([1, 2]),
+    st.sampled_from(["nothing", "cancel", "call fails", "copy fails", "close", "late"]),
+    st.integers(0, 30),
+    st.sampled_from([0.0, 0.0, 0.0003]),
+)
+
+
+@settings(max_examples=25)
+@given(CHAOS)
+def test_each_chunk_is_told_of_once_whatever_happens(how: tuple[int, str, int, float]) -> None:
+    each_chunk_is_told_of_once(*how)
+
+
+@pytest.mark.heavy
+@settings(max_examples=600)
+@given(CHAOS)
+def test_each_chunk_is_told_of_once_whatever_happens_at_length(
+    how: tuple[int, str, int, float],
+) -> None:
+    each_chunk_is_told_of_once(*how)
+
+
+def each_chunk_is_told_of_once(streams: int, event: str, after: int, delay: float) -> None:
+    emulator = Emulator(delay=delay)
+    gpu = Context(Driver.open(emulator), 0)
+    arena = DeviceArena(gpu, 2 << 20, writable=False)
+    arena.grow(2 << 20)
+    ring = Ring(3, PAGE)
+    transfer, other = ring.transfer(), ring.transfer()
+    if event != "late":
+        ring.connect(gpu, streams=streams)
+    if event == "call fails":
+        emulator.fail("cuMemcpyHtoDAsync", nth=after + 1)
+    if event == "copy fails":
+        emulator.fail_copy(after + 1)
+    told: dict[int, list[ColdframeError | None]] = {number: [] for number in range(40)}
+    wrong: list[int] = []
+    handed_in: list[int] = []
+    numbers = iter(range(40))
+    reached = threading.Event()
+    lock = threading.Lock()
+
+    def read() -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                break
+            data = bytes([number]) * 50
+
+            def arrived(error: ColdframeError | None, number: int = number) -> None:
+                here = ctypes.string_at(arena.address + 50 * number, 50)
+                if error is None and here != bytes([number]) * 50:
+                    wrong.append(number)
+                told[number].append(error)
+
+            if number == after:
+                reached.set()
+            put(transfer, data, arena.address + 50 * number, arrived)
+            with lock:
+                handed_in.append(number)
+
+    readers = [in_thread(read) for _ in range(4)]
+    if event == "late":
+        ring.connect(gpu, streams=streams)
+    if event in ("cancel", "close") and reached.wait(PATIENCE_S):
+        (transfer.cancel if event == "cancel" else ring.close)()
+    for reader, _ in readers:
+        reader.join(PATIENCE_S)
+        assert not reader.is_alive()
+    if event == "cancel":
+        before = sum(map(len, told.values()))
+        done = threading.Event()
+        put(other, b"goes on", arena.address + 4096, lambda error: done.set())
+        assert done.wait(PATIENCE_S)
+        assert sum(map(len, told.values())) == before  # nobody is told after a cancel
+    else:
+        eventually(lambda: transfer.open == 0)
+        assert all(len(told[number]) == 1 for number in handed_in)
+    assert wrong == []
+    assert all(len(errors) <= 1 for errors in told.values())
+    if event in ("nothing", "late"):
+        assert all(errors == [None] for errors in told.values())
+    transfer.cancel()
+    ring.close()
+    arena.close()
+    if not emulator.is_lost:
+        gpu.close()
+        assert emulator.left() == []
+    emulator.close()
 
 
 def test_a_ring_that_is_closed_tells_everybody(gpu: Context, arena: DeviceArena) -> None:

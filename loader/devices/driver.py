@@ -217,14 +217,14 @@ class Driver:
         )
         return memory
 
-    def reserve(self, size: int, address: int) -> int:
+    def reserve(self, size: int, alignment: int, address: int) -> int:
         """Addresses with nothing behind them; `address` is only a wish, and 0 is none."""
         return int(
             self._call(
                 "the GPU has no addresses left",
                 "cuMemAddressReserve",
                 size,
-                0,
+                alignment,
                 address,
                 0,
                 where=hex(address) if address else None,

@@ -51,7 +51,7 @@ class DeviceReservation:
         """Length of each mapping, by its offset."""
         driver = context.driver
         context.bind()
-        self.address = driver.reserve(self.size, base or 0)
+        self.address = driver.reserve(self.size, context.granularity, base or 0)
         if exact and base is not None and self.address != base:
             # The driver takes the address as a wish, and another is no error to it.
             quietly(driver.free_addresses, self.address, self.size)

@@ -354,10 +354,11 @@ class Emulator:
             _require(size > 0 and size % mmap.PAGESIZE == 0 and wish % mmap.PAGESIZE == 0)
             _require(alignment & (alignment - 1) == 0 and flags == 0)
             address = None
-            if wish and wish % GRANULARITY == 0:
+            if wish and wish % max(alignment, 1) == 0:
                 address = _mmap(wish, size, _NONE, _EMPTY | _FIXED_NOREPLACE)
             if address is None:
-                address = _mmap_aligned(size)
+                # No better than what was asked for.
+                address = _mmap_aligned(size, alignment or mmap.PAGESIZE)
             if address is None:
                 raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
             self._reserved[address] = size
@@ -705,6 +706,7 @@ class _Stream:
 
     def __init__(self, emulator: Emulator) -> None:
         self._emulator = emulator
+        self.copies = 0
         self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="emulated-stream", daemon=True)
         self._thread.start()
@@ -723,6 +725,7 @@ class _Stream:
                 if self._emulator.delay:
                     threading.Event().wait(self._emulator.delay)
                 self._emulator.run_copy(work)
+                self.copies += 1
             else:
                 work()
 
@@ -756,12 +759,16 @@ def _mmap(
     return int(result)
 
 
-def _mmap_aligned(size: int) -> int | None:
-    found = _mmap(None, size + GRANULARITY, _NONE, _EMPTY)
+def _mmap_aligned(size: int, alignment: int) -> int | None:
+    """An address that is a multiple of the alignment, and of no more than that."""
+    spare = 2 * max(alignment, mmap.PAGESIZE)
+    found = _mmap(None, size + spare, _NONE, _EMPTY)
     if found is None:
         return None
-    address = -(-found // GRANULARITY) * GRANULARITY
-    before, after = address - found, found + GRANULARITY - address
+    address = -(-found // alignment) * alignment
+    if address % (2 * alignment) == 0:
+        address += alignment
+    before, after = address - found, found + spare - address
     for start, length in ((found, before), (address + size, after)):
         if length:
             _libc.munmap(start, length)

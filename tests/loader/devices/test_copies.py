@@ -6,6 +6,7 @@ import ctypes
 import itertools
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import ColdframeError, SourceError
 from coldframe.loader.plan import Extent, Layout, Plan, Run
 from coldframe.loader.slices import Rank
+from coldframe.loader.sources.direct import congruent
 from coldframe.loader.sources.file import FileSource
 from tests.loader.checkpoints import write_model
 from tests.loader.devices.emulator import Emulator
@@ -147,6 +149,28 @@ def test_slices_by_columns_land_as_rows(tmp_path: Path, emulator: Emulator, gpu:
         at = plan.placements[name].arena_offset
         assert memory[at : at + 9 * 2049] == right
     assert emulator.calls["cuMemcpy2DAsync"] > 0
+
+
+def test_a_disk_may_write_into_the_buffer_by_itself(tmp_path: Path) -> None:
+    """Address and offset agree modulo a block, wherever a chunk begins."""
+    checkpoint = Checkpoint.open(layered(tmp_path / "m"))
+    source = FileSource(checkpoint.shards)
+    plain, seen = source.read_into, []
+
+    def read_into(shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        seen.append(all(congruent(offset, part) for part in parts))
+        plain(shard, offset, parts)
+
+    source.read_into = read_into  # type: ignore[method-assign]
+    extent = Plan.build(checkpoint).stages[0].extents[0]
+    ring = Ring(4, buffer_bytes(8192))
+    placer = DevicePlacer(source, ring.transfer(), 1 << 45)
+    for start in (0, 1, 4095, 4097):  # nobody empties the ring: what counts is the read
+        begin = extent.file_offset + start
+        placer.fetch(extent, begin, begin + 8192, lambda error: None)
+    ring.close()
+    source.close()
+    assert seen == [True] * 4
 
 
 def test_what_cannot_be_read_gives_its_buffer_back(tmp_path: Path, gpu: Context) -> None:

@@ -48,7 +48,7 @@ def test_mapped_memory_can_be_touched_only_as_far_as_it_is_let(gpu: Context) -> 
     driver = gpu.driver
     gpu.bind()
     memory = driver.create(0, GRANULARITY)
-    address = driver.reserve(2 * GRANULARITY, BASE)
+    address = driver.reserve(2 * GRANULARITY, GRANULARITY, BASE)
     assert address == BASE
     stream = driver.stream()
     with pytest.raises(DeviceError, match="INVALID_VALUE"):
@@ -70,7 +70,7 @@ def test_who_writes_where_it_may_only_read_loses_the_device(
 ) -> None:
     driver = gpu.driver
     gpu.bind()
-    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, 0)
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
     driver.map(address, GRANULARITY, memory)
     driver.set_access(address, GRANULARITY, 0, writable=False)
     stream = driver.stream()
@@ -84,7 +84,7 @@ def test_who_writes_where_it_may_only_read_loses_the_device(
 def test_released_memory_lives_while_it_is_mapped(emulator: Emulator, gpu: Context) -> None:
     driver = gpu.driver
     gpu.bind()
-    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, 0)
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
     driver.map(address, GRANULARITY, memory)
     driver.set_access(address, GRANULARITY, 0, writable=True)
     driver.release(memory)
@@ -133,7 +133,7 @@ def test_what_the_documentation_forbids_is_an_error(gpu: Context, wrong: str) ->
     driver = gpu.driver
     mapped, gone = driver.create(0, 2 * UNIT), driver.create(0, UNIT)
     driver.release(gone)
-    address = driver.reserve(6 * UNIT, 0)
+    address = driver.reserve(6 * UNIT, UNIT, 0)
     driver.map(address, 2 * UNIT, mapped)
     with pytest.raises(DeviceError, match="INVALID_VALUE"):
         WRONG[wrong](driver, address, mapped, gone)
@@ -145,7 +145,7 @@ def test_what_the_documentation_forbids_is_an_error(gpu: Context, wrong: str) ->
 def test_copies_land_late_and_take_what_is_there_then(emulator: Emulator, gpu: Context) -> None:
     driver = gpu.driver
     gpu.bind()
-    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, 0)
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
     driver.map(address, GRANULARITY, memory)
     driver.set_access(address, GRANULARITY, 0, writable=True)
     host = mmap.mmap(-1, 8192)
@@ -176,7 +176,7 @@ def test_copies_land_late_and_take_what_is_there_then(emulator: Emulator, gpu: C
 def test_unmapping_under_a_copy_loses_the_device(emulator: Emulator, gpu: Context) -> None:
     driver = gpu.driver
     gpu.bind()
-    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, 0)
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
     driver.map(address, GRANULARITY, memory)
     driver.set_access(address, GRANULARITY, 0, writable=True)
     stream = driver.stream()

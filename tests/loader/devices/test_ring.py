@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -219,6 +220,38 @@ def test_buffers_are_page_aligned_and_kept_locked_for_the_next_load(
         transfer.cancel()
     assert emulator.calls["cuMemHostRegister"] <= 3
     assert emulator.calls["cuEventCreate"] == 3
+
+
+def test_copies_alternate_between_two_streams(
+    emulator: Emulator, gpu: Context, arena: DeviceArena, ring: Ring
+) -> None:
+    ring.connect(gpu, streams=2)
+    arrivals, transfer = Arrivals(), ring.transfer()
+    for number in range(10):
+        put(transfer, b"data", arena.address, arrivals.of(number))
+    arrivals.wait(10)
+    assert [stream.copies for stream in emulator._streams.values()] == [5, 5]
+
+
+def test_a_child_gets_no_copy_of_the_buffers(ring: Ring) -> None:
+    with ring.transfer().slot() as slot:
+        address = ctypes.addressof(ctypes.c_char.from_buffer(slot.view))
+    flags = [line.split()[1:] for line in mapping_of(address) if line.startswith("VmFlags:")]
+    assert "dc" in flags[0]
+
+
+def mapping_of(address: int) -> list[str]:
+    """What the kernel says of the mapping at an address."""
+    found: list[str] = []
+    here = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            begin, end = (int(part, 16) for part in words[0].split("-"))
+            here = begin <= address < end
+        elif here:
+            found.append(line)
+    return found
 
 
 def test_memory_that_cannot_be_locked_is_copied_from_all_the_same(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import NoDevice
 
@@ -45,14 +43,14 @@ class Context:
             )
         self.granularity = driver.granularity(ordinal)
         self._handle = driver.retain_context(ordinal)
-        self._bound = threading.local()
         self._closed = False
 
     def bind(self) -> None:
-        """Lets the calling thread work with this context; once for each thread is enough."""
-        if not getattr(self._bound, "done", False):
-            self.driver.make_current(self._handle)
-            self._bound.done = True
+        """Has the calling thread work with this context.
+
+        Until it works with another's, or a library has it do so: cheap enough to be sure.
+        """
+        self.driver.make_current(self._handle)
 
     def available(self) -> int:
         """Bytes of the device that are free, by what the operating system says."""

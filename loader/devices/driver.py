@@ -79,6 +79,8 @@ class Driver:
         driver = cls(api)
         try:
             code, *_ = api.cuInit(0)
+        except ValueError as error:
+            raise _unknown_code("the CUDA driver does not start", "cuInit", error) from error
         except RuntimeError as error:  # that is how the bindings say that they find no library
             raise NoDevice(
                 "there is no CUDA driver on this machine",
@@ -364,13 +366,8 @@ class Driver:
     ) -> Any:
         try:
             code, *values = getattr(self._api, function)(*arguments)
-        except ValueError as error:  # a code that the bindings have no name for
-            raise DeviceError(
-                what,
-                where=function,
-                got=error,
-                hint="Update cuda-bindings to the driver's version.",
-            ) from error
+        except ValueError as error:
+            raise _unknown_code(what, function, error) from error
         except (AttributeError, RuntimeError) as error:  # no such name there, no such symbol here
             raise DeviceError(
                 what,
@@ -402,3 +399,8 @@ class Driver:
         result, text = getattr(self._api, function)(code)
         known = result == self._api.CUresult.CUDA_SUCCESS and text is not None
         return text.decode(errors="replace") if known else f"CUDA error {int(code)}"
+
+
+def _unknown_code(what: str, function: str, error: ValueError) -> DeviceError:
+    """The error for a driver that is newer than its bindings, which have no name for its code."""
+    return DeviceError(what, where=function, got=error, hint="Update cuda-bindings.")

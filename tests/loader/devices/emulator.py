@@ -59,9 +59,10 @@ class Refused(Exception):
 class _Allocation:
     fd: int
     size: int
+    inode: int
+    device: int
     handles: int = 1
     mappings: int = 0
-    inode: int = 0
 
 
 @dataclass
@@ -119,7 +120,7 @@ class Emulator:
         self._current = threading.local()
         self._numbers = iter(range(0x1000, 1 << 60))
         self._handles: dict[int, _Allocation] = {}
-        self._shared: dict[int, int] = {}
+        self._shared: dict[int, _Allocation] = {}
         self._reserved: dict[int, int] = {}
         self._mapped: dict[int, _Mapping] = {}
         self._registered: dict[int, int] = {}
@@ -175,27 +176,32 @@ class Emulator:
             ]
 
     def close(self) -> None:
-        """Ends the threads of streams that were not destroyed; a lost device leaves some."""
+        """Gives back what nobody could, as on a device that was lost."""
         self.go.set()
         for stream in list(self._streams.values()):
             stream.end()
         self._streams.clear()
         for address, size in self._reserved.items():
             _libc.munmap(address, size)
-        for allocation in {id(m.allocation): m.allocation for m in self._mapped.values()}.values():
-            os.close(allocation.fd)
-        self._reserved.clear()
-        self._mapped.clear()
+        held = [*self._handles.values(), *(m.allocation for m in self._mapped.values())]
+        for fd in {allocation.fd for allocation in held}:
+            os.close(fd)
+        for what in (self._reserved, self._handles, self._mapped):
+            what.clear()
 
     @property
     def used(self) -> int:
-        """Bytes of memory that this process has made and that is held in it."""
+        """Bytes of all devices' memory that are held in this process."""
+        return sum(self.used_of(device) for device in range(self.devices))
+
+    def used_of(self, device: int) -> int:
         with self._lock:
-            held = {a.inode: a.size for a in self._handles.values()}
-            held.update({m.allocation.inode: m.allocation.size for m in self._mapped.values()})
-            shared = {inode: n for inode, n in self._shared.items() if _is_open(inode)}
-            self._shared = shared
-            return sum({**held, **shared}.values())
+            self._shared = {inode: a for inode, a in self._shared.items() if _is_open(inode)}
+            mapped = [mapping.allocation for mapping in self._mapped.values()]
+            held = [*self._handles.values(), *mapped, *self._shared.values()]
+            # The same memory may have been imported several times.
+            sizes = {a.inode: a.size for a in held if a.device == device}
+            return sum(sizes.values())
 
     # -- start, errors, devices, contexts --------------------------------------------------------
 
@@ -271,7 +277,9 @@ class Emulator:
         return self._do("cuCtxSetCurrent", call)
 
     def cuMemGetInfo(self):
-        call = lambda: (max(0, self.memory - self.used), self.memory)  # noqa: E731
+        def call() -> tuple[int, int]:
+            return max(0, self.memory - self.used_of(self._current.device)), self.memory
+
         return self._do("cuMemGetInfo", call, in_context=True)
 
     # -- memory ----------------------------------------------------------------------------------
@@ -296,13 +304,14 @@ class Emulator:
             _require(flags == 0 and size > 0 and size % GRANULARITY == 0)
             posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             _require(prop.requestedHandleTypes == posix)
-            if self.used + size > self.memory:
+            device = prop.location.id
+            if self.used_of(device) + size > self.memory:
                 raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
-            fd = os.memfd_create(f"{MEMFD}-{prop.location.id}", os.MFD_CLOEXEC)
+            fd = os.memfd_create(f"{MEMFD}-{device}", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
             for at in range(0, size, GRANULARITY):
                 os.pwrite(fd, b"what was here before", at)
-            return self._new_handle(_Allocation(fd, size, inode=os.fstat(fd).st_ino))
+            return self._new_handle(_Allocation(fd, size, os.fstat(fd).st_ino, device))
 
         return self._do("cuMemCreate", call)
 
@@ -329,7 +338,7 @@ class Emulator:
             posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             _require(handleType == posix and flags == 0 and int(handle) in self._handles)
             allocation = self._handles[int(handle)]
-            self._shared[allocation.inode] = allocation.size
+            self._shared[allocation.inode] = allocation
             return os.dup(allocation.fd)
 
         return self._do("cuMemExportToShareableHandle", call)
@@ -344,7 +353,8 @@ class Emulator:
                 fd, status = os.dup(osHandle), os.fstat(osHandle)
             except OSError as error:
                 raise Refused("CUDA_ERROR_INVALID_VALUE") from error
-            return self._new_handle(_Allocation(fd, status.st_size, inode=status.st_ino))
+            device = int(target.split()[0].rpartition("-")[2])
+            return self._new_handle(_Allocation(fd, status.st_size, status.st_ino, device))
 
         return self._do("cuMemImportFromShareableHandle", call)
 
@@ -736,15 +746,19 @@ def _require(condition: bool) -> None:
 
 
 def _is_open(inode: int) -> bool:
-    """Whether this process has a descriptor of a memfd."""
+    return inode in descriptors()
+
+
+def descriptors() -> list[int]:
+    """The inode of each descriptor of emulated memory that this process has."""
+    found = []
     for name in os.listdir("/proc/self/fd"):
         try:
-            link = os.readlink(f"/proc/self/fd/{name}")
-            if link.startswith(f"/memfd:{MEMFD}-") and os.fstat(int(name)).st_ino == inode:
-                return True
+            if os.readlink(f"/proc/self/fd/{name}").startswith(f"/memfd:{MEMFD}-"):
+                found.append(os.fstat(int(name)).st_ino)
         except OSError:  # closed meanwhile
             continue
-    return False
+    return found
 
 
 def _mmap(

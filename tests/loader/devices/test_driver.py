@@ -189,6 +189,19 @@ def test_an_error_that_the_bindings_do_not_know_yet_is_one_of_ours(
         gpu.driver.create(0, GRANULARITY)
 
 
+def test_several_gpus_in_one_thread() -> None:
+    emulator = Emulator(devices=2)
+    driver = Driver.open(emulator)
+    one, two = Context(driver, 0), Context(driver, 1)
+    assert one.available() == two.available() == 1 << 30
+    memory = driver.create(1, GRANULARITY)
+    assert (one.available(), two.available()) == (1 << 30, (1 << 30) - GRANULARITY)
+    driver.release(memory)
+    one.close()
+    two.close()
+    assert emulator.left() == []
+
+
 def test_a_device_says_what_it_is(gpu: Context) -> None:
     assert gpu.name == "cuda:0"
     assert gpu.driver.device_name(0) == "Emulated GPU 0"

@@ -106,7 +106,10 @@ class Driver:
         # A newer version than the driver's own is refused.
         version = self._call("the driver's version is unknown", "cuDriverGetVersion")
         flags = self._api.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
-        code, _, status = self._api.cuGetProcAddress(name.encode(), version, flags)
+        try:
+            code, _, status = self._api.cuGetProcAddress(name.encode(), version, flags)
+        except RuntimeError:
+            return False  # too old to be asked
         found = self._api.CUdriverProcAddressQueryResult.CU_GET_PROC_ADDRESS_SUCCESS
         return bool(code == self._api.CUresult.CUDA_SUCCESS and status == found)
 

@@ -7,6 +7,9 @@ that memory comes in pieces of the device's granularity, and that a piece is map
 The driver counts references: memory lives as long as a handle, a mapping or a descriptor of it
 does, in any process. So a handle is released as soon as its memory is mapped, and from then on
 there is one thing to undo, the mapping, and one to close, the descriptor.
+
+A descriptor gives all rights to its memory: that weights are read-only is up to who maps them. It
+keeps a worker from writing there by mistake, and not, as on the CPU, on purpose too.
 """
 
 from __future__ import annotations
@@ -164,7 +167,7 @@ class DeviceReservation:
         free for others must be mapped nowhere. No work that touches it may be under way.
 
         Raises:
-            DeviceError: Something could not be unmapped; everything else is.
+            DeviceError: Something could not be unmapped; everything else is. It may be tried again.
         """
         first: DeviceError | None = None
         for offset in sorted(self._mapped, reverse=True):
@@ -178,8 +181,8 @@ class DeviceReservation:
             raise first
 
     def _unmap(self, offset: int) -> None:
-        length = self._mapped.pop(offset)
-        self.context.driver.unmap(self.address + offset, length)
+        self.context.driver.unmap(self.address + offset, self._mapped[offset])
+        del self._mapped[offset]
 
     def close(self) -> None:
         """Unmaps everything and gives the addresses back.

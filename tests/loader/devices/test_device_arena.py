@@ -171,6 +171,27 @@ def test_memory_is_given_back_and_grown_again(
     assert arena.grow(GRANULARITY).offset == 0
 
 
+def test_what_cannot_be_unmapped_is_told_and_tried_again(
+    emulator: Emulator, gpu: Context, arena: DeviceArena
+) -> None:
+    for _ in range(3):
+        arena.grow(GRANULARITY)
+    view = DeviceReservation(gpu, arena.size)
+    view.attach(arena.segments)
+    emulator.fail("cuMemUnmap", nth=2)
+    with pytest.raises(DeviceError, match="cannot be unmapped"):
+        view.detach()
+    assert len(emulator._mapped) == 3 + 1
+    view.detach()
+    assert len(emulator._mapped) == 3
+    emulator.fail("cuMemUnmap")
+    with pytest.raises(DeviceError, match="cannot be unmapped"):
+        arena.shrink(GRANULARITY)
+    assert arena.shrink(GRANULARITY) == []
+    assert emulator.used == GRANULARITY
+    view.close()
+
+
 def test_more_than_there_is_leaves_the_arena_as_it_was(emulator: Emulator, gpu: Context) -> None:
     arena = DeviceArena(gpu, 4 << 30, writable=True)
     arena.grow(600 * MIB)

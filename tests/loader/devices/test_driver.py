@@ -109,6 +109,11 @@ def test_an_old_driver_is_found_by_what_it_lacks(name: str) -> None:
         Driver.open(Emulator(missing=[name]))
 
 
+def test_a_driver_that_is_too_old_to_be_asked_is_too_old() -> None:
+    with pytest.raises(DeviceError, match="too old"):
+        Driver.open(Emulator(missing=["cuGetProcAddress"]))
+
+
 def test_symbols_are_asked_for() -> None:
     driver = Driver.open(Emulator(missing=["cuMemcpy2DAsync"]))
     assert driver.has("cuMemcpyHtoDAsync")

@@ -178,6 +178,10 @@ def test_a_buffer_is_nobodys_before_its_event_has_passed(
     assert arrivals.told == []
     assert not ring._free
     assert waiting.is_alive()
+    # Nobody looks again and again whether it has passed.
+    calls = dict(emulator.calls)
+    time.sleep(0.05)
+    assert emulator.calls == calls
     emulator.go.set()
     waiting.join(PATIENCE_S)
     arrivals.wait(4)

@@ -108,7 +108,7 @@ def load(gpu: Context, root: Path, plan: Plan, *, streams: int, threads: int = 3
                 return
             placer.fetch(*chunk, told)
 
-    readers = [threading.Thread(target=read) for _ in range(threads)]
+    readers = [threading.Thread(target=read, daemon=True) for _ in range(threads)]
     for reader in readers:
         reader.start()
     ring.connect(gpu, streams=streams)

@@ -51,9 +51,10 @@ class Arrivals:
 
 
 @pytest.fixture
-def ring() -> Iterator[Ring]:
+def ring(emulator: Emulator) -> Iterator[Ring]:
     ring = Ring(3, 2 * PAGE)
     yield ring
+    emulator.go.set()
     ring.close()
 
 
@@ -95,7 +96,7 @@ def in_thread(work: Callable[[], object]) -> tuple[threading.Thread, list[BaseEx
         except ColdframeError as error:
             raised.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     return thread, raised
 
@@ -174,7 +175,9 @@ def test_a_buffer_is_nobodys_before_its_event_has_passed(
     waiting, raised = in_thread(
         lambda: put(transfer, b"second", arena.address + 24, arrivals.of(3))
     )
+    # Three are on their way, and the first of them is waited for.
     eventually(lambda: emulator.calls["cuEventRecord"] == 3)
+    eventually(lambda: emulator.calls["cuEventSynchronize"] == 1)
     assert arrivals.told == []
     assert not ring._free
     assert waiting.is_alive()

@@ -272,7 +272,7 @@ class KvDesk:
         Raises:
             ArenaError: One of them is none.
         """
-        if self._store is not None and not all(map(self._store.is_key, keys)):
+        if self._store is not None and not self._store.are_keys(keys):
             raise ArenaError("a worker gave a key of KV that is none", where=connection.key)
 
     @property

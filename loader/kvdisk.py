@@ -33,6 +33,8 @@ _LOW = 0.9
 """Share of what it may have to which a directory is brought down that could come to have more."""
 _LOOK_AGAIN = 16
 """After this part of what it may have has been written, it is looked at what others have."""
+_OF_DISK = 0.95
+"""Of what it has and what is free it may have this share: others write to the disk as well."""
 _PAUSE_S = 0.001
 
 
@@ -90,6 +92,9 @@ class KvDisk:
         self._names = f"{os.urandom(8).hex()}-"
         self._numbers = itertools.count()
         self._until_look = 0
+        self._step = max_bytes // _LOOK_AGAIN
+        """After so many bytes it is looked at what others have."""
+        self._ours = False
 
     def read(self, key: str, into: memoryview, used_ns: int) -> bool | None:
         """Reads a block to its place; see `read_block`.
@@ -102,6 +107,7 @@ class KvDisk:
         """
         path = self._path(key)
         try:
+            self._check()
             if read_block(path, key, into, used_ns):
                 return True
         except FileNotFoundError:
@@ -118,6 +124,7 @@ class KvDisk:
         """
         path = self._path(key)
         try:
+            self._check()
             status = os.stat(path, follow_symlinks=False)
             # A machine that lost its power may have left empty files.
             if not stat.S_ISREG(status.st_mode) or status.st_size != HEADER_BYTES + nbytes:
@@ -157,9 +164,14 @@ class KvDisk:
             raise
 
     @property
-    def must_sweep(self) -> bool:
-        """Whether it is time for `sweep`."""
+    def may_sweep(self) -> bool:
+        """Whether it is time for `sweep`, if there is time."""
         return self._until_look <= 0
+
+    @property
+    def must_sweep(self) -> bool:
+        """Whether `sweep` cannot wait any longer."""
+        return self._until_look <= -self._step
 
     def sweep(self, urgent: Callable[[], bool] = lambda: False) -> None:
         """Sees how much there is, and deletes what was used longest ago where it is too much.
@@ -170,7 +182,7 @@ class KvDisk:
         Raises:
             OSError: The directory cannot be read.
         """
-        self._until_look = step = self.max_bytes // _LOOK_AGAIN
+        self._until_look = self._step
         files: list[tuple[int, int, str]] = []
         for folder in _entries(self.root, _FOLDER):
             for part in _entries(folder.path, _PART):
@@ -179,15 +191,26 @@ class KvDisk:
                 files += self._files(part.path)
                 time.sleep(_PAUSE_S)  # what goes on beside this is more urgent
         self.nbytes = sum(size for _, size, _ in files)
-        if self.nbytes + step <= self.max_bytes:
+        most = self._most()
+        self._until_look = self._step = most // _LOOK_AGAIN
+        if self.nbytes + self._step <= most:
             return
         files.sort()
         for _, size, path in files:
-            if self.nbytes <= self.max_bytes * _LOW:
+            if self.nbytes <= most * _LOW:
                 break
             with suppress(FileNotFoundError):
                 os.unlink(path)
             self.nbytes -= size
+
+    def _most(self) -> int:
+        """What there may be: less than was asked for where the disk has no room for that."""
+        try:
+            status = os.statvfs(self.root)
+        except FileNotFoundError:
+            return self.max_bytes
+        room = self.nbytes + status.f_bavail * status.f_frsize
+        return min(self.max_bytes, int(room * _OF_DISK))
 
     def _files(self, folder: str) -> list[tuple[int, int, str]]:
         """The blocks in a folder: when used last, size, and path."""
@@ -200,6 +223,21 @@ class KvDisk:
                 elif entry.name.endswith(_UNFINISHED) and status.st_ctime < late:
                     os.unlink(entry.path)
         return found
+
+    def _check(self) -> None:
+        """Looks, once, whether nobody else could have put files into the folder.
+
+        Raises:
+            OSError: It is not there, or somebody could.
+        """
+        if self._ours:
+            return
+        status = os.stat(self._folder, follow_symlinks=False)
+        # To a file server root may be another user: then the directory is that one's as well.
+        ours = status.st_uid in (os.geteuid(), os.stat(self.root).st_uid)
+        if not ours or not stat.S_ISDIR(status.st_mode) or status.st_mode & 0o022:
+            raise PermissionError(errno.EACCES, "others may write to its folder")
+        self._ours = True
 
     def _path(self, key: str) -> str:
         return os.path.join(self._folder, key[:2], key)

@@ -63,6 +63,8 @@ class KvPreparer:
         self._lease_s = lease_s
         self._wanted: dict[str, _Preparation] = {}
         """By request."""
+        self._moved = 0.0
+        """When the store has brought something last; what is wanted is read in turn."""
         self._left: list[_Preparation] = []
         """Those that nobody waits for any more, while threads read into their blocks."""
 
@@ -76,7 +78,7 @@ class KvPreparer:
         """
         known = self._wanted.get(request)
         if known is not None and known.running:
-            if time.monotonic() - known.began < _PATIENCE_S:
+            if time.monotonic() - max(known.began, self._moved) < _PATIENCE_S:
                 return False
             self._leave(known)
             return True
@@ -120,8 +122,10 @@ class KvPreparer:
 
     def _begin(self, worker: str, request: str, count: int, keys: Sequence[str]) -> bool:
         """Begins to prepare a request, where there is something to do."""
+        if self._disk_hangs:
+            return False
         found = self._ledger.found(keys)
-        fetch = [] if self._disk_hangs else keys[found:]
+        fetch = keys[found:]
         if not fetch and not (self._ledger.forgets(count - found) and self._store.saves()):
             return False
         got = self._ledger.reserve(count, keys)
@@ -140,6 +144,7 @@ class KvPreparer:
 
     def _fetched(self, known: _Preparation, count: int) -> None:
         known.running = False
+        self._moved = time.monotonic()
         new = self._ledger.fill(known.reserved, known.keys[:count])
         self._store.published(new, fetched=True)
         if known in self._left:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from queue import SimpleQueue
 
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.loader.kvdisk import KvDisk, is_key
+from coldframe.loader.kvfetch import ORDER_NS, Fetch
 from coldframe.loader.kvram import KvMemory, copy
 from coldframe.loader.kvtally import KvTally, StoreUsage
 from coldframe.loader.kvwriter import KvWriter, say
@@ -27,8 +28,6 @@ __all__ = ["KvStore"]
 _READERS = 4
 _PASSING_BYTES = 64 << 20
 """Host memory for blocks that have left the arena and are not written yet."""
-_ORDER_NS = 1000
-"""By how much a block seems to have been used before the one that it continues."""
 
 
 class KvStore:
@@ -60,8 +59,6 @@ class KvStore:
         self._work: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._readers: list[threading.Thread] = []
         self._closed = False
-
-    is_key = staticmethod(is_key)
 
     # -- what the service says -------------------------------------------------------------------
 
@@ -100,6 +97,11 @@ class KvStore:
             self._writer.close(patience_s)
         for _ in self._readers:
             self._work.put(None)
+
+    @staticmethod
+    def are_keys(texts: Iterable[str]) -> bool:
+        """Whether all of them can name a block's file, and no other."""
+        return all(map(is_key, texts))
 
     # -- what the ledger says --------------------------------------------------------------------
 
@@ -186,7 +188,6 @@ class KvStore:
             done: Called by another thread with how many of them, from the first, are there now;
                 the others hold nothing. Nothing is written to them any more then.
         """
-
         places = [self._view(block) for block in blocks]
 
         def fetched(loaded: Sequence[str]) -> None:
@@ -194,7 +195,7 @@ class KvStore:
                 self._tally.add(name)
             done(len(loaded))
 
-        fetch = _Fetch(self._load, keys, places, fetched)
+        fetch = Fetch(self._load, keys, places, fetched)
 
         def save_and_fetch() -> None:
             with self._lock:
@@ -232,7 +233,7 @@ class KvStore:
         moment, moment_ns = time.monotonic(), time.time_ns()
         for place, key in enumerate(keys):
             self._used[key] = moment
-            self._writer.offer(key, moment_ns - place * _ORDER_NS)
+            self._writer.offer(key, moment_ns - place * ORDER_NS)
 
     def _save(self, key: str, block: int, *, keep: bool) -> None:
         """Copies a block to host memory, to be kept or because it must; the lock is held."""
@@ -264,9 +265,9 @@ class KvStore:
     # -- threads ---------------------------------------------------------------------------------
 
     def _do(self, work: Callable[[], None]) -> None:
-        """Has a reader do something."""
-        with self._lock:
-            if len(self._readers) < _READERS:
+        """Has a reader do something. The first to ask is the service's loop."""
+        if not self._readers:
+            for _ in range(_READERS):
                 thread = threading.Thread(target=self._read, name="kv-reader", daemon=True)
                 self._readers.append(thread)
                 thread.start()
@@ -275,63 +276,3 @@ class KvStore:
     def _read(self) -> None:
         while (work := self._work.get()) is not None:
             work()
-
-
-class _Fetch:
-    """Blocks being read by several threads, as far as they are there without a gap.
-
-    Args:
-        load: Reads a block to its place; None where it is not there.
-        keys: What is wanted.
-        places: Where each is to go.
-        done: Called by the last thread with what `load` has returned for those that are there.
-    """
-
-    def __init__(
-        self,
-        load: Callable[[str, memoryview, int], str | None],
-        keys: Sequence[str],
-        places: Sequence[memoryview],
-        done: Callable[[Sequence[str]], None],
-    ) -> None:
-        self._load = load
-        self._keys = keys
-        self._places = places
-        self._done = done
-        self._lock = threading.Lock()
-        self._next = 0
-        self._end = len(keys)
-        """Where there is nothing any more."""
-        self._loaded = [""] * len(keys)
-        self._reading = 0
-        self._over = False
-        self._used_ns = time.time_ns()
-
-    def run(self) -> None:
-        """Reads what no other thread does; to be called by as many as are to help."""
-        while True:
-            with self._lock:
-                if self._over:
-                    return
-                if self._next >= self._end:
-                    if self._reading:
-                        return  # the last of them goes on
-                    self._over = True
-                    break
-                place, self._next = self._next, self._next + 1
-                self._reading += 1
-            loaded = self._try(place)
-            with self._lock:
-                self._reading -= 1
-                if loaded is None:
-                    self._end = min(self._end, place)
-                else:
-                    self._loaded[place] = loaded
-        self._done(self._loaded[: self._end])
-
-    def _try(self, place: int) -> str | None:
-        try:
-            used_ns = self._used_ns - place * _ORDER_NS
-            return self._load(self._keys[place], self._places[place], used_ns)
-        except Exception:  # noqa: BLE001 - whatever it is, the block is computed then
-            return None

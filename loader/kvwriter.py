@@ -118,10 +118,12 @@ class KvWriter:
     def _next(self) -> tuple[str, int] | None:
         """The next one to be written; None at the end."""
         while True:
-            if self._end_at is None and self._disk.must_sweep:
+            disk = self._disk
+            free = not self._waiting or self._pause_s
+            if self._end_at is None and (disk.must_sweep or (disk.may_sweep and free)):
                 with suppress(OSError):  # what cannot be read now is looked at later
-                    self._disk.sweep(lambda: self._end_at is not None)
-                self._tally.set("disk_bytes", self._disk.nbytes)
+                    disk.sweep(lambda: self._end_at is not None)
+                self._tally.set("disk_bytes", disk.nbytes)
             with self._changed:
                 moment = time.monotonic()
                 if self._end_at is not None and (
@@ -141,8 +143,8 @@ class KvWriter:
             return
         self._disk.write(key, self._buffer, used_ns)
         self._go_on()
-        self._tally.add("disk_stored")
         self._tally.set("disk_bytes", self._disk.nbytes)
+        self._tally.add("disk_stored")
 
     def _done(self, key: str) -> None:
         with self._changed:

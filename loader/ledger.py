@@ -186,7 +186,7 @@ class BlockLedger:
         account = self._accounts[request]
         self._give_up_kv(account)
         account.holder = None
-        got = self._fill(account, count, keys)
+        got = self._give(account, count, keys)
         if got is not None:
             account.attempt, account.holder, account.lease_ends = attempt, worker, None
             self._reused += got.reused
@@ -223,7 +223,7 @@ class BlockLedger:
             What is to be given back, and what there is; None where there are not enough.
         """
         reserved = Reserved()
-        got = self._fill(reserved, count, keys)
+        got = self._give(reserved, count, keys)
         return None if got is None else (reserved, got)
 
     def fill(self, reserved: Reserved, keys: Sequence[str]) -> Named:
@@ -333,7 +333,7 @@ class BlockLedger:
             self._give_up_kv(account)
             del self._accounts[request]
 
-    def _fill(self, owner: Reserved, count: int, keys: Sequence[str]) -> Blocks | None:
+    def _give(self, owner: Reserved, count: int, keys: Sequence[str]) -> Blocks | None:
         """Gives blocks to somebody who has none: all of them, or none."""
         found = self._find(keys)
         missing = range(count - len(found))

@@ -8,6 +8,7 @@ the requests get to know why, and the process ends: whoever started the containe
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import time
 from collections import deque
@@ -123,14 +124,18 @@ class Endpoint:
         self._announcer.begin(self._desk.send)
 
     def _gateway_gone(self) -> None:
-        code = _status(self._gateway)
+        status = _status(self._gateway)
+        why = "it hung" if status is None else ending(status)
         self._end_lent()
         if self._phase is not None:
             self._drained = True
             return
-        self._stillborn = 0 if self._gateway_accepted else self._stillborn + 1
+        if self._gateway_accepted:
+            self._stillborn = 0
+        elif status != -signal.SIGKILL:  # which is somebody else's doing, and no fault of its own
+            self._stillborn += 1
         if self._stillborn == _GATEWAY_CRASHES:
-            self._error = ReplicaError("no gateway comes up", got=ending(code))
+            self._error = ReplicaError("no gateway comes up", got=why)
             self._phase, self._drained = "failed", True
             return
         moment = time.monotonic()
@@ -139,7 +144,7 @@ class Endpoint:
             self._deaths.popleft()
         late = len(self._deaths) - _GATEWAY_AT_ONCE
         delay = min(_GATEWAY_DELAY_S * 2**late, _GATEWAY_MOST_DELAY_S) if late > 0 else 0.0
-        self._log.error("the gateway died", why=ending(code), next_in_s=delay)
+        self._log.error("the gateway died", why=why, next_in_s=delay)
         # What connects meanwhile is held by the kernel: the listeners are open here.
         self._gateway_at = moment + delay
 
@@ -307,9 +312,11 @@ def _span(wire: Any) -> list[Any]:
     return [name[:40], "gateway", start_ns, end_ns, None if note is None else str(note)[:200], None]
 
 
-def _status(gateway: GatewayProcess) -> int:
-    """What a gateway that has hung up ended with; it is given a moment to do so by itself."""
+def _status(gateway: GatewayProcess) -> int | None:
+    """What a gateway ended with; None where it does not do so by itself, and is killed."""
     late = time.monotonic() + _LAST_S
     while gateway.child.poll() is None and time.monotonic() < late:
         time.sleep(0.005)
-    return gateway.child.kill()
+    status = gateway.child.poll()
+    gateway.child.kill()
+    return status

@@ -52,8 +52,9 @@ class Fleet:
 
     @property
     def at_zero(self) -> bool:
-        """Whether nothing is held for any model."""
-        return all(model.state in ("zero", "failed") for model in self._models.values())
+        """Whether nothing is held for any model, and nobody asks one."""
+        models = self._models.values()
+        return all(model.state in ("zero", "failed") and model.idle for model in models)
 
     @property
     def starting(self) -> bool:
@@ -105,12 +106,11 @@ class Fleet:
         models = self._models.values()
         parked = sorted((m for m in models if m.state == "parked"), key=lambda m: m.used_at)
         for model in parked[: max(0, len(parked) - self._pool)]:
-            model.sleep(2)
+            model.make_room()
         loaded = sum(model.state in ("warm", "draining", "parked") for model in models)
         if loaded >= self._pool or not all(model.idle for model in models):
             return
         for model in models:
-            if model.state == "zero" and model.fits:
-                model.wake()
-                model.sleep(1)
+            if model.may_start_ahead:
+                model.start_ahead()
                 return

@@ -56,7 +56,8 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
         DeviceError: There is not so much memory.
         PlatformError: The directory cannot be used.
     """
-    wanted = args.kv_store is not None or args.kv_store_memory > 0
+    # An empty name is none, as where a platform sets all variables that it knows.
+    wanted = bool(args.kv_store) or args.kv_store_memory > 0
     if wanted and args.no_prefix_cache:
         raise RequestError(
             "KV that is kept is of no use where each prompt is computed from its first token",
@@ -74,7 +75,7 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
             hint="Ask for less.",
         )
     directory = None
-    if args.kv_store is not None:
+    if args.kv_store:
         from coldframe.loader.kvdisk import prepare_directory
 
         directory = os.path.abspath(os.path.expanduser(args.kv_store))

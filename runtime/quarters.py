@@ -72,7 +72,10 @@ class Quarters:
             return
         self._model = facts
         if facts.weights_bytes is not None and self._room is not None:
-            block_bytes, blocks = kv_blocks(facts.spec, self._options.kv_bytes)
+            # Not what there is at the moment: others may have it, who will make room.
+            block_bytes, blocks = kv_blocks(
+                facts.spec, self._options.kv_bytes, available=self._room.total
+            )
             self._need = facts.weights_bytes + block_bytes * blocks
 
     def take(self) -> bool:

@@ -47,6 +47,7 @@ class Relapses:
         moment = time.monotonic()
         if self._warm_since is not None and moment - self._warm_since > _STABLE_S:
             self.count = 0
+        self._warm_since = None  # those who die before they are warm again do follow one another
         self.count += 1
         # The first time at once: a single death is none of a loop.
         delay = 0.0 if self.count == 1 else _FIRST_DELAY_S * 2 ** (self.count - 2)

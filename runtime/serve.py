@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import socket
 from contextlib import closing
 from dataclasses import replace
@@ -247,16 +248,27 @@ def _settings(
 ) -> GatewaySettings:
     for name in ("max_running", "max_waiting", "max_wait", "drain", "idle"):
         value = getattr(args, name)
-        if value is not None and not value > 0:
+        if value is not None and not 0 < value < math.inf:
             raise RequestError(
                 "there must be some",
                 where=f"--{name.replace('_', '-')}",
-                expected="more than 0",
+                expected="a number above 0",
                 got=value,
             )
+    if not 0 <= args.park < math.inf:
+        raise RequestError(
+            "this is no time", where="--park", expected="0 or more seconds", got=args.park
+        )
     if args.pool < 0:
         raise RequestError(
             "there cannot be fewer than none", where="--pool", expected="0 or more", got=args.pool
+        )
+    if args.pool and args.on_idle == "exit":
+        raise RequestError(
+            "with a pool there is always a model that is kept, and never an end",
+            where="--pool",
+            got="--on-idle exit",
+            hint="Leave one of the two out.",
         )
     return GatewaySettings(
         models=models,

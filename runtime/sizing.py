@@ -70,19 +70,21 @@ class StoredTensor(NamedTuple):
     shape: Sequence[int]
 
 
-def kv_blocks(spec: ModelSpec, wanted: int | None) -> tuple[int, int]:
+def kv_blocks(spec: ModelSpec, wanted: int | None, available: int | None = None) -> tuple[int, int]:
     """The size of a KV block in bytes, and how many of them a replica gets.
 
     Args:
         spec: The model.
         wanted: Bytes for KV; None takes a quarter of what is available, at most 4 GiB. Memory is
             taken as blocks are touched, so what counts is to leave room for others.
+        available: Bytes that there are; None looks how much nobody has at the moment.
 
     Raises:
         DeviceError: It holds not one block, or is more than there is.
     """
     block = spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
-    available = memory_available()
+    if available is None:
+        available = memory_available()
     size = max(block, min(_MOST_KV, available // 4)) if wanted is None else wanted
     if size > available:
         raise DeviceError(

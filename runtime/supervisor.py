@@ -5,7 +5,8 @@
     warm      requests are answered
     draining  those that there are get their answers first; new ones are held
     parked    the weights stay in memory and the workers up; the device's memory for KV is free
-    failed    it cannot be loaded, and no later try would find that mended
+    failed    it cannot be loaded; where that may pass by itself it is at zero again after a while,
+              if it is not the only one, which ends with this
 
 A replica that dies is started again, behind the requests that have not had a token yet; what keeps
 dying is started ever later. Where several models share a device, one that starts waits until there
@@ -20,7 +21,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from coldframe.loader.awake import AwakeClock
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import (
+    ColdframeError,
+    PlatformError,
+    ReplicaError,
+    SourceUnreachable,
+)
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.asks import Ask, Probe
 from coldframe.runtime.creating import ImageInTheMaking
@@ -52,6 +58,10 @@ _TRIES = 3
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
+_PASSING = (PlatformError, ReplicaError, SourceUnreachable)
+"""What may pass by itself: a network that is down, too few descriptors, processes that die."""
+_AGAIN_S = 60.0
+"""After so long a model that has failed of that may be asked again, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +108,7 @@ class Supervisor:
         self.loop = loop
         self.state: State = "zero" if began_ns is None else "starting"
         self.error: ColdframeError | None = None
-        """Why it cannot go on, where that is for good."""
+        """Why it cannot go on, where that is so."""
         self.starts = 0
         """How many there were."""
         self.used_at = time.monotonic()
@@ -121,15 +131,19 @@ class Supervisor:
         self._rest: Literal["parked", "zero"] | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
-        """Whether somebody has said so, and it stays there until somebody asks."""
+        """Whether somebody has said so: nobody who asks before changes that, and it stays there
+        until somebody asks."""
         self._probe: Probe | None = None
         self._probes = 0
         self._image: ImageInTheMaking | None = None
         self._last_error: ColdframeError | None = None
+        self._failed_at = 0.0
         self.count = FrontCount()
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
         self._on_demand = began_ns is None
+        self._called = not self._on_demand
+        """Whether it is to start also where nobody asks it."""
         if began_ns is not None and self._quarters.take():
             self.starts = 1
             self.replica = Replica(options, recorder, launch, loop)
@@ -182,6 +196,8 @@ class Supervisor:
         if self.error is not None:
             raise self.error
         self._numbers += 1
+        if self.state == "starting" and not self._ordered:
+            self._rest = None  # it was started ahead, to rest until somebody asks
         name = f"s{self._numbers}"
         self._asks[name] = Ask(self, name, params, listener, prompt, prompt_ids, add_special)
         self._rouse()
@@ -197,32 +213,48 @@ class Supervisor:
 
     def wake(self) -> None:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
-        self._rest = None
+        self._rest, self._ordered, self._called = None, False, True
         if self.state == "draining":
             self.state = "warm"
         self._rouse()
 
+    @property
+    def may_start_ahead(self) -> bool:
+        """Whether it could be there before somebody asks, and nobody has ordered it to zero."""
+        return self.state == "zero" and not self._ordered and self.fits
+
+    def start_ahead(self) -> None:
+        """Has it started and parked, unless somebody asks it before it is."""
+        self._rouse()
+        self._rest, self._called = "parked", True
+
     def _rouse(self) -> None:
         if self.state == "zero":
-            self.state = "starting"
+            self.state, self._ordered = "starting", False
             self.start_log = StartLog(now(), self._recorder)
         elif self.state == "parked":
+            self._ordered = False
             self._become_warm()
 
     def sleep(self, level: int) -> None:
         """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
-        if self.state in ("zero", "failed"):
+        if self.state == "failed":
             return
-        self._rest = "parked" if level == 1 else "zero"
         self._ordered = True
-        if self.state == "warm":
-            self.state = "draining"
-        elif self.state == "parked" and level != 1:
+        if self.state == "zero":
+            return
+        if self.state != "parked":
+            self._rest = "parked" if level == 1 else "zero"
+            if self.state == "warm":
+                self.state = "draining"
+        elif level != 1:
             self._end()
 
     @property
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
+        if self._asks and self.state in ("parked", "zero"):
+            return 0.0
         if self.replica is not None:
             return self.replica.wait_s
         if self.state != "starting":
@@ -239,6 +271,12 @@ class Supervisor:
         replica = self.replica
         if replica is not None and replica.error is not None:
             self._lost(replica.error)
+        if self.state == "failed":
+            self._forgive()
+        if self._asks:
+            # Those that were held while it drained. Not in the step that has it rest: whoever has
+            # ordered that is to hear of it.
+            self._rouse()
         if self.state == "starting" and self.replica is None:
             self._start()
         if self.replica is not None:
@@ -301,6 +339,10 @@ class Supervisor:
     def _start(self) -> None:
         if self._relapses.wait_s:
             return
+        if self._quarters.waiting and not self._asks and not self._called:
+            self._quarters.leave()  # nobody is to go for those who have gone meanwhile
+            self.state = "zero"
+            return
         try:
             if not self._quarters.take():
                 return
@@ -358,7 +400,7 @@ class Supervisor:
 
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
-        self._was_warm = True
+        self._was_warm, self._called = True, False
         self._relapses.warm()
         self._warm_since, self._idle_since = time.monotonic(), self._awake()
         self._start_s = self.start_log.first_token_s
@@ -401,7 +443,8 @@ class Supervisor:
     def make_room(self) -> None:
         """Goes to zero, once those that are with the workers have their answers."""
         if self.state == "warm":
-            self.state, self._rest, self._ordered = "draining", "zero", False
+            self.state, self._rest = "draining", "zero"
+        self._ordered = False
         if self.replica is not None and self.replica.idle and not self._asks:
             self._end()
 
@@ -426,18 +469,12 @@ class Supervisor:
         replica.park()
         self.state, self._rest, self._idle_since = "parked", None, self._awake()
         self._log.info("parked")
-        self._wake_for_held()
 
     def _end(self) -> None:
         self._leave()
         self.state, self._rest = "zero", None
         self._relapses.forget()
         self._log.info("zero")
-        self._wake_for_held()
-
-    def _wake_for_held(self) -> None:
-        if self._asks:
-            self._rouse()
 
     def _leave(self) -> None:
         """Ends the replica."""
@@ -462,7 +499,7 @@ class Supervisor:
         self._leave()
         died = isinstance(error, ReplicaError)
         if not self._was_warm and (not died or self._relapses.too_many):
-            self.state, self.error = "failed", error
+            self.state, self.error, self._failed_at = "failed", error, time.monotonic()
         for name, ask in list(self._asks.items()):
             ask.request, ask.deaths = None, ask.deaths + 1
             if self.error is not None or not died or ask.tokens or ask.deaths >= _TRIES:
@@ -470,9 +507,20 @@ class Supervisor:
                 ask.listener.on_error(error)
         if self.error is not None:
             return
-        back = self._asks or not self._was_warm or self._policy.idle_s is None
-        self.state = "starting" if back else "zero"
+        resting = self.state in ("draining", "parked")
+        stays = self._policy.idle_s is None and not resting
+        if resting and (not self._asks or not self._ordered):
+            self._rest = None  # others have the room that it was to make, or it is at zero
+        self._called = not self._was_warm or stays
+        self.state = "starting" if self._asks or self._called else "zero"
         self.start_log = StartLog(now(), self._recorder)
+
+    def _forgive(self) -> None:
+        """Lets it be asked again, where what it has failed of may have passed."""
+        late = time.monotonic() - self._failed_at >= _AGAIN_S
+        if late and isinstance(self.error, _PASSING):
+            self.state, self.error, self._on_demand = "zero", None, True
+            self._relapses.forget()
 
     def give_up(self, error: ColdframeError) -> None:
         """Serves it no more: what was read of it beside its weights is wrong."""

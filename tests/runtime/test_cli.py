@@ -316,7 +316,9 @@ def test_a_terminal_shows_the_progress_and_clears_it(demo_model: Make, no_leaks:
     assert frames[0] == frames[-1] == ""  # what was there is left alone, the bar is taken away
     drawn = frames[1:-1]
     assert len(drawn) > 3
-    assert all("B/s" in frame and "left" in frame and "█" + "░" in frame for frame in drawn[2:-1])
+    assert all("B/s" in frame and "left" in frame for frame in drawn)
+    # At its ends the bar is of one kind, for as long as workers take to get there.
+    assert any("█" + "░" in frame for frame in drawn)
 
 
 # -- ends -------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.errors import CheckpointError, SourceUnreachable
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime import sizing, supervisor
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.gateway.logs import Log
@@ -113,6 +115,25 @@ def test_two_that_do_not_fit_together_take_turns(models: dict[str, Path], no_lea
 
 
 @pytest.mark.heavy
+def test_what_another_one_has_is_there_for_who_takes_its_place(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        # As on a machine that one of them fills.
+        monkeypatch.setattr(
+            sizing,
+            "memory_available",
+            lambda: KV - 1 if fleet["llama"].state == "warm" else 1 << 30,
+        )
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: fleet["qwen2"].known)
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
+
+
+@pytest.mark.heavy
 def test_two_that_fit_stay(models: dict[str, Path], no_leaks: Path) -> None:
     both = need(models["llama"]) + need(models["qwen2"])
     with fleet_of(places(models, "llama", "qwen2"), no_leaks, both) as fleet:
@@ -151,6 +172,26 @@ def test_who_is_asked_answers_before_it_goes(models: dict[str, Path], no_leaks: 
 
 
 @pytest.mark.heavy
+def test_nobody_goes_for_who_does_not_wait_any_more(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        client = ask(fleet, "llama", 400)
+        until(fleet, lambda: fleet["llama"].state == "warm" and len(client.events) > 5)
+        fleet["llama"]._start_s = 1000.0  # it stays as long as somebody asks it
+        late = ask(fleet, "qwen2")
+        until(fleet, lambda: fleet["qwen2"].load_state().stage == "memory")
+        fleet["qwen2"].cancel(late.request)
+        until(fleet, lambda: fleet["qwen2"].state == "zero")
+        finish(fleet, client)
+        assert states(fleet) == ["warm", "zero"]
+        # One that was told to start does so, whether somebody asks it or not.
+        fleet["qwen2"].wake()
+        until(fleet, lambda: states(fleet) == ["zero", "warm"])
+
+
+@pytest.mark.heavy
 def test_the_one_used_longest_ago_goes(models: dict[str, Path], no_leaks: Path) -> None:
     names = ("llama", "qwen2", "qwen3")
     sizes = sorted(need(models[name]) for name in names)
@@ -179,6 +220,39 @@ def test_a_pool_of_parked_models(models: dict[str, Path], no_leaks: Path) -> Non
         finish(fleet, ask(fleet, "qwen3"))
         until(fleet, lambda: sorted(states(fleet)) == ["parked", "parked", "zero"])
         assert fleet["llama"].state == "zero"
+
+
+@pytest.mark.heavy
+def test_one_of_the_pool_that_is_asked_while_it_starts_stays(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    both = need(models["llama"]) + need(models["qwen2"])
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, both, pool=2) as fleet:
+        until(fleet, lambda: fleet["qwen2"].state == "starting")
+        client = ask(fleet, "qwen2", 400)
+        until(fleet, lambda: fleet["qwen2"].state not in ("zero", "starting"))
+        # Else who comes next would have to wait until all that it has is answered.
+        assert fleet["qwen2"].state == "warm"
+        finish(fleet, client)
+
+
+@pytest.mark.heavy
+def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, "llama"), no_leaks, 1 << 30, policy=policy, pool=1) as fleet:
+        until(fleet, lambda: states(fleet) == ["parked"])
+        fleet["llama"].sleep(2)
+        stays = time.monotonic() + 0.3
+        until(fleet, lambda: time.monotonic() > stays)
+        assert states(fleet) == ["zero"]
+        finish(fleet, ask(fleet, "llama"))
+        until(fleet, lambda: states(fleet) == ["parked"])
+        assert fleet["llama"].starts == 2
+        fleet["llama"].make_room()  # as for another one, which does not come
+        until(fleet, lambda: fleet["llama"].starts == 3)
+        until(fleet, lambda: states(fleet) == ["parked"])
 
 
 @pytest.mark.heavy
@@ -228,6 +302,26 @@ def test_one_that_is_no_model_leaves_the_others_alone(
         finish(fleet, good)
         assert right(good, models["llama"])
         assert fleet["none"].load_state().error is not None
+
+
+@pytest.mark.heavy
+def test_what_may_be_mended_is_tried_again_and_nothing_else(
+    models: dict[str, Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fleet_of(places(models, "llama", "qwen2", "qwen3"), no_leaks, 1 << 30) as fleet:
+        finish(fleet, ask(fleet, "llama"))
+        fleet["qwen2"]._lost(SourceUnreachable("the network is down"))
+        fleet["qwen3"]._lost(CheckpointError("these are no weights"))
+        fleet.step()
+        assert states(fleet) == ["warm", "failed", "failed"]
+        with pytest.raises(SourceUnreachable):
+            ask(fleet, "qwen2")
+        monkeypatch.setattr(supervisor, "_AGAIN_S", 0.0)
+        fleet.step()
+        assert states(fleet) == ["warm", "zero", "failed"]
+        client = ask(fleet, "qwen2")
+        finish(fleet, client)
+        assert right(client, models["qwen2"])
 
 
 @pytest.mark.heavy

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.loader.timeline import now
 from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.options import ReplicaOptions
@@ -26,17 +27,20 @@ class Clock:
 
 
 @pytest.mark.heavy
-def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -> None:
+def test_a_replica_is_counted(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
     clock = Clock()
     exec_ns = now()
-    options = ReplicaOptions(model=str(demo_model("llama")), run_dir=str(no_leaks))
+    store = KvStoreOptions(str(tmp_path / "kv"))
+    options = ReplicaOptions(model=str(demo_model("llama")), run_dir=str(no_leaks), kv_store=store)
     with Replica(options) as replica:
         count = FrontCount(clock)
         count.step(replica, idle=True)
         cold = count.stats(None, replica.pids)
         assert (cold.cold_starts, cold.stages, cold.kv_blocks_total) == ({}, {}, 0)
         clock.now += 3  # it loads, and nobody has asked yet
-        client = ask(replica, prompt_of(20), 200)
+        client = ask(replica, prompt_of(40), 200)
         count.step(replica, idle=False)
         wait_for(replica, lambda: len(client.events) > 3 and replica.loaded)
         first_ns = now()
@@ -60,7 +64,15 @@ def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -
         clock.now += 7
         count.step(replica, idle=True)
         wait_for(replica, lambda: replica.usage["kv_used"] == 0 or bool(replica.ask_usage()))
+        # What was computed is written behind it.
+        wait_for(
+            replica,
+            lambda: bool(replica.usage["kv_store_disk_stored"] or replica.ask_usage()),
+        )
         idle = count.stats(timeline, {})
+        stored = idle.kv_store["disk_stored"]
+        assert stored > 0
+        assert idle.kv_store["disk_bytes"] > 0
         assert (idle.idle_s, idle.used_s, idle.kv_blocks_used) == (10, 5, 0)
         assert idle.cold_starts == {"fresh": 1}
         assert (idle.stages, idle.memory) == (warm.stages, {})
@@ -73,3 +85,6 @@ def test_a_replica_is_counted(demo_model: Callable[..., Path], no_leaks: Path) -
         assert (gone.parked_s, gone.zero_s, gone.idle_s) == (11, 13, 10)
         assert (gone.bytes_loaded, gone.load_s) == (warm.bytes_loaded, warm.load_s)
         assert (gone.weights_bytes, gone.kv_blocks_total) == (0, 0)
+        # What happened stays counted, and what was there is not there any more.
+        assert gone.kv_store["disk_stored"] >= stored
+        assert gone.kv_store["disk_bytes"] == 0

@@ -8,6 +8,7 @@ as well. docs/architecture.md has the table that these tests prove.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -22,7 +23,6 @@ from tests.runtime.snapshots import Made
 Make = Callable[..., Path]
 THROTTLE = "2MB/s"
 """Of a model of 4 MB."""
-COUNT = 200
 COLD = ("before the first stage", "in mid-load")
 WARM = (
     "before the hand-off",
@@ -43,8 +43,13 @@ WITH_TOKENS = (
 )
 """The moments at which clients have had a token, or one was made for them."""
 VICTIMS = ("prefill", "decode", "memory", "gateway")
-QUICK = {("before the hand-off", "prefill"), ("in mid-stream", "decode")}
-"""What is looked at whenever the tests run."""
+FLAGS: dict[str, tuple[str, ...]] = {
+    "before the hand-off": ("--no-prefix-cache",),  # each prompt takes its time
+    "while the KV is full": ("--kv-memory", "1MiB"),  # two requests fill it
+    **dict.fromkeys(FROM_ZERO, ("--throttle", THROTTLE)),
+}
+LENGTHS = {"before the hand-off": (700, 8), "in mid-stream": (24, 300), "while draining": (24, 300)}
+"""Tokens of prompts and answers: whoever is to be caught at them has to take long enough."""
 
 
 @pytest.fixture(scope="module")
@@ -52,13 +57,20 @@ def model(demo_model: Make) -> Path:
     return demo_model("llama", "float32")
 
 
+@pytest.fixture(scope="module", params=[*WARM, *FROM_ZERO])
+def moment(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def scene(model: Path, request: pytest.FixtureRequest) -> Iterator[Scene]:
+def scene(model: Path, moment: str) -> Iterator[Scene]:
     """A warm server, one for all that happens at a moment."""
-    flags = {
-        "while the KV is full": ("--kv-memory", "1MiB"),  # for two requests
-        **dict.fromkeys(FROM_ZERO, ("--throttle", THROTTLE)),
-    }.get(request.param, ())
+    with warm(model, *FLAGS.get(moment, ())) as scene:
+        yield scene
+
+
+@contextmanager
+def warm(model: Path, *flags: str) -> Iterator[Scene]:
     with served(model, "--model-name", "demo", *flags) as server:
         server.ready()
         scene = Scene(server)
@@ -84,12 +96,13 @@ class Clients:
         whole_first: Which of them is the first.
     """
 
-    def __init__(self, scene: Scene, moment: str, retries: int, *, whole_first: bool) -> None:
+    def __init__(
+        self, scene: Scene, moment: str, retries: int = 0, *, whole_first: bool = False
+    ) -> None:
         self._scene = scene
         self._retries = retries
         self._streams = [not whole_first, whole_first] * (3 if "full" in moment else 1)
-        # What takes the prefill worker long enough to be caught at it.
-        self.length, self.count = (700, 8) if moment == "before the hand-off" else (24, COUNT)
+        self.length, self.count = LENGTHS.get(moment, (24, 200 if "full" in moment else 64))
         self.asks: list[Ask] = []
 
     def begin(self) -> int:
@@ -100,25 +113,24 @@ class Clients:
         return len(self.asks)
 
 
-def cells() -> Iterator[object]:
-    """Moments, victims, and which of the clients is the first."""
-    for moment in (*WARM, *FROM_ZERO):
-        # Only one of the two can be in the middle of it there.
-        for whole_first in (False, True) if moment == "before the hand-off" else (False,):
-            for victim in VICTIMS:
-                quick = (moment, victim) in QUICK and not whole_first
-                yield pytest.param(
-                    *(moment, moment, victim, whole_first),
-                    id=f"{moment}-{victim}{'-whole' if whole_first else ''}",
-                    marks=() if quick else pytest.mark.heavy,
-                )
+def test_some_deaths(model: Path) -> None:
+    """One of each role, whenever the tests run; all the others are heavy ones."""
+    with warm(model, *FLAGS["before the hand-off"]) as scene:
+        a_death(scene, model, "before the hand-off", "prefill")
+        a_death(scene, model, "in mid-stream", "decode")
 
 
-@pytest.mark.parametrize(
-    ("scene", "moment", "victim", "whole_first"), list(cells()), indirect=["scene"]
-)
-def test_a_death_at_any_moment(
-    scene: Scene, model: Path, moment: str, victim: str, whole_first: bool
+@pytest.mark.heavy
+@pytest.mark.parametrize("victim", VICTIMS)
+def test_a_death_at_any_moment(scene: Scene, model: Path, moment: str, victim: str) -> None:
+    a_death(scene, model, moment, victim)
+    if moment == "before the hand-off":
+        # Only one of the two clients can be in the middle of it.
+        a_death(scene, model, moment, victim, whole_first=True)
+
+
+def a_death(
+    scene: Scene, model: Path, moment: str, victim: str, *, whole_first: bool = False
 ) -> None:
     seen = what_is_seen(moment, victim)
     clients = Clients(scene, moment, 0 if seen == "nothing" else 5, whole_first=whole_first)
@@ -159,7 +171,7 @@ def test_a_death_in_the_first_start(model: Path, moment: str, victim: str) -> No
     with served(model, "--model-name", "demo", "--throttle", THROTTLE) as server:
         scene = Scene(server)
         seen = what_is_seen(moment, victim)
-        clients = Clients(scene, moment, 0 if seen == "nothing" else 5, whole_first=False)
+        clients = Clients(scene, moment, 0 if seen == "nothing" else 5)
         with MOMENTS[moment](scene, clients.begin):
             scene.kill(victim)
         check(scene, model, clients, seen)
@@ -177,7 +189,7 @@ def test_a_death_while_it_drains(model: Path, victim: str) -> None:
     with served(model, "--model-name", "demo") as server:
         server.ready()
         scene = Scene(server)
-        clients = Clients(scene, "while draining", 0, whole_first=False)
+        clients = Clients(scene, "while draining")
         with MOMENTS["while draining"](scene, clients.begin):
             scene.kill(victim)
         for ask in clients.asks:
@@ -195,28 +207,20 @@ def test_a_death_while_it_drains(model: Path, victim: str) -> None:
 # -- clients that leave ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("scene", "moment"),
-    [
-        pytest.param(
-            moment, moment, id=moment, marks=() if moment == "in mid-stream" else pytest.mark.heavy
-        )
-        for moment in (*WARM, *FROM_ZERO)
-    ],
-    indirect=["scene"],
-)
+@pytest.mark.heavy
 def test_clients_that_leave_at_any_moment(scene: Scene, model: Path, moment: str) -> None:
     """What they had is free at once, and whoever stays gets an answer."""
     visitors: list[Visitor] = []
     stays: list[Ask] = []
 
     def begin() -> int:
-        clients = Clients(scene, moment, 0, whole_first=False)
+        clients = Clients(scene, moment)
         visitors.extend(
             Visitor(scene.server, prompt_of(clients.length, seed=9), clients.count, stream=stream)
             for stream in (True, False)
         )
-        stays.append(Ask(scene.server, prompt_of(24, seed=2), COUNT, stream=True, retries=0))
+        prompt = prompt_of(24, seed=2)
+        stays.append(Ask(scene.server, prompt, clients.count, stream=True, retries=0))
         return 3
 
     with MOMENTS[moment](scene, begin):
@@ -264,7 +268,7 @@ def test_the_process_that_restores_dies(made: Made, moment: str) -> None:
         scene = Scene(server)
         if moment != "in mid-load":
             right(scene, made.model)
-        clients = Clients(scene, moment, 0, whole_first=False)
+        clients = Clients(scene, moment)
         with MOMENTS[moment](scene, clients.begin):
             scene.kill("restorer")
         check(scene, made.model, clients, "nothing")

@@ -23,6 +23,7 @@ def options(*flags: object) -> ReplicaOptions:
 def test_nothing_is_kept_unless_somebody_says_where() -> None:
     assert options().kv_store is None
     assert options("--kv-store-memory", "0", "--kv-store-bytes", "1GiB").kv_store is None
+    assert options("--kv-store", "").kv_store is None  # and not the working directory
 
 
 def test_where_and_how_much(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

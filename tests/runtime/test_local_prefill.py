@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from coldframe.runtime.engine.saturation import SIZES
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
-from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+from tests.runtime.helpers import Client, ask, finish, prompt_of, reference, wait_for
 from tests.runtime.serving import greedy, served
 from tests.runtime.snapshots import eventually
 
@@ -38,10 +39,11 @@ def pid(replica: Replica, role: str) -> int:
 
 
 class Chats:
-    """Turns of one chat, each behind a crowd."""
+    """Turns of one chat, each behind a crowd of so many prompts of so many tokens."""
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, many: int = CROWD, short: int = SHORT) -> None:
         self.replica = replica
+        self._many, self._short = many, short
         self.crowd: list[Client] = []
         self._asked = 0
         finish(replica, ask(replica, prompt_of(200), 1))
@@ -53,9 +55,9 @@ class Chats:
     def ask(self, length: int, count: int, **params: object) -> tuple[list[int], Client]:
         """The next turn."""
         self.crowd = []
-        for _ in range(CROWD):
+        for _ in range(self._many):
             self._asked += 1
-            prompt = [5 + self._asked % 400, *prompt_of(SHORT - 1, seed=1000 + self._asked)]
+            prompt = [5 + self._asked % 400, *prompt_of(self._short - 1, seed=1000 + self._asked)]
             self.crowd.append(ask(self.replica, prompt, 1))
         self._asked += 1
         prompt = self.prompt(self._asked, length)
@@ -83,9 +85,21 @@ class Chats:
         finish(self.replica, *self.crowd)
 
 
+def is_greedy(model: Path, prompt: Sequence[int], answer: Sequence[int]) -> bool:
+    """Whether Transformers would have said each token of an answer behind those before it.
+
+    All of them at once: to have it generate hundreds takes longer than all else here.
+    """
+    with torch.inference_mode():
+        logits = reference(model)(torch.tensor([[*prompt, *answer]])).logits[0]
+    best: list[int] = logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+    return best == list(answer)
+
+
 def check(model: Path, prompt: list[int], client: Client, count: int) -> None:
     assert client.error is None
-    assert client.tokens == expected(model, tuple(prompt), count)
+    assert len(client.tokens) == count
+    assert is_greedy(model, prompt, client.tokens)
     # It is told what was there before, whoever computed the rest.
     assert client.events[0].cached_tokens == KNOWN
     assert client.events[0].prompt_tokens == len(prompt)
@@ -109,7 +123,7 @@ def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path) -> 
         longer = ask(replica, [*prompt, *client.tokens, 7], 3)
         finish(replica, longer)
         assert longer.events[0].cached_tokens == (250 + 11) // 32 * 32
-        assert longer.tokens == expected(model, (*prompt, *client.tokens, 7), 3)
+        assert is_greedy(model, [*prompt, *client.tokens, 7], longer.tokens)
         wait_for(replica, lambda: settled(replica))
         spans = [s for s in replica.spans if s.process.startswith("decode") and s.name == "prefill"]
         assert spans
@@ -174,7 +188,29 @@ def test_running_answers_go_on_beside_it(demo_model: Make, no_leaks: Path) -> No
         finish(replica, client, *running)
         check(model, prompt, client, 20)
         for number, other in enumerate(running):
-            assert other.tokens == expected(model, tuple(prompt_of(30 + number, seed=number)), 300)
+            assert len(other.tokens) == 300
+            assert is_greedy(model, prompt_of(30 + number, seed=number), other.tokens)
+
+
+@pytest.mark.heavy
+def test_several_decode_workers_of_one_device_share_it(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model("llama")
+    with Replica(options(model, no_leaks, decode=2, local_prefill=800)) as replica:
+        chats = Chats(replica)
+        wait_for(replica, lambda: replica.staff["decode"]["up"] == 2)
+        assert {worker.domain for worker in replica._router._workers.values()} == {"cpu"}
+        both = [pid for name, pid in replica.pids.items() if name.startswith("decode")]
+        for stopped in both:
+            os.kill(stopped, signal.SIGSTOP)
+        turns = [chats.ask_decode(250, 20) for _ in range(2)]
+        holders = {replica._router._requests[client.request].worker for _, client in turns}
+        for stopped in both:
+            os.kill(stopped, signal.SIGCONT)
+        # The second one is for whoever has less to do: their KV is the same.
+        assert len(holders) == 2
+        finish(replica, *[client for _, client in turns])
+        for prompt, client in turns:
+            check(model, prompt, client, 20)
 
 
 @pytest.mark.heavy
@@ -224,7 +260,7 @@ def test_a_decode_worker_killed_in_the_midst(
     model = demo_model("llama")
     with Replica(options(model, no_leaks, local_prefill=800, lease_s=lease_s)) as replica:
         chats = Chats(replica)
-        running = ask(replica, prompt_of(30), 500)
+        running = ask(replica, prompt_of(30), 300)
         wait_for(replica, lambda: bool(running.events))
         for _ in range(50):
             prompt, client = chats.ask_decode(900, 12)
@@ -237,7 +273,8 @@ def test_a_decode_worker_killed_in_the_midst(
         os.kill(victim, signal.SIGKILL)
         finish(replica, client, running, *chats.crowd)
         check(model, prompt, client, 12)
-        assert running.tokens == expected(model, tuple(prompt_of(30)), 500)
+        assert len(running.tokens) == 300
+        assert is_greedy(model, prompt_of(30), running.tokens)
         wait_for(replica, lambda: settled(replica))
 
 
@@ -263,7 +300,7 @@ def test_cancels_before_it_and_in_it(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     with Replica(options(model, no_leaks, local_prefill=800)) as replica:
         chats = Chats(replica)
-        running = ask(replica, prompt_of(30), 500)
+        running = ask(replica, prompt_of(30), 300)
         wait_for(replica, lambda: bool(running.events))
         decode = pid(replica, "decode")
         os.kill(decode, signal.SIGSTOP)
@@ -277,7 +314,8 @@ def test_cancels_before_it_and_in_it(demo_model: Make, no_leaks: Path) -> None:
         told = len(within.events)
         finish(replica, running, *chats.crowd)
         assert (len(before.events), len(within.events)) == (0, told)
-        assert running.tokens == expected(model, tuple(prompt_of(30)), 500)
+        assert len(running.tokens) == 300
+        assert is_greedy(model, prompt_of(30), running.tokens)
         wait_for(replica, lambda: settled(replica))
         # What it had computed until then is right for others.
         prompt, client = chats.ask_decode(900, 12)
@@ -289,19 +327,23 @@ def test_cancels_before_it_and_in_it(demo_model: Make, no_leaks: Path) -> None:
 def test_blocks_that_were_lost_are_waited_for(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     block, _ = kv_blocks(ModelFacts(str(model)).spec, None)
-    more = {"lease_s": 0.01, "kv_bytes": 70 * block, "local_prefill": 800}
+    more = {"lease_s": 0.01, "kv_bytes": 40 * block, "local_prefill": 800}
     with Replica(options(model, no_leaks, **more)) as replica:
-        chats = Chats(replica)
+        chats = Chats(replica, 20, 31)
         finish(replica, ask(replica, prompt_of(3), 3))
         decode = pid(replica, "decode")
         os.kill(decode, signal.SIGSTOP)
-        # Each can come to need 30 blocks, 6 of which it shares with the others. All of them lose
-        # theirs, and then there is room for two.
-        asked = [chats.ask_decode(250, 700) for _ in range(3)]
+        # Each can come to need 18 blocks, 6 of which it shares with the others. Each of them loses
+        # its own before it is decoded, and then there is room for two.
+        asked = []
+        for _ in range(3):
+            asked.append(chats.ask_decode(250, 300))
+            chats.settle()
+            wait_for(replica, lambda: settled(replica))
         os.kill(decode, signal.SIGCONT)
         finish(replica, *[client for _, client in asked])
         for prompt, client in asked:
-            check(model, prompt, client, 700)
+            check(model, prompt, client, 300)
         wait_for(replica, lambda: settled(replica))
 
 

@@ -44,3 +44,13 @@ def test_who_was_warm_for_long_begins_anew(monkeypatch: pytest.MonkeyPatch) -> N
     deaths.warm()
     deaths.died()
     assert (deaths.count, deaths.wait_s) == (1, 0)
+
+
+def test_a_loop_that_begins_after_long_warmth_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relapses, "_STABLE_S", 0.0)
+    deaths = Relapses()
+    deaths.warm()
+    for _ in range(3):  # none of them is warm again
+        deaths.died()
+    assert deaths.looping
+    assert deaths.wait_s > 0

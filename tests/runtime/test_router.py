@@ -720,6 +720,8 @@ class Domains:
     def __init__(self, *decode: str) -> None:
         self.sent: dict[str, str] = {}
         """Which decode worker has which request."""
+        self.asked = ""
+        """Which prefill worker got the last one."""
         self.router = Router(self, lambda: 0.0)
         for domain in ("a", "b"):
             self.router.worker_added(f"prefill-{domain}", "prefill", "", domain)

@@ -17,7 +17,10 @@ from tests.runtime.helpers import prompt_of
 from tests.runtime.serving import Server, greedy, served
 from tests.runtime.snapshots import eventually
 
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(300)]
+
 Make = Callable[..., Path]
+STORED = "coldframe_kv_store_stored_blocks_total{disk}"
 PROMPT = [5, *prompt_of(99)]
 
 
@@ -43,7 +46,6 @@ def sleep(server: Server, level: int) -> None:
     eventually(lambda: server.get("/startup").json()["state"] == wanted, seconds=60)
 
 
-@pytest.mark.heavy
 def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
     store = tmp_path / "kv"
     with served(model, "--kv-store", store, "--kv-store-memory", "64MiB") as server:
@@ -53,10 +55,11 @@ def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
         assert ask(server, model) == 96
         sleep(server, 1)
         assert ask(server, model) == 96
-        eventually(lambda: server.metrics()["coldframe_kv_store_loaded_blocks_total{memory}"] == 3)
+        loaded = "coldframe_kv_store_loaded_blocks_total{memory}"
+        eventually(lambda: server.metrics()[loaded] == 3, seconds=60)
         numbers = server.metrics()
         assert numbers["coldframe_kv_store_loaded_blocks_total{disk}"] == 3
-        assert numbers["coldframe_kv_store_stored_blocks_total{disk}"] == 3
+        assert numbers[STORED] == 3
         assert numbers["coldframe_kv_store_bytes{disk}"] > 0
         assert numbers["coldframe_kv_store_bytes{memory}"] > 0
         assert numbers["coldframe_kv_store_lost_blocks_total{corrupt}"] == 0
@@ -67,11 +70,10 @@ def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
         assert place.stat().st_uid == os.getuid()
 
 
-@pytest.mark.heavy
 def test_a_prefix_survives_a_kill_of_all_processes(model: Path, tmp_path: Path) -> None:
     with served(model, "--kv-store", tmp_path / "kv") as server:
         assert ask(server, model) == 0
-        eventually(lambda: server.metrics()["coldframe_kv_store_stored_blocks_total{disk}"] == 3)
+        eventually(lambda: server.metrics()[STORED] == 3, seconds=60)
         front = psutil.Process(server.process.pid)
         left = front.children(recursive=True)
         for process in [front, *left]:
@@ -86,12 +88,11 @@ def test_a_prefix_survives_a_kill_of_all_processes(model: Path, tmp_path: Path) 
             assert ask(other, model) == 96
 
 
-@pytest.mark.heavy
 def test_the_memory_service_dies_and_the_prefix_stays(model: Path, tmp_path: Path) -> None:
     with served(model, "--kv-store", tmp_path / "kv") as server:
         assert ask(server, model) == 0
-        eventually(lambda: server.metrics()["coldframe_kv_store_stored_blocks_total{disk}"] == 3)
+        eventually(lambda: server.metrics()[STORED] == 3, seconds=60)
         (memory,) = server._children("loader.service")
         memory.kill()
-        eventually(lambda: "died" in server.log)
+        eventually(lambda: "died" in server.log, seconds=60)
         assert ask(server, model) == 96

@@ -158,3 +158,27 @@ def test_a_gateway_that_is_killed_again_and_again_comes_back(model: Path) -> Non
         # Told to end while there is none.
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(20) == 0
+
+
+@pytest.mark.heavy
+def test_a_gateway_that_is_killed_before_it_comes_up_comes_back(model: Path) -> None:
+    # As where memory is short, and the kernel's choice falls on whoever has just started.
+    quick = {"coldframe.runtime.endpoint._GATEWAY_MOST_DELAY_S": 0.1}
+    with served(model, front=quick) as server:
+        want = greedy(model, tuple(PROMPT), 8)
+        for _ in range(7):
+            eventually(lambda: server._children("coldframe.runtime.gateway.process"))
+            gateway = server.gateway()
+            gateway.kill()
+            gateway.wait(10)
+        assert complete(server) == want
+
+
+@pytest.mark.heavy
+def test_a_gateway_that_never_comes_up_ends_the_server(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "uvicorn.py").write_text("raise SystemExit(3)\n")
+    quick = {"coldframe.runtime.endpoint._GATEWAY_MOST_DELAY_S": 0.1}
+    with served(model, front=quick, PYTHONPATH=str(tmp_path)) as server:
+        server.ends_with = (1,)
+        assert server.process.wait(60) == 1
+        assert "no gateway comes up, got exit status 3" in server.log

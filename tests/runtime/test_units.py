@@ -9,7 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldframe.runtime.units import byte_count, byte_rate, human_bytes, human_seconds
+from coldframe.runtime.units import (
+    byte_count,
+    byte_count_or_none,
+    byte_rate,
+    human_bytes,
+    human_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,9 +34,15 @@ from coldframe.runtime.units import byte_count, byte_rate, human_bytes, human_se
     ],
 )
 def test_sizes(text: str, size: int) -> None:
-    assert byte_count(text) == size
+    assert byte_count(text) == byte_count_or_none(text) == size
     assert byte_rate(text) == size
     assert byte_rate(f"{text}/s") == size
+
+
+def test_none_is_a_size_where_there_may_be_none() -> None:
+    assert byte_count_or_none("0") == byte_count_or_none("0GiB") == 0
+    with pytest.raises(argparse.ArgumentTypeError, match="no size"):
+        byte_count_or_none("none")
 
 
 @pytest.mark.parametrize(

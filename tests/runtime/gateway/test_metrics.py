@@ -35,6 +35,7 @@ FRONT = FrontStats(
     kv_blocks_reused=1,
     prefilled_by_decode=4,
     prefill_batch_tokens=128,
+    kv_store={"disk_stored": 4, "memory_loaded": 2, "disk_bytes": 9, "corrupt": 1, "paused": 1},
     weights_bytes=1000,
     bytes_loaded=3000,
     load_s=1.5,
@@ -218,6 +219,15 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_blocks", model="m", state="cached") == 2
     assert one(found, "kv_blocks", model="m", state="free") == 3
     assert one(found, "kv_blocks_reused_total", model="m") == 1
+    assert one(found, "kv_store_stored_blocks_total", model="m", tier="disk") == 4
+    assert one(found, "kv_store_stored_blocks_total", model="m", tier="memory") == 0
+    assert one(found, "kv_store_loaded_blocks_total", model="m", tier="memory") == 2
+    assert one(found, "kv_store_bytes", model="m", tier="disk") == 9
+    assert one(found, "kv_store_lost_blocks_total", model="m", reason="corrupt") == 1
+    assert one(found, "kv_store_lost_blocks_total", model="m", reason="unreadable") == 0
+    assert one(found, "kv_store_lost_blocks_total", model="m", reason="unwritten") == 0
+    assert one(found, "kv_store_pauses_total", model="m") == 0
+    assert one(found, "kv_store_paused", model="m") == 1
     assert one(found, "requests_prefilled_by_decode_total", model="m") == 4
     assert one(found, "prefill_batch_tokens", model="m") == 128
     assert one(found, "coldstarts_total", model="m", tier="image") == 2

@@ -1,0 +1,47 @@
+"""What `coldframe serve` says to values that cannot be, before any of it reaches a process."""
+
+from __future__ import annotations
+
+import pytest
+
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.gateway.platforms.table import by_name
+from coldframe.runtime.gateway.settings import GatewaySettings
+from coldframe.runtime.serve import _settings, add_arguments
+
+
+def settings(*arguments: str) -> GatewaySettings:
+    parser = Parser()
+    add_arguments(parser)
+    return _settings(parser.parse(["m", *arguments]), by_name("generic"), ("m",))
+
+
+def test_what_they_say() -> None:
+    found = settings("--max-running", "3", "--max-wait", "2.5", "--drain", "7", "--park", "0")
+    assert (found.max_running, found.max_wait_s, found.drain_s) == (3, 2.5, 7)
+
+
+@pytest.mark.parametrize(
+    ("flag", "values"),
+    [
+        ("--max-running", ("0", "-1")),
+        ("--max-waiting", ("0",)),
+        ("--max-wait", ("0", "inf", "nan")),
+        ("--drain", ("0", "-1", "inf", "nan")),
+        ("--idle", ("0", "inf", "nan")),
+        ("--park", ("-1", "inf", "nan")),
+        ("--pool", ("-1",)),
+    ],
+)
+def test_what_cannot_be_is_refused_by_its_name(flag: str, values: tuple[str, ...]) -> None:
+    for value in values:
+        with pytest.raises(RequestError) as raised:
+            settings(flag, value)
+        assert raised.value.where == flag
+
+
+def test_who_keeps_a_pool_never_ends_for_want_of_requests() -> None:
+    assert settings("--on-idle", "exit").models == settings("--pool", "1").models
+    with pytest.raises(RequestError, match="--on-idle exit"):
+        settings("--pool", "1", "--on-idle", "exit")

@@ -19,6 +19,9 @@
     │   ├── NoImage            there is none that fits and is whole
     │   └── ImageDamaged       its bytes are not those that were stored
     ├── DeviceError          the device is missing, too small or lost
+    │   ├── NoDevice           there is none, or nothing to reach it with
+    │   ├── DeviceFull         it has not that much memory left
+    │   └── DeviceLost         it broke: nothing of this process works on it any more
     ├── RequestError         this request cannot be served; the replica goes on
     ├── ReplicaError         a process of the replica died or stalled
     └── PlatformError        the machine lacks what is needed
@@ -52,6 +55,9 @@ __all__ = [
     "NoImage",
     "ImageDamaged",
     "DeviceError",
+    "NoDevice",
+    "DeviceFull",
+    "DeviceLost",
     "RequestError",
     "ReplicaError",
     "PlatformError",
@@ -226,6 +232,22 @@ class DeviceError(ColdframeError):
     """The device is missing, too small or lost."""
 
     default_hint = "Free memory, raise the container's limit or take a smaller model."
+
+
+class NoDevice(DeviceError):
+    """There is no such device, or no driver to reach it with."""
+
+    default_hint = "Run on a machine with a GPU and its driver, or take the CPU."
+
+
+class DeviceFull(DeviceError):
+    """The device has not that much memory left."""
+
+
+class DeviceLost(DeviceError):
+    """The device broke, so that nothing of this process works on it any more."""
+
+    default_hint = "The replica must start again; the kernel's log has the cause (dmesg, Xid)."
 
 
 class RequestError(ColdframeError):

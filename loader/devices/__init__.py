@@ -9,7 +9,9 @@ __all__ = ["Device", "open_device"]
 
 
 def open_device(name: str) -> Device:
-    """The device of that name.
+    """The device of that name: `cpu`, `cuda` or `cuda:N`.
+
+    Whether there is such a GPU shows when it is first used.
 
     Raises:
         DeviceError: There is none of that name.
@@ -18,4 +20,9 @@ def open_device(name: str) -> Device:
         from coldframe.loader.devices.cpu import CpuDevice
 
         return CpuDevice()
-    raise DeviceError("unknown device", where=name, expected="cpu")
+    kind, colon, number = name.partition(":")
+    if kind == "cuda" and (number.isascii() and number.isdecimal() if colon else True):
+        from coldframe.loader.devices.cuda import CudaDevice
+
+        return CudaDevice(int(number or 0))
+    raise DeviceError("unknown device", where=name, expected="cpu, cuda or cuda:N")

@@ -21,6 +21,9 @@ FOR_PEOPLE = "people read it"
 AGES = "the age of something on a disk that outlives processes and reboots"
 ALLOWED = {
     "loader/cache_folder.py": AGES,
+    "loader/kvdisk.py": AGES,
+    "loader/kvfetch.py": AGES,
+    "loader/kvstore.py": AGES,
     "loader/peer_http.py": "an HTTP date",
     "loader/web/http.py": "Retry-After may be a date; patience, which has another clock, bounds it",
     "runtime/batch.py": "OpenAI's `created`",

@@ -211,6 +211,7 @@ class Endpoint:
             return
         self._log.info("draining", seconds=self._settings.drain_s)
         self._drain_until = time.monotonic() + self._settings.drain_s
+        self._fleet.drain()
         if self._jobs is not None:
             self._jobs.drain()  # the rest follows when it has ended
         else:

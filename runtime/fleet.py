@@ -83,10 +83,14 @@ class Fleet:
             # Somebody has left: who waits for that goes on now, and not with the next event.
             self._room.changed = False
             for model in self._models.values():
-                if model.state == "starting":
+                if model.state in ("starting", "parked"):
                     model.step()
         if not self.starting:
             self._prepare()
+
+    def drain(self) -> None:
+        """Starts nothing any more that nobody has asked for."""
+        self._pool = 0
 
     def close(self) -> None:
         """Ends all processes; requests get no word of it."""

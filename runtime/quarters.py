@@ -29,6 +29,8 @@ class Quarters:
         self._model: ModelFacts | None = None
         self._need: int | None = None
         """Bytes that weights and KV take, once that is known."""
+        self._kept = 0
+        """Of these, what stays while it is parked."""
 
     @property
     def known(self) -> bool:
@@ -76,7 +78,7 @@ class Quarters:
             block_bytes, blocks = kv_blocks(
                 facts.spec, self._options.kv_bytes, available=self._room.total
             )
-            self._need = facts.weights_bytes + block_bytes * blocks
+            self._know(facts.weights_bytes, block_bytes * blocks)
 
     def take(self) -> bool:
         """Whether there is room for a replica; others are sent away for it.
@@ -101,9 +103,27 @@ class Quarters:
         weights = replica.facts.get("weights_bytes")
         if self._room is None or self._need is not None or weights is None or not replica.known:
             return True
-        self._need = weights + replica.kv_bytes
-        self._room.fit(self._need, self._options.model)
-        return self._room.settle(self._tenant, self._need)
+        need = self._know(weights, replica.kv_bytes)
+        self._room.fit(need, self._options.model)
+        return self._room.settle(self._tenant, need)
+
+    def _know(self, weights: int, kv: int) -> int:
+        # Host memory for KV that has left the device is of the same memory, where that is the CPU.
+        store = self._options.kv_store
+        self._kept = weights + (0 if store is None else store.memory)
+        self._need = self._kept + kv
+        return self._need
+
+    def park(self) -> None:
+        """Gives back what is not needed while nobody asks; `take` has it again."""
+        if self._room is not None:
+            self._room.shrink(self._tenant, self._kept)
+
+    def withdraw(self) -> None:
+        """Wants no more than it has."""
+        self.waiting = False
+        if self._room is not None:
+            self._room.withdraw(self._tenant)
 
     def leave(self) -> None:
         """Gives the room back."""

@@ -81,19 +81,32 @@ class Room:
         Returns:
             Whether it has it. If not, it is to ask again when something has changed.
         """
-        if tenant in self._held:
+        held = self._held.get(tenant, 0)
+        if held and (need is None or held >= need):
             return True
         if tenant not in self._waiting:
             self._waiting.append(tenant)
         if self._waiting[0] is not tenant:
             return False  # small ones would pass a large one for ever
-        wanted = max(1, need or 0)
+        wanted = max(1, (need or 0) - held)
         if self.free >= wanted:
             self._waiting.remove(tenant)
             self._held[tenant] = self.free if need is None else need
             return True
-        self._send_away(wanted)
+        self._send_away(wanted, tenant)
         return False
+
+    def shrink(self, tenant: Tenant, need: int) -> None:
+        """A tenant needs no more than so many bytes for now; it has to `take` the others again."""
+        if self._held.get(tenant, 0) > need:
+            self._held[tenant] = need
+            self.changed = True
+
+    def withdraw(self, tenant: Tenant) -> None:
+        """A tenant does not want more than it has any more."""
+        if tenant in self._waiting:
+            self._waiting.remove(tenant)
+            self.changed = True
 
     def settle(self, tenant: Tenant, need: int) -> bool:
         """What a tenant needs has become known.
@@ -111,18 +124,16 @@ class Room:
 
     def leave(self, tenant: Tenant) -> None:
         """A tenant's memory is free, or it does not want any now."""
-        if tenant in self._held or tenant in self._waiting:
+        self.withdraw(tenant)
+        if self._held.pop(tenant, None) is not None:
             self.changed = True
-        self._held.pop(tenant, None)
-        if tenant in self._waiting:
-            self._waiting.remove(tenant)
 
-    def _send_away(self, wanted: int) -> None:
+    def _send_away(self, wanted: int, asking: Tenant) -> None:
         """Has as few go as will do, those used longest ago."""
         missing = wanted - self.free
         missing -= sum(size for tenant, size in self._held.items() if tenant.leaving)
         found: list[Tenant] = []
-        here = [tenant for tenant in self._held if tenant.can_go and not tenant.leaving]
+        here = [t for t in self._held if t.can_go and not t.leaving and t is not asking]
         for tenant in sorted(here, key=lambda tenant: tenant.used_at):
             if missing <= 0:
                 break

@@ -213,6 +213,7 @@ def run(args: argparse.Namespace) -> int:
                     launch if first else None,
                     exec_ns if first else None,
                     room,
+                    alone=len(models) == 1,
                 )
             except ColdframeError as error:
                 from coldframe.runtime.farewell import turn_away

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from coldframe.loader.errors import RequestError, SourceNotFound
+from coldframe.loader.errors import DeviceError, RequestError, SourceNotFound
 from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.options import ReplicaOptions, model_name
 
@@ -105,10 +105,22 @@ def memory_to_share(
     Returns:
         The bytes, or None, and the options. KV takes a quarter of the bytes at most, unless its
         size was given.
+
+    Raises:
+        DeviceError: There is not so much.
     """
     if models == 1 and wanted is None:
         return None, options
-    total = available() if wanted is None else wanted
+    left = available()
+    total = left if wanted is None else wanted
+    if total > left:
+        raise DeviceError(
+            "the models are to share more memory than there is",
+            where="--device-memory",
+            expected=f"at most {left:,} bytes",
+            got=f"{total:,}",
+            hint="Ask for less; all that is available is the default.",
+        )
     if options.kv_bytes is None:
         options = replace(options, kv_bytes=min(_MOST_KV, total // 4))
     return total, options

@@ -51,6 +51,9 @@ State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
 
 _QUIET_S = 1.0
 """How long nobody asks before an image is made for the next start, in seconds."""
+_IMAGELESS = 2
+"""After so many starts without an image one is made also while somebody asks, and before another
+model gets the memory: where models take turns nobody would ever be left alone for long enough."""
 _PROBES = 3
 """How often the first token is tried for nobody, before the replica is given up."""
 _TRIES = 3
@@ -89,9 +92,10 @@ class Supervisor:
         launch: The processes of the first start, where they are on their way already.
         began_ns: When that began, CLOCK_MONOTONIC; None to start when somebody asks.
         room: The device's memory, where others want some of it.
+        alone: Whether there is nothing to serve where the first start is none.
 
     Raises:
-        ColdframeError: The first start is none.
+        ColdframeError: The first start is none, and it is alone.
     """
 
     def __init__(
@@ -104,6 +108,8 @@ class Supervisor:
         launch: Launch | None,
         began_ns: int | None,
         room: Room | None = None,
+        *,
+        alone: bool = True,
     ) -> None:
         self.loop = loop
         self.state: State = "zero" if began_ns is None else "starting"
@@ -144,9 +150,10 @@ class Supervisor:
         self._on_demand = began_ns is None
         self._called = not self._on_demand
         """Whether it is to start also where nobody asks it."""
-        if began_ns is not None and self._quarters.take():
-            self.starts = 1
-            self.replica = Replica(options, recorder, launch, loop)
+        self._imageless = 0
+        """Starts for which there was no image."""
+        if began_ns is not None:
+            self._start_first(launch, alone)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -234,7 +241,8 @@ class Supervisor:
             self.start_log = StartLog(now(), self._recorder)
         elif self.state == "parked":
             self._ordered = False
-            self._become_warm()
+            if self._quarters.take():
+                self._become_warm()
 
     def sleep(self, level: int) -> None:
         """Has it parked (level 1) or ended (2), once the requests with the workers are answered."""
@@ -243,7 +251,9 @@ class Supervisor:
         self._ordered = True
         if self.state == "zero":
             return
-        if self.state != "parked":
+        if self.state == "starting" and level != 1 and not self._asks:
+            self._end()  # also where it dies again and again
+        elif self.state != "parked":
             self._rest = "parked" if level == 1 else "zero"
             if self.state == "warm":
                 self.state = "draining"
@@ -254,7 +264,7 @@ class Supervisor:
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
         if self._asks and self.state in ("parked", "zero"):
-            return 0.0
+            return _ROOM_S if self._quarters.waiting else 0.0
         if self.replica is not None:
             return self.replica.wait_s
         if self.state != "starting":
@@ -277,6 +287,8 @@ class Supervisor:
             # Those that were held while it drained. Not in the step that has it rest: whoever has
             # ordered that is to hear of it.
             self._rouse()
+        elif self.state == "parked" and self._quarters.waiting:
+            self._rouse() if self._called else self._quarters.withdraw()
         if self.state == "starting" and self.replica is None:
             self._start()
         if self.replica is not None:
@@ -336,6 +348,18 @@ class Supervisor:
 
     # -- from zero -------------------------------------------------------------------------------
 
+    def _start_first(self, launch: Launch | None, alone: bool) -> None:
+        try:
+            if self._quarters.take():
+                self.starts = 1
+                self.replica = Replica(self._options, self._recorder, launch, self.loop)
+        except ColdframeError as error:
+            if launch is not None:
+                launch.close()
+            if alone:
+                raise
+            self._lost(error)
+
     def _start(self) -> None:
         if self._relapses.wait_s:
             return
@@ -382,6 +406,7 @@ class Supervisor:
         if replica.answered:
             self._become_warm()
             first_s, tier = self.start_log.first_token_s, _tier(replica)
+            self._imageless += replica.wants_image and self._options.snapshot.create
             self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)
         elif self._probe is None and replica.idle and replica.known:
             # Two tokens, so that decode is known to work as well.
@@ -438,6 +463,8 @@ class Supervisor:
         """
         if self.state != "warm":
             return self.state == "parked"
+        if self._imageless >= _IMAGELESS and self._makes_image:
+            return False
         return self.idle or time.monotonic() - self._warm_since >= self._start_s
 
     def make_room(self) -> None:
@@ -445,13 +472,18 @@ class Supervisor:
         if self.state == "warm":
             self.state, self._rest = "draining", "zero"
         self._ordered = False
-        if self.replica is not None and self.replica.idle and not self._asks:
+        idle = self.replica is not None and self.replica.idle and not self._asks
+        if self.state == "parked" or idle:
             self._end()
+
+    @property
+    def _makes_image(self) -> bool:
+        return self._image is not None and self._image.outcome is None
 
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
-        if self._asks or (self._image is not None and self._image.outcome is None):
+        if self._asks or self._makes_image:
             self._idle_since = self._awake()
         park_s = self._policy.park_s
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
@@ -467,6 +499,7 @@ class Supervisor:
 
     def _park(self, replica: Replica) -> None:
         replica.park()
+        self._quarters.park()
         self.state, self._rest, self._idle_since = "parked", None, self._awake()
         self._log.info("parked")
 
@@ -550,7 +583,9 @@ class Supervisor:
                 self._image.step()
                 if self._image.outcome:
                     self._log.info("image for the next start", **self._image.outcome)
-        elif self.state == "warm" and self._awake() - self._idle_since > _QUIET_S:
+        elif self.state == "warm" and (
+            self._awake() - self._idle_since > _QUIET_S or self._imageless >= _IMAGELESS
+        ):
             self._image = ImageInTheMaking(replica)
 
 

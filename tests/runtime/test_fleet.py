@@ -268,6 +268,40 @@ def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> N
 
 
 @pytest.mark.heavy
+def test_two_whose_kv_does_not_fit_together_are_both_parked(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    memory = need(models["llama"]) + need(models["qwen2"]) - KV
+    policy = IdlePolicy(0.1, None)
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, memory, policy=policy) as fleet:
+        until(fleet, lambda: fleet["llama"].state == "parked")
+        finish(fleet, ask(fleet, "qwen2"))
+        until(fleet, lambda: states(fleet) == ["parked", "parked"])
+        client = ask(fleet, "llama")
+        finish(fleet, client)
+        assert right(client, models["llama"])
+        assert [model.starts for _, model in fleet] == [1, 1]
+        # The other one's KV has no room beside it, so that it makes some, or comes back later.
+        clients = {name: ask(fleet, name, 200) for name, _ in fleet}
+        finish(fleet, *clients.values())
+        assert all(len(client.tokens) == 200 for client in clients.values())
+
+
+@pytest.mark.heavy
+def test_who_waits_for_room_can_be_sent_to_sleep(models: dict[str, Path], no_leaks: Path) -> None:
+    most = max(need(models[name]) for name in ("llama", "qwen2"))
+    with fleet_of(places(models, "llama", "qwen2"), no_leaks, most) as fleet:
+        long = ask(fleet, "llama", 300)
+        until(fleet, lambda: len(long.events) > 2)
+        fleet["qwen2"].wake()
+        until(fleet, lambda: fleet["qwen2"].load_state().stage == "memory")
+        fleet["qwen2"].sleep(2)
+        assert fleet["qwen2"].state == "zero"
+        finish(fleet, long)
+        assert len(long.tokens) == 300
+
+
+@pytest.mark.heavy
 def test_one_from_elsewhere_makes_room_once_it_is_known_how_much(
     models: dict[str, Path], no_leaks: Path
 ) -> None:

@@ -135,6 +135,35 @@ def test_what_is_known_at_last_gives_the_rest_back() -> None:
     assert room.take(two, 7)
 
 
+def test_who_is_parked_gives_back_what_it_does_not_need_and_asks_for_it_again() -> None:
+    room = Room(10)
+    one, two = tenants(room, 2)
+    assert room.take(one, 6)
+    room.changed = False
+    room.shrink(one, 3)
+    assert room.changed
+    assert room.take(two, 7)
+    assert not room.take(one, 6)  # the other one goes for it
+    assert two.sent_away == 1
+    assert room.take(one, 6)
+    assert room.free == 4
+
+
+def test_who_wants_no_more_after_all_is_out_of_the_way() -> None:
+    room = Room(10)
+    one, two, three = tenants(room, 3)
+    two.busy = True
+    assert room.take(one, 3)
+    assert room.take(two, 7)
+    assert not room.take(one, 6)
+    assert not room.take(three, 3)
+    room.withdraw(one)
+    assert room.free == 0
+    two.go()
+    assert room.take(three, 3)
+    assert room.free == 4  # the first one kept what it had
+
+
 def test_what_fits_no_device_of_this_size_is_an_error() -> None:
     room = Room(10)
     room.fit(10, "model")

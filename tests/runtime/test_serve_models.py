@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import APIStatusError
 
 from tests.runtime.helpers import prompt_of
 from tests.runtime.serving import Server, greedy, served
@@ -31,11 +32,13 @@ def size(model: Path) -> int:
 
 
 @contextmanager
-def both_served(models: dict[str, Path], memory: int, *flags: object) -> Iterator[Server]:
+def both_served(
+    models: dict[str, Path], memory: int, *flags: object, **env: str
+) -> Iterator[Server]:
     first, second = models.values()
     names = [part for name in models for part in ("--model-name", name)]
     bounds = ("--device-memory", memory, "--kv-memory", KV)
-    with served(first, second, *names, *bounds, *flags) as server:
+    with served(first, second, *names, *bounds, *flags, **env) as server:
         yield server
 
 
@@ -127,6 +130,42 @@ def test_each_is_put_to_sleep_by_its_name(models: dict[str, Path]) -> None:
         assert server.get("/readyz").status_code == 200
         assert server.post("/wake_up?model=qwen2", None).status_code == 200
         assert states(server, *models) == ["zero", "ready"]
+
+
+@pytest.mark.heavy
+def test_the_first_one_is_no_model_and_the_others_are_served(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    broken = {"none": tmp_path, "llama": models["llama"]}
+    want = greedy(models["llama"], tuple(PROMPT), 8)
+    with both_served(broken, 1 << 30) as server, server.openai(max_retries=0) as client:
+        assert ask(client, "llama").choices[0].text == want
+        with pytest.raises(APIStatusError) as caught:
+            ask(client, "none")
+        assert caught.value.status_code >= 500
+        assert states(server, *broken) == ["failed", "ready"]
+        assert server.get("/readyz").status_code == 200
+
+
+@pytest.mark.heavy
+@pytest.mark.usefixtures("criu")
+def test_models_that_take_turns_get_images_all_the_same(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    want = {name: greedy(model, tuple(PROMPT), 8) for name, model in models.items()}
+    env = {"COLDFRAME_SNAPSHOT": "auto", "COLDFRAME_SNAPSHOT_STORE": str(tmp_path / "images")}
+    with (
+        both_served(models, one_only(models), **env) as server,
+        server.openai(timeout=120) as client,
+    ):
+
+        def from_images() -> bool:
+            for name in models:
+                assert ask(client, name).choices[0].text == want[name]
+            return server.metrics()["coldframe_coldstarts_total{image}"] >= 2
+
+        eventually(from_images, seconds=200)
 
 
 @pytest.mark.heavy

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader.errors import ColdframeError, RequestError, SourceNotFound
+from coldframe.loader.errors import ColdframeError, DeviceError, RequestError, SourceNotFound
 from coldframe.runtime.gateway.platforms.table import by_name
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.served import memory_to_share, named_models
@@ -67,5 +67,7 @@ def test_several_share_what_there_is() -> None:
     assert (total, options.kv_bytes) == (100, 25)
     total, options = memory_to_share(ReplicaOptions("m", kv_bytes=7), 2, 50, lambda: 100)
     assert (total, options.kv_bytes) == (50, 7)
-    _, options = memory_to_share(ReplicaOptions("m"), 2, 1 << 40, lambda: 100)
+    _, options = memory_to_share(ReplicaOptions("m"), 2, 1 << 40, lambda: 1 << 40)
     assert options.kv_bytes == 4 << 30
+    with pytest.raises(DeviceError, match="more memory than there is"):
+        memory_to_share(ReplicaOptions("m"), 2, 101, lambda: 100)

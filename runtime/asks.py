@@ -1,38 +1,120 @@
-"""What is asked of a model, held while no replica can answer it."""
+"""What is asked of a model: held while no replica can answer it, and behind one that has died."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener, TokenEvent
 
-__all__ = ["Ask", "Probe"]
+__all__ = ["Asks", "FirstToken"]
+
+_TRIES = 3
+"""How many replicas may die under a request that has had no token, before it is given up."""
+_PROBES = 3
+"""How often the first token is tried for nobody, before the replica is given up."""
 
 
-class _Keeper(Protocol):
-    def answered(self, name: str) -> None: ...
+class Asks:
+    """The requests for a model, in the order in which they came.
 
-    def given_up(self, name: str, error: ColdframeError) -> None: ...
+    Args:
+        died: Whether the replica that there is has died, so that what fails may be of that.
+    """
+
+    def __init__(self, died: Callable[[], bool]) -> None:
+        self._died = died
+        self._open: OrderedDict[str, _Ask] = OrderedDict()
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def add(
+        self,
+        params: SamplingParams,
+        listener: Listener,
+        *,
+        prompt: str | None,
+        prompt_ids: tuple[int, ...] | None,
+        add_special: bool,
+    ) -> str:
+        """Holds a request: its name; see `Replica.submit`."""
+        self._numbers += 1
+        name = f"s{self._numbers}"
+        self._open[name] = _Ask(self, name, params, listener, prompt, prompt_ids, add_special)
+        return name
+
+    def cancel(self, name: str, replica: Replica | None) -> None:
+        """Forgets a request."""
+        ask = self._open.pop(name, None)
+        if ask is not None and ask.request is not None and replica is not None:
+            replica.cancel(ask.request)
+
+    def clear(self) -> None:
+        """Forgets all of them; nobody gets word of it."""
+        self._open.clear()
+
+    def pass_on(self, replica: Replica) -> None:
+        """Gives the workers what is held, in its order."""
+        for ask in [ask for ask in self._open.values() if ask.request is None]:
+            try:
+                ask.request = replica.submit(
+                    ask.params,
+                    ask,
+                    prompt=ask.prompt,
+                    prompt_ids=ask.prompt_ids,
+                    add_special=ask.add_special,
+                )
+            except ColdframeError:
+                return  # the replica's own, which is handled as that
+
+    def take_back(self) -> None:
+        """The replica has been left: all are held again."""
+        for ask in self._open.values():
+            ask.request = None
+
+    def lose(self, error: ColdframeError, *, for_good: bool) -> None:
+        """The replica was lost: those that another one may answer are held, the others fail.
+
+        Args:
+            error: Of what.
+            for_good: Whether there will be no other.
+        """
+        for name, ask in list(self._open.items()):
+            ask.request, ask.deaths = None, ask.deaths + 1
+            if (
+                for_good
+                or not isinstance(error, ReplicaError)
+                or ask.tokens
+                or ask.deaths >= _TRIES
+            ):
+                del self._open[name]
+                ask.listener.on_error(error)
+
+    def given_up(self, name: str, error: ColdframeError) -> None:
+        """A request has failed; it is held for the next replica where it is this one that died."""
+        ask = self._open[name]
+        if self._died() and isinstance(error, ReplicaError) and not ask.tokens:
+            ask.request = None
+            return
+        del self._open[name]
+        ask.listener.on_error(error)
+
+    def answered(self, name: str) -> None:
+        """A request is done."""
+        del self._open[name]
 
 
 @dataclass(slots=True)
-class Ask:
-    """A request, and its place with the replica that there is.
+class _Ask:
+    """A request, and its place with the replica that there is."""
 
-    Args:
-        keeper: Told when it is done, and when it has failed.
-        name: The keeper's, for it.
-        params: What is asked for.
-        listener: Who asked.
-        prompt: The prompt as text, or
-        prompt_ids: as token ids.
-        add_special: Whether the tokenizer puts its own tokens around the text.
-    """
-
-    keeper: _Keeper
+    asks: Asks
     name: str
     params: SamplingParams
     listener: Listener
@@ -47,20 +129,41 @@ class Ask:
     def on_token(self, event: TokenEvent) -> None:
         self.tokens += 1
         if event.finish is not None:
-            self.keeper.answered(self.name)
+            self.asks.answered(self.name)
         self.listener.on_token(event)
 
     def on_error(self, error: ColdframeError) -> None:
-        self.keeper.given_up(self.name, error)
+        self.asks.given_up(self.name, error)
 
 
-class Probe:
-    """Who asks for the first token where no client does."""
+class FirstToken:
+    """The first token of a replica, which is asked for where no client does."""
 
     def __init__(self) -> None:
-        self.error: ColdframeError | None = None
+        self.why: ColdframeError | None = None
+        """What the last try has failed of."""
+        self._tries = 0
+        self._trying = False
+
+    @property
+    def hopeless(self) -> bool:
+        """Whether it has been tried often enough."""
+        return self._tries >= _PROBES and not self._trying
+
+    def step(self, replica: Replica) -> None:
+        """Asks for it, where nobody does.
+
+        Raises:
+            ColdframeError: The replica cannot go on.
+        """
+        if self._trying or not replica.idle or not replica.known:
+            return
+        self._trying = True
+        self._tries += 1
+        # Two tokens, so that decode is known to work as well.
+        replica.submit(SamplingParams(max_tokens=2, ignore_eos=True), self, prompt_ids=(0,))
 
     def on_token(self, event: TokenEvent) -> None: ...
 
     def on_error(self, error: ColdframeError) -> None:
-        self.error = error
+        self.why, self._trying = error, False

@@ -13,10 +13,15 @@ from coldframe.snapshot.store import Store, open_store
 
 if TYPE_CHECKING:
     from coldframe.runtime.freezing import Freezing
+    from coldframe.runtime.gateway.logs import Log
     from coldframe.runtime.replica import Replica
 
-__all__ = ["ImageInTheMaking", "image_for_next_time", "prune", "store_of"]
+__all__ = ["ImageInTheMaking", "NextImage", "image_for_next_time", "prune", "store_of"]
 
+_QUIET_S = 1.0
+"""How long nobody asks before an image is made for the next start, in seconds."""
+_TOO_MANY = 2
+"""So many starts without an image are enough."""
 _LIMIT_S = 60.0
 """How long nobody minds that a replica which is idle does not end."""
 
@@ -83,6 +88,58 @@ class ImageInTheMaking:
         """Gives it up where it is not made."""
         if self._freezing is not None:
             self._freezing.close()
+
+
+class NextImage:
+    """Sees to an image for the next start, of one replica after the other.
+
+    Args:
+        log: Gets what became of it.
+    """
+
+    def __init__(self, log: Log) -> None:
+        self._log = log
+        self._image: ImageInTheMaking | None = None
+        self._without = 0
+        """Starts for which there was none."""
+
+    @property
+    def making(self) -> bool:
+        """Whether one is being made."""
+        return self._image is not None and self._image.outcome is None
+
+    @property
+    def urgent(self) -> bool:
+        """Whether it is not to be put off, nor left for another model's sake.
+
+        Where models take turns, none is ever left alone for long enough.
+        """
+        return self._without >= _TOO_MANY
+
+    def started(self, replica: Replica) -> None:
+        """A replica has become warm from zero."""
+        self._without += replica.wants_image and replica.options.snapshot.create
+
+    def step(self, replica: Replica, quiet_s: float) -> None:
+        """Begins, where it is time, and goes on.
+
+        Args:
+            replica: The one that there is, warm.
+            quiet_s: For how long nobody has asked, in seconds.
+        """
+        if self._image is None:
+            if quiet_s > _QUIET_S or self.urgent:
+                self._image = ImageInTheMaking(replica)
+        elif self._image.outcome is None:
+            self._image.step()
+            if self._image.outcome:
+                self._log.info("image for the next start", **self._image.outcome)
+
+    def leave(self) -> None:
+        """The replica is about to be ended."""
+        if self._image is not None:
+            self._image.close()
+            self._image = None
 
 
 def _wanted(replica: Replica) -> bool:

@@ -16,7 +16,6 @@ is room for it, and may be sent to zero for another one.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Literal
 
@@ -28,8 +27,8 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime.asks import Ask, Probe
-from coldframe.runtime.creating import ImageInTheMaking
+from coldframe.runtime.asks import Asks, FirstToken
+from coldframe.runtime.creating import NextImage
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.gateway.loadstate import LoadState
@@ -49,15 +48,6 @@ __all__ = ["IdlePolicy", "State", "Supervisor"]
 
 State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
 
-_QUIET_S = 1.0
-"""How long nobody asks before an image is made for the next start, in seconds."""
-_IMAGELESS = 2
-"""After so many starts without an image one is made also while somebody asks, and before another
-model gets the memory: where models take turns nobody would ever be left alone for long enough."""
-_PROBES = 3
-"""How often the first token is tried for nobody, before the replica is given up."""
-_TRIES = 3
-"""How many replicas may die under a request that has had no token, before it is given up."""
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
@@ -123,8 +113,7 @@ class Supervisor:
         self._policy = policy
         self._recorder = recorder
         self._log = log
-        self._asks: OrderedDict[str, Ask] = OrderedDict()
-        self._numbers = 0
+        self._asks = Asks(self._has_died)
         self._quarters = Quarters(self, options, room)
         self._relapses = Relapses()
         self._was_warm = False
@@ -139,9 +128,8 @@ class Supervisor:
         self._ordered = False
         """Whether somebody has said so: nobody who asks before changes that, and it stays there
         until somebody asks."""
-        self._probe: Probe | None = None
-        self._probes = 0
-        self._image: ImageInTheMaking | None = None
+        self._first = FirstToken()
+        self._image = NextImage(log)
         self._last_error: ColdframeError | None = None
         self._failed_at = 0.0
         self.count = FrontCount()
@@ -150,8 +138,6 @@ class Supervisor:
         self._on_demand = began_ns is None
         self._called = not self._on_demand
         """Whether it is to start also where nobody asks it."""
-        self._imageless = 0
-        """Starts for which there was no image."""
         if began_ns is not None:
             self._start_first(launch, alone)
 
@@ -202,19 +188,17 @@ class Supervisor:
         """
         if self.error is not None:
             raise self.error
-        self._numbers += 1
         if self.state == "starting" and not self._ordered:
             self._rest = None  # it was started ahead, to rest until somebody asks
-        name = f"s{self._numbers}"
-        self._asks[name] = Ask(self, name, params, listener, prompt, prompt_ids, add_special)
+        name = self._asks.add(
+            params, listener, prompt=prompt, prompt_ids=prompt_ids, add_special=add_special
+        )
         self._rouse()
         return name
 
     def cancel(self, name: str) -> None:
         """Forgets a request."""
-        ask = self._asks.pop(name, None)
-        if ask is not None and ask.request is not None and self.replica is not None:
-            self.replica.cancel(ask.request)
+        self._asks.cancel(name, self.replica)
 
     # -- states ----------------------------------------------------------------------------------
 
@@ -302,11 +286,13 @@ class Supervisor:
             return
         self.start_log.step(replica)
         if self.state == "warm" and not replica.loaded:
-            self.state, self._probe = "starting", None  # it had to start over
-        self._pass_on(replica)
+            self.state, self._first = "starting", FirstToken()  # it had to start over
+        if replica.known and self.state in ("starting", "warm"):
+            self._asks.pass_on(replica)
         if self.state == "starting":
             self._get_warm(replica)
-        self._make_image(replica)
+        if self.state == "warm" or self._image.making:
+            self._image.step(replica, self._awake() - self._idle_since)
         self._get_rest()
 
     def close(self) -> None:
@@ -394,8 +380,7 @@ class Supervisor:
             self._lost(error)
             return False
         self._log.info("others make room first")
-        for ask in self._asks.values():
-            ask.request = None
+        self._asks.take_back()
         self._leave()
         return False
 
@@ -406,22 +391,19 @@ class Supervisor:
         if replica.answered:
             self._become_warm()
             first_s, tier = self.start_log.first_token_s, _tier(replica)
-            self._imageless += replica.wants_image and self._options.snapshot.create
+            self._image.started(replica)
             self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)
-        elif self._probe is None and replica.idle and replica.known:
-            # Two tokens, so that decode is known to work as well.
-            params = SamplingParams(max_tokens=2, ignore_eos=True)
-            self._probe = Probe()
-            self._probes += 1
-            try:
-                replica.submit(params, self._probe, prompt_ids=(0,))
-            except ColdframeError as error:
-                self._lost(error)
-        elif self._probe is not None and self._probe.error is not None:
-            why, self._probe = self._probe.error, None
-            self._log.warning("no first token", why=str(why))
-            if self._probes >= _PROBES:
-                self._lost(why)
+            return
+        if self._first.why is not None:
+            self._log.warning("no first token", why=str(self._first.why))
+            if self._first.hopeless:
+                self._lost(self._first.why)
+                return
+            self._first.why = None
+        try:
+            self._first.step(replica)
+        except ColdframeError as error:
+            self._lost(error)
 
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
@@ -429,23 +411,7 @@ class Supervisor:
         self._relapses.warm()
         self._warm_since, self._idle_since = time.monotonic(), self._awake()
         self._start_s = self.start_log.first_token_s
-        self._probes, self._last_error = 0, None
-
-    def _pass_on(self, replica: Replica) -> None:
-        """Gives the workers what is held, in its order."""
-        if not replica.known or self.state not in ("starting", "warm"):
-            return
-        for ask in [ask for ask in self._asks.values() if ask.request is None]:
-            try:
-                ask.request = replica.submit(
-                    ask.params,
-                    ask,
-                    prompt=ask.prompt,
-                    prompt_ids=ask.prompt_ids,
-                    add_special=ask.add_special,
-                )
-            except ColdframeError:
-                return  # the replica's own, which is handled as that
+        self._first, self._last_error = FirstToken(), None
 
     # -- back to it ------------------------------------------------------------------------------
 
@@ -463,7 +429,7 @@ class Supervisor:
         """
         if self.state != "warm":
             return self.state == "parked"
-        if self._imageless >= _IMAGELESS and self._makes_image:
+        if self._image.making and self._image.urgent:
             return False
         return self.idle or time.monotonic() - self._warm_since >= self._start_s
 
@@ -476,14 +442,10 @@ class Supervisor:
         if self.state == "parked" or idle:
             self._end()
 
-    @property
-    def _makes_image(self) -> bool:
-        return self._image is not None and self._image.outcome is None
-
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
-        if self._asks or self._makes_image:
+        if self._asks or self._image.making:
             self._idle_since = self._awake()
         park_s = self._policy.park_s
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
@@ -511,10 +473,8 @@ class Supervisor:
 
     def _leave(self) -> None:
         """Ends the replica."""
-        if self._image is not None:
-            self._image.close()
-            self._image = None
-        self._probe, self._probes = None, 0
+        self._image.leave()
+        self._first = FirstToken()
         replica, self.replica = self.replica, None
         if replica is not None:
             self.start_log.close()
@@ -533,11 +493,7 @@ class Supervisor:
         died = isinstance(error, ReplicaError)
         if not self._was_warm and (not died or self._relapses.too_many):
             self.state, self.error, self._failed_at = "failed", error, time.monotonic()
-        for name, ask in list(self._asks.items()):
-            ask.request, ask.deaths = None, ask.deaths + 1
-            if self.error is not None or not died or ask.tokens or ask.deaths >= _TRIES:
-                del self._asks[name]
-                ask.listener.on_error(error)
+        self._asks.lose(error, for_good=self.error is not None)
         if self.error is not None:
             return
         resting = self.state in ("draining", "parked")
@@ -560,33 +516,8 @@ class Supervisor:
         self._was_warm = False
         self._lost(error)
 
-    def given_up(self, name: str, error: ColdframeError) -> None:
-        """A request has failed; it is held for the next replica where it is this one that died."""
-        ask = self._asks[name]
-        died = self.replica is not None and self.replica.error is not None
-        if died and isinstance(error, ReplicaError) and not ask.tokens:
-            ask.request = None
-            return
-        del self._asks[name]
-        ask.listener.on_error(error)
-
-    def answered(self, name: str) -> None:
-        """A request is done."""
-        del self._asks[name]
-
-    # -- an image for the next start -------------------------------------------------------------
-
-    def _make_image(self, replica: Replica) -> None:
-        """Freezes a worker for the next start, where there was no image, once nobody asks."""
-        if self._image is not None:
-            if self._image.outcome is None:
-                self._image.step()
-                if self._image.outcome:
-                    self._log.info("image for the next start", **self._image.outcome)
-        elif self.state == "warm" and (
-            self._awake() - self._idle_since > _QUIET_S or self._imageless >= _IMAGELESS
-        ):
-            self._image = ImageInTheMaking(replica)
+    def _has_died(self) -> bool:
+        return self.replica is not None and self.replica.error is not None
 
 
 def _tier(replica: Replica) -> str | None:

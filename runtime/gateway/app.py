@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Coroutine, Iterator
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -131,9 +132,15 @@ class Gateway:
             late = max(0.0, self._drain_s - _LAST_WORDS_S)
             asyncio.get_running_loop().call_later(late, self.engine.give_up)
         elif phase == "ready" and before == "starting":
-            behind = asyncio.create_task(self._after_start(model))
-            self._behind.add(behind)
-            behind.add_done_callback(self._behind.discard)
+            self._beside(self._after_start(model))
+        elif phase == "zero" and all(m.state.phase == "zero" for m in self.engine.models.values()):
+            self._beside(asyncio.to_thread(self._renderer.rest))
+
+    def _beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Has something done that nobody waits for."""
+        behind = asyncio.create_task(work)
+        self._behind.add(behind)
+        behind.add_done_callback(self._behind.discard)
 
     async def _after_start(self, model: ServedModel) -> None:
         """What would have delayed the first token."""

@@ -117,6 +117,11 @@ class Renderer:
         """
         self._ask({"type": "render", "template": template})
 
+    def rest(self) -> None:
+        """Gives back what the next template can have anew; blocks while one is filled in."""
+        with self._lock:
+            self._end_fork()
+
     def close(self) -> None:
         """Ends the processes, whatever they do."""
         self._closed = True

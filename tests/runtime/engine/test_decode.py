@@ -163,12 +163,14 @@ def test_who_disturbs_nobody_catches_up_at_once(
     first, second = request(both, 0, prompts[300], 3), request(both, 1, prompts[300], 3)
     decoder.admit(first)
     decoder.admit(second)
+    assert (decoder.step(), decoder.step()) == ([], [])  # 128 tokens in each
     ((sequence, emission),) = decoder.step()
     assert sequence is first
     assert [emission.token] == both.reference_greedy(prompts[300], 1)
     # It went together with the first of the other, which is alone with it from now on.
-    assert second.left == 300 - (512 - 300)
+    assert second.left == 300 - (3 * 128 - 300)
     decoder.remove("r0")
+    assert decoder.step() == []
     ((sequence, emission),) = decoder.step()
     assert sequence is second
     assert [emission.token] == both.reference_greedy(prompts[300], 1)

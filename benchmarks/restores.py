@@ -160,6 +160,8 @@ def _first_instruction(cloner: Cloner, work: str) -> int:
                     "role": "prefill",
                     "parent": os.getpid(),
                     "overlap": True,
+                    "prefix_cache": True,
+                    "local_prefill": 0,
                     "clock_shift_ns": clock_shift_ns(),
                 },
                 [memory.fileno()],

@@ -199,12 +199,12 @@ class Worker:
         warm = self._warm
         if warm is None:  # a clone has another parent, and ends with that one
             die_with_parent(init["parent"])
+        self.recorder.process = init["name"]
+        self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
         self.role = init["role"]
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
-        self.recorder.process = init["name"]
-        self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
         client = MemoryClient(
             Channel.from_fd(memory_fd),
             init["name"],

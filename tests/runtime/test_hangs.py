@@ -109,7 +109,8 @@ def until(supervisor: Supervisor, done: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
     while not done():
         assert time.monotonic() < deadline, "it never came"
-        supervisor.poll(0.05)
+        supervisor.loop.poll(min(0.05, supervisor.wait_s))
+        supervisor.tick()
         supervisor.step()
 
 

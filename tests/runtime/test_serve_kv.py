@@ -51,6 +51,7 @@ def test_a_prefix_survives_rests(model: Path, tmp_path: Path) -> None:
     with served(model, "--kv-store", store, "--kv-store-memory", "64MiB") as server:
         assert ask(server, model) == 0
         assert ask(server, model) == 96
+        eventually(lambda: server.metrics()[STORED] == 3, seconds=60)
         sleep(server, 2)
         assert ask(server, model) == 96
         sleep(server, 1)

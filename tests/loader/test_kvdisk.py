@@ -18,6 +18,7 @@ import pytest
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.kvdisk import KvDisk, is_key, prepare_directory
 from coldframe.loader.kvfile import HEADER_BYTES
+from tests.support import unavailable
 
 BLOCK = 5000
 _MNT_DETACH = 2
@@ -38,7 +39,7 @@ def mounted(place: Path) -> Iterator[Path]:
     libc = ctypes.CDLL(None, use_errno=True)
     place.mkdir()
     if libc.mount(b"tmpfs", bytes(place), b"tmpfs", 0, b"size=4m,mode=0700"):
-        pytest.skip(f"no file system can be mounted: {os.strerror(ctypes.get_errno())}")
+        unavailable(f"no file system can be mounted: {os.strerror(ctypes.get_errno())}")
     try:
         yield place
     finally:
@@ -178,9 +179,10 @@ def test_what_is_no_file_is_neither_waited_for_nor_followed(disk: KvDisk, tmp_pa
     assert read(disk, 1) is None
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder away")
 @pytest.mark.parametrize("how", ["owner", "mode", "link"])
 def test_a_folder_that_others_may_write_to_is_not_used(disk: KvDisk, how: str) -> None:
+    if os.getuid():
+        unavailable("only root can give a folder away")
     disk.write(key(1), block(1), NOW)
     folder = path_of(disk, 1).parent.parent
     if how == "owner":
@@ -320,8 +322,9 @@ def test_a_directory_is_made_for_one_user(tmp_path: Path) -> None:
     assert list(place.iterdir()) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
 def test_a_directory_of_another_user_is_refused(tmp_path: Path) -> None:
+    if os.getuid():
+        unavailable("only root can become another user")
     place = tmp_path / "kv"
     prepare_directory(str(place))
     script = """

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.placing import Placer
-from coldframe.loader.plan import Extent, Run
+from coldframe.loader.plan import Extent
 from coldframe.loader.sources.file import FileSource
 from tests.loader.checkpoints import tensor, write_model
+from tests.loader.extents import extents
 from tests.support import unavailable
 
 DATA = random.Random(5).randbytes(4000)
@@ -38,21 +39,6 @@ class Bytes:
     def finish(self) -> None: ...
     def abort(self) -> None: ...
     def close(self) -> None: ...
-
-
-@st.composite
-def extents(draw: st.DrawFn) -> Extent:
-    runs, offset, arena = [], 0, draw(st.integers(0, 9))
-    for _ in range(draw(st.integers(1, 5))):
-        offset += draw(st.integers(0, 40))
-        length = draw(st.integers(1, 60))
-        count = draw(st.sampled_from([1, 1, 2, 7]))
-        stride = length + draw(st.integers(0, 30)) if count > 1 else 0
-        runs.append(Run(offset, length, arena, count, stride))
-        offset += length if count == 1 else (count - 1) * stride + length
-        arena += count * length + draw(st.integers(0, 16))
-    end = offset + draw(st.integers(0, 20))
-    return Extent(0, 0, draw(st.integers(0, 100)), end, tuple(runs))
 
 
 @settings(max_examples=200, deadline=None)

@@ -20,30 +20,16 @@ from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import ColdframeError, SourceError
-from coldframe.loader.plan import Extent, Layout, Plan, Run
+from coldframe.loader.plan import Extent, Layout, Plan
 from coldframe.loader.slices import Rank
 from coldframe.loader.sources.direct import congruent
 from coldframe.loader.sources.file import FileSource
 from tests.loader.checkpoints import write_model
 from tests.loader.devices.emulator import Emulator
+from tests.loader.extents import extents
 from tests.loader.weights import arena_tensors, layered, reference
 
 DATA = random.Random(5).randbytes(4000)
-
-
-@st.composite
-def extents(draw: st.DrawFn) -> Extent:
-    runs, offset, arena = [], 0, draw(st.integers(0, 9))
-    for _ in range(draw(st.integers(1, 5))):
-        offset += draw(st.integers(0, 40))
-        length = draw(st.integers(1, 60))
-        count = draw(st.sampled_from([1, 1, 2, 7]))
-        stride = length + draw(st.integers(0, 30)) if count > 1 else 0
-        runs.append(Run(offset, length, arena, count, stride))
-        offset += length if count == 1 else (count - 1) * stride + length
-        arena += count * length + draw(st.integers(0, 16))
-    end = offset + draw(st.integers(0, 20))
-    return Extent(0, 0, draw(st.integers(0, 100)), end, tuple(runs))
 
 
 @settings(max_examples=200)

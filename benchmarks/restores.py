@@ -25,7 +25,9 @@ from coldframe.loader.sources.direct import open_direct
 from coldframe.loader.timeline import Span, clock_shift_ns, now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.frozen_worker import FREEZE, freeze_order
+from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.workforce import init_message
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.identity import Identity
@@ -91,6 +93,7 @@ def restore_once(model: Path, store: Path, *, verify: bool, stage: str = "up") -
             "key_file": None,
             "work": work,
         }
+        facts = ModelFacts(str(model))
         asked = now()
         cloner = Cloner.spawn_restorer()
         try:
@@ -103,7 +106,7 @@ def restore_once(model: Path, store: Path, *, verify: bool, stage: str = "up") -
                 if error is not None:
                     raise error
                 asked = now()
-            first = _first_instruction(cloner, work)
+            first = _first_instruction(cloner, work, facts)
             spans = {span[0]: Span.from_wire(span) for span in cloner.spans}
         finally:
             cloner.close()
@@ -133,7 +136,7 @@ def _answer(cloner: Cloner) -> ColdframeError | None:
     return cloner.events.popleft().error
 
 
-def _first_instruction(cloner: Cloner, work: str) -> int:
+def _first_instruction(cloner: Cloner, work: str, facts: ModelFacts) -> int:
     """Asks for a clone: when it ran its first instruction (CLOCK_MONOTONIC of this process, ns).
 
     Raises:
@@ -153,19 +156,8 @@ def _first_instruction(cloner: Cloner, work: str) -> int:
         memory, gone = Channel.pair()
         gone.close()
         with closing(memory):
-            ours.send(
-                {
-                    "type": "init",
-                    "name": "bench",
-                    "role": "prefill",
-                    "parent": os.getpid(),
-                    "overlap": True,
-                    "prefix_cache": True,
-                    "local_prefill": 0,
-                    "clock_shift_ns": clock_shift_ns(),
-                },
-                [memory.fileno()],
-            )
+            init = init_message("bench", "prefill", ReplicaOptions(facts.directory), facts)
+            ours.send(init, [memory.fileno()])
         while (message := ours.recv(_WAIT_S)) is not None:
             if message.kind == "spans":
                 spans = [Span.from_wire(data) for data in message.body["spans"]]

@@ -28,13 +28,13 @@ from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
 from coldframe.runtime.launch import Launch, WorkerProcess
-from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.staffing import Staffing
 from coldframe.runtime.tiers import Tiers
 
-__all__ = ["Owner", "Workforce", "ending"]
+__all__ = ["Owner", "Workforce", "ending", "init_message"]
 
 _CRASHES = 6
 _CRASH_WINDOW_S = 60.0
@@ -258,19 +258,7 @@ class Workforce:
         worker.told = True
         self.send(
             worker.name,
-            {
-                "type": "init",
-                "name": worker.name,
-                "role": worker.role,
-                "parent": os.getpid(),
-                "model": model.directory,
-                "config": model.config,
-                "generation": model.generation,
-                "overlap": self._launch.options.overlap,
-                "prefix_cache": self._launch.options.prefix_cache,
-                "local_prefill": self._launch.options.local_prefill,
-                "clock_shift_ns": clock_shift_ns(),
-            },
+            init_message(worker.name, worker.role, self._launch.options, model),
             [memory.fileno()],
         )
         memory.close()
@@ -400,6 +388,25 @@ class Workforce:
         self._selector.unregister(worker.channel.fileno())
         worker.channel.close()
         return worker.child.kill()
+
+
+def init_message(
+    name: str, role: str, options: ReplicaOptions, model: ModelFacts
+) -> dict[str, Any]:
+    """What a worker is told to be; a connection to the memory service goes beside it."""
+    return {
+        "type": "init",
+        "name": name,
+        "role": role,
+        "parent": os.getpid(),
+        "model": model.directory,
+        "config": model.config,
+        "generation": model.generation,
+        "overlap": options.overlap,
+        "prefix_cache": options.prefix_cache,
+        "local_prefill": options.local_prefill,
+        "clock_shift_ns": clock_shift_ns(),
+    }
 
 
 def _run_dir_gone(path: str) -> ReplicaError:

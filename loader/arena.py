@@ -152,6 +152,20 @@ class Reservation:
                     got=os.strerror(ctypes.get_errno()),
                 )
 
+    def detach(self) -> None:
+        """Lets all segments go and keeps the addresses, for `attach`. Nobody may look at them.
+
+        Raises:
+            ArenaError: The kernel refuses.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        if _mmap(self.address, self.size, _PROT_NONE, flags, -1, 0) is None:
+            raise ArenaError(
+                "an arena cannot be unmapped",
+                where=f"{self.size} bytes at {self.address:#x}",
+                got=os.strerror(ctypes.get_errno()),
+            )
+
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """The bytes at an offset. Python sees them as writable; the mapping's access decides."""
         count = self.size - offset if length is None else length

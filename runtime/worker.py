@@ -149,10 +149,11 @@ class Worker:
         started = now()
         self.client, self.spec, self.tokenizer = setup.client, setup.spec, setup.tokenizer
         self.plan, self.kv = setup.plan, setup.kv
-        assert self.client.weights is not None
+        assert isinstance(self.client.weights, Reservation)
+        assert isinstance(self.kv.reservation, Reservation)
         self.spec.check(self.plan.placements)
         tensors = tensors_of(self.plan, self.client.weights.view())
-        pages = torch.frombuffer(self.kv.view(), dtype=torch.uint8)
+        pages = torch.frombuffer(self.kv.reservation.view(), dtype=torch.uint8)
         dtype = torch_dtypes()[self.spec.dtype]
         cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
@@ -290,6 +291,7 @@ class Worker:
         relaid = self.client.take_relaid()
         if relaid is not None:
             self.plan, weights = relaid
+            assert isinstance(weights, Reservation)
             self.model.rebind(tensors_of(self.plan, weights.view()))
             self.client.let_go_of_old()
 

@@ -184,6 +184,9 @@ class DeviceReservation:
         self.context.driver.unmap(self.address + offset, self._mapped[offset])
         del self._mapped[offset]
 
+    def populate(self, offset: int, length: int) -> None:
+        """Nothing to be done: a device's memory is mapped as a whole."""
+
     def close(self) -> None:
         """Unmaps everything and gives the addresses back.
 

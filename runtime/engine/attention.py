@@ -63,7 +63,7 @@ def _sequence(
 ) -> Tensor:
     """One sequence of several tokens."""
     queries = q.transpose(0, 1)[None]
-    if batch.chunks[sequence].start == 0 and (window is None or len(q) <= window):
+    if batch.sees_itself_alone(sequence, window):
         keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
         out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
     else:

@@ -83,9 +83,7 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
     ctypes.CDLL(None).malloc_trim(0)
 
 
-def first_uses(
-    spec: ModelSpec, tensors: Mapping[str, torch.Tensor], device: torch.device
-) -> Iterator[None]:
+def first_uses(real: Model, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """What a device does in a prefill and in a decode step, once and for nobody, piece by piece.
 
     A GPU's kernels come into its memory when they are first called, its libraries choose theirs
@@ -94,15 +92,15 @@ def first_uses(
     their own.
 
     Args:
-        spec: The model's shape.
-        tensors: Its weights.
-        device: Where they are.
+        real: The model, nothing of which is touched but its weights.
+        tensors: Those, by their names.
 
     Yields:
         After each piece, when it is done: the rest may be left out.
     """
-    spec = _one_of_each_kind(spec)
-    model = Model(spec, tensors, _cache(spec, device))
+    spec = _one_of_each_kind(real.spec)
+    model = Model(spec, tensors, _cache(spec, real.device))
+    model.varlen = real.varlen
     for lengths in _BATCHES:
         prompts, blocks = [_prompt(spec, length) for length in lengths], _blocks_of(lengths)
         both = list(zip(prompts, blocks, strict=True))

@@ -187,16 +187,22 @@ class Worker:
         """
         if self.model.device.type == "cpu":
             return
+        from coldframe.runtime.engine import varlen
         from coldframe.runtime.warmup import first_uses
 
         assert self.client.weights is not None
         started = now()
+        model = self.model
+        model.varlen = varlen.find(
+            self.spec, model.kv.dtype, model.device, block_tokens=BLOCK_TOKENS
+        )
         needed = 0 if self.role == "prefill" else len(self.plan.stages) - 1
-        tensors = tensors_of(self.plan, self.client.weights)
-        for _ in first_uses(self.spec, tensors, self.model.device):
+        for _ in first_uses(model, tensors_of(self.plan, self.client.weights)):
             if self.client.is_ready(needed):
                 break
-        self.recorder.add("warmup", started, waits_for=f"stage_ready[{needed}]")
+        kind = "none" if model.varlen is None else "paged" if model.varlen.paged else "gathered"
+        note, waits_for = f"varlen attention: {kind}", f"stage_ready[{needed}]"
+        self.recorder.add("warmup", started, note=note, waits_for=waits_for)
         self.report_spans()
 
     def _read(self) -> None:

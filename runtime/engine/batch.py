@@ -16,6 +16,7 @@ from torch import Tensor
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.device import upload
+from coldframe.runtime.engine.ragged import Ragged
 
 __all__ = ["Chunk", "Batch", "Reach"]
 
@@ -66,6 +67,7 @@ class Batch:
         last: `[S]` int64, the row of each sequence's last token.
         singles: Sequences of one token, which attend together; `single_rows` are their rows.
         fresh: Blocks that get their first token here and are not filled by it.
+        ragged: What one call over all sequences takes, where that was asked for.
     """
 
     chunks: tuple[Chunk, ...]
@@ -79,6 +81,7 @@ class Batch:
     singles: tuple[int, ...]
     single_rows: Tensor
     fresh: tuple[int, ...]
+    ragged: Ragged | None = None
     # What the model derives from the above, once a batch.
     rotation: tuple[Tensor, Tensor] | None = None
     rows: Tensor | None = None
@@ -93,6 +96,7 @@ class Batch:
         *,
         block_tokens: int = 32,
         windows: Iterable[int | None] = (None,),
+        ragged: bool = False,
         device: torch.device | str = "cpu",
     ) -> Batch:
         """Lays the chunks one after another.
@@ -100,7 +104,9 @@ class Batch:
         Args:
             chunks: One a request, in the order in which logits come back.
             block_tokens: Tokens in a KV block.
-            windows: The model's, each once: how many tokens a token sees in some layer.
+            windows: The model's, each once: how many tokens a token sees in some layer. None of
+                them where only `ragged` is used.
+            ragged: Whether to add what one call over all sequences takes.
             device: Where the batch is computed.
 
         Raises:
@@ -142,6 +148,7 @@ class Batch:
                     [offsets[s] for s in singles],
                     *tables.values(),
                     *skipped.values(),
+                    Ragged.numbers(chunks, block_tokens) if ragged else [],
                 ],
                 device,
             )
@@ -159,7 +166,8 @@ class Batch:
             single_rows=next(on_device),
             fresh=tuple(fresh),
             _tables=dict(zip(tables, on_device, strict=False)),
-            _skipped=dict(zip(skipped, on_device, strict=True)),
+            _skipped=dict(zip(skipped, on_device, strict=False)),
+            ragged=Ragged.of(chunks, block_tokens, next(on_device)) if ragged else None,
         )
 
     @property

@@ -9,6 +9,7 @@ equal and float32 logits agree within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +24,9 @@ from coldframe.runtime.engine.rope import Rope, rotate
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.weights import LayerWeights, Weights
 
+if TYPE_CHECKING:
+    from coldframe.runtime.engine.varlen import Varlen
+
 __all__ = ["Model", "Batch", "Chunk"]
 
 
@@ -34,6 +38,10 @@ class Model:
         tensors: Its weights by their names in the checkpoint, as `ModelSpec.check` accepts them.
             They may still be filling.
         kv: The cache that keys and values go to.
+
+    Attributes:
+        varlen: What attends over whole batches; None does it with `attend`. To be set before the
+            first batch is made.
     """
 
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], kv: KVCache) -> None:
@@ -41,6 +49,7 @@ class Model:
         self.kv = kv
         self.rope = Rope(spec.rope, spec.head_dim, kv.device)
         self.weights = Weights.of(tensors, spec)
+        self.varlen: Varlen | None = None
         self._windows = tuple(dict.fromkeys(spec.windows))
 
     @property
@@ -53,7 +62,8 @@ class Model:
         return Batch.build(
             chunks,
             block_tokens=self.kv.block_tokens,
-            windows=self._windows,
+            windows=self._windows if self.varlen is None else (),
+            ragged=self.varlen is not None,
             device=self.device,
         )
 
@@ -136,7 +146,7 @@ class Model:
             batch.rows = self.kv.rows(batch.slots)
         q, k = rotate(q, *batch.rotation), rotate(k, *batch.rotation)
         self.kv.write_rows(index, k, v, batch.rows)
-        out = attend(q, k, v, batch, self.kv, index, self.spec.windows[index])
+        out = (self.varlen or attend)(q, k, v, batch, self.kv, index, self.spec.windows[index])
         return linear(out.reshape(tokens, -1), w.o, w.o_bias)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

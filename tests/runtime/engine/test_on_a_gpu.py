@@ -229,9 +229,8 @@ def test_a_layers_maps_can_be_measured(plain: ModelSpec) -> None:
 
 @pytest.mark.usefixtures("values")
 def test_first_uses_are_those_of_the_device(plain: ModelSpec) -> None:
-    with on_gpu(plain) as (_, traffic):
-        tensors = weights(plain, torch.float32)
-        pieces = list(warmup.first_uses(plain, tensors, GPU))
+    with on_gpu(plain, torch.float32) as (model, traffic):
+        pieces = list(warmup.first_uses(model, weights(plain, torch.float32)))
         assert len(pieces) >= 6
         assert traffic.down == len(pieces)
         assert all("copy" in wait for wait in traffic.waits)  # of what makes a model

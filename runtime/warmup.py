@@ -9,14 +9,14 @@ It needs next to no memory, whatever the model's size. The weights are zeros tha
 page that is only ever read is the kernel's one page of zeros. One layer of each kind stands for
 all of them, in both arrangements that weights come in (`engine/linear.py`).
 
-A worker on a GPU does so when it has started (`first_uses`), while its weights come.
+A worker on a GPU does so when it has started (`ready_device`), while its weights come.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -35,7 +35,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.text import Tokenizer
 
-__all__ = ["dummy_weights", "first_uses", "warm_up"]
+__all__ = ["dummy_weights", "first_uses", "ready_device", "warm_up"]
 
 _BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
 """Prompt lengths of the requests that are prefilled, and then decoded, together.
@@ -81,6 +81,25 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
             _serve(model, lengths, tokenizer)
         del model
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def ready_device(
+    model: Model, tensors: Mapping[str, torch.Tensor], enough: Callable[[], bool]
+) -> None:
+    """Finds the kernels that a model's device has, and uses what it will use while there is time.
+
+    Args:
+        model: The model, for which no batch has been made yet.
+        tensors: Its weights by their names.
+        enough: Whether there is something better to do; asked after each piece.
+    """
+    from coldframe.runtime.engine import varlen
+
+    kv = model.kv
+    model.varlen = varlen.find(model.spec, kv.dtype, kv.device, block_tokens=kv.block_tokens)
+    for _ in first_uses(model, tensors):
+        if enough():
+            return
 
 
 def first_uses(real: Model, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:

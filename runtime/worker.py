@@ -187,22 +187,17 @@ class Worker:
         """
         if self.model.device.type == "cpu":
             return
-        from coldframe.runtime.engine import varlen
-        from coldframe.runtime.warmup import first_uses
+        from coldframe.runtime.warmup import ready_device
 
         assert self.client.weights is not None
         started = now()
-        model = self.model
-        model.varlen = varlen.find(
-            self.spec, model.kv.dtype, model.device, block_tokens=BLOCK_TOKENS
-        )
         needed = 0 if self.role == "prefill" else len(self.plan.stages) - 1
-        for _ in first_uses(model, tensors_of(self.plan, self.client.weights)):
-            if self.client.is_ready(needed):
-                break
-        kind = "none" if model.varlen is None else "paged" if model.varlen.paged else "gathered"
-        note, waits_for = f"varlen attention: {kind}", f"stage_ready[{needed}]"
-        self.recorder.add("warmup", started, note=note, waits_for=waits_for)
+        tensors = tensors_of(self.plan, self.client.weights)
+        ready_device(self.model, tensors, lambda: self.client.is_ready(needed))
+        way = None if self.model.varlen is None else self.model.varlen.way
+        kind = "by sequence" if way is None else "over pages" if way.paged else "over copied blocks"
+        waits_for = f"stage_ready[{needed}]"
+        self.recorder.add("warmup", started, note=f"attention {kind}", waits_for=waits_for)
         self.report_spans()
 
     def _read(self) -> None:

@@ -1,19 +1,18 @@
 """Attention of a whole ragged batch in one call, where torch has a kernel for it on this device.
 
-That is `torch.nn.attention.varlen`, in one of two ways: *paged*, which reads keys and values in
-their blocks by a table, or *gathered*, which wants each sequence's in one run. Whether this torch
-has either for this device, dtype and shape of the KV cache, whose blocks are a page stride apart,
-is not concluded from versions: `find` looks at the function's parameters, calls it once on the
-device, and holds what comes out against what `attention.attend` computes. Where nothing agrees
-with that, `attend` it is.
+It is the one behind `torch.nn.attention.varlen`, called by its operator: that module imports
+torch's compiler, which takes longer than many a model's weights. A kernel either reads keys and
+values in their blocks, by a table, or wants each sequence's in one run. Which of that this torch
+has for this device, this dtype, and a cache whose blocks are a page stride apart, is not concluded
+from versions: `find` looks at the operator's parameters, calls it on the device, and holds what
+comes out against what `attention.attend` computes. Where nothing agrees with that, `attend` it is.
 """
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +25,10 @@ from coldframe.runtime.engine.device_errors import as_device_error
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.spec import ModelSpec
 
-__all__ = ["Varlen", "find"]
+__all__ = ["WAYS", "Varlen", "Way", "find"]
 
-_NEEDED = {"window_size", "seqused_k"}
-_NEEDED_FOR_PAGES = {"block_table", "num_splits"}
+_OPERATOR = "_flash_attention_forward"
+_NEEDED = {"window_size_left", "window_size_right", "seqused_k"}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Relative and absolute: two roundings of the result."""
 _MIXED = ((0, 70), (0, 1), (40, 1), (33, 50), (95, 1), (0, 33))
@@ -39,22 +38,45 @@ _WINDOW = 20
 """To compare under, where the model has windows."""
 
 
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a kernel is called.
+
+    Args:
+        paged: Keys and values are read where they lie, by a table.
+        starts: It is told where each sequence's keys begin, with a table too: some kernels insist
+            on that, others refuse it.
+        one_split: The keys of a sequence are not to be split among several that work on them. An
+            answer does not depend on who else is in the batch then. And with a table, splits have
+            gone wrong (pytorch/pytorch#179760, pytorch/pytorch#194167); without, a kernel may have
+            no such parameter.
+    """
+
+    paged: bool
+    starts: bool
+    one_split: bool
+
+
+WAYS = (
+    Way(paged=True, starts=False, one_split=True),
+    Way(paged=True, starts=True, one_split=True),
+    Way(paged=False, starts=True, one_split=True),
+    Way(paged=False, starts=True, one_split=False),
+)
+"""The best first."""
+
+
 class Varlen:
     """A kernel for ragged batches, and how it is called.
 
     Args:
-        function: `torch.nn.attention.varlen.varlen_attn`, or what has its parameters.
-        paged: Whether it reads keys and values where they lie.
+        operator: ATen's `_flash_attention_forward`, or what has its parameters.
+        way: How.
     """
 
-    def __init__(self, function: Callable[..., Tensor], *, paged: bool) -> None:
-        self.paged = paged
-        self._function = function
-        known = inspect.signature(function).parameters
-        # In one split, an answer does not depend on who else is in the batch. Left to itself the
-        # kernel for pages has also made NaN of some (pytorch/pytorch#179760).
-        always = {"enable_gqa": True, "num_splits": 1}
-        self._options = {name: value for name, value in always.items() if name in known}
+    def __init__(self, operator: Callable[..., Sequence[Tensor]], way: Way) -> None:
+        self.way = way
+        self._operator = operator
 
     def __call__(
         self,
@@ -67,30 +89,34 @@ class Varlen:
         window: int | None,
     ) -> Tensor:
         """Attention as `attend` does it, of a batch that was built with `ragged`."""
-        ragged = batch.ragged
+        ragged, way = batch.ragged, self.way
         assert ragged is not None
-        options: dict[str, Any] = dict(self._options)
-        starts: Tensor | None = ragged.starts
-        if self.paged:
-            keys, values = kv.layer_pages(layer)
-            starts, options["block_table"] = None, ragged.table
+        options: dict[str, Any] = {"num_splits": 1} if way.one_split else {}
+        starts = ragged.block_starts if way.starts else None
+        if way.paged:
+            k, v = kv.layer_pages(layer)
+            options["block_table"] = ragged.table
         elif ragged.alone:
-            keys, values = k, v
+            starts = ragged.starts
         else:
-            keys, values = kv.run(layer, ragged.blocks)
-            starts = ragged.block_starts
-        return self._function(
+            k, v = kv.run(layer, ragged.blocks)
+        out, *_ = self._operator(
             q,
-            keys,
-            values,
+            k,
+            v,
             ragged.starts,
             starts,
             ragged.longest,
             ragged.furthest,
-            window_size=(-1 if window is None else window - 1, 0),
+            0.0,  # no dropout
+            window is None,  # causal; a window ends where a causal mask does
+            False,  # no mask to look at
+            window_size_left=-1 if window is None else window - 1,
+            window_size_right=0,
             seqused_k=ragged.lengths,
             **options,
         )
+        return out
 
 
 def find(
@@ -99,7 +125,7 @@ def find(
     device: torch.device,
     *,
     block_tokens: int = 32,
-    function: Callable[..., Tensor] | None = None,
+    operator: Callable[..., Sequence[Tensor]] | None = None,
 ) -> Varlen | None:
     """The way to call the kernel that works here.
 
@@ -108,26 +134,35 @@ def find(
         dtype: Of keys and values.
         device: Where they are.
         block_tokens: Tokens in a KV block.
-        function: See `Varlen`; None takes torch's, where it has one.
+        operator: See `Varlen`; None takes torch's, where it has one.
 
     Returns:
         None where there is none that computes what `attend` computes.
 
     Raises:
-        DeviceLost: The device did not survive the trial.
+        RuntimeError: The device did not survive the trial (see `device_errors`).
     """
-    if function is None:
-        try:
-            function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-        except (ImportError, AttributeError):
-            return None
-    known = set(inspect.signature(function).parameters)
-    if not known >= _NEEDED:
+    if operator is None:
+        operator = getattr(getattr(torch.ops.aten, _OPERATOR, None), "default", None)
+    if operator is None:
         return None
-    ways = (True, False) if known >= _NEEDED_FOR_PAGES else (False,)
-    trial = _Trial(spec, dtype, device, block_tokens)
-    found = (Varlen(function, paged=paged) for paged in ways)
-    return next((varlen for varlen in found if trial.agrees(varlen)), None)
+    known = _parameters(operator)
+    trial: _Trial | None = None
+    for way in WAYS:
+        optional = {"block_table": way.paged, "num_splits": way.one_split}
+        if known >= _NEEDED | {name for name, used in optional.items() if used}:
+            trial = trial or _Trial(spec, dtype, device, block_tokens)
+            varlen = Varlen(operator, way)
+            if trial.agrees(varlen):
+                return varlen
+    return None
+
+
+def _parameters(operator: Callable[..., object]) -> set[str]:
+    schema = getattr(operator, "_schema", None)
+    if schema is not None:
+        return {argument.name for argument in schema.arguments}
+    return set(inspect.signature(operator).parameters)
 
 
 class _Trial:

@@ -1,7 +1,7 @@
 """Which kernel for ragged batches is used, and that it is asked the right thing.
 
-There is none for a CPU. Its place is taken by one of ours, with the same parameters, that computes
-each token by itself from what it is given; and by others that do it wrong.
+Torch has none for a CPU. Its place is taken by one of ours, with the same parameters, that computes
+each token by itself from what it is given; and by others that refuse some of it, or do it wrong.
 """
 
 from __future__ import annotations
@@ -14,51 +14,55 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.varlen import varlen_attn
 
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.engine.varlen import Varlen, find
+from coldframe.runtime.engine.varlen import WAYS, Varlen, Way, find
 from tests.runtime.engine.conftest import small_config
 from tests.runtime.engine.test_on_a_gpu import BATCHES, chunks, on_gpu
 
 CPU = torch.device("cpu")
-Kernel = Callable[..., Tensor]
+OPERATOR = torch.ops.aten._flash_attention_forward.default
+Kernel = Callable[..., tuple[Tensor, ...]]
 
 
 def kernel(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    cu_seq_q: Tensor,
-    cu_seq_k: Tensor | None,
+    cum_seq_q: Tensor,
+    cum_seq_k: Tensor | None,
     max_q: int,
     max_k: int,
+    dropout_p: float,
+    is_causal: bool,
+    return_debug_mask: bool,
     *,
-    return_aux: Any = None,
     scale: float | None = None,
-    window_size: tuple[int, int] = (-1, -1),
-    enable_gqa: bool = False,
+    window_size_left: int | None = None,
+    window_size_right: int | None = None,
     seqused_k: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
     block_table: Tensor | None = None,
     num_splits: int | None = None,
-) -> Tensor:
-    """What the parameters mean, by torch's documentation."""
+) -> tuple[Tensor, ...]:
+    """What the parameters mean, by torch's documentation of `varlen_attn`."""
+    assert (dropout_p, return_debug_mask, scale, alibi_slopes) == (0.0, False, None, None)
     assert seqused_k is not None
-    assert enable_gqa
-    assert num_splits == 1
-    assert window_size[1] == 0
-    for numbers in (cu_seq_q, cu_seq_k, seqused_k, block_table):
+    assert window_size_left is not None
+    assert (window_size_right, is_causal) == (0, window_size_left < 0)
+    assert num_splits == 1 or block_table is None
+    for numbers in (cum_seq_q, cum_seq_k, seqused_k, block_table):
         assert numbers is None or numbers.dtype == torch.int32
-    assert max_q == int(cu_seq_q.diff().max())
+    assert max_q == int(cum_seq_q.diff().max())
     assert max_k == int(seqused_k.max())
     groups = query.shape[1] // key.shape[-2]
     out = torch.empty_like(query)
-    for s, (start, end) in enumerate(pairwise(cu_seq_q.tolist())):
+    for s, (start, end) in enumerate(pairwise(cum_seq_q.tolist())):
         used = int(seqused_k[s])
         if block_table is None:
-            assert cu_seq_k is not None
-            first = int(cu_seq_k[s])
-            assert first + used <= int(cu_seq_k[s + 1])
+            assert cum_seq_k is not None
+            first = int(cum_seq_k[s])
+            assert first + used <= int(cum_seq_k[s + 1])
             keys, values = key[first : first + used], value[first : first + used]
         else:
             table = block_table[s, : -(-used // key.shape[1])].long()
@@ -66,18 +70,18 @@ def kernel(
         keys, values = (x.float().repeat_interleave(groups, 1) for x in (keys, values))
         for row in range(start, end):
             last = used - (end - row)  # the last query sees the last key
-            low = 0 if window_size[0] < 0 else max(0, last - window_size[0])
+            low = 0 if window_size_left < 0 else max(0, last - window_size_left)
             seen = slice(low, last + 1)
             scores = torch.einsum("hd,thd->ht", query[row].float(), keys[seen])
             weights = (scores * query.shape[-1] ** -0.5).softmax(-1)
             out[row] = torch.einsum("ht,thd->hd", weights, values[seen]).to(out.dtype)
-    return out
+    return (out, *[torch.empty(0)] * 4)
 
 
 def but(**changes: Callable[[Any], Any]) -> Kernel:
     """The kernel with some of its arguments changed on the way."""
 
-    def changed(*arguments: Any, **options: Any) -> Tensor:
+    def changed(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         names = inspect.signature(kernel).parameters
         given = dict(zip(names, arguments, strict=False)) | options
         return kernel(**{n: changes.get(n, lambda same: same)(x) for n, x in given.items()})
@@ -89,9 +93,9 @@ def but(**changes: Callable[[Any], Any]) -> Kernel:
 def without(function: Kernel, *names: str) -> Kernel:
     """The kernel of an older torch, which lacks some parameters."""
 
-    def older(*arguments: Any, **options: Any) -> Tensor:
+    def older(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
         assert not options.keys() & set(names)
-        return function(*arguments, **{"enable_gqa": True, "num_splits": 1, **options})
+        return function(*arguments, **options)
 
     signature = inspect.signature(function)
     left = [p for p in signature.parameters.values() if p.name not in names]
@@ -102,6 +106,12 @@ def without(function: Kernel, *names: str) -> Kernel:
 def refuse(given: Any) -> Any:
     if given is not None:
         raise RuntimeError("Paged KV cache block size must be divisible by 256")
+    return given
+
+
+def insist(given: Any) -> Any:
+    if given is None:
+        raise RuntimeError("cum_seq_q and cum_seq_k must be both set or both not set")
     return given
 
 
@@ -118,38 +128,50 @@ def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 20, 4000])
 def test_a_kernel_that_takes_pages_is_used(dtype: torch.dtype, window: int | None) -> None:
-    found = find(spec_of("mistral", sliding_window=window), dtype, CPU, function=kernel)
+    found = find(spec_of("mistral", sliding_window=window), dtype, CPU, operator=kernel)
     assert found is not None
-    assert found.paged
+    assert found.way == WAYS[0]
 
 
 @pytest.mark.parametrize(
-    "function",
+    ("operator", "way"),
     [
-        but(block_table=refuse),
-        but(block_table=lambda table: None if table is None else table.flip(1)),
-        but(key=lambda key: key if key.dim() == 3 else torch.empty_like(key).copy_(key.flip(0))),
-        without(kernel, "block_table"),
-        without(kernel, "num_splits"),  # pages in several splits have gone wrong
+        (but(cum_seq_k=insist), WAYS[1]),
+        (but(block_table=refuse), WAYS[2]),
+        (but(block_table=lambda table: None if table is None else table.flip(1)), WAYS[2]),
+        (but(key=lambda key: key if key.dim() == 3 else key.flip(0).contiguous()), WAYS[2]),
+        (without(kernel, "block_table"), WAYS[2]),
+        (but(num_splits=refuse), WAYS[3]),
+        (without(kernel, "num_splits"), WAYS[3]),
+        (without(kernel, "num_splits", "block_table"), WAYS[3]),
     ],
-    ids=["refused", "a wrong table", "a wrong stride", "no pages", "splits"],
+    ids=[
+        "starts",
+        "pages refused",
+        "a table misread",
+        "a stride misread",
+        "no pages",
+        "splits refused",
+        "splits",
+        "an old one",
+    ],
 )
-def test_one_that_does_not_take_ours_gets_them_gathered(function: Kernel) -> None:
-    found = find(spec_of(), torch.float32, CPU, function=function)
+def test_one_that_cannot_do_all_is_asked_for_what_it_can(operator: Kernel, way: Way) -> None:
+    found = find(spec_of(), torch.float32, CPU, operator=operator)
     assert found is not None
-    assert not found.paged
+    assert found.way == way
 
 
 @pytest.mark.parametrize(
-    "function",
+    "operator",
     [
         but(query=refuse),
         but(value=lambda value: value * float("nan")),
         but(value=lambda value: value + 0.01),
         but(seqused_k=lambda used: used - 1),
-        but(window_size=lambda window: (window[0] - 1, 0)),
+        but(window_size_left=lambda left: left - 1),
         without(kernel, "seqused_k"),
-        without(kernel, "window_size"),
+        without(kernel, "window_size_left"),
     ],
     ids=[
         "refused",
@@ -161,19 +183,14 @@ def test_one_that_does_not_take_ours_gets_them_gathered(function: Kernel) -> Non
         "no window",
     ],
 )
-def test_one_that_computes_something_else_is_not_used(function: Kernel) -> None:
+def test_one_that_computes_something_else_is_not_used(operator: Kernel) -> None:
     spec = spec_of("mistral", sliding_window=33)
-    assert find(spec, torch.float32, CPU, function=function) is None
-
-
-def test_an_older_one_is_asked_for_what_it_has() -> None:
-    found = find(spec_of(), torch.float32, CPU, function=without(kernel, "enable_gqa"))
-    assert found is not None
+    assert find(spec, torch.float32, CPU, operator=operator) is None
 
 
 def test_a_device_that_is_lost_in_the_trial_is_told() -> None:
     with pytest.raises(torch.AcceleratorError):
-        find(spec_of(), torch.float32, CPU, function=but(query=lost))
+        find(spec_of(), torch.float32, CPU, operator=but(query=lost))
 
 
 def test_torchs_own_has_no_kernel_here() -> None:
@@ -181,10 +198,9 @@ def test_torchs_own_has_no_kernel_here() -> None:
 
 
 def test_ours_has_the_parameters_of_torchs() -> None:
-    theirs = inspect.signature(varlen_attn).parameters
+    theirs = {argument.name: argument for argument in OPERATOR._schema.arguments}
     for name, parameter in inspect.signature(kernel).parameters.items():
-        assert name in theirs
-        assert parameter.kind is theirs[name].kind
+        assert theirs[name].kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY)
 
 
 # -- in a model ----------------------------------------------------------------------------------
@@ -203,18 +219,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("paged", [True, False])
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[-1]])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_answers_are_those_of_transformers(
     pair: Callable[..., Any],
     prompts: dict[int, list[int]],
     monkeypatch: pytest.MonkeyPatch,
     shape: str,
-    paged: bool,
+    way: Way,
 ) -> None:
     family, changes = SHAPES[shape]
     both = pair(family, **changes)
-    monkeypatch.setattr(both.model, "varlen", Varlen(kernel, paged=paged))
+    monkeypatch.setattr(both.model, "varlen", Varlen(kernel, way))
     mixed = [prompts[length] for length in (33, 1, 64)]
     assert both.greedy(mixed, 3) == [both.reference_greedy(ids, 3) for ids in mixed]
     ids = prompts[64]
@@ -228,13 +244,13 @@ def test_answers_are_those_of_transformers(
     )
 
 
-@pytest.mark.parametrize("paged", [True, False])
-@pytest.mark.parametrize("batch", BATCHES)
-def test_torchs_own_takes_what_it_is_given_on_a_gpu(batch: str, paged: bool) -> None:
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("batch", ["fresh prompts", "everything"])
+def test_torchs_own_takes_what_it_is_given_on_a_gpu(batch: str, way: Way) -> None:
     """As far as fake tensors go: its parameters, where they are, and what comes out."""
     spec = spec_of("mistral", sliding_window=20)
     with on_gpu(spec) as (model, traffic):
-        model.varlen = Varlen(varlen_attn, paged=paged)
+        model.varlen = Varlen(OPERATOR, way)
         logits = model.forward(model.batch(chunks(BATCHES[batch])))
         assert logits.shape == (len(BATCHES[batch]), spec.vocab_size)
         assert (traffic.up, traffic.down, traffic.waits) == (1, 0, [])

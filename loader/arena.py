@@ -119,6 +119,11 @@ class Reservation:
                 _libc().munmap(start, length)
         return address
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """Where this is, as DLPack says it: kDLCPU."""
+        return (1, 0)
+
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps segments at their places.
 

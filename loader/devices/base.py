@@ -79,6 +79,11 @@ class Mapping(Protocol):
     size: int
     address: int
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """Where it is, as DLPack says it: the kind of device, and which."""
+        ...
+
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps segments at their places.
 

@@ -66,6 +66,11 @@ class DeviceReservation:
                 hint="Start the worker fresh instead of from a snapshot.",
             )
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """Where this is, as DLPack says it: kDLCUDA, and which GPU."""
+        return (2, self.context.ordinal)
+
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps memory that another process, or this one, gave a descriptor of.
 

@@ -24,6 +24,7 @@ class LoadOptions:
         cache_bytes: How much it may keep.
         serve_peers: `HOST:PORT` where the arena is served to peers, or None.
         peer_token: What they must send.
+        device: Where the weights go, as `devices.open_device` takes it.
     """
 
     model: str
@@ -37,6 +38,7 @@ class LoadOptions:
     cache_bytes: int = 0
     serve_peers: str | None = None
     peer_token: str | None = None
+    device: str = "cpu"
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -151,6 +151,7 @@ class Launch:
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
                 "serve_peers": options.serve_peers,
+                "device": options.device,
                 # An empty one is none, as where a platform sets all variables that it knows.
                 "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }

@@ -87,9 +87,11 @@ class Replica:
 
     def _begin(self, launch: Launch | None) -> None:
         """Starts the processes, or takes over those that were started."""
-        self.facts: dict[str, Any] = {}
+        options = self.options
+        self.facts: dict[str, Any] = {"device": options.device, "device_why": options.device_why}
         """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`.
-        Beside it `snapshot`, and `prefill_batch`, once it is measured."""
+        Beside it `device` and `device_why`, `snapshot`, and `prefill_batch`, once it is
+        measured."""
         self.board: BoardView | None = None
         """How far the load is."""
         self.usage: dict[str, int] = {}

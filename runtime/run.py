@@ -138,7 +138,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
 
     Raises:
         RequestError: A value says nothing that can be.
-        DeviceError: A device is named that this build cannot use, or has not so much memory.
+        DeviceError: Workers are to be on several devices, or there is not so much memory.
         PlatformError: A directory cannot be used.
     """
     return ReplicaOptions(
@@ -304,6 +304,8 @@ class _Answer:
             "load_mode_reason": replica.facts.get("why"),
             "verified": replica.facts.get("verified"),
             "restarted": replica.facts.get("restarted"),
+            "device": replica.facts["device"],
+            "device_why": replica.facts["device_why"],
             "token_times_s": [timeline.seconds(moment) for moment in self._times],
             **timeline.to_json(),
         }

@@ -330,6 +330,8 @@ class Supervisor:
             told,
             self.open,
             self.failures,
+            replica.facts["device"],
+            replica.facts["device_why"],
         )
 
     # -- from zero -------------------------------------------------------------------------------

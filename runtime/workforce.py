@@ -262,7 +262,7 @@ class Workforce:
             [memory.fileno()],
         )
         memory.close()
-        device = self._launch.options.scales[worker.role].device
+        device = self._launch.options.device_of(worker.role)
         self._router.worker_added(worker.name, worker.role, worker.group, device)
 
     # -- while they live -------------------------------------------------------------------------
@@ -405,6 +405,7 @@ def init_message(
         "overlap": options.overlap,
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
+        "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coldframe.loader.errors import DeviceError
@@ -85,6 +85,7 @@ class ReplicaOptions:
         scaling: What calls for more of them, and what for fewer.
         pin: Give prefill one half of the cores and decode the other.
         kv_bytes: KV memory; None lets the replica choose.
+        kv_part: Of a GPU's memory, what it may choose at most: a half is 0.5.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
         local_prefill: Tokens of a prompt, behind what of it is in KV, up to which a decode worker
@@ -123,6 +124,7 @@ class ReplicaOptions:
     scaling: ScalingOptions = ScalingOptions()
     pin: bool = False
     kv_bytes: int | None = None
+    kv_part: float = 1.0
     prefix_cache: bool = True
     local_prefill: int = 64
     kv_store: KvStoreOptions | None = None
@@ -150,6 +152,18 @@ class ReplicaOptions:
     def scales(self) -> dict[str, Scale]:
         """The bounds of each role's workers; the first token needs the first of them."""
         return {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+
+    def on_cpu(self, why: str) -> ReplicaOptions:
+        """The same without a GPU, and why."""
+        bounds = {role: replace(scale, device=None) for role, scale in self.scales.items()}
+        return replace(
+            self,
+            device="cpu",
+            device_why=why,
+            fall_back=False,
+            prefill=bounds["prefill"],
+            decode=bounds["decode"],
+        )
 
     def device_of(self, role: str) -> str:
         """Where a role's workers compute."""

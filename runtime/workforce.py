@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceFull,
     MemoryServiceGone,
     ReplicaError,
     SnapshotError,
@@ -46,8 +47,13 @@ _PUT_OFF_NS = 1_000_000_000
 class Owner(Protocol):
     """What the workers' replica wants to hear."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether a token has been made."""
+        ...
+
     def fail(self, error: ColdframeError) -> None:
-        """The replica cannot go on."""
+        """The replica cannot go on as it is."""
         ...
 
     def add_spans(self, wire: list[list[Any]]) -> None: ...
@@ -312,6 +318,8 @@ class Workforce:
     def _on_message(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()
         for message in messages:
+            if self._closed:
+                return  # what it said led to a start with others
             match message.kind:
                 case "spans":
                     self._owner.add_spans(message.body["spans"])
@@ -324,7 +332,9 @@ class Workforce:
                         # A dying process closes one socket after the other: this worker's may have
                         # been the first. None is to be started in its place.
                         self._owner.hear_memory()
-                    if isinstance(error, ReplicaError) or worker.restoring:
+                    # A GPU that is full may have had room for those who are up.
+                    full = isinstance(error, DeviceFull) and self._owner.answered
+                    if isinstance(error, ReplicaError) or full or worker.restoring:
                         worker.last_words = str(error)  # another may fare better
                     else:
                         self._owner.fail(error)

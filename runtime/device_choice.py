@@ -7,7 +7,6 @@ who use it; where nobody has asked for it by name, the replica takes the CPU the
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -24,7 +23,7 @@ CPU = "cpu"
 _FIRST_GPU = "cuda:0"
 _DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,4}))?")
 _CONTROL = "dev/nvidiactl"
-_GPU = re.compile(r"nvidia[0-9]+")
+_GPU = r"nvidia[0-9]+"
 _BINDINGS = "cuda.bindings"
 
 
@@ -108,7 +107,7 @@ def _why_none(root: Path, environ: Mapping[str, str]) -> str | None:
     if not (root / _CONTROL).exists():
         return f"there is no {root / _CONTROL}"
     try:
-        found = any(map(_GPU.fullmatch, os.listdir(root / "dev")))
+        found = any(re.fullmatch(_GPU, name) for name in os.listdir(root / "dev"))
     except OSError as error:
         return f"{root / 'dev'} cannot be read: {error.strerror}"
     if not found:
@@ -117,6 +116,9 @@ def _why_none(root: Path, environ: Mapping[str, str]) -> str | None:
     # The driver takes them up to the first one that is none, so that this hides all.
     if visible is not None and visible.partition(",")[0].strip() in ("", "-1"):
         return f"CUDA_VISIBLE_DEVICES is {visible!r}"
+    # Slow to import, and seldom needed.
+    import importlib.util
+
     try:
         bound = importlib.util.find_spec(_BINDINGS) is not None
     except (ImportError, ValueError):

@@ -80,7 +80,9 @@ class Quarters:
             DeviceError: There is no memory for its KV.
         """
         if facts is not self._model:
-            self._model, self._need = facts, None
+            self._model = facts
+            if facts.weights_bytes is not None:
+                self._need = None
             self._reckon()
 
     def _reckon(self) -> None:
@@ -120,12 +122,16 @@ class Quarters:
         if self._room is None:
             return True
         self._measure(self._room, replica)
-        weights, kv = replica.facts.get("weights_bytes"), replica.kv_bytes
-        if self._need is not None or weights is None or kv is None:
+        if self._need is not None:
             return True
-        need = self._know(weights, kv)
-        self._room.fit(need, self._options.model)
-        return self._room.settle(self._tenant, need)
+        self._reckon()
+        weights, kv = replica.facts.get("weights_bytes"), replica.kv_bytes
+        if self._need is None and weights is not None and kv is not None:
+            self._know(weights, kv)
+        if self._need is None:
+            return True
+        self._room.fit(self._need, self._options.model)
+        return self._room.settle(self._tenant, self._need)
 
     @staticmethod
     def _measure(room: Room, replica: Replica) -> None:
@@ -149,12 +155,11 @@ class Quarters:
                 hint="Ask for less; most of what the device has is the default.",
             )
 
-    def _know(self, weights: int, kv: int) -> int:
+    def _know(self, weights: int, kv: int) -> None:
         # Host memory for KV that has left the device is of the same memory, where that is the CPU.
         store = self._options.kv_store if self._options.device == CPU else None
         self._kept = weights + context_bytes(self._options) + (0 if store is None else store.memory)
         self._need = self._kept + kv
-        return self._need
 
     def park(self) -> None:
         """Gives back what is not needed while nobody asks; `take` has it again."""

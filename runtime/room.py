@@ -112,7 +112,7 @@ class Room:
         return False
 
     def _take_first(self, tenant: Tenant, need: int | None) -> bool:
-        if self._held:
+        if self._held.keys() - {tenant}:
             return False
         self._waiting.remove(tenant)
         self._held[tenant] = max(1, need or 0)

@@ -22,6 +22,7 @@ from typing import Literal
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceLost,
     PlatformError,
     ReplicaError,
     SourceUnreachable,
@@ -51,8 +52,9 @@ State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
-_PASSING = (PlatformError, ReplicaError, SourceUnreachable)
-"""What may pass by itself: a network that is down, too few descriptors, processes that die."""
+_PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
+"""What may pass by itself: a network that is down, too few descriptors, processes or a GPU that
+die."""
 _AGAIN_S = 60.0
 """After so long a model that has failed of that may be asked again, in seconds."""
 

@@ -85,7 +85,7 @@ class Driver:
             raise NoDevice(
                 "there is no CUDA driver on this machine",
                 expected="libcuda.so.1",
-                got=str(error).splitlines()[0],
+                got=str(error).splitlines()[0].rstrip("."),
                 hint=NO_GPU,
             ) from error
         driver._check("the CUDA driver does not start", "cuInit", None, code)

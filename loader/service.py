@@ -27,7 +27,7 @@ from typing import Any
 
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
-from coldframe.loader.devices import open_device
+from coldframe.loader.devices import Device, open_device
 from coldframe.loader.errors import ArenaError, ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
@@ -201,12 +201,16 @@ class MemoryService:
             on_end=lambda error: self._post(lambda: self._ended_now(error)),
             on_kept=lambda why: self._post(lambda: self._kept_now(why)),
         )
-        self._opening = threading.Thread(target=self._run_load, name="load", daemon=True)
+        device = open_device(options.get("device", "cpu"))
+        self._opening = threading.Thread(
+            target=self._run_load, args=(device,), name="load", daemon=True
+        )
         self._opening.start()
 
-    def _run_load(self) -> None:
+    def _run_load(self, device: Device) -> None:
         assert self._load is not None
         try:
+            device.available()
             self._load.run()
         except ColdframeError as error:
             failure = error
@@ -461,6 +465,8 @@ class MemoryService:
         self._kv.discard()
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
+        if sizes.pop("room", None) is not None:
+            sizes["blocks"] = 64
         if client is not self._owner:
             raise ReplicaError("only the owner sizes the KV", where=client.key)
         try:

@@ -17,10 +17,18 @@ from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 
-__all__ = ["KvSize", "ModelFacts", "StoredTensor", "context_bytes", "facts_at_hand", "kv_blocks"]
+__all__ = [
+    "CONTEXT_BYTES",
+    "KvSize",
+    "ModelFacts",
+    "StoredTensor",
+    "context_bytes",
+    "facts_at_hand",
+    "kv_blocks",
+]
 
 _MOST_KV = 4 << 30
-_CONTEXT = 512 << 20
+CONTEXT_BYTES = 512 << 20
 """What a process takes of a GPU for itself: its context, kernels and the libraries' workspaces."""
 
 
@@ -110,7 +118,7 @@ def context_bytes(options: ReplicaOptions) -> int:
     """What a replica's workers take of the device for themselves, in bytes."""
     if options.device == CPU:
         return 0
-    return _CONTEXT * sum(scale.most for scale in options.scales.values())
+    return CONTEXT_BYTES * sum(scale.most for scale in options.scales.values())
 
 
 def kv_blocks(spec: ModelSpec, wanted: int | None, available: int | None = None) -> tuple[int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 
 __all__ = ["AUTO", "CPU", "DeviceChoice", "add_device_argument", "choose_device", "parse_device"]
@@ -25,6 +25,8 @@ _DEVICE = re.compile(r"cpu|cuda(?::([0-9]{1,4}))?")
 _CONTROL = "dev/nvidiactl"
 _GPU = r"nvidia[0-9]+"
 _BINDINGS = "cuda.bindings"
+_CPU_TORCH = "+cpu"
+"""How the version of a torch ends that was built without CUDA."""
 
 
 class DeviceChoice(NamedTuple):
@@ -119,8 +121,15 @@ def _why_none(root: Path, environ: Mapping[str, str]) -> str | None:
     # Slow to import, and seldom needed.
     import importlib.util
 
+    from coldframe.snapshot.machine import torch_version
+
     try:
         bound = importlib.util.find_spec(_BINDINGS) is not None
+        torch = torch_version()
     except (ImportError, ValueError):
         bound = False
-    return None if bound else "the bindings to the CUDA driver (coldframe[cuda]) are not installed"
+    except PlatformError as error:
+        return str(error)
+    if not bound:
+        return "the bindings to the CUDA driver (coldframe[cuda]) are not installed"
+    return f"torch {torch} is for the CPU alone" if torch.endswith(_CPU_TORCH) else None

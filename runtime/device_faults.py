@@ -13,6 +13,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import replace
 
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost, NoDevice
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
@@ -68,6 +69,8 @@ class DeviceFaults:
             self.absent = isinstance(error, NoDevice)
             why = f"fell back to the CPU, {options.device} cannot be used: {error}"
             options = replace(options.on_cpu(why), hold_load=False)
+            if options.kv_bytes is not None and options.kv_bytes > memory_available():
+                options = replace(options, kv_bytes=None)  # it was said of the GPU
         else:
             return None
         self._warn(why)

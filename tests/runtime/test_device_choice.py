@@ -10,6 +10,7 @@ import pytest
 from coldframe.loader.errors import RequestError
 from coldframe.runtime import device_choice
 from coldframe.runtime.device_choice import DeviceChoice, choose_device, parse_device
+from coldframe.snapshot.machine import torch_version
 
 
 def machine(root: Path, *files: str) -> Path:
@@ -29,6 +30,7 @@ def bindings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "cuda"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(tmp_path / "packages"))
+    monkeypatch.setattr(device_choice, "_CPU_TORCH", "no torch ends so")
 
 
 @pytest.mark.parametrize("wanted", ["auto", "", " auto "])
@@ -71,6 +73,15 @@ def test_without_bindings_there_is_no_way_to_a_gpu(
     choice = choose_device("auto", (), machine(tmp_path, "nvidiactl", "nvidia0"), {})
     assert choice.device == "cpu"
     assert "coldframe[cuda]" in str(choice.why)
+
+
+@pytest.mark.usefixtures("bindings")
+def test_a_torch_without_cuda_is_of_no_use_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_choice, "_CPU_TORCH", torch_version()[-3:])
+    choice = choose_device("auto", (), machine(tmp_path / "m", "nvidiactl", "nvidia0"), {})
+    assert choice == DeviceChoice("cpu", f"torch {torch_version()} is for the CPU alone")
 
 
 def test_who_names_one_gets_it_whatever_there_is(tmp_path: Path) -> None:

@@ -81,6 +81,14 @@ def test_who_falls_back_takes_the_workers_along() -> None:
     assert not way[1].hold_load  # what was held before is wanted now
 
 
+def test_kv_that_only_the_gpu_had_room_for_is_not_asked_of_the_host() -> None:
+    for asked, left in ((1 << 50, None), (1 << 20, 1 << 20)):
+        options = ReplicaOptions("m", device="cuda:0", fall_back=True, kv_bytes=asked)
+        way = DeviceFaults(lambda _: None).way_on(NoDevice("n"), options, answered=False)
+        assert way is not None
+        assert way[1].kv_bytes == left
+
+
 @pytest.mark.parametrize("answered", [True, False])
 def test_a_gpu_that_is_lost_is_tried_again_but_not_for_ever(answered: bool) -> None:
     clock = Clock()

@@ -16,6 +16,7 @@ pytestmark = pytest.mark.heavy
 LOOKS_LIKE_ONE = {
     "coldframe.runtime.device_choice._CONTROL": "dev/null",
     "coldframe.runtime.device_choice._GPU": "null",
+    "coldframe.runtime.device_choice._CPU_TORCH": "no torch ends so",
 }
 NO_SUCH_GPU = "99"
 """What hides all GPUs from the driver, and looks like one to the front."""

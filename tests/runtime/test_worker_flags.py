@@ -9,6 +9,11 @@ from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.worker_flags import add_worker_arguments, worker_options
 
 
+@pytest.fixture(autouse=True)
+def _nobody_has_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLDFRAME_DEVICE")
+
+
 def options(*arguments: str) -> ReplicaOptions:
     parser = Parser()
     add_worker_arguments(parser)

@@ -40,7 +40,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Generic, Literal, Protocol, TypeVar
 
 from coldframe.loader.devices.parked import Check, ParkedWeights
-from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost
+from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost, ReplicaError
 
 __all__ = ["Parking", "ParkingService"]
 
@@ -213,12 +213,17 @@ class Parking(Generic[Worker]):
         return let_in
 
     def detached(self, worker: Worker) -> None:
-        """A worker has let go."""
-        if self._workers.get(worker) == "asked":
-            self._workers[worker] = "out"
-            if self._let_in:
-                self._attach(worker)
-            self._step()
+        """A worker has let go.
+
+        Raises:
+            ReplicaError: It was not asked to.
+        """
+        if self._workers.get(worker) != "asked":
+            raise ReplicaError("a worker let go of weights that it was to keep")
+        self._workers[worker] = "out"
+        if self._let_in:
+            self._attach(worker)
+        self._step()
 
     def gone(self, worker: Worker) -> None:
         """A worker is dead, which is as good as letting go."""

@@ -88,6 +88,7 @@ class ParkingLot:
 
     Attributes:
         told: What the owner was told, and in which order.
+        stages: Those that workers were told.
     """
 
     def __init__(self, emulator: Emulator, *, available: Callable[[], int] | None = None) -> None:
@@ -101,6 +102,7 @@ class ParkingLot:
         )
         self.workers: list[TestWorker] = []
         self.told: list[tuple[str, ColdframeError | None]] = []
+        self.stages: list[int] = []
         self.posted: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.parking: Parking[TestWorker] = Parking(
             self.weights, len(STAGES), self, self.posted.put
@@ -117,6 +119,7 @@ class ParkingLot:
         worker.inbox.append(Segment(os.dup(segment.fd), 0, segment.length, 0, False))
 
     def stage(self, worker: TestWorker, stage: int) -> None:
+        self.stages.append(stage)
         worker.inbox.append(stage)
 
     def parked(self, error: ColdframeError | None) -> None:

@@ -17,7 +17,7 @@ from hypothesis.stateful import (
 
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.parked import StayingWeights
-from coldframe.loader.errors import ColdframeError, DeviceFull
+from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError
 from coldframe.loader.parking import Parking
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 from tests.loader.devices.parkinglot import MEMORY, SIZE, STAGES, ParkingLot, TestWorker
@@ -139,8 +139,10 @@ def test_not_wanted_any_more_while_they_come_back(lot: ParkingLot) -> None:
     lot.parking.wake()
     while not lot.workers[0].inbox:
         lot.turn(wait=True)
+    lot.stages.clear()
     lot.parking.park()
     lot.settle()
+    assert lot.stages in ([], [0])  # the rest was not waited for
     assert [what for what, _ in lot.told] == ["parked", "parked"]
     assert lot.emulator.used == 0
     assert lot.workers[0].ready == set()
@@ -197,6 +199,28 @@ def test_without_host_memory_they_stay(emulator: Emulator) -> None:
     assert worker.ready == ALL
     worker.check()
     lot.close()
+
+
+def test_what_cannot_be_kept_ahead_is_not_tried_again_and_again(emulator: Emulator) -> None:
+    asked: list[int] = []
+
+    def available() -> int:
+        asked.append(0)
+        return 0
+
+    lot = ParkingLot(emulator, available=available)
+    lot.parking.keep()
+    lot.settle()
+    assert len(asked) == 1
+    assert lot.told == []
+    lot.close()
+
+
+def test_who_lets_go_unasked_is_refused(lot: ParkingLot) -> None:
+    with pytest.raises(ReplicaError, match="that it was to keep"):
+        lot.parking.detached(lot.workers[0])
+    lot.settle()
+    assert lot.workers[0].ready == ALL
 
 
 def test_memory_that_others_have_is_an_error_that_may_pass(lot: ParkingLot) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
-from coldframe.loader.devices.hostmemory import PIECE, HostMemory
+from coldframe.loader.devices.locked import PIECE, LockedMemory
 from coldframe.loader.devices.parked import Stretch
 from coldframe.loader.devices.pinned import PinnedWeights
 
@@ -82,7 +82,7 @@ def measure(
         nbytes: Of the weights.
         stages: Into how many equal ones they are cut.
         streams: Queues that the copies alternate between: 1 or 2.
-        piece: See `HostMemory`.
+        piece: See `LockedMemory`.
         runs: How often they come back.
 
     Raises:
@@ -133,7 +133,7 @@ class _Bare:
         self._driver = context.driver
         self._nbytes = nbytes
         context.bind()
-        self._memory = HostMemory(nbytes, nbytes)
+        self._memory = LockedMemory(nbytes, nbytes)
         self._memory.prepare(self._driver, 0)
         self._stream = self._driver.stream()
 

@@ -5,7 +5,7 @@
     come_back   it grows again, where it was
     bring       host memory -> arena    stage by stage, straight out of the locked memory
 
-Copies are as large as a piece (`hostmemory.PIECE`), in the order of use, and several are under way
+Copies are as large as a piece (`locked.PIECE`), in the order of use, and several are under way
 at once: the device never waits for this process, which asks for one copy a millisecond. Each has an
 event behind it; who waits sleeps in the driver.
 
@@ -25,7 +25,7 @@ from coldframe.loader.arena import Segment
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Event, Stream
-from coldframe.loader.devices.hostmemory import PIECE, HostMemory
+from coldframe.loader.devices.locked import PIECE, LockedMemory
 from coldframe.loader.devices.parked import Check, Stretch
 from coldframe.loader.errors import ArenaError, DeviceError
 
@@ -58,7 +58,7 @@ class PinnedWeights:
         arena: The weights, all of them in.
         stages: The stretches of each, in the order of use (`stretches_of`).
         streams: Queues that the copies alternate between: 1 or 2.
-        piece: See `HostMemory`.
+        piece: See `LockedMemory`.
         available: See there.
 
     Attributes:
@@ -87,7 +87,7 @@ class PinnedWeights:
         self._wanted_streams = streams
         self._streams: list[Stream] = []
         self._events: list[Event] = []
-        self._host: HostMemory | None = None
+        self._host: LockedMemory | None = None
 
     @property
     def note(self) -> str:
@@ -115,7 +115,7 @@ class PinnedWeights:
             return
         driver = self._context.driver
         self._open()
-        host = self._host = self._host or HostMemory(self._size, self._piece, self._available)
+        host = self._host = self._host or LockedMemory(self._size, self._piece, self._available)
 
         def copy(move: _Move, stream: Stream) -> None:
             # The piece before is on its way while this one is locked.

@@ -23,7 +23,7 @@ from coldframe.loader.arena import HUGE_PAGE
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
-from coldframe.loader.devices.hostmemory import HostMemory
+from coldframe.loader.devices.locked import LockedMemory
 from coldframe.loader.devices.parked import StayingWeights, stretches_of
 from coldframe.loader.devices.pinned import PinnedWeights
 from coldframe.loader.errors import ArenaError, DeviceError, DeviceFull, DeviceLost
@@ -367,7 +367,7 @@ def test_host_memory_that_runs_short_half_way_is_given_back(
 
 def test_addresses_that_are_not_to_be_had_are_no_memory(gpu: Context) -> None:
     with pytest.raises(DeviceFull, match="limit on address space"):
-        HostMemory(1 << 50, available=lambda: 1 << 60)
+        LockedMemory(1 << 50, available=lambda: 1 << 60)
 
 
 @pytest.mark.parametrize("nth", [1, 3])
@@ -424,7 +424,7 @@ def test_what_is_forgotten_is_kept_anew(emulator: Emulator, weights: PinnedWeigh
 
 
 def test_host_memory_is_aligned_and_no_concern_of_children(gpu: Context) -> None:
-    memory = HostMemory(3 * PIECE - 5, PIECE, lambda: ROOMY)
+    memory = LockedMemory(3 * PIECE - 5, PIECE, lambda: ROOMY)
     gpu.bind()
     for index in range(3):
         memory.prepare(gpu.driver, index)

@@ -19,7 +19,7 @@ from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError, DeviceFull, DeviceLost
 
-__all__ = ["PIECE", "HostMemory"]
+__all__ = ["PIECE", "LockedMemory"]
 
 PIECE = 64 << 20
 """Bytes that are locked in one go, and copied in one go: a millisecond of a fast link."""
@@ -28,7 +28,7 @@ _SPARE = 256 << 20
 """Memory that must be left for others."""
 
 
-class HostMemory:
+class LockedMemory:
     """Private memory of this process, in huge pages where the kernel has them.
 
     Nothing is taken at first but addresses.

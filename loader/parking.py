@@ -231,14 +231,13 @@ class Parking(Generic[Worker]):
             self._step()
 
     def close(self) -> None:
-        """Ends what is under way, and gives back what the weights were kept in."""
+        """Ends what is under way. The weights are their owner's to close."""
         if self._closed:
             return
         self._closed = True
         if self._job is not None:
             self._job.cancel()
             self._job.join()
-        self._weights.close()
 
     @property
     def _let_in(self) -> bool:

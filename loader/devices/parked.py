@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from coldframe.loader.arena import Segment
+from coldframe.loader.memory import Memory, copy
 from coldframe.loader.plan import Plan
 
-__all__ = ["Check", "ParkedWeights", "StayingWeights", "Stretch", "stretches_of"]
+__all__ = ["Check", "ParkableMemory", "ParkedWeights", "StayingWeights", "Stretch", "stretches_of"]
 
 Check = Callable[[], None]
 """Called again and again while something takes long: raises to end it early."""
@@ -91,6 +92,10 @@ class ParkedWeights(Protocol):
         """
         ...
 
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """The very bytes that are kept, once they are; None where they are the arena's own."""
+        ...
+
     def close(self) -> None:
         """Gives back what they were kept in. The arena is its owner's."""
         ...
@@ -100,7 +105,6 @@ class StayingWeights:
     """Weights that are where they stay: in host memory, on the CPU.
 
     Args:
-        segments: The arena's.
         stages: How many there are.
     """
 
@@ -108,8 +112,8 @@ class StayingWeights:
     kept = True
     note = "in memory, as they were"
 
-    def __init__(self, segments: list[Segment], stages: int) -> None:
-        self.segments = segments
+    def __init__(self, stages: int) -> None:
+        self.segments: list[Segment] = []  # nobody needs new ones
         self._stages = stages
 
     def keep(self, check: Check) -> None:
@@ -126,8 +130,45 @@ class StayingWeights:
         for stage in range(self._stages):
             arrived(stage)
 
+    def view(self, offset: int, length: int) -> None:
+        """They are the arena's own."""
+
     def close(self) -> None:
         """Nothing is to be done."""
+
+
+class ParkableMemory:
+    """The bytes of weights, for this process, wherever they are at the moment.
+
+    Args:
+        arena: Where they are while they have not left.
+
+    Attributes:
+        weights: What has them leave; None before that was ever asked for.
+    """
+
+    def __init__(self, arena: Memory) -> None:
+        self.weights: ParkedWeights | None = None
+        self._arena = arena
+
+    def view(self, offset: int, length: int) -> memoryview | None:
+        """See `Memory.view`. What is kept is looked at, which is faster than to copy it."""
+        kept = None
+        if self.weights is not None and self.weights.kept:
+            kept = self.weights.view(offset, length)
+        return kept or self._arena.view(offset, length)
+
+    def read(self, offset: int, into: memoryview) -> None:
+        """See `Memory.read`."""
+        view = self.view(offset, len(into))
+        if view is None:
+            self._arena.read(offset, into)
+        else:
+            copy(into, view)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        """See `Memory.write`."""
+        self._arena.write(offset, data)
 
 
 def stretches_of(plan: Plan) -> list[list[Stretch]]:

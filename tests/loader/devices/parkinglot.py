@@ -191,6 +191,7 @@ class ParkingLot:
         """Ends all; nothing is left, but of a device that is lost."""
         self.emulator.go.set()
         self.parking.close()
+        self.weights.close()
         self.turn()
         for worker in self.workers:
             worker.die()

@@ -301,12 +301,13 @@ def test_closed_in_the_middle(lot: ParkingLot, moment: str) -> None:
     lot.parking.close()
     lot.turn()
     assert lot.told == told
+    lot.weights.close()
     assert not lot.emulator._registered
 
 
 def test_on_the_cpu_each_order_is_met_at_once(emulator: Emulator) -> None:
     lot = ParkingLot(emulator)
-    parking: Parking[TestWorker] = Parking(StayingWeights([], 3), 3, lot, lot.posted.put)
+    parking: Parking[TestWorker] = Parking(StayingWeights(3), 3, lot, lot.posted.put)
     lot.parking.close()
     lot.parking = parking
     worker = TestWorker(lot.workers)  # type: ignore[arg-type] - nobody looks at it

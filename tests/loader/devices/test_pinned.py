@@ -452,7 +452,7 @@ def _flags_at(address: int) -> set[str]:
 
 
 def test_weights_that_stay_are_all_there() -> None:
-    weights = StayingWeights([], 3)
+    weights = StayingWeights(3)
     told: list[int] = []
     weights.keep(lambda: None)
     weights.leave()

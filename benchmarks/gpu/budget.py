@@ -124,7 +124,7 @@ def _run(part: Part, setting: Setting, file: Path, earlier: list[str]) -> Outcom
     status = {DONE: "done", LEFT_OUT: "left out", None: "out of time"}.get(code, "failed")
     reason = None
     if code is None:
-        reason = f"it was not done within {setting.seconds:.0f} s"
+        reason = f"it was not done within {setting.seconds:g} s"
     elif code != DONE:
         reason = _last_line(words) or f"exit status {code}"
         if code < 0:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 from typing import Any
 
 from coldframe.benchmarks.gpu.bare import Bare, bare, fill, host_buffer, move
@@ -56,7 +57,7 @@ def _link(report: Report, setting: Setting, link: Bare) -> None:
     link.check()
     one = [link.rate(1) / 1e9 for _ in range(setting.runs)]
     two = [link.rate(2) / 1e9 for _ in range(setting.runs)]
-    report.figure(Row(BARE, one if _median(one) >= _median(two) else two, "GB/s"))
+    report.figure(Row(BARE, one if median(one) >= median(two) else two, "GB/s"))
     report.figure(Row("  on one stream", one, "GB/s"))
     report.figure(Row("  on two streams", two, "GB/s"))
     back = [link.out_rate() / 1e9 for _ in range(setting.runs)]
@@ -117,7 +118,7 @@ def _host(report: Report, setting: Setting) -> None:
             continue
         rates = _host_rates(source.address, target.address, nbytes, threads, setting.runs)
         report.figure(Row(f"host memory to host memory, {threads} threads", rates, "GB/s"))
-        if not best or _median(rates) > _median(best):
+        if not best or median(rates) > median(best):
             best = rates
     report.figure(Row(HOST_COPY, best, "GB/s"))
 
@@ -140,7 +141,3 @@ def _seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
-
-
-def _median(values: list[float]) -> float:
-    return sorted(values)[len(values) // 2]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from statistics import median
 
 import torch
 
@@ -32,7 +33,7 @@ def measure(report: Report, setting: Setting) -> None:
             ask(replica, _TOKENS, shift=number + 1).wait(replica, setting.seconds).rate
             for number in range(setting.runs)
         ]
-    limit = sorted(bandwidth)[len(bandwidth) // 2] / nbytes
+    limit = median(bandwidth) / nbytes
     report.figure(Row("decode, batch 1", rates, "tokens/s"))
     report.figure(Row("  bandwidth / bytes of weights", [limit], "tokens/s"))
     shares = [rate / limit for rate in rates]

@@ -110,7 +110,7 @@ def _ask(probe: Probe, setting: Setting, seconds: float) -> Any:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _Unanswered(f"no answer within {seconds:.0f} s") from error
+        raise _Unanswered(f"no answer within {seconds:.3g} s") from error
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if line.strip()]

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from coldframe.benchmarks.gpu import copies, loads
 from coldframe.benchmarks.gpu.bare import bare, host_buffer
 from coldframe.benchmarks.gpu.cold import rows, worker_ready_s
-from coldframe.benchmarks.gpu.loads import Feed, MemorySource, load, pieces
+from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, load, pieces
 from coldframe.benchmarks.gpu.model import choose, shape_of, write_shape
 from coldframe.benchmarks.gpu.report import Found, LeftOut, Report, Setting
 from coldframe.benchmarks.gpu.sanitizer import errors_in
@@ -27,9 +27,7 @@ from coldframe.benchmarks.harness import Row
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
-from coldframe.loader.devices.device_placer import buffer_bytes
 from coldframe.loader.devices.driver import Driver
-from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import DeviceError, DeviceLost, PlatformError
 from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.sources.file import FileSource
@@ -117,19 +115,19 @@ def test_the_loader_brings_a_whole_plan(emulator: Emulator, model: Path) -> None
     arena = DeviceArena(context, plan.arena_bytes, writable=False)
     arena.grow(arena.size)
     feed = Feed(65_536, 3, 2)
-    ring = Ring(4, buffer_bytes(feed.chunk))
-    ring.connect(context, streams=2)
-    assert load(ring, source, plan, arena.address, feed, plan.read_bytes) > 0
+    with ConnectedRing(feed, context) as ring:
+        assert load(ring, source, plan, arena.address, feed, plan.read_bytes) > 0
     for shard in checkpoint.shards:
         for name, tensor in load_file(shard.uri).items():
             place = plan.placements[name]
             there = ctypes.string_at(arena.address + place.arena_offset, place.nbytes)
             assert there == ctypes.string_at(tensor.data_ptr(), place.nbytes), name
-    emulator.fail_copy()
-    with pytest.raises(DeviceLost):
-        load(ring, source, plan, arena.address, feed, plan.read_bytes)
-    for thing in (ring, arena, source):
-        thing.close()
+    with ConnectedRing(feed, context) as ring:
+        emulator.fail_copy()
+        with pytest.raises(DeviceLost):
+            load(ring, source, plan, arena.address, feed, plan.read_bytes)
+    arena.close()
+    source.close()
 
 
 def test_host_memory_in_the_place_of_files() -> None:

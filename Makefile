@@ -88,7 +88,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 # Pure-Python packages for such a machine that has no network: made here, carried there in build/gpu-wheels.
 gpu-wheels:
-	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any --python-version 3 \
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any \
 		-r benchmarks/gpu/wheels.txt -d build/gpu-wheels
 
 clean:

@@ -13,15 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from coldframe.loader.arena import HUGE_PAGE
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.buffers import Buffer, make_buffers
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Stream
 from coldframe.loader.errors import DeviceError
 
-__all__ = ["Bare", "bare", "fill", "host_buffer", "move"]
+__all__ = ["Bare", "bare", "fill", "fitting", "host_buffer", "move"]
 
 _PATTERN = 1 << 20
+_TIMES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,12 @@ class Bare:
         driver.synchronize(self.streams[0])
         if back.view != self.buffer.view[at:]:
             raise DeviceError("what was copied is not what has arrived", where=f"{length} bytes")
+
+
+def fitting(nbytes: int, context: Context) -> int:
+    """At most so many bytes, of which host and device both have room for several times."""
+    room = min(memory_available(), context.available()) // _TIMES
+    return min(nbytes, max(HUGE_PAGE, room // HUGE_PAGE * HUGE_PAGE))
 
 
 def host_buffer(nbytes: int) -> Buffer:

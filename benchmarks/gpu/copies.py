@@ -8,10 +8,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from coldframe.benchmarks.gpu.bare import Bare, bare, fill, host_buffer, move
+from coldframe.benchmarks.gpu.bare import Bare, bare, fill, fitting, host_buffer, move
 from coldframe.benchmarks.gpu.report import Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.arena import HUGE_PAGE
@@ -43,6 +44,7 @@ def rates_of(report: Report, setting: Setting, api: Any) -> None:
     """
     context = Context(Driver.open(api), setting.ordinal)
     try:
+        setting = replace(setting, nbytes=fitting(setting.nbytes, context))
         _locking(report, setting, context)
         with bare(context, setting.nbytes) as link:
             _link(report, setting, link)
@@ -80,20 +82,17 @@ def _unlocked(report: Report, setting: Setting, link: Bare) -> None:
 
 def _locking(report: Report, setting: Setting, context: Context) -> None:
     """What `cuMemHostRegister` takes: of a ring's buffer, and of a large piece."""
-    context.bind()
-    for name, nbytes, touched in (
-        ("a buffer that nobody has touched", min(_RING_BUFFER, setting.nbytes), False),
-        ("a buffer that is full", min(_RING_BUFFER, setting.nbytes), True),
-        ("a large piece that is full", setting.nbytes // 4, True),
-    ):
-        size = max(HUGE_PAGE, nbytes)
-        try:
-            seconds = [_lock_s(context, size, touched) for _ in range(setting.runs)]
-        except DeviceError as error:
-            report.left_out(f"locking {name}", str(error))
-            return
-        rates = [size / 1e9 / value for value in seconds]
-        report.figure(Row(f"locking {name}, {size >> 20} MiB", rates, "GB/s"))
+    piece = max(HUGE_PAGE, setting.nbytes // 4)
+    try:
+        for name, touched in (("that nobody has touched", False), ("that is full", True)):
+            seconds = [_lock_s(context, _RING_BUFFER, touched) for _ in range(setting.runs)]
+            runs = [value * 1e3 for value in seconds]
+            report.figure(Row(f"locking a buffer of 8 MiB {name}", runs, "ms"))
+        seconds = [_lock_s(context, piece, True) for _ in range(setting.runs)]
+        rates = [piece / 1e9 / value for value in seconds]
+        report.figure(Row(f"locking {piece >> 20} MiB that are full", rates, "GB/s"))
+    except DeviceError as error:
+        report.left_out("locking host memory", str(error))
 
 
 def _lock_s(context: Context, nbytes: int, touched: bool) -> float:

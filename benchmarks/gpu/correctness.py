@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 __all__ = ["Recorder", "measure", "run_tests"]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
-_LONGEST = 300
+_LONGEST = 200
+_HANGS_S = 45.0
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -40,6 +41,8 @@ def run_tests(report: Report, setting: Setting, tests: Path) -> None:
     if not tests.exists():
         raise LeftOut(f"there is no {tests}")
     os.environ["COLDFRAME_TEST_DEVICE"] = setting.device
+    # For pytest-timeout, where it is installed: one test that hangs is not to cost all the others.
+    os.environ.setdefault("PYTEST_TIMEOUT", f"{_HANGS_S:.0f}")
     recorder = Recorder(report)
     arguments = ["-q", "-p", "no:cacheprovider", "--basetemp", f"{setting.scratch}/t", str(tests)]
     status = pytest.main(arguments, plugins=[recorder])
@@ -76,4 +79,6 @@ def _reason(report: pytest.TestReport) -> str:
     else:
         crash = getattr(report.longrepr, "reprcrash", None)
         told = report.longreprtext if crash is None else crash.message
-    return " ".join(told.split())[:_LONGEST] or f"{report.outcome}, without a word"
+    told = " ".join(told.split()) or "without a word"
+    # What failed is said first, why often last.
+    return told if len(told) <= 2 * _LONGEST else f"{told[:_LONGEST]} ... {told[-_LONGEST:]}"

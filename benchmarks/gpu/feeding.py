@@ -43,7 +43,8 @@ class Feed:
     streams: int
 
     def __str__(self) -> str:
-        return f"{self.readers} readers, {self.chunk / (1 << 20):g} MiB, {self.streams} streams"
+        streams = "one stream" if self.streams == 1 else f"{self.streams} streams"
+        return f"{self.readers} readers, {self.chunk / (1 << 20):g} MiB, {streams}"
 
 
 class MemorySource:

@@ -19,7 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.gpu.bare import Bare, bare, fill, host_buffer
+from coldframe.benchmarks.gpu.bare import Bare, bare, fill, fitting, host_buffer
 from coldframe.benchmarks.gpu.copies import HOST_COPY
 from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, load, read_alone
 from coldframe.benchmarks.gpu.model import MODEL
@@ -32,6 +32,7 @@ from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError, PlatformError
 from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.sources.base import Source
+from coldframe.loader.sources.direct import BLOCK
 from coldframe.loader.sources.file import FileSource
 
 __all__ = ["PINNED", "measure", "rates_of"]
@@ -42,6 +43,8 @@ _CHUNKS = (8 << 20, 16 << 20)
 _READERS = (2, 4, 6, 8)
 _STREAMS = (1, 2)
 _DISK_READERS = 8
+_PAGE_CACHE = 0.8
+_PINNED = 0.95
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -60,10 +63,9 @@ def rates_of(report: Report, setting: Setting, api: Any, model: Path) -> None:
     """
     checkpoint = Checkpoint.open(str(model))
     plan = Plan.build(checkpoint, layout=Layout.ALIGNED)
-    most = min(setting.nbytes, plan.read_bytes)
     context = Context(Driver.open(api), setting.ordinal)
     try:
-        context.bind()
+        most = min(fitting(setting.nbytes, context), plan.read_bytes)
         arena = DeviceArena(context, plan.arena_bytes, writable=False)
         try:
             arena.grow(arena.size)
@@ -77,7 +79,7 @@ def rates_of(report: Report, setting: Setting, api: Any, model: Path) -> None:
                 finally:
                     files.close()
                 _from_pinned(report, setting, plan, arena, link)
-                _from_disk(report, setting, checkpoint, model, plan, arena, context, most)
+                _from_disk(report, checkpoint, model, plan, arena, context, most)
         finally:
             arena.close()
     finally:
@@ -102,7 +104,7 @@ def _from(
 ) -> None:
     """Finds the best feed, then measures it in turn with the bare copy and with reading alone."""
     tried: dict[Feed, float] = {}
-    for feed in _feeds(setting):
+    for feed in _feeds(link.nbytes):
         with ConnectedRing(feed, link.context) as ring:
             # The first load of a ring locks its buffers.
             load(ring, source, plan, arena.address, feed, link.nbytes // 4)
@@ -124,20 +126,25 @@ def _from(
     report.figure(Row(f"  {what}: read alone, by as many readers", alone, "GB/s"))
     pairs = list(zip(ours, theirs, strict=True))
     report.figure(Row(f"{name} / bare pinned copy", [a / b for a, b in pairs], "ratio"))
-    if what == "page cache":
+    if what != "page cache":
+        return
+    limit = "page cache / the lesser of 0.8 x bare and the host's own copies"
+    try:
         host = report.earlier.median(HOST_COPY)
-        bounds = [a / min(0.8 * b, host) for a, b in pairs]
-        limit = "page cache / the lesser of 0.8 x bare and the host's own copies"
-        report.figure(Row(limit, bounds, "ratio", 1.0, at_least=True))
+    except LeftOut as error:
+        report.left_out(limit, str(error))
+        return
+    bounds = [a / min(_PAGE_CACHE * b, host) for a, b in pairs]
+    report.figure(Row(limit, bounds, "ratio", 1.0, at_least=True))
 
 
-def _feeds(setting: Setting) -> list[Feed]:
+def _feeds(nbytes: int) -> list[Feed]:
     # Not one that leaves each reader less than two chunks.
     return [
         feed
         for feed in itertools.starmap(Feed, itertools.product(_CHUNKS, _READERS, _STREAMS))
-        if feed.chunk * feed.readers * 2 <= setting.nbytes
-    ] or [Feed(max(4096, setting.nbytes // 8), 2, streams) for streams in _STREAMS]
+        if feed.chunk * feed.readers * 2 <= nbytes
+    ] or [Feed(max(BLOCK, nbytes // 8), 2, streams) for streams in _STREAMS]
 
 
 def _from_pinned(
@@ -170,12 +177,11 @@ def _from_pinned(
         weights.close()
     report.figure(Row("  kept there for the first time", [kept_s], "s"))
     report.figure(Row(PINNED, rates, "GB/s"))
-    report.figure(Row(f"{PINNED} / bare pinned copy", ratios, "ratio", 0.95, at_least=True))
+    report.figure(Row(f"{PINNED} / bare pinned copy", ratios, "ratio", _PINNED, at_least=True))
 
 
 def _from_disk(
     report: Report,
-    setting: Setting,
     checkpoint: Checkpoint,
     model: Path,
     plan: Plan,
@@ -189,7 +195,7 @@ def _from_disk(
         evict_files(sorted(model.glob("*.safetensors")))
         if not files.use_direct():
             raise LeftOut("the file system has no O_DIRECT")
-        feed = Feed(max(4096, min(8 << 20, setting.nbytes // 8)), _DISK_READERS, 1)
+        feed = Feed(max(BLOCK, min(8 << 20, most // 8)), _DISK_READERS, 1)
         alone = read_alone(files, plan, feed, most) / 1e9
         with ConnectedRing(feed, context) as ring:
             rate = load(ring, files, plan, arena.address, feed, most) / 1e9

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldframe.benchmarks.gpu.machine import FINGERPRINT
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.cgroup import memory_available
@@ -43,6 +44,8 @@ _SLOW = 0.8e9
 """Bytes per second that a disk must take at least; a slower one would use up the budget."""
 _TOKENIZER = 32_000
 _WRITERS = 8
+_BESIDE = 1 << 30
+"""Bytes of the GPU's memory for contexts, kernels and KV."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,8 @@ def shape_of(name: str) -> Shape:
 def measure(report: Report, setting: Setting) -> None:
     """Makes the checkpoint that is loaded and started by the parts after this one."""
     wanted = [setting.shape] if setting.shape else [name for name in SHAPES if name != "tiny"]
-    name, place, notes = choose(wanted, Path(setting.scratch), memory_available())
+    room = report.earlier.need(FINGERPRINT)["gpu_memory_free"]
+    name, place, notes = choose(wanted, Path(setting.scratch), memory_available(), room)
     for what, reason in notes.items():
         report.left_out(what, reason)
     path = Path(tempfile.mkdtemp(prefix="cf-gpu-model-", dir=place))
@@ -93,7 +97,7 @@ def measure(report: Report, setting: Setting) -> None:
 
 
 def choose(
-    names: list[str], scratch: Path, memory: int, shm: Path = Path("/dev/shm")
+    names: list[str], scratch: Path, memory: int, device: int, shm: Path = Path("/dev/shm")
 ) -> tuple[str, Path, dict[str, str]]:
     """Which shape there is room for, and where.
 
@@ -101,6 +105,7 @@ def choose(
         names: Shapes, the best first.
         scratch: A directory on the disk that is tried first.
         memory: Bytes of memory that are free: a tmpfs may promise more than there is.
+        device: Bytes of the GPU's that are free.
         shm: A tmpfs.
 
     Returns:
@@ -113,6 +118,9 @@ def choose(
     rate = _write_rate(scratch)
     for name in names:
         nbytes = shape_of(name).nbytes()
+        if device < nbytes + nbytes // 4 + _BESIDE:
+            notes[name] = f"{device / 1e9:.1f} GB of the GPU's memory are free"
+            continue
         wanted = nbytes + nbytes // 20 + (64 << 20)
         free = shutil.disk_usage(scratch).free
         if free < wanted:

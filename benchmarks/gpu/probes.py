@@ -50,6 +50,7 @@ PROBES = (
     Probe("what a copy into a read-only mapping does", "read_only_copy"),
     Probe("what a kernel's write into a read-only mapping does", "read_only_kernel"),
     Probe("may an imported handle be released right after it is mapped", "released"),
+    Probe("what locking host memory takes", "pages"),
     Probe("does torch take our context", "same_context", module=_TORCH),
     Probe("seconds of a worker's first work", "first_work", times=2, module=_TORCH),
     Probe("varlen_attn", "varlen", module=_TORCH),

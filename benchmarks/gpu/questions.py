@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import mmap
 import os
 import shutil
 import subprocess
@@ -67,8 +68,9 @@ def up(ordinal: int) -> Context:
 def driver_calls(ordinal: int) -> dict[str, Any]:
     context = up(ordinal)
     calls = {name: context.driver.has(name) for name in _CALLS}
-    missing = [name for name, there in calls.items() if not there]
-    return {"has": [n for n in calls if calls[n]], "has not": missing or "none of them"}
+    has = [name for name, there in calls.items() if there]
+    lacks = [name for name, there in calls.items() if not there]
+    return {"has": has or "none of them", "lacks": lacks or "none of them"}
 
 
 def start(ordinal: int) -> dict[str, float]:
@@ -166,6 +168,23 @@ def released(ordinal: int) -> str:
     driver.copy_out(ctypes.addressof(back), arena.address, 4, stream)
     driver.synchronize(stream)
     return "yes" if back.raw == b"both" else f"no: {back.raw!r} came back"
+
+
+def pages(ordinal: int) -> dict[str, str]:
+    """What locking a full buffer takes, in small pages and in huge ones."""
+    context = up(ordinal)
+    found = {}
+    for kind, advice in (("small", mmap.MADV_NOHUGEPAGE), ("huge", mmap.MADV_HUGEPAGE)):
+        for nbytes in (8 << 20, 256 << 20):
+            memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(advice)
+            memory[:] = b"x" * nbytes
+            address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+            started = time.perf_counter()
+            context.driver.register_host(address, nbytes)
+            seconds = time.perf_counter() - started
+            found[f"{nbytes >> 20} MiB in {kind} pages"] = f"{seconds * 1e3:.2f} ms"
+    return found
 
 
 def criu(_: int) -> dict[str, str]:

@@ -29,7 +29,6 @@ def measure(report: Report, setting: Setting) -> None:
     """Parks a replica and asks it, several times."""
     model = report.earlier.need(MODEL)
     told = options(model, setting.device)
-    bare = report.earlier.median(BARE) * 1e9
     times: list[float] = []
     gpu = CudaDevice(setting.ordinal)
     try:
@@ -44,12 +43,16 @@ def measure(report: Report, setting: Setting) -> None:
             again = ask(replica, 8).wait(replica, setting.seconds)
     finally:
         gpu.close()
-    least = nbytes / bare
     report.answer("the same tokens before and after", first.tokens == again.tokens)
     report.figure(Row("resident: TTFT", times, "s"))
-    report.figure(Row("  bytes / bare rate", [least], "s"))
-    ratios = [value / least for value in times]
-    report.figure(Row("resident: TTFT / (bytes / bare rate)", ratios, "ratio", _RATIO))
+    ratio = "resident: TTFT / (bytes / bare rate)"
+    try:
+        least = nbytes / (report.earlier.median(BARE) * 1e9)
+    except LeftOut as error:
+        report.left_out(ratio, str(error))
+        return
+    report.figure(Row("  resident: bytes / bare rate", [least], "s"))
+    report.figure(Row(ratio, [value / least for value in times], "ratio", _RATIO))
 
 
 def _park(replica: Replica, gpu: CudaDevice, nbytes: int) -> None:

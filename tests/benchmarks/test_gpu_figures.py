@@ -64,7 +64,7 @@ def test_the_rates_of_the_path(emulator: Emulator, setting: Setting, tmp_path: P
     found = Found.read(tmp_path / "f")
     names = {row.name for row in found.rows}
     assert {copies.BARE, copies.HOST_COPY, "  on two streams"} <= names
-    assert "locking a buffer that is full, 8 MiB" in names
+    assert "locking a buffer of 8 MiB that is full" in names
     assert all(len(row.runs) == 2 and min(row.runs) > 0 for row in found.rows)
     one, two = found.median("  on one stream"), found.median("  on two streams")
     assert found.median(copies.BARE) == max(one, two)
@@ -80,7 +80,7 @@ def test_memory_that_cannot_be_locked_is_left_out(
     copies.rates_of(report, setting, emulator)
     report.close()
     found = Found.read(tmp_path / "f")
-    assert "OPERATING_SYSTEM" in found.left_out["locking a buffer that nobody has touched"]
+    assert "OPERATING_SYSTEM" in found.left_out["locking host memory"]
     assert found.median(copies.BARE) > 0
 
 
@@ -203,15 +203,19 @@ def test_the_largest_model_that_there_is_room_for_is_taken(
     monkeypatch.setattr(module.shutil, "disk_usage", Usage)
     monkeypatch.setattr(module, "_write_rate", lambda place: rate)
     both = ["8B", "1B"]
-    assert choose(both, disk, 128 << 30, shm)[:2] == ("8B", disk)
+    large = 80 << 30
+    assert choose(both, disk, 128 << 30, large, shm)[:2] == ("8B", disk)
+    name, place, notes = choose(both, disk, 128 << 30, 16 << 30, shm)
+    assert (name, place) == ("1B", disk)
+    assert notes == {"8B": "17.2 GB of the GPU's memory are free"}
     rate = 0.3e9
-    name, place, notes = choose(both, disk, 128 << 30, shm)
+    name, place, notes = choose(both, disk, 128 << 30, large, shm)
     assert (name, place) == ("8B", shm)
     assert notes == {f"8B on {disk}": "it takes 0.30 GB/s only"}
-    assert choose(both, disk, 16 << 30, shm)[:2] == ("1B", shm)
+    assert choose(both, disk, 16 << 30, large, shm)[:2] == ("1B", shm)
     usage["disk"] = 0
     with pytest.raises(LeftOut, match="room for no model"):
-        choose(both, disk, 1 << 30, shm)
+        choose(both, disk, 1 << 30, large, shm)
 
 
 # -- starts ---------------------------------------------------------------------------------------

@@ -110,13 +110,13 @@ def _host(report: Report, setting: Setting) -> None:
     source, target = host_buffer(nbytes), host_buffer(nbytes)
     fill(source)
     fill(target)
-    best: list[float] = []
+    what, best = "host memory to host memory", list[float]()
     for threads in _THREADS:
         if threads > max(1, cpu_count()):
-            report.left_out(f"host memory copied by {threads} threads", f"{cpu_count()} processors")
-            continue
+            report.left_out(f"{what}, {threads} threads or more", f"{cpu_count()} processors")
+            break
         rates = _host_rates(source.address, target.address, nbytes, threads, setting.runs)
-        report.figure(Row(f"host memory to host memory, {threads} threads", rates, "GB/s"))
+        report.figure(Row(f"{what}, {threads} threads", rates, "GB/s"))
         if not best or median(rates) > median(best):
             best = rates
     report.figure(Row(HOST_COPY, best, "GB/s"))

@@ -184,6 +184,7 @@ def pages(ordinal: int) -> dict[str, str]:
             context.driver.register_host(address, nbytes)
             seconds = time.perf_counter() - started
             found[f"{nbytes >> 20} MiB in {kind} pages"] = f"{seconds * 1e3:.2f} ms"
+            context.driver.unregister_host(address)
     return found
 
 

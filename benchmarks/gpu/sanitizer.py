@@ -17,6 +17,7 @@ __all__ = ["errors_in", "measure"]
 
 _PLACES = ("/usr/local/cuda/bin", "/opt/nvidia", "/usr/local/nvidia/bin")
 _NAME = "compute-sanitizer"
+_SPARE_S = 4.0
 _CHECK = "compute-sanitizer (memcheck) finds nothing in one run"
 
 
@@ -41,9 +42,11 @@ def measure(report: Report, setting: Setting) -> None:
         *("--device", setting.device, "--prompt-ids", ",".join(map(str, PROMPT))),
         *("-n", "4", "--ignore-eos", "--json"),
     ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=setting.seconds, check=False
-    )
+    limit = setting.seconds - _SPARE_S
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise LeftOut(f"the run under {_NAME} did not end within {limit:.0f} s") from error
     told = "\n".join(file.read_text(errors="replace") for file in sorted(log.iterdir()))
     watched, errors = errors_in(told)
     report.answer("processes watched", watched)

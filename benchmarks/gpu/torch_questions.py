@@ -88,17 +88,21 @@ def _paged_error(attention: Any, device: str, page: int, strided: bool) -> float
         keys, values = keys.contiguous(), values.contiguous()
     order = torch.randperm(pages, generator=generator, device=device)
     query = some(1, heads, dim)
-    got = attention(
-        query,
-        keys,
-        values,
-        torch.tensor([0, 1], dtype=torch.int32, device=device),
-        None,
-        1,
-        tokens,
-        seqused_k=torch.tensor([tokens], dtype=torch.int32, device=device),
-        block_table=order.to(torch.int32)[None],
-    )
+    starts = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    length = torch.tensor([tokens], dtype=torch.int32, device=device)
+    pages_of_it = order.to(torch.int32)[None]
+    try:
+        got = attention(
+            *(query, keys, values, starts, None, 1, tokens),
+            seqused_k=length,
+            block_table=pages_of_it,
+        )
+    except (TypeError, AttributeError):  # an older one wants the keys' bounds, too
+        got = attention(
+            *(query, keys, values, starts, starts * tokens, 1, tokens),
+            seqused_k=length,
+            block_table=pages_of_it,
+        )
     k, v = (part[order].reshape(1, tokens, heads, dim).transpose(1, 2) for part in (keys, values))
     wanted = scaled_dot_product_attention(query.transpose(0, 1)[None], k, v)[0].transpose(0, 1)
     return float((got.float() - wanted.float()).abs().max())

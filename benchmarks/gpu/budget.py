@@ -12,14 +12,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from coldframe.benchmarks.gpu.part import DONE, LEFT_OUT
 from coldframe.benchmarks.gpu.report import Found, Setting
 
-__all__ = ["Outcome", "Part", "run_parts"]
+__all__ = ["Outcome", "Part", "output_of", "run_parts"]
 
 _PATIENCE_S = 5.0
 """How long a part that is told to end may take to clear up."""
@@ -69,6 +69,7 @@ def run_parts(
     setting: Setting,
     budget_s: float,
     ended: Callable[[Outcome], bool],
+    environment: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
     """Runs parts, one after the other.
 
@@ -77,6 +78,7 @@ def run_parts(
         setting: What they are told; `seconds` is set for each.
         budget_s: What all of them may take.
         ended: Called with each outcome; whether to go on.
+        environment: What to change in this process's for them.
 
     Returns:
         The outcomes, one for each part that was come to.
@@ -91,7 +93,8 @@ def run_parts(
             outcome = Outcome(part, "left out", why, 0.0, Found())
         else:
             file = Path(setting.scratch, f"{part.name}.jsonl")
-            outcome = _run(part, replace(setting, seconds=min(part.seconds, left)), file, files)
+            told = replace(setting, seconds=min(part.seconds, left))
+            outcome = _run(part, told, file, files, {**os.environ, **(environment or {})})
             files.append(str(file))
         outcomes.append(outcome)
         if not ended(outcome):
@@ -99,19 +102,27 @@ def run_parts(
     return outcomes
 
 
-def _run(part: Part, setting: Setting, file: Path, earlier: list[str]) -> Outcome:
+def output_of(part: Part, scratch: str) -> Path:
+    """Where all that a part and its children print is."""
+    return Path(scratch, f"{part.name}.log")
+
+
+def _run(
+    part: Part, setting: Setting, file: Path, earlier: list[str], environment: dict[str, str]
+) -> Outcome:
     command = [
         *(sys.executable, "-P", "-m", "coldframe.benchmarks.gpu.part"),
         *(part.module, str(file), json.dumps(earlier), json.dumps(asdict(setting))),
     ]
-    words = Path(setting.scratch, f"{part.name}.stderr")
+    words = output_of(part, setting.scratch)
     started = time.monotonic()
-    with words.open("wb") as stderr:
+    with words.open("wb") as output:
         process = subprocess.Popen(
             command,
+            env=environment,
             stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
+            stdout=output,
+            stderr=output,
             start_new_session=True,
         )
         code: int | None = None

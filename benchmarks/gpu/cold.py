@@ -14,11 +14,11 @@ from typing import Any
 from coldframe.benchmarks.gpu.copies import BARE
 from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.replicas import PROMPT, options
-from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
+from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row, cold_start, evict_files, warm_page_cache
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["measure", "rows", "worker_ready_s"]
+__all__ = ["measure", "rows", "same_answers", "worker_ready_s"]
 
 _TOKENS = 8
 _WARM, _COLD = 3, 1
@@ -33,8 +33,8 @@ def measure(report: Report, setting: Setting) -> None:
     warm_page_cache(model)
     warm = [_start(model, setting) for _ in range(_WARM)]
     _report(report, "page cache warm", warm)
+    cold: list[dict[str, Any]] = []
     try:
-        cold = []
         for _ in range(_COLD):
             evict_files(sorted(model.glob("*.safetensors")))
             cold.append(_start(model, setting))
@@ -42,6 +42,7 @@ def measure(report: Report, setting: Setting) -> None:
         report.left_out("page cache cold", str(error))
     else:
         _report(report, "page cache cold", cold)
+    report.check(same_answers([*warm, *cold]))
 
 
 def _start(model: Path, setting: Setting) -> dict[str, Any]:
@@ -59,6 +60,15 @@ def _report(report: Report, which: str, starts: Sequence[dict[str, Any]]) -> Non
     for row in rows(which, starts, bare):
         report.figure(row)
     report.answer(f"{which}: what the first token waited for", _split(starts[-1]))
+
+
+def same_answers(starts: Sequence[dict[str, Any]]) -> Check:
+    """Whether all starts of one model have answered the same, wherever its bytes came from."""
+    name, answers = "every cold start answers the same", [start["token_ids"] for start in starts]
+    for answer in answers:
+        if answer != answers[0]:
+            return Check(name, "failed", f"{answers[0]} first, then {answer}")
+    return Check(name, "passed")
 
 
 def rows(which: str, starts: Sequence[dict[str, Any]], bare: float | None) -> list[Row]:

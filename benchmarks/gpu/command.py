@@ -11,7 +11,6 @@ which is said; 3 in that case with `--require`; 1 otherwise.
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.gpu.budget import Outcome, Part, run_parts
+from coldframe.benchmarks.gpu.budget import Outcome, Part, output_of, run_parts
 from coldframe.benchmarks.gpu.document import build, file_name, read, succeeded, write
 from coldframe.benchmarks.gpu.machine import FINGERPRINT
 from coldframe.benchmarks.gpu.model import DIRECTORY, SHAPES
@@ -38,6 +37,7 @@ NO_GPU = 3
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _RESULTS = _ROOT / "benchmarks" / "results"
 _LOG = _ROOT / "docs" / "LOG.md"
+_OUTPUT = _ROOT / "build" / "gpu.log"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -56,9 +56,20 @@ def add_arguments(parser: Parser) -> None:
         help="the model that is loaded and started (the largest there is room for)",
     )
     parser.flag("--results", type=Path, default=_RESULTS, help="where the results file goes")
+    parser.flag(
+        "--output",
+        type=Path,
+        default=_OUTPUT,
+        help=f"where all that the parts print goes ({_OUTPUT.relative_to(_ROOT)})",
+    )
     parser.flag("--scratch", type=Path, help="a directory on the disk that is measured")
     parser.add_argument(
-        "--log", action="store_true", help=f"put the tables into {_LOG.relative_to(_ROOT)}, too"
+        "--log",
+        nargs="?",
+        type=Path,
+        const=_LOG,
+        metavar="FILE",
+        help="put the tables into a log, too (docs/LOG.md)",
     )
     parser.add_argument(
         "--from", dest="file", type=Path, help="measure nothing: show, or log, a results file"
@@ -81,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     started, day = time.monotonic(), date.today().isoformat()
     # Short, since the sockets of replicas lie below it.
     scratch = Path(tempfile.mkdtemp(prefix="cfgpu-", dir=args.scratch))
-    os.environ |= {
+    environment = {
         "COLDFRAME_RUN_DIR": str(scratch),
         "COLDFRAME_SNAPSHOT": "off",
         "TMPDIR": str(scratch),
@@ -89,6 +100,8 @@ def run(args: argparse.Namespace) -> int:
     }
     setting = Setting(args.device, str(scratch), 0.0, shape=args.shape or "")
     outcomes: list[Outcome] = []
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_bytes(b"")
 
     def document() -> dict[str, Any]:
         machine = outcomes[0].found.need(FINGERPRINT)
@@ -97,13 +110,14 @@ def run(args: argparse.Namespace) -> int:
     def ended(outcome: Outcome) -> bool:
         outcomes.append(outcome)
         _tell(outcome)
+        _keep_output(outcome, setting.scratch, args.output)
         if outcome.part is MACHINE:
             return outcome.status == "done"
         write(document(), args.results)
         return True
 
     try:
-        run_parts([MACHINE, *wanted], setting, args.budget, ended)
+        run_parts([MACHINE, *wanted], setting, args.budget, ended, environment)
         machine = outcomes[0]
         if machine.status == "left out":
             print(f"There is no GPU to measure, and so no results: {machine.reason}")
@@ -134,11 +148,20 @@ def _wanted(only: str | None) -> list[Part]:
     return [part for part in PARTS if part.name in names]
 
 
-def _show(document: dict[str, Any], name: str, log: bool) -> int:
+def _show(document: dict[str, Any], name: str, log: Path | None) -> int:
     print(render(document))
-    if log:
-        into_log(_LOG, name, document)
+    if log is not None:
+        into_log(log, name, document)
     return 0 if succeeded(document) else 1
+
+
+def _keep_output(outcome: Outcome, scratch: str, target: Path) -> None:
+    """Adds what a part has printed to that of the others: tracebacks, what workers have said."""
+    printed = output_of(outcome.part, scratch)
+    with target.open("ab") as file:
+        file.write(f"== {outcome.part.name}: {outcome.status}\n".encode())
+        if printed.exists():
+            file.write(printed.read_bytes())
 
 
 def _tell(outcome: Outcome) -> None:

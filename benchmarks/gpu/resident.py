@@ -12,7 +12,7 @@ import time
 from coldframe.benchmarks.gpu.copies import BARE
 from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.replicas import ask, options
-from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
+from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.runtime.replica import Replica
@@ -23,6 +23,7 @@ _RATIO = 1.10
 _PARK_S = 20.0
 """The first time host memory is locked, and all bytes are copied there."""
 _FREED = 0.9
+_OUTCOMES = {True: "passed", False: "failed"}
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -43,7 +44,9 @@ def measure(report: Report, setting: Setting) -> None:
             again = ask(replica, 8).wait(replica, setting.seconds)
     finally:
         gpu.close()
-    report.answer("the same tokens before and after", first.tokens == again.tokens)
+    same = first.tokens == again.tokens
+    why = None if same else f"{first.tokens} before, {again.tokens} behind it"
+    report.check(Check("the same tokens before and after it was parked", _OUTCOMES[same], why))
     report.figure(Row("resident: TTFT", times, "s"))
     ratio = "resident: TTFT / (bytes / bare rate)"
     try:

@@ -15,6 +15,7 @@ from coldframe.benchmarks.gpu.parts import BUDGET_S, MACHINE, PARTS
 from coldframe.benchmarks.gpu.probes import Probe, ask_all
 from coldframe.benchmarks.gpu.report import Check, Found, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
+from tests.runtime.snapshots import eventually
 
 ROOT = Path(__file__).parent.parent.parent
 SOON = 60.0
@@ -107,8 +108,16 @@ time.sleep(1000)
     child = tmp_path / "child"
     # On a busy machine it may have been ended before it came to that.
     if child.exists() and child.read_text():
-        status = Path(f"/proc/{child.read_text()}/stat")
-        assert not status.exists() or status.read_text().rpartition(")")[2].split()[0] == "Z"
+        eventually(lambda: not runs(int(child.read_text())))
+
+
+def runs(pid: int) -> bool:
+    """Whether a process is there, and not only waiting to be reaped."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return status.rpartition(")")[2].split()[0] not in "ZX"
 
 
 def test_what_does_not_fit_the_budget_is_not_begun(run: Run) -> None:
@@ -186,7 +195,7 @@ def gpu(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     results, scratch = tmp_path / "results", tmp_path / "scratch"
     scratch.mkdir()
-    where = ("--results", str(results), "--scratch", str(scratch))
+    where = ("--results", str(results), "--scratch", str(scratch), "--output", f"{tmp_path}/o")
     done = gpu(*where)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("There is no GPU to measure, and so no results: ")

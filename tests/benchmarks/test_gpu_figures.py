@@ -255,6 +255,7 @@ def test_what_compute_sanitizer_says() -> None:
     assert errors_in(clean + bad) == (2, "2 errors: Invalid __global__ write of size 4 bytes")
 
 
+@pytest.mark.heavy
 def test_the_tests_for_a_gpu_are_checks_with_their_reasons(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from coldframe.loader.arena import HUGE_PAGE
+from coldframe.loader.arena import HUGE_PAGE, PAGE, round_up
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.buffers import Buffer, make_buffers
 from coldframe.loader.devices.context import Context
@@ -83,7 +83,7 @@ class Bare:
         driver = self.context.driver
         driver.copy_out(back.address, self.arena.address + at, length, self.streams[0])
         driver.synchronize(self.streams[0])
-        if back.view != self.buffer.view[at:]:
+        if back.view != self.buffer.view[at : self.nbytes]:
             raise DeviceError("what was copied is not what has arrived", where=f"{length} bytes")
 
 
@@ -125,12 +125,13 @@ def bare(context: Context, nbytes: int) -> Iterator[Bare]:
     """
     context.bind()
     driver = context.driver
-    buffer = host_buffer(nbytes)
+    locked = round_up(nbytes, PAGE)
+    buffer = host_buffer(locked)
     fill(buffer)
     arena = DeviceArena(context, nbytes, writable=True)
     try:
         arena.grow(arena.size)
-        driver.register_host(buffer.address, nbytes)
+        driver.register_host(buffer.address, locked)
         try:
             streams = driver.stream(), driver.stream()
             try:

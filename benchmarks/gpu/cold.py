@@ -83,10 +83,12 @@ def rows(which: str, starts: Sequence[dict[str, Any]], bare: float | None) -> li
     load = [start["load_s"] for start in starts]
     worker = [worker_ready_s(start) for start in starts]
     beyond = [t - max(a, b) for t, a, b in zip(ttft, load, worker, strict=True)]
+    rates = [start["weights_bytes"] / 1e9 / _reading_s(start) for start in starts]
     found = [
         Row(f"{which}: TTFT", ttft, "s"),
         Row(f"  {which}: first byte asked for", [s["first_byte_s"] for s in starts], "s"),
         Row(f"  {which}: last stage in", load, "s"),
+        Row(f"  {which}: weights read and copied, from the first byte on", rates, "GB/s"),
         Row(f"  {which}: worker up, but for the weights", worker, "s"),
         Row(f"{which}: TTFT - the later of these two", beyond, "s", _BEYOND_S),
     ]
@@ -108,6 +110,11 @@ def worker_ready_s(start: dict[str, Any]) -> float:
         if span["name"] == "ready" and span["process"].startswith("prefill"):
             return float(span["end_s"])
     raise PlatformError("a start's timeline does not say when its worker was ready")
+
+
+def _reading_s(start: dict[str, Any]) -> float:
+    """From the first byte asked for to the last stage."""
+    return float(start["load_s"] - start["first_byte_s"])
 
 
 def _split(start: dict[str, Any]) -> dict[str, str]:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import itertools
 import time
+from contextlib import closing
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,6 +31,7 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import DeviceError, PlatformError
 from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.sources.base import Source
@@ -43,6 +46,8 @@ _CHUNKS = (8 << 20, 16 << 20)
 _READERS = (2, 4, 6, 8)
 _STREAMS = (1, 2)
 _DISK_READERS = 8
+_TRIAL = 4
+"""The part of the bytes that a feed is tried with."""
 _PAGE_CACHE = 0.8
 _PINNED = 0.95
 
@@ -71,138 +76,144 @@ def rates_of(report: Report, setting: Setting, api: Any, model: Path) -> None:
             arena.grow(arena.size)
             with bare(context, most) as link:
                 link.rate()
-                _from(report, setting, "host RAM", _memory(link), plan, arena, link)
-                files = FileSource(checkpoint.shards)
-                try:
-                    warm_page_cache(model)
-                    _from(report, setting, "page cache", files, plan, arena, link)
-                finally:
-                    files.close()
-                _from_pinned(report, setting, plan, arena, link)
-                _from_disk(report, checkpoint, model, plan, arena, context, most)
+                ways = _Ways(report, setting.runs, plan, arena, link)
+                ways.from_memory()
+                ways.from_page_cache(model, checkpoint)
+                ways.from_pinned()
+                ways.from_disk(model, checkpoint)
         finally:
             arena.close()
     finally:
         context.close()
 
 
-def _memory(link: Bare) -> MemorySource:
-    """Host memory of its own: the bare copy's is locked, and the caches know it."""
-    buffer = host_buffer(link.nbytes)
-    fill(buffer)
-    return MemorySource(buffer)
+@dataclass(frozen=True, slots=True)
+class _Ways:
+    """The ways to one arena, each beside the link.
 
+    Args:
+        report: Where figures go.
+        runs: How often each is measured.
+        plan: What goes where.
+        arena: Whole.
+        link: Its bytes are also how many of the plan's are loaded.
+    """
 
-def _from(
-    report: Report,
-    setting: Setting,
-    what: str,
-    source: Source,
-    plan: Plan,
-    arena: DeviceArena,
-    link: Bare,
-) -> None:
-    """Finds the best feed, then measures it in turn with the bare copy and with reading alone."""
-    tried: dict[Feed, float] = {}
-    for feed in _feeds(link.nbytes):
-        with ConnectedRing(feed, link.context) as ring:
-            # The first load of a ring locks its buffers.
-            load(ring, source, plan, arena.address, feed, link.nbytes // 4)
-            tried[feed] = load(ring, source, plan, arena.address, feed, link.nbytes)
-    feed = max(tried, key=lambda feed: tried[feed])
-    rates = {str(feed): f"{rate / 1e9:.1f} GB/s" for feed, rate in tried.items()}
-    report.answer(f"{what}: the fastest feed", {"best": str(feed), **rates})
-    ours, theirs, alone = [], [], []
-    with ConnectedRing(feed, link.context) as ring:
-        load(ring, source, plan, arena.address, feed, link.nbytes)
-        for _ in range(setting.runs):
-            theirs.append(link.rate(1) / 1e9)
-            ours.append(load(ring, source, plan, arena.address, feed, link.nbytes) / 1e9)
-            alone.append(read_alone(source, plan, feed, link.nbytes) / 1e9)
-        note = ring.note
-    name = f"{what} to the device"
-    report.answer(f"{what}: how it was copied", note)
-    report.figure(Row(name, ours, "GB/s"))
-    report.figure(Row(f"  {what}: read alone, by as many readers", alone, "GB/s"))
-    pairs = list(zip(ours, theirs, strict=True))
-    report.figure(Row(f"{name} / bare pinned copy", [a / b for a, b in pairs], "ratio"))
-    if what != "page cache":
-        return
-    limit = "page cache / the lesser of 0.8 x bare and the host's own copies"
-    try:
-        host = report.earlier.median(HOST_COPY)
-    except LeftOut as error:
-        report.left_out(limit, str(error))
-        return
-    bounds = [a / min(_PAGE_CACHE * b, host) for a, b in pairs]
-    report.figure(Row(limit, bounds, "ratio", 1.0, at_least=True))
+    report: Report
+    runs: int
+    plan: Plan
+    arena: DeviceArena
+    link: Bare
+
+    def from_memory(self) -> None:
+        # Memory of its own: the bare copy's is locked, and the caches know it.
+        buffer = host_buffer(self.link.nbytes)
+        fill(buffer)
+        self._through_ring("host RAM", MemorySource(buffer))
+
+    def from_page_cache(self, model: Path, checkpoint: Checkpoint) -> None:
+        warm_page_cache(model)
+        with closing(FileSource(checkpoint.shards)) as files:
+            ratios = self._through_ring("page cache", files)
+        limit = "page cache / the lesser of 0.8 x bare and the host's own copies"
+        try:
+            host = self.report.earlier.median(HOST_COPY)
+        except LeftOut as error:
+            self.report.left_out(limit, str(error))
+            return
+        bounds = [ours / min(_PAGE_CACHE * theirs, host) for ours, theirs in ratios]
+        self.report.figure(Row(limit, bounds, "ratio", 1.0, at_least=True))
+
+    def _through_ring(self, what: str, source: Source) -> list[tuple[float, float]]:
+        """Finds the best feed, then measures it in turn with the bare copy and reading alone.
+
+        Returns:
+            Our rate and that of the bare copy in each run, in GB/s.
+        """
+        tried = {feed: self._try(feed, source) for feed in _feeds(self.link.nbytes)}
+        feed = max(tried, key=lambda feed: tried[feed])
+        rates = {str(feed): f"{rate / 1e9:.1f} GB/s" for feed, rate in tried.items()}
+        self.report.answer(f"{what}: the fastest feed", {"best": str(feed), **rates})
+        pairs, alone = [], []
+        with ConnectedRing(feed, self.link.context) as ring:
+            self._load(ring, source, feed)
+            for _ in range(self.runs):
+                theirs = self.link.rate() / 1e9
+                pairs.append((self._load(ring, source, feed) / 1e9, theirs))
+                alone.append(read_alone(source, self.plan, feed, self.link.nbytes) / 1e9)
+            note = ring.note
+        self.report.answer(f"{what}: how it was copied", note)
+        name = f"{what} to the device"
+        self.report.figure(Row(name, [ours for ours, _ in pairs], "GB/s"))
+        self.report.figure(Row(f"  {what}: read alone, by as many readers", alone, "GB/s"))
+        ratios = [ours / theirs for ours, theirs in pairs]
+        self.report.figure(Row(f"{name} / bare pinned copy", ratios, "ratio"))
+        return pairs
+
+    def _try(self, feed: Feed, source: Source) -> float:
+        with ConnectedRing(feed, self.link.context) as ring:
+            # A ring's first load locks its buffers.
+            self._load(ring, source, feed, _TRIAL)
+            return self._load(ring, source, feed, _TRIAL)
+
+    def _load(self, ring: Ring, source: Source, feed: Feed, part: int = 1) -> float:
+        most = self.link.nbytes // part
+        return load(ring, source, self.plan, self.arena.address, feed, most)
+
+    def from_pinned(self) -> None:
+        """All weights out of locked host memory, as they come back to a replica that was parked."""
+        if find_spec("coldframe.loader.devices.pinned") is None:
+            self.report.left_out(PINNED, "there is no such tier yet")
+            return
+        pinned: Any = import_module("coldframe.loader.devices.pinned")
+        parked: Any = import_module("coldframe.loader.devices.parked")
+        rates: list[float] = []
+        ratios: list[float] = []
+        try:
+            with closing(
+                pinned.PinnedWeights(self.arena, parked.stretches_of(self.plan))
+            ) as weights:
+                started = time.perf_counter()
+                weights.keep(lambda: None)
+                kept_s = time.perf_counter() - started
+                for _ in range(self.runs):
+                    theirs = self.link.rate()
+                    started = time.perf_counter()
+                    weights.bring(lambda stage: None, lambda: None)
+                    rate = self.plan.weights_bytes / (time.perf_counter() - started)
+                    rates.append(rate / 1e9)
+                    ratios.append(rate / theirs)
+        except DeviceError as error:
+            self.report.left_out(PINNED, str(error))
+            return
+        self.report.figure(Row(PINNED, rates, "GB/s"))
+        self.report.figure(Row("  kept there for the first time", [kept_s], "s"))
+        name = f"{PINNED} / bare pinned copy"
+        self.report.figure(Row(name, ratios, "ratio", _PINNED, at_least=True))
+
+    def from_disk(self, model: Path, checkpoint: Checkpoint) -> None:
+        """Once: a disk is slow, and its bytes are read again only when they are evicted again."""
+        most = self.link.nbytes
+        feed = Feed(max(BLOCK, min(8 << 20, most // 8)), _DISK_READERS, 1)
+        try:
+            with closing(FileSource(checkpoint.shards)) as files:
+                evict_files(sorted(model.glob("*.safetensors")))
+                if not files.use_direct():
+                    raise LeftOut("the file system has no O_DIRECT")
+                alone = read_alone(files, self.plan, feed, most) / 1e9
+                with ConnectedRing(feed, self.link.context) as ring:
+                    rate = self._load(ring, files, feed) / 1e9
+        except (LeftOut, PlatformError) as error:
+            self.report.left_out("disk to the device", str(error))
+            return
+        self.report.figure(Row("disk to the device", [rate], "GB/s"))
+        self.report.figure(Row("  disk: read alone past the page cache", [alone], "GB/s"))
 
 
 def _feeds(nbytes: int) -> list[Feed]:
-    # Not one that leaves each reader less than two chunks.
+    # None that leaves a reader less than two chunks.
     return [
         feed
         for feed in itertools.starmap(Feed, itertools.product(_CHUNKS, _READERS, _STREAMS))
         if feed.chunk * feed.readers * 2 <= nbytes
     ] or [Feed(max(BLOCK, nbytes // 8), 2, streams) for streams in _STREAMS]
-
-
-def _from_pinned(
-    report: Report, setting: Setting, plan: Plan, arena: DeviceArena, link: Bare
-) -> None:
-    """All weights out of locked host memory, as they come back to a replica that was parked."""
-    if find_spec("coldframe.loader.devices.pinned") is None:
-        report.left_out(PINNED, "there is no such tier yet")
-        return
-    pinned: Any = import_module("coldframe.loader.devices.pinned")
-    parked: Any = import_module("coldframe.loader.devices.parked")
-    rates: list[float] = []
-    ratios: list[float] = []
-    weights = pinned.PinnedWeights(arena, parked.stretches_of(plan))
-    try:
-        started = time.perf_counter()
-        weights.keep(lambda: None)
-        kept_s = time.perf_counter() - started
-        for _ in range(setting.runs):
-            bare_rate = link.rate(1)
-            started = time.perf_counter()
-            weights.bring(lambda stage: None, lambda: None)
-            rate = plan.weights_bytes / (time.perf_counter() - started)
-            rates.append(rate / 1e9)
-            ratios.append(rate / bare_rate)
-    except DeviceError as error:
-        report.left_out(PINNED, str(error))
-        return
-    finally:
-        weights.close()
-    report.figure(Row("  kept there for the first time", [kept_s], "s"))
-    report.figure(Row(PINNED, rates, "GB/s"))
-    report.figure(Row(f"{PINNED} / bare pinned copy", ratios, "ratio", _PINNED, at_least=True))
-
-
-def _from_disk(
-    report: Report,
-    checkpoint: Checkpoint,
-    model: Path,
-    plan: Plan,
-    arena: DeviceArena,
-    context: Context,
-    most: int,
-) -> None:
-    """Once: a disk is slow, and its bytes are read again only when they are evicted again."""
-    files = FileSource(checkpoint.shards)
-    try:
-        evict_files(sorted(model.glob("*.safetensors")))
-        if not files.use_direct():
-            raise LeftOut("the file system has no O_DIRECT")
-        feed = Feed(max(BLOCK, min(8 << 20, most // 8)), _DISK_READERS, 1)
-        alone = read_alone(files, plan, feed, most) / 1e9
-        with ConnectedRing(feed, context) as ring:
-            rate = load(ring, files, plan, arena.address, feed, most) / 1e9
-    except (LeftOut, PlatformError) as error:
-        report.left_out("disk to the device", str(error))
-        return
-    finally:
-        files.close()
-    report.figure(Row("disk, read alone past the page cache", [alone], "GB/s"))
-    report.figure(Row("disk to the device", [rate], "GB/s"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from dataclasses import fields
 
+from coldframe.benchmarks.gpu.report import LeftOut
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions
@@ -87,11 +89,7 @@ def options(model: str, device: str) -> ReplicaOptions:
     Raises:
         LeftOut: Replicas have no device yet.
     """
-    import dataclasses
-
-    from coldframe.benchmarks.gpu.report import LeftOut
-
-    if "device" not in {field.name for field in dataclasses.fields(ReplicaOptions)}:
+    if "device" not in {field.name for field in fields(ReplicaOptions)}:
         raise LeftOut("replicas cannot be told a device yet")
     told = {"model": model, "device": device}
     return ReplicaOptions(**told)  # type: ignore[arg-type]

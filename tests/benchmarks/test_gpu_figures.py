@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from coldframe.benchmarks.gpu import copies, loads
 from coldframe.benchmarks.gpu.bare import bare, host_buffer
-from coldframe.benchmarks.gpu.cold import rows, worker_ready_s
+from coldframe.benchmarks.gpu.cold import rows, same_answers, worker_ready_s
 from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, load, pieces
 from coldframe.benchmarks.gpu.model import choose, shape_of, write_shape
 from coldframe.benchmarks.gpu.report import Found, LeftOut, Report, Setting
@@ -242,9 +242,18 @@ def test_a_cold_start_is_held_against_the_later_of_load_and_worker() -> None:
     assert (beyond.target, beyond.at_least) == (0.3, False)
     ratio = found["warm: TTFT / (bytes / bare rate)"]
     assert ratio.runs == [pytest.approx(6.25), pytest.approx(7.8125)]
+    read = found["  warm: weights read and copied, from the first byte on"]
+    assert read.runs == [pytest.approx(16 / 1.7), pytest.approx(16 / 0.9)]
     assert len(rows("warm", [start(2.0, 1.8, 1.0)], None)) == len(found) - 2
     with pytest.raises(PlatformError, match="does not say when its worker was ready"):
         worker_ready_s({"stages": []})
+
+
+def test_starts_that_answer_differently_fail() -> None:
+    same = {"token_ids": [1, 2]}
+    assert same_answers([same, same, same]).outcome == "passed"
+    failed = same_answers([same, same, {"token_ids": [1, 3]}])
+    assert (failed.outcome, failed.reason) == ("failed", "[1, 2] first, then [1, 3]")
 
 
 def test_what_compute_sanitizer_says() -> None:

@@ -15,6 +15,7 @@ class LoadOptions:
     Args:
         model: A directory, or another place as `location.parse_location` takes it.
         sources: Places to try before that one, in their order.
+        device: Whose memory it goes to; see `open_device`.
         copy: Never map files in place.
         verify: Hold the bytes against the checkpoint's seal, where it has one.
         throttle: Bytes per second at most, or None; implies `copy`.
@@ -28,6 +29,7 @@ class LoadOptions:
 
     model: str
     sources: tuple[str, ...] = ()
+    device: str = "cpu"
     copy: bool = False
     verify: bool = True
     throttle: float | None = None

@@ -6,8 +6,9 @@ owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
 `hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers).
-Messages out: `files`, `plan` (board and segments), `kv`, `stage`, `remap`, `relaid`, `failed`,
-`loaded`, `moved`, `kept`, `usage`, `assigned`, `claimed`, `dropped`, `available`.
+Messages out: `files`, `plan` (board and segments), `kv`, `kv_grown`, `kv_shrunk`, `stage`,
+`remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`, `claimed`, `dropped`,
+`available`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ from typing import Any
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices import open_device
-from coldframe.loader.errors import ArenaError, ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.devices.base import Arena, Device
+from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.ownarena import OwnArena
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
@@ -56,7 +57,7 @@ class MemoryService:
 
     def __init__(self, owner: Channel, run_dir: str, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._device = open_device("cpu")
+        self._device: Device = open_device("cpu")
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -75,7 +76,7 @@ class MemoryService:
         self._wished: bool | None = None
         self._moving = False
         self._moved: Callable[[], None] | None = None
-        self._kv = KvDesk(self._device, self._send, lambda: self._clients.values(), self._post)
+        self._kv = KvDesk(self._send, lambda: self._clients.values(), self._post, self._report)
         self._running = True
 
     def run(self) -> None:
@@ -101,6 +102,7 @@ class MemoryService:
         # A load that is still being opened is left to the end of the process.
         if self._load is not None and not self._opening.is_alive():
             self._load.close()
+            self._device.close()
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():
@@ -190,8 +192,16 @@ class MemoryService:
     def _on_load(self, client: Connection, **options: Any) -> None:
         if client is not self._owner or self._load is not None:
             raise ReplicaError("only the owner loads, and once", where=client.key)
+        wanted = LoadOptions.from_wire(options)
+        try:
+            self._device = open_device(wanted.device)
+        except DeviceError as error:
+            self._report(error)
+            return
+        # What it takes to bring it up goes on beside opening the checkpoint and the first reads.
+        self._device.start()
         self._load = Load(
-            LoadOptions.from_wire(options),
+            wanted,
             self._device,
             self._recorder,
             files_dir=os.path.join(self._run_dir, "model"),
@@ -234,6 +244,8 @@ class MemoryService:
 
     def _ended_now(self, error: ColdframeError | None) -> None:
         self._load_ended = True
+        if self._load is not None:
+            self._load.landed()
         self._report(error)
         self._check_proven()
         self._check_lease()
@@ -408,7 +420,7 @@ class MemoryService:
         self._check_lease()
         self._settle()
 
-    def _realigned_now(self, plan: Plan, arena: OwnArena) -> None:
+    def _realigned_now(self, plan: Plan, arena: Arena) -> None:
         assert self._load is not None
         load = self._load
         load.adopt_layout(plan, arena)
@@ -463,10 +475,7 @@ class MemoryService:
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:
             raise ReplicaError("only the owner sizes the KV", where=client.key)
-        try:
-            self._kv.open_arena(**sizes)
-        except (ArenaError, DeviceError) as error:
-            self._report(error)
+        self._kv.open_arena(self._device, **sizes)
 
 
 def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:

@@ -20,7 +20,9 @@ from typing import Any, Protocol
 
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceError,
     MemoryServiceGone,
+    NoDevice,
     ReplicaError,
     SnapshotError,
 )
@@ -324,7 +326,7 @@ class Workforce:
                         # A dying process closes one socket after the other: this worker's may have
                         # been the first. None is to be started in its place.
                         self._owner.hear_memory()
-                    if isinstance(error, ReplicaError) or worker.restoring:
+                    if _is_its_own(error) or worker.restoring:
                         worker.last_words = str(error)  # another may fare better
                     else:
                         self._owner.fail(error)
@@ -390,6 +392,12 @@ class Workforce:
         return worker.child.kill()
 
 
+def _is_its_own(error: ColdframeError) -> bool:
+    """Whether what broke a worker need not break the next: there is a device, and it fails."""
+    of_a_device = isinstance(error, DeviceError) and not isinstance(error, NoDevice)
+    return of_a_device or isinstance(error, ReplicaError)
+
+
 def init_message(
     name: str, role: str, options: ReplicaOptions, model: ModelFacts
 ) -> dict[str, Any]:
@@ -398,6 +406,7 @@ def init_message(
         "type": "init",
         "name": name,
         "role": role,
+        "device": "cpu",
         "parent": os.getpid(),
         "model": model.directory,
         "config": model.config,

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from coldframe.loader.devices.driver import Driver
-from coldframe.loader.errors import NoDevice
+from coldframe.loader.errors import DeviceLost, NoDevice
 
 __all__ = ["Context"]
 
@@ -61,4 +63,5 @@ class Context:
         """Lets the context go; what was made in it must be gone."""
         if not self._closed:
             self._closed = True
-            self.driver.release_context(self.ordinal)
+            with suppress(DeviceLost):  # and the context with it
+                self.driver.release_context(self.ordinal)

@@ -116,7 +116,8 @@ def load(ring: Ring, source: Source, plan: Plan, address: int, feed: Feed, most:
     todo = list(pieces(plan, feed.chunk, most))
     total = sum(stop - start for _, start, stop in todo)
     transfer = ring.transfer()
-    placer = DevicePlacer(source, transfer, address)
+    transfer.base = address
+    placer = DevicePlacer(source, transfer)
     queue, lock = iter(todo), threading.Lock()
     left, all_in = len(todo), threading.Event()
     errors: list[ColdframeError] = []

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from importlib import import_module
 
+from coldframe.runtime.device_choice import CPU, choose_device
 from coldframe.runtime.flags import Parser
 
 __all__ = ["BENCHMARKS", "add_arguments", "run"]
@@ -27,6 +29,9 @@ BENCHMARKS = {
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
 }
 
+_ON_DEVICE = {"prefix", "replay", "rest", "serve", "swap", "turns"}
+"""Those that start replicas wherever they are asked to; the others are about the CPU, or none."""
+
 
 def add_arguments(parser: Parser) -> None:
     names = "; ".join(f"{name}: {summary}" for name, (_, summary) in BENCHMARKS.items())
@@ -44,4 +49,11 @@ def run(args: argparse.Namespace) -> int:
     module = import_module(module_name)
     parser = Parser(prog=f"coldframe bench {args.bench}", description=summary)
     module.add_arguments(parser)
-    return int(module.run(parser.parse(args.rest)))
+    on_device = args.bench in _ON_DEVICE
+    if on_device:
+        parser.flag("--device", default=CPU, help="what replicas compute on: cpu or cuda:N (cpu)")
+    wanted = parser.parse(args.rest)
+    if on_device:
+        # For the commands that it starts, too.
+        os.environ["COLDFRAME_DEVICE"] = wanted.device = choose_device(wanted.device).device
+    return int(module.run(wanted))

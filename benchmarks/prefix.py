@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     alone: list[float] = []
     numbers = random.Random(0)
     shared = args.prefix // BLOCK_TOKENS * BLOCK_TOKENS
-    with Replica(ReplicaOptions(model=str(args.model))) as replica:
+    with Replica(ReplicaOptions(model=str(args.model), device=args.device)) as replica:
         replica.run_until(lambda: replica.known)
         vocabulary = range(_FIRST_ID, replica.spec.vocab_size)
         for number in range(-_WARM_UP, args.runs):

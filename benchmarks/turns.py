@@ -62,7 +62,9 @@ def run(args: argparse.Namespace) -> int:
     for number in range(args.runs):
         for tokens in found:
             print(f"run {number + 1} of {args.runs}: --local-prefill {tokens}", file=sys.stderr)
-            options = ReplicaOptions(str(args.model), local_prefill=tokens, pin=args.pin)
+            options = ReplicaOptions(
+                str(args.model), local_prefill=tokens, pin=args.pin, device=args.device
+            )
             with Replica(options) as replica:
                 bench = _Bench(replica, args, seed=10_000 * (number + 1))
                 bench.window(with_long=False)  # kernels are made when first used

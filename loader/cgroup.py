@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cpu_count", "cpu_quota", "memory_available"]
+__all__ = ["cpu_count", "cpu_quota", "memory_available", "memory_limit"]
 
 # v1 writes "no limit" as the largest page-rounded 63-bit number.
 _NO_LIMIT = 1 << 60
@@ -49,22 +49,35 @@ def memory_available(root: str | Path = "/") -> int:
     page cache that can be dropped counts as left.
     """
     left = [_meminfo(Path(root))]
-    for version, folder in _groups(Path(root), "memory"):
-        names = (
-            ("memory.max", "memory.current", "inactive_file")
+    for limit, version, folder in _memory_limits(Path(root)):
+        name, key = (
+            ("memory.current", "inactive_file")
             if version == 2
-            else ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            else ("memory.usage_in_bytes", "total_inactive_file")
         )
-        limit, used = _text(folder / names[0]), _text(folder / names[1])
-        if limit is None or used is None or limit == "max" or int(limit) >= _NO_LIMIT:
+        used = _text(folder / name)
+        if used is None:
             continue
         reclaimable = 0
         for line in (_text(folder / "memory.stat") or "").splitlines():
-            key, _, value = line.partition(" ")
-            if key == names[2]:
+            word, _, value = line.partition(" ")
+            if word == key:
                 reclaimable = int(value)
-        left.append(int(limit) - int(used) + reclaimable)
+        left.append(limit - int(used) + reclaimable)
     return max(0, min(left))
+
+
+def memory_limit(root: str | Path = "/") -> int | None:
+    """Bytes that this process and those beside it may take together, or None without a limit."""
+    return min((limit for limit, _, _ in _memory_limits(Path(root))), default=None)
+
+
+def _memory_limits(root: Path) -> Iterator[tuple[int, int, Path]]:
+    """The limits on the path, in bytes, each with its cgroup's version and folder."""
+    for version, folder in _groups(root, "memory"):
+        limit = _text(folder / ("memory.max" if version == 2 else "memory.limit_in_bytes"))
+        if limit is not None and limit != "max" and int(limit) < _NO_LIMIT:
+            yield int(limit), version, folder
 
 
 def _groups(root: Path, controller: str) -> Iterator[tuple[int, Path]]:

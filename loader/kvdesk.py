@@ -17,6 +17,7 @@ from coldframe.loader.errors import (
     RequestError,
 )
 from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.kv_room import KvRoom
 from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.ledger import BlockLedger, Blocks, KvUsage
 
@@ -41,6 +42,7 @@ class KvDesk:
         connections: All that there are.
         post: Has something done by the loop; any thread may call it.
         fail: Told why there can be no arena.
+        sized: Told `block_bytes` and `blocks` where the desk was left to say how many.
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class KvDesk:
         connections: Callable[[], Iterable[Connection]],
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[ColdframeError], None],
+        sized: Callable[[dict[str, int]], None],
     ) -> None:
         self._send = send
         self._connections = connections
         self._post = post
         self._fail = fail
+        self._sized = sized
+        self._waits_for_weights: Callable[[], None] | None = None
+        self._weights_lie = False
         self._ledger: BlockLedger | None = None
         self._arena: Arena | None = None
         self._offer: dict[str, Any] = {}
@@ -74,9 +80,10 @@ class KvDesk:
         self,
         device: Device,
         block_bytes: int,
-        blocks: int,
+        blocks: int | None,
         lease_s: float,
         store: dict[str, Any] | None = None,
+        room: dict[str, Any] | None = None,
     ) -> None:
         """Makes the arena and offers it to every worker, as soon as the device is up.
 
@@ -85,30 +92,60 @@ class KvDesk:
         Args:
             device: Where the blocks lie.
             block_bytes: Of one block.
-            blocks: How many.
+            blocks: How many; None where `room` says it (`KvRoom`), once the weights have theirs.
             lease_s: See `BlockLedger`.
             store: Where KV is kept that leaves the arena (`KvStoreOptions`), if anywhere.
+            room: See `blocks`.
 
         Raises:
             ReplicaError: There is one already.
         """
         if self._ledger is not None:
             raise ReplicaError("the KV has been sized already")
-        self._ledger = BlockLedger(blocks, lease_s, self._grow)
-        self._offer = {"block_bytes": block_bytes, "blocks": blocks}
+        self._ledger = BlockLedger(blocks or 0, lease_s, self._grow)
+        self._offer = {"block_bytes": block_bytes}
+        kept = None if store is None else KvStoreOptions.from_wire(store)
 
         def up() -> None:
             try:
-                self._make_arena(device, None if store is None else KvStoreOptions.from_wire(store))
+                count = blocks
+                if count is None:
+                    count = self._count(device, KvRoom.from_wire(room or {}))
+                self._make_arena(device, count, kept)
             except ColdframeError as error:
                 self._fail(error)
 
-        if device.start(lambda: self._post(up)):
+        if blocks is None and not self._weights_lie:
+            self._waits_for_weights = up
+        elif device.start(lambda: self._post(up)):
             up()
 
-    def _make_arena(self, device: Device, store: KvStoreOptions | None) -> None:
+    def weights_lie(self) -> None:
+        """The weights have their memory; what is left may become KV."""
+        self._weights_lie = True
+        up, self._waits_for_weights = self._waits_for_weights, None
+        if up is not None:
+            up()
+
+    def _count(self, device: Device, room: KvRoom) -> int:
+        """How many blocks there is room for, beside the weights, which have theirs."""
+        found, size = device.report(), self._offer["block_bytes"]
+        count = room.nbytes(found.total, found.free, 0) // int(size)
+        if count < 1:
+            raise DeviceFull(
+                "the weights leave no room for KV",
+                where=device.name,
+                expected=f"at least {size:,} bytes",
+                got=f"{found.free:,} of {found.total:,} bytes free",
+                hint="Take a smaller model or another device, or say how much with --kv-memory.",
+            )
+        self._sized({"block_bytes": size, "blocks": count})
+        return count
+
+    def _make_arena(self, device: Device, blocks: int, store: KvStoreOptions | None) -> None:
         assert self._ledger is not None
-        block_bytes, blocks = self._offer["block_bytes"], self._offer["blocks"]
+        block_bytes, self._ledger.blocks = self._offer["block_bytes"], blocks
+        self._offer["blocks"] = blocks
         self._arena = arena = device.arena("kv", block_bytes * blocks, now=False)
         self._offer["size"] = arena.size
         self._ledger.backed = self._grow(1)  # the first request need not wait for it

@@ -15,7 +15,6 @@ class LoadOptions:
     Args:
         model: A directory, or another place as `location.parse_location` takes it.
         sources: Places to try before that one, in their order.
-        device: Whose memory it goes to; see `open_device`.
         copy: Never map files in place.
         verify: Hold the bytes against the checkpoint's seal, where it has one.
         throttle: Bytes per second at most, or None; implies `copy`.
@@ -25,11 +24,11 @@ class LoadOptions:
         cache_bytes: How much it may keep.
         serve_peers: `HOST:PORT` where the arena is served to peers, or None.
         peer_token: What they must send.
+        device: Where the weights go, as `devices.open_device` takes it.
     """
 
     model: str
     sources: tuple[str, ...] = ()
-    device: str = "cpu"
     copy: bool = False
     verify: bool = True
     throttle: float | None = None
@@ -39,6 +38,7 @@ class LoadOptions:
     cache_bytes: int = 0
     serve_peers: str | None = None
     peer_token: str | None = None
+    device: str = "cpu"
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -6,9 +6,9 @@ owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
 `hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers).
-Messages out: `files`, `plan` (board and segments), `kv`, `kv_grown`, `kv_shrunk`, `stage`,
-`remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`, `claimed`, `dropped`,
-`available`.
+Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
+`kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
+`claimed`, `dropped`, `available`.
 """
 
 from __future__ import annotations
@@ -76,7 +76,13 @@ class MemoryService:
         self._wished: bool | None = None
         self._moving = False
         self._moved: Callable[[], None] | None = None
-        self._kv = KvDesk(self._send, lambda: self._clients.values(), self._post, self._report)
+        self._kv = KvDesk(
+            self._send,
+            lambda: self._clients.values(),
+            self._post,
+            self._report,
+            lambda sized: self._send(self._owner, {"type": "sized", **sized}),
+        )
         self._running = True
 
     def run(self) -> None:
@@ -199,7 +205,7 @@ class MemoryService:
             self._report(error)
             return
         # What it takes to bring it up goes on beside opening the checkpoint and the first reads.
-        self._device.start()
+        self._device.start(lambda: self._post(self._device_up))
         self._load = Load(
             wanted,
             self._device,
@@ -213,6 +219,15 @@ class MemoryService:
         )
         self._opening = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._opening.start()
+
+    def _device_up(self) -> None:
+        """The device is up, or will not be; who waits for it need not wait for the load as well."""
+        try:
+            found = self._device.report()
+        except ColdframeError as error:
+            self._report(error)
+        else:
+            self._send(self._owner, {"type": "device", **asdict(found)})
 
     def _run_load(self) -> None:
         assert self._load is not None
@@ -233,6 +248,7 @@ class MemoryService:
         assert self._load is not None
         self._planned = True
         self._kv.model_is(self._load.identity)
+        self._kv.weights_lie()
         for client in list(self._attached()):
             self._send_plan(client)
         self._send_plan(self._owner)

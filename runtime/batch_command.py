@@ -22,7 +22,7 @@ from coldframe.runtime.batch_output import Answers
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import model_name
-from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options
+from coldframe.runtime.run import MODEL_HELP, add_replica_arguments, replica_options, warn
 from coldframe.runtime.units import byte_count
 
 # The rest is imported when the processes are on their way: see `_Run`.
@@ -182,7 +182,10 @@ class _Run:
         from coldframe.runtime.replica import Replica
 
         recorder.add("imports", imported)
-        with Replica(options, recorder, launch) as replica, closing(Renderer()) as renderer:
+        with (
+            Replica(options, recorder, launch, warn=warn) as replica,
+            closing(Renderer()) as renderer,
+        ):
             if intake.first is not None and intake.first.url == CHAT:
                 renderer.start()
             replica.poll(0)  # the workers hear what they are before the rest is imported

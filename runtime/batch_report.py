@@ -142,6 +142,8 @@ def document(
         **counts,
         "loaded": True,
         "tier": None if snapshot is None else snapshot["tier"],
+        "device": replica.facts["device"],
+        "device_why": replica.facts["device_why"],
         "load_s": None if last_ready is None else timeline.seconds(last_ready),
         "weights_bytes": replica.facts.get("weights_bytes"),
         "load_mode": replica.facts.get("mode"),

@@ -29,6 +29,7 @@ COMMANDS = {
     "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
     "snapshot": ("coldframe.runtime.snapshot_command", "freeze a warm worker; see what is frozen"),
     "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
+    "doctor": ("coldframe.runtime.doctor", "what this machine can do, and what it lacks"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
 _COLD_STARTS = {"run", "serve", "batch"}

@@ -24,6 +24,7 @@ from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.oracle import OracleRun
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener
+from coldframe.runtime.snapshot_flags import check_freezable
 from coldframe.runtime.workforce import ending
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.model_key import ModelKey
@@ -44,6 +45,9 @@ class Freezing:
         snapshot: The store, and the key to sign with.
         compress: See `Store.put`.
 
+    Raises:
+        SnapshotError: The replica is on a GPU.
+
     Attributes:
         done: Whether it has come to its end, one or the other.
         image: The id of the image, once it is published.
@@ -53,6 +57,7 @@ class Freezing:
     def __init__(
         self, replica: Replica, snapshot: SnapshotOptions, *, compress: str = "auto"
     ) -> None:
+        check_freezable(replica.options.device)
         self.done = False
         self.image: str | None = None
         self.manifest: dict[str, Any] | None = None
@@ -104,7 +109,7 @@ class Freezing:
     def _order(self, compress: str) -> dict[str, Any]:
         replica, model = self._replica, self._replica.model
         weights = [WEIGHTS_BASE, weights_room(model)]
-        kv = [KV_BASE, room(replica.kv_bytes)]
+        kv = [KV_BASE, room(replica.kv_bytes or 0)]
         return {
             "type": "freeze",
             "code": FREEZE,

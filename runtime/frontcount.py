@@ -10,6 +10,7 @@ from typing import Any
 from coldframe.loader.kvtally import StoreUsage
 from coldframe.runtime.frontstats import (
     BusyClock,
+    DeviceState,
     FrontStats,
     critical_seconds,
     resident,
@@ -26,7 +27,7 @@ class FrontCount:
 
     Args:
         clock: Monotonic seconds.
-        device: `cpu` or `cuda`.
+        device: What a replica is to be on: `cpu` or `cuda:N`.
     """
 
     def __init__(
@@ -35,8 +36,7 @@ class FrontCount:
         device: str = "cpu",
     ) -> None:
         self._clock = clock
-        self._device = device
-        self._busy = BusyClock(clock)
+        self._busy = BusyClock(clock, device=device)
         self._cold_starts: Counter[str] = Counter()
         self._answered = False
         self._replica: Replica | None = None
@@ -45,6 +45,7 @@ class FrontCount:
         self._reused_before = 0
         self._by_decode_before = 0
         self._stored_before: Counter[str] = Counter()
+        self._faults_before: Counter[str] = Counter()
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
 
     def step(self, replica: Replica | None, *, idle: bool, parked: bool = False) -> None:
@@ -59,7 +60,8 @@ class FrontCount:
         if replica is None or replica.error is not None:
             self._busy.enter("zero")
             return
-        self._busy.enter("used" if not idle else "parked" if parked else "idle")
+        state: DeviceState = "used" if not idle else "parked" if parked else "idle"
+        self._busy.enter(state, replica.options.device)
         if replica.answered and not self._answered:
             tier = replica.facts.get("snapshot", {}).get("tier")
             self._cold_starts[tier or "fresh"] += 1
@@ -73,6 +75,7 @@ class FrontCount:
         self._reused_before += replica.usage.get("kv_reused", 0)
         self._by_decode_before += replica.prefilled_by_decode
         self._stored_before = self._stored(replica.usage, now=False)
+        self._faults_before += replica.faults.counts
         self._replica, self._answered = None, False
         self._busy.enter("zero")
 
@@ -106,9 +109,8 @@ class FrontCount:
             critical=critical,
             zero_s=self._busy.zero_s,
             parked_s=self._busy.parked_s,
-            device=self._device,
-            used_s=self._busy.used_s,
-            idle_s=self._busy.idle_s,
+            device_s=self._busy.by_device,
+            device_faults=self._faults_before + (replica.faults.counts if replica else Counter()),
             memory={name: kinds for name, kinds in found.items() if kinds},
         )
 

@@ -52,9 +52,10 @@ class FrontStats:
         critical: What its first token waited for; see `critical_seconds`.
         zero_s: Seconds in which nothing was held but the gateway.
         parked_s: Seconds in which the weights were held, and no more.
-        device: `cpu` or `cuda`.
-        used_s: Device seconds while a request was open.
-        idle_s: Device seconds while the device was held and no request was open.
+        device_s: By device, `cpu` or `cuda:N`: device seconds while a request was open (`used`),
+            and while it was held and none was (`idle`).
+        device_faults: How often a GPU was `lost`, and how often the CPU has stood in for one that
+            could not be used (`fallback`).
         memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
             told with one model only.
     """
@@ -74,9 +75,8 @@ class FrontStats:
     critical: Mapping[str, float] = field(default_factory=dict)
     zero_s: float = 0.0
     parked_s: float = 0.0
-    device: str = "cpu"
-    used_s: float = 0.0
-    idle_s: float = 0.0
+    device_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    device_faults: Mapping[str, int] = field(default_factory=dict)
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
@@ -153,50 +153,71 @@ class BusyClock:
     Args:
         clock: Monotonic seconds.
         devices: How many devices go from one state to the next together.
+        device: Which they are, until `enter` says otherwise.
     """
 
-    def __init__(self, clock: Callable[[], float], devices: int = 1) -> None:
+    def __init__(self, clock: Callable[[], float], devices: int = 1, device: str = "cpu") -> None:
         self._clock = clock
         self._devices = devices
         self._state: DeviceState = "zero"
         self._since = clock()
-        self._seconds: dict[DeviceState, float] = dict.fromkeys(_STATES, 0.0)
+        self._device = device
+        self._seconds: dict[str, dict[DeviceState, float]] = {}
+        self._count(device, "zero", 0.0)
 
     @property
     def state(self) -> DeviceState:
         return self._state
 
-    def enter(self, state: DeviceState) -> None:
-        """The device is in that state from now on; it may be in it already."""
-        if state != self._state:
+    def enter(self, state: DeviceState, device: str | None = None) -> None:
+        """The device is in that state from now on; it may be in it already.
+
+        Args:
+            state: Which.
+            device: Which device; None for the same as before.
+        """
+        device = device or self._device
+        if (state, device) != (self._state, self._device):
             self._settle()
-            self._state = state
+            self._state, self._device = state, device
 
     @property
     def zero_s(self) -> float:
         """Seconds at zero, of the clock: no device is held then."""
-        self._settle()
-        return self._seconds["zero"]
+        return self._total("zero")
 
     @property
     def parked_s(self) -> float:
         """Seconds parked, of the clock."""
-        self._settle()
-        return self._seconds["parked"]
+        return self._total("parked")
 
     @property
     def idle_s(self) -> float:
         """Device seconds."""
-        self._settle()
-        return self._seconds["idle"] * self._devices
+        return self._total("idle") * self._devices
 
     @property
     def used_s(self) -> float:
         """Device seconds."""
+        return self._total("used") * self._devices
+
+    @property
+    def by_device(self) -> dict[str, dict[str, float]]:
+        """Device seconds `used` and `idle`, of each device that was one."""
         self._settle()
-        return self._seconds["used"] * self._devices
+        return {
+            device: {state: seconds[state] * self._devices for state in ("used", "idle")}
+            for device, seconds in self._seconds.items()
+        }
+
+    def _total(self, state: DeviceState) -> float:
+        self._settle()
+        return sum(seconds[state] for seconds in self._seconds.values())
+
+    def _count(self, device: str, state: DeviceState, seconds: float) -> None:
+        self._seconds.setdefault(device, dict.fromkeys(_STATES, 0.0))[state] += seconds
 
     def _settle(self) -> None:
         now = self._clock()
-        self._seconds[self._state] += now - self._since
+        self._count(self._device, self._state, now - self._since)
         self._since = now

@@ -151,6 +151,7 @@ class Launch:
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
                 "serve_peers": options.serve_peers,
+                "device": options.device,
                 # An empty one is none, as where a platform sets all variables that it knows.
                 "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }
@@ -188,12 +189,19 @@ class Launch:
         Args:
             snapshot: Which ones.
             restorer: A process that restores images and waits to be told what.
+
+        Raises:
+            SnapshotError: All workers are to be clones, and none can be.
         """
         options = self.options
         location = parse_location(options.model)
         local = isinstance(location, Directory) and not options.sources
         directory = location.path if isinstance(location, Directory) and local else None
-        return Tiers(snapshot, options.model, directory, self.run_dir, restorer, user=options.user)
+        return Tiers(
+            *(snapshot, options.model, directory, self.run_dir, restorer),
+            user=options.user,
+            device=options.device,
+        )
 
     def start_worker(self, role: str, tiers: Tiers | None = None, group: str = "") -> WorkerProcess:
         """Starts one worker that will have the given role, in the best way that is left.

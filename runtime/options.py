@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from coldframe.loader.errors import DeviceError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.identity import Identity
@@ -84,6 +85,7 @@ class ReplicaOptions:
         scaling: What calls for more of them, and what for fewer.
         pin: Give prefill one half of the cores and decode the other.
         kv_bytes: KV memory; None lets the replica choose.
+        kv_part: Of a GPU's memory, what it may choose at most: a half is 0.5.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
         local_prefill: Tokens of a prompt, behind what of it is in KV, up to which a decode worker
@@ -93,10 +95,16 @@ class ReplicaOptions:
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
+        device: Where weights and KV are, and where the workers compute: `cpu` or `cuda:N`.
+        device_why: Why there, where nobody has asked for it.
+        fall_back: Whether the CPU stands in for that device where it cannot be used.
         run_dir: Where the replica's private directory is made; None chooses.
         user: Whom the workers run as, without capabilities, once they have opened what they need.
             None leaves them who the front is.
         snapshot: How workers may start, other than fresh.
+
+    Raises:
+        DeviceError: Workers are to be on another device than the weights.
     """
 
     model: str
@@ -116,19 +124,50 @@ class ReplicaOptions:
     scaling: ScalingOptions = ScalingOptions()
     pin: bool = False
     kv_bytes: int | None = None
+    kv_part: float = 1.0
     prefix_cache: bool = True
     local_prefill: int = 64
     kv_store: KvStoreOptions | None = None
     lease_s: float = 30.0
     threads: int | None = None
+    device: str = "cpu"
+    device_why: str | None = None
+    fall_back: bool = False
     run_dir: str | None = None
     user: Identity | None = None
     snapshot: SnapshotOptions = SnapshotOptions()
+
+    def __post_init__(self) -> None:
+        for role, scale in self.scales.items():
+            if scale.device not in (None, self.device):
+                raise DeviceError(
+                    "all workers of a replica compute where its weights are",
+                    where=f"--{role}",
+                    expected=self.device,
+                    got=scale.device,
+                    hint="Name one device for all of them, with --device, or leave them out.",
+                )
 
     @property
     def scales(self) -> dict[str, Scale]:
         """The bounds of each role's workers; the first token needs the first of them."""
         return {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+
+    def on_cpu(self, why: str) -> ReplicaOptions:
+        """The same without a GPU, and why."""
+        bounds = {role: replace(scale, device=None) for role, scale in self.scales.items()}
+        return replace(
+            self,
+            device="cpu",
+            device_why=why,
+            fall_back=False,
+            prefill=bounds["prefill"],
+            decode=bounds["decode"],
+        )
+
+    def device_of(self, role: str) -> str:
+        """Where a role's workers compute."""
+        return self.scales[role].device or self.device
 
 
 def model_name(model: str) -> str:

@@ -12,7 +12,6 @@ from contextlib import closing
 from typing import Any
 
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.devices import open_device
 from coldframe.loader.errors import RequestError
 from coldframe.loader.layouts import Layout
 from coldframe.loader.location import parse_location
@@ -20,11 +19,12 @@ from coldframe.loader.opening import open_origin
 from coldframe.loader.plan import Plan, Rank
 from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.base import Origin
+from coldframe.runtime.device_choice import CPU, add_device_argument, choose_device
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.prediction import predict_memory
 from coldframe.runtime.probe import Bandwidth, probe
 from coldframe.runtime.run import MODEL_HELP
+from coldframe.runtime.target import Target
 from coldframe.runtime.units import byte_rate, human_bytes, human_seconds
 
 __all__ = ["add_arguments", "run"]
@@ -39,6 +39,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--batch", type=int, default=1, help="sequences at once (1)")
     parser.flag("--rate", type=byte_rate, help="the path's bandwidth, as 2GB/s (a short probe)")
     parser.flag("--tensor-parallel", type=int, default=1, help="show what each of N ranks reads")
+    add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -46,21 +47,25 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command.
 
     Raises:
-        ColdframeError: The checkpoint is bad or cannot be read, or the engine does not run such
-            a model.
+        ColdframeError: The checkpoint is bad or cannot be read, the engine does not run such a
+            model, or there is no such device.
     """
+    target = Target.of(choose_device(args.device))
     location = parse_location(args.model)
     with closing(open_origin(location)) as origin:
-        document = _planned(args, location.uri, origin)
+        document = _planned(args, location.uri, origin, target)
     print(json.dumps(document) if args.json else _table(document))
     return 0
 
 
-def _planned(args: argparse.Namespace, model: str, origin: Origin) -> dict[str, Any]:
+def _planned(
+    args: argparse.Namespace, model: str, origin: Origin, target: Target
+) -> dict[str, Any]:
     """The document, for a model at a place."""
     checkpoint = Checkpoint.open(origin)
     # As a load lays it out: see `loader.load`.
-    layout = Layout.ALIGNED if origin.path is None else Layout.FILE
+    as_filed = origin.path is not None and target.choice.device == CPU
+    layout = Layout.FILE if as_filed else Layout.ALIGNED
     plan = Plan.build(checkpoint, layout=layout)
     spec = ModelSpec.from_config(checkpoint.config, plan.placements)
     context = spec.context_length if args.context is None else args.context
@@ -72,8 +77,11 @@ def _planned(args: argparse.Namespace, model: str, origin: Origin) -> dict[str, 
             got=f"{context} tokens, {args.batch} sequences",
         )
     ranks = _ranks(checkpoint, args.tensor_parallel)
-    path = Bandwidth(args.rate, "given") if args.rate else probe(origin, checkpoint, plan)
-    document = _document(model, plan, spec, context, args.batch, path, _worker_start_s())
+    if args.rate:
+        path = Bandwidth(args.rate, "given")
+    else:
+        path = probe(origin, checkpoint, plan, maps=as_filed)
+    document = _document(model, plan, spec, context, args.batch, path, _worker_start_s(), target)
     document["ranks"] = ranks
     return document
 
@@ -109,8 +117,9 @@ def _document(
     batch: int,
     path: Bandwidth,
     worker_start_s: float,
+    target: Target,
 ) -> dict[str, Any]:
-    memory = predict_memory(plan, spec, context=context, batch=batch)
+    memory = target.predict(plan, spec, context=context, batch=batch)
     stages, done = [], 0
     for stage in plan.stages:
         done += stage.nbytes
@@ -141,8 +150,12 @@ def _document(
             "activations": memory.activations,
             "overhead": memory.overhead,
             "total": memory.total,
-            "available": open_device("cpu").available(),
+            "available": target.available,
         },
+        "device": target.choice.device,
+        "device_why": target.choice.why,
+        "gpu": None if target.gpu is None else target.gpu["name"],
+        "kv_default": target.kv_default(plan, spec),
         "rate_bytes_per_s": None if path.rate == math.inf else path.rate,
         "rate_source": path.source,
         "predicted_load_s": load_s,
@@ -170,15 +183,19 @@ def _table(document: dict[str, Any]) -> str:
             f"{rank['rank']:<12}{human_bytes(rank['weights_bytes']):>10}"
             f"{human_bytes(rank['read_bytes']):>10}{rank['extents']:>7}"
         )
-    memory = document["memory"]
+    memory, device = document["memory"], document["device"]
+    if document["gpu"] is not None:
+        device = f"{device}, {document['gpu']}"
     lines += [
         "",
+        f"device {device}" + (f": {document['device_why']}" if document["device_why"] else ""),
         f"memory for {document['batch']} x {document['context']} tokens: "
         f"{human_bytes(memory['total'])} of {human_bytes(memory['available'])} available",
         *(
             f"  {name:<12}{human_bytes(memory[name]):>10}"
             for name in ("weights", "kv", "activations", "overhead")
         ),
+        f"KV that a replica takes by default: {human_bytes(document['kv_default'])}",
         "",
         f"weights in after {human_seconds(document['predicted_load_s'])} ({_how(document)}), "
         f"a fresh worker up after {human_seconds(document['worker_start_s'])}:",
@@ -192,7 +209,8 @@ def _table(document: dict[str, Any]) -> str:
 def _how(document: dict[str, Any]) -> str:
     rate = document["rate_bytes_per_s"]
     source = str(document["rate_source"])
-    return source if rate is None else f"{human_bytes(rate)}/s, {source}"
+    how = source if rate is None else f"{human_bytes(rate)}/s, {source}"
+    return how if document["gpu"] is None else f"{how}; the link to the GPU is not in it"
 
 
 def _worker_start_s() -> float:

@@ -26,7 +26,7 @@ class MemoryPrediction:
         weights: The arena.
         kv: Keys and values of all sequences at their full length, in whole blocks.
         activations: The largest tensors that a prefill of one full context holds at once.
-        overhead: The workers themselves.
+        overhead: The processes themselves.
     """
 
     weights: int
@@ -40,7 +40,12 @@ class MemoryPrediction:
 
 
 def predict_memory(
-    plan: Plan, spec: ModelSpec, *, context: int, batch: int, workers: int = 2
+    plan: Plan,
+    spec: ModelSpec,
+    *,
+    context: int,
+    batch: int,
+    overhead: int = 2 * _WORKER_BYTES,
 ) -> MemoryPrediction:
     """Predicts the device memory of a replica.
 
@@ -49,7 +54,7 @@ def predict_memory(
         spec: The model.
         context: Tokens of prompt and answer of each sequence.
         batch: Sequences at once.
-        workers: Worker processes.
+        overhead: What its processes take for themselves; by default two workers on a CPU.
     """
     blocks = -(-context // BLOCK_TOKENS) * batch
     # Through the MLP a token holds its residual, its normalised copy, gate, up and their product;
@@ -60,5 +65,5 @@ def predict_memory(
         plan.arena_bytes,
         blocks * spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS),
         activations,
-        workers * _WORKER_BYTES,
+        overhead,
     )

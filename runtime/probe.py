@@ -40,30 +40,32 @@ class Bandwidth(NamedTuple):
     source: str
 
 
-def probe(origin: Origin, checkpoint: Checkpoint, plan: Plan) -> Bandwidth:
+def probe(origin: Origin, checkpoint: Checkpoint, plan: Plan, *, maps: bool = True) -> Bandwidth:
     """The bandwidth of the path from a place.
 
     Args:
         origin: The place.
         checkpoint: The checkpoint that was opened there.
         plan: Its plan.
+        maps: Whether files that are cached can be mapped where they are.
 
     Raises:
         SourceError: The weights cannot be read.
     """
     if origin.path is not None:
-        return _probe_disk(checkpoint)
+        return _probe_disk(checkpoint, maps=maps)
     with closing(origin.open_source(checkpoint.shards)) as source:
         return _Network(source, checkpoint, plan).probe()
 
 
-def _probe_disk(checkpoint: Checkpoint) -> Bandwidth:
+def _probe_disk(checkpoint: Checkpoint, *, maps: bool) -> Bandwidth:
     """Reads the first shard for a moment, unless all can be mapped."""
     source = FileSource(checkpoint.shards)
     buffer = memoryview(bytearray(_DISK_CHUNK))
     size = checkpoint.shards[0].size
     try:
-        if source.cached_bytes() == sum(shard.size for shard in checkpoint.shards):
+        whole = source.cached_bytes() == sum(shard.size for shard in checkpoint.shards)
+        if maps and whole:
             return Bandwidth(math.inf, "cached, mapped in place")
         cached = cached_bytes(source.fds[0], 0, size) == size
         started, done = time.monotonic(), 0

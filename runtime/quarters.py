@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from coldframe.loader.errors import ReplicaError
+import contextlib
+
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.errors import DeviceError, ReplicaError
+from coldframe.loader.kv_room import KvRoom
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room, Tenant
-from coldframe.runtime.sizing import ModelFacts, facts_at_hand, kv_blocks
+from coldframe.runtime.sizing import ModelFacts, context_bytes, facts_at_hand, kv_blocks
 
 __all__ = ["Quarters"]
 
@@ -51,7 +56,11 @@ class Quarters:
     @property
     def fits(self) -> bool:
         """Whether what it needs is known, and free."""
-        return self._room is None or (self._need is not None and self._need <= self._room.free)
+        if self._room is None:
+            return True
+        with contextlib.suppress(DeviceError):  # which is said when it is asked
+            self._reckon()
+        return self._need is not None and self._need <= self._room.free
 
     def read_ahead(self) -> None:
         """Reads the model's config before a start does, where it lies in a directory.
@@ -70,15 +79,24 @@ class Quarters:
         Raises:
             DeviceError: There is no memory for its KV.
         """
-        if facts is self._model:
+        if facts is not self._model:
+            self._model = facts
+            if facts.weights_bytes is not None:
+                self._need = None
+            self._reckon()
+
+    def _reckon(self) -> None:
+        """Finds out what it needs, where that can be said before it is up."""
+        model, room, wanted = self._model, self._room, self._options.kv_bytes
+        if self._need is not None or model is None or model.weights_bytes is None:
             return
-        self._model = facts
-        if facts.weights_bytes is not None and self._room is not None:
-            # Not what there is at the moment: others may have it, who will make room.
-            block_bytes, blocks = kv_blocks(
-                facts.spec, self._options.kv_bytes, available=self._room.total
-            )
-            self._know(facts.weights_bytes, block_bytes * blocks)
+        if room is None or room.total is None:
+            return
+        if self._options.device != CPU and wanted is None:
+            wanted = round(self._options.kv_part * room.total)
+        # Not what there is at the moment: others may have it, who will make room.
+        block_bytes, blocks = kv_blocks(model.spec, wanted, available=room.total)
+        self._know(model.weights_bytes, block_bytes * blocks)
 
     def take(self) -> bool:
         """Whether there is room for a replica; others are sent away for it.
@@ -89,6 +107,7 @@ class Quarters:
         if self._room is None:
             return True
         self.read_ahead()
+        self._reckon()
         if self._need is not None:
             self._room.fit(self._need, self._options.model)
         self.waiting = not self._room.take(self._tenant, self._need)
@@ -100,19 +119,47 @@ class Quarters:
         Raises:
             DeviceError: It fits no memory of this size.
         """
-        weights = replica.facts.get("weights_bytes")
-        if self._room is None or self._need is not None or weights is None or not replica.known:
+        if self._room is None:
             return True
-        need = self._know(weights, replica.kv_bytes)
-        self._room.fit(need, self._options.model)
-        return self._room.settle(self._tenant, need)
+        self._measure(self._room, replica)
+        if self._need is not None:
+            return True
+        self._reckon()
+        weights, kv = replica.facts.get("weights_bytes"), replica.kv_bytes
+        if self._need is None and weights is not None and kv is not None:
+            self._know(weights, kv)
+        if self._need is None:
+            return True
+        self._room.fit(self._need, self._options.model)
+        return self._room.settle(self._tenant, self._need)
 
-    def _know(self, weights: int, kv: int) -> int:
+    @staticmethod
+    def _measure(room: Room, replica: Replica) -> None:
+        """Takes note of what the device has, where the replica has found out.
+
+        Raises:
+            DeviceError: It has less than is to be shared.
+        """
+        gpu = replica.facts.get("gpu")
+        if gpu is None:
+            if room.total is None and replica.options.device == CPU:
+                room.learn(memory_available())  # it had to do without the GPU
+            return
+        room.learn(round(KvRoom().share * gpu["total"]))
+        if room.total is not None and room.total > gpu["total"]:
+            raise DeviceError(
+                "the models are to share more memory than there is",
+                where="--device-memory",
+                expected=f"at most {gpu['total']:,} bytes on {replica.options.device}",
+                got=f"{room.total:,}",
+                hint="Ask for less; most of what the device has is the default.",
+            )
+
+    def _know(self, weights: int, kv: int) -> None:
         # Host memory for KV that has left the device is of the same memory, where that is the CPU.
-        store = self._options.kv_store
-        self._kept = weights + (0 if store is None else store.memory)
+        store = self._options.kv_store if self._options.device == CPU else None
+        self._kept = weights + context_bytes(self._options) + (0 if store is None else store.memory)
         self._need = self._kept + kv
-        return self._need
 
     def park(self) -> None:
         """Gives back what is not needed while nobody asks; `take` has it again."""

@@ -22,6 +22,7 @@ from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Message
+from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
@@ -30,7 +31,7 @@ from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.prefix import kv_format
 from coldframe.runtime.router import Listener, Router
-from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand, kv_blocks
+from coldframe.runtime.sizing import KvSize, ModelFacts, StoredTensor, facts_at_hand
 from coldframe.runtime.workforce import Workforce, ending
 
 __all__ = ["Replica"]
@@ -54,6 +55,7 @@ class Replica:
         recorder: Gets the front's spans; `spans` has those of all processes.
         launch: Its processes, where they were started before this module was imported.
         loop: Whose it is to call, where others use it too; it stays open then.
+        warn: Told where it does not go as it was asked for: on the CPU instead of a GPU.
 
     Use it as a context manager, or call `close`: it leaves nothing behind.
 
@@ -67,6 +69,7 @@ class Replica:
         recorder: Recorder | None = None,
         launch: Launch | None = None,
         loop: Loop | None = None,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.options = options
         self.recorder = recorder or Recorder("front")
@@ -79,6 +82,8 @@ class Replica:
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._clock = AwakeClock()
+        self.faults = DeviceFaults(warn)
+        """What has befallen its device."""
         self._router = Router(self, self._clock)
         self._gate: Gate | None = None
         if options.snapshot.verify and options.snapshot.mode != "off":
@@ -87,9 +92,11 @@ class Replica:
 
     def _begin(self, launch: Launch | None) -> None:
         """Starts the processes, or takes over those that were started."""
-        self.facts: dict[str, Any] = {}
+        options = self.options
+        self.facts: dict[str, Any] = {"device": options.device, "device_why": options.device_why}
         """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`.
-        Beside it `snapshot`, and `prefill_batch`, once it is measured."""
+        Beside it `device` and `device_why`, on a GPU `gpu` with its `name`, `total` and `free`
+        bytes, `snapshot`, and `prefill_batch`, once it is measured."""
         self.board: BoardView | None = None
         """How far the load is."""
         self.usage: dict[str, int] = {}
@@ -100,6 +107,8 @@ class Replica:
         self._settled = False
         self._listening = False
         self._model: ModelFacts | None = None
+        self.kv_bytes: int | None = None
+        """What KV takes; None before that is known."""
         self._files: str | None = None
         self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
@@ -379,17 +388,19 @@ class Replica:
         if self._model is not None:
             return
         self._model = model
-        block_bytes, blocks = kv_blocks(model.spec, self.options.kv_bytes)
-        self.kv_bytes = block_bytes * blocks
-        self.to_memory(
-            {
-                "type": "kv",
-                "block_bytes": block_bytes,
-                "blocks": blocks,
-                "lease_s": self.options.lease_s,
-                "store": self._kv_store(model),
-            }
-        )
+        size = KvSize.of(model.spec, self.options)
+        order = {
+            "type": "kv",
+            "block_bytes": size.block_bytes,
+            "blocks": size.blocks,
+            "lease_s": self.options.lease_s,
+            "store": self._kv_store(model),
+        }
+        if size.blocks is not None:
+            self.kv_bytes = size.block_bytes * size.blocks
+        if size.room is not None:
+            order["room"] = size.room.to_wire()
+        self.to_memory(order)
         self._router.reopen()
         self._tell_workers()
 
@@ -426,9 +437,12 @@ class Replica:
             self.ask_usage()  # a scrape does not wait for it, either
 
     def _on_memory(self) -> None:
-        messages, ended = self._memory.receive_ready()
+        memory = self._memory
+        messages, ended = memory.receive_ready()
         self._memory_heard = self._clock()
         for message in messages:
+            if self._memory is not memory:
+                return  # what it said led to a start with another one
             body = message.body
             match message.kind:
                 case "listening":
@@ -440,6 +454,10 @@ class Replica:
                         self._on_files(self._files, None)
                     elif self._tensors is not None:
                         self._on_files(self._files, self._tensors)
+                case "device":
+                    self.facts["gpu"] = {name: body[name] for name in ("name", "total", "free")}
+                case "sized":
+                    self.kv_bytes = body["block_bytes"] * body["blocks"]
                 case "plan":
                     self.board = BoardView(message.fds[0])
                     self.facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
@@ -460,7 +478,7 @@ class Replica:
                 case "failed":
                     self.add_spans(body["spans"])
                     self.fail(ColdframeError.from_wire(body["error"]))
-        if ended:
+        if ended and self._memory is memory:
             self._memory_died(ending(self._memory_child.kill()))
 
     def _forget_memory(self) -> None:
@@ -495,11 +513,17 @@ class Replica:
     # -- Owner, for the workers ------------------------------------------------------------------
 
     def fail(self, error: ColdframeError) -> None:
-        if self._error is None:
-            self._error = error
-            self._router.fail_all(error)
-            if self._gate is not None:
-                self._gate.fail(error)
+        if self._error is not None:
+            return
+        if not self._closed:
+            way = self.faults.way_on(error, self.options, answered=self._answered)
+            if way is not None:
+                self._start_over(*way)
+                return
+        self._error = error
+        self._router.fail_all(error)
+        if self._gate is not None:
+            self._gate.fail(error)
 
     def add_spans(self, wire: list[list[Any]]) -> None:
         """Takes spans of a process."""

@@ -3,6 +3,9 @@
 Who starts asks for room first. Where there is too little, those that were used longest ago make
 some: nobody asks them any more, or their requests get their answers before they go. They come back
 when they are asked again, in their turn, so that models which do not fit together take turns.
+
+How much memory a GPU has shows only when somebody is up on it. Until then there is one tenant, who
+finds it out, and the others wait.
 """
 
 from __future__ import annotations
@@ -41,20 +44,30 @@ class Room:
     """Bytes, and who has them.
 
     Args:
-        total: All that there are.
+        total: All that there are; None where that shows later (`learn`).
     """
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int | None) -> None:
         self.total = total
         self.changed = False
         """Whether somebody has left since this was set to False."""
         self._held: dict[Tenant, int] = {}
+        self._takes_all: Tenant | None = None
+        """Who is the first, and has all that there will be to have."""
         self._waiting: list[Tenant] = []
 
     @property
     def free(self) -> int:
         """Bytes that nobody has; below zero where somebody took more than was known."""
-        return self.total - sum(self._held.values())
+        return 0 if self.total is None else self.total - sum(self._held.values())
+
+    def learn(self, total: int) -> None:
+        """How much there is has shown."""
+        if self.total is None:
+            self.total, self.changed = total, True
+            if self._takes_all in self._held:
+                self._held[self._takes_all] = total
+            self._takes_all = None
 
     def fit(self, need: int, name: str) -> None:
         """Raises where something would not fit if it were alone.
@@ -62,7 +75,7 @@ class Room:
         Raises:
             DeviceError: It needs more than there is.
         """
-        if need > self.total:
+        if self.total is not None and need > self.total:
             raise DeviceError(
                 "the model does not fit the device's memory",
                 where=name,
@@ -88,6 +101,8 @@ class Room:
             self._waiting.append(tenant)
         if self._waiting[0] is not tenant:
             return False  # small ones would pass a large one for ever
+        if self.total is None:
+            return self._take_first(tenant, need)
         wanted = max(1, (need or 0) - held)
         if self.free >= wanted:
             self._waiting.remove(tenant)
@@ -95,6 +110,14 @@ class Room:
             return True
         self._send_away(wanted, tenant)
         return False
+
+    def _take_first(self, tenant: Tenant, need: int | None) -> bool:
+        if self._held.keys() - {tenant}:
+            return False
+        self._waiting.remove(tenant)
+        self._held[tenant] = max(1, need or 0)
+        self._takes_all = tenant if need is None else None
+        return True
 
     def shrink(self, tenant: Tenant, need: int) -> None:
         """A tenant needs no more than so many bytes for now; it has to `take` the others again."""

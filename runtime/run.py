@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.replica import Replica
     from coldframe.runtime.router import TokenEvent
 
-__all__ = ["add_arguments", "run", "terminate"]
+__all__ = ["add_arguments", "run", "terminate", "warn"]
 
 _SPANS_NS = 1_000_000_000
 _SNAPSHOT_NEWS = {
@@ -138,7 +138,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
 
     Raises:
         RequestError: A value says nothing that can be.
-        DeviceError: A device is named that this build cannot use, or has not so much memory.
+        DeviceError: Workers are to be on several devices, or there is not so much memory.
         PlatformError: A directory cannot be used.
     """
     return ReplicaOptions(
@@ -180,7 +180,7 @@ def run(args: argparse.Namespace) -> int:
         from coldframe.runtime.replica import Replica
 
         recorder.add("imports", imported)
-        with Replica(options, recorder, launch) as replica:
+        with Replica(options, recorder, launch, warn=warn) as replica:
             replica.run_until(lambda: replica.known)
             params = _params(args)
             params.validate(replica.spec.vocab_size)  # here too: the workers are seconds away
@@ -304,6 +304,8 @@ class _Answer:
             "load_mode_reason": replica.facts.get("why"),
             "verified": replica.facts.get("verified"),
             "restarted": replica.facts.get("restarted"),
+            "device": replica.facts["device"],
+            "device_why": replica.facts["device_why"],
             "token_times_s": [timeline.seconds(moment) for moment in self._times],
             **timeline.to_json(),
         }
@@ -313,6 +315,11 @@ class _Answer:
                 for e in self._events
             ]
         return document
+
+
+def warn(what: str) -> None:
+    """Says on standard error what does not go as it was asked for."""
+    print(f"coldframe: {what}", file=sys.stderr, flush=True)
 
 
 def _print(text: str) -> None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from coldframe.loader.errors import DeviceError, RequestError
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.device_choice import parse_device
 
 __all__ = ["MOST_WORKERS", "Scale"]
 
 MOST_WORKERS = 256
 """Of one role in one replica: a number with a digit too many shall not fill the machine."""
 _SPEC = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:@(.*))?", re.DOTALL)
-_CUDA = re.compile(r"cuda(?::[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +22,12 @@ class Scale:
     Args:
         least: So many there are as long as the replica is warm.
         most: So many there may be when there is much to do.
-        device: Where they compute.
+        device: Where they compute; None for where the replica does.
     """
 
     least: int = 1
     most: int = 1
-    device: str = "cpu"
+    device: str | None = None
 
     @property
     def fixed(self) -> bool:
@@ -41,7 +41,7 @@ class Scale:
 
     @classmethod
     def parse(cls, text: str, where: str = "") -> Scale:
-        """Reads `2`, `1-4` or `1-4@cpu`.
+        """Reads `2`, `1-4` or `1-4@cuda:0`.
 
         Args:
             text: What to read.
@@ -49,7 +49,6 @@ class Scale:
 
         Raises:
             RequestError: It is no such text, or says nothing that can be.
-            DeviceError: It names a device that this build cannot use.
         """
         match = _SPEC.fullmatch(text.strip())
         if match is None:
@@ -58,7 +57,7 @@ class Scale:
                 where=where,
                 expected="N, MIN-MAX, or one of them with @DEVICE",
                 got=repr(text),
-                hint="Write 2, 1-4 or 1-4@cpu.",
+                hint="Write 2, 1-4 or 1-4@cuda:0.",
             )
         least = int(match[1])
         most = least if match[2] is None else int(match[2])
@@ -69,17 +68,5 @@ class Scale:
                 expected=f"1 <= MIN <= MAX <= {MOST_WORKERS}",
                 got=text.strip(),
             )
-        device = "cpu" if match[3] is None else match[3]
-        if _CUDA.fullmatch(device):
-            raise DeviceError(
-                "no CUDA code is in this build yet",
-                where=where,
-                expected="cpu",
-                got=device,
-                hint="Leave the device out, or write @cpu.",
-            )
-        if device != "cpu":
-            raise RequestError(
-                "there is no such device", where=where, expected="cpu", got=repr(device)
-            )
+        device = None if match[3] is None else parse_device(match[3], where)
         return cls(least, most, device)

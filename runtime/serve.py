@@ -178,7 +178,7 @@ def run(args: argparse.Namespace) -> int:
     args.model = next(iter(models.values()))
     user = service_identity(args.user)
     options = replace(replica_options(args), user=user)
-    memory, options = memory_to_share(options, len(models), args.device_memory, memory_available)
+    room, options = memory_to_share(options, len(models), args.device_memory, memory_available)
     keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
     settings = replace(_settings(args, profile, tuple(models)), user=user.to_wire(), keys=keys.keys)
     log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
@@ -191,13 +191,11 @@ def run(args: argparse.Namespace) -> int:
     from coldframe.runtime.endpoint import Endpoint
     from coldframe.runtime.fleet import Fleet
     from coldframe.runtime.loop import Loop
-    from coldframe.runtime.room import Room
     from coldframe.runtime.supervisor import IdlePolicy, Supervisor
 
     recorder.add("imports", imported)
     # Who is in the pool stays parked; the fleet ends those that are too many.
     policy = IdlePolicy(args.idle, None if args.pool else args.park)
-    room = None if memory is None else Room(memory)
     with closing(Loop()) as loop:
         supervisors: dict[str, Supervisor] = {}
         fleet = Fleet(supervisors, loop, room, args.pool)

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 
 from coldframe.loader.errors import DeviceError, RequestError, SourceNotFound
 from coldframe.loader.location import Directory, parse_location
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions, model_name
+from coldframe.runtime.room import Room
 
 if TYPE_CHECKING:
     from coldframe.runtime.gateway.platforms.profile import Profile
@@ -24,6 +26,8 @@ _ALONE = {
 }
 """Flags that say something of one model, and what to do instead."""
 _MOST_KV = 4 << 30
+_KV_PART = 0.25
+"""Of the memory that several models share, what each one's KV takes at most."""
 
 
 def named_models(
@@ -93,24 +97,29 @@ def named_models(
 
 def memory_to_share(
     options: ReplicaOptions, models: int, wanted: int | None, available: Callable[[], int]
-) -> tuple[int | None, ReplicaOptions]:
+) -> tuple[Room | None, ReplicaOptions]:
     """The device's memory that models have together, and what each is to be within it.
 
     Args:
         options: As they are asked for.
         models: How many there are.
         wanted: Bytes, where somebody has said so; one model alone needs no such bound.
-        available: Tells what there is.
+        available: Tells what there is of the host's.
 
     Returns:
-        The bytes, or None, and the options. KV takes a quarter of the bytes at most, unless its
-        size was given.
+        The memory that they share, or None, and the options. KV takes a quarter of it at most,
+        unless its size was given. How much a GPU has the first one to be up on it will find out.
 
     Raises:
         DeviceError: There is not so much.
     """
     if models == 1 and wanted is None:
         return None, options
+    if options.device != CPU:
+        if options.kv_bytes is None:
+            kv_bytes = None if wanted is None else int(_KV_PART * wanted)
+            options = replace(options, kv_bytes=kv_bytes, kv_part=_KV_PART)
+        return Room(wanted), options
     left = available()
     total = left if wanted is None else wanted
     if total > left:
@@ -122,8 +131,8 @@ def memory_to_share(
             hint="Ask for less; all that is available is the default.",
         )
     if options.kv_bytes is None:
-        options = replace(options, kv_bytes=min(_MOST_KV, total // 4))
-    return total, options
+        options = replace(options, kv_bytes=min(_MOST_KV, int(_KV_PART * total)))
+    return Room(total), options
 
 
 def _split(text: str | None) -> list[str]:

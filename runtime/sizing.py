@@ -1,4 +1,7 @@
-"""What a replica must know of its model before a worker is up: its spec, and room for KV."""
+"""What a replica must know of its model before a worker is up: its spec, and room for KV.
+
+How much memory a GPU has is not known here: there the memory service decides (`loader.kv_room`).
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,25 @@ from typing import Any, NamedTuple
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
 from coldframe.loader.errors import CheckpointError, DeviceError
+from coldframe.loader.kv_room import KvRoom
 from coldframe.loader.location import Directory, parse_location
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 
-__all__ = ["ModelFacts", "StoredTensor", "facts_at_hand", "kv_blocks"]
+__all__ = [
+    "CONTEXT_BYTES",
+    "KvSize",
+    "ModelFacts",
+    "StoredTensor",
+    "context_bytes",
+    "facts_at_hand",
+    "kv_blocks",
+]
 
 _MOST_KV = 4 << 30
+CONTEXT_BYTES = 512 << 20
+"""What a process takes of a GPU for itself: its context, kernels and the libraries' workspaces."""
 
 
 class ModelFacts:
@@ -68,6 +83,42 @@ class StoredTensor(NamedTuple):
 
     dtype: str
     shape: Sequence[int]
+
+
+class KvSize(NamedTuple):
+    """How much KV there is to be.
+
+    Attributes:
+        block_bytes: Of a block.
+        blocks: How many; None where the memory service is to say, by `room`.
+        room: See `KvRoom`.
+    """
+
+    block_bytes: int
+    blocks: int | None
+    room: KvRoom | None = None
+
+    @classmethod
+    def of(cls, spec: ModelSpec, options: ReplicaOptions) -> KvSize:
+        """What a replica asks for.
+
+        Raises:
+            DeviceError: It holds not one block, or is more than there is.
+        """
+        wanted = options.kv_bytes
+        if options.device == CPU:
+            return cls(*kv_blocks(spec, wanted))
+        if wanted is not None:
+            return cls(*kv_blocks(spec, wanted, available=wanted))  # the device itself will say no
+        block = spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
+        return cls(block, None, KvRoom(reserve=context_bytes(options), part=options.kv_part))
+
+
+def context_bytes(options: ReplicaOptions) -> int:
+    """What a replica's workers take of the device for themselves, in bytes."""
+    if options.device == CPU:
+        return 0
+    return CONTEXT_BYTES * sum(scale.most for scale in options.scales.values())
 
 
 def kv_blocks(spec: ModelSpec, wanted: int | None, available: int | None = None) -> tuple[int, int]:

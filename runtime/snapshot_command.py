@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.errors import ColdframeError, RequestError, SnapshotError
 from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.creating import store_of
+from coldframe.runtime.device_choice import CPU, choose_device
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.run import MODEL_HELP, terminate
-from coldframe.runtime.snapshot_flags import add_store_arguments, store_options
+from coldframe.runtime.snapshot_flags import add_store_arguments, check_freezable, store_options
 from coldframe.runtime.units import human_bytes, human_seconds
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Manifest
@@ -50,6 +51,12 @@ def add_arguments(parser: Parser) -> None:
         help="how the image is stored: auto takes what restores faster, which is lz4",
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
+    parser.flag(
+        "--device",
+        metavar="DEVICE",
+        default=CPU,
+        help="what the worker computes on; on a GPU none is frozen yet (cpu)",
+    )
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -72,6 +79,9 @@ def run(args: argparse.Namespace) -> int:
             got=args.threads,
             hint="Ask for at least 1.",
         )
+    choice = choose_device(args.device)
+    if args.action in ("create", "verify", "template") and not choice.fall_back:
+        check_freezable(choice.device)
     snapshot = store_options(args)
     actions: dict[str, Callable[[argparse.Namespace, SnapshotOptions], int]] = {
         "create": _create,

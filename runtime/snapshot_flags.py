@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import argparse
 
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import RequestError, SnapshotError
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.units import byte_count
 from coldframe.snapshot.places import default_store, expanded
 
-__all__ = ["add_snapshot_arguments", "add_store_arguments", "snapshot_options", "store_options"]
+__all__ = [
+    "add_snapshot_arguments",
+    "add_store_arguments",
+    "check_freezable",
+    "snapshot_options",
+    "store_options",
+]
 
 _MODES = ("auto", "off", "require")
 _DAY_S = 86_400
@@ -109,3 +116,19 @@ def store_options(args: argparse.Namespace) -> SnapshotOptions:
         max_bytes=args.snapshot_size,
         max_age_s=args.snapshot_age * _DAY_S,
     )
+
+
+def check_freezable(device: str) -> None:
+    """Whether a worker on that device can be frozen.
+
+    Raises:
+        SnapshotError: It cannot: CRIU alone does not keep what a process has on a GPU.
+    """
+    if device != CPU:
+        raise SnapshotError(
+            "a worker on a GPU cannot be frozen",
+            where="--device",
+            expected=CPU,
+            got=device,
+            hint="Leave the image out: workers start fresh there.",
+        )

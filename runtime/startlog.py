@@ -67,6 +67,8 @@ class StartLog:
             self._told = {
                 "timeline": self.timeline().to_json(),
                 "began_ns": self.began_ns,
+                "device": facts.get("device"),
+                "device_why": facts.get("device_why"),
                 "snapshot": facts.get("snapshot"),
                 "load_mode": facts.get("mode"),
                 "verified": facts.get("verified"),

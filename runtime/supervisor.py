@@ -22,6 +22,7 @@ from typing import Literal
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceLost,
     PlatformError,
     ReplicaError,
     SourceUnreachable,
@@ -51,8 +52,9 @@ State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
-_PASSING = (PlatformError, ReplicaError, SourceUnreachable)
-"""What may pass by itself: a network that is down, too few descriptors, processes that die."""
+_PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
+"""What may pass by itself: a network that is down, too few descriptors, processes or a GPU that
+die."""
 _AGAIN_S = 60.0
 """After so long a model that has failed of that may be asked again, in seconds."""
 
@@ -132,7 +134,7 @@ class Supervisor:
         self._image = NextImage(log)
         self._last_error: ColdframeError | None = None
         self._failed_at = 0.0
-        self.count = FrontCount()
+        self.count = FrontCount(device=options.device)
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
         self._on_demand = began_ns is None
@@ -330,6 +332,8 @@ class Supervisor:
             told,
             self.open,
             self.failures,
+            replica.facts["device"],
+            replica.facts["device_why"],
         )
 
     # -- from zero -------------------------------------------------------------------------------
@@ -338,13 +342,19 @@ class Supervisor:
         try:
             if self._quarters.take():
                 self.starts = 1
-                self.replica = Replica(self._options, self._recorder, launch, self.loop)
+                self.replica = self._replica(launch)
         except ColdframeError as error:
             if launch is not None:
                 launch.close()
             if alone:
                 raise
             self._lost(error)
+
+    def _replica(self, launch: Launch | None) -> Replica:
+        def warn(what: str) -> None:
+            self._log.warning("not as asked", why=what)
+
+        return Replica(self._options, self._recorder, launch, self.loop, warn)
 
     def _start(self) -> None:
         if self._relapses.wait_s:
@@ -357,7 +367,7 @@ class Supervisor:
             if not self._quarters.take():
                 return
             self.starts += 1
-            self.replica = Replica(self._options, self._recorder, None, self.loop)
+            self.replica = self._replica(None)
         except ColdframeError as error:
             self._lost(error)
 
@@ -478,6 +488,8 @@ class Supervisor:
         replica, self.replica = self.replica, None
         if replica is not None:
             self.start_log.close()
+            if replica.faults.absent:  # nor will it be there for the next one
+                self._options = self._options.on_cpu(str(replica.options.device_why))
             self.count.leave(replica)
             replica.close()
         self._quarters.leave()

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.device_choice import add_device_argument, choose_device
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, ScalingOptions
 from coldframe.runtime.scale_spec import Scale
@@ -17,6 +18,7 @@ __all__ = ["add_worker_arguments", "worker_options"]
 
 def add_worker_arguments(parser: Parser) -> None:
     """The flags that say which workers there are to be."""
+    add_device_argument(parser)
     flag = partial(parser.flag, group=parser.add_argument_group("workers"))
     for role in ("prefill", "decode"):
         flag(
@@ -24,7 +26,7 @@ def add_worker_arguments(parser: Parser) -> None:
             metavar="N|MIN-MAX",
             default="1",
             help=f"how many {role} workers: so many, or as many between two numbers as there is "
-            "work for; where, behind an @, as 1-4@cpu (1)",
+            "work for; where, behind an @, as 1-4@cuda:0 (1)",
         )
     flag(
         "--prefill-share",
@@ -66,7 +68,6 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
 
     Raises:
         RequestError: A value says nothing that can be.
-        DeviceError: A device is named that this build cannot use.
     """
     if args.threads is not None and args.threads < 1:
         raise RequestError(
@@ -82,9 +83,13 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
             expected="at least 0",
             got=args.local_prefill,
         )
+    scales = {role: Scale.parse(getattr(args, role), f"--{role}") for role in ("prefill", "decode")}
+    choice = choose_device(args.device, (scale.device for scale in scales.values()))
     return {
-        "prefill": Scale.parse(args.prefill, "--prefill"),
-        "decode": Scale.parse(args.decode, "--decode"),
+        **scales,
+        "device": choice.device,
+        "device_why": choice.why,
+        "fall_back": choice.fall_back,
         "scaling": _scaling_options(args),
         "local_prefill": args.local_prefill,
         "pin": args.pin,

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from coldframe.loader.errors import (
     ColdframeError,
     DeviceError,
+    DeviceFull,
     MemoryServiceGone,
     NoDevice,
     ReplicaError,
@@ -48,8 +49,13 @@ _PUT_OFF_NS = 1_000_000_000
 class Owner(Protocol):
     """What the workers' replica wants to hear."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether a token has been made."""
+        ...
+
     def fail(self, error: ColdframeError) -> None:
-        """The replica cannot go on."""
+        """The replica cannot go on as it is."""
         ...
 
     def add_spans(self, wire: list[list[Any]]) -> None: ...
@@ -264,7 +270,7 @@ class Workforce:
             [memory.fileno()],
         )
         memory.close()
-        device = self._launch.options.scales[worker.role].device
+        device = self._launch.options.device_of(worker.role)
         self._router.worker_added(worker.name, worker.role, worker.group, device)
 
     # -- while they live -------------------------------------------------------------------------
@@ -311,9 +317,21 @@ class Workforce:
         if not self._launch.later:
             self._staffing.tick()
 
+    def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
+        """Whether what broke a worker need not break the next."""
+        if isinstance(error, ReplicaError) or worker.restoring:
+            return True
+        if not isinstance(error, DeviceError) or not self._owner.answered:
+            return False
+        # A GPU that is full may have room for those who are up, and one that a process has lost
+        # may be there for the next; where it has come up to be told so, it is not.
+        return isinstance(error, DeviceFull) or (worker.up and not isinstance(error, NoDevice))
+
     def _on_message(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()
         for message in messages:
+            if self._closed:
+                return  # what it said led to a start with others
             match message.kind:
                 case "spans":
                     self._owner.add_spans(message.body["spans"])
@@ -326,7 +344,7 @@ class Workforce:
                         # A dying process closes one socket after the other: this worker's may have
                         # been the first. None is to be started in its place.
                         self._owner.hear_memory()
-                    if _is_its_own(error) or worker.restoring:
+                    if self._is_its_own(error, worker):
                         worker.last_words = str(error)  # another may fare better
                     else:
                         self._owner.fail(error)
@@ -392,12 +410,6 @@ class Workforce:
         return worker.child.kill()
 
 
-def _is_its_own(error: ColdframeError) -> bool:
-    """Whether what broke a worker need not break the next: there is a device, and it fails."""
-    of_a_device = isinstance(error, DeviceError) and not isinstance(error, NoDevice)
-    return of_a_device or isinstance(error, ReplicaError)
-
-
 def init_message(
     name: str, role: str, options: ReplicaOptions, model: ModelFacts
 ) -> dict[str, Any]:
@@ -406,7 +418,6 @@ def init_message(
         "type": "init",
         "name": name,
         "role": role,
-        "device": "cpu",
         "parent": os.getpid(),
         "model": model.directory,
         "config": model.config,
@@ -414,6 +425,7 @@ def init_message(
         "overlap": options.overlap,
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
+        "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
     }
 

@@ -20,7 +20,7 @@ from coldframe.loader.packages import add_site_packages
 from coldframe.snapshot.fields import Fields, Refusal
 from coldframe.snapshot.libraries import Library
 
-__all__ = ["Machine", "cpu_of"]
+__all__ = ["Machine", "cpu_here", "cpu_of", "torch_version"]
 
 # Of /proc/cpuinfo's flags, those that programs ask for before they use an instruction, and those of
 # the registers that a signal's frame or CRIU's own files must hold. What the kernel alone uses,
@@ -100,7 +100,7 @@ class Machine(NamedTuple):
             SnapshotError: One of the files is not there.
         """
         uname = os.uname()
-        vendor, features = cpu_of(_cpuinfo())
+        vendor, features = cpu_here()
         release = _RELEASE.match(uname.release)
         return Machine(
             uname.machine,
@@ -110,7 +110,7 @@ class Machine(NamedTuple):
             _glibc(),
             f"{sys.version.split()[0]} {sys.implementation.cache_tag}",
             os.path.realpath(sys.executable),
-            _torch_version(),
+            torch_version(),
             f"{_own_version()} {_own_sources()}",
             device,
             gpu,
@@ -180,6 +180,11 @@ class Machine(NamedTuple):
         return {**self._asdict(), **lists, "libraries": libraries}
 
 
+def cpu_here() -> tuple[str, tuple[str, ...]]:
+    """This machine's; see `cpu_of`."""
+    return cpu_of(_cpuinfo())
+
+
 def cpu_of(block: str) -> tuple[str, tuple[str, ...]]:
     """A CPU's vendor and those of its features that programs use.
 
@@ -216,7 +221,12 @@ def _glibc() -> str:
         return "unknown"  # another C library, which does not say what it is
 
 
-def _torch_version() -> str:
+def torch_version() -> str:
+    """The version of the torch that this interpreter would import; it is not imported for that.
+
+    Raises:
+        PlatformError: There is none.
+    """
     add_site_packages()
     for finder in sys.meta_path:
         spec = finder.find_spec("torch", None) if hasattr(finder, "find_spec") else None

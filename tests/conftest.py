@@ -31,9 +31,11 @@ def _interruptible() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _fresh_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Workers start fresh where a test does not ask, and nobody's own images are touched."""
+    """Workers start fresh and on the CPU where a test does not ask, and nobody's own images are
+    touched."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLDFRAME_SNAPSHOT", "off")
+        patch.setenv("COLDFRAME_DEVICE", "cpu")
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
 

@@ -13,3 +13,12 @@ def unavailable(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)
+
+
+def without_settings() -> dict[str, str]:
+    """This process's environment without what coldframe is told by it, but for the device."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if "COLDFRAME" not in name or name == "COLDFRAME_DEVICE"
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from coldframe.loader.arena import Segment
@@ -12,10 +13,25 @@ from coldframe.loader.memory import Memory
 from coldframe.loader.plan import Layout
 from coldframe.loader.sources.base import Source
 
-__all__ = ["Arena", "Arrived", "Device", "Landing", "Mapping"]
+__all__ = ["Arena", "Arrived", "Device", "DeviceReport", "Landing", "Mapping"]
 
 Arrived = Callable[[ColdframeError | None], None]
 """Told once of each chunk: nothing where it is in, or the error for which it will not be."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceReport:
+    """What a device is.
+
+    Args:
+        name: What its maker calls it.
+        total: Bytes of its memory.
+        free: What of it nobody has at the moment.
+    """
+
+    name: str
+    total: int
+    free: int
 
 
 class Arena(Memory, Protocol):
@@ -175,6 +191,14 @@ class Device(Protocol):
 
     def available(self) -> int:
         """Bytes that can still be allocated.
+
+        Raises:
+            DeviceError: It cannot be used.
+        """
+        ...
+
+    def report(self) -> DeviceReport:
+        """What the device is; to be asked for once it is up.
 
         Raises:
             DeviceError: It cannot be used.

@@ -54,10 +54,14 @@ class Context:
         """
         self.driver.make_current(self._handle)
 
-    def available(self) -> int:
-        """Bytes of the device that are free, by what the operating system says."""
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all of them, by what the driver says."""
         self.bind()
-        return self.driver.memory_info()[0]
+        return self.driver.memory_info()
+
+    def available(self) -> int:
+        """Bytes of the device that are free."""
+        return self.memory()[0]
 
     def close(self) -> None:
         """Lets the context go; what was made in it must be gone."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from coldframe.loader.arena import Reservation
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.devices.base import Arena, Arrived
+from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.host_arena import HostArena
 from coldframe.loader.errors import DeviceFull
 from coldframe.loader.extents import Extent
@@ -27,6 +27,10 @@ class CpuDevice:
 
     def available(self) -> int:
         return memory_available()
+
+    def report(self) -> DeviceReport:
+        left = self.available()
+        return DeviceReport(self.name, left, left)
 
     def arena(self, purpose: str, nbytes: int, base: int | None = None, *, now: bool) -> HostArena:
         left = self.available()

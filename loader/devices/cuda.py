@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from coldframe.loader.devices.base import Arena, Arrived
+from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
@@ -73,6 +73,11 @@ class CudaDevice:
 
     def available(self) -> int:
         return self.context.available()
+
+    def report(self) -> DeviceReport:
+        context = self.context
+        free, total = context.memory()
+        return DeviceReport(context.driver.device_name(self._ordinal), total, free)
 
     def arena(self, purpose: str, nbytes: int, base: int | None = None, *, now: bool) -> Arena:
         """See `Device.arena`. What is not filled at once has no memory until it grows."""

@@ -85,7 +85,7 @@ class Driver:
             raise NoDevice(
                 "there is no CUDA driver on this machine",
                 expected="libcuda.so.1",
-                got=str(error).splitlines()[0],
+                got=str(error).splitlines()[0].rstrip("."),
                 hint=NO_GPU,
             ) from error
         driver._check("the CUDA driver does not start", "cuInit", None, code)
@@ -103,8 +103,7 @@ class Driver:
         """Whether bindings and driver both have a call."""
         if getattr(self._api, name, None) is None:
             return False
-        # A newer version than the driver's own is refused.
-        version = self._call("the driver's version is unknown", "cuDriverGetVersion")
+        version = self.version()  # a newer one than the driver's own is refused
         flags = self._api.CUdriverProcAddress_flags.CU_GET_PROC_ADDRESS_DEFAULT
         try:
             code, _, status = self._api.cuGetProcAddress(name.encode(), version, flags)
@@ -112,6 +111,10 @@ class Driver:
             return False  # too old to be asked
         found = self._api.CUdriverProcAddressQueryResult.CU_GET_PROC_ADDRESS_SUCCESS
         return bool(code == self._api.CUresult.CUDA_SUCCESS and status == found)
+
+    def version(self) -> int:
+        """The CUDA version that the driver is made for: 13020 for 13.2."""
+        return int(self._call("the driver's version is unknown", "cuDriverGetVersion"))
 
     # -- devices ---------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
     DeviceError,
+    DeviceLost,
     PlatformError,
     RequestError,
     SourceCorrupt,
@@ -77,7 +78,7 @@ class ApiError(Exception):
         if isinstance(error, RequestError):
             return ApiError(400, str(error), param=error.where, code="invalid_value")
         # What no later try will find mended. OpenAI's clients do try again, after any of them.
-        gone = isinstance(error, _PERMANENT)
+        gone = isinstance(error, _PERMANENT) and not isinstance(error, DeviceLost)
         status, code = (500, "model_error") if gone else (503, "replica_error")
         return ApiError(status, error.what, kind="server_error", code=code)
 

@@ -171,7 +171,10 @@ async def _trace_start(tracing: Tracing, model: ServedModel) -> None:
         if any(stage["name"] == "prefill[head]" for stage in timeline["stages"]):
             break
         await asyncio.sleep(0.1)
-    tracing.cold_start(ColdStart(model.name, timeline, startup["began_ns"], model.state.tier))
+    state = model.state
+    tracing.cold_start(
+        ColdStart(model.name, timeline, startup["began_ns"], state.tier, state.device)
+    )
 
 
 class _Server(uvicorn.Server):

@@ -26,6 +26,7 @@ __all__ = ["PREFIX", "render"]
 PREFIX = "coldframe_"
 _OPENMETRICS = "application/openmetrics-text"
 _TIERS = ("image", "template", "fresh")
+_FAULTS = ("lost", "fallback")
 
 _Labels = Mapping[tuple[str, ...], float]
 
@@ -211,10 +212,17 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         "Time that devices were held: used while a request was open, else idle.",
         ["model", "device", "state"],
         {
-            (model, told.device, state): seconds
+            (model, device, state): seconds
             for model, told in stats.items()
-            for state, seconds in (("used", told.used_s), ("idle", told.idle_s))
+            for device, states in told.device_s.items()
+            for state, seconds in states.items()
         },
+    )
+    yield _counter(
+        "device_faults",
+        "How often a GPU was lost, and how often the CPU has stood in for one (fallback).",
+        ["model", "kind"],
+        _each(stats, lambda told: {kind: told.device_faults.get(kind, 0) for kind in _FAULTS}),
     )
     yield _gauge(
         "process_memory_bytes",

@@ -28,6 +28,8 @@ class LoadState:
             JSON values.
         open: Whether requests are welcome, even where they have to wait for a start.
         failures: How many replicas have died, one soon after the other.
+        device: Where it computes: `cpu` or `cuda:N`; None where nothing is held.
+        device_why: Why there, where nobody has named it.
     """
 
     phase: str = "starting"
@@ -39,6 +41,8 @@ class LoadState:
     error: Mapping[str, Any] | None = None
     open: bool = False
     failures: int = 0
+    device: str | None = None
+    device_why: str | None = None
 
     @property
     def cold(self) -> bool:

@@ -108,6 +108,8 @@ class SpanExport:
         attributes: _Attributes = {"coldframe.model": start.model}
         if start.tier is not None:
             attributes["coldframe.tier"] = start.tier
+        if start.device is not None:
+            attributes["coldframe.device"] = start.device
         told = self._told.get(start.model)
         if told is not None and told[0] is start:
             begin = max(start.exec_ns, record.arrived_ns)

@@ -8,6 +8,8 @@
       "rate": bytes a second, or null,
       "eta_s": seconds until the weights are in, or null,
       "tier": "image" | "template" | "fresh" | null,
+      "device": "cpu" | "cuda:N", where it computes, or null at zero,
+      "device_why": why there, where nobody has named it, or null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
@@ -56,6 +58,8 @@ class Startup(TypedDict):
     rate: float | None
     eta_s: float | None
     tier: str | None
+    device: str | None
+    device_why: str | None
     error: Mapping[str, Any] | None
     failures: int
     queue: Queue
@@ -100,6 +104,8 @@ def startup_document(
         "rate": state.rate,
         "eta_s": state.eta_s if loading else None,
         "tier": state.tier,
+        "device": state.device,
+        "device_why": state.device_why,
         "error": state.error,
         "failures": state.failures,
         "queue": {"running": running, "waiting": waiting},

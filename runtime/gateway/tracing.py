@@ -95,12 +95,14 @@ class ColdStart:
         timeline: Its document (`Timeline.to_json`): times in seconds from the exec on.
         exec_ns: The exec, in CLOCK_MONOTONIC.
         tier: How the workers came to be.
+        device: Where they compute.
     """
 
     model: str
     timeline: Mapping[str, Any]
     exec_ns: int
     tier: str | None = None
+    device: str | None = None
 
     @property
     def end_ns(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import re
 import shutil
 import socket
@@ -25,6 +24,7 @@ from tokenizers import Tokenizer
 
 from tests.runtime.helpers import expected
 from tests.runtime.snapshots import eventually, left_behind
+from tests.support import without_settings
 
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
 _PATCHED = """
@@ -187,7 +187,7 @@ def served(
     base = Path(tempfile.mkdtemp(prefix="cf-"))
     runs, log = base / "r", base / "log"
     runs.mkdir()
-    clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
+    clean = without_settings()
     mine = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **env}
     program = [COLDFRAME]
     if front is not None:

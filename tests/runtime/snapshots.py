@@ -22,6 +22,7 @@ from coldframe.runtime.replica import Replica
 from coldframe.snapshot import signing
 from coldframe.snapshot.manifest import Manifest
 from tests.runtime.helpers import prompt_of
+from tests.support import without_settings
 
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
 PROMPT = prompt_of(40)
@@ -68,7 +69,7 @@ class Commands:
         self._cache = cache
 
     def environment(self, **more: str) -> dict[str, str]:
-        clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
+        clean = without_settings()
         mine = {"COLDFRAME_RUN_DIR": str(self.runs), "XDG_CACHE_HOME": str(self._cache)}
         return {**clean, **mine, **more}
 

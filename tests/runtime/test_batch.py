@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from coldframe.runtime.demo_tokenizer import FIRST_WORD
 from tests.runtime.helpers import expected, prompt_of
+from tests.support import without_settings
 
 Make = Callable[..., Path]
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
@@ -31,7 +32,7 @@ GREEDY = {"temperature": 0, "ignore_eos": True}
 
 
 def environment(runs: Path) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
+    clean = without_settings()
     return {**clean, "COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off"}
 
 

@@ -23,6 +23,7 @@ from tokenizers import Tokenizer
 
 from coldframe.runtime.cli import COMMANDS
 from tests.runtime.helpers import expected, prompt_of
+from tests.support import without_settings
 
 Make = Callable[..., Path]
 COLDFRAME = str(Path(sys.executable).parent / "coldframe")
@@ -30,7 +31,7 @@ PROMPT = "Once upon a time, a replica slept at zero, and then a request"
 
 
 def environment(runs: Path, **more: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if "COLDFRAME" not in name}
+    clean = without_settings()
     return {**clean, "COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_SNAPSHOT": "off", **more}
 
 

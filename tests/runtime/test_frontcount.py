@@ -51,7 +51,7 @@ def test_a_replica_is_counted(
         timeline = Timeline([*replica.recorder.drain(), *replica.spans], exec_ns, first_ns)
         warm = count.stats(timeline, replica.pids)
         assert warm.cold_starts == {"fresh": 1}
-        assert (warm.zero_s, warm.idle_s, warm.used_s) == (0, 3, 5)
+        assert (warm.zero_s, warm.device_s) == (0, {"cpu": {"idle": 3, "used": 5}})
         assert 0 < warm.kv_blocks_used < warm.kv_blocks_total
         assert warm.weights_bytes == warm.bytes_loaded > 0
         assert warm.load_s > 0
@@ -73,7 +73,7 @@ def test_a_replica_is_counted(
         stored = idle.kv_store["disk_stored"]
         assert stored > 0
         assert idle.kv_store["disk_bytes"] > 0
-        assert (idle.idle_s, idle.used_s, idle.kv_blocks_used) == (10, 5, 0)
+        assert (idle.device_s, idle.kv_blocks_used) == ({"cpu": {"idle": 10, "used": 5}}, 0)
         assert idle.cold_starts == {"fresh": 1}
         assert (idle.stages, idle.memory) == (warm.stages, {})
         count.step(replica, idle=True, parked=True)
@@ -82,7 +82,7 @@ def test_a_replica_is_counted(
         clock.now += 13
         count.step(None, idle=True)
         gone = count.stats(timeline, {})
-        assert (gone.parked_s, gone.zero_s, gone.idle_s) == (11, 13, 10)
+        assert (gone.parked_s, gone.zero_s, gone.device_s["cpu"]["idle"]) == (11, 13, 10)
         assert (gone.bytes_loaded, gone.load_s) == (warm.bytes_loaded, warm.load_s)
         assert (gone.weights_bytes, gone.kv_blocks_total) == (0, 0)
         # What happened stays counted, and what was there is not there any more.

@@ -72,6 +72,21 @@ def test_a_device_second_is_one_of_each_device() -> None:
     assert busy.state == "zero"
 
 
+def test_each_device_has_seconds_of_its_own() -> None:
+    clock = Clock()
+    busy = BusyClock(clock, device="cuda:0")
+    assert busy.by_device == {"cuda:0": {"used": 0, "idle": 0}}
+    busy.enter("idle", "cuda:0")
+    clock.now += 2
+    busy.enter("idle", "cpu")  # it had to do without the GPU
+    clock.now += 4
+    busy.enter("used")
+    clock.now += 8
+    busy.enter("zero")
+    assert busy.by_device == {"cuda:0": {"used": 0, "idle": 2}, "cpu": {"used": 8, "idle": 4}}
+    assert (busy.idle_s, busy.used_s, busy.zero_s) == (6, 8, 0)
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from(["zero", "parked", "idle", "used"]), st.integers(0, 1000)),
@@ -147,7 +162,8 @@ def test_the_numbers_travel_as_json() -> None:
         cold_starts={"image": 2},
         stages={"prefill": 0.25},
         critical={"imports": 0.1},
-        device="cuda",
+        device_s={"cuda:0": {"used": 1.5, "idle": 0.5}},
+        device_faults={"lost": 1},
         memory={"memory": {"anon": 1, "shmem": 2}},
     )
     assert FrontStats.from_wire(json.loads(json.dumps(stats.to_wire()))) == stats

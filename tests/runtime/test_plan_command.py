@@ -175,6 +175,65 @@ def test_a_bad_checkpoint_is_an_error(tmp_path: Path, capsys: Capture) -> None:
     assert error.startswith("coldframe: SourceNotFound: ")
 
 
+# -- GPUs --------------------------------------------------------------------------------------
+
+GIB = 1 << 30
+
+
+def with_gpu(patch: pytest.MonkeyPatch, **more: object) -> None:
+    """A driver's process that tells of one GPU."""
+    gpu = {"device": "cuda:0", "name": "A GPU", "error": None, "free": 79 * GIB, "total": 80 * GIB}
+    told = json.dumps({"error": None, "gpus": [{**gpu, **more}]}).encode()
+    patch.setattr("coldframe.runtime.target.ENTRY", f"import os; os.write(3, {told!r})")
+
+
+def test_on_a_gpu_its_memory_counts(
+    demo_model: Make, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch)
+    model = demo_model("llama")
+    document = plan(capsys, model, "--device", "cuda", "--rate", "10MB/s")
+    assert (document["device"], document["gpu"], document["layout"]) == (
+        "cuda:0",
+        "A GPU",
+        "aligned",
+    )
+    assert document["memory"]["available"] == 79 * GIB
+    assert document["memory"]["overhead"] == 3 * GIB // 2
+    # What nobody has, less weights, a tenth for what comes, and two workers' contexts.
+    left = 79 * GIB - 8 * GIB - GIB - document["memory"]["weights"]
+    assert document["kv_default"] == pytest.approx(left, abs=1)
+
+
+@pytest.mark.heavy
+def test_the_table_of_a_gpu(
+    demo_model: Make, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_gpu(monkeypatch)
+    model = demo_model("llama")
+    assert main(["plan", str(model), "--device", "cuda", "--rate", "10MB/s"]) == 0
+    table = capsys.readouterr().out
+    assert "device cuda:0, A GPU" in table
+    assert "the link to the GPU is not in it" in table
+
+
+def test_a_gpu_that_is_not_there_is_an_error(
+    demo_model: Make, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = str(demo_model("llama"))
+    with_gpu(monkeypatch)
+    assert main(["plan", model, "--device", "cuda:1"]) == 1
+    assert "coldframe: NoDevice: there is no such GPU, in cuda:1" in capsys.readouterr().err
+    lost = {"error": "DeviceLost", "what": "it broke", "got": "CUDA_ERROR_ECC_UNCORRECTABLE"}
+    with_gpu(monkeypatch, error=lost)
+    assert main(["plan", model, "--device", "cuda:0"]) == 1
+    assert "CUDA_ERROR_ECC_UNCORRECTABLE" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert main(["plan", model, "--device", "cuda"]) == 1
+    assert "coldframe: NoDevice: " in capsys.readouterr().err
+
+
 # -- models that are elsewhere ----------------------------------------------------------------
 
 

@@ -172,6 +172,34 @@ def test_what_fits_no_device_of_this_size_is_an_error() -> None:
     assert caught.value.hint is not None
 
 
+def test_what_there_is_shows_when_the_first_is_up() -> None:
+    room = Room(None)
+    first, second = tenants(room, 2)
+    room.fit(10**15, "nobody knows yet")
+    assert room.take(first, None)
+    assert not room.take(second, 4)  # it might not fit
+    assert (room.free, room.changed) == (0, False)
+    room.learn(10)
+    assert (room.changed, room.free) == (True, 0)  # the first has all, until it knows what it needs
+    assert room.settle(first, 6)
+    assert room.take(second, 4)
+    room.learn(99)  # whoever comes next has nothing new to say
+    assert room.total == 10
+
+
+def test_the_first_may_know_what_it_needs_and_may_go_without_a_word() -> None:
+    room = Room(None)
+    first, second = tenants(room, 2)
+    assert room.take(first, 6)
+    assert room.take(first, 6)
+    assert not room.take(second, 6)
+    room.leave(first)
+    assert room.take(second, 6)
+    room.learn(10)
+    assert room.free == 4
+    assert room.take(first, 4)
+
+
 class Turns(RuleBasedStateMachine):
     """Whatever comes: no more is given out than there is, and everybody has their turn."""
 

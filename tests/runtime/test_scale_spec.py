@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from coldframe.loader.errors import DeviceError, RequestError
+from coldframe.loader.errors import RequestError
 from coldframe.runtime.scale_spec import MOST_WORKERS, Scale
 
 
@@ -14,7 +14,8 @@ from coldframe.runtime.scale_spec import MOST_WORKERS, Scale
         ("1-4", Scale(1, 4)),
         ("2-2", Scale(2, 2)),
         (" 1-4@cpu ", Scale(1, 4, "cpu")),
-        ("2@cpu", Scale(2, 2)),
+        ("2@cuda", Scale(2, 2, "cuda:0")),
+        ("1-2@cuda:13", Scale(1, 2, "cuda:13")),
         (f"1-{MOST_WORKERS}", Scale(1, MOST_WORKERS)),
     ],
 )
@@ -29,20 +30,13 @@ def test_what_it_says(text: str, scale: Scale) -> None:
         *("", "x", "-", "1-", "-1", "1-2-3", "1.5", "1 - 2", "1e3", "+1", "1@cpu@cpu", "@cpu"),
         *("0", "0-3", "4-1", "1-257", "999999999", "9999999999", "\u0661", "1_0", "1\n2"),
         *("1@", "1@CPU", "1@gpu", "1@cuda:", "1@cuda:x", "1@cpu,cpu", "1@cuda:0,1"),
+        *("1@auto", "1@cuda:-1", "1@cuda:99999"),
     ],
 )
 def test_what_it_does_not(text: str) -> None:
     with pytest.raises(RequestError) as raised:
         Scale.parse(text, "--prefill")
     assert raised.value.where == "--prefill"
-
-
-@pytest.mark.parametrize("text", ["1@cuda", "1-4@cuda:0", "2@cuda:13"])
-def test_a_gpu_is_refused_for_what_it_is(text: str) -> None:
-    with pytest.raises(DeviceError, match="no CUDA code is in this build yet") as raised:
-        Scale.parse(text, "--decode")
-    assert raised.value.where == "--decode"
-    assert raised.value.got == text.partition("@")[2]
 
 
 def test_a_number_is_a_scale_too() -> None:

@@ -11,6 +11,7 @@ import pytest
 from coldframe.loader.errors import ColdframeError, DeviceError, RequestError, SourceNotFound
 from coldframe.runtime.gateway.platforms.table import by_name
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.room import Room
 from coldframe.runtime.served import memory_to_share, named_models
 
 
@@ -55,19 +56,34 @@ def test_what_cannot_be_served(tmp_path: Path) -> None:
             named(*models, **more)
 
 
+def total(room: Room | None) -> int | None:
+    assert room is not None
+    return room.total
+
+
 def test_one_model_alone_has_no_bound_unless_it_is_given() -> None:
     options = ReplicaOptions("m")
     assert memory_to_share(options, 1, None, lambda: 100) == (None, options)
-    total, bounded = memory_to_share(options, 1, 80, lambda: 100)
-    assert (total, bounded.kv_bytes) == (80, 20)
+    room, bounded = memory_to_share(options, 1, 80, lambda: 100)
+    assert (total(room), bounded.kv_bytes) == (80, 20)
 
 
 def test_several_share_what_there_is() -> None:
-    total, options = memory_to_share(ReplicaOptions("m"), 2, None, lambda: 100)
-    assert (total, options.kv_bytes) == (100, 25)
-    total, options = memory_to_share(ReplicaOptions("m", kv_bytes=7), 2, 50, lambda: 100)
-    assert (total, options.kv_bytes) == (50, 7)
+    room, options = memory_to_share(ReplicaOptions("m"), 2, None, lambda: 100)
+    assert (total(room), options.kv_bytes) == (100, 25)
+    room, options = memory_to_share(ReplicaOptions("m", kv_bytes=7), 2, 50, lambda: 100)
+    assert (total(room), options.kv_bytes) == (50, 7)
     _, options = memory_to_share(ReplicaOptions("m"), 2, 1 << 40, lambda: 1 << 40)
     assert options.kv_bytes == 4 << 30
     with pytest.raises(DeviceError, match="more memory than there is"):
         memory_to_share(ReplicaOptions("m"), 2, 101, lambda: 100)
+
+
+def test_what_a_gpu_has_shows_later() -> None:
+    gpu = ReplicaOptions("m", device="cuda:0")
+    nobody_asks = pytest.fail
+    room, options = memory_to_share(gpu, 2, None, nobody_asks)
+    assert (total(room), options.kv_bytes, options.kv_part) == (None, None, 0.25)
+    room, options = memory_to_share(gpu, 2, 80 << 30, nobody_asks)
+    assert (total(room), options.kv_bytes) == (80 << 30, 20 << 30)
+    assert memory_to_share(gpu, 1, None, nobody_asks) == (None, gpu)

@@ -9,6 +9,11 @@ from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.worker_flags import add_worker_arguments, worker_options
 
 
+@pytest.fixture(autouse=True)
+def _nobody_has_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLDFRAME_DEVICE")
+
+
 def options(*arguments: str) -> ReplicaOptions:
     parser = Parser()
     add_worker_arguments(parser)
@@ -29,7 +34,8 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--prefill", "1-4", "--prefill-share", "9", "--decode-share", "8", "--scale-down", "2.5"),
         *("--threads", "3", "--local-prefill", "0"),
     )
-    assert found.scales == {"prefill": Scale(1, 4), "decode": Scale(2, 2)}
+    assert found.scales == {"prefill": Scale(1, 4), "decode": Scale(2, 2, "cpu")}
+    assert (found.device, found.device_of("prefill")) == ("cpu", "cpu")
     assert found.scaling == ScalingOptions(9, 8, 2.5)
     assert (found.pin, found.threads, found.local_prefill) == (True, 3, 0)
 
@@ -46,6 +52,8 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         (("--scale-down", "nan"), "--scale-down"),
         (("--threads", "0"), "--threads"),
         (("--local-prefill", "-1"), "--local-prefill"),
+        (("--device", "gpu"), "--device"),
+        (("--device", "cuda:x"), "--device"),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_name(arguments: tuple[str, str], where: str) -> None:
@@ -54,6 +62,38 @@ def test_what_cannot_be_is_refused_by_its_name(arguments: tuple[str, str], where
     assert raised.value.where == where
 
 
-def test_a_gpu_is_refused() -> None:
-    with pytest.raises(DeviceError, match="CUDA"):
-        options("--prefill", "1@cuda:0")
+@pytest.mark.parametrize(
+    ("arguments", "device"),
+    [
+        (("--device", "cuda"), "cuda:0"),
+        (("--device", "cuda:1", "--prefill", "1-4@cuda:1"), "cuda:1"),
+        (("--prefill", "1-4@cuda:0", "--decode", "2@cuda"), "cuda:0"),
+        (("--decode", "2@cuda:1"), "cuda:1"),
+    ],
+)
+def test_one_device_for_all(arguments: tuple[str, ...], device: str) -> None:
+    found = options(*arguments)
+    assert {found.device, *map(found.device_of, ("prefill", "decode"))} == {device}
+    assert not found.fall_back  # somebody has asked for it by its name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (("--prefill", "1@cuda:0", "--decode", "1@cuda:1"), "--decode"),
+        (("--prefill", "1@cpu", "--decode", "1@cuda:0"), "--decode"),
+        (("--device", "cuda:0", "--prefill", "1@cpu"), "--prefill"),
+        (("--device", "cpu", "--decode", "1@cuda"), "--decode"),
+    ],
+)
+def test_several_devices_are_refused(arguments: tuple[str, ...], where: str) -> None:
+    with pytest.raises(DeviceError, match="all workers of a replica compute where") as raised:
+        options(*arguments)
+    assert raised.value.where == where
+    assert "--device" in str(raised.value.hint)
+
+
+def test_the_environment_names_a_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLDFRAME_DEVICE", "cuda:3")
+    assert options().device == "cuda:3"
+    assert options("--device", "cpu").device == "cpu"

@@ -43,9 +43,8 @@ FRONT = FrontStats(
     stages={"prefill": 0.25, "weight_read": 1.0},
     critical={"unattributed": 0.01},
     zero_s=100.0,
-    device="cpu",
-    used_s=20.0,
-    idle_s=5.0,
+    device_s={"cuda:0": {"used": 7.0, "idle": 1.0}, "cpu": {"used": 20.0, "idle": 5.0}},
+    device_faults={"fallback": 1},
     memory={"memory": {"anon": 11, "shmem": 22}, "gateway": {"anon": 33}},
 )
 
@@ -240,6 +239,9 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "zero_seconds_total", model="m") == 100
     assert one(found, "device_seconds_total", model="m", device="cpu", state="used") == 20
     assert one(found, "device_seconds_total", model="m", device="cpu", state="idle") == 5
+    assert one(found, "device_seconds_total", model="m", device="cuda:0", state="used") == 7
+    assert one(found, "device_faults_total", model="m", kind="fallback") == 1
+    assert one(found, "device_faults_total", model="m", kind="lost") == 0
     assert one(found, "process_memory_bytes", model="m", process="memory", kind="shmem") == 22
 
 

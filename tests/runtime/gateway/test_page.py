@@ -112,6 +112,8 @@ def test_the_document_says_when_the_weights_will_be_in() -> None:
         "rate": 246_000_000.0,
         "eta_s": pytest.approx(303 / 246),
         "tier": None,
+        "device": None,
+        "device_why": None,
         "error": None,
         "failures": 0,
         "queue": {"running": 0, "waiting": 3},

@@ -1,0 +1,111 @@
+"""What a model needs of a GPU whose size only its memory service can tell.
+
+There is no GPU here: what a replica would have heard of one is said in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+
+from coldframe.loader.errors import DeviceError
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.quarters import Quarters
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.room import Room
+from coldframe.runtime.sizing import ModelFacts, context_bytes
+
+GIB = 1 << 30
+TOTAL = 80 * GIB
+
+
+class Tenant:
+    used_at = 0.0
+    leaving = False
+    can_go = True
+
+    def make_room(self) -> None: ...
+
+
+@dataclass
+class Heard:
+    """What is known of a replica."""
+
+    options: ReplicaOptions
+    model: ModelFacts
+    facts: dict[str, Any] = field(default_factory=dict)
+    kv_bytes: int | None = None
+    known: bool = True
+
+
+class Start:
+    """A model that starts in a room."""
+
+    def __init__(self, model: Path, room: Room, **more: Any) -> None:
+        self.options = ReplicaOptions(str(model), device="cuda:0", kv_part=0.25, **more)
+        self.quarters = Quarters(Tenant(), self.options, room)
+        self.replica = Heard(self.options, ModelFacts(str(model)))
+
+    def hears(self, total: int = TOTAL) -> bool:
+        """Its memory service has found out what the GPU has; whether it may stay."""
+        self.replica.facts = {"gpu": {"name": "a GPU", "total": total, "free": total}}
+        self.replica.facts["weights_bytes"] = self.replica.model.weights_bytes
+        self.quarters.learn(self.replica.model)
+        return self.quarters.settle(cast(Replica, self.replica))
+
+
+@pytest.fixture
+def model(demo_model: Callable[..., Path]) -> Path:
+    return demo_model("llama")
+
+
+def test_the_first_finds_out_and_the_others_wait_for_it(model: Path) -> None:
+    room = Room(None)
+    first, second = Start(model, room), Start(model, room)
+    assert first.quarters.take()
+    assert not second.quarters.take()
+    assert not second.quarters.fits
+    assert first.hears()
+    assert room.total == round(0.9 * TOTAL)
+    # A quarter each for KV, the weights, and what the workers' contexts take.
+    weights = first.replica.model.weights_bytes
+    assert weights is not None
+    need = weights + room.total // 4 + context_bytes(first.options)
+    assert room.total - room.free == pytest.approx(need, abs=1 << 20)
+    assert second.quarters.fits
+    assert second.quarters.take()
+
+
+def test_who_is_parked_keeps_weights_and_contexts(model: Path) -> None:
+    room = Room(None)
+    start = Start(model, room, kv_bytes=GIB)
+    assert start.quarters.take()
+    assert start.hears()
+    total, weights = room.total, start.replica.model.weights_bytes
+    assert total is not None
+    assert weights is not None
+    start.quarters.park()
+    assert total - room.free == weights + context_bytes(start.options) == weights + GIB
+
+
+def test_a_gpu_that_has_less_than_is_to_be_shared_is_refused(model: Path) -> None:
+    start = Start(model, Room(96 * GIB), kv_bytes=GIB)
+    assert start.quarters.take()
+    with pytest.raises(DeviceError, match="more memory than there is") as raised:
+        start.hears()
+    assert raised.value.where == "--device-memory"
+
+
+def test_who_had_to_do_without_the_gpu_shares_what_the_host_has(model: Path) -> None:
+    room = Room(None)
+    start = Start(model, room)
+    assert start.quarters.take()
+    start.replica.options = start.options.on_cpu("there is none")
+    start.replica.facts = {"weights_bytes": 1}
+    start.quarters.settle(cast(Replica, start.replica))
+    assert room.total is not None
+    assert 0 < room.total < 1 << 50

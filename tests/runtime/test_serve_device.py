@@ -1,0 +1,58 @@
+"""`coldframe serve` on a GPU that it cannot use: an error, or the CPU, as it was asked for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.serving import everything, greedy, ids_of, request, served, status
+from tests.runtime.snapshots import eventually
+
+pytestmark = pytest.mark.heavy
+
+LOOKS_LIKE_ONE = {
+    "coldframe.runtime.device_choice._CONTROL": "dev/null",
+    "coldframe.runtime.device_choice._GPU": "null",
+    "coldframe.runtime.device_choice._CPU_TORCH": "no torch ends so",
+}
+NO_SUCH_GPU = "99"
+"""What hides all GPUs from the driver, and looks like one to the front."""
+
+
+@pytest.fixture
+def model(demo_model: Callable[..., Path]) -> Path:
+    return demo_model("llama", "float32")
+
+
+def test_one_that_was_asked_for_is_an_error_for_all(model: Path) -> None:
+    asked = ("--device", "cuda:0", "--model-name", "demo")
+    with served(model, *asked, CUDA_VISIBLE_DEVICES=NO_SUCH_GPU) as server:
+        server.ends_with = (1,)
+        with server.connect() as sock:
+            sock.sendall(request("/v1/completions", b'{"prompt": "a", "max_tokens": 2}'))
+            answer = everything(sock)
+        assert status(answer) in (500, 503), answer
+        error = json.loads(answer.partition(b"\r\n\r\n")[2])["error"]
+        assert error["type"] == "server_error"
+        assert server.process.wait(20) == 1
+        assert "coldframe: NoDevice: " in server.log
+
+
+def test_where_nobody_has_named_one_the_cpu_answers(model: Path) -> None:
+    env = {"COLDFRAME_DEVICE": "auto", "CUDA_VISIBLE_DEVICES": NO_SUCH_GPU}
+    with served(model, "--idle", 0.3, front=LOOKS_LIKE_ONE, **env) as server:
+        answer = greedy(model, ids_of(model, "Once"), 6)
+        for _ in range(2):
+            assert server.complete(max_tokens=6, ignore_eos=True) == answer
+            startup = server.get("/startup").json()
+            assert startup["device"] in ("cpu", None)  # which it is at zero
+            eventually(lambda: server.get("/startup").json()["state"] == "zero")
+        found = server.metrics()
+        # The second start knew, and did not ask for what is not there.
+        assert found["coldframe_device_faults_total{fallback}"] == 1
+        assert found["coldframe_device_seconds_total{cpu,used}"] > 0
+        assert found["coldframe_device_seconds_total{cuda:0,idle}"] >= 0
+        assert server.log.count("fell back to the CPU") == 1

@@ -125,7 +125,7 @@ report(time.perf_counter() - started, nbytes, cpu() - used)
 
 _RAW = """
 import ctypes, mmap, threading
-from coldframe.loader.arena import Reservation, Segment, round_up
+from coldframe.loader.arena import round_up
 from coldframe.loader.devices import open_device
 from coldframe.loader.sources.direct import open_direct
 block, piece = 4096, 8 << 20
@@ -135,9 +135,7 @@ if None in fds:
     sys.exit("the file system refuses O_DIRECT")
 total = sum(round_up(size, 2 << 20) for size in sizes)
 started, used = time.perf_counter(), cpu()
-fd = open_device("cpu").allocate("raw", total, now=True)
-arena = Reservation(total)
-arena.attach([Segment(fd, 0, total, 0, True)])
+arena = open_device("cpu").arena("raw", total, now=True)
 view, jobs, base = arena.view(), [], 0
 for fd, size in zip(fds, sizes):
     jobs += [(fd, at, base + at, min(piece, size - at)) for at in range(0, size, piece)]
@@ -164,7 +162,7 @@ report(time.perf_counter() - started, sum(sizes), cpu() - used)
 _RAW_SOCKETS = """
 import http.client, socket, threading, urllib.request
 from urllib.parse import urlsplit
-from coldframe.loader.arena import Reservation, Segment, round_up
+from coldframe.loader.arena import round_up
 from coldframe.loader.devices import open_device
 parts, piece = urlsplit(path), 16 << 20
 names = json.load(urllib.request.urlopen(path + "/model.safetensors.index.json"))["weight_map"]
@@ -175,9 +173,7 @@ for name in sorted(set(names.values())):
     jobs += [(name, at, base + at, min(piece, size - at)) for at in range(0, size, piece)]
     base += round_up(size, 4096)
 started, used = time.perf_counter(), cpu()
-fd = open_device("cpu").allocate("raw", base, now=True)
-arena = Reservation(base)
-arena.attach([Segment(fd, 0, base, 0, True)])
+arena = open_device("cpu").arena("raw", base, now=True)
 view, left, lock = arena.view(), iter(jobs), threading.Lock()
 def read():
     connection = socket.create_connection((parts.hostname, parts.port))

@@ -119,6 +119,11 @@ class Reservation:
                 _libc().munmap(start, length)
         return address
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """Where this is, as DLPack says it: kDLCPU."""
+        return (1, 0)
+
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps segments at their places.
 
@@ -151,6 +156,20 @@ class Reservation:
                     where=f"offset {segment.offset}, {segment.length} bytes",
                     got=os.strerror(ctypes.get_errno()),
                 )
+
+    def detach(self) -> None:
+        """Lets all segments go and keeps the addresses, for `attach`. Nobody may look at them.
+
+        Raises:
+            ArenaError: The kernel refuses.
+        """
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE | _MAP_FIXED
+        if _mmap(self.address, self.size, _PROT_NONE, flags, -1, 0) is None:
+            raise ArenaError(
+                "an arena cannot be unmapped",
+                where=f"{self.size} bytes at {self.address:#x}",
+                got=os.strerror(ctypes.get_errno()),
+            )
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """The bytes at an offset. Python sees them as writable; the mapping's access decides."""

@@ -123,11 +123,22 @@ class ChainSource:
             try:
                 source.read_into(shard, offset, parts)
                 self._givers.add(source)
-                # Else it was found to have changed while this came from it.
                 if source is not self._tainted:
                     return
+                # It was found to have changed while this came from it: again, from the next.
+                self._check_replaced(source)
             except SourceError as error:
                 self._go_on(source, error)
+
+    def _check_replaced(self, tainted: Source) -> None:
+        """Raises where no other place has stepped in for one that has changed."""
+        with self._changing:
+            if self._current is tainted:
+                raise SourceChanged(
+                    "the checkpoint changed while it was read",
+                    where=self._checkpoint.path,
+                    hint="Start again once whoever writes it is done.",
+                )
 
     def _go_on(self, failed: Source, error: SourceError) -> None:
         """Takes the next place, unless another thread has done so.

@@ -12,6 +12,8 @@ from typing import Any
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView, Progress
+from coldframe.loader.devices import Device, open_device
+from coldframe.loader.devices.base import Mapping
 from coldframe.loader.errors import (
     ColdframeError,
     MemoryServiceGone,
@@ -38,18 +40,21 @@ class KvArena:
     """The KV blocks' memory.
 
     Args:
-        reservation: Its mapping here.
+        reservation: Its addresses here. Those of a block have memory behind them from when it is
+            assigned or claimed.
         block_bytes: Bytes of one block.
         blocks: How many there are.
     """
 
-    def __init__(self, reservation: Reservation, block_bytes: int, blocks: int) -> None:
+    def __init__(self, reservation: Mapping, block_bytes: int, blocks: int) -> None:
         self.reservation = reservation
         self.block_bytes = block_bytes
         self.blocks = blocks
 
-    def view(self) -> memoryview:
-        return self.reservation.view(0, self.block_bytes * self.blocks)
+    @property
+    def nbytes(self) -> int:
+        """What all blocks take."""
+        return self.block_bytes * self.blocks
 
 
 class MemoryClient:
@@ -66,6 +71,7 @@ class MemoryClient:
         stall_s: See `STALL_S`.
         reserved: The arenas' addresses, where this process has kept them free for them. Then no
             other address will do.
+        device: Where the arenas are, and this worker computes; None is the CPU.
     """
 
     def __init__(
@@ -76,7 +82,9 @@ class MemoryClient:
         on_event: Callable[[], None] = lambda: None,
         stall_s: float = STALL_S,
         reserved: Iterable[Reservation] = (),
+        device: Device | None = None,
     ) -> None:
+        self._device = device or open_device("cpu")
         self._reserved = {reservation.address: reservation for reservation in reserved}
         self._channel = channel
         self._on_event = on_event
@@ -95,10 +103,10 @@ class MemoryClient:
         self._clock = AwakeClock()
         self._seen_at = self._clock()
         self.plan: Plan | None = None
-        self.weights: Reservation | None = None
+        self.weights: Mapping | None = None
         self.kv: KvArena | None = None
-        self._relaid: tuple[Plan, Reservation] | None = None
-        self._old: Reservation | None = None
+        self._relaid: tuple[Plan, Mapping] | None = None
+        self._old: Mapping | None = None
         self._board: BoardView | None = None
         self._mode = ""
         self._to_populate: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
@@ -150,7 +158,7 @@ class MemoryClient:
             raise self._error
         return False
 
-    def wait_arenas(self) -> tuple[Plan, Reservation, KvArena]:
+    def wait_arenas(self) -> tuple[Plan, Mapping, KvArena]:
         """Waits until the weights' arena and the KV's are mapped here."""
         self._wait(lambda: self._mapped and self.kv is not None, "the load plan")
         assert self.plan is not None
@@ -207,12 +215,17 @@ class MemoryClient:
             None where it cannot have them at the moment: there are not enough, or the service has
             not heard yet that the request was opened, or that its former worker is dead. Ask
             again as soon as `may_assign`; `on_event` is called then.
+
+        Raises:
+            RequestError: The device has not, and will not have, memory for that many.
         """
         # First: the news that make it worth asking may come right behind the answer.
         self._refused, self._refused_at = True, time.monotonic()
         body = {"type": "assign", "request": request, "attempt": attempt, "count": count}
         answer = self._ask({**body, "keys": list(keys)})
         if answer["blocks"] is None:
+            if "error" in answer:
+                raise ColdframeError.from_wire(answer["error"])
             return None
         self._refused = False
         return Blocks(answer["blocks"], answer["reused"])
@@ -323,12 +336,15 @@ class MemoryClient:
             case "relaid":
                 self._lay_out(message)
             case "kv":
-                (fd,) = message.fds
-                segment = Segment.from_wire(fd, body["segment"])
-                reservation = self._reserve(segment.length, KV_BASE)
-                reservation.attach([segment])
-                os.close(fd)
-                self.kv = KvArena(reservation, body["block_bytes"], body["blocks"])
+                mapping = self._reserve(body["size"], KV_BASE)
+                self._attach(mapping, message.fds, body["segments"])
+                self.kv = KvArena(mapping, body["block_bytes"], body["blocks"])
+            case "kv_grown":
+                assert self.kv is not None
+                self._attach(self.kv.reservation, message.fds, [body["segment"]])
+            case "kv_shrunk":
+                assert self.kv is not None
+                self.kv.reservation.detach()
             case "failed":
                 self._error = ColdframeError.from_wire(body["error"])
             case kind if kind in _ANSWERS:
@@ -336,12 +352,21 @@ class MemoryClient:
             case "available":
                 self._refused = False
 
-    def _reserve(self, size: int, base: int) -> Reservation:
+    def _reserve(self, size: int, base: int) -> Mapping:
         held = self._reserved.pop(base, None)
         if held is None:
-            return Reservation(size, base)
+            return self._device.mapping(size, base)
         held.close()
-        return Reservation(size, base, exact=True)
+        return self._device.mapping(size, base, exact=True)
+
+    @staticmethod
+    def _attach(mapping: Mapping, fds: Sequence[int], segments: Sequence[list[Any]]) -> None:
+        found = [Segment.from_wire(fd, data) for fd, data in zip(fds, segments, strict=True)]
+        try:
+            mapping.attach(found)
+        finally:
+            for fd in fds:
+                os.close(fd)
 
     def _collect(self, message: Message) -> bool:
         """Takes segments; whether these were the last of them."""
@@ -355,7 +380,7 @@ class MemoryClient:
         if not self._collect(message):
             return
         plan = Plan.from_wire(message.body["plan"])
-        weights = Reservation(plan.arena_bytes)
+        weights = self._device.mapping(plan.arena_bytes)
         weights.attach(self._segments)
         weights.populate(0, plan.arena_bytes)
         for segment in self._segments:
@@ -363,7 +388,7 @@ class MemoryClient:
         self._segments.clear()
         self._relaid = (plan, weights)
 
-    def take_relaid(self) -> tuple[Plan, Reservation] | None:
+    def take_relaid(self) -> tuple[Plan, Mapping] | None:
         """The weights at other addresses, where the service has laid them out anew.
 
         Call `let_go_of_old` once nothing of this process looks at the old ones any more.

@@ -75,8 +75,19 @@ class Keeping:
         """Whether an entry is being written from the arena."""
         return self._writer is not None and not self._ended.is_set()
 
-    def write_through(self, source: Source, checkpoint: Checkpoint, arena: memoryview) -> Source:
-        """The source, with all that comes from it written to the cache, too, where that goes."""
+    def write_through(
+        self,
+        source: Source,
+        checkpoint: Checkpoint,
+        arena: Callable[[], memoryview | None],
+    ) -> Source:
+        """The source, with all that comes from it written to the cache, too, where that goes.
+
+        Args:
+            source: The source.
+            checkpoint: What comes from it.
+            arena: See `CachingSource`.
+        """
         self._writer = self._cache.begin(checkpoint, checkpoint.seal)
         if self._writer is None:
             return source

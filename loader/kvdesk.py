@@ -6,11 +6,18 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.arena import PAGE, Reservation, Segment, round_up
+from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
-from coldframe.loader.devices import Device
-from coldframe.loader.errors import ArenaError, ReplicaError
+from coldframe.loader.devices.base import Arena, Device
+from coldframe.loader.errors import (
+    ArenaError,
+    ColdframeError,
+    DeviceFull,
+    ReplicaError,
+    RequestError,
+)
 from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.kv_room import KvRoom
 from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.ledger import BlockLedger, Blocks, KvUsage
 
@@ -21,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KvDesk"]
 
+_STEP = 256 << 20
+"""Bytes by which the arena grows at once, where it does."""
 _DRAIN_S = 2.0
 """How long it may take to write what is not written yet, before memory is given back."""
 
@@ -29,25 +38,33 @@ class KvDesk:
     """Answers every message that is about KV blocks; see `BlockLedger` for the rules.
 
     Args:
-        device: Where the blocks lie.
         send: Sends a message to a connection.
         connections: All that there are.
         post: Has something done by the loop; any thread may call it.
+        fail: Told why there can be no arena.
+        sized: Told `block_bytes` and `blocks` where the desk was left to say how many.
     """
 
     def __init__(
         self,
-        device: Device,
         send: Callable[..., None],
         connections: Callable[[], Iterable[Connection]],
         post: Callable[[Callable[[], None]], None],
+        fail: Callable[[ColdframeError], None],
+        sized: Callable[[dict[str, int]], None],
     ) -> None:
-        self._device = device
         self._send = send
         self._connections = connections
         self._post = post
+        self._fail = fail
+        self._sized = sized
+        self._waits_for_weights: Callable[[], None] | None = None
+        self._weights_lie = False
         self._ledger: BlockLedger | None = None
-        self._offer: tuple[dict[str, Any], Segment] | None = None
+        self._arena: Arena | None = None
+        self._offer: dict[str, Any] = {}
+        self._full: DeviceFull | None = None
+        """Why the arena could not grow when it last should have."""
         self._discarding = False
         self._leaving = False
         """Whether the store is saving what is about to be discarded."""
@@ -61,50 +78,119 @@ class KvDesk:
 
     def open_arena(
         self,
+        device: Device,
         block_bytes: int,
-        blocks: int,
+        blocks: int | None,
         lease_s: float,
         store: dict[str, Any] | None = None,
+        room: dict[str, Any] | None = None,
     ) -> None:
-        """Makes the arena and offers it to every worker.
+        """Makes the arena and offers it to every worker, as soon as the device is up.
+
+        Requests may come from now on; they get blocks then.
 
         Args:
+            device: Where the blocks lie.
             block_bytes: Of one block.
-            blocks: How many.
+            blocks: How many; None where `room` says it (`KvRoom`), once the weights have theirs.
             lease_s: See `BlockLedger`.
             store: Where KV is kept that leaves the arena (`KvStoreOptions`), if anywhere.
+            room: See `blocks`.
 
         Raises:
-            DeviceError: There is no memory for it.
             ReplicaError: There is one already.
         """
-        if self._offer is not None:
+        if self._ledger is not None:
             raise ReplicaError("the KV has been sized already")
-        size = round_up(block_bytes * blocks, PAGE)
-        fd = self._device.allocate("kv", size, now=False)
-        self._ledger = BlockLedger(blocks, lease_s)
-        segment = Segment(fd, 0, size, 0, True)
-        if store is not None:
-            self._open_store(KvStoreOptions.from_wire(store), segment, block_bytes)
-        body = {
-            "type": "kv",
-            "block_bytes": block_bytes,
-            "blocks": blocks,
-            "segment": segment.to_wire(),
-        }
-        self._offer = (body, segment)
-        for connection in list(self._connections()):
-            if connection.attached:
-                self.greet(connection)
+        self._ledger = BlockLedger(blocks or 0, lease_s, self._grow)
+        self._offer = {"block_bytes": block_bytes}
+        kept = None if store is None else KvStoreOptions.from_wire(store)
 
-    def _open_store(self, options: KvStoreOptions, segment: Segment, block_bytes: int) -> None:
+        def up() -> None:
+            try:
+                count = blocks
+                if count is None:
+                    count = self._count(device, KvRoom.from_wire(room or {}))
+                self._make_arena(device, count, kept)
+            except ColdframeError as error:
+                self._fail(error)
+
+        if blocks is None and not self._weights_lie:
+            self._waits_for_weights = up
+        elif device.start(lambda: self._post(up)):
+            up()
+
+    def weights_lie(self) -> None:
+        """The weights have their memory; what is left may become KV."""
+        self._weights_lie = True
+        up, self._waits_for_weights = self._waits_for_weights, None
+        if up is not None:
+            up()
+
+    def _count(self, device: Device, room: KvRoom) -> int:
+        """How many blocks there is room for, beside the weights, which have theirs."""
+        found, size = device.report(), self._offer["block_bytes"]
+        count = room.nbytes(found.total, found.free, 0) // int(size)
+        if count < 1:
+            raise DeviceFull(
+                "the weights leave no room for KV",
+                where=device.name,
+                expected=f"at least {size:,} bytes",
+                got=f"{found.free:,} of {found.total:,} bytes free",
+                hint="Take a smaller model or another device, or say how much with --kv-memory.",
+            )
+        self._sized({"block_bytes": size, "blocks": count})
+        return count
+
+    def _make_arena(self, device: Device, blocks: int, store: KvStoreOptions | None) -> None:
+        assert self._ledger is not None
+        block_bytes, self._ledger.blocks = self._offer["block_bytes"], blocks
+        self._offer["blocks"] = blocks
+        self._arena = arena = device.arena("kv", block_bytes * blocks, now=False)
+        self._offer["size"] = arena.size
+        self._ledger.backed = self._grow(1)  # the first request need not wait for it
+        if store is not None:
+            self._open_store(store, arena, block_bytes)
+        for connection in self._workers():
+            self.greet(connection)
+        self._tell_available()
+
+    def _workers(self) -> list[Connection]:
+        return [connection for connection in self._connections() if connection.attached]
+
+    def _grow(self, blocks: int) -> int:
+        """Puts memory behind so many blocks from the first, as far as the device has any.
+
+        Whoever gets one of them hears of it first: messages stay in their order.
+        """
+        arena, size = self._arena, self._offer["block_bytes"]
+        if arena is None:
+            return 0
+        missing = blocks * size - arena.grown
+        for step in (max(missing, min(_STEP, arena.size - arena.grown)), missing):
+            if missing <= 0:
+                break
+            try:
+                segment = arena.grow(step)
+            except DeviceFull as error:
+                self._full = error
+                continue
+            self._full = None
+            for connection in self._workers():
+                self._send_grown(connection, segment)
+            break
+        return min(int(self._offer["blocks"]), arena.grown // int(size))
+
+    def _send_grown(self, worker: Connection, segment: Segment) -> None:
+        body = {"type": "kv_grown", "segment": segment.to_wire()}
+        self._send(worker, body, (segment.fd,))
+
+    def _open_store(self, options: KvStoreOptions, arena: Arena, block_bytes: int) -> None:
         from coldframe.loader.kvprepare import KvPreparer
         from coldframe.loader.kvstore import KvStore
 
         assert self._ledger is not None
-        mapped = Reservation(segment.length)
-        mapped.attach([segment])
-        self._store = KvStore(options, mapped.view(), block_bytes)
+        self._store = KvStore(options, arena, block_bytes)
         self._preparer = KvPreparer(
             self._ledger, self._store, self._post, self._tell_available, self._ledger.lease_s
         )
@@ -128,13 +214,19 @@ class KvDesk:
     def close(self) -> None:
         """Writes what is to be kept and is not written yet, in a bounded time."""
         if self._store is not None:
-            self._store.close(_DRAIN_S)
+            self._store.close(_DRAIN_S)  # whose readers may be at the arena still
+        elif self._arena is not None:
+            self._arena.close()
 
     def greet(self, worker: Connection) -> None:
         """Gives the arena to a worker, if it stands already."""
-        if self._offer is not None:
-            body, segment = self._offer
-            self._send(worker, body, (segment.fd,))
+        if self._arena is not None:
+            segments = self._arena.segments
+            # The first of them with it, so that who has the arena has some memory, if there is any.
+            body = {"type": "kv", **self._offer, "segments": [s.to_wire() for s in segments[:1]]}
+            self._send(worker, body, tuple(segment.fd for segment in segments[:1]))
+            for segment in segments[1:]:
+                self._send_grown(worker, segment)
 
     def usage(self) -> KvUsage:
         """What the ledger counts; nothing before the arena."""
@@ -154,7 +246,7 @@ class KvDesk:
         self._try_to_discard()
 
     def _try_to_discard(self) -> None:
-        if not self._discarding or self._leaving or self._ledger is None:
+        if not self._discarding or self._leaving or self._ledger is None or self._arena is None:
             return
         if self._ledger.free < self._ledger.blocks:
             return
@@ -175,13 +267,17 @@ class KvDesk:
 
     def _discard_now(self) -> None:
         assert self._ledger is not None
-        assert self._offer is not None
-        if self._ledger.reset():
-            self._discarding = False
-            if self._store is not None:
-                self._store.arena_lost()
-            _, segment = self._offer
-            self._device.discard(segment.fd, segment.length)
+        assert self._arena is not None
+        if not self._ledger.reset():
+            return
+        self._discarding = False
+        if self._store is not None:
+            self._store.arena_lost()
+        if self._arena.discard():
+            # Nobody has a block, so nobody looks at the memory that is taken away.
+            self._ledger.backed = 0
+            for connection in self._workers():
+                self._send(connection, {"type": "kv_shrunk"})
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
@@ -222,7 +318,10 @@ class KvDesk:
         got = self._assign(connection.key, request, attempt, count, keys)
         connection.waits_for_blocks = got is None
         if got is None:
-            self._send(connection, {"type": "assigned", "blocks": None, "reused": 0})
+            body: dict[str, Any] = {"type": "assigned", "blocks": None, "reused": 0}
+            if self._never(connection.key, request, attempt):
+                body["error"] = self._too_much(count).to_wire()
+            self._send(connection, body)
             return
         if self._store is not None:
             self._store.forgotten(got.forgotten)
@@ -243,6 +342,31 @@ class KvDesk:
         if got is None and self._books.may_assign(worker, request, attempt) and preparer.give_way():
             got = self._books.assign(*asked)
         return got
+
+    def _never(self, worker: str, request: str, attempt: int) -> bool:
+        """Whether a request that did not get its blocks never will: the device has no memory.
+
+        That is so where nobody has any block, so that none will come back.
+        """
+        books = self._books
+        if self._full is None or books.free < books.blocks:
+            return False
+        return books.may_assign(worker, request, attempt) and not self._is_preparing
+
+    @property
+    def _is_preparing(self) -> bool:
+        return self._preparer is not None and self._preparer.busy
+
+    def _too_much(self, count: int) -> RequestError:
+        assert self._full is not None
+        size = self._offer["block_bytes"]
+        return RequestError(
+            "the device has not enough memory left for the request's KV",
+            where=self._full.where,
+            expected=f"{count * size:,} bytes",
+            got=self._full.got,
+            hint="Ask for fewer tokens, or free memory of the device.",
+        )
 
     def on_publish(self, connection: Connection, request: str, keys: list[str]) -> None:
         self._check_keys(connection, keys)

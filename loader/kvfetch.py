@@ -24,9 +24,9 @@ class Fetch:
 
     def __init__(
         self,
-        load: Callable[[str, memoryview, int], str | None],
+        load: Callable[[str, int, int], str | None],
         keys: Sequence[str],
-        places: Sequence[memoryview],
+        places: Sequence[int],
         done: Callable[[Sequence[str]], None],
     ) -> None:
         self._load = load

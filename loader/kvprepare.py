@@ -116,6 +116,11 @@ class KvPreparer:
                 self._leave(known)
 
     @property
+    def busy(self) -> bool:
+        """Whether blocks are kept for somebody."""
+        return bool(self._wanted or self._left)
+
+    @property
     def _disk_hangs(self) -> bool:
         late = time.monotonic() - _PATIENCE_S
         return any(known.began < late for known in self._left)

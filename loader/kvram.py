@@ -7,20 +7,15 @@ beyond that is for those on their way alone.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 from collections import OrderedDict
 
 from coldframe.loader.errors import DeviceError
+from coldframe.loader.memory import copy
 
-__all__ = ["KvMemory", "copy"]
+__all__ = ["KvMemory"]
 
 _LAZY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap does not name
-
-
-def copy(target: memoryview, source: memoryview) -> None:
-    """Copies a block; other threads run meanwhile, which a slice assignment would not let them."""
-    ctypes.memmove(_address(target), _address(source), len(source))
 
 
 class KvMemory:
@@ -129,7 +124,3 @@ class KvMemory:
 
     def _view(self, slot: int) -> memoryview:
         return self._memory[slot * self._block_bytes : (slot + 1) * self._block_bytes]
-
-
-def _address(view: memoryview) -> int:
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))

@@ -18,10 +18,11 @@ from queue import SimpleQueue
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.loader.kvdisk import KvDisk, is_key
 from coldframe.loader.kvfetch import ORDER_NS, Fetch
-from coldframe.loader.kvram import KvMemory, copy
+from coldframe.loader.kvram import KvMemory
 from coldframe.loader.kvtally import KvTally, StoreUsage
 from coldframe.loader.kvwriter import KvWriter, say
 from coldframe.loader.ledger import Named
+from coldframe.loader.memory import Memory, borrowed
 
 __all__ = ["KvStore"]
 
@@ -39,7 +40,7 @@ class KvStore:
         block_bytes: Of one block.
     """
 
-    def __init__(self, options: KvStoreOptions, arena: memoryview, block_bytes: int) -> None:
+    def __init__(self, options: KvStoreOptions, arena: Memory, block_bytes: int) -> None:
         self.fresh_s = 300.0
         """For so long a block counts as used just now: its file need not be told again."""
         self._options = options
@@ -188,14 +189,13 @@ class KvStore:
             done: Called by another thread with how many of them, from the first, are there now;
                 the others hold nothing. Nothing is written to them any more then.
         """
-        places = [self._view(block) for block in blocks]
 
         def fetched(loaded: Sequence[str]) -> None:
             for name in loaded:
                 self._tally.add(name)
             done(len(loaded))
 
-        fetch = Fetch(self._load, keys, places, fetched)
+        fetch = Fetch(self._fill, keys, blocks, fetched)
 
         def save_and_fetch() -> None:
             with self._lock:
@@ -208,6 +208,10 @@ class KvStore:
             fetch.run()
 
         self._do(save_and_fetch)
+
+    def _fill(self, key: str, block: int, used_ns: int) -> str | None:
+        with borrowed(self._arena, self._place(block), self._block_bytes, write=True) as into:
+            return self._load(key, into, used_ns)
 
     def _load(self, key: str, into: memoryview, used_ns: int) -> str | None:
         """Reads a block to its place: as what it counts then; None where it is not there."""
@@ -241,7 +245,9 @@ class KvStore:
         if not must and not keep:
             return
         known = key in self._memory
-        if self._memory.put(key, self._view(block), must=must):
+        with borrowed(self._arena, self._place(block), self._block_bytes) as data:
+            stored = self._memory.put(key, data, must=must)
+        if stored:
             if not known:
                 self._tally.add("memory_stored")
         elif must and self._writer is not None:
@@ -252,15 +258,15 @@ class KvStore:
             block = self._blocks.get(key)
             if block is None:
                 return self._memory.read(key, buffer)
-            copy(buffer, self._view(block))
+            self._arena.read(self._place(block), buffer)
             return True
 
     def _settled(self, key: str) -> None:
         with self._lock:
             self._memory.release(key)
 
-    def _view(self, block: int) -> memoryview:
-        return self._arena[block * self._block_bytes : (block + 1) * self._block_bytes]
+    def _place(self, block: int) -> int:
+        return block * self._block_bytes
 
     # -- threads ---------------------------------------------------------------------------------
 

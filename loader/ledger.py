@@ -21,7 +21,7 @@ Pure bookkeeping; sockets and clocks are the caller's.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from coldframe.loader.errors import ArenaError
@@ -102,11 +102,20 @@ class BlockLedger:
     Args:
         blocks: How many there are.
         lease_s: How long a request's blocks are kept while no worker holds them, in seconds.
+        grow: Called where blocks are wanted that have no memory behind them yet, with how many
+            from the first are to have some; returns how many have. Without it all have.
+
+    Attributes:
+        backed: How many of the blocks, from the first, have memory behind them.
     """
 
-    def __init__(self, blocks: int, lease_s: float = 30.0) -> None:
+    def __init__(
+        self, blocks: int, lease_s: float = 30.0, grow: Callable[[int], int] | None = None
+    ) -> None:
         self.blocks = blocks
         self.lease_s = lease_s
+        self.backed = blocks if grow is None else 0
+        self._grow = grow
         self._reused = 0
         self._returned: deque[int] = deque()
         self._next = 0
@@ -120,7 +129,7 @@ class BlockLedger:
 
     @property
     def free(self) -> int:
-        """Blocks that a request can get, those included that are kept until one needs them."""
+        """Blocks that nobody has, those included that are kept until one needs them."""
         return len(self._returned) + self.blocks - self._next + len(self._unused)
 
     @property
@@ -212,7 +221,8 @@ class BlockLedger:
 
     def forgets(self, count: int) -> bool:
         """Whether something would be forgotten to make room for so many blocks."""
-        return count > len(self._returned) + self.blocks - self._next
+        self._back(count)
+        return count > self._clean
 
     def reserve(self, count: int, keys: Sequence[str]) -> tuple[Reserved, Blocks] | None:
         """Takes the blocks that a request is about to ask for, with what is published of its keys.
@@ -339,7 +349,8 @@ class BlockLedger:
         missing = range(count - len(found))
         # Before any is taken, lest they be forgotten to make room.
         self._refer(found)
-        if len(missing) > self.free:
+        self._back(len(missing))
+        if len(missing) > self._clean + len(self._unused):
             self._unrefer(found)
             return None
         forgotten: Named = []
@@ -347,6 +358,18 @@ class BlockLedger:
         owner.keys = found
         owner.blocks = [self._published[key].block for key in found] + fresh
         return Blocks(list(owner.blocks), len(found), forgotten)
+
+    @property
+    def _clean(self) -> int:
+        """Blocks with memory behind them that hold nothing."""
+        return len(self._returned) + max(0, self.backed - self._next)
+
+    def _back(self, count: int) -> None:
+        """Has memory put behind so many blocks that hold nothing, as far as there is any."""
+        if self._grow is None or count <= self._clean or self.backed == self.blocks:
+            return
+        wanted = min(self.blocks, max(self.backed, self._next) + count - self._clean)
+        self.backed = self._grow(wanted)
 
     def _publish(self, owner: Reserved, keys: Sequence[str]) -> Named:
         known, new = len(owner.keys), []
@@ -374,7 +397,7 @@ class BlockLedger:
         """A block for a new owner; there is one. What it held is added to what is forgotten."""
         if self._returned:
             return self._returned.popleft()
-        if self._next < self.blocks:
+        if self._next < self.backed:
             self._next += 1
             return self._next - 1
         key = next(iter(self._unused))

@@ -23,8 +23,10 @@ from coldframe.loader.chain import ChainSource, Opened, Places, first_that_opens
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.companions import Companions
 from coldframe.loader.devices import Device
+from coldframe.loader.devices.base import Arena, Arrived, Landing
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceError,
     ReplicaError,
     SourceCorrupt,
     SourceUnreachable,
@@ -32,13 +34,13 @@ from coldframe.loader.errors import (
 from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import origins_of
-from coldframe.loader.ownarena import OwnArena, move
 from coldframe.loader.pieces import PIECE_BYTES
 from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Extent, Layout, Plan
+from coldframe.loader.realign import move
 from coldframe.loader.sources.base import SEALED, Origin, Source
 from coldframe.loader.sources.file import FileSource
-from coldframe.loader.stream import Fetch, Stream, pieces_of
+from coldframe.loader.stream import CHUNK, Fetch, Stream, pieces_of
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder
 
@@ -117,8 +119,9 @@ class Load:
         self._files: FileSource | None = None
         self._source: Source | None = None
         self._stream: Stream | None = None
-        self._arena: OwnArena | None = None
-        self._retired: OwnArena | None = None
+        self._arena: Arena | None = None
+        self._retired: Arena | None = None
+        self._landing: Landing | None = None
         self._keeping: Keeping | None = None
         self._sharing: Sharing | None = None
         self._cached = 0.0
@@ -200,9 +203,7 @@ class Load:
         self._companions.bring(opened.origin, config, stay=not self._from_cache)
         local = opened.origin.path is not None
         with self._recorder.span("plan"):
-            mirror = local and self._sharing is None
-            layout = options.layout or (Layout.FILE if mirror else Layout.ALIGNED)
-            self.plan = Plan.build(opened.checkpoint, layout=layout)
+            self.plan = Plan.build(opened.checkpoint, layout=self._layout(local))
             mapped = local and self._may_map(opened.checkpoint)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
         if mapped:
@@ -213,6 +214,22 @@ class Load:
                 raise
         else:
             self._copy(opened, places)
+
+    def _layout(self, local: bool) -> Layout:
+        """How the weights are to lie."""
+        wanted, needed = self._options.layout, self._device.layout
+        if needed is None:
+            mirror = local and self._sharing is None
+            return Layout(wanted or (Layout.FILE if mirror else Layout.ALIGNED))
+        if wanted not in (None, needed):
+            raise DeviceError(
+                "weights cannot lie like that in this device's memory",
+                where=self._device.name,
+                expected=str(needed),
+                got=wanted,
+                hint="Leave the layout to the device.",
+            )
+        return needed
 
     def _open(self, places: Places) -> tuple[Opened, Places]:
         """The place to read first, and those behind it; the cache stands before a network."""
@@ -247,6 +264,8 @@ class Load:
         total = sum(shard.size for shard in checkpoint.shards)
         self._cached = files.cached_bytes() / max(1, total)
         options = self._options
+        if self._device.layout is not None:
+            return False
         if options.copy or options.throttle is not None or self.plan.layout is not Layout.FILE:
             return False
         if self._cached < _MOSTLY:
@@ -272,11 +291,12 @@ class Load:
             self._sharing.offer(checkpoint, self.plan, self.segments, self._companions.read, files)
         self._on_plan()
 
-        def fetch(extent: Extent, start: int, stop: int) -> None:
+        def fetch(extent: Extent, start: int, stop: int, arrived: Arrived) -> None:
             # Where all of it was there a moment ago, the fault of a page that is not is cheaper
             # than a look at each.
             if self._cached < 1:
                 files.make_resident(extent.shard, start, stop - start)
+            arrived(None)
 
         chunk = _ALL if self._cached == 1 else None
         note = f"mapped in place; {self._unverified}"
@@ -285,20 +305,35 @@ class Load:
     def _copy(self, opened: Opened, later: Places) -> None:
         self.mode = "copied"
         checkpoint, local = opened.checkpoint, opened.origin.path is not None
-        self._arena = arena = OwnArena(self._device, self.plan.arena_bytes, WEIGHTS_BASE)
-        self.segments = arena.segments
-        self._on_plan()
         self._source = source = ChainSource(
             opened, later, self._open_source, self._went_on, sealed=self._sealed
         )
-        if self._sharing is not None:
-            memory = arena.view()
-            self._sharing.offer(checkpoint, self.plan, memory, self._companions.read, source)
+
+        def ready(arena: Arena) -> None:
+            self._arena, self.segments = arena, arena.segments
+            if self._sharing is not None:
+                self._sharing.offer(checkpoint, self.plan, arena, self._companions.read, source)
+            self._on_plan()
+
+        self._landing = landing = self._device.land(
+            source,
+            self.plan.arena_bytes,
+            WEIGHTS_BASE,
+            readers=self._readers(source),
+            chunk=source.chunk or CHUNK,
+            ready=ready,
+        )
+
+        def note() -> str:
+            parts = (source.note, landing.note, source.verified or self._unverified)
+            return "; ".join(filter(None, parts))
+
         self._start(
             source,
-            Placer(source, arena.view(), arena.fault_in).fetch,
+            landing.fetch,
             name="weight_read" if local else "weight_fetch",
-            note=lambda: f"{source.note}; {source.verified or self._unverified}",
+            note=note,
+            stop=landing.cancel,
             # A reader of the network keeps to the limit by itself.
             throttle=self._throttle if local else None,
         )
@@ -309,8 +344,14 @@ class Load:
             return source
         # What comes from a place behind the first is not kept: unless sealed, nobody knows whether
         # it is what the first one has.
-        assert self._arena is not None
-        return self._keeping.write_through(source, opened.checkpoint, self._arena.view())
+        return self._keeping.write_through(source, opened.checkpoint, self._host_bytes)
+
+    def _host_bytes(self) -> memoryview | None:
+        """The arena's bytes, where the host can look at them; once they are being filled."""
+        return None if self._arena is None else self._arena.view(0, self.plan.arena_bytes)
+
+    def _readers(self, source: Source) -> int:
+        return self._options.threads or source.readers or min(8, max(2, cpu_count()))
 
     def _checked(self, source: Source, checkpoint: Checkpoint) -> Source:
         """A source that holds what it gives against the checkpoint's seal, where there is one."""
@@ -370,6 +411,7 @@ class Load:
         name: str,
         note: Callable[[], str],
         chunk: int | None = None,
+        stop: Callable[[], None] = lambda: None,
         throttle: Throttle | None = None,
     ) -> None:
         self._stream = Stream(
@@ -378,10 +420,11 @@ class Load:
             self.board,
             finish=source.finish,
             abort=self._give_up,
+            stop=stop,
             on_stage=self._stage_ready,
             on_end=self._ended,
             recorder=self._recorder,
-            threads=self._options.threads or source.readers or min(8, max(2, cpu_count())),
+            threads=self._readers(source),
             chunk=chunk or source.chunk,
             smallest=PIECE_BYTES if self._sealed else 0,
             throttle=throttle,
@@ -447,12 +490,14 @@ class Load:
         with self._handling:
             self._check_open()
             assert self._files is not None
-            self._arena = arena = OwnArena(self._device, self.plan.arena_bytes)
+            self._arena = arena = self._device.arena("weights", self.plan.arena_bytes, now=True)
+            memory = _bytes_of(arena, self.plan)
             for shard, segment in enumerate(self.segments):
                 for at in range(0, segment.length, _STEP):
                     self._check_open()
                     count = min(_STEP, segment.length - at)
-                    self._files.read_into(shard, at, [arena.view(segment.offset + at, count)])
+                    to = segment.offset + at
+                    self._files.read_into(shard, at, [memory[to : to + count]])
             # The kernel holds a writer back for lease-break-time, not for ever.
             self._files.finish()
             return arena.segments
@@ -525,7 +570,7 @@ class Load:
         if not left_out:
             self.verified = SEALED
 
-    def realign(self) -> tuple[Plan, OwnArena]:
+    def realign(self) -> tuple[Plan, Arena]:
         """Copies the weights into memory of our own, laid out anew, beside where they are now.
 
         Returns:
@@ -540,13 +585,15 @@ class Load:
         plan = Plan.build(self._checkpoint, layout=Layout.ALIGNED)
         with self._handling:
             self._check_open()
-            arena = OwnArena(self._device, plan.arena_bytes)
+            arena = self._device.arena("weights", plan.arena_bytes, now=True)
+            memory = _bytes_of(arena, plan)
             try:
                 if self._arena is not None:
-                    move(self.plan, self._arena.view(), plan, arena.view(), self._check_open)
+                    old = _bytes_of(self._arena, self.plan)
+                    move(self.plan, old, plan, memory, self._check_open)
                 else:
                     assert self._files is not None
-                    fetch = Placer(self._checked(self._files, self._checkpoint), arena.view()).fetch
+                    fetch = Placer(self._checked(self._files, self._checkpoint), memory).fetch
                     for extent, start, stop in pieces_of(plan):
                         self._check_open()
                         fetch(extent, start, stop)
@@ -558,7 +605,7 @@ class Load:
                 raise
         return plan, arena
 
-    def adopt_layout(self, plan: Plan, arena: OwnArena) -> None:
+    def adopt_layout(self, plan: Plan, arena: Arena) -> None:
         """From now on the weights are where `realign` has put them; the rest waits for `retire`."""
         if self.mode == "mapped" and self._sealed:
             self.verified = SEALED
@@ -574,6 +621,12 @@ class Load:
         if self._files is not None:
             self._files.close()
             self._files = None
+
+    def landed(self) -> None:
+        """Gives back what only the stream needed; to be called once it has ended."""
+        landing, self._landing = self._landing, None
+        if landing is not None:
+            landing.close()
 
     def let_go(self) -> None:
         """Ends the leases: writers may come in."""
@@ -591,7 +644,15 @@ class Load:
             self._stream.cancel()
         if self._keeping is not None:
             self._keeping.close()
+        self.landed()
         with self._handling:
             for thing in (self._source, self._files, self._arena, self._retired, *self._origins):
                 if thing is not None:
                     thing.close()
+
+
+def _bytes_of(arena: Arena, plan: Plan) -> memoryview:
+    """An arena's bytes, of a device where weights may lie in any layout: the host's."""
+    view = arena.view(0, plan.arena_bytes)
+    assert view is not None
+    return view

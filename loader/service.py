@@ -6,8 +6,9 @@ owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
 `hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers).
-Messages out: `files`, `plan` (board and segments), `kv`, `stage`, `remap`, `relaid`, `failed`,
-`loaded`, `moved`, `kept`, `usage`, `assigned`, `claimed`, `dropped`, `available`.
+Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
+`kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
+`claimed`, `dropped`, `available`.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from typing import Any
 
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
-from coldframe.loader.devices import Device, open_device
-from coldframe.loader.errors import ArenaError, ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.devices import open_device
+from coldframe.loader.devices.base import Arena, Device
+from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.ownarena import OwnArena
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
@@ -56,7 +57,7 @@ class MemoryService:
 
     def __init__(self, owner: Channel, run_dir: str, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._device = open_device("cpu")
+        self._device: Device = open_device("cpu")
         self._selector = selectors.DefaultSelector()
         self._posted: deque[Callable[[], None]] = deque()
         self._wakeup = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -75,7 +76,13 @@ class MemoryService:
         self._wished: bool | None = None
         self._moving = False
         self._moved: Callable[[], None] | None = None
-        self._kv = KvDesk(self._device, self._send, lambda: self._clients.values(), self._post)
+        self._kv = KvDesk(
+            self._send,
+            lambda: self._clients.values(),
+            self._post,
+            self._report,
+            lambda sized: self._send(self._owner, {"type": "sized", **sized}),
+        )
         self._running = True
 
     def run(self) -> None:
@@ -101,6 +108,7 @@ class MemoryService:
         # A load that is still being opened is left to the end of the process.
         if self._load is not None and not self._opening.is_alive():
             self._load.close()
+            self._device.close()
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():
@@ -190,8 +198,16 @@ class MemoryService:
     def _on_load(self, client: Connection, **options: Any) -> None:
         if client is not self._owner or self._load is not None:
             raise ReplicaError("only the owner loads, and once", where=client.key)
+        wanted = LoadOptions.from_wire(options)
+        try:
+            self._device = open_device(wanted.device)
+        except DeviceError as error:
+            self._report(error)
+            return
+        # What it takes to bring it up goes on beside opening the checkpoint and the first reads.
+        self._device.start(lambda: self._post(self._device_up))
         self._load = Load(
-            LoadOptions.from_wire(options),
+            wanted,
             self._device,
             self._recorder,
             files_dir=os.path.join(self._run_dir, "model"),
@@ -201,16 +217,21 @@ class MemoryService:
             on_end=lambda error: self._post(lambda: self._ended_now(error)),
             on_kept=lambda why: self._post(lambda: self._kept_now(why)),
         )
-        device = open_device(options.get("device", "cpu"))
-        self._opening = threading.Thread(
-            target=self._run_load, args=(device,), name="load", daemon=True
-        )
+        self._opening = threading.Thread(target=self._run_load, name="load", daemon=True)
         self._opening.start()
 
-    def _run_load(self, device: Device) -> None:
+    def _device_up(self) -> None:
+        """The device is up, or will not be; who waits for it need not wait for the load as well."""
+        try:
+            found = self._device.report()
+        except ColdframeError as error:
+            self._report(error)
+        else:
+            self._send(self._owner, {"type": "device", **asdict(found)})
+
+    def _run_load(self) -> None:
         assert self._load is not None
         try:
-            device.available()
             self._load.run()
         except ColdframeError as error:
             failure = error
@@ -227,6 +248,7 @@ class MemoryService:
         assert self._load is not None
         self._planned = True
         self._kv.model_is(self._load.identity)
+        self._kv.weights_lie()
         for client in list(self._attached()):
             self._send_plan(client)
         self._send_plan(self._owner)
@@ -238,6 +260,8 @@ class MemoryService:
 
     def _ended_now(self, error: ColdframeError | None) -> None:
         self._load_ended = True
+        if self._load is not None:
+            self._load.landed()
         self._report(error)
         self._check_proven()
         self._check_lease()
@@ -412,7 +436,7 @@ class MemoryService:
         self._check_lease()
         self._settle()
 
-    def _realigned_now(self, plan: Plan, arena: OwnArena) -> None:
+    def _realigned_now(self, plan: Plan, arena: Arena) -> None:
         assert self._load is not None
         load = self._load
         load.adopt_layout(plan, arena)
@@ -465,14 +489,9 @@ class MemoryService:
         self._kv.discard()
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
-        if sizes.pop("room", None) is not None:
-            sizes["blocks"] = 64
         if client is not self._owner:
             raise ReplicaError("only the owner sizes the KV", where=client.key)
-        try:
-            self._kv.open_arena(**sizes)
-        except (ArenaError, DeviceError) as error:
-            self._report(error)
+        self._kv.open_arena(self._device, **sizes)
 
 
 def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:

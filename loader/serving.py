@@ -1,8 +1,8 @@
 """What a memory service has for its peers: the files of the checkpoint, out of its arena.
 
 A peer asks for ranges of files, whatever its own plan and layout are; the plan says where in the
-arena they lie and which stage brings them. `Gate` says which stages are in. Nothing is copied:
-what goes out are views of the arena.
+arena they lie and which stage brings them. `Gate` says which stages are in. Where the host can look
+at the arena nothing is copied: what goes out are views of it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 from coldframe.loader.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, Shard
 from coldframe.loader.errors import CheckpointError, ColdframeError, SourceNotFound
+from coldframe.loader.memory import Memory
 from coldframe.loader.plan import Plan
 
 __all__ = ["Bytes", "Gate", "Offer", "ReadRest", "ReadSmall"]
 
 _REST = 1 << 20  # bytes in one request
+_COPIED = 256 << 20  # likewise, of an arena that cannot be looked at
 
 ReadSmall = Callable[[str, int], bytes]
 """Reads a whole small file of the checkpoint, of a size up to a limit; see `Origin.read_small`."""
@@ -107,11 +109,14 @@ class Bytes:
         parts: Where they are, one after the other.
         rest: Those parts that are not in the arena but buffers to be filled, and their offsets in
             the shard; see `Offer.fill`.
+        copied: Likewise those that are in an arena that the host cannot look at, and their offsets
+            there.
     """
 
     stages: frozenset[int]
     parts: tuple[memoryview, ...]
     rest: tuple[tuple[int, memoryview], ...]
+    copied: tuple[tuple[int, memoryview], ...] = ()
 
 
 class Offer:
@@ -138,7 +143,7 @@ class Offer:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        memory: memoryview,
+        memory: Memory,
         *,
         headers: Sequence[bytes],
         read_small: ReadSmall,
@@ -155,7 +160,7 @@ class Offer:
         self.version = self.fingerprint if sealed else _version(checkpoint, self.fingerprint)
         self._layout = str(plan.layout)
         self._stages = [stage.name for stage in plan.stages]
-        self._memory = memory.toreadonly()
+        self._memory = memory
         self._headers = {s.name: h for s, h in zip(checkpoint.shards, headers, strict=True)}
         for shard in checkpoint.shards:
             if len(self._headers[shard.name]) != shard.data_offset:
@@ -183,12 +188,14 @@ class Offer:
         """Where a shard's bytes from `start` up to `stop` are.
 
         Returns:
-            None where too many of them are not in the arena: a rank has only its slice.
+            None where too many of them are not in the arena, since a rank has only its slice, or
+            more is asked for at once than is copied out of it.
         """
         shard = self.shards[name]
         parts: list[memoryview] = []
         stages: set[int] = set()
         rest: list[tuple[int, memoryview]] = []
+        copied: list[tuple[int, memoryview]] = []
         at = start
         if at < shard.data_offset:
             at = min(stop, shard.data_offset)
@@ -201,8 +208,14 @@ class Offer:
             piece = pieces[index] if index < len(pieces) else None
             if piece is not None and piece.start <= at:
                 until = min(stop, piece.stop)
-                shift = piece.arena_offset - piece.start
-                parts.append(self._memory[at + shift : until + shift])
+                place = at + piece.arena_offset - piece.start
+                view = self._memory.view(place, until - at)
+                if view is None:
+                    if sum(len(b) for _, b in copied) + until - at > _COPIED:
+                        return None
+                    view = memoryview(bytearray(until - at))
+                    copied.append((place, view))
+                parts.append(view.toreadonly())
                 stages.add(piece.stage)
                 index += 1
             else:
@@ -213,14 +226,16 @@ class Offer:
                 rest.append((at, buffer))
                 parts.append(buffer)
             at = until
-        return Bytes(frozenset(stages), tuple(parts), tuple(rest))
+        return Bytes(frozenset(stages), tuple(parts), tuple(rest), tuple(copied))
 
     def fill(self, name: str, found: Bytes) -> None:
-        """Reads what is not in the arena to its places among the parts.
+        """Reads what is not to be looked at in the arena to its places among the parts.
 
         Raises:
             ColdframeError: It could not be read.
         """
+        for offset, buffer in found.copied:
+            self._memory.read(offset, buffer)
         if self._read_rest is not None:
             for offset, buffer in found.rest:
                 self._read_rest(name, offset, buffer)

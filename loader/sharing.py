@@ -8,6 +8,7 @@ from coldframe.loader.arena import Reservation, Segment
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.companions import COMPANIONS
 from coldframe.loader.errors import ColdframeError, PlatformError, SourceNotFound
+from coldframe.loader.memory import HostMemory, Memory
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.peer_server import PeerServer
 from coldframe.loader.plan import Plan
@@ -53,7 +54,7 @@ class Sharing:
         self,
         checkpoint: Checkpoint,
         plan: Plan,
-        memory: memoryview | list[Segment],
+        memory: Memory | list[Segment],
         read_small: Callable[[str], bytes],
         source: Source,
     ) -> None:
@@ -69,7 +70,7 @@ class Sharing:
         if isinstance(memory, list):
             self._mapped = Reservation(plan.arena_bytes)
             self._mapped.attach(memory)
-            memory = self._mapped.view()
+            memory = HostMemory(self._mapped.view())
         index = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
 
         def small(name: str, limit: int) -> bytes:

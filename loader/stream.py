@@ -1,8 +1,8 @@
 """The stream: a plan's bytes into the arena, stage by stage, by several threads.
 
-Each thread takes the next chunk in the order of use, so the bytes in flight are bounded by
-threads x chunk, and the first stages are complete first. Chunks are read straight to where they
-belong; nothing is copied on the way.
+Each thread takes the next chunk in the order of use, so the bytes in flight are bounded, and the
+first stages are complete first. A chunk is in when whoever fetches it says so: at once where it is
+read straight to where it belongs, later where a copy to a device follows.
 """
 
 from __future__ import annotations
@@ -10,24 +10,27 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 from coldframe.loader.board import Board, StageState
+from coldframe.loader.devices.base import Arrived
 from coldframe.loader.errors import ColdframeError, SourceError
 from coldframe.loader.plan import Extent, Plan
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder, now
 
-__all__ = ["Fetch", "Stream", "pieces_of"]
+__all__ = ["CHUNK", "Fetch", "Stream", "pieces_of"]
 
-_CHUNK = 8 << 20
+CHUNK = 8 << 20
+"""Bytes that a reader asks for at once, where the source does not say."""
 _FIRST_CHUNK = 1 << 20
 _MIN_CHUNK = 64 << 10
 _LARGEST = 1 << 30  # beyond that nothing is read, and nobody waits for what others read
 _THROTTLED_CHUNK_S = 0.005
 
-Fetch = Callable[[Extent, int, int], None]
-"""Brings the bytes of an extent between two offsets of its file to their places; see `Placer`."""
+Fetch = Callable[[Extent, int, int, Arrived], None]
+"""Brings the bytes of an extent between two offsets of its file to their places; see `Landing`."""
 
 
 class _Chunk(NamedTuple):
@@ -45,8 +48,10 @@ class Stream:
         board: Where progress is shown.
         finish: Called when all bytes are in and before the last stage is given out: raises where
             they do not belong together.
-        abort: Called when one reader has failed: ends the waiting of the others.
-        on_stage: Called with a stage's index once its bytes are in; from a reader's thread.
+        abort: Called when a chunk has failed: ends the waiting of the readers.
+        stop: Called by `cancel`: when it returns nobody is told of a chunk any more, but for those
+            who are in a `fetch`.
+        on_stage: Called with a stage's index once its bytes are in; from any thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
         threads: Readers.
@@ -66,6 +71,7 @@ class Stream:
         *,
         finish: Callable[[], None],
         abort: Callable[[], None] = lambda: None,
+        stop: Callable[[], None] = lambda: None,
         on_stage: Callable[[int], None],
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
@@ -80,13 +86,14 @@ class Stream:
         self._board = board
         self._finish = finish
         self._abort = abort
+        self._stop = stop
         self._on_stage = on_stage
         self._on_end = on_end
         self._recorder = recorder
         self._throttle = throttle
         self._note = note
         self._name = name
-        chunk = chunk or _CHUNK
+        chunk = chunk or CHUNK
         first = min(chunk, _FIRST_CHUNK) if chunk <= _LARGEST else chunk
         if throttle is not None:
             # A power of two, as all chunks are, so that they are whole blocks and whole pieces.
@@ -99,7 +106,10 @@ class Stream:
         self._cancelled = threading.Event()
         self._most_readers = threads
         self._readers = 0
+        self._under_way = 0
+        """Chunks that are not in yet."""
         self._threads: list[threading.Thread] = []
+        self._ended = False
         self._started_ns = 0
 
     def start(self) -> None:
@@ -128,6 +138,7 @@ class Stream:
         """Ends it early and waits until no thread touches the arena any more."""
         with self._lock:  # no reader is started any more
             self._cancelled.set()
+        self._stop()
         for thread in self._threads:
             thread.join()
 
@@ -142,25 +153,41 @@ class Stream:
                 if first:
                     self._start_reader()
                     first = False
-                self._read_chunk(chunk)
-        except ColdframeError as error:
-            self._fail(error)
+                self._fetch_chunk(chunk)
         except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it
-            self._fail(SourceError("the stream broke", got=repr(error)))
+            self._fail(error)
         with self._lock:
             self._readers -= 1
-            last = self._readers == 0
-            cancelled = self._error is None and any(self._left)
-        if last and not cancelled:
-            self._recorder.add(self._name, self._started_ns, note=self._note and self._note())
-            self._on_end(self._error)
+        self._maybe_end()
 
-    def _read_chunk(self, chunk: _Chunk) -> None:
-        length, stage = chunk.stop - chunk.start, chunk.extent.stage
-        arrives = None if self._throttle is None else self._throttle.book(length)
-        self._fetch(chunk.extent, chunk.start, chunk.stop)
-        if arrives is not None and self._cancelled.wait(max(0.0, arrives - time.monotonic())):
-            return
+    def _fetch_chunk(self, chunk: _Chunk) -> None:
+        length = chunk.stop - chunk.start
+        due = None if self._throttle is None else self._throttle.book(length)
+        with self._lock:
+            self._under_way += 1
+        try:
+            arrived = partial(self._arrived, chunk.extent.stage, length, due)
+            self._fetch(chunk.extent, chunk.start, chunk.stop, arrived)
+        except BaseException:
+            with self._lock:
+                self._under_way -= 1
+            raise
+
+    def _arrived(
+        self, stage: int, length: int, due: float | None, error: ColdframeError | None
+    ) -> None:
+        try:
+            if error is not None:
+                raise error
+            if due is None or not self._cancelled.wait(max(0.0, due - time.monotonic())):
+                self._count(stage, length)
+        except Exception as failure:  # noqa: BLE001 - this may be another's thread
+            self._fail(failure)
+        with self._lock:
+            self._under_way -= 1
+        self._maybe_end()
+
+    def _count(self, stage: int, length: int) -> None:
         self._board.advance(stage, length)
         with self._lock:
             self._left[stage] -= length
@@ -173,16 +200,31 @@ class Stream:
         if complete:
             self._ready(stage)
 
+    def _maybe_end(self) -> None:
+        """Says that it is over, where nobody reads any more and nothing is on its way."""
+        with self._lock:
+            over = not self._ended and not self._readers and not self._under_way
+            self._ended = self._ended or over
+            cancelled = self._error is None and any(self._left)
+        if over and not cancelled:
+            self._recorder.add(self._name, self._started_ns, note=self._note and self._note())
+            self._on_end(self._error)
+
     def _ready(self, stage: int) -> None:
         self._board.settle(stage, StageState.READY)
         self._recorder.add(f"stage_ready[{stage}]", now())
         self._on_stage(stage)
 
-    def _fail(self, error: ColdframeError) -> None:
+    def _fail(self, cause: Exception) -> None:
+        error = cause
+        if not isinstance(error, ColdframeError):
+            error = SourceError("the stream broke", got=repr(cause))
         with self._lock:
             if self._error is None:
+                if self._cancelled.is_set():
+                    return  # it is what `cancel` has led to
                 self._error = error
-        self._cancelled.set()
+            self._cancelled.set()
         self._abort()
         for stage in range(len(self._left)):
             if self._board.state(stage) is StageState.PENDING:
@@ -191,7 +233,7 @@ class Stream:
 
 def pieces_of(plan: Plan) -> Iterator[tuple[Extent, int, int]]:
     """All of a plan in pieces to fetch one after the other: extent, first offset, end offset."""
-    return iter(_chunks(plan, _CHUNK, _CHUNK))
+    return iter(_chunks(plan, CHUNK, CHUNK))
 
 
 def _chunks(plan: Plan, first: int, size: int) -> Iterator[_Chunk]:

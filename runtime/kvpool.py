@@ -8,6 +8,7 @@ lies in a block of the request's own.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from coldframe.loader.client import MemoryClient
@@ -28,6 +29,9 @@ class KvPool:
         blocks: All the blocks that there are.
         block_tokens: Tokens in one.
         keys: Makes the keys that blocks are found by; None reuses none.
+        settle: Waits until all that was begun with blocks is done. On a GPU a step may be over here
+            before its kernels have run, and whoever gets a block next must find it written, and
+            written to by nobody else.
     """
 
     def __init__(
@@ -36,11 +40,13 @@ class KvPool:
         blocks: int,
         block_tokens: int,
         keys: PrefixKeys | None = None,
+        settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._blocks = blocks
         self._block_tokens = block_tokens
         self._keys = keys
+        self._settle = settle
 
     @property
     def may_take(self) -> bool:
@@ -102,6 +108,7 @@ class KvPool:
 
         The full ones among them may be read for other requests from now on.
         """
+        self._settle()
         self._client.publish(sequence.request, self._keys_of(sequence, sequence.kv_tokens))
 
     def hand_over(self, sequence: Sequence) -> None:

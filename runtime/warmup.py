@@ -8,12 +8,15 @@ inputs of the model's shapes and through the very code that serves.
 It needs next to no memory, whatever the model's size. The weights are zeros that nobody wrote: a
 page that is only ever read is the kernel's one page of zeros. One layer of each kind stands for
 all of them, in both arrangements that weights come in (`engine/linear.py`).
+
+A worker on a GPU does so when it has started (`ready_device`), while its weights come.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from math import prod
 
@@ -22,7 +25,7 @@ import torch
 from coldframe.runtime.answer import TextStream
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.kv import KVCache
-from coldframe.runtime.engine.model import Model
+from coldframe.runtime.engine.model import Chunk, Model
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sampling import SampleInput, sample
@@ -32,7 +35,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.text import Tokenizer
 
-__all__ = ["dummy_weights", "warm_up"]
+__all__ = ["dummy_weights", "first_uses", "ready_device", "warm_up"]
 
 _BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
 """Prompt lengths of the requests that are prefilled, and then decoded, together.
@@ -71,14 +74,71 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
     """
     _stream_text(tokenizer)
     _sample(spec)
-    kinds = tuple(dict.fromkeys(spec.windows))  # layers differ in nothing else
-    spec = replace(spec, layers=len(kinds), windows=kinds)
+    spec = _one_of_each_kind(spec)
     for gap in (0, 8):
         model = Model(spec, dummy_weights(spec, gap), _cache(spec))
         for lengths in _BATCHES:
             _serve(model, lengths, tokenizer)
         del model
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def ready_device(
+    model: Model, tensors: Mapping[str, torch.Tensor], enough: Callable[[], bool]
+) -> None:
+    """Finds the kernels that a model's device has, and uses what it will use while there is time.
+
+    Args:
+        model: The model, for which no batch has been made yet.
+        tensors: Its weights by their names.
+        enough: Whether there is something better to do; asked after each piece.
+    """
+    from coldframe.runtime.engine import varlen
+
+    kv = model.kv
+    model.varlen = varlen.find(model.spec, kv.dtype, kv.device, block_tokens=kv.block_tokens)
+    for _ in first_uses(model, tensors):
+        if enough():
+            return
+
+
+def first_uses(real: Model, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """What a device does in a prefill and in a decode step, once and for nobody, piece by piece.
+
+    A GPU's kernels come into its memory when they are first called, its libraries choose theirs
+    then, and torch takes the memory to compute in. The weights here are those of the arena,
+    whatever is in them yet: nothing is made of what comes out. Keys and values go to memory of
+    their own.
+
+    Args:
+        real: The model, nothing of which is touched but its weights.
+        tensors: Those, by their names.
+
+    Yields:
+        After each piece, when it is done: the rest may be left out.
+    """
+    spec = _one_of_each_kind(real.spec)
+    model = Model(spec, tensors, _cache(spec, real.device))
+    model.varlen = real.varlen
+    for lengths in _BATCHES:
+        prompts, blocks = [_prompt(spec, length) for length in lengths], _blocks_of(lengths)
+        both = list(zip(prompts, blocks, strict=True))
+        steps = [[Chunk(prompt, 0, len(prompt), own) for prompt, own in both]]
+        # The second half of a prompt behind the first one, then a token behind all of it.
+        halves = [(prompt, len(prompt) // 2, own) for prompt, own in both]
+        steps.append([Chunk(prompt[half:], half, len(prompt), own) for prompt, half, own in halves])
+        steps.append([Chunk((0,), len(prompt), len(prompt), own) for prompt, own in both])
+        for chunks in steps:
+            logits = model.forward(model.batch(chunks))
+            asked = SampleInput(SamplingParams(), (0,), (), 1)
+            sample(torch.zeros_like(logits), [asked] * len(chunks))
+            yield
+
+
+def _one_of_each_kind(spec: ModelSpec) -> ModelSpec:
+    """The model with one layer of each kind; they differ in nothing but their windows."""
+    kinds = tuple(dict.fromkeys(spec.windows))
+    return replace(spec, layers=len(kinds), windows=kinds)
 
 
 def _stream_text(tokenizer: Tokenizer) -> None:
@@ -122,13 +182,11 @@ def _serve(model: Model, lengths: tuple[int, ...], tokenizer: Tokenizer) -> None
     spec = model.spec
     params = SamplingParams(max_tokens=_STEPS + 2, ignore_eos=True)
     prefiller, decoder = Prefiller(model, lambda stage: True), Decoder(model)
-    used = 0
-    for number, length in enumerate(lengths):
+    for number, (length, blocks) in enumerate(zip(lengths, _blocks_of(lengths), strict=True)):
         prompt = _prompt(spec, length)
         text = TextStream(tokenizer, prompt, ())
         sequence = Sequence(str(number), 0, prompt, (), params, text, spec.eos_token_ids)
-        sequence.blocks = list(range(used, used + _blocks(length)))
-        used += _blocks(length)
+        sequence.blocks = blocks
         prefiller.admit(sequence)
         decoder.admit(sequence)
     while not prefiller.idle:
@@ -143,14 +201,21 @@ def _prompt(spec: ModelSpec, length: int) -> tuple[int, ...]:
     return tuple(token % spec.vocab_size for token in range(length))
 
 
-def _blocks(length: int) -> int:
-    """KV blocks for a prompt and what follows it."""
-    return -(-(length + _STEPS + 1) // BLOCK_TOKENS)
+def _blocks_of(lengths: tuple[int, ...]) -> list[list[int]]:
+    """KV blocks for each prompt and what follows it."""
+    blocks: list[list[int]] = []
+    used = 0
+    for length in lengths:
+        count = -(-(length + _STEPS + 1) // BLOCK_TOKENS)
+        blocks.append(list(range(used, used + count)))
+        used += count
+    return blocks
 
 
-def _cache(spec: ModelSpec) -> KVCache:
+def _cache(spec: ModelSpec, device: torch.device | str = "cpu") -> KVCache:
     """Room for any of the batches."""
     dtype = torch_dtypes()[spec.dtype]
-    blocks = max(sum(_blocks(length) for length in lengths) for lengths in _BATCHES)
+    blocks = max(sum(map(len, _blocks_of(lengths))) for lengths in _BATCHES)
     size = blocks * spec.kv_block_bytes(dtype.itemsize, BLOCK_TOKENS)
-    return KVCache(torch.empty(size, dtype=torch.uint8), spec, dtype, blocks, BLOCK_TOKENS)
+    memory = torch.empty(size, dtype=torch.uint8, device=device)
+    return KVCache(memory, spec, dtype, blocks, BLOCK_TOKENS)

@@ -1,7 +1,8 @@
 """A worker: role-less until it is told, then prefill or decode.
 
-What takes long is done at the same moment: the main thread imports torch while a second one,
-which reads the control socket, maps the arenas and loads the tokenizer. The control socket is
+What takes long is done at the same moment: the main thread imports torch, and has it start a GPU,
+while a second one, which reads the control socket, maps the arenas and loads the tokenizer. What a
+GPU needs to be warm is done while the weights come. The control socket is
 the worker's one tie to the front: when it ends, the worker ends, whatever it is doing.
 
 A worker that is to run as another user opens, maps and imports all that it will need as whoever
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from coldframe.loader.arena import Reservation
 from coldframe.loader.client import KvArena, MemoryClient
+from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
@@ -35,7 +37,7 @@ from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import PrefixKeys, kv_format
-from coldframe.runtime.tensors import tensors_of, torch_dtypes
+from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
 
@@ -102,6 +104,7 @@ class Worker:
         self.inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         """Messages from the front; None says that the memory service has news."""
         self.role = ""
+        self.device = ""
         self.overlap = True
         self.prefix_cache = True
         self.local_prefill = 0
@@ -109,6 +112,7 @@ class Worker:
         self._user = user
         self._setup: _Setup | None = None
         self._failure: ColdframeError | None = None
+        self._told = threading.Event()
         self._prepared = threading.Event()
         self._beaten = 0.0
         threading.Thread(target=self._read, name="control", daemon=True).start()
@@ -133,6 +137,7 @@ class Worker:
         import coldframe.runtime.answer
         import coldframe.runtime.decode_worker
         import coldframe.runtime.prefill_worker  # noqa: F401
+        from coldframe.runtime.engine import device
         from coldframe.runtime.engine.kv import KVCache
         from coldframe.runtime.engine.model import Model
 
@@ -140,6 +145,10 @@ class Worker:
             self.recorder.add("imports", since_ns)
         self.control.send({"type": "imported"})
         waited = now()
+        self._told.wait()
+        if self.device.startswith("cuda") and torch.cuda.is_available():
+            with self.recorder.span("cuda_context"):
+                device.start(torch.device(self.device))
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")
         if self._failure is not None:
@@ -151,8 +160,9 @@ class Worker:
         self.plan, self.kv = setup.plan, setup.kv
         assert self.client.weights is not None
         self.spec.check(self.plan.placements)
-        tensors = tensors_of(self.plan, self.client.weights.view())
-        pages = torch.frombuffer(self.kv.view(), dtype=torch.uint8)
+        tensors = tensors_of(self.plan, self.client.weights)
+        reserved = self.kv.reservation
+        pages = tensor_over(reserved.address, self.kv.nbytes, reserved.dlpack_device)
         dtype = torch_dtypes()[self.spec.dtype]
         cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
@@ -167,7 +177,28 @@ class Worker:
         self.recorder.add("ready", now(), note=note)
         self.report_spans()
         self.control.send({"type": "up"})
+        self._warm_up()
         collect_garbage()
+
+    def _warm_up(self) -> None:
+        """First uses of a GPU, as far as there is time for them before the first weights to use.
+
+        On a CPU there is nothing to do that a first step would not do as fast.
+        """
+        if self.model.device.type == "cpu":
+            return
+        from coldframe.runtime.warmup import ready_device
+
+        assert self.client.weights is not None
+        started = now()
+        needed = 0 if self.role == "prefill" else len(self.plan.stages) - 1
+        tensors = tensors_of(self.plan, self.client.weights)
+        ready_device(self.model, tensors, lambda: self.client.is_ready(needed))
+        way = None if self.model.varlen is None else self.model.varlen.way
+        kind = "by sequence" if way is None else "over pages" if way.paged else "over copied blocks"
+        waits_for = f"stage_ready[{needed}]"
+        self.recorder.add("warmup", started, note=f"attention {kind}", waits_for=waits_for)
+        self.report_spans()
 
     def _read(self) -> None:
         """The second thread: prepares on `init`, then passes on what the front says."""
@@ -187,6 +218,7 @@ class Worker:
                     self._failure = error
                 except BaseException as error:  # noqa: BLE001 - the main thread must hear of it
                     self._failure = ReplicaError("the worker cannot start", got=repr(error))
+                self._told.set()
                 self._prepared.set()
             else:
                 self.inbox.put(message)
@@ -201,15 +233,17 @@ class Worker:
             die_with_parent(init["parent"])
         self.recorder.process = init["name"]
         self.recorder.offset_ns = init["clock_shift_ns"] - clock_shift_ns()
-        self.role = init["role"]
+        self.role, self.device = init["role"], init["device"]
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
+        self._told.set()
         client = MemoryClient(
             Channel.from_fd(memory_fd),
             init["name"],
             on_event=lambda: self.inbox.put(None),
             reserved=() if warm is None else warm.reserved,
+            device=open_device(self.device),
         )
         if warm is None:
             with self.recorder.span("tokenizer"):
@@ -222,10 +256,10 @@ class Worker:
 
     @property
     def saturation(self) -> Saturation | None:
-        """What was measured before this was frozen, if it holds for as many threads as it has."""
+        """What was measured before this was frozen, if it holds for what it computes with."""
         import torch
 
-        found = None if self._warm is None else self._warm.saturation
+        found = None if self._warm is None or self.device != "cpu" else self._warm.saturation
         return found if found is not None and found.threads == torch.get_num_threads() else None
 
     # -- requests --------------------------------------------------------------------------------
@@ -236,7 +270,7 @@ class Worker:
         if self.prefix_cache:
             layout = kv_format(self.spec.dtype)
             keys = PrefixKeys(self.plan.fingerprint, layout, BLOCK_TOKENS, self.spec.rope)
-        return KvPool(self.client, self.kv.blocks, BLOCK_TOKENS, keys)
+        return KvPool(self.client, self.kv.blocks, BLOCK_TOKENS, keys, self.model.settle)
 
     def sequence(self, job: Job, prompt_ids: tuple[int, ...]) -> Sequence:
         """A request, ready to compute."""
@@ -290,7 +324,7 @@ class Worker:
         relaid = self.client.take_relaid()
         if relaid is not None:
             self.plan, weights = relaid
-            self.model.rebind(tensors_of(self.plan, weights.view()))
+            self.model.rebind(tensors_of(self.plan, weights))
             self.client.let_go_of_old()
 
     def report_spans(self) -> None:

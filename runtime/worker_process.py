@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
@@ -74,11 +75,21 @@ def work(
         control.send({"type": "broken", "error": error.to_wire()})
     except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
         traceback.print_exc()
-        broken = ReplicaError("a worker broke", where=worker.role, got=repr(error))
-        control.send({"type": "broken", "error": broken.to_wire()})
+        control.send({"type": "broken", "error": _typed(error, worker.role).to_wire()})
     finally:
         # Not through the interpreter's end: threads may be inside a kernel over mapped memory.
         os._exit(1)
+
+
+def _typed(error: Exception, role: str) -> ColdframeError:
+    """What ended a worker: its GPU, or else itself."""
+    if "torch" in sys.modules:
+        from coldframe.runtime.engine.device_errors import as_device_error
+
+        of_the_device = as_device_error(error, role)
+        if of_the_device is not None:
+            return of_the_device
+    return ReplicaError("a worker broke", where=role, got=repr(error))
 
 
 def _loop(role: str) -> Callable[[Worker], None]:

@@ -20,8 +20,10 @@ from typing import Any, Protocol
 
 from coldframe.loader.errors import (
     ColdframeError,
+    DeviceError,
     DeviceFull,
     MemoryServiceGone,
+    NoDevice,
     ReplicaError,
     SnapshotError,
 )
@@ -315,6 +317,16 @@ class Workforce:
         if not self._launch.later:
             self._staffing.tick()
 
+    def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
+        """Whether what broke a worker need not break the next."""
+        if isinstance(error, ReplicaError) or worker.restoring:
+            return True
+        if not isinstance(error, DeviceError) or not self._owner.answered:
+            return False
+        # A GPU that is full may have room for those who are up, and one that a process has lost
+        # may be there for the next; where it has come up to be told so, it is not.
+        return isinstance(error, DeviceFull) or (worker.up and not isinstance(error, NoDevice))
+
     def _on_message(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()
         for message in messages:
@@ -332,9 +344,7 @@ class Workforce:
                         # A dying process closes one socket after the other: this worker's may have
                         # been the first. None is to be started in its place.
                         self._owner.hear_memory()
-                    # A GPU that is full may have had room for those who are up.
-                    full = isinstance(error, DeviceFull) and self._owner.answered
-                    if isinstance(error, ReplicaError) or full or worker.restoring:
+                    if self._is_its_own(error, worker):
                         worker.last_words = str(error)  # another may fare better
                     else:
                         self._owner.fail(error)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from coldframe.loader.devices.driver import Driver
-from coldframe.loader.errors import NoDevice
+from coldframe.loader.errors import DeviceLost, NoDevice
 
 __all__ = ["Context"]
 
@@ -52,13 +54,18 @@ class Context:
         """
         self.driver.make_current(self._handle)
 
-    def available(self) -> int:
-        """Bytes of the device that are free, by what the operating system says."""
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the device that are free, and all of them, by what the driver says."""
         self.bind()
-        return self.driver.memory_info()[0]
+        return self.driver.memory_info()
+
+    def available(self) -> int:
+        """Bytes of the device that are free."""
+        return self.memory()[0]
 
     def close(self) -> None:
         """Lets the context go; what was made in it must be gone."""
         if not self._closed:
             self._closed = True
-            self.driver.release_context(self.ordinal)
+            with suppress(DeviceLost):  # and the context with it
+                self.driver.release_context(self.ordinal)

@@ -15,14 +15,15 @@ class Copy:
     """Bytes, or rows of them, on their way to a device.
 
     Attributes:
-        address: Where the first byte goes. Rows lie behind one another there.
+        place: Where the first byte goes, counted from the transfer's base. Rows lie behind one
+            another there.
         offset: Where it is in the buffer.
         length: Bytes, of one row.
         count: Rows.
         stride: From row to row in the buffer, in bytes; nothing for a single one.
     """
 
-    address: int
+    place: int
     offset: int
     length: int
     count: int = 1
@@ -34,14 +35,13 @@ class Copy:
         return self.offset + (self.count - 1) * self.stride + self.length
 
 
-def copies_of(extent: Extent, start: int, stop: int, base: int, lead: int = 0) -> Iterator[Copy]:
+def copies_of(extent: Extent, start: int, stop: int, lead: int = 0) -> Iterator[Copy]:
     """The copies that bring consecutive bytes of an extent to their places.
 
     Args:
         extent: The extent.
         start: The first byte's offset in the file.
         stop: The offset behind the last.
-        base: The arena's address.
         lead: Where the first byte is in the buffer.
     """
     at, end = start - extent.file_offset, stop - extent.file_offset
@@ -50,7 +50,7 @@ def copies_of(extent: Extent, start: int, stop: int, base: int, lead: int = 0) -
             break
         for offset, place, length, count in _whole_rows(run, at, end):
             stride = run.stride if count > 1 else 0
-            yield Copy(base + place, lead + offset - at, length, count, stride)
+            yield Copy(place, lead + offset - at, length, count, stride)
 
 
 def _whole_rows(run: Run, at: int, end: int) -> Iterator[tuple[int, int, int, int]]:

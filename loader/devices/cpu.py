@@ -1,70 +1,89 @@
-"""The CPU as a device: weights and KV in anonymous shared memory."""
+"""The CPU as a device: weights and KV in shared memory of the host."""
 
 from __future__ import annotations
 
-import fcntl
-import mmap
-import os
+from collections.abc import Callable
 
-from coldframe.loader.arena import PAGE, round_up
+from coldframe.loader.arena import Reservation
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.devices.hugepages import allocate_huge
-from coldframe.loader.errors import DeviceError
+from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
+from coldframe.loader.devices.host_arena import HostArena
+from coldframe.loader.errors import DeviceFull
+from coldframe.loader.extents import Extent
+from coldframe.loader.placing import Placer
+from coldframe.loader.sources.base import Source
 
-__all__ = ["CpuDevice"]
+__all__ = ["CpuDevice", "HostLanding"]
 
 
 class CpuDevice:
-    """Host memory, shared by descriptor.
-
-    What is filled at once lies in huge pages where they can be had, and else in a memfd, rather
-    than in a file in /dev/shm, which is 64 MB in a container by default.
-    """
+    """The host's memory. It is up as soon as it is asked for, and closing it does nothing."""
 
     name = "cpu"
+    layout = None
+
+    def start(self, done: Callable[[], None] = lambda: None) -> bool:
+        return True
 
     def available(self) -> int:
         return memory_available()
 
-    def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
+    def report(self) -> DeviceReport:
+        left = self.available()
+        return DeviceReport(self.name, left, left)
+
+    def arena(self, purpose: str, nbytes: int, base: int | None = None, *, now: bool) -> HostArena:
         left = self.available()
         # Shared memory that is not there kills whoever touches it, so ask before.
         if nbytes > left:
-            raise DeviceError(
+            raise DeviceFull(
                 f"not enough memory for the {purpose}",
                 where=self.name,
                 expected=f"{nbytes:,} bytes",
                 got=f"{left:,} bytes available",
                 hint="Raise the container's memory limit or take a smaller model.",
             )
-        huge = allocate_huge(purpose, nbytes) if now else None
-        if huge is not None:
-            return huge[0]
-        fd = os.memfd_create(f"coldframe-{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        try:
-            # Who gets it for reading shall not open it anew for writing, being another user.
-            os.fchmod(fd, 0o600)
-            os.ftruncate(fd, round_up(max(nbytes, 1), PAGE))
-            # Nobody who maps it need fear that it shrinks (SIGBUS).
-            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-        except (OSError, OverflowError) as error:
-            os.close(fd)
-            raise DeviceError(
-                f"cannot allocate the {purpose}",
-                where=self.name,
-                expected=f"{nbytes:,} bytes",
-                got=error.strerror if isinstance(error, OSError) else error,
-            ) from error
-        return fd
+        return HostArena(self.name, purpose, nbytes, base, now=now)
 
-    def discard(self, fd: int, nbytes: int) -> None:
-        try:
-            with mmap.mmap(fd, nbytes) as view:
-                view.madvise(mmap.MADV_REMOVE)
-        except OSError as error:
-            raise DeviceError(
-                "memory cannot be given back",
-                where=self.name,
-                expected=f"{nbytes:,} bytes",
-                got=error.strerror,
-            ) from error
+    def mapping(self, size: int, base: int | None = None, *, exact: bool = False) -> Reservation:
+        return Reservation(size, base, exact=exact)
+
+    def land(
+        self,
+        source: Source,
+        nbytes: int,
+        base: int,
+        *,
+        readers: int,
+        chunk: int,
+        ready: Callable[[Arena], None],
+    ) -> HostLanding:
+        arena = self.arena("weights", nbytes, base, now=True)
+        ready(arena)
+        return HostLanding(Placer(source, arena.view(), arena.fault_in))
+
+    def close(self) -> None:
+        pass
+
+
+class HostLanding:
+    """Bytes are read straight to where they belong, and are there when they have been read.
+
+    Args:
+        placer: Over the arena's bytes.
+    """
+
+    note = ""
+
+    def __init__(self, placer: Placer) -> None:
+        self._placer = placer
+
+    def fetch(self, extent: Extent, start: int, stop: int, arrived: Arrived) -> None:
+        self._placer.fetch(extent, start, stop)
+        arrived(None)
+
+    def cancel(self) -> None:
+        """Nothing is under way behind a `fetch`; whoever is in one is waited for by the stream."""
+
+    def close(self) -> None:
+        pass

@@ -1,22 +1,32 @@
 """A GPU as a device: weights and KV in its memory, shared between processes by descriptor.
 
 Nothing of CUDA is loaded before it is needed: the driver's start and the context take as long as
-reading the first stages, so that is done beside it (`feed`).
+reading the first stages, so that is done beside it.
 """
 
 from __future__ import annotations
 
-import os
 import threading
+from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
+from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.ring import Ring
+from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
+from coldframe.loader.extents import Extent
+from coldframe.loader.plan import Layout
+from coldframe.loader.sources.base import Source
 
 __all__ = ["CudaDevice"]
+
+_SPARE = 4
+"""Buffers beside one for each reader, that are copied from meanwhile."""
 
 
 class CudaDevice:
@@ -27,13 +37,15 @@ class CudaDevice:
         api: See `Driver`; None takes the bindings.
     """
 
+    layout = Layout.ALIGNED
+
     def __init__(self, ordinal: int = 0, api: Any = None) -> None:
         self.name = f"cuda:{ordinal}"
         self._ordinal = ordinal
         self._api = api
         self._opening = threading.Lock()
         self._context: Context | None = None
-        self._feeding: list[threading.Thread] = []
+        self._starting: list[threading.Thread] = []
 
     @property
     def context(self) -> Context:
@@ -48,13 +60,30 @@ class CudaDevice:
                 self._context = Context(Driver.open(self._api), self._ordinal)
             return self._context
 
+    def start(self, done: Callable[[], None] = lambda: None) -> bool:
+        def come_up() -> None:
+            with suppress(ColdframeError):  # whoever uses it is told
+                _ = self.context
+            done()
+
+        thread = threading.Thread(target=come_up, name="cuda-context", daemon=True)
+        self._starting.append(thread)
+        thread.start()
+        return False
+
     def available(self) -> int:
         return self.context.available()
 
-    def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
+    def report(self) -> DeviceReport:
+        context = self.context
+        free, total = context.memory()
+        return DeviceReport(context.driver.device_name(self._ordinal), total, free)
+
+    def arena(self, purpose: str, nbytes: int, base: int | None = None, *, now: bool) -> Arena:
+        """See `Device.arena`. What is not filled at once has no memory until it grows."""
         context = self.context
         left = context.available()
-        if nbytes > left:
+        if now and nbytes > left:
             raise DeviceFull(
                 f"not enough memory for the {purpose}",
                 where=self.name,
@@ -62,42 +91,87 @@ class CudaDevice:
                 got=f"{left:,} bytes available",
                 hint="Free memory of the GPU (nvidia-smi) or take a smaller model.",
             )
-        # What is filled at once need not be zeroed first.
-        arena = DeviceArena(context, nbytes, writable=True, zeroed=not now)
-        try:
-            return os.dup(arena.grow(arena.size).fd)
-        finally:
-            arena.close()
-
-    def discard(self, fd: int, nbytes: int) -> None:
-        raise DeviceError(
-            "memory of a GPU cannot be given back while it is mapped",
-            where=self.name,
-            expected=f"{nbytes:,} bytes",
-            hint="Shrink the arena, and have whoever has attached it let go.",
-        )
-
-    def feed(self, ring: Ring, *, streams: int = 1) -> None:
-        """Has a ring emptied into this device, as soon as there is a context; returns at once.
-
-        Where there will be none the ring ends with the reason.
-        """
-
-        def connect() -> None:
+        arena = DeviceArena(context, nbytes, base, writable=not now)
+        if now:
             try:
-                ring.connect(self.context, streams=streams)
-            except ColdframeError as error:
-                ring.fail(error)  # which may have ended meanwhile
+                arena.grow(arena.size)
+            except BaseException:
+                arena.close()
+                raise
+        return arena
 
-        thread = threading.Thread(target=connect, name="cuda-context", daemon=True)
-        self._feeding.append(thread)
-        thread.start()
+    def mapping(
+        self, size: int, base: int | None = None, *, exact: bool = False
+    ) -> DeviceReservation:
+        return DeviceReservation(self.context, size, base, exact=exact)
+
+    def land(
+        self,
+        source: Source,
+        nbytes: int,
+        base: int,
+        *,
+        readers: int,
+        chunk: int,
+        ready: Callable[[Arena], None],
+    ) -> _Landing:
+        ring = Ring(readers + _SPARE, buffer_bytes(chunk))
+
+        def come_up(landing: _Landing) -> None:
+            arena = self.arena("weights", nbytes, base, now=True)
+            landing.transfer.base = arena.address
+            ready(arena)
+            ring.connect(self.context)
+
+        return _Landing(source, ring, come_up)
 
     def close(self) -> None:
-        """Lets the context go; arenas and rings must be closed."""
-        for thread in self._feeding:
+        """Lets the context go; arenas, mappings and landings must be closed."""
+        for thread in self._starting:
             thread.join()
         with self._opening:
             if self._context is not None:
                 self._context.close()
                 self._context = None
+
+
+class _Landing:
+    """A ring for one stream, that is emptied from when the device is up.
+
+    Args:
+        source: Where the bytes come from.
+        ring: To be connected; closed with this.
+        come_up: Brings the device up and connects the ring, in a thread of its own.
+    """
+
+    def __init__(self, source: Source, ring: Ring, come_up: Callable[[_Landing], None]) -> None:
+        self.transfer = ring.transfer()
+        self._ring = ring
+        self._placer = DevicePlacer(source, self.transfer)
+        self._come_up = come_up
+        self._thread = threading.Thread(target=self._connect, name="cuda-land", daemon=True)
+        self._thread.start()
+
+    @property
+    def note(self) -> str:
+        return self._ring.note
+
+    def fetch(self, extent: Extent, start: int, stop: int, arrived: Arrived) -> None:
+        self._placer.fetch(extent, start, stop, arrived)
+
+    def _connect(self) -> None:
+        try:
+            self._come_up(self)
+        except ColdframeError as error:
+            self._ring.fail(error)
+        except Exception as error:  # noqa: BLE001 - readers wait, and must hear of it
+            self._ring.fail(DeviceError("the device does not come up", got=repr(error)))
+
+    def cancel(self) -> None:
+        # Nothing can be copied behind it, and the arena is not to be made any more behind this.
+        self._thread.join()
+        self.transfer.cancel()
+
+    def close(self) -> None:
+        self.cancel()
+        self._ring.close()

@@ -6,10 +6,14 @@ outermost, so that a step holds whole blocks of all layers, and is one piece of 
 
 from __future__ import annotations
 
+import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from coldframe.loader.arena import Segment, round_up
 from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.driver import Stream
 from coldframe.loader.devices.vmm import DeviceReservation, quietly
 from coldframe.loader.errors import ArenaError
 
@@ -112,14 +116,9 @@ class DeviceArena:
         return segment
 
     def _zero(self, offset: int, length: int) -> None:
-        driver = self.context.driver
         try:
-            stream = driver.stream()
-            try:
-                driver.fill_zeros(self.address + offset, length, stream)
-                driver.synchronize(stream)
-            finally:
-                quietly(driver.destroy_stream, stream)
+            with self._stream() as stream:
+                self.context.driver.fill_zeros(self.address + offset, length, stream)
         except BaseException:
             quietly(self._reservation.detach, offset)
             raise
@@ -147,6 +146,45 @@ class DeviceArena:
         self._reservation.detach(self.grown)
         return gone
 
+    def discard(self) -> bool:
+        self.shrink()
+        return True
+
+    def view(self, offset: int, length: int) -> None:
+        """The host cannot look at it."""
+        return
+
+    def read(self, offset: int, into: memoryview) -> None:
+        driver, address = self.context.driver, self._at(offset, len(into))
+        with self._stream() as stream:
+            driver.copy_out(_address(into), address, len(into), stream)
+
+    def write(self, offset: int, data: memoryview) -> None:
+        driver, address = self.context.driver, self._at(offset, len(data))
+        with self._stream() as stream:
+            driver.copy_in(address, _address(data), len(data), stream)
+
+    def _at(self, offset: int, length: int) -> int:
+        if offset < 0 or offset + length > self.grown:
+            raise ArenaError(
+                "there is no such memory in the arena",
+                where=f"{self.context.name}, offset {offset}, {length} bytes",
+                expected=f"within {self.grown} bytes",
+            )
+        return self.address + offset
+
+    @contextmanager
+    def _stream(self) -> Iterator[Stream]:
+        """A queue of the calling thread's own; what is put into it is done at the end."""
+        driver = self.context.driver
+        self.context.bind()
+        stream = driver.stream()
+        try:
+            yield stream
+            driver.synchronize(stream)
+        finally:
+            quietly(driver.destroy_stream, stream)
+
     def detach(self) -> None:
         """Unmaps all of it here, and keeps memory and addresses; `attach` undoes it."""
         self._reservation.detach()
@@ -167,3 +205,7 @@ class DeviceArena:
             os.close(segment.fd)
         self.segments = []
         self._reservation.close()
+
+
+def _address(view: memoryview) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(view)) if view else 0

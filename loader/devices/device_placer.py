@@ -1,4 +1,4 @@
-"""Bytes from a source to their places in a device's memory, through the ring.
+"""Bytes from a source to their places in a device's memory, through a ring of host buffers.
 
 What `placing.Placer` does on the CPU, but for two things: bytes are read into a buffer and not to
 where they belong, and they are there some time after `fetch` has come back.
@@ -6,8 +6,9 @@ where they belong, and they are there some time after `fetch` has come back.
 
 from __future__ import annotations
 
+from coldframe.loader.devices.base import Arrived
 from coldframe.loader.devices.copies import copies_of
-from coldframe.loader.devices.transfer import Arrived, Transfer
+from coldframe.loader.devices.transfer import Transfer
 from coldframe.loader.extents import Extent
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.direct import BLOCK
@@ -25,14 +26,12 @@ class DevicePlacer:
 
     Args:
         source: Where the bytes come from.
-        transfer: The load's share of the ring.
-        address: Where the arena begins.
+        transfer: The load's share of the ring, with the arena's address as its base.
     """
 
-    def __init__(self, source: Source, transfer: Transfer, address: int) -> None:
+    def __init__(self, source: Source, transfer: Transfer) -> None:
         self._source = source
         self._transfer = transfer
-        self._address = address
 
     def fetch(self, extent: Extent, start: int, stop: int, arrived: Arrived) -> None:
         """Reads bytes of an extent, and has them copied to their places.
@@ -54,4 +53,4 @@ class DevicePlacer:
         lead = start % BLOCK
         with self._transfer.slot() as slot:
             self._source.read_into(extent.shard, start, [slot.view[lead : lead + stop - start]])
-            slot.submit(list(copies_of(extent, start, stop, self._address, lead)), arrived)
+            slot.submit(list(copies_of(extent, start, stop, lead)), arrived)

@@ -249,13 +249,11 @@ class Ring:
             except DeviceError as error:
                 self._not_locked = error.got or error.what
         for copy in job.copies:
-            host = buffer.address + copy.offset
+            to, host = job.transfer.base + copy.place, buffer.address + copy.offset
             if copy.count == 1:
-                driver.copy_in(copy.address, host, copy.length, stream)
+                driver.copy_in(to, host, copy.length, stream)
             else:
-                driver.copy_rows_in(
-                    copy.address, host, copy.length, copy.count, copy.stride, stream
-                )
+                driver.copy_rows_in(to, host, copy.length, copy.count, copy.stride, stream)
         assert buffer.event is not None
         driver.record(buffer.event, stream)
 

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from coldframe.loader.devices.base import Arrived
 from coldframe.loader.devices.buffers import Buffer
 from coldframe.loader.devices.copies import Copy
-from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
+from coldframe.loader.errors import DeviceError, ReplicaError
 
 if TYPE_CHECKING:
     from coldframe.loader.devices.ring import Ring
 
-__all__ = ["Arrived", "Job", "Slot", "Transfer"]
-
-Arrived = Callable[[ColdframeError | None], None]
-"""Told once of each chunk: nothing where it is in, or the error for which it will not be.
-
-Called by one thread, chunk by chunk. It may take slots of no transfer, nor cancel one.
-"""
+__all__ = ["Job", "Slot", "Transfer"]
 
 
 class Job:
@@ -40,12 +35,14 @@ class Transfer:
     """What one load has in a ring; several loads may share one.
 
     Attributes:
+        base: The device's address that copies count from; to be set before the ring is connected.
         cancelled: Whether `cancel` was called.
         open: Slots that are taken, or whose chunk nobody was told of yet. The ring's to count.
     """
 
     def __init__(self, ring: Ring) -> None:
         self._ring = ring
+        self.base = 0
         self.cancelled = False
         self.open = 0
 
@@ -93,7 +90,8 @@ class Slot:
 
         Args:
             copies: What goes where; may be none.
-            arrived: Told when all of them are in the device's memory.
+            arrived: Told when all of them are in the device's memory, by a thread of the ring's,
+                one chunk after the other. It may take slots of no transfer, nor cancel one.
 
         Raises:
             DeviceError: A copy reaches beyond the buffer.

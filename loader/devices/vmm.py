@@ -66,6 +66,11 @@ class DeviceReservation:
                 hint="Start the worker fresh instead of from a snapshot.",
             )
 
+    @property
+    def dlpack_device(self) -> tuple[int, int]:
+        """Where this is, as DLPack says it: kDLCUDA, and which GPU."""
+        return (2, self.context.ordinal)
+
     def attach(self, segments: Sequence[Segment]) -> None:
         """Maps memory that another process, or this one, gave a descriptor of.
 
@@ -183,6 +188,9 @@ class DeviceReservation:
     def _unmap(self, offset: int) -> None:
         self.context.driver.unmap(self.address + offset, self._mapped[offset])
         del self._mapped[offset]
+
+    def populate(self, offset: int, length: int) -> None:
+        """Nothing to be done: a device's memory is mapped as a whole."""
 
     def close(self) -> None:
         """Unmaps everything and gives the addresses back.

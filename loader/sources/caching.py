@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coldframe.loader.cache_writer import CacheWriter
 from coldframe.loader.sources.base import Source
@@ -17,14 +17,17 @@ class CachingSource:
     Args:
         inner: Where they come from; checked, if they are checked at all.
         writer: Where they go.
-        arena: The memory that keeps what is read into it. What is read to elsewhere is copied.
+        arena: The memory that keeps what is read into it, asked for once something has been read;
+            None where there is no such memory. What is read to elsewhere is copied.
     """
 
-    def __init__(self, inner: Source, writer: CacheWriter, arena: memoryview) -> None:
+    def __init__(
+        self, inner: Source, writer: CacheWriter, arena: Callable[[], memoryview | None]
+    ) -> None:
         self._inner = inner
         self._writer = writer
-        start = _address(arena)
-        self._arena = range(start, start + len(arena))
+        self._arena = arena
+        self._kept: range | None = None
 
     @property
     def readers(self) -> int | None:
@@ -44,7 +47,11 @@ class CachingSource:
 
     def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
         self._inner.read_into(shard, offset, parts)
-        if all(_address(part) in self._arena for part in parts if part):
+        if self._kept is None:
+            memory = self._arena() or memoryview(b"")
+            start = _address(memory)
+            self._kept = range(start, start + len(memory))
+        if all(_address(part) in self._kept for part in parts if part):
             self._writer.put(shard, offset, parts)
         else:
             self._writer.put_copy(shard, offset, parts)

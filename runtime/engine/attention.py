@@ -62,18 +62,22 @@ def _sequence(
     window: int | None,
 ) -> Tensor:
     """One sequence of several tokens."""
-    queries = q.transpose(0, 1)[None]
-    if batch.chunks[sequence].start == 0 and (window is None or len(q) <= window):
-        keys, values = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+    if batch.sees_itself_alone(sequence, window):
+        queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
-    else:
-        reach = batch.reach(sequence, window)
-        keys, values = kv.gather(layer, reach.table)
-        keys, values = keys[:, :, : reach.length], values[:, :, : reach.length]
-        out = scaled_dot_product_attention(
-            queries, keys, values, attn_mask=reach.mask, enable_gqa=True
-        )
-    return out[0].transpose(0, 1)
+        return out[0].transpose(0, 1)
+    reach = batch.reach(sequence, window)
+    keys, values = kv.gather(layer, reach.table)
+    keys, values = keys[:, :, : reach.length], values[:, :, : reach.length]
+    # The heads that share keys stand in for a batch: on a GPU no kernel takes both groups of heads
+    # and a mask, but one that writes all the scores down.
+    count, heads, dim = q.shape
+    kv_heads = keys.shape[1]
+    groups = heads // kv_heads
+    grouped = q.view(count, kv_heads, groups, dim).permute(2, 1, 0, 3)
+    keys, values = keys.expand(groups, -1, -1, -1), values.expand(groups, -1, -1, -1)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=reach.mask)
+    return out.permute(2, 1, 0, 3).reshape(count, heads, dim)
 
 
 def _singles(q: Tensor, batch: Batch, kv: KVCache, layer: int, window: int | None) -> Tensor:

@@ -1,12 +1,13 @@
 """A ragged batch: the tokens of several requests in one row, and where each of them belongs.
 
-Prefill, chunked prefill, catching up and decode differ only in what their batch looks like. Masks
-are the same in every layer with the same window; a batch makes each once and keeps it.
+Prefill, chunked prefill, catching up and decode differ only in what their batch looks like. All
+that it says in numbers goes to the device in one piece, when it is built. Masks are the same in
+every layer with the same window; a batch makes each once and keeps it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
@@ -14,8 +15,13 @@ import torch
 from torch import Tensor
 
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.engine.device import upload
+from coldframe.runtime.engine.ragged import Ragged
 
 __all__ = ["Chunk", "Batch", "Reach"]
+
+_SINGLES = -1
+"""Stands for all sequences of one token where one sequence's number is asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +67,7 @@ class Batch:
         last: `[S]` int64, the row of each sequence's last token.
         singles: Sequences of one token, which attend together; `single_rows` are their rows.
         fresh: Blocks that get their first token here and are not filled by it.
+        ragged: What one call over all sequences takes, where that was asked for.
     """
 
     chunks: tuple[Chunk, ...]
@@ -74,9 +81,12 @@ class Batch:
     singles: tuple[int, ...]
     single_rows: Tensor
     fresh: tuple[int, ...]
+    ragged: Ragged | None = None
     # What the model derives from the above, once a batch.
     rotation: tuple[Tensor, Tensor] | None = None
     rows: Tensor | None = None
+    _tables: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    _skipped: dict[int | None, Tensor] = field(default_factory=dict)
     _reaches: dict[tuple[int, int | None], Reach] = field(default_factory=dict)
 
     @classmethod
@@ -85,6 +95,8 @@ class Batch:
         chunks: Sequence[Chunk],
         *,
         block_tokens: int = 32,
+        windows: Iterable[int | None] = (None,),
+        ragged: bool = False,
         device: torch.device | str = "cpu",
     ) -> Batch:
         """Lays the chunks one after another.
@@ -92,6 +104,9 @@ class Batch:
         Args:
             chunks: One a request, in the order in which logits come back.
             block_tokens: Tokens in a KV block.
+            windows: The model's, each once: how many tokens a token sees in some layer. None of
+                them where only `ragged` is used.
+            ragged: Whether to add what one call over all sequences takes.
             device: Where the batch is computed.
 
         Raises:
@@ -121,36 +136,38 @@ class Batch:
                 fresh.append(chunk.blocks[end // block_tokens])
         lengths = [len(chunk.token_ids) for chunk in chunks]
         singles = tuple(s for s, length in enumerate(lengths) if length == 1)
-
-        def tensor(values: Sequence[int]) -> Tensor:
-            return torch.tensor(values, dtype=torch.int64, device=device)
-
+        tables, skipped = _looked_at(chunks, singles, windows, block_tokens)
+        on_device = iter(
+            upload(
+                [
+                    list(chain.from_iterable(c.token_ids for c in chunks)),
+                    positions,
+                    slots,
+                    list(chain.from_iterable([c.prompt_length] * len(c.token_ids) for c in chunks)),
+                    [offset - 1 for offset in offsets[1:]],
+                    [offsets[s] for s in singles],
+                    *tables.values(),
+                    *skipped.values(),
+                    Ragged.numbers(chunks, block_tokens) if ragged else [],
+                ],
+                device,
+            )
+        )
         return cls(
             chunks=tuple(chunks),
             block_tokens=block_tokens,
             offsets=tuple(offsets),
-            token_ids=tensor(list(chain.from_iterable(c.token_ids for c in chunks))),
-            positions=tensor(positions),
-            slots=tensor(slots),
-            prompt_lengths=tensor(
-                [c.prompt_length for c, n in zip(chunks, lengths, strict=True) for _ in range(n)]
-            ),
-            last=tensor([offset - 1 for offset in offsets[1:]]),
+            token_ids=next(on_device),
+            positions=next(on_device),
+            slots=next(on_device),
+            prompt_lengths=next(on_device),
+            last=next(on_device),
             singles=singles,
-            single_rows=tensor([offsets[s] for s in singles]),
+            single_rows=next(on_device),
             fresh=tuple(fresh),
-        )
-
-    @classmethod
-    def concat(cls, batches: Sequence[Batch]) -> Batch:
-        """Joins batches that have reached the same layer, in this order.
-
-        The caller joins their hidden states with `torch.cat` in the same order.
-        """
-        return cls.build(
-            [chunk for batch in batches for chunk in batch.chunks],
-            block_tokens=batches[0].block_tokens,
-            device=batches[0].token_ids.device,
+            _tables=dict(zip(tables, on_device, strict=False)),
+            _skipped=dict(zip(skipped, on_device, strict=False)),
+            ragged=Ragged.of(chunks, block_tokens, next(on_device)) if ragged else None,
         )
 
     @property
@@ -158,55 +175,90 @@ class Batch:
         """T."""
         return self.offsets[-1]
 
+    def sees_itself_alone(self, sequence: int, window: int | None) -> bool:
+        """Whether the tokens of a sequence look at nothing but all those before them here."""
+        return _sees_itself_alone(self.chunks[sequence], window)
+
     def reach(self, sequence: int, window: int | None) -> Reach:
-        """The keys that the tokens of one sequence look at."""
+        """The keys that the tokens of one sequence look at, where it has several.
+
+        Args:
+            sequence: One that does not see itself alone.
+            window: One of those that the batch was built for.
+        """
         key = (sequence, window)
         if key not in self._reaches:
             chunk = self.chunks[sequence]
             end = chunk.start + len(chunk.token_ids)
-            first = self._first_block(chunk.start, window)
-            table = chunk.blocks[first : -(-end // self.block_tokens)]
-            skipped = first * self.block_tokens
+            skipped = _first_block(chunk.start, window, self.block_tokens) * self.block_tokens
             queries = self.positions[self.offsets[sequence] : self.offsets[sequence + 1], None]
             keys = torch.arange(skipped, end, device=queries.device)
             self._reaches[key] = Reach(
-                torch.tensor([table], device=queries.device),
-                end - skipped,
-                _visible(queries, keys, window),
+                self._tables[key][None], end - skipped, _visible(queries, keys, window)
             )
         return self._reaches[key]
 
     def single_reach(self, window: int | None) -> Reach:
-        """The keys that all sequences of one token look at, side by side.
-
-        Shorter ones are padded with a block of their own, which the mask hides.
-        """
-        key = (-1, window)
+        """The keys that all sequences of one token look at, side by side."""
+        key = (_SINGLES, window)
         if key not in self._reaches:
             chunks = [self.chunks[s] for s in self.singles]
-            firsts = [self._first_block(chunk.start, window) for chunk in chunks]
-            lasts = [chunk.start // self.block_tokens for chunk in chunks]
-            width = max(last - first for first, last in zip(firsts, lasts, strict=True)) + 1
-            table = []
-            for chunk, first, last in zip(chunks, firsts, lasts, strict=True):
-                blocks = list(chunk.blocks[first : last + 1])
-                table.append(blocks + blocks[:1] * (width - len(blocks)))
-            device = self.positions.device
-            queries = self.positions[self.single_rows]
-            skipped = torch.tensor(firsts, device=device) * self.block_tokens
+            table = self._tables[key].view(len(chunks), -1)
+            length = table.shape[1] * self.block_tokens
             if len(chunks) == 1:
-                length = chunks[0].start + 1 - firsts[0] * self.block_tokens
-            else:
-                length = width * self.block_tokens
-            keys = skipped[:, None] + torch.arange(length, device=device)
+                length -= -(chunks[0].start + 1) % self.block_tokens
+            skipped = self._skipped[window]
+            keys = skipped[:, None] + torch.arange(length, device=skipped.device)
+            queries = self.positions[self.single_rows]
             whole = len(chunks) == 1 and (window is None or length <= window)
             mask = None if whole else _visible(queries[:, None], keys, window)[:, None, None]
-            self._reaches[key] = Reach(torch.tensor(table, device=device), length, mask)
+            self._reaches[key] = Reach(table, length, mask)
         return self._reaches[key]
 
-    def _first_block(self, position: int, window: int | None) -> int:
-        """The first block that a token at `position` still sees something of."""
-        return 0 if window is None else max(0, position + 1 - window) // self.block_tokens
+
+def _looked_at(
+    chunks: Sequence[Chunk],
+    singles: Sequence[int],
+    windows: Iterable[int | None],
+    block_tokens: int,
+) -> tuple[dict[tuple[int, int | None], list[int]], dict[int | None, list[int]]]:
+    """The blocks to gather under each window, by sequence, and one after the other for all singles.
+
+    Returns:
+        The blocks, and how many tokens of each single lie before its first one.
+    """
+    tables: dict[tuple[int, int | None], list[int]] = {}
+    skipped: dict[int | None, list[int]] = {}
+    for window in windows:
+        for s, chunk in enumerate(chunks):
+            if len(chunk.token_ids) > 1 and not _sees_itself_alone(chunk, window):
+                tables[s, window] = _table(chunk, window, block_tokens)
+        if singles:
+            found = [_table(chunks[s], window, block_tokens) for s in singles]
+            width = max(map(len, found))
+            # Shorter ones are padded with a block of their own, which the mask hides.
+            padded = [table + table[:1] * (width - len(table)) for table in found]
+            tables[_SINGLES, window] = list(chain.from_iterable(padded))
+            skipped[window] = [
+                _first_block(chunks[s].start, window, block_tokens) * block_tokens for s in singles
+            ]
+    return tables, skipped
+
+
+def _sees_itself_alone(chunk: Chunk, window: int | None) -> bool:
+    return chunk.start == 0 and (window is None or len(chunk.token_ids) <= window)
+
+
+def _first_block(position: int, window: int | None, block_tokens: int) -> int:
+    """The first block that a token at `position` still sees something of."""
+    return 0 if window is None else max(0, position + 1 - window) // block_tokens
+
+
+def _table(chunk: Chunk, window: int | None, block_tokens: int) -> list[int]:
+    """The blocks that a chunk's tokens look at."""
+    first = _first_block(chunk.start, window, block_tokens)
+    end = chunk.start + len(chunk.token_ids)
+    return list(chunk.blocks[first : -(-end // block_tokens)])
 
 
 def _visible(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:

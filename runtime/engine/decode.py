@@ -8,7 +8,7 @@ request waits for the whole step, so little of such a request goes into one besi
 
 from __future__ import annotations
 
-from coldframe.runtime.engine.batch import Batch, Chunk
+from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.sampling import sample
 from coldframe.runtime.engine.sequence import Emission, Sequence
@@ -52,19 +52,15 @@ class Decoder:
     def step(self) -> list[tuple[Sequence, Emission]]:
         """The next token of each request that is not behind. Those that have finished are gone."""
         sequences, chunks = self._next()
-        batch = Batch.build(chunks, block_tokens=self._model.kv.block_tokens)
-        logits = self._model.forward(batch)
-        rows = []
-        for row, (sequence, chunk) in enumerate(zip(sequences, chunks, strict=True)):
-            if len(chunk.token_ids) == sequence.left:
-                rows.append(row)
-            else:
-                sequence.kv_tokens += len(chunk.token_ids)
-        if not rows:
+        logits = self._model.forward(self._model.batch(chunks))
+        if len(chunks[-1].token_ids) < sequences[-1].left:
+            sequences.pop().kv_tokens += len(chunks[-1].token_ids)
+        if not sequences:
+            self._model.settle()  # or what is queued would grow ever longer, with nobody to wait
             return []
-        if len(rows) < len(sequences):
-            sequences, logits = [sequences[row] for row in rows], logits[rows]
-        sampled = sample(logits, [sequence.sample_input() for sequence in sequences])
+        sampled = sample(
+            logits[: len(sequences)], [sequence.sample_input() for sequence in sequences]
+        )
         emitted = []
         for sequence, token in zip(sequences, sampled, strict=True):
             emission = sequence.accept(token)
@@ -74,18 +70,20 @@ class Decoder:
         return emitted
 
     def _next(self) -> tuple[list[Sequence], list[Chunk]]:
-        """What goes into the next step. Of those that are behind the first to come goes first."""
+        """What goes into the next step, and last of it a request that stays behind.
+
+        Of those that are behind the first to come goes first.
+        """
         running = list(self._running.values())[: self._most]
         room = self._beside if any(sequence.left == 1 for sequence in running) else _ALONE
-        sequences, chunks = [], []
+        whole: list[tuple[Sequence, Chunk]] = []
+        in_part: list[tuple[Sequence, Chunk]] = []  # one at most: it takes all the room there is
         for sequence in running:
+            if sequence.left > 1 and not room:
+                continue
+            chunk = sequence.chunk(room if sequence.left > 1 else None)
             if sequence.left > 1:
-                if not room:
-                    continue
-                chunk = sequence.chunk(room)
                 room -= len(chunk.token_ids)
-            else:
-                chunk = sequence.chunk()
-            sequences.append(sequence)
-            chunks.append(chunk)
-        return sequences, chunks
+            (whole if len(chunk.token_ids) == sequence.left else in_part).append((sequence, chunk))
+        both = whole + in_part
+        return [sequence for sequence, _ in both], [chunk for _, chunk in both]

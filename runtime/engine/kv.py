@@ -104,12 +104,32 @@ class KVCache:
             k and v, each `[B, kv_heads, n * block_tokens, head_dim]` (a transposed view of a copy).
         """
         batch, _ = block_table.shape
-        flat = block_table.reshape(-1)
-        keys, values = self._page_views[layer]
-        heads, dim = keys.shape[2:]
-        k = keys.index_select(0, flat).view(batch, -1, heads, dim)
-        v = values.index_select(0, flat).view(batch, -1, heads, dim)
+        k, v = self.run(layer, block_table.reshape(-1))
+        heads, dim = k.shape[1:]
+        k, v = k.view(batch, -1, heads, dim), v.view(batch, -1, heads, dim)
         return k.transpose(1, 2), v.transpose(1, 2)
+
+    def run(self, layer: int, blocks: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of whole blocks, copied one behind the other.
+
+        Args:
+            layer: Which layer.
+            blocks: `[n]` block ids.
+
+        Returns:
+            k and v, each `[n * block_tokens, kv_heads, head_dim]`.
+        """
+        keys, values = self._page_views[layer]
+        shape = (-1, *keys.shape[2:])
+        return keys.index_select(0, blocks).view(shape), values.index_select(0, blocks).view(shape)
+
+    def layer_pages(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values of all blocks, where they lie.
+
+        Returns:
+            k and v, each `[blocks, block_tokens, kv_heads, head_dim]` with a page stride.
+        """
+        return self._page_views[layer]
 
     def clear(self, blocks: Sequence[int]) -> None:
         """Zeroes whole blocks, before their new owner writes its first token into them.

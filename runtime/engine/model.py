@@ -8,7 +8,8 @@ equal and float32 logits agree within 1e-4.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,11 +17,15 @@ from torch.nn.functional import embedding, rms_norm, silu
 
 from coldframe.runtime.engine.attention import attend
 from coldframe.runtime.engine.batch import Batch, Chunk
+from coldframe.runtime.engine.device import settle
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.linear import linear
 from coldframe.runtime.engine.rope import Rope, rotate
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.weights import LayerWeights, Weights
+
+if TYPE_CHECKING:
+    from coldframe.runtime.engine.varlen import Varlen
 
 __all__ = ["Model", "Batch", "Chunk"]
 
@@ -33,6 +38,10 @@ class Model:
         tensors: Its weights by their names in the checkpoint, as `ModelSpec.check` accepts them.
             They may still be filling.
         kv: The cache that keys and values go to.
+
+    Attributes:
+        varlen: What attends over whole batches; None does it with `attend`. To be set before the
+            first batch is made.
     """
 
     def __init__(self, spec: ModelSpec, tensors: Mapping[str, Tensor], kv: KVCache) -> None:
@@ -40,12 +49,37 @@ class Model:
         self.kv = kv
         self.rope = Rope(spec.rope, spec.head_dim, kv.device)
         self.weights = Weights.of(tensors, spec)
+        self.varlen: Varlen | None = None
+        self._windows = tuple(dict.fromkeys(spec.windows))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes: where the cache is."""
+        return self.kv.device
+
+    def batch(self, chunks: Sequence[Chunk]) -> Batch:
+        """The chunks as this model takes them; see `Batch.build`."""
+        return Batch.build(
+            chunks,
+            block_tokens=self.kv.block_tokens,
+            windows=self._windows if self.varlen is None else (),
+            ragged=self.varlen is not None,
+            device=self.device,
+        )
+
+    def settle(self) -> None:
+        """Waits until all that was begun here is done, in the KV and with the weights.
+
+        On a GPU a method returns when its work is queued. Until this has returned no other process
+        may read or write a block that was written or read here, and no weight may be unmapped.
+        """
+        settle(self.device)
 
     def rebind(self, tensors: Mapping[str, Tensor]) -> None:
         """Goes on with the same weights at other addresses.
 
         To be called between two steps. Everything in flight goes on: a batch, a hidden state or a
-        KV block knows nothing of the weights that made it. Once this returns, nothing here looks
+        KV block knows nothing of the weights that made it. Once this returns, nothing looks
         into the old memory any more, and it may be unmapped; before, torch keeps nobody from that.
 
         Args:
@@ -53,6 +87,7 @@ class Model:
                 in for every stage that was in before.
         """
         self.weights = Weights.of(tensors, self.spec)
+        self.settle()
 
     @torch.inference_mode()
     def embed(self, batch: Batch) -> Tensor:
@@ -111,7 +146,7 @@ class Model:
             batch.rows = self.kv.rows(batch.slots)
         q, k = rotate(q, *batch.rotation), rotate(k, *batch.rotation)
         self.kv.write_rows(index, k, v, batch.rows)
-        out = attend(q, k, v, batch, self.kv, index, self.spec.windows[index])
+        out = (self.varlen or attend)(q, k, v, batch, self.kv, index, self.spec.windows[index])
         return linear(out.reshape(tokens, -1), w.o, w.o_bias)
 
     def _rms_norm(self, x: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,10 @@ that is over soonest goes first. So a long prompt goes in chunks, and between an
 gives way to a shorter one. Patience ends: a prompt is overtaken by some times its own length at
 most. Prompts go together where one alone would not fill the device; more would only make the
 shortest of them wait for the longest.
+
+On a GPU a piece of work is over here when it is queued: nothing waits for it before a group's first
+tokens are drawn, or a chunk ends. So while weights arrive a layer is queued the moment its stage is
+in, and a span `prefill[i]` says how long that took; the last one has what was left to wait for.
 """
 
 from __future__ import annotations
@@ -159,7 +163,7 @@ class Prefiller:
             if joined and joined[-1].layer == group.layer:
                 ahead = joined[-1]
                 ahead.sequences += group.sequences
-                ahead.batch = Batch.concat([ahead.batch, group.batch])
+                ahead.batch = self._model.batch([*ahead.batch.chunks, *group.batch.chunks])
                 ahead.x = torch.cat([ahead.x, group.x])
             else:
                 joined.append(group)
@@ -205,7 +209,7 @@ class Prefiller:
 
     def _start(self, sequences: list[Sequence], chunks: list[Chunk]) -> None:
         started = now()
-        batch = Batch.build(chunks, block_tokens=self._model.kv.block_tokens)
+        batch = self._model.batch(chunks)
         self._groups.append(_Group(sequences, batch, self._model.embed(batch), 0))
         self._record("prefill[embedding]", started)
 
@@ -224,6 +228,9 @@ class Prefiller:
         (first, *_), (chunk, *_) = group.sequences, group.batch.chunks
         if len(chunk.token_ids) < first.left:  # alone, and not at its end
             first.kv_tokens += len(chunk.token_ids)
+            # So that a GPU is never more than a chunk behind what is decided here: who comes next
+            # would have to wait for all that was queued.
+            self._model.settle()
             self._waiting.append(first)
             return []
         logits = self._model.logits(group.x, group.batch)

@@ -28,9 +28,11 @@ class Rope:
     def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device | str = "cpu") -> None:
         self.spec = spec
         self.head_dim = head_dim
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
-        self._exponents = exponents
-        self._inv_freq = _inverse_frequencies(spec, head_dim, exponents)
+        # On the CPU, wherever they are used: a GPU's powers differ in the last bit, and KV is kept
+        # for longer than a device.
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        self._exponents = exponents.to(device)
+        self._inv_freq = _inverse_frequencies(spec, head_dim, exponents).to(device)
 
     def cos_sin(
         self, positions: Tensor, prompt_lengths: Tensor, dtype: torch.dtype

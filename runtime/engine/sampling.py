@@ -9,7 +9,8 @@ are defined as in Transformers, which keeps all ties at the edge of top-k; at th
 where it leaves them to an unstable sort, the lowest ids are kept here. Log-probabilities are
 those of the model itself, of the logits before any of this.
 
-Greedy rows stay on the device of the logits; rows to be sampled come to the CPU, in float64.
+Greedy rows stay on the device of the logits; rows to be sampled come to the CPU, in float64. All
+that comes from a GPU comes with one wait.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 import torch
 
 from coldframe.loader.errors import ReplicaError
+from coldframe.runtime.engine.device import fetch
 from coldframe.runtime.engine.params import SamplingParams
 
 __all__ = ["SampleInput", "Sampled", "SamplingParams", "distribution", "sample", "uniform"]
@@ -73,22 +75,27 @@ def sample(logits: torch.Tensor, requests: Sequence[SampleInput]) -> list[Sample
     Raises:
         ReplicaError: A row has no largest number: the model computed NaN or infinity.
     """
-    # PyTorch documents that max gives the first of equal maxima; a NaN counts as the maximum.
+    # PyTorch documents that max gives the first of equal maxima; a NaN counts as the maximum. A
+    # token's number is exact in float64, as a float32 is.
     largest, likeliest = logits.max(dim=-1)
-    finite = torch.isfinite(largest)
-    if not bool(finite.all()):
-        row = int(finite.logical_not().nonzero()[0, 0])
-        raise ReplicaError(
-            "the model computed logits that are not numbers",
-            where=f"row {row} of the batch, position {requests[row].position}",
-            expected="finite logits",
-            got=f"a maximum of {largest[row].item()}",
-            hint="Check the checkpoint; a float16 model that overflows may need bfloat16.",
-        )
-    return [
-        Sampled(token) if _is_plain_greedy(request.params) else _sample_row(row, request)
-        for row, request, token in zip(logits, requests, likeliest.tolist(), strict=True)
-    ]
+    drawn = [row for row, asked in enumerate(requests) if not _is_plain_greedy(asked.params)]
+    found, *rows = fetch(
+        torch.stack((largest.double(), likeliest.double())), *(logits[row] for row in drawn)
+    )
+    heights, tokens = found.tolist()
+    for row, height in enumerate(heights):
+        if not math.isfinite(height):
+            raise ReplicaError(
+                "the model computed logits that are not numbers",
+                where=f"row {row} of the batch, position {requests[row].position}",
+                expected="finite logits",
+                got=f"a maximum of {height}",
+                hint="Check the checkpoint; a float16 model that overflows may need bfloat16.",
+            )
+    sampled = [Sampled(int(token)) for token in tokens]
+    for row, its_logits in zip(drawn, rows, strict=True):
+        sampled[row] = _sample_row(its_logits, requests[row])
+    return sampled
 
 
 def distribution(logits: torch.Tensor, request: SampleInput) -> torch.Tensor:
@@ -152,7 +159,6 @@ def _is_plain_greedy(params: SamplingParams) -> bool:
 
 def _sample_row(logits: torch.Tensor, request: SampleInput) -> Sampled:
     params = request.params
-    logits = logits.cpu()
     token = _draw(distribution(logits, request), request)
     if params.logprobs is None:
         return Sampled(token)

@@ -9,7 +9,6 @@ or batch: the rest of it costs as much a token whoever goes with it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch.nn.functional import silu
 
+from coldframe.runtime.engine.device import stopwatch
 from coldframe.runtime.engine.linear import linear
 from coldframe.runtime.engine.weights import LayerWeights
 
@@ -55,7 +55,8 @@ class SaturationProbe:
 
     The sizes go in turn, and of the times of one the least counts: whatever else the machine did
     meanwhile, it was not that. They are the processor's, of all threads, for the same reason: on a
-    busy machine the clock says more of how long a batch has had no core.
+    busy machine the clock says more of how long a batch has had no core. A GPU's are those between
+    two events on it, the first of which waits for nobody: before it there is nothing left to do.
     """
 
     def __init__(self) -> None:
@@ -94,11 +95,11 @@ def saturating(seconds: Mapping[int, float]) -> int:
 
 @torch.inference_mode()
 def _seconds(layer: LayerWeights, tokens: int) -> float:
-    """Processor time that the linear maps of a layer take for so many tokens."""
+    """Time of the device that the linear maps of a layer take for so many tokens."""
     x = torch.ones(tokens, len(layer.o), dtype=layer.o.dtype, device=layer.o.device)
-    started = time.process_time()
+    elapsed = stopwatch(x.device)
     queries, _, _ = layer.qkv(x)
     x = x + linear(queries, layer.o, layer.o_bias)
     gate, up = layer.gate_up(x)
     linear(silu(gate) * up, layer.down, layer.down_bias)
-    return time.process_time() - started
+    return elapsed()

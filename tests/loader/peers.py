@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.memory import HostMemory
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.peer_server import PeerServer, ServerLimits
 from coldframe.loader.placing import Placer
@@ -29,7 +30,11 @@ def offer_of(root: Path, memory: memoryview | None = None) -> tuple[Checkpoint, 
         memory = memoryview(bytearray(plan.arena_bytes))
     small = DirectoryOrigin(str(root)).read_small
     headers = checkpoint.headers
-    return checkpoint, plan, Offer(checkpoint, plan, memory, headers=headers, read_small=small)
+    return (
+        checkpoint,
+        plan,
+        Offer(checkpoint, plan, HostMemory(memory), headers=headers, read_small=small),
+    )
 
 
 class Serving:

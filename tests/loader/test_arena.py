@@ -137,6 +137,12 @@ def test_writing_where_one_may_not_kills(what: str, fd: int) -> None:
     assert done.returncode == -signal.SIGSEGV
 
 
+def test_it_says_where_it_is() -> None:
+    arena = Reservation(PAGE)
+    assert arena.dlpack_device == (1, 0)
+    arena.close()
+
+
 def test_a_segment_of_a_descriptor_without_write_access_is_not_writable(fd: int) -> None:
     reader = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY)
     arena = Reservation(PAGE)

@@ -23,6 +23,7 @@ from coldframe.loader.board import Board
 from coldframe.loader.cache import Cache, Entry
 from coldframe.loader.cache_writer import CacheWriter
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices.cpu import HostLanding
 from coldframe.loader.errors import (
     ColdframeError,
     PlatformError,
@@ -138,7 +139,7 @@ def load(root: Path, writer: CacheWriter, *, arena: bool = True, chunk: int = 1 
     plan = Plan.build(Checkpoint.open(root))
     memory = Arena(plan)
     inner = FileSource(Checkpoint.open(root).shards)
-    kept = memory.view() if arena else memoryview(b"")
+    kept = memory.view if arena else lambda: None
     source = CachingSource(inner, writer, kept)
     ended: list[ColdframeError | None] = []
     end = threading.Event()
@@ -150,7 +151,7 @@ def load(root: Path, writer: CacheWriter, *, arena: bool = True, chunk: int = 1 
     board = Board([stage.nbytes for stage in plan.stages])
     stream = Stream(
         plan,
-        Placer(source, memory.view()).fetch,
+        HostLanding(Placer(source, memory.view())).fetch,
         board,
         finish=source.finish,
         on_stage=lambda stage: None,

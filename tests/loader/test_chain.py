@@ -160,6 +160,8 @@ def test_what_changed_unsealed_while_it_was_read_is_not_mixed_with_another_place
     os.truncate(shard_files(first)[0], 100)
     with pytest.raises(SourceChanged):
         chain.read_into(0, 4000, [memoryview(bytearray(10))])
+    with pytest.raises(SourceChanged):  # nor from a file of it that is as it was
+        chain.read_into(1, 0, [memoryview(bytearray(10))])
     chain.close()
 
 

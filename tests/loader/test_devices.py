@@ -9,7 +9,7 @@ import pytest
 from coldframe.loader.arena import HUGE_PAGE, Reservation, Segment
 from coldframe.loader.devices import open_device
 from coldframe.loader.devices.hugepages import allocate_huge
-from coldframe.loader.errors import DeviceError
+from coldframe.loader.errors import ArenaError, DeviceError
 
 
 def test_an_unknown_device_is_refused() -> None:
@@ -19,23 +19,51 @@ def test_an_unknown_device_is_refused() -> None:
 
 @pytest.mark.parametrize("now", [False, True])
 def test_memory_is_zero_shared_and_as_large_as_asked(now: bool) -> None:
-    fd = open_device("cpu").allocate("test", 5 * HUGE_PAGE + 1, now=now)
-    assert os.fstat(fd).st_size >= 5 * HUGE_PAGE + 1
-    one, two = Reservation(6 * HUGE_PAGE), Reservation(6 * HUGE_PAGE)
-    for arena in (one, two):
-        arena.attach([Segment(fd, 0, 5 * HUGE_PAGE + mmap.PAGESIZE, 0, True)])
-    assert bytes(one.view(0, 100)) == bytes(100)
-    one.view()[5 * HUGE_PAGE] = 7
-    assert two.view()[5 * HUGE_PAGE] == 7
-    one.close()
-    two.close()
-    os.close(fd)
+    device = open_device("cpu")
+    arena = device.arena("test", 5 * HUGE_PAGE + 1, now=now)
+    (segment,) = arena.segments
+    assert arena.size == arena.grown == segment.length == 5 * HUGE_PAGE + mmap.PAGESIZE
+    assert segment.writable is not now
+    other = device.mapping(arena.size)
+    assert isinstance(other, Reservation)
+    other.attach(arena.segments)
+    view = arena.view(0, arena.size)
+    assert view is not None
+    assert bytes(view[:100]) == bytes(100)
+    view[5 * HUGE_PAGE] = 7
+    assert other.view()[5 * HUGE_PAGE] == 7
+    arena.write(3, memoryview(bytearray(b"abc")))
+    data = memoryview(bytearray(4))
+    arena.read(2, data)
+    assert bytes(data) == b"\0abc"
+    other.detach()
+    other.attach(arena.segments)
+    assert bytes(other.view(3, 3)) == b"abc"
+    other.close()
+    arena.close()
+
+
+def test_what_is_discarded_is_zero_again_and_stays_mapped() -> None:
+    arena = open_device("cpu").arena("kv", 4 * HUGE_PAGE, now=False)
+    other = Reservation(arena.size)
+    other.attach(arena.segments)
+    other.view()[HUGE_PAGE] = 1
+    assert not arena.discard()
+    assert other.view()[HUGE_PAGE] == 0
+    other.view()[HUGE_PAGE] = 2
+    view = arena.view(HUGE_PAGE, 1)
+    assert view is not None
+    assert view[0] == 2
+    with pytest.raises(ArenaError, match="cannot grow"):
+        arena.grow(1)
+    other.close()
+    arena.close()
 
 
 def test_more_than_there_is_is_refused() -> None:
     device = open_device("cpu")
     with pytest.raises(DeviceError, match="not enough memory for the weights"):
-        device.allocate("weights", device.available() * 2, now=True)
+        device.arena("weights", device.available() * 2, now=True)
 
 
 def test_huge_memory_really_lies_in_huge_pages() -> None:

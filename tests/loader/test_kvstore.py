@@ -14,6 +14,7 @@ import pytest
 
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.loader.kvstore import KvStore
+from coldframe.loader.memory import HostMemory
 from tests.loader.test_kvdisk import key, mounted
 
 _MS_RDONLY, _MS_REMOUNT = 1, 32
@@ -30,7 +31,7 @@ class Arena:
 
     def __init__(self, options: KvStoreOptions) -> None:
         self.memory = memoryview(bytearray(BLOCK * BLOCKS))
-        self.store = KvStore(options, self.memory, BLOCK)
+        self.store = KvStore(options, HostMemory(self.memory), BLOCK)
         self.store.open_disk("model")
 
     def __setitem__(self, place: int, data: bytes) -> None:
@@ -358,7 +359,8 @@ def test_the_files_take_no_more_than_they_may(tmp_path: Path) -> None:
 def test_without_a_name_for_the_weights_nothing_is_kept_on_disk(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    store = KvStore(KvStoreOptions(str(tmp_path)), memoryview(bytearray(BLOCK * BLOCKS)), BLOCK)
+    memory = HostMemory(memoryview(bytearray(BLOCK * BLOCKS)))
+    store = KvStore(KvStoreOptions(str(tmp_path)), memory, BLOCK)
     store.open_disk(None)
     store.may_write()
     store.published([(key(0), 0)])

@@ -14,6 +14,7 @@ import pytest
 from coldframe.loader.arena import Reservation
 from coldframe.loader.board import StageState
 from coldframe.loader.devices import open_device
+from coldframe.loader.devices.base import Arena, Landing
 from coldframe.loader.errors import (
     ColdframeError,
     DeviceError,
@@ -260,7 +261,12 @@ class FullDevice:
     def available(self) -> int:
         return 0
 
-    def allocate(self, purpose: str, nbytes: int, *, now: bool) -> int:
+    layout = None
+
+    def arena(self, purpose: str, nbytes: int, base: int | None = None, *, now: bool) -> Arena:
+        raise DeviceError("full")
+
+    def land(self, *_: object, **__: object) -> Landing:
         raise DeviceError("full")
 
 

@@ -22,6 +22,7 @@ from coldframe.loader.arena import Reservation, Segment
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import CheckpointError, PlatformError, SourceBusy, SourceChanged
 from coldframe.loader.location import Peer
+from coldframe.loader.memory import HostMemory
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.peer_server import PeerServer, ServerLimits
 from coldframe.loader.plan import Extent, Plan, Run, Stage
@@ -274,7 +275,7 @@ def test_what_models_do_not_use_is_read_where_the_checkpoint_is(tmp_path: Path) 
         offer = Offer(
             peer.checkpoint,
             peer.plan,
-            peer.memory,
+            HostMemory(peer.memory),
             headers=[content[: peer.checkpoint.shards[0].data_offset]],
             read_small=lambda name, limit: b"",
             read_rest=read_rest,
@@ -302,7 +303,7 @@ def test_a_service_does_not_stand_in_for_the_source_of_its_weights(tmp_path: Pat
     offer = Offer(
         checkpoint,
         plan,
-        memoryview(bytearray(plan.arena_bytes)),
+        HostMemory(memoryview(bytearray(plan.arena_bytes))),
         headers=[bytes(shard.data_offset)],
         read_small=lambda name, limit: b"",
         read_rest=lambda name, offset, buffer: None,
@@ -349,7 +350,7 @@ def test_bytes_are_found_wherever_the_plan_puts_them(
     offer = Offer(
         checkpoint,
         plan,
-        memoryview(memory),
+        HostMemory(memoryview(memory)),
         headers=[content[: shard.data_offset]],
         read_small=lambda name, limit: b"",
         read_rest=read_rest if all_of_it else None,
@@ -378,7 +379,7 @@ def test_a_rank_with_a_slice_by_columns_has_nothing_to_serve(model: Path) -> Non
     offer = Offer(
         checkpoint,
         replace(plan, stages=stages),
-        memory,
+        HostMemory(memory),
         headers=headers,
         read_small=lambda name, limit: b"",
     )
@@ -392,7 +393,7 @@ def test_a_header_of_another_shard_is_refused(model: Path) -> None:
         Offer(
             checkpoint,
             plan,
-            memoryview(bytearray(plan.arena_bytes)),
+            HostMemory(memoryview(bytearray(plan.arena_bytes))),
             headers=[b"" for _ in checkpoint.shards],
             read_small=lambda name, limit: b"",
         )

@@ -25,6 +25,7 @@ from coldframe.loader.errors import (
     CheckpointError,
     ColdframeError,
     DeviceError,
+    DeviceFull,
     MemoryServiceGone,
     ReplicaError,
     SourceChanged,
@@ -498,7 +499,7 @@ def test_a_model_larger_than_the_memory(service: Service, tmp_path: Path) -> Non
     os.truncate(path, path.stat().st_size + size)  # sparse: it takes no space
     service.load(root)
     error = failed(service)
-    assert type(error) is DeviceError
+    assert type(error) is DeviceFull
     assert error.what == "not enough memory for the weights"
     assert error.expected is not None
     assert int(error.expected.removesuffix(" bytes").replace(",", "")) >= size
@@ -620,13 +621,13 @@ def test_blocks_are_shared_memory_that_passes_from_hand_to_hand(
     one, two = service.client("prefill"), service.client("decode")
     for client in (one, two):
         kv = client.wait_arenas()[2]
-        assert (kv.blocks, kv.block_bytes, len(kv.view())) == (4, 1000, 4000)
+        assert (kv.blocks, kv.block_bytes, kv.nbytes) == (4, 1000, 4000)
     blocks = held(service, one, "r", 2)
     assert len(blocks) == 2
     assert one.kv is not None
     assert two.kv is not None
-    one.kv.view()[2500] = 42
-    assert two.kv.view()[2500] == 42
+    one.kv.reservation.view()[2500] = 42
+    assert two.kv.reservation.view()[2500] == 42
     one.publish("r", [])
     assert two.claim("r", 0) is None  # still held
     one.drop("r")
@@ -810,7 +811,7 @@ def test_who_waits_hears_of_what_a_new_attempt_has_freed(service: Service, model
 def test_kv_without_room_for_it(service: Service, model: Path) -> None:
     service.load(model).kv(blocks=1 << 40, block_bytes=1 << 30)
     error = failed(service)
-    assert type(error) is DeviceError
+    assert type(error) is DeviceFull
     assert error.what == "not enough memory for the kv"
 
 

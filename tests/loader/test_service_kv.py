@@ -81,7 +81,7 @@ class Kept(Service):
         """A request from its start to its end: how many blocks were there already."""
         got = self.assign(request, len(numbers), numbers)
         assert self.worker.kv is not None
-        view = self.worker.kv.view()
+        view = self.worker.kv.reservation.view()
         for place, number in enumerate(numbers):
             block, data = got.blocks[place], bytes([number + 1]) * BLOCK
             if place < got.reused:

@@ -9,6 +9,7 @@ import pytest
 
 from coldframe.loader.board import Board, StageState
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices.cpu import HostLanding
 from coldframe.loader.errors import ColdframeError, SourceChanged, SourceError
 from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Plan
@@ -46,7 +47,7 @@ class Run:
         self.placed = wrap(self.source)
         self.stream = Stream(
             self.plan,
-            Placer(self.placed, self.memory).fetch,
+            HostLanding(Placer(self.placed, self.memory)).fetch,
             self.board,
             finish=self.placed.finish,
             on_stage=self._stage,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from coldframe.loader.board import Board, StageState
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices.cpu import HostLanding
 from coldframe.loader.errors import CheckpointError, ColdframeError, SourceCorrupt
 from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Plan
@@ -227,7 +228,7 @@ def stream(checkpoint: Checkpoint, source: Source, layout: str, on_stage: Callab
 
     running = Stream(
         plan,
-        Placer(source, memory).fetch,
+        HostLanding(Placer(source, memory)).fetch,
         board,
         finish=source.finish,
         on_stage=on_stage,

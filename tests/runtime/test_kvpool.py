@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -169,6 +170,28 @@ def test_a_request_is_claimed_with_what_it_has(launch: Launch, client: MemoryCli
     assert next_pool.claim(again, 40)
     assert (again.blocks, again.kv_tokens) == (first.blocks, 40)
     other.close()
+
+
+@pytest.mark.parametrize("way", ["publish", "hand_over", "finish"])
+def test_what_was_begun_is_done_before_anybody_hears(
+    launch: Launch, client: MemoryClient, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    said: list[str] = []
+    for name in ("publish", "drop", "finish"):
+        real = getattr(client, name)
+
+        def tell(*arguments: Any, name: str = name, real: Callable[..., Any] = real) -> Any:
+            said.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(client, name, tell)
+    pool = KvPool(client, BLOCKS, TOKENS, settle=lambda: said.append("settled"))
+    sequence = request(launch, "r", prompt_of(40), answer=8)
+    eventually(lambda: pool.take(sequence))
+    assert said == []  # who only takes waits for nothing
+    getattr(pool, way)(sequence)
+    then = {"publish": [], "hand_over": ["drop"], "finish": ["finish"]}[way]
+    assert said == ["settled", "publish", *then]
 
 
 def test_a_dead_workers_request_finds_its_own_prefix(launch: Launch, client: MemoryClient) -> None:

@@ -48,13 +48,13 @@ def test_every_byte_of_a_run_is_copied_once_however_it_is_cut(
     bounds = sorted({start, stop, *(cut for cut in cuts if start < cut < stop)})
     for low, high in itertools.pairwise(bounds):
         buffer = bytes(lead) + DATA[low:high]
-        copies = list(copies_of(extent, low, high, 1000, lead))
+        copies = list(copies_of(extent, low, high, lead))
         # A run is three copies at most: its whole rows, and what is cut off at either end.
         assert len(copies) <= 3 * len(extent.runs)
         for copy in copies:
             assert copy.end <= len(buffer)
             for row in range(copy.count):
-                at, place = copy.offset + row * copy.stride, copy.address - 1000 + row * copy.length
+                at, place = copy.offset + row * copy.stride, copy.place + row * copy.length
                 memory[place : place + copy.length] = buffer[at : at + copy.length]
                 for byte in range(place, place + copy.length):
                     times[byte] -= 1
@@ -70,7 +70,8 @@ def load(gpu: Context, root: Path, plan: Plan, *, streams: int, threads: int = 3
     ring = Ring(threads + 2, buffer_bytes(chunk))
     source = FileSource(Checkpoint.open(root).shards)
     transfer = ring.transfer()
-    placer = DevicePlacer(source, transfer, arena.address)
+    transfer.base = arena.address
+    placer = DevicePlacer(source, transfer)
     chunks = [
         (extent, start, min(start + chunk, extent.file_offset + extent.length))
         for stage in plan.stages
@@ -150,7 +151,7 @@ def test_a_disk_may_write_into_the_buffer_by_itself(tmp_path: Path) -> None:
     source.read_into = read_into  # type: ignore[method-assign]
     extent = Plan.build(checkpoint).stages[0].extents[0]
     ring = Ring(4, buffer_bytes(8192))
-    placer = DevicePlacer(source, ring.transfer(), 1 << 45)
+    placer = DevicePlacer(source, ring.transfer())
     for start in (0, 1, 4095, 4097):  # nobody empties the ring: what counts is the read
         begin = extent.file_offset + start
         placer.fetch(extent, begin, begin + 8192, lambda error: None)
@@ -167,7 +168,7 @@ def test_what_cannot_be_read_gives_its_buffer_back(tmp_path: Path, gpu: Context)
         path.write_bytes(b"")
     ring = Ring(1, buffer_bytes(8192))
     transfer = ring.transfer()
-    placer = DevicePlacer(source, transfer, 1 << 45)
+    placer = DevicePlacer(source, transfer)
     extent = plan.stages[0].extents[0]
     for _ in range(3):
         with pytest.raises(SourceError):

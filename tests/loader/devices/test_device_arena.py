@@ -17,6 +17,7 @@ import pytest
 from coldframe.loader.arena import Segment
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
+from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ArenaError, DeviceError, DeviceFull, DeviceLost
 from coldframe.loader.wire import Channel
@@ -61,6 +62,17 @@ def test_it_is_reserved_in_full_and_grows_in_steps(
     write(gpu, BASE + GRANULARITY - 3, b"across")
     assert ctypes.string_at(BASE + GRANULARITY - 3, 6) == b"across"
     assert not emulator._handles  # a mapping and a descriptor hold it
+
+
+@pytest.mark.parametrize("ordinal", [0, 1])
+def test_it_says_on_which_gpu_it_is(ordinal: int) -> None:
+    emulator = Emulator(devices=2)
+    context = Context(Driver.open(emulator), ordinal)
+    reservation = DeviceReservation(context, GRANULARITY)
+    assert reservation.dlpack_device == (2, ordinal)
+    reservation.close()
+    context.close()
+    emulator.close()
 
 
 def test_the_last_step_is_what_is_left(arena: DeviceArena) -> None:

@@ -12,6 +12,7 @@ import pytest
 from coldframe.loader.board import Board, StageState
 from coldframe.loader.chain import ChainSource, Opened
 from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.devices.cpu import HostLanding
 from coldframe.loader.errors import (
     ColdframeError,
     SourceChanged,
@@ -21,6 +22,7 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.location import Peer
+from coldframe.loader.memory import HostMemory
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.peer_server import PeerServer, ServerLimits
 from coldframe.loader.placing import Placer
@@ -80,7 +82,7 @@ class Node:
         self.offer = Offer(
             self.checkpoint,
             plan,
-            self.memory,
+            HostMemory(self.memory),
             headers=self.checkpoint.headers,
             read_small=small,
             read_rest=lambda name, at, buffer: self.source.read_into(0, at, [buffer]),
@@ -94,7 +96,7 @@ class Node:
         self._on_stage = on_stage
         self.stream = Stream(
             plan,
-            Placer(self.source, self.memory).fetch,
+            HostLanding(Placer(self.source, self.memory)).fetch,
             self.board,
             finish=self.source.finish,
             on_stage=self._stage,

@@ -52,7 +52,7 @@ class Pair:
 
     def prefill(self, ids: Sequence[int]) -> Tensor:
         """Our logits of every position of one prompt, `[T, vocab]`."""
-        batch = Batch.build([self.chunk(ids)])
+        batch = self.model.batch([self.chunk(ids)])
         return self.model.logits(self.through(batch), batch, all_positions=True)
 
     def through(self, batch: Batch) -> Tensor:
@@ -65,13 +65,13 @@ class Pair:
     def greedy(self, prompts: Sequence[Sequence[int]], steps: int) -> list[list[int]]:
         """Our greedy answers, all prompts in one ragged batch, then decoded together."""
         answers: list[list[int]] = [[] for _ in prompts]
-        batch = Batch.build([self.chunk(p, row) for row, p in enumerate(prompts)])
+        batch = self.model.batch([self.chunk(p, row) for row, p in enumerate(prompts)])
         while True:
             for answer, token in zip(answers, self.model.forward(batch).argmax(-1), strict=True):
                 answer.append(int(token))
             if len(answers[0]) == steps:
                 return answers
-            batch = Batch.build(
+            batch = self.model.batch(
                 [
                     self.chunk([*p, *a], row, len(p) + len(a) - 1, len(p))
                     for row, (p, a) in enumerate(zip(prompts, answers, strict=True))

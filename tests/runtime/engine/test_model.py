@@ -106,7 +106,7 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(pair, prompts, shape, cuts) ->
     ids = prompts[300]
     parts = []
     for start, end in pairwise(cuts):
-        batch = Batch.build([both.chunk(ids[:end], start=start, prompt=300)])
+        batch = both.model.batch([both.chunk(ids[:end], start=start, prompt=300)])
         parts.append(both.model.logits(both.through(batch), batch, all_positions=True))
     torch.testing.assert_close(torch.cat(parts), both.reference_logits(ids), **EXACT)
 
@@ -115,9 +115,9 @@ def test_prefill_and_decode_in_one_batch(pair, prompts) -> None:
     both = pair("llama")
     old, late, new = prompts[33], prompts[300], prompts[7]
     first = both.reference_greedy(old, 3)
-    both.model.forward(Batch.build([both.chunk(old, 0)]))
-    both.model.forward(Batch.build([both.chunk(late[:100], 1, prompt=300)]))
-    mixed = Batch.build(
+    both.model.forward(both.model.batch([both.chunk(old, 0)]))
+    both.model.forward(both.model.batch([both.chunk(late[:100], 1, prompt=300)]))
+    mixed = both.model.batch(
         [
             both.chunk([*old, first[0]], 0, 33, 33),
             both.chunk(late, 1, 100),
@@ -134,15 +134,15 @@ def test_prefill_and_decode_in_one_batch(pair, prompts) -> None:
 @pytest.mark.parametrize("layers_ahead", [0, 1, 2])
 def test_a_late_group_catches_up_and_joins(pair, prompts, rope, layers_ahead) -> None:
     both = pair("qwen2", **ROPES[rope])
-    early = Batch.build([both.chunk(prompts[64], 0), both.chunk(prompts[7], 1)])
-    late = Batch.build([both.chunk(prompts[1], 2), both.chunk(prompts[33], 3)])
+    early = both.model.batch([both.chunk(prompts[64], 0), both.chunk(prompts[7], 1)])
+    late = both.model.batch([both.chunk(prompts[1], 2), both.chunk(prompts[33], 3)])
     states = []
     for group in (early, late):
         x = both.model.embed(group)
         for index in range(layers_ahead):
             x = both.model.layer(index, x, group)
         states.append(x)
-    joined, x = Batch.concat([early, late]), torch.cat(states)
+    joined, x = both.model.batch([*early.chunks, *late.chunks]), torch.cat(states)
     for index in range(layers_ahead, both.spec.layers):
         x = both.model.layer(index, x, joined)
     expected = [both.reference_logits(prompts[n])[-1] for n in (64, 7, 1, 33)]
@@ -162,7 +162,7 @@ def test_nothing_reads_a_weight_before_its_stage_is_in(pair, prompts) -> None:
             if name.startswith(prefix):
                 arena[name].copy_(weight)
 
-    batch = Batch.build([both.chunk(prompts[33])])
+    batch = both.model.batch([both.chunk(prompts[33])])
     land("model.embed_tokens.")
     x = model.embed(batch)
     for index in range(both.spec.layers):
@@ -178,7 +178,7 @@ def test_weights_are_used_where_they_lie(pair, prompts) -> None:
     both = pair("llama", num_hidden_layers=1)
     arena = both.arrange(both.weights)
     model = Model(both.spec, arena, both.kv)
-    batch = Batch.build([both.chunk(prompts[7])])
+    batch = both.model.batch([both.chunk(prompts[7])])
     before = model.forward(batch)
     for name, tensor in arena.items():
         kept = tensor.clone()
@@ -211,7 +211,9 @@ def test_half_precision_stays_as_close_as_transformers_does(pair, prompts, famil
     assert ours <= 1.5 * theirs
     alone = both.prefill(ids)[-1].log_softmax(-1)
     both.greedy([prompts[300], ids[:-1], prompts[7]], 2)
-    step = Batch.build([both.chunk([*ids[:-1], ids[-1]], 1, 63, 63), both.chunk(prompts[1], 2)])
+    step = both.model.batch(
+        [both.chunk([*ids[:-1], ids[-1]], 1, 63, 63), both.chunk(prompts[1], 2)]
+    )
     together = both.model.forward(step)[0].log_softmax(-1)
     assert (together - alone).abs().mean() <= 2 * theirs
 
@@ -219,14 +221,14 @@ def test_half_precision_stays_as_close_as_transformers_does(pair, prompts, famil
 def test_vectors_of_another_dtype_are_cast(pair, prompts) -> None:
     both = pair("qwen2", torch.bfloat16)
     wide = {n: t.float() if t.dim() == 1 else t for n, t in both.weights.items()}
-    batch = Batch.build([both.chunk(prompts[7])])
+    batch = both.model.batch([both.chunk(prompts[7])])
     expected = both.model.forward(batch)
     assert torch.equal(Model(both.spec, both.arrange(wide), both.kv).forward(batch), expected)
 
 
 def test_last_tokens_are_among_all_positions(pair, prompts) -> None:
     both = pair("llama")
-    batch = Batch.build([both.chunk(prompts[7], 0), both.chunk(prompts[33], 1)])
+    batch = both.model.batch([both.chunk(prompts[7], 0), both.chunk(prompts[33], 1)])
     x = both.through(batch)
     every = both.model.logits(x, batch, all_positions=True)
     assert every.shape == (40, 256)
@@ -238,7 +240,7 @@ def test_the_kv_layout_is_the_contract(pair, prompts) -> None:
     """[block][layer][2][token][kv_head][head_dim], computed by Transformers' own cache."""
     both = pair("llama")
     ids = prompts[64]
-    both.model.forward(Batch.build([both.chunk(ids)]))
+    both.model.forward(both.model.batch([both.chunk(ids)]))
     with torch.inference_mode():
         cache = both.reference(torch.tensor([ids]), use_cache=True).past_key_values
     blocks = both.chunk(ids).blocks

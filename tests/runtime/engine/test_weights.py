@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from coldframe.runtime.engine.decode import Decoder
-from coldframe.runtime.engine.model import Batch, Model
+from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.sequence import Sequence
 from tests.runtime.engine.arrangements import ARRANGEMENTS, arrange
@@ -73,7 +73,7 @@ def test_padding_between_keeps_them_apart(pair: MakePair, prompts: Prompts) -> N
         at += part.numel()
     model = Model(both.spec, moved, both.kv)
     assert model.weights.layers[0].qkv.weight is None
-    batch = Batch.build([both.chunk(prompts[33])])
+    batch = model.batch([both.chunk(prompts[33])])
     torch.testing.assert_close(
         model.forward(batch), both.reference_logits(prompts[33])[-1:], rtol=0.0, atol=1e-4
     )
@@ -137,7 +137,7 @@ def test_weights_move_in_the_middle_of_a_prefill(
     both = pair("qwen2")
     old = both.arrange(both.weights)
     model = Model(both.spec, old, both.kv)
-    batch = Batch.build([both.chunk(prompts[64]), both.chunk(prompts[7], 1)])
+    batch = model.batch([both.chunk(prompts[64]), both.chunk(prompts[7], 1)])
     x = model.embed(batch)
     for index in range(layers_done):
         x = model.layer(index, x, batch)
@@ -161,7 +161,7 @@ def test_nothing_looks_into_the_old_memory_after_the_move(pair: MakePair, prompt
         return torch.frombuffer(arena, dtype=torch.uint8)
 
     model = Model(both.spec, arrange(both.weights, "aligned", allocate), both.kv)
-    batch = Batch.build([both.chunk(prompts[33])])
+    batch = model.batch([both.chunk(prompts[33])])
     before = model.forward(batch)
     assert arenas[0]() is not None
     model.rebind(both.weights)

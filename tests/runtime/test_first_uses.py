@@ -1,0 +1,77 @@
+"""What a worker does on its device while weights come, here on a CPU."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from coldframe.runtime import warmup
+from coldframe.runtime.engine import varlen
+from coldframe.runtime.engine.kv import KVCache
+from coldframe.runtime.engine.model import Model
+from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.engine.varlen import WAYS, Varlen
+from coldframe.runtime.warmup import dummy_weights, ready_device
+from tests.runtime.engine.test_varlen import kernel
+
+BLOCKS = 4
+
+
+@pytest.fixture
+def spec(demo_model: Callable[..., Path]) -> ModelSpec:
+    """The tiny demo model's shape."""
+    return ModelSpec.from_config(json.loads((demo_model() / "config.json").read_text()))
+
+
+def model_of(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Model:
+    memory = torch.full((BLOCKS * spec.kv_block_bytes(4),), 7, dtype=torch.uint8)
+    return Model(spec, weights, KVCache(memory, spec, torch.float32, BLOCKS))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
+def test_whatever_is_in_the_weights_yet(spec: ModelSpec, value: float) -> None:
+    weights = dummy_weights(spec)
+    for tensor in weights.values():
+        tensor.fill_(value)
+    model = model_of(spec, weights)
+    asked: list[int] = []
+    ready_device(model, weights, lambda: bool(asked.append(1)))
+    assert len(asked) > 6
+    assert bool((model.kv.pages.view(torch.uint8) == 7).all())  # the requests' KV is not touched
+    assert all(
+        torch.equal(tensor, torch.full_like(tensor, value)) or value != value
+        for tensor in weights.values()
+    )
+
+
+def test_it_ends_when_there_is_something_better_to_do(spec: ModelSpec) -> None:
+    weights = dummy_weights(spec)
+    asked: list[int] = []
+
+    def enough() -> bool:
+        asked.append(1)
+        return len(asked) == 2
+
+    ready_device(model_of(spec, weights), weights, enough)
+    assert len(asked) == 2
+
+
+@pytest.mark.parametrize("way", [None, WAYS[0]])
+def test_the_model_attends_in_the_way_that_was_found(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, way: varlen.Way | None
+) -> None:
+    found = None if way is None else Varlen(kernel, way)
+    monkeypatch.setattr(varlen, "find", lambda *_, **__: found)
+    used: list[object] = []
+    monkeypatch.setattr(
+        warmup, "first_uses", lambda model, _: used.append(model.varlen) or iter([])
+    )
+    weights = dummy_weights(spec)
+    model = model_of(spec, weights)
+    ready_device(model, weights, lambda: False)
+    assert model.varlen is found
+    assert used == [found]

@@ -101,7 +101,7 @@ class _DecodeRole:
         job = handoff.job
         assert job.prompt_ids is not None
         sequence = self._worker.sequence(job, job.prompt_ids)
-        claimed = self._pool.claim(sequence, handoff.kv_tokens)
+        claimed = self._pool.claim(sequence, handoff.kv_tokens, handoff.domain)
         if not claimed:
             try:
                 if not self._pool.take(sequence):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coldframe.loader.kvtally import StoreUsage
@@ -27,16 +27,16 @@ class FrontCount:
 
     Args:
         clock: Monotonic seconds.
-        device: What a replica is to be on: `cpu` or `cuda:N`.
+        devices: What a replica is to be on: `cpu`, or `cuda:N` and so on.
     """
 
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        device: str = "cpu",
+        devices: Sequence[str] = ("cpu",),
     ) -> None:
         self._clock = clock
-        self._busy = BusyClock(clock, device=device)
+        self._busy = BusyClock(clock, devices)
         self._cold_starts: Counter[str] = Counter()
         self._answered = False
         self._replica: Replica | None = None
@@ -61,7 +61,7 @@ class FrontCount:
             self._busy.enter("zero")
             return
         state: DeviceState = "used" if not idle else "parked" if parked else "idle"
-        self._busy.enter(state, replica.options.device)
+        self._busy.enter(state, replica.options.devices)
         if replica.answered and not self._answered:
             tier = replica.facts.get("snapshot", {}).get("tier")
             self._cold_starts[tier or "fresh"] += 1

@@ -7,7 +7,7 @@ when somebody asks, and costs nothing between two scrapes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, Literal
@@ -152,61 +152,62 @@ class BusyClock:
 
     Args:
         clock: Monotonic seconds.
-        devices: How many devices go from one state to the next together.
-        device: Which they are, until `enter` says otherwise.
+        devices: Those that go from one state to the next together, until `enter` says otherwise.
     """
 
-    def __init__(self, clock: Callable[[], float], devices: int = 1, device: str = "cpu") -> None:
+    def __init__(self, clock: Callable[[], float], devices: Sequence[str] = ("cpu",)) -> None:
         self._clock = clock
-        self._devices = devices
         self._state: DeviceState = "zero"
         self._since = clock()
-        self._device = device
+        self._devices = tuple(devices)
+        self._passed: dict[DeviceState, float] = dict.fromkeys(_STATES, 0.0)
         self._seconds: dict[str, dict[DeviceState, float]] = {}
-        self._count(device, "zero", 0.0)
+        self._count(0.0)
 
     @property
     def state(self) -> DeviceState:
         return self._state
 
-    def enter(self, state: DeviceState, device: str | None = None) -> None:
-        """The device is in that state from now on; it may be in it already.
+    def enter(self, state: DeviceState, devices: Sequence[str] = ()) -> None:
+        """The devices are in that state from now on; they may be in it already.
 
         Args:
             state: Which.
-            device: Which device; None for the same as before.
+            devices: Which devices; none for the same as before.
         """
-        device = device or self._device
-        if (state, device) != (self._state, self._device):
+        devices = tuple(devices) or self._devices
+        if (state, devices) != (self._state, self._devices):
             self._settle()
-            self._state, self._device = state, device
+            self._state, self._devices = state, devices
 
     @property
     def zero_s(self) -> float:
         """Seconds at zero, of the clock: no device is held then."""
-        return self._total("zero")
+        self._settle()
+        return self._passed["zero"]
 
     @property
     def parked_s(self) -> float:
         """Seconds parked, of the clock."""
-        return self._total("parked")
+        self._settle()
+        return self._passed["parked"]
 
     @property
     def idle_s(self) -> float:
         """Device seconds."""
-        return self._total("idle") * self._devices
+        return self._total("idle")
 
     @property
     def used_s(self) -> float:
         """Device seconds."""
-        return self._total("used") * self._devices
+        return self._total("used")
 
     @property
     def by_device(self) -> dict[str, dict[str, float]]:
         """Device seconds `used` and `idle`, of each device that was one."""
         self._settle()
         return {
-            device: {state: seconds[state] * self._devices for state in ("used", "idle")}
+            device: {state: seconds[state] for state in ("used", "idle")}
             for device, seconds in self._seconds.items()
         }
 
@@ -214,10 +215,12 @@ class BusyClock:
         self._settle()
         return sum(seconds[state] for seconds in self._seconds.values())
 
-    def _count(self, device: str, state: DeviceState, seconds: float) -> None:
-        self._seconds.setdefault(device, dict.fromkeys(_STATES, 0.0))[state] += seconds
+    def _count(self, seconds: float) -> None:
+        self._passed[self._state] += seconds
+        for device in self._devices:
+            self._seconds.setdefault(device, dict.fromkeys(_STATES, 0.0))[self._state] += seconds
 
     def _settle(self) -> None:
         now = self._clock()
-        self._count(self._device, self._state, now - self._since)
+        self._count(now - self._since)
         self._since = now

@@ -2,14 +2,15 @@
 
 A `Job` is a request on its way into a worker that will compute: everything that is needed to go
 on with it from its token ids alone. A `Handoff` is a job whose keys and values are in the KV arena
-already, up to its last token. As sampling depends on (seed, position) only, and text on the token
-ids only, neither carries any other state.
+of a device already, up to its last token. As sampling depends on (seed, position) only, and text on
+the token ids only, neither carries any other state.
 
 The protocol, with the front's router between the workers:
 
     prefill  drops its hold on the KV (a lease starts), sends `handoff`
     router   forwards it to a decode worker
-    decode   claims the blocks, answers `ack`; a repeated (request, attempt) is answered again
+    decode   claims the blocks, or has them brought to its own device where they are on another;
+             answers `ack`; a repeated (request, attempt) is answered again
     router   tells the prefill worker, which stops renewing the lease
 
 Where the receiver dies before its `ack`, the router sends the same hand-off to another with the
@@ -28,7 +29,7 @@ from coldframe.runtime.engine.params import SamplingParams
 
 __all__ = ["Handoff", "Job", "VERSION"]
 
-VERSION = 2
+VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Handoff:
         blocks: The KV blocks, from the first token on.
         kv_tokens: Tokens whose keys and values are in them: all but the last one, where the request
             has been computed so far.
+        domain: The device that has them: a worker on another one reaches them by a copy only.
     """
 
     job: Job
@@ -97,6 +99,7 @@ class Handoff:
     kv_format: str
     blocks: tuple[int, ...]
     kv_tokens: int
+    domain: str
 
     @property
     def whole(self) -> bool:
@@ -111,6 +114,7 @@ class Handoff:
             "kv_format": self.kv_format,
             "blocks": self.blocks,
             "kv_tokens": self.kv_tokens,
+            "domain": self.domain,
         }
 
     @classmethod
@@ -133,4 +137,5 @@ class Handoff:
             data["kv_format"],
             tuple(data["blocks"]),
             data["kv_tokens"],
+            data["domain"],
         )

@@ -28,6 +28,7 @@ class KvPool:
         client: The memory service.
         blocks: All the blocks that there are.
         block_tokens: Tokens in one.
+        domain: The device that has them.
         keys: Makes the keys that blocks are found by; None reuses none.
         settle: Waits until all that was begun with blocks is done. On a GPU a step may be over here
             before its kernels have run, and whoever gets a block next must find it written, and
@@ -39,12 +40,14 @@ class KvPool:
         client: MemoryClient,
         blocks: int,
         block_tokens: int,
+        domain: str,
         keys: PrefixKeys | None = None,
         settle: Callable[[], None] = lambda: None,
     ) -> None:
         self._client = client
         self._blocks = blocks
         self._block_tokens = block_tokens
+        self._domain = domain
         self._keys = keys
         self._settle = settle
 
@@ -62,7 +65,7 @@ class KvPool:
         Raises:
             RequestError: It needs more than there are.
         """
-        needed = -(-sequence.most_tokens // self._block_tokens)
+        needed = self._blocks_of(sequence.most_tokens)
         if needed > self._blocks:
             raise RequestError(
                 "the request needs more KV than there is",
@@ -85,16 +88,20 @@ class KvPool:
         # The last token is computed in any case: what follows it is what is asked for.
         return self._keys_of(sequence, sequence.tokens - 1)
 
-    def claim(self, sequence: Sequence, kv_tokens: int) -> bool:
-        """Takes over the blocks of a sequence that was handed over.
+    def claim(self, sequence: Sequence, kv_tokens: int, domain: str) -> bool:
+        """Takes over the KV of a sequence that was handed over.
 
         Args:
             sequence: Whose.
-            kv_tokens: How many of its tokens they hold.
+            kv_tokens: How many of its tokens there is KV of.
+            domain: The device that has it. From another one it is brought here.
 
         Returns:
-            Whether they are still there.
+            Whether it is here now. Else it is lost, or there are no blocks at the moment to bring
+            it to.
         """
+        if domain != self._domain:
+            return self._bring(sequence, kv_tokens)
         blocks = self._client.claim(sequence.request, sequence.attempt)
         if blocks is None:
             return False
@@ -102,6 +109,25 @@ class KvPool:
         # Of a request without a token, that is what was found there of its prompt.
         sequence.cached_tokens = min(kv_tokens, len(sequence.prompt_ids))
         return True
+
+    def _bring(self, sequence: Sequence, kv_tokens: int) -> bool:
+        needed = self._blocks_of(sequence.most_tokens)
+        if needed > self._blocks:
+            return False  # which is said where it asks for blocks to compute it in
+        written, keys = self._blocks_of(kv_tokens), self.keys(sequence)
+        got = self._client.bring(sequence.request, sequence.attempt, needed, written, keys)
+        if got is None:
+            return False
+        sequence.blocks = got.blocks
+        # Others may have left more of it here than there was over there.
+        sequence.kv_tokens = max(kv_tokens, got.reused * self._block_tokens)
+        sequence.cached_tokens = min(sequence.kv_tokens, len(sequence.prompt_ids))
+        # Who goes on with it should this worker die finds it here.
+        self.publish(sequence)
+        return True
+
+    def _blocks_of(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
 
     def publish(self, sequence: Sequence) -> None:
         """Says that what `kv_tokens` counts is written: whoever claims the blocks finds it there.

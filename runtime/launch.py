@@ -1,4 +1,4 @@
-"""The first instants of a replica: the memory service and the workers, started bare.
+"""The first instants of a replica: the memory services and the workers, started bare.
 
 Kept apart from the rest so that it can be imported and run before the rest is: the interpreter
 starts of the children, and the first read of the weights, then overlap with what the front still
@@ -25,7 +25,7 @@ from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.restorer_process import RestorerProcess
 
-__all__ = ["Launch", "WorkerProcess"]
+__all__ = ["Launch", "Memory", "WorkerProcess"]
 
 _WORKER = (
     "from coldframe.runtime.worker_process import main; "
@@ -33,6 +33,42 @@ _WORKER = (
 )
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
+
+
+class Memory:
+    """A memory service as a process.
+
+    Args:
+        name: Its own among the replica's processes.
+        device: Whose memory it has.
+        process: The process.
+    """
+
+    def __init__(self, name: str, device: str, process: MemoryProcess) -> None:
+        self.name = name
+        self.device = device
+        self.run_dir = process.run_dir
+        self.child = process.child
+        self.channel = Channel(process.socket)
+        self._lock = process.lock
+
+    @property
+    def path(self) -> str:
+        """Of the socket that it listens on."""
+        return os.path.join(self.run_dir, "memory.sock")
+
+    def end(self) -> None:
+        """Tells it to go."""
+        # It clears up after itself when its socket ends.
+        self.channel.close()
+
+    def close(self, deadline: float) -> None:
+        """Sees it gone, by force from a moment of the monotonic clock on."""
+        while self.child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        self.child.kill()
+        remove_run_dir(self.run_dir)
+        os.close(self._lock)
 
 
 class WorkerProcess:
@@ -72,12 +108,14 @@ class WorkerProcess:
 
 
 class Launch:
-    """Starts the processes of a replica, and tells the memory service what to load.
+    """Starts the processes of a replica, and tells its memory services what to load.
+
+    There is one of these for each device. The first loads; the others take from it what it has.
 
     Args:
         options: What the replica is to be.
         recorder: Gets a span for each start.
-        memory: The memory service's process, where it was started before.
+        memory: The first memory service's process, where it was started before.
         restorer: The process that restores images, likewise.
 
     Raises:
@@ -103,22 +141,25 @@ class Launch:
         if options.pin:
             halves = split_cores(os.sched_getaffinity(0))
             self._cores = dict(zip(("prefill", "decode"), halves, strict=True))
-        memory = memory or MemoryProcess(options.run_dir)
-        recorder.add("process_spawn", memory.started_ns, memory.spawned_ns, note="memory")
-        self.run_dir, self.lock = memory.run_dir, memory.lock
-        self.memory_child = memory.child
-        self.memory = Channel(memory.socket)
+        self.memories: list[Memory] = []
+        """The first of them loads."""
+        self._add_memory(options.devices[0], memory or MemoryProcess(options.run_dir))
+        self.run_dir = self.memories[0].run_dir
         try:
             # The bytes first: nothing that clones need makes them come sooner.
             if not options.hold_load:
-                self.start_load()
+                self._load_into(self.memories[0])
+            for device in options.devices[1:]:
+                self._add_memory(device, MemoryProcess(options.run_dir))
+                if not options.hold_load:
+                    self._load_into(self.memories[-1])
             self.tiers = self.open_tiers(options.snapshot, restorer)
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Ends the memory service, and the workers that no replica has taken over."""
+        """Ends the memory services, and the workers that no replica has taken over."""
         if self._closed:
             return
         self._closed = True
@@ -127,19 +168,34 @@ class Launch:
         self.workers.clear()
         if hasattr(self, "tiers"):
             self.tiers.close()
-        # The end of its socket tells the memory service to go, and to clear up after itself.
-        self.memory.close()
         deadline = time.monotonic() + _MEMORY_END_S
-        while self.memory_child.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.002)
-        self.memory_child.kill()
-        remove_run_dir(self.run_dir)
-        os.close(self.lock)
+        for memory in reversed(self.memories):  # those first that take what another one has
+            memory.end()
+        for memory in self.memories:
+            memory.close(deadline)
 
     def start_load(self) -> None:
-        """Tells the memory service what to load."""
-        options = self.options
-        self.memory.send(
+        """Tells the memory services what to load."""
+        for memory in self.memories:
+            self._load_into(memory)
+
+    def memory_of(self, role: str) -> Memory:
+        """The memory service of a role's workers."""
+        device = self.options.device_of(role)
+        return next(memory for memory in self.memories if memory.device == device)
+
+    def _add_memory(self, device: str, process: MemoryProcess) -> None:
+        name = f"memory-{len(self.memories) + 1}" if self.memories else "memory"
+        self._recorder.add("process_spawn", process.started_ns, process.spawned_ns, note=name)
+        self.memories.append(Memory(name, device, process))
+
+    def _load_into(self, memory: Memory) -> None:
+        options, first = self.options, self.memories[0]
+        if memory is not first:
+            beside = {"model": options.model, "device": memory.device, "beside": first.path}
+            memory.channel.send({"type": "load", **beside})
+            return
+        memory.channel.send(
             {
                 "type": "load",
                 "model": options.model,
@@ -151,7 +207,7 @@ class Launch:
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
                 "serve_peers": options.serve_peers,
-                "device": options.device,
+                "device": memory.device,
                 # An empty one is none, as where a platform sets all variables that it knows.
                 "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }
@@ -172,7 +228,7 @@ class Launch:
         try:
             for role in first:
                 if role == "decode" and not self.options.hold_load:
-                    self.memory.wait_readable(_FIRST_BYTE_S)
+                    self.memories[0].channel.wait_readable(_FIRST_BYTE_S)
                 if self.workers and self.tiers.best is not None:
                     self.later.insert(0, role)
                 else:

@@ -7,6 +7,7 @@ from typing import Any
 
 from coldframe.loader.errors import DeviceError
 from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.identity import Identity
 
@@ -84,7 +85,7 @@ class ReplicaOptions:
         decode: How many decode workers, likewise.
         scaling: What calls for more of them, and what for fewer.
         pin: Give prefill one half of the cores and decode the other.
-        kv_bytes: KV memory; None lets the replica choose.
+        kv_bytes: KV memory of each device; None lets the replica choose.
         kv_part: Of a GPU's memory, what it may choose at most: a half is 0.5.
         prefix_cache: Whether a request reuses the KV of earlier ones that begin with the same
             tokens. A client can tell from the time to its first token that somebody has asked so.
@@ -95,7 +96,8 @@ class ReplicaOptions:
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
-        device: Where weights and KV are, and where the workers compute: `cpu` or `cuda:N`.
+        device: Where weights and KV are, and where workers compute of whom nothing else is said:
+            `cpu` or `cuda:N`.
         device_why: Why there, where nobody has asked for it.
         fall_back: Whether the CPU stands in for that device where it cannot be used.
         run_dir: Where the replica's private directory is made; None chooses.
@@ -104,7 +106,7 @@ class ReplicaOptions:
         snapshot: How workers may start, other than fresh.
 
     Raises:
-        DeviceError: Workers are to be on another device than the weights.
+        DeviceError: Some are to be on the CPU and some on a GPU.
     """
 
     model: str
@@ -138,15 +140,16 @@ class ReplicaOptions:
     snapshot: SnapshotOptions = SnapshotOptions()
 
     def __post_init__(self) -> None:
-        for role, scale in self.scales.items():
-            if scale.device not in (None, self.device):
-                raise DeviceError(
-                    "all workers of a replica compute where its weights are",
-                    where=f"--{role}",
-                    expected=self.device,
-                    got=scale.device,
-                    hint="Name one device for all of them, with --device, or leave them out.",
-                )
+        wanted = {"--device": self.device}
+        wanted |= {f"--{role}": self.device_of(role) for role in self.scales}
+        if len({device == CPU for device in wanted.values()}) > 1:
+            raise DeviceError(
+                "a replica is on GPUs or on the CPU: neither can use the other's memory",
+                where=", ".join(wanted),
+                expected="cpu, or GPUs alone",
+                got=", ".join(wanted.values()),
+                hint="Name the CPU or GPUs for all of them, or leave them out.",
+            )
 
     @property
     def scales(self) -> dict[str, Scale]:
@@ -168,6 +171,11 @@ class ReplicaOptions:
     def device_of(self, role: str) -> str:
         """Where a role's workers compute."""
         return self.scales[role].device or self.device
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices that have the weights and KV: first that of prefill."""
+        return tuple(dict.fromkeys(self.device_of(role) for role in ("prefill", "decode")))
 
 
 def model_name(model: str) -> str:

@@ -260,5 +260,6 @@ class _PrefillRole:
             kv_format(self._worker.spec.dtype),
             tuple(sequence.blocks),
             sequence.kv_tokens,
+            self._worker.device,
         )
         self._worker.control.send({"type": "handoff", "handoff": handoff.to_wire()})

@@ -160,7 +160,9 @@ class Quarters:
     def _know(self, weights: int, kv: int) -> None:
         # Host memory for KV that has left the device is of the same memory, where that is the CPU.
         store = self._options.kv_store if self._options.device == CPU else None
-        self._kept = weights + context_bytes(self._options) + (0 if store is None else store.memory)
+        # Of several devices that with the most workers: the room is what each of them has.
+        contexts = max(context_bytes(self._options, device) for device in self._options.devices)
+        self._kept = weights + contexts + (0 if store is None else store.memory)
         self._need = self._kept + kv
         self._weights = weights
 

@@ -1,13 +1,13 @@
 """A replica: its processes started all at once, watched, replaced when they die, and cleared away.
 
-The memory service starts first, since nothing beats the bytes; the workers import torch while the
-weights stream. Everything that follows is events: messages, deaths, the clock.
+The memory services (`memories`) start first, since nothing beats the bytes; the workers
+(`workforce`) import torch while the weights stream. Everything that follows is events: messages,
+deaths, the clock.
 """
 
 from __future__ import annotations
 
 import os
-import selectors
 import signal
 import time
 from collections.abc import Callable
@@ -18,7 +18,6 @@ from typing import Any
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.kvtally import StoreUsage
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Message
@@ -28,24 +27,16 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loop import Loop
+from coldframe.runtime.memories import Memories
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.prefix import kv_format
-from coldframe.runtime.resting import Resting
+from coldframe.runtime.resting import RestingTogether
 from coldframe.runtime.router import Listener, Router
-from coldframe.runtime.sizing import KvSize, ModelFacts, StoredTensor, facts_at_hand
-from coldframe.runtime.workforce import Workforce, ending
+from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand
+from coldframe.runtime.workforce import Workforce
 
 __all__ = ["Replica"]
 
-USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done", *StoreUsage.names())
-
 _SATURATION = ("tokens", "threads")
-_MEMORY_END_S = 1.0
-"""For how long a memory service that has left a worker is given to end."""
-_MEMORY_SILENCE_S = 30.0
-"""How long the memory service may leave a question unanswered, in seconds: its loop does nothing
-that takes long, and the workers wait for it."""
-_SEND_TIMEOUT_S = 10
 
 
 class Replica:
@@ -94,32 +85,19 @@ class Replica:
     def _begin(self, launch: Launch | None) -> None:
         """Starts the processes, or takes over those that were started."""
         options = self.options
-        self.facts: dict[str, Any] = {"device": options.device, "device_why": options.device_why}
+        self.facts: dict[str, Any] = {
+            "device": ", ".join(options.devices),
+            "device_why": options.device_why,
+        }
         """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`.
         Beside it `device` and `device_why`, on a GPU `gpu` with its `name`, `total` and `free`
-        bytes, `snapshot`, and `prefill_batch`, once it is measured."""
-        self.board: BoardView | None = None
-        """How far the load is."""
-        self.usage: dict[str, int] = {}
-        """What the memory service said last of what is in use; see `ask_usage`."""
-        self.resting = Resting(self.to_memory, self.fail, self._clock)
-        """Whether its weights are on the device."""
-        self.loaded = False
+        bytes (of several the smallest), `snapshot`, and `prefill_batch`, once it is measured."""
         self._loaded_ns: int | None = None
         self._answered = False
         self._settled = False
-        self._listening = False
         self._model: ModelFacts | None = None
-        self.kv_bytes: int | None = None
-        """What KV takes; None before that is known."""
-        self._files: str | None = None
-        self._tensors: list[list[Any]] | None = None
         self._launch = launch or Launch(self.options, self.recorder)
-        self._memory, self._memory_child = self._launch.memory, self._launch.memory_child
-        self._memory.set_send_timeout(_SEND_TIMEOUT_S)
-        self._memory_heard = self._clock()
-        self._memory_fd: int | None = self._memory.fileno()
-        self.loop.watch(self._memory_fd, self._on_memory)
+        self._memories = Memories(self._launch, self.loop, self._clock, self.facts, self)
         selector = self.loop.selector
         self._workforce = Workforce(self._launch, selector, self._router, self.recorder, self)
         try:
@@ -177,6 +155,31 @@ class Replica:
         return self._model
 
     @property
+    def loaded(self) -> bool:
+        """Whether all weights are in."""
+        return self._memories.loaded
+
+    @property
+    def board(self) -> BoardView | None:
+        """How far the load is."""
+        return self._memories.board
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """What the memory services said last of what is in use; see `ask_usage`."""
+        return self._memories.usage
+
+    @property
+    def kv_bytes(self) -> int | None:
+        """What KV takes, of several devices where it takes most; None before that is known."""
+        return self._memories.kv_bytes
+
+    @property
+    def resting(self) -> RestingTogether:
+        """Whether its weights are on the device."""
+        return self._memories.resting
+
+    @property
     def answered(self) -> bool:
         """Whether a token has been made."""
         return self._answered
@@ -206,7 +209,7 @@ class Replica:
     def pids(self) -> dict[str, int]:
         """The processes by name."""
         workers = {w.name: w.child.pid for w in self._workforce.workers.values()}
-        return {"memory": self._memory_child.pid, **workers}
+        return {**self._memories.pids, **workers}
 
     @property
     def prefilled_by_decode(self) -> int:
@@ -298,8 +301,8 @@ class Replica:
         self.resting.wake()
 
     def ask_usage(self) -> None:
-        """Asks the memory service what is in use; the answer is in `usage` after some `poll`."""
-        self.to_memory({"type": "usage"})
+        """Asks the memory services what is in use; a new `usage` is there after some `poll`."""
+        self._memories.ask_usage()
 
     @property
     def imported(self) -> bool:
@@ -325,7 +328,7 @@ class Replica:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
-            self._watch_memory()
+            self._memories.watch()
             self._workforce.tick(self._load_started_ns)
 
     def run_until(self, done: Callable[[], bool]) -> None:
@@ -364,9 +367,7 @@ class Replica:
             return
         self._closed = True
         self._workforce.close()
-        self._forget_memory()
-        if self.board is not None:
-            self.board.close()
+        self._memories.close()
         self._launch.close()
         if self._own_loop:
             self.loop.close()
@@ -378,17 +379,12 @@ class Replica:
         self._workforce.send(worker, message)
 
     def to_memory(self, message: dict[str, Any]) -> None:
-        try:
-            self._memory.send(message)
-        except ReplicaError:
-            # Dead, or as good as that: it does not read. Its end is read from the socket, with the
-            # reason before it.
-            self._memory_child.kill()
+        self._memories.send(message)
 
     def kill(self, worker: str) -> None:
         self._workforce.kill(worker)
 
-    # -- the memory service ----------------------------------------------------------------------
+    # -- Owner, for the memory services ----------------------------------------------------------
 
     def _read_facts(self) -> None:
         """Reads the model's configs here and now where they lie in a directory.
@@ -403,36 +399,22 @@ class Replica:
         if self._model is not None:
             return
         self._model = model
-        size = KvSize.of(model.spec, self.options)
-        order = {
-            "type": "kv",
-            "block_bytes": size.block_bytes,
-            "blocks": size.blocks,
-            "lease_s": self.options.lease_s,
-            "store": self._kv_store(model),
-        }
-        if size.blocks is not None:
-            self.kv_bytes = size.block_bytes * size.blocks
-        if size.room is not None:
-            order["room"] = size.room.to_wire()
-        self.to_memory(order)
+        self._memories.size_kv(model, self.options)
         self._router.reopen()
-        self._tell_workers()
-
-    def _kv_store(self, model: ModelFacts) -> dict[str, Any] | None:
-        """What the memory service is told of where KV is kept, if anywhere."""
-        store = self.options.kv_store
-        if store is None or not self.options.prefix_cache:
-            return None
-        return replace(store, kv_format=kv_format(model.spec.dtype)).to_wire()
+        self.memory_listens()
 
     def _settle(self) -> None:
-        """Lets the memory service do, once, what would have delayed the first token."""
+        """Lets the memory services do, once, what would have delayed the first token."""
         if self.loaded and self._answered and not self._settled:
             self._settled = True
             self.to_memory({"type": "settle", "realign": self.options.realign})
 
-    def _on_files(self, path: str, tensors: list[list[Any]] | None) -> None:
+    def memory_listens(self) -> None:
+        """Tells the workers what they are to be, once memory service and model are known."""
+        if self._model is not None:
+            self._workforce.tell(self._model, self._memories.listening)
+
+    def memory_has_files(self, path: str, tensors: list[list[Any]] | None) -> None:
         stored = None
         if tensors is not None:
             stored = {name: StoredTensor(dtype, shape) for name, dtype, shape in tensors}
@@ -441,71 +423,12 @@ class Replica:
         except ColdframeError as error:
             self.fail(error)
 
-    def _watch_memory(self) -> None:
-        """Ends a memory service that hangs; to be called about once a second."""
-        if self._memory_fd is None:
-            return
-        if self._clock() - self._memory_heard > _MEMORY_SILENCE_S:
-            self._memory_child.kill()
-            self._memory_died(f"it did not answer for {_MEMORY_SILENCE_S:g} s")
-        else:
-            self.ask_usage()  # a scrape does not wait for it, either
+    def memory_is_loaded(self) -> None:
+        if self.loaded and self._loaded_ns is None:
+            self._loaded_ns = now()
+        self._settle()
 
-    def _on_memory(self) -> None:
-        memory = self._memory
-        messages, ended = memory.receive_ready()
-        self._memory_heard = self._clock()
-        for message in messages:
-            if self._memory is not memory:
-                return  # what it said led to a start with another one
-            body = message.body
-            match message.kind:
-                case "listening":
-                    self._listening = True
-                    self._tell_workers()
-                case "files":
-                    self._files = body["path"]
-                    if body["local"]:
-                        self._on_files(self._files, None)
-                    elif self._tensors is not None:
-                        self._on_files(self._files, self._tensors)
-                case "device":
-                    self.facts["gpu"] = {name: body[name] for name in ("name", "total", "free")}
-                case "sized":
-                    self.kv_bytes = body["block_bytes"] * body["blocks"]
-                case "plan":
-                    self.board = BoardView(message.fds[0])
-                    self.facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
-                    self._tensors = body.get("tensors")
-                    if self._tensors is not None and self._files is not None:
-                        self._on_files(self._files, self._tensors)
-                case "moved" | "loaded" as kind:
-                    if kind == "loaded" and not self.loaded:
-                        self.loaded, self._loaded_ns = True, now()
-                    told = ("mode", "why", "verified", "peers_at")
-                    self.facts |= {name: body[name] for name in told}
-                    self.add_spans(body["spans"])
-                    self._settle()
-                case "kept":
-                    self.facts |= {"kept": True, "kept_why_not": body["why"]}
-                case "parked" | "woken" as kind:
-                    self.resting.heard(kind, body)
-                case "usage":
-                    self.usage = {name: body[name] for name in USAGE}
-                case "failed":
-                    self.add_spans(body["spans"])
-                    self.fail(ColdframeError.from_wire(body["error"]))
-        if ended and self._memory is memory:
-            self._memory_died(ending(self._memory_child.kill()))
-
-    def _forget_memory(self) -> None:
-        """Hears no more of the memory service."""
-        # By its number: it may be closed already.
-        if self._memory_fd is not None:
-            self.loop.unwatch(self._memory_fd)
-            self._memory_fd = None
-
-    def _memory_died(self, why: str) -> None:
+    def memory_died(self, why: str) -> None:
         workers = self._workforce.workers.values()
         clones = any(w.cloner is not None and not w.group for w in workers)
         fresh_will_do = self.options.snapshot.mode != "require"
@@ -518,7 +441,7 @@ class Replica:
             tiers = self._workforce.tiers
             tiers.why, tiers.failed = [why], why
             return
-        self._forget_memory()
+        self._memories.forget()
         self.fail(
             ReplicaError(
                 "the memory service died",
@@ -584,23 +507,11 @@ class Replica:
         return True
 
     def hear_memory(self) -> None:
-        memory, deadline = self._memory, time.monotonic() + _MEMORY_END_S
-        with selectors.DefaultSelector() as readable:
-            readable.register(memory.fileno(), selectors.EVENT_READ)
-            # Its end is an error, or a start with another one.
-            while self._error is None and self._memory is memory:
-                if not readable.select(max(0.0, deadline - time.monotonic())):
-                    return
-                self._on_memory()
+        self._memories.hear_end()
 
     def _distrust(self, error: ColdframeError) -> None:
         if self._error is None:  # else that is why there was no answer
             self._workforce.distrust(error)
-
-    def _tell_workers(self) -> None:
-        """Tells the workers what they are to be, once memory service and model are known."""
-        if self._listening and self._model is not None:
-            self._workforce.tell(self._model)
 
     def _start_over(
         self, why: str, options: ReplicaOptions, dead: WorkerProcess | None = None
@@ -617,9 +528,7 @@ class Replica:
         gone = self._workforce.close()
         if dead is not None:
             gone.append(dead.name)
-        self._forget_memory()
-        if self.board is not None:
-            self.board.close()
+        self._memories.close()
         self._launch.close()
         self._router.workers_gone(gone, why)
         self.options = options

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, DeviceFull
 
-__all__ = ["Resting"]
+__all__ = ["Resting", "RestingTogether"]
 
 _AGAIN_S = 0.25
 _PATIENCE_S = 30.0
@@ -77,3 +77,49 @@ class Resting:
             self._fail(error)
         else:
             self._again_at = self._clock() + _AGAIN_S
+
+
+class RestingTogether:
+    """Whether the weights of a replica are on all its devices: they leave and come back together.
+
+    Args:
+        devices: One for each of them.
+    """
+
+    def __init__(self, devices: Sequence[Resting]) -> None:
+        self._devices = devices
+
+    @property
+    def left(self) -> bool:
+        """Whether they have left all of them, so that others may have the memory."""
+        return all(device.left for device in self._devices)
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As `Resting.told`: of the one that took longest, and the first `why` that there is."""
+        if not all(device.told for device in self._devices):
+            return {}
+        slowest = max(self._devices, key=lambda device: device.told["seconds"] or 0.0)
+        failed = (device.told["why"] for device in self._devices if device.told["why"])
+        return {**slowest.told, "why": next(failed, None)}
+
+    def park(self) -> None:
+        """Has them leave."""
+        for device in self._devices:
+            device.park()
+
+    def wake(self) -> None:
+        """Has them come back, where they were told to leave."""
+        for device in self._devices:
+            device.wake()
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long nothing is to be done, in seconds; None where that is up to others."""
+        waits = [device.wait_s for device in self._devices if device.wait_s is not None]
+        return min(waits, default=None)
+
+    def tick(self) -> None:
+        """Asks again for memory that others had; to be called when `wait_s` is over."""
+        for device in self._devices:
+            device.tick()

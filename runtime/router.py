@@ -89,8 +89,6 @@ class _Request:
     acked: bool = False
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
-    domain: str = ""
-    """Where its KV is, once there is any."""
 
     @property
     def role(self) -> str:
@@ -332,7 +330,7 @@ class Router:
     def _missing(self, found: _Request, worker: str) -> int:
         """What of a request's KV a worker does not reach, in blocks."""
         handoff = found.handoff
-        if handoff is None or self._workers[worker].domain == found.domain:
+        if handoff is None or self._workers[worker].domain == handoff.domain:
             return 0
         return blocks_of(handoff.kv_tokens)
 
@@ -373,7 +371,9 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
-        found.domain = self._workers[worker].domain
+        if found.handoff is not None and found.handoff.domain != self._workers[worker].domain:
+            # It was brought there, or computed again.
+            found.handoff = replace(found.handoff, domain=self._workers[worker].domain)
         if index == 0 and found.job.prompt is not None:
             self._gauge.learn(found.job.prompt, prompt_tokens)
         if finish is not None:
@@ -399,7 +399,6 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
-        found.domain = self._workers[worker].domain
         self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)

@@ -99,8 +99,13 @@ class KvSize(NamedTuple):
     room: KvRoom | None = None
 
     @classmethod
-    def of(cls, spec: ModelSpec, options: ReplicaOptions) -> KvSize:
+    def of(cls, spec: ModelSpec, options: ReplicaOptions, device: str | None = None) -> KvSize:
         """What a replica asks for.
+
+        Args:
+            spec: The model.
+            options: What the replica is to be.
+            device: On which of its devices; by default on the first.
 
         Raises:
             DeviceError: It holds not one block, or is more than there is.
@@ -111,14 +116,16 @@ class KvSize(NamedTuple):
         if wanted is not None:
             return cls(*kv_blocks(spec, wanted, available=wanted))  # the device itself will say no
         block = spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
-        return cls(block, None, KvRoom(reserve=context_bytes(options), part=options.kv_part))
+        reserve = context_bytes(options, device or options.devices[0])
+        return cls(block, None, KvRoom(reserve=reserve, part=options.kv_part))
 
 
-def context_bytes(options: ReplicaOptions) -> int:
-    """What a replica's workers take of the device for themselves, in bytes."""
-    if options.device == CPU:
+def context_bytes(options: ReplicaOptions, device: str) -> int:
+    """What a replica's workers take of a device for themselves, in bytes."""
+    if device == CPU:
         return 0
-    return CONTEXT_BYTES * sum(scale.most for scale in options.scales.values())
+    scales = options.scales.items()
+    return CONTEXT_BYTES * sum(s.most for role, s in scales if options.device_of(role) == device)
 
 
 def kv_blocks(spec: ModelSpec, wanted: int | None, available: int | None = None) -> tuple[int, int]:

@@ -135,7 +135,7 @@ class Supervisor:
         self._image = NextImage(log)
         self._last_error: ColdframeError | None = None
         self._failed_at = 0.0
-        self.count = FrontCount(device=options.device)
+        self.count = FrontCount(devices=options.devices)
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
         self._on_demand = began_ns is None

@@ -270,7 +270,9 @@ class Worker:
         if self.prefix_cache:
             layout = kv_format(self.spec.dtype)
             keys = PrefixKeys(self.plan.fingerprint, layout, BLOCK_TOKENS, self.spec.rope)
-        return KvPool(self.client, self.kv.blocks, BLOCK_TOKENS, keys, self.model.settle)
+        return KvPool(
+            self.client, self.kv.blocks, BLOCK_TOKENS, self.device, keys, self.model.settle
+        )
 
     def sequence(self, job: Job, prompt_ids: tuple[int, ...]) -> Sequence:
         """A request, ready to compute."""

@@ -15,7 +15,7 @@ import selectors
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Protocol
 
 from coldframe.loader.errors import (
@@ -73,7 +73,7 @@ class Owner(Protocol):
         ...
 
     def hear_memory(self) -> None:
-        """Waits a moment for the memory service's end, and does what then has to be done."""
+        """Waits a moment for a memory service's end, and does what then has to be done."""
         ...
 
 
@@ -104,6 +104,8 @@ class Workforce:
         self._owner = owner
         self._crashes: deque[float] = deque()
         self._model: ModelFacts | None = None
+        self._memories: set[str] = set()
+        """The memory services that workers can be connected to."""
         self._closed = False
         self._on_trial: dict[str, Callable[[ColdframeError], None]] = {}
         """Whom to tell of each group that it is gone."""
@@ -166,9 +168,9 @@ class Workforce:
         )
         self._tell_all()
 
-    def tell(self, model: ModelFacts) -> None:
-        """What there is to serve is known, and the memory service listens."""
-        self._model = model
+    def tell(self, model: ModelFacts, memories: Collection[str]) -> None:
+        """What there is to serve is known, and these memory services listen."""
+        self._model, self._memories = model, set(memories)
         self._tell_all()
 
     def add_group(
@@ -250,18 +252,20 @@ class Workforce:
         if model is None:
             return
         for worker in list(self.workers.values()):
-            if not worker.told and self._groups[worker.group].may_go_on(worker, model):
+            if worker.told or self._launch.memory_of(worker.role).name not in self._memories:
+                continue
+            if self._groups[worker.group].may_go_on(worker, model):
                 self._tell(worker, model)
 
     def _tell(self, worker: WorkerProcess, model: ModelFacts) -> None:
-        path = os.path.join(self._launch.run_dir, "memory.sock")
+        place = self._launch.memory_of(worker.role)
         try:
             # Whom a worker runs as need not be let into the run directory.
-            memory = Channel.connect(path)
+            memory = Channel.connect(place.path)
         except ReplicaError:
             # It is dead, which is told by its own socket; or alive, and out of reach for good.
-            if not os.path.exists(path):
-                self._owner.fail(_run_dir_gone(self._launch.run_dir))
+            if not os.path.exists(place.path):
+                self._owner.fail(_run_dir_gone(place.run_dir))
             return
         worker.told = True
         self.send(
@@ -270,8 +274,7 @@ class Workforce:
             [memory.fileno()],
         )
         memory.close()
-        device = self._launch.options.device_of(worker.role)
-        self._router.worker_added(worker.name, worker.role, worker.group, device)
+        self._router.worker_added(worker.name, worker.role, worker.group, place.device)
 
     # -- while they live -------------------------------------------------------------------------
 

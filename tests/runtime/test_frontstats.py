@@ -61,7 +61,7 @@ def test_each_second_goes_to_the_state_that_it_was_in() -> None:
 
 def test_a_device_second_is_one_of_each_device() -> None:
     clock = Clock()
-    busy = BusyClock(clock, devices=4)
+    busy = BusyClock(clock, devices=("cuda:0", "cuda:1", "cuda:2", "cuda:3"))
     clock.now += 1
     busy.enter("used")
     clock.now += 2
@@ -74,7 +74,7 @@ def test_a_device_second_is_one_of_each_device() -> None:
 
 def test_each_device_has_seconds_of_its_own() -> None:
     clock = Clock()
-    busy = BusyClock(clock, device="cuda:0")
+    busy = BusyClock(clock, ("cuda:0",))
     assert busy.by_device == {"cuda:0": {"used": 0, "idle": 0}}
     busy.enter("idle", "cuda:0")
     clock.now += 2

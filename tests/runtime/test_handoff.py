@@ -52,14 +52,16 @@ def test_a_job_arrives_as_it_was_sent(job: Job) -> None:
 def test_a_handoff_arrives_as_it_was_sent(
     job: Job, blocks: tuple[int, ...], kv_tokens: int
 ) -> None:
-    handoff = Handoff(job, "0123abcd", "block/32/BF16", blocks, kv_tokens)
+    handoff = Handoff(job, "0123abcd", "block/32/BF16", blocks, kv_tokens, "cuda:1")
     assert Handoff.from_wire(over_the_wire(handoff.to_wire())) == handoff
 
 
 @pytest.mark.parametrize("version", [None, VERSION + 1, str(VERSION)])
 def test_another_version_is_refused(version: object) -> None:
     job = Job("r", 0, SamplingParams(), prompt_ids=(1,), generated_ids=(2,))
-    wire = over_the_wire(Handoff(job, "plan", "kv", (0,), 1).to_wire()) | {"version": version}
+    wire = over_the_wire(Handoff(job, "plan", "kv", (0,), 1, "cpu").to_wire()) | {
+        "version": version
+    }
     with pytest.raises(ReplicaError, match="another version") as error:
         Handoff.from_wire(wire)
     assert error.value.expected == str(VERSION)

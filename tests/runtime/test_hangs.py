@@ -16,7 +16,7 @@ import pytest
 
 from coldframe.loader.errors import ReplicaError
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime import replica as replica_module
+from coldframe.runtime import memories as memories_module
 from coldframe.runtime import router
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.logs import Log
@@ -119,7 +119,7 @@ def test_a_memory_service_that_hangs_is_one_that_has_died(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     slow = {"throttle": 4e6} if moment == "while it loads" else {}
-    monkeypatch.setattr(replica_module, "_SEND_TIMEOUT_S", 2)
+    monkeypatch.setattr(memories_module, "_SEND_TIMEOUT_S", 2)
     with supervised(model, no_leaks, **slow) as supervisor:
         replica = supervisor.replica
         assert replica is not None
@@ -134,7 +134,7 @@ def test_a_memory_service_that_hangs_is_one_that_has_died(
             until(supervisor, lambda: supervisor.starts == 2)
         else:
             clients = [asks(supervisor, 8)]
-            with short(monkeypatch, replica_module, _MEMORY_SILENCE_S=LIMIT_S):
+            with short(monkeypatch, memories_module, _SILENCE_S=LIMIT_S):
                 until(supervisor, lambda: supervisor.starts == 2)
         assert not psutil.pid_exists(stuck)
         until(supervisor, lambda: clients[0].done)
@@ -162,7 +162,7 @@ def test_who_has_tokens_is_told_that_the_memory_service_hangs(
         # Decode needs nothing of it until an answer is over.
         hang(supervisor.replica, "decode")
         hang(supervisor.replica, "memory")
-        with short(monkeypatch, replica_module, _MEMORY_SILENCE_S=LIMIT_S):
+        with short(monkeypatch, memories_module, _SILENCE_S=LIMIT_S):
             until(supervisor, lambda: supervisor.starts == 2)
         assert isinstance(client.error, ReplicaError)
         assert "did not answer" in str(client.error)
@@ -179,7 +179,7 @@ IMPATIENT_WITH_THE_GATEWAY = {
 IMPATIENT = {
     "coldframe.runtime.router.ACK_S": 7.0,
     "coldframe.runtime.router.SILENCE_S": {"prefill": 7.0, "decode": 7.0},
-    "coldframe.runtime.replica._MEMORY_SILENCE_S": 7.0,
+    "coldframe.runtime.memories._SILENCE_S": 7.0,
     **IMPATIENT_WITH_THE_GATEWAY,
 }
 STOPPED_S = 10.0

@@ -71,7 +71,8 @@ def connect(launch: Launch) -> MemoryClient:
 
 
 def pool_of(client: MemoryClient, *, reuse: bool = True) -> KvPool:
-    return KvPool(client, BLOCKS, TOKENS, PrefixKeys("m", "f", TOKENS, ROPE) if reuse else None)
+    keys = PrefixKeys("m", "f", TOKENS, ROPE) if reuse else None
+    return KvPool(client, BLOCKS, TOKENS, "cpu", keys)
 
 
 def request(
@@ -164,10 +165,10 @@ def test_a_request_is_claimed_with_what_it_has(launch: Launch, client: MemoryCli
     eventually(lambda: pool.take(first))
     again = request(launch, "r", prompt_of(40), answer=8)
     again.generated_ids = [7]
-    assert not next_pool.claim(again, 40)
+    assert not next_pool.claim(again, 40, "cpu")
     first.kv_tokens = 40
     pool.hand_over(first)
-    assert next_pool.claim(again, 40)
+    assert next_pool.claim(again, 40, "cpu")
     assert (again.blocks, again.kv_tokens) == (first.blocks, 40)
     other.close()
 
@@ -185,7 +186,7 @@ def test_what_was_begun_is_done_before_anybody_hears(
             return real(*arguments)
 
         monkeypatch.setattr(client, name, tell)
-    pool = KvPool(client, BLOCKS, TOKENS, settle=lambda: said.append("settled"))
+    pool = KvPool(client, BLOCKS, TOKENS, "cpu", settle=lambda: said.append("settled"))
     sequence = request(launch, "r", prompt_of(40), answer=8)
     eventually(lambda: pool.take(sequence))
     assert said == []  # who only takes waits for nothing

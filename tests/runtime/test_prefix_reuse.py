@@ -34,9 +34,9 @@ def variant(shared: int, length: int = 100) -> list[int]:
 
 def usage(replica: Replica) -> dict[str, int]:
     """What is in use, as of now."""
-    replica.usage = {}
+    before = replica.usage
     replica.ask_usage()
-    wait_for(replica, lambda: bool(replica.usage))
+    wait_for(replica, lambda: replica.usage is not before)
     return replica.usage
 
 

@@ -74,7 +74,7 @@ def test_the_first_finds_out_and_the_others_wait_for_it(model: Path) -> None:
     # A quarter each for KV, the weights, and what the workers' contexts take.
     weights = first.replica.model.weights_bytes
     assert weights is not None
-    need = weights + room.total // 4 + context_bytes(first.options)
+    need = weights + room.total // 4 + context_bytes(first.options, "cuda:0")
     assert room.total - room.free == pytest.approx(need, abs=1 << 20)
     assert second.quarters.fits
     assert second.quarters.take()
@@ -89,7 +89,7 @@ def test_who_is_parked_keeps_weights_and_contexts(model: Path) -> None:
     assert total is not None
     assert weights is not None
     start.quarters.park()
-    assert total - room.free == weights + context_bytes(start.options) == weights + GIB
+    assert total - room.free == weights + context_bytes(start.options, "cuda:0") == weights + GIB
 
 
 def test_a_gpu_that_has_less_than_is_to_be_shared_is_refused(model: Path) -> None:

@@ -197,7 +197,7 @@ class Worker:
     def _pass_on(self, job: Job, kv_tokens: int) -> None:
         self.handed.add(job.request)
         self.kv[job.request] = kv_tokens
-        handoff = Handoff(job, "plan", "kv", (1, 2), kv_tokens)
+        handoff = Handoff(job, "plan", "kv", (1, 2), kv_tokens, "")
         self.outbox.append({"type": "handoff", "handoff": handoff.to_wire()})
 
 
@@ -754,7 +754,7 @@ class Domains:
         job = Job(request, 0, params, prompt_ids=prompt)
         self.say(prefill, said(job, prompt, 0))
         job = replace(job, generated_ids=(token(prompt, 0),))
-        handoff = Handoff(job, "plan", "kv", (1,), tokens)
+        handoff = Handoff(job, "plan", "kv", (1,), tokens, domain)
         self.router.on_message(prefill, {"type": "handoff", "handoff": handoff.to_wire()})
         return self.sent.get(request)
 

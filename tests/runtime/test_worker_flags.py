@@ -78,19 +78,36 @@ def test_one_device_for_all(arguments: tuple[str, ...], device: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "where"),
+    ("arguments", "devices"),
     [
-        (("--prefill", "1@cuda:0", "--decode", "1@cuda:1"), "--decode"),
-        (("--prefill", "1@cpu", "--decode", "1@cuda:0"), "--decode"),
-        (("--device", "cuda:0", "--prefill", "1@cpu"), "--prefill"),
-        (("--device", "cpu", "--decode", "1@cuda"), "--decode"),
+        (("--prefill", "1-2@cuda:0", "--decode", "1@cuda:1"), ("cuda:0", "cuda:1")),
+        (("--device", "cuda:0", "--decode", "1@cuda:2"), ("cuda:0", "cuda:2")),
+        (("--device", "cuda:0", "--prefill", "1@cuda:1"), ("cuda:1", "cuda:0")),
     ],
 )
-def test_several_devices_are_refused(arguments: tuple[str, ...], where: str) -> None:
-    with pytest.raises(DeviceError, match="all workers of a replica compute where") as raised:
+def test_a_gpu_for_each_role(arguments: tuple[str, ...], devices: tuple[str, str]) -> None:
+    found = options(*arguments)
+    # The weights go to that of prefill first.
+    assert found.devices == devices
+    assert (found.device_of("prefill"), found.device_of("decode")) == devices
+    assert not found.fall_back
+    assert found.on_cpu("it cannot be used").devices == ("cpu",)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--prefill", "1@cpu", "--decode", "1@cuda:0"),
+        ("--prefill", "1@cuda:0", "--decode", "1@cpu"),
+        ("--device", "cuda:0", "--prefill", "1@cpu"),
+        ("--device", "cpu", "--decode", "1@cuda"),
+    ],
+)
+def test_a_cpu_and_a_gpu_are_refused(arguments: tuple[str, ...]) -> None:
+    with pytest.raises(DeviceError, match="on GPUs or on the CPU") as raised:
         options(*arguments)
-    assert raised.value.where == where
-    assert "--device" in str(raised.value.hint)
+    assert str(raised.value.got).count("cuda") in (1, 2)
+    assert str(raised.value.where) == "--device, --prefill, --decode"
 
 
 def test_the_environment_names_a_device_too(monkeypatch: pytest.MonkeyPatch) -> None:

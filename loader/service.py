@@ -47,6 +47,7 @@ __all__ = ["MemoryService", "SOCKET_NAME", "main"]
 SOCKET_NAME = "memory.sock"
 _TICK_S = 1.0
 _SEND_TIMEOUT_S = 10
+_OPENING_S = 0.2
 
 
 class MemoryService:
@@ -117,10 +118,12 @@ class MemoryService:
     def close(self) -> None:
         self._kv.close()
         self._park.close()
-        # A load that is still being opened is left to the end of the process.
-        if self._load is not None and not self._opening.is_alive():
-            self._load.close()
-            self._device.close()
+        if self._load is not None:
+            self._opening.join(_OPENING_S)
+            # One that is still being opened is left to the end of the process.
+            if not self._opening.is_alive():
+                self._load.close()
+                self._device.close()
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():

@@ -185,7 +185,7 @@ class Worker:
 
         On a CPU there is nothing to do that a first step would not do as fast.
         """
-        if self.model.device.type == "cpu":
+        if self.device == "cpu":
             return
         from coldframe.runtime.warmup import ready_device
 

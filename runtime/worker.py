@@ -185,7 +185,7 @@ class Worker:
 
         On a CPU there is nothing to do that a first step would not do as fast.
         """
-        if self.model.device.type == "cpu" or self.client.away:
+        if self.device == "cpu" or self.client.away:
             return
         from coldframe.runtime.warmup import ready_device
 

@@ -32,20 +32,16 @@ def model_of(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Model:
     return Model(spec, weights, KVCache(memory, spec, torch.float32, BLOCKS))
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
-def test_whatever_is_in_the_weights_yet(spec: ModelSpec, value: float) -> None:
+def test_whatever_is_in_the_weights_yet(spec: ModelSpec) -> None:
     weights = dummy_weights(spec)
     for tensor in weights.values():
-        tensor.fill_(value)
+        tensor.fill_(float("nan"))
     model = model_of(spec, weights)
     asked: list[int] = []
     ready_device(model, weights, lambda: bool(asked.append(1)))
     assert len(asked) > 6
     assert bool((model.kv.pages.view(torch.uint8) == 7).all())  # the requests' KV is not touched
-    assert all(
-        torch.equal(tensor, torch.full_like(tensor, value)) or value != value
-        for tensor in weights.values()
-    )
+    assert all(bool(tensor.isnan().all()) for tensor in weights.values())
 
 
 def test_it_ends_when_there_is_something_better_to_do(spec: ModelSpec) -> None:

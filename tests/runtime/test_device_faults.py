@@ -207,7 +207,7 @@ def test_requests_go_on_behind_a_loss(
     options = ReplicaOptions(str(model), run_dir=str(no_leaks))
     with Replica(options) as replica:
         wait_for(replica, lambda: replica.known)
-        client = ask(replica, prompt, 700)
+        client = ask(replica, prompt, 300)
         wait_for(replica, lambda: len(client.events) > 5)
         # From here on it is one that has been on a GPU all the time.
         break_it(monkeypatch, "DeviceLost", "CUDA_ERROR_LAUNCH_FAILED")
@@ -215,7 +215,7 @@ def test_requests_go_on_behind_a_loss(
         replica.fail(DeviceLost("in the middle of it"))
         assert not client.done
         finish(replica, client)
-        assert client.tokens == expected(model, tuple(prompt), 700)
+        assert client.tokens == expected(model, tuple(prompt), 300)
         assert replica.options.device == "cpu"
         assert replica.faults.counts == {"lost": 3, "fallback": 1}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from coldframe.benchmarks.gpu.copies import BARE
 from coldframe.benchmarks.gpu.model import MODEL
-from coldframe.benchmarks.gpu.replicas import PROMPT, options
+from coldframe.benchmarks.gpu.replicas import PROMPT
 from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row, cold_start, evict_files, warm_page_cache
 from coldframe.loader.errors import PlatformError
@@ -29,7 +29,6 @@ _SHARES = 6
 def measure(report: Report, setting: Setting) -> None:
     """Starts the model from the page cache and from disk."""
     model = Path(report.earlier.need(MODEL))
-    options(str(model), setting.device)
     warm_page_cache(model)
     warm = [_start(model, setting) for _ in range(_WARM)]
     _report(report, "page cache warm", warm)

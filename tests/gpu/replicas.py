@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from coldframe.runtime.options import ReplicaOptions
 
 
-def options(model: Path, runs: Path, device: str, **more: object) -> ReplicaOptions:
-    told: dict[str, Any] = {"model": str(model), "run_dir": str(runs), **more}
-    if "device" in {field.name for field in dataclasses.fields(ReplicaOptions)}:
-        told["device"] = device
-    elif device != "cpu":
-        pytest.skip("replicas cannot be told a device yet")
-    return ReplicaOptions(**told)
+def options(model: Path, runs: Path, device: str, **more: Any) -> ReplicaOptions:
+    """A replica for which no CPU stands in."""
+    return ReplicaOptions(model=str(model), run_dir=str(runs), device=device, **more)
 
 
 @functools.cache

@@ -46,8 +46,14 @@ def measure(report: Report, setting: Setting) -> None:
 
 def _start(model: Path, setting: Setting) -> dict[str, Any]:
     device = ("--device", setting.device)
-    started = cold_start(model, *device, prompt_ids=PROMPT, tokens=_TOKENS)
-    return dict(started)
+    started = dict(cold_start(model, *device, prompt_ids=PROMPT, tokens=_TOKENS))
+    if started["device"] != setting.device:
+        raise PlatformError(
+            "a cold start went to another device",
+            expected=setting.device,
+            got=f"{started['device']}: {started['device_why']}",
+        )
+    return started
 
 
 def _report(report: Report, which: str, starts: Sequence[dict[str, Any]]) -> None:

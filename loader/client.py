@@ -99,6 +99,9 @@ class MemoryClient:
         self._refused = False
         self._refused_at = 0.0
         self._mapped = False
+        self._away = False
+        """Whether the weights were away when this came, so that there is nothing to map yet."""
+        self._unwanted = False
         self._seen = -1
         self._clock = AwakeClock()
         self._seen_at = self._clock()
@@ -158,9 +161,23 @@ class MemoryClient:
             raise self._error
         return False
 
+    @property
+    def complete(self) -> bool:
+        """Whether all weights are in.
+
+        Raises:
+            ColdframeError: They will not come: the stream failed or the service died.
+        """
+        return self.plan is not None and all(
+            self.is_ready(stage.index) for stage in reversed(self.plan.stages)
+        )
+
     def wait_arenas(self) -> tuple[Plan, Mapping, KvArena]:
-        """Waits until the weights' arena and the KV's are mapped here."""
-        self._wait(lambda: self._mapped and self.kv is not None, "the load plan")
+        """Waits until the weights' arena and the KV's are mapped here.
+
+        Where the weights are away, their addresses are there, and nothing behind them yet.
+        """
+        self._wait(lambda: (self._mapped or self._away) and self.kv is not None, "the load plan")
         assert self.plan is not None
         assert self.weights is not None
         assert self.kv is not None
@@ -330,9 +347,12 @@ class MemoryClient:
                 self.plan = Plan.from_wire(body["plan"])
                 self._board = BoardView(message.fds[0])
                 self._mode = body["mode"]
+                self._away = body["away"]
                 self.weights = self._reserve(self.plan.arena_bytes, WEIGHTS_BASE)
-            case "segments" | "remap":
+            case "segments" | "remap" | "attach":
                 self._map(message)
+            case "detach":
+                self._unwanted = True
             case "relaid":
                 self._lay_out(message)
             case "kv":
@@ -398,6 +418,29 @@ class MemoryClient:
             self._old = self.weights
             self.plan, self.weights = relaid
         return relaid
+
+    @property
+    def is_to_let_go(self) -> bool:
+        """Whether the service wants the device's memory of the weights for others."""
+        return self._unwanted
+
+    @property
+    def away(self) -> bool:
+        """Whether there is nothing behind the weights' addresses."""
+        return not self._mapped
+
+    def let_go(self) -> None:
+        """Unmaps the weights; no stage is ready from then on. They come back to the same place.
+
+        Nothing of this process may look at them, nor on the device.
+        """
+        assert self.weights is not None
+        with self._changed:
+            self._arrived.clear()
+            self._populated.clear()
+            self._unwanted = self._mapped = False
+        self.weights.detach()
+        self._channel.send({"type": "detached"})
 
     def let_go_of_old(self) -> None:
         """Unmaps the weights at their old addresses."""

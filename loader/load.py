@@ -24,6 +24,7 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.companions import Companions
 from coldframe.loader.devices import Device
 from coldframe.loader.devices.base import Arena, Arrived, Landing
+from coldframe.loader.devices.parked import ParkableMemory, ParkedWeights, stretches_of
 from coldframe.loader.errors import (
     ColdframeError,
     DeviceError,
@@ -124,6 +125,8 @@ class Load:
         self._landing: Landing | None = None
         self._keeping: Keeping | None = None
         self._sharing: Sharing | None = None
+        self._memory: ParkableMemory | None = None
+        self._parked: ParkedWeights | None = None
         self._cached = 0.0
         self._ending = threading.Lock()
         self._failed = False
@@ -312,7 +315,8 @@ class Load:
         def ready(arena: Arena) -> None:
             self._arena, self.segments = arena, arena.segments
             if self._sharing is not None:
-                self._sharing.offer(checkpoint, self.plan, arena, self._companions.read, source)
+                self._memory = memory = ParkableMemory(arena)
+                self._sharing.offer(checkpoint, self.plan, memory, self._companions.read, source)
             self._on_plan()
 
         self._landing = landing = self._device.land(
@@ -622,6 +626,13 @@ class Load:
             self._files.close()
             self._files = None
 
+    def parked(self) -> ParkedWeights:
+        """What has the weights leave the device and come back; once, when all of them are in."""
+        self._parked = weights = self._device.parked(self._arena, stretches_of(self.plan))
+        if self._memory is not None:
+            self._memory.weights = weights
+        return weights
+
     def landed(self) -> None:
         """Gives back what only the stream needed; to be called once it has ended."""
         landing, self._landing = self._landing, None
@@ -646,7 +657,8 @@ class Load:
             self._keeping.close()
         self.landed()
         with self._handling:
-            for thing in (self._source, self._files, self._arena, self._retired, *self._origins):
+            things = (self._source, self._files, self._parked, self._arena, self._retired)
+            for thing in (*things, *self._origins):
                 if thing is not None:
                     thing.close()
 

@@ -5,10 +5,11 @@ blocks. Its one owner, at the other end of the inherited socket, says what to lo
 owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
-`hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers).
+`hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers); of
+weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see `parking`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
 `kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
-`claimed`, `dropped`, `available`.
+`claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.load import Load
 from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.parkdesk import ParkDesk
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
@@ -83,6 +85,14 @@ class MemoryService:
             self._report,
             lambda sized: self._send(self._owner, {"type": "sized", **sized}),
         )
+        self._park = ParkDesk(
+            self._owner,
+            self._send,
+            self._send_segments,
+            lambda: self._clients.values(),
+            self._post,
+            self._report,
+        )
         self._running = True
 
     def run(self) -> None:
@@ -105,6 +115,7 @@ class MemoryService:
 
     def close(self) -> None:
         self._kv.close()
+        self._park.close()
         # A load that is still being opened is left to the end of the process.
         if self._load is not None and not self._opening.is_alive():
             self._load.close()
@@ -172,6 +183,7 @@ class MemoryService:
         if client is self._owner:
             self._running = False
         self._kv.gone(client)
+        self._park.gone(client)
         self._finish_move()
 
     def _send(self, client: Connection, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
@@ -187,7 +199,8 @@ class MemoryService:
 
     def _handle(self, client: Connection, message: Message) -> None:
         handler = getattr(self, f"_on_{message.kind}", None)
-        handler = handler or getattr(self._kv, f"on_{message.kind}", None)
+        for desk in (self._kv, self._park):
+            handler = handler or getattr(desk, f"on_{message.kind}", None)
         if handler is None:
             raise ReplicaError("unknown message", where=client.key, got=message.kind)
         body = {key: value for key, value in message.body.items() if key != "type"}
@@ -262,6 +275,8 @@ class MemoryService:
         self._load_ended = True
         if self._load is not None:
             self._load.landed()
+            if error is None:
+                self._park.loaded(self._load.parked, len(self._load.plan.stages))
         self._report(error)
         self._check_proven()
         self._check_lease()
@@ -298,7 +313,7 @@ class MemoryService:
     def _attached(self) -> Iterator[Connection]:
         return (client for client in self._clients.values() if client.attached)
 
-    def _send_plan(self, client: Connection) -> None:
+    def _send_plan(self, client: Connection, *, away: bool = False) -> None:
         assert self._load is not None
         load = self._load
         body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
@@ -308,8 +323,10 @@ class MemoryService:
                 body["tensors"] = [[p.name, p.dtype, p.shape] for p in placements]
             self._send(client, body, (load.board.fd,))
             return
-        self._send(client, {**body, "plan": load.plan.to_wire()}, (load.board.fd,))
-        self._send_segments(client, "segments", load.segments)
+        body |= {"plan": load.plan.to_wire(), "away": away}
+        self._send(client, body, (load.board.fd,))
+        if not away:
+            self._send_segments(client, "segments", load.segments)
 
     def _send_segments(
         self,
@@ -334,8 +351,8 @@ class MemoryService:
         client.name = name
         client.attached = True
         if self._planned:
-            self._send_plan(client)
-        for stage in self._ready:
+            self._send_plan(client, away=not self._park.came(client))
+        for stage in self._ready if self._park.ready is None else list(self._park.ready):
             self._send(client, {"type": "stage", "stage": stage})
         self._kv.greet(client)
         if self._failure is not None:

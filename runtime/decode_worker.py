@@ -18,10 +18,7 @@ def run(worker: Worker) -> None:
     Raises:
         ColdframeError: The weights will not come, or the memory service is gone.
     """
-    role = _DecodeRole(worker)
-    for stage in range(len(worker.plan.stages)):
-        worker.client.wait_stage(stage)
-    role.run()
+    _DecodeRole(worker).run()
 
 
 class _DecodeRole:
@@ -40,8 +37,7 @@ class _DecodeRole:
     def run(self) -> None:
         while True:
             self._worker.beat()
-            self._receive(block=not len(self._decoder))
-            if not len(self._decoder):
+            if not self._may_step():
                 continue
             emitted = self._decoder.step()
             if not emitted:
@@ -52,6 +48,16 @@ class _DecodeRole:
                     self._let_go(sequence)
             items = [emission.to_wire() for _, emission in emitted]
             self._worker.control.send({"type": "tokens", "items": items})
+
+    def _may_step(self) -> bool:
+        """Takes what has come. Whether there is a step to be made, and all weights for it."""
+        complete = self._worker.client.complete
+        self._receive(block=not len(self._decoder) or not complete)
+        if not len(self._decoder):
+            self._worker.let_go()
+        elif not complete:
+            self._worker.client.check_stalled()
+        return complete and len(self._decoder) > 0
 
     def _receive(self, *, block: bool) -> None:
         for handoff in list(self._waiting.values()):

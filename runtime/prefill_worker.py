@@ -85,6 +85,8 @@ class _PrefillRole:
         """Sleeps until there is a message, or news of the weights or the KV."""
         started = now()
         if self._prefiller.idle:
+            if self._worker.let_go():
+                self._prefiller.weights_leave()
             if self._measured():
                 return
             self._receive(block=True)
@@ -102,7 +104,7 @@ class _PrefillRole:
         """
         if self._probe is None or self._calm_since is None:
             return False
-        if time.monotonic() - self._calm_since < _CALM_S:
+        if time.monotonic() - self._calm_since < _CALM_S or not self._client.complete:
             return False
         found = self._probe.advance(self._worker.model.weights.layers)
         if found is not None:

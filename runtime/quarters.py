@@ -36,6 +36,8 @@ class Quarters:
         """Bytes that weights and KV take, once that is known."""
         self._kept = 0
         """Of these, what stays while it is parked."""
+        self._weights = 0
+        """Of that, what goes where the weights leave the device."""
 
     @property
     def known(self) -> bool:
@@ -160,11 +162,17 @@ class Quarters:
         store = self._options.kv_store if self._options.device == CPU else None
         self._kept = weights + context_bytes(self._options) + (0 if store is None else store.memory)
         self._need = self._kept + kv
+        self._weights = weights
 
     def park(self) -> None:
         """Gives back what is not needed while nobody asks; `take` has it again."""
         if self._room is not None:
             self._room.shrink(self._tenant, self._kept)
+
+    def weights_left(self) -> None:
+        """Its weights are where they take nothing of the device."""
+        if self._room is not None:
+            self._room.shrink(self._tenant, self._kept - self._weights)
 
     def withdraw(self) -> None:
         """Wants no more than it has."""

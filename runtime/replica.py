@@ -30,6 +30,7 @@ from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.prefix import kv_format
+from coldframe.runtime.resting import Resting
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import KvSize, ModelFacts, StoredTensor, facts_at_hand
 from coldframe.runtime.workforce import Workforce, ending
@@ -101,6 +102,8 @@ class Replica:
         """How far the load is."""
         self.usage: dict[str, int] = {}
         """What the memory service said last of what is in use; see `ask_usage`."""
+        self.resting = Resting(self.to_memory, self.fail, self._clock)
+        """Whether its weights are on the device."""
         self.loaded = False
         self._loaded_ns: int | None = None
         self._answered = False
@@ -244,6 +247,7 @@ class Replica:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:
             raise ReplicaError("the model's config is not there yet", hint="Wait until `known`.")
+        self.wake()
         request = self._new_request()
         go = partial(
             self._router.submit,
@@ -282,8 +286,16 @@ class Replica:
         self._read_facts()
 
     def park(self) -> None:
-        """Gives the memory of all KV back; the next request takes it anew. It has to be idle."""
+        """Gives the device's memory back; the next request takes it anew. It has to be idle.
+
+        That is the memory of all KV, and of the weights where they can be kept elsewhere.
+        """
         self.to_memory({"type": "discard"})
+        self.resting.park()
+
+    def wake(self) -> None:
+        """Has the weights come back, before somebody asks."""
+        self.resting.wake()
 
     def ask_usage(self) -> None:
         """Asks the memory service what is in use; the answer is in `usage` after some `poll`."""
@@ -302,11 +314,14 @@ class Replica:
     @property
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
-        return max(0.0, self._next_tick - time.monotonic())
+        rest_s = self.resting.wait_s
+        tick_s = max(0.0, self._next_tick - time.monotonic())
+        return tick_s if rest_s is None else min(rest_s, tick_s)
 
     def step(self) -> None:
         """What there is to do after something has happened; where others poll the loop."""
         self._workforce.catch_up()
+        self.resting.tick()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
@@ -473,6 +488,8 @@ class Replica:
                     self._settle()
                 case "kept":
                     self.facts |= {"kept": True, "kept_why_not": body["why"]}
+                case "parked" | "woken" as kind:
+                    self.resting.heard(kind, body)
                 case "usage":
                     self.usage = {name: body[name] for name in USAGE}
                 case "failed":

@@ -4,7 +4,8 @@
     starting  processes and weights are on their way; requests are held
     warm      requests are answered
     draining  those that there are get their answers first; new ones are held
-    parked    the weights stay in memory and the workers up; the device's memory for KV is free
+    parked    the weights stay in memory and the workers up; the device's memory for KV is free, and
+              that of the weights where they can be elsewhere
     failed    it cannot be loaded; where that may pass by itself it is at zero again after a while,
               if it is not the only one, which ends with this
 
@@ -227,7 +228,8 @@ class Supervisor:
             self.start_log = StartLog(now(), self._recorder)
         elif self.state == "parked":
             self._ordered = False
-            if self._quarters.take():
+            if self._quarters.take() and self.replica is not None:
+                self.replica.wake()
                 self._become_warm()
 
     def sleep(self, level: int) -> None:
@@ -293,6 +295,8 @@ class Supervisor:
             self._asks.pass_on(replica)
         if self.state == "starting":
             self._get_warm(replica)
+        if self.state == "parked" and replica.resting.left:
+            self._quarters.weights_left()
         if self.state == "warm" or self._image.making:
             self._image.step(replica, self._awake() - self._idle_since)
         self._get_rest()

@@ -185,7 +185,7 @@ class Worker:
 
         On a CPU there is nothing to do that a first step would not do as fast.
         """
-        if self.model.device.type == "cpu":
+        if self.model.device.type == "cpu" or self.client.away:
             return
         from coldframe.runtime.warmup import ready_device
 
@@ -326,6 +326,18 @@ class Worker:
             self.plan, weights = relaid
             self.model.rebind(tensors_of(self.plan, weights))
             self.client.let_go_of_old()
+
+    def let_go(self) -> bool:
+        """Lets go of the weights where the memory service wants that; while nothing is computed.
+
+        Returns:
+            Whether that was so. They come back stage by stage.
+        """
+        if not self.client.is_to_let_go:
+            return False
+        self.model.settle()
+        self.client.let_go()
+        return True
 
     def report_spans(self) -> None:
         spans = self.recorder.drain()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from coldframe.loader.arena import Segment
+from coldframe.loader.devices.parked import ParkedWeights, Stretch
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.extents import Extent
 from coldframe.loader.memory import Memory
@@ -262,6 +263,15 @@ class Device(Protocol):
         Raises:
             DeviceError: The device has not that much left, or cannot be used.
             ArenaError: There is no room for it among the addresses of this process.
+        """
+        ...
+
+    def parked(self, arena: Arena | None, stages: Sequence[Sequence[Stretch]]) -> ParkedWeights:
+        """What has weights leave and come back.
+
+        Args:
+            arena: Where they are; None where weight files are mapped in place of one.
+            stages: The stretches of each stage, in the order of use.
         """
         ...
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from coldframe.loader.arena import Reservation
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.host_arena import HostArena
+from coldframe.loader.devices.parked import StayingWeights, Stretch
 from coldframe.loader.errors import DeviceFull
 from coldframe.loader.extents import Extent
 from coldframe.loader.placing import Placer
@@ -61,6 +62,9 @@ class CpuDevice:
         arena = self.arena("weights", nbytes, base, now=True)
         ready(arena)
         return HostLanding(Placer(source, arena.view(), arena.fault_in))
+
+    def parked(self, arena: Arena | None, stages: Sequence[Sequence[Stretch]]) -> StayingWeights:
+        return StayingWeights(len(stages))
 
     def close(self) -> None:
         pass

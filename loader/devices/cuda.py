@@ -7,7 +7,7 @@ reading the first stages, so that is done beside it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +16,7 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.parked import ParkedWeights, Stretch
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
@@ -124,6 +125,12 @@ class CudaDevice:
             ring.connect(self.context)
 
         return _Landing(source, ring, come_up)
+
+    def parked(self, arena: Arena | None, stages: Sequence[Sequence[Stretch]]) -> ParkedWeights:
+        from coldframe.loader.devices.pinned import PinnedWeights
+
+        assert isinstance(arena, DeviceArena)
+        return PinnedWeights(arena, stages)
 
     def close(self) -> None:
         """Lets the context go; arenas, mappings and landings must be closed."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -55,6 +56,9 @@ class DeviceArena:
         self._writable = writable
         self._zeroed = zeroed
         self._reservation = DeviceReservation(context, size, base, exact=exact)
+        self._free = threading.Condition()
+        self._looking = 0
+        """How many threads `read` or `write`."""
 
     @property
     def address(self) -> int:
@@ -127,7 +131,7 @@ class DeviceArena:
         """Gives memory back from the end, and keeps the addresses, for `grow`.
 
         It comes free once those who have it attached have let it go too. No work that touches it
-        may be under way.
+        may be under way, but for `read` and `write`, which are waited for.
 
         Args:
             nbytes: How much of the arena stays; the step that it ends in does as a whole.
@@ -138,9 +142,11 @@ class DeviceArena:
         Raises:
             DeviceError: It could not be unmapped.
         """
-        kept = [segment for segment in self.segments if segment.offset < nbytes]
-        gone = self.segments[len(kept) :]
-        self.segments = kept
+        kept = sum(segment.offset < nbytes for segment in self.segments)
+        with self._free:
+            gone = self.segments[kept:]
+            del self.segments[kept:]
+            self._free.wait_for(lambda: not self._looking)
         for segment in gone:
             os.close(segment.fd)
         self._reservation.detach(self.grown)
@@ -155,23 +161,30 @@ class DeviceArena:
         return
 
     def read(self, offset: int, into: memoryview) -> None:
-        driver, address = self.context.driver, self._at(offset, len(into))
-        with self._stream() as stream:
-            driver.copy_out(_address(into), address, len(into), stream)
+        with self._at(offset, len(into)) as address, self._stream() as stream:
+            self.context.driver.copy_out(_address(into), address, len(into), stream)
 
     def write(self, offset: int, data: memoryview) -> None:
-        driver, address = self.context.driver, self._at(offset, len(data))
-        with self._stream() as stream:
-            driver.copy_in(address, _address(data), len(data), stream)
+        with self._at(offset, len(data)) as address, self._stream() as stream:
+            self.context.driver.copy_in(address, _address(data), len(data), stream)
 
-    def _at(self, offset: int, length: int) -> int:
-        if offset < 0 or offset + length > self.grown:
-            raise ArenaError(
-                "there is no such memory in the arena",
-                where=f"{self.context.name}, offset {offset}, {length} bytes",
-                expected=f"within {self.grown} bytes",
-            )
-        return self.address + offset
+    @contextmanager
+    def _at(self, offset: int, length: int) -> Iterator[int]:
+        """The address of bytes that stay where they are for so long."""
+        with self._free:
+            if offset < 0 or offset + length > self.grown:
+                raise ArenaError(
+                    "there is no such memory in the arena",
+                    where=f"{self.context.name}, offset {offset}, {length} bytes",
+                    expected=f"within {self.grown} bytes",
+                )
+            self._looking += 1
+        try:
+            yield self.address + offset
+        finally:
+            with self._free:
+                self._looking -= 1
+                self._free.notify_all()
 
     @contextmanager
     def _stream(self) -> Iterator[Stream]:
@@ -203,7 +216,7 @@ class DeviceArena:
         """Gives everything back. The memory lives on while somebody else has it mapped."""
         for segment in self.segments:
             os.close(segment.fd)
-        self.segments = []
+        self.segments.clear()
         self._reservation.close()
 
 

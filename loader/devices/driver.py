@@ -281,9 +281,16 @@ class Driver:
 
     # -- host memory, streams, events ------------------------------------------------------------
 
-    def register_host(self, address: int, size: int) -> None:
-        """Locks host memory, so that the device reads it by itself."""
-        self._at("host memory cannot be locked", "cuMemHostRegister", address, size, 0)
+    def register_host(self, address: int, size: int, *, portable: bool = False) -> None:
+        """Locks host memory, so that the device reads it by itself.
+
+        Args:
+            address: Where it begins.
+            size: Bytes.
+            portable: Whether to every context of this process it is locked, not only to this one.
+        """
+        flags = int(self._api.CU_MEMHOSTREGISTER_PORTABLE) if portable else 0
+        self._at("host memory cannot be locked", "cuMemHostRegister", address, size, flags)
 
     def unregister_host(self, address: int) -> None:
         self._call("host memory cannot be unlocked", "cuMemHostUnregister", address)

@@ -129,6 +129,10 @@ class Prefiller:
         """The stage that the next piece of work waits for, where `advance` found none."""
         return self._groups[0].layer + 1 if self._groups else 0
 
+    def weights_leave(self) -> None:
+        """The weights leave, and come again stage by stage; only while it is `idle`."""
+        self._loaded = False
+
     def advance(self) -> list[tuple[Sequence, Emission]] | None:
         """Does one piece of work: one group through one layer.
 

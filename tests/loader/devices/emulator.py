@@ -458,7 +458,8 @@ class Emulator:
 
     def cuMemHostRegister(self, p, bytesize, Flags):
         def call() -> None:
-            _require(p > 0 and bytesize > 0 and Flags == 0)
+            _require(p > 0 and bytesize > 0)
+            _require(Flags in (0, real.CU_MEMHOSTREGISTER_PORTABLE))
             for address, size in self._registered.items():
                 if address < p + bytesize and p < address + size:
                     raise Refused("CUDA_ERROR_HOST_MEMORY_ALREADY_REGISTERED")
@@ -475,7 +476,12 @@ class Emulator:
         return self._do("cuMemHostUnregister", call, in_context=True)
 
     def is_locked(self, host: int, size: int) -> bool:
-        return any(at <= host and host + size <= at + n for at, n in self._registered.items())
+        """All of it, in one stretch; to a copy, two that touch are none that it could rely on."""
+        for at, n in self._registered.items():
+            if at <= host and host + size <= at + n:
+                return True
+            _require(host + size <= at or at + n <= host)
+        return False
 
     def cuStreamCreate(self, Flags):
         def call() -> Any:
@@ -594,9 +600,13 @@ class Emulator:
     def cuMemcpyDtoHAsync(self, dstHost, srcDevice, ByteCount, hStream):
         def call() -> None:
             at = int(srcDevice)
+            _require(ByteCount > 0)
             self._check_reach(at, ByteCount)
+            locked = self.is_locked(dstHost, ByteCount)
 
             def land() -> None:
+                if locked and not self.is_locked(dstHost, ByteCount):
+                    raise Refused("CUDA_ERROR_ILLEGAL_ADDRESS")
                 self._check_reach(at, ByteCount, _READ)
                 ctypes.memmove(dstHost, at, ByteCount)
 

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -329,6 +331,32 @@ def test_a_segment_that_does_not_fit_is_refused(
     with pytest.raises(ArenaError, match="there is a segment already"):
         view.attach([segment])
     view.close()
+
+
+def test_memory_is_given_back_behind_those_who_look_at_it(
+    emulator: Emulator, gpu: Context, arena: DeviceArena
+) -> None:
+    arena.grow(2 * GRANULARITY)
+    write(gpu, BASE + 5, b"seen")
+    emulator.hold()
+    seen = memoryview(bytearray(4))
+    reader = threading.Thread(target=lambda: arena.read(5, seen))
+    reader.start()
+    while not emulator.calls["cuMemcpyDtoHAsync"]:
+        time.sleep(0.001)
+    shrinking = threading.Thread(target=arena.shrink)
+    shrinking.start()
+    while arena.grown:
+        time.sleep(0.001)
+    # Who comes now finds nothing; who was there before is waited for.
+    with pytest.raises(ArenaError, match="no such memory"):
+        arena.read(5, memoryview(bytearray(4)))
+    assert emulator.calls["cuMemUnmap"] == 0
+    emulator.go.set()
+    reader.join(60)
+    shrinking.join(60)
+    assert bytes(seen) == b"seen"
+    assert emulator.calls["cuMemUnmap"] == 1
 
 
 OTHER = """

@@ -188,6 +188,51 @@ def test_unmapping_under_a_copy_loses_the_device(emulator: Emulator, gpu: Contex
         driver.synchronize(stream)
 
 
+def test_a_copy_reaches_over_no_edge_of_locked_memory(emulator: Emulator, gpu: Context) -> None:
+    driver = gpu.driver
+    gpu.bind()
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
+    driver.map(address, GRANULARITY, memory)
+    driver.set_access(address, GRANULARITY, 0, writable=True)
+    host = mmap.mmap(-1, 3 * 4096)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(host))
+    stream = driver.stream()
+    for page in range(2):  # two stretches that touch, and a page that is not locked
+        driver.register_host(start + 4096 * page, 4096, portable=bool(page))
+    for offset in (4000, 8000):
+        with pytest.raises(DeviceError, match="INVALID_VALUE"):
+            driver.copy_in(address, start + offset, 200, stream)
+        with pytest.raises(DeviceError, match="INVALID_VALUE"):
+            driver.copy_out(start + offset, address, 200, stream)
+    for page in range(3):
+        driver.copy_in(address, start + 4096 * page, 4096, stream)
+    driver.synchronize(stream)
+    for page in range(2):
+        driver.unregister_host(start + 4096 * page)
+    driver.destroy_stream(stream)
+    driver.unmap(address, GRANULARITY)
+    driver.release(memory)
+    driver.free_addresses(address, GRANULARITY)
+
+
+def test_unlocking_under_a_copy_out_loses_the_device(emulator: Emulator, gpu: Context) -> None:
+    driver = gpu.driver
+    gpu.bind()
+    memory, address = driver.create(0, GRANULARITY), driver.reserve(GRANULARITY, GRANULARITY, 0)
+    driver.map(address, GRANULARITY, memory)
+    driver.set_access(address, GRANULARITY, 0, writable=True)
+    host = mmap.mmap(-1, 4096)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(host))
+    stream = driver.stream()
+    driver.register_host(start, 4096)
+    emulator.hold()
+    driver.copy_out(start, address, 64, stream)
+    driver.unregister_host(start)
+    emulator.go.set()
+    with pytest.raises(DeviceLost, match="ILLEGAL_ADDRESS"):
+        driver.synchronize(stream)
+
+
 def test_a_context_is_current_in_the_thread_that_took_it(gpu: Context) -> None:
     gpu.bind()
     stream = gpu.driver.stream()

@@ -1,0 +1,79 @@
+"""The front's side of weights that leave a device while nobody asks; see `loader.parking`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError, DeviceFull
+
+__all__ = ["Resting"]
+
+_AGAIN_S = 0.25
+_PATIENCE_S = 30.0
+"""For how long the device's memory may be others' while somebody asks, in seconds."""
+
+
+class Resting:
+    """Whether a replica's weights are to be on its device, and whether they are.
+
+    Args:
+        to_memory: Sends a message to the memory service.
+        fail: Told why they will not come back.
+        clock: Seconds, monotonic.
+    """
+
+    def __init__(
+        self,
+        to_memory: Callable[[dict[str, Any]], None],
+        fail: Callable[[ColdframeError], None],
+        clock: Callable[[], float],
+    ) -> None:
+        self.left = False
+        """Whether they have left, so that others may have the device's memory."""
+        self.told: dict[str, Any] = {}
+        """What was said last of the way there or back: `seconds`, `note`, and `why` it failed."""
+        self._to_memory = to_memory
+        self._fail = fail
+        self._clock = clock
+        self._parked = False
+        self._again_at: float | None = None
+        self._since = 0.0
+
+    def park(self) -> None:
+        """Has them leave."""
+        self._parked, self._again_at = True, None
+        self._to_memory({"type": "park"})
+
+    def wake(self) -> None:
+        """Has them come back, where they were told to leave."""
+        if self._parked:
+            self._parked, self._since = False, self._clock()
+            self._to_memory({"type": "wake"})
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long nothing is to be done, in seconds; None where that is up to others."""
+        return None if self._again_at is None else max(0.0, self._again_at - self._clock())
+
+    def tick(self) -> None:
+        """Asks again for memory that others had; to be called when `wait_s` is over."""
+        if self._again_at is not None and self._clock() >= self._again_at:
+            self._again_at = None
+            self._to_memory({"type": "wake"})
+
+    def heard(self, kind: str, body: dict[str, Any]) -> None:
+        """The memory service says `parked` or `woken`."""
+        error = None if body["error"] is None else ColdframeError.from_wire(body["error"])
+        if kind == "woken" and self._parked:
+            return  # it has been told otherwise since
+        self.left = kind == "parked" and error is None and body.get("left", False)
+        self.told = {"seconds": body.get("seconds"), "note": body.get("note")}
+        self.told["why"] = None if error is None else str(error)
+        if kind == "parked" or error is None:
+            return
+        self.left = True
+        if not isinstance(error, DeviceFull) or self._clock() - self._since > _PATIENCE_S:
+            self._fail(error)
+        else:
+            self._again_at = self._clock() + _AGAIN_S

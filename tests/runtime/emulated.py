@@ -1,0 +1,74 @@
+"""Replicas whose processes find an emulated GPU in place of a real one.
+
+Every child takes the emulator (`tests/loader/devices/emulator.py`) in the place of the driver's
+bindings. Memory and addresses of its GPU are the host's, so torch computes over them on the CPU:
+what is proven is that the processes agree on who maps, copies and waits for what, not how fast.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# What only tests need is not imported in the processes that are emulated.
+if TYPE_CHECKING:
+    import pytest
+
+__all__ = ["emulate", "install"]
+
+_ROOT = str(Path(__file__).parents[2])
+
+
+def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
+    """Has all processes that are started from now on find an emulated GPU.
+
+    Args:
+        patch: Undoes it.
+        faults: By role, `memory` or `worker`, what `install` is called with there.
+    """
+    from coldframe.runtime import early, launch
+
+    for module, name, role in ((early, "_MAIN", "memory"), (launch, "_WORKER", "worker")):
+        entry = getattr(module, name)
+        order = faults.get(role, {})
+        code = (
+            f"import sys; sys.path.insert(0, {_ROOT!r})\n"
+            f"from tests.runtime.emulated import install; install(**{order!r})\n"
+            f"sys.path.remove({_ROOT!r})\n"
+            f"{entry}"
+        )
+        patch.setattr(module, name, f"exec({code!r})")
+
+
+def install(
+    *,
+    memory: int = 1 << 30,
+    delay: float = 0.0,
+    fail: tuple[str, int, str] | None = None,
+    lose_at_copy: int | None = None,
+) -> None:
+    """Puts an emulated GPU into this process.
+
+    Args:
+        memory: Bytes that it has.
+        delay: See `Emulator`.
+        fail: A call that fails: its name, the how many-th, and the driver's name for the error.
+        lose_at_copy: The how many-th copy is the end of the GPU.
+    """
+    from coldframe.loader.devices.driver import Driver
+    from coldframe.loader.devices.vmm import DeviceReservation
+    from coldframe.loader.packages import add_site_packages
+
+    add_site_packages()
+    from tests.loader.devices.emulator import Emulator
+
+    emulator = Emulator(memory, delay=delay)
+    if fail is not None:
+        emulator.fail(*fail)
+    if lose_at_copy is not None:
+        emulator.fail_copy(lose_at_copy)
+    # Not in the place of the bindings themselves: torch imports those, too.
+    really_open = Driver.open
+    Driver.open = lambda api=None: really_open(api or emulator)  # type: ignore[method-assign]
+    # As DLPack calls the host's memory, which is what this GPU's is.
+    DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,11 @@ def options(model: Path, runs: Path, device: str, **more: Any) -> ReplicaOptions
     return ReplicaOptions(model=str(model), run_dir=str(runs), device=device, **more)
 
 
+def beside(device: str) -> str:
+    """Where Transformers computes: on the same GPU, or where COLDFRAME_TEST_BESIDE says."""
+    return os.environ.get("COLDFRAME_TEST_BESIDE", device)
+
+
 @functools.cache
 def reference(model: Path, device: str, dtype: str) -> Any:
     """Transformers' model on the GPU; its float32 is exact, not tf32."""
@@ -23,7 +29,7 @@ def reference(model: Path, device: str, dtype: str) -> Any:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    return loaded.eval().to(device)
+    return loaded.eval().to(beside(device))
 
 
 @functools.cache
@@ -31,7 +37,7 @@ def expected(model: Path, device: str, prompt: tuple[int, ...], count: int) -> l
     """The greedy answer of Transformers in float32."""
     import torch
 
-    ids = torch.tensor([prompt], device=device)
+    ids = torch.tensor([prompt], device=beside(device))
     out = reference(model, device, "float32").generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -51,7 +57,7 @@ def logprobs(
     """What Transformers gives to each token of an answer, the ones before it given."""
     import torch
 
-    ids = torch.tensor([[*prompt, *answer]], device=device)
+    ids = torch.tensor([[*prompt, *answer]], device=beside(device))
     with torch.inference_mode():
         logits = reference(model, device, dtype)(ids).logits[0, len(prompt) - 1 : -1]
     rows = logits.double().log_softmax(-1)

@@ -87,7 +87,7 @@ import_torch()
 from coldframe.runtime import answer, decode_worker, prefill_worker, worker
 from coldframe.runtime.engine import model
 ours = ("warmup", "engine.varlen", "engine.device_errors")
-names = ("torch._dynamo", "cuda.bindings.driver", *(f"coldframe.runtime.{{name}}" for name in ours))
+names = ("torch._dynamo", *(f"coldframe.runtime.{{name}}" for name in ours))
 print([name for name in names if name in sys.modules])
 import coldframe.runtime.warmup, coldframe.runtime.engine.varlen
 print("torch._dynamo" in sys.modules)

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy lint format bench bench-peers bench-vllm clean
+.PHONY: setup system criu demo test test-heavy lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -74,6 +74,22 @@ bench-vllm: build/vllm/.ready
 build/vllm/.ready: benchmarks/install-vllm.sh
 	PYTHON=$(PYTHON) benchmarks/install-vllm.sh build/vllm
 	touch $@
+
+# All that a machine with an NVIDIA GPU can tell, in under eight minutes: benchmarks/results, docs/gpu.md.
+# It takes PYTHON as it is, with torch, safetensors, transformers, cuda-bindings and pytest in it, and
+# makes no virtual environment. ARGS are those of `coldframe bench gpu`, as in make gpu ARGS=--log
+gpu: build/types/coldframe
+	@set -e; site=build/gpu-site; rm -rf $$site; mkdir -p $$site; \
+	for wheel in build/gpu-wheels/*.whl; do test ! -f "$$wheel" || $(GPU_PYTHON) -m zipfile -e "$$wheel" $$site; done; \
+	PYTHONPATH=$(CURDIR)/build/types:$(CURDIR)/$$site$${PYTHONPATH:+:$$PYTHONPATH} \
+		$(GPU_PYTHON) -P -m coldframe.benchmarks.gpu $(ARGS)
+
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
+# Pure-Python packages for such a machine that has no network: made here, carried there in build/gpu-wheels.
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --platform any \
+		-r benchmarks/gpu/wheels.txt -d build/gpu-wheels
 
 clean:
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from coldframe.loader.residency import cached_bytes
 __all__ = [
     "Row",
     "cold_start",
+    "coldframe_command",
     "evict_files",
     "fingerprint",
     "import_torch_s",
@@ -61,6 +62,16 @@ class Row:
         return self.median >= self.target if self.at_least else self.median <= self.target
 
 
+def coldframe_command() -> list[str]:
+    """How `coldframe` is called here: by its script, or where it is not installed without one."""
+    script = Path(sys.executable).parent / "coldframe"
+    if script.exists():
+        return [str(script)]
+    # As the script does it; -P, since nothing in the working directory is meant.
+    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
+    return [sys.executable, "-P", "-c", code]
+
+
 def cold_start(
     model: Path,
     *arguments: str,
@@ -81,7 +92,7 @@ def cold_start(
         PlatformError: It failed.
     """
     command = [
-        str(Path(sys.executable).parent / "coldframe"),
+        *coldframe_command(),
         "run",
         str(model),
         "--prompt-ids",
@@ -135,8 +146,15 @@ def fingerprint() -> dict[str, Any]:
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": version("torch"),
-        "coldframe": version("coldframe"),
+        "coldframe": _own_version(),
     }
+
+
+def _own_version() -> str:
+    try:
+        return version("coldframe")
+    except PackageNotFoundError:
+        return "a checkout that is not installed"
 
 
 def print_rows(rows: Sequence[Row], more: dict[str, Any], *, table: bool = True) -> None:

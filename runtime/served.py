@@ -12,10 +12,10 @@ from coldframe.loader.errors import DeviceError, RequestError, SourceNotFound
 from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions, model_name
-from coldframe.runtime.room import Room
 
 if TYPE_CHECKING:
     from coldframe.runtime.gateway.platforms.profile import Profile
+    from coldframe.runtime.room import Room
 
 __all__ = ["memory_to_share", "named_models"]
 
@@ -115,6 +115,8 @@ def memory_to_share(
     """
     if models == 1 and wanted is None:
         return None, options
+    from coldframe.runtime.room import Room  # only those who share need it, and the bytes wait
+
     if options.device != CPU:
         if options.kv_bytes is None:
             kv_bytes = None if wanted is None else int(_KV_PART * wanted)

@@ -1,64 +1,74 @@
-"""Processes of a replica whose GPU is emulated, on machines without one.
+"""Replicas whose processes find an emulated GPU in place of a real one.
 
-Device memory is a memfd that is mapped at the device's addresses, and torch takes it for the CPU's:
-so weights and KV go all the way that they go on a GPU, and what computes is the CPU.
+Every child takes the emulator (`tests/loader/devices/emulator.py`) in the place of the driver's
+bindings. Memory and addresses of its GPU are the host's, so torch computes over them on the CPU:
+what is proven is that the processes agree on who maps, copies and waits for what, not how fast.
 """
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import pytest
+# What only tests need is not imported in the processes that are emulated.
+if TYPE_CHECKING:
+    import pytest
 
-from coldframe.runtime import early, launch
-from coldframe.runtime.replica import Replica
-from tests.loader.devices.emulator import MEMFD
+__all__ = ["emulate", "install"]
 
-__all__ = ["device_bytes", "emulate_gpus"]
-
-_EMULATING = """
-import sys
-sys.path.insert(0, {root!r})
-from coldframe.loader.packages import add_site_packages
-add_site_packages()
-from coldframe.loader.devices.driver import Driver
-from coldframe.loader.devices.vmm import DeviceReservation
-from tests.loader.devices.emulator import Emulator
-
-emulator, plain = Emulator({memory}, delay={delay}), Driver.open.__func__
-Driver.open = classmethod(lambda cls, api=None: plain(cls, api or emulator))
-DeviceReservation.dlpack_device = property(lambda self: (1, 0))
-"""
+_ROOT = str(Path(__file__).parents[2])
 
 
-def emulate_gpus(patch: pytest.MonkeyPatch, memory: int = 4 << 30, delay: float = 0.0) -> None:
-    """Has memory services and workers find an emulated GPU.
+def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
+    """Has all processes that are started from now on find an emulated GPU.
 
     Args:
         patch: Undoes it.
-        memory: What the GPU has, as each process sees it: others' is not counted.
-        delay: Seconds that each copy to or from it takes.
+        faults: By role, `memory` or `worker`, what `install` is called with there.
     """
-    root = str(Path(__file__).parents[2])
-    code = _EMULATING.format(root=root, memory=memory, delay=delay)
-    for module, name in ((early, "_MAIN"), (launch, "_WORKER")):
-        patch.setattr(module, name, f"exec({code!r}); {getattr(module, name)}")
+    from coldframe.runtime import early, launch
+
+    for module, name, role in ((early, "_MAIN", "memory"), (launch, "_WORKER", "worker")):
+        entry = getattr(module, name)
+        order = faults.get(role, {})
+        code = (
+            f"import sys; sys.path.insert(0, {_ROOT!r})\n"
+            f"from tests.runtime.emulated import install; install(**{order!r})\n"
+            f"sys.path.remove({_ROOT!r})\n"
+            f"{entry}"
+        )
+        patch.setattr(module, name, f"exec({code!r})")
 
 
-def device_bytes(replica: Replica) -> int:
-    """Memory of the GPU that is not free, since some process has it open or mapped."""
-    sizes: dict[int, int] = {}
-    for pid in replica.pids.values():
-        for fd in Path(f"/proc/{pid}/fd").iterdir():
-            with suppress(FileNotFoundError):  # closed meanwhile
-                if f"/memfd:{MEMFD}" in os.readlink(fd):
-                    status = fd.stat()
-                    sizes[status.st_ino] = status.st_size
-        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-            if f"/memfd:{MEMFD}" in line:
-                words = line.split()
-                begin, end = (int(part, 16) for part in words[0].split("-"))
-                sizes.setdefault(int(words[4]), end - begin)
-    return sum(sizes.values())
+def install(
+    *,
+    memory: int = 1 << 30,
+    delay: float = 0.0,
+    fail: tuple[str, int, str] | None = None,
+    lose_at_copy: int | None = None,
+) -> None:
+    """Puts an emulated GPU into this process.
+
+    Args:
+        memory: Bytes that it has.
+        delay: See `Emulator`.
+        fail: A call that fails: its name, the how many-th, and the driver's name for the error.
+        lose_at_copy: The how many-th copy is the end of the GPU.
+    """
+    from coldframe.loader.devices.driver import Driver
+    from coldframe.loader.devices.vmm import DeviceReservation
+    from coldframe.loader.packages import add_site_packages
+
+    add_site_packages()
+    from tests.loader.devices.emulator import Emulator
+
+    emulator = Emulator(memory, delay=delay)
+    if fail is not None:
+        emulator.fail(*fail)
+    if lose_at_copy is not None:
+        emulator.fail_copy(lose_at_copy)
+    # Not in the place of the bindings themselves: torch imports those, too.
+    really_open = Driver.open
+    Driver.open = lambda api=None: really_open(api or emulator)  # type: ignore[method-assign]
+    # As DLPack calls the host's memory, which is what this GPU's is.
+    DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]

@@ -11,7 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,8 @@ import pytest
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.supervisor import IdlePolicy
-from tests.runtime.emulated import device_bytes, emulate_gpus
+from tests.loader.devices.emulator import MEMFD
+from tests.runtime.emulated import emulate
 from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
 from tests.runtime.test_supervisor import answers, is_in, supervised, until
 
@@ -33,6 +34,23 @@ KV = 64 << 20
 @pytest.fixture(scope="module")
 def model(demo_model: Make) -> Path:
     return demo_model("llama", "float32")
+
+
+def device_bytes(replica: Replica) -> int:
+    """Memory of the GPU that is not free, since some process has it open or mapped."""
+    sizes: dict[int, int] = {}
+    for pid in replica.pids.values():
+        for fd in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed meanwhile
+                if f"/memfd:{MEMFD}" in os.readlink(fd):
+                    status = fd.stat()
+                    sizes[status.st_ino] = status.st_size
+        for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+            if f"/memfd:{MEMFD}" in line:
+                words = line.split()
+                begin, end = (int(part, 16) for part in words[0].split("-"))
+                sizes.setdefault(int(words[4]), end - begin)
+    return sum(sizes.values())
 
 
 @contextmanager
@@ -68,7 +86,7 @@ def all_up(replica: Replica) -> bool:
 def test_the_gpu_is_free_while_it_rests_and_the_next_answer_is_right(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate_gpus(monkeypatch, delay=0.002)
+    emulate(monkeypatch, memory={"delay": 0.002})
     with on_gpu(model, no_leaks) as replica:
         answered(replica, model)
         before = replica.pids
@@ -84,7 +102,7 @@ def test_the_gpu_is_free_while_it_rests_and_the_next_answer_is_right(
 def test_who_is_asked_while_it_goes_to_rest_answers(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate_gpus(monkeypatch, delay=0.001)
+    emulate(monkeypatch, memory={"delay": 0.001})
     chance = random.Random(3)
     with on_gpu(model, no_leaks) as replica:
         answered(replica, model)
@@ -102,7 +120,7 @@ def test_who_is_asked_while_it_goes_to_rest_answers(
 def test_a_worker_dies_at_rest(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch, role: str, moment: str
 ) -> None:
-    emulate_gpus(monkeypatch, delay=0.002)
+    emulate(monkeypatch, memory={"delay": 0.002})
     with on_gpu(model, no_leaks) as replica:
         answered(replica, model)
         if moment == "parking":
@@ -128,7 +146,7 @@ def test_a_worker_dies_at_rest(
 def test_a_model_that_nobody_asks_leaves_the_gpu_and_comes_back(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate_gpus(monkeypatch)
+    emulate(monkeypatch)
     policy = IdlePolicy(idle_s=0.2, park_s=None)
     more = {"device": "cuda:0", "kv_bytes": KV}
     with supervised(model, no_leaks, policy, **more) as supervisor:

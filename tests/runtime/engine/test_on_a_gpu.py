@@ -168,13 +168,18 @@ def test_a_prefill_waits_for_its_first_tokens_alone(spec: ModelSpec) -> None:
 
 
 @pytest.mark.usefixtures("values")
-def test_a_long_prompt_in_chunks(spec: ModelSpec) -> None:
+def test_a_long_prompt_is_waited_for_at_the_end_of_each_chunk(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with on_gpu(spec) as (model, traffic):
+        settled: list[int] = []
+        monkeypatch.setattr(model, "settle", lambda: settled.append(traffic.up))
         prefiller = Prefiller(model, lambda stage: True, chunk=50)
         prefiller.admit(sequence(0, 150))
         while not prefiller.advance():
             assert traffic.down == 0
         assert (traffic.up, traffic.down, traffic.waits) == (3, 1, [])
+        assert settled == [1, 2]  # the last one's end is its token
 
 
 @pytest.mark.usefixtures("values")
@@ -195,12 +200,17 @@ def test_a_step_of_decode_goes_up_and_down_once(spec: ModelSpec) -> None:
 
 
 @pytest.mark.usefixtures("values")
-def test_a_step_without_a_token_brings_nothing_back(plain: ModelSpec) -> None:
+def test_a_step_without_a_token_brings_nothing_back(
+    plain: ModelSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with on_gpu(plain) as (model, traffic):
+        settled: list[int] = []
+        monkeypatch.setattr(model, "settle", lambda: settled.append(traffic.up))
         decoder = Decoder(model)
         decoder.admit(sequence(0, 150))
         assert decoder.step() == []
         assert (traffic.up, traffic.down, traffic.waits) == (1, 0, [])
+        assert settled == [1]
 
 
 def test_rows_to_be_sampled_come_with_the_same_wait() -> None:

@@ -167,3 +167,14 @@ def test_nothing_looks_into_the_old_memory_after_the_move(pair: MakePair, prompt
     model.rebind(both.weights)
     assert arenas[0]() is None
     torch.testing.assert_close(model.forward(batch), before)
+
+
+def test_what_was_begun_with_them_is_done_before_they_may_go(
+    pair: MakePair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = pair("llama")
+    model = Model(both.spec, both.weights, both.kv)
+    old, waited = model.weights, list[bool]()
+    monkeypatch.setattr(model, "settle", lambda: waited.append(model.weights is not old))
+    model.rebind(both.weights)
+    assert waited == [True]

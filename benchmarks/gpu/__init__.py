@@ -1,0 +1,1 @@
+"""What a machine with a GPU is measured by: correctness first, then figures, within one budget."""

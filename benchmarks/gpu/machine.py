@@ -1,0 +1,128 @@
+"""The first part: is there a GPU at all, and what is the machine that all figures belong to.
+
+It runs in a process of its own like every part: whoever keeps a driver open makes the next start of
+it faster, and a cold start is to be measured cold.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from coldframe.benchmarks.gpu.report import Report, Setting
+from coldframe.benchmarks.harness import fingerprint
+from coldframe.loader.cgroup import memory_available
+from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.driver import Driver
+from coldframe.loader.errors import DeviceError
+
+__all__ = ["FINGERPRINT", "measure"]
+
+FINGERPRINT = "fingerprint"
+
+_PACKAGES = ("cuda-bindings", "safetensors", "transformers", "triton")
+_ASKED = (
+    "driver_version",
+    "memory.total",
+    "pcie.link.gen.max",
+    "pcie.link.width.max",
+    "persistence_mode",
+    "clocks.max.sm",
+    "clocks.max.memory",
+)
+_ASK_S = 20.0
+
+
+def measure(report: Report, setting: Setting) -> None:
+    """Finds out what the machine is.
+
+    Raises:
+        NoDevice: It has no GPU that can be used.
+    """
+    driver = Driver.open()
+    context = Context(driver, setting.ordinal)
+    try:
+        context.bind()
+        free, total = driver.memory_info()
+        gpu = {
+            "gpu": driver.device_name(setting.ordinal),
+            "gpus": driver.device_count(),
+            "gpu_memory": total,
+            "gpu_memory_free": free,
+            "granularity": context.granularity,
+        }
+    finally:
+        context.close()
+    report.keep(
+        FINGERPRINT,
+        {
+            **fingerprint(),
+            **gpu,
+            "cuda": _cuda(),
+            **_nvidia_smi(setting.ordinal),
+            "torch_cuda": _torch_cuda(),
+            **{name: _version(name) for name in _PACKAGES},
+            "memory": _memory_total(),
+            "memory_available": memory_available(),
+            "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
+        },
+    )
+
+
+def _cuda() -> str:
+    """The CUDA version that the driver speaks."""
+    api: Any = import_module("cuda.bindings.driver")
+    code, number = api.cuDriverGetVersion()
+    if code != api.CUresult.CUDA_SUCCESS:
+        raise DeviceError("the driver does not say its version", got=code)
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _torch_cuda() -> str | None:
+    import torch
+
+    built: str | None = torch.version.cuda
+    return built
+
+
+def _nvidia_smi(ordinal: int) -> dict[str, str]:
+    """What only the maker's tool tells; less where there is none."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {"nvidia_smi": "there is none"}
+    command = [tool, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "-i", str(ordinal)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
+    except subprocess.TimeoutExpired:
+        return {"nvidia_smi": f"no answer within {_ASK_S:.0f} s"}
+    if done.returncode:
+        return {"nvidia_smi": (done.stdout + done.stderr).strip()}
+    told = [word.strip() for word in done.stdout.strip().split(",")]
+    return {
+        name.replace(".", "_"): value for name, value in zip(_ASKED, told, strict=False) if value
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _memory_total() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemTotal:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _text(path: str) -> str | None:
+    try:
+        return Path(path).read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,120 @@
+"""Open questions about a machine, each asked in a process of its own: some cost their GPU context.
+
+A question that cannot be answered is left out with the reason; it never keeps the others from being
+asked.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from coldframe.benchmarks.gpu.report import Report, Setting
+from coldframe.benchmarks.harness import Row
+
+__all__ = ["PROBES", "Probe", "ask_all", "measure"]
+
+_QUESTIONS = "coldframe.benchmarks.gpu.questions"
+_TORCH = "coldframe.benchmarks.gpu.torch_questions"
+_CHECKPOINT = "coldframe.benchmarks.gpu.checkpoint_questions"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """A question.
+
+    Args:
+        question: For people.
+        name: The function that answers it.
+        seconds: How long it may take.
+        times: In how many processes it is asked. The numbers of several are figures.
+        module: What has that function.
+    """
+
+    question: str
+    name: str
+    seconds: float = 20.0
+    times: int = 1
+    module: str = _QUESTIONS
+
+
+PROBES = (
+    Probe("what the driver can do", "driver_calls"),
+    Probe("seconds of a fresh process's start", "start", times=3),
+    Probe("are the arenas' addresses to be had in a fresh process", "addresses"),
+    Probe("and where torch was there first", "addresses_with_torch"),
+    Probe("what a copy into a read-only mapping does", "read_only_copy"),
+    Probe("what a kernel's write into a read-only mapping does", "read_only_kernel"),
+    Probe("may an imported handle be released right after it is mapped", "released"),
+    Probe("what locking host memory takes", "pages"),
+    Probe("does torch take our context", "same_context", module=_TORCH),
+    Probe("seconds of a worker's first work", "first_work", times=2, module=_TORCH),
+    Probe("varlen_attn", "varlen", module=_TORCH),
+    Probe("the nodes of a captured step", "graph", module=_TORCH),
+    Probe(
+        "checkpoint of one that has let its imports go",
+        "checkpoint_unmapped",
+        module=_CHECKPOINT,
+    ),
+    Probe("checkpoint of one that has them mapped", "checkpoint_mapped", module=_CHECKPOINT),
+    Probe("CRIU", "criu"),
+)
+
+
+def measure(report: Report, setting: Setting) -> None:
+    """Asks all of them, as far as there is time."""
+    ask_all(report, setting, PROBES)
+
+
+def ask_all(report: Report, setting: Setting, probes: tuple[Probe, ...]) -> None:
+    """Asks questions in their order until the time is up.
+
+    Args:
+        report: Where the answers go.
+        setting: The GPU, and how long all of it may take.
+        probes: The questions.
+    """
+    deadline = time.monotonic() + setting.seconds - 2.0
+    for probe in probes:
+        answers: list[Any] = []
+        try:
+            for _ in range(probe.times):
+                left = deadline - time.monotonic()
+                answers.append(_ask(probe, setting, min(probe.seconds, left)))
+        except _Unanswered as error:
+            report.left_out(probe.question, str(error))
+        else:
+            _tell(report, probe, answers)
+
+
+def _tell(report: Report, probe: Probe, answers: list[Any]) -> None:
+    if probe.times == 1:
+        report.answer(probe.question, answers[0])
+        return
+    for name in answers[0]:
+        runs = [float(answer[name]) for answer in answers]
+        report.figure(Row(f"{probe.question}: {name}", runs, "s"))
+
+
+class _Unanswered(Exception):
+    pass
+
+
+def _ask(probe: Probe, setting: Setting, seconds: float) -> Any:
+    if seconds <= 0:
+        raise _Unanswered("no time was left")
+    command = [sys.executable, "-P", "-m", _QUESTIONS, probe.module, probe.name, setting.device]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise _Unanswered(f"no answer within {seconds:.3g} s") from error
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        why = " ".join(said[-1].split()) if said else "without a word"
+        raise _Unanswered(f"exit status {done.returncode}: {why}")
+    return json.loads(lines[-1])

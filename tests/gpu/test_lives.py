@@ -1,0 +1,77 @@
+"""Replicas on a GPU whose workers die, that rest, and whose KV grows: answers stay right."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coldframe.runtime.replica import Replica
+from tests.gpu.replicas import expected, options
+from tests.runtime.helpers import ask, finish, prompt_of, wait_for
+
+Make = Callable[..., Path]
+
+
+def pid(replica: Replica, role: str) -> int:
+    (found,) = [p for name, p in replica.pids.items() if name.startswith(role)]
+    return found
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_worker_killed_in_mid_stream(
+    demo_model: Make, runs: Path, device: str, role: str
+) -> None:
+    model = demo_model()
+    prompts = [prompt_of(length, seed=length) for length in (5, 33, 80)]
+    with Replica(options(model, runs, device)) as replica:
+        clients = [ask(replica, prompt, 200) for prompt in prompts]
+        wait_for(replica, lambda: all(len(client.events) > 5 for client in clients))
+        os.kill(pid(replica, role), signal.SIGKILL)
+        finish(replica, *clients)
+        late = ask(replica, prompt_of(40), 8)
+        finish(replica, late)
+    for prompt, client in zip(prompts, clients, strict=True):
+        assert client.tokens == expected(model, device, tuple(prompt), 200)
+    assert late.tokens == expected(model, device, tuple(prompt_of(40)), 8)
+
+
+def test_a_prefill_worker_killed_while_weights_arrive(
+    demo_model: Make, runs: Path, device: str
+) -> None:
+    model = demo_model()
+    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
+    with Replica(options(model, runs, device, throttle=size / 4.0)) as replica:
+        client = ask(replica, prompt_of(40), 8)
+        wait_for(replica, lambda: replica.board is not None and replica.board.progress.done > 0)
+        os.kill(pid(replica, "prefill"), signal.SIGKILL)
+        finish(replica, client)
+    assert client.tokens == expected(model, device, tuple(prompt_of(40)), 8)
+
+
+def test_kv_grows_while_requests_run(demo_model: Make, runs: Path, device: str) -> None:
+    model = demo_model()
+    prompts = [prompt_of(600 + number, seed=number) for number in range(24)]
+    with Replica(options(model, runs, device, kv_bytes=256 << 20)) as replica:
+        few = ask(replica, prompts[0], 16)
+        finish(replica, few)
+        clients = [ask(replica, prompt, 16) for prompt in prompts]
+        finish(replica, *clients)
+    wanted = [expected(model, device, tuple(prompt), 16) for prompt in prompts]
+    assert few.tokens == wanted[0]
+    assert [client.tokens for client in clients] == wanted
+
+
+def test_parked_and_woken(demo_model: Make, runs: Path, device: str) -> None:
+    model = demo_model()
+    with Replica(options(model, runs, device)) as replica:
+        for turn in range(3):
+            prompt = prompt_of(100, seed=turn)
+            client = ask(replica, prompt, 12)
+            finish(replica, client)
+            assert client.tokens == expected(model, device, tuple(prompt), 12)
+            wait_for(replica, lambda: replica.idle)
+            replica.park()

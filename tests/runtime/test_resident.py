@@ -16,12 +16,19 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.timeline import Recorder
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.fleet import Fleet
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.supervisor import IdlePolicy
+from coldframe.runtime.room import Room
+from coldframe.runtime.sizing import context_bytes
+from coldframe.runtime.supervisor import IdlePolicy, Supervisor
 from tests.loader.devices.emulator import MEMFD
 from tests.runtime.emulated import emulate
-from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.test_supervisor import answers, is_in, supervised, until
 
 pytestmark = pytest.mark.heavy
@@ -160,3 +167,54 @@ def test_a_model_that_nobody_asks_leaves_the_gpu_and_comes_back(
         until(supervisor, lambda: supervisor.state == "warm" and not replica.resting.left)
         assert device_bytes(replica) > 0
         assert supervisor.starts == 1
+
+
+def test_two_that_do_not_fit_together_take_turns_without_a_start(
+    demo_model: Make, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, memory={"memory": 8 << 30, "delay": 0.001})
+    models = {name: demo_model(name, "float32") for name in ("llama", "qwen2")}
+    told = {
+        name: ReplicaOptions(str(path), run_dir=str(no_leaks), device="cuda:0", kv_bytes=KV)
+        for name, path in models.items()
+    }
+    contexts = context_bytes(told["llama"])
+    weights = [
+        sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in models.values()
+    ]
+    # Room for the contexts of both, and for weights and KV of one.
+    loop, room, log = Loop(), Room(2 * contexts + max(weights) + KV), Log(process="front")
+    policy = IdlePolicy(None, None)
+    fleet = Fleet(
+        {
+            name: Supervisor(options, policy, Recorder("front"), log, loop, None, None, room)
+            for name, options in told.items()
+        },
+        loop,
+        room,
+    )
+
+    def asked(name: str) -> None:
+        client = Client()
+        params = SamplingParams(max_tokens=8, ignore_eos=True)
+        client.request = fleet[name].submit(params, client, prompt_ids=tuple(PROMPT))
+        deadline = time.monotonic() + 120
+        while not client.done:
+            assert time.monotonic() < deadline, {each: model.state for each, model in fleet}
+            fleet.poll(0.05)
+            fleet.step()
+        assert client.error is None
+        assert client.tokens == expected(models[name], tuple(PROMPT), 8)
+
+    try:
+        for name in ("llama", "qwen2", "llama", "qwen2", "qwen2", "llama"):
+            asked(name)
+            (other,) = [model for each, model in fleet if each != name]
+            if other.replica is not None:
+                assert other.state == "parked"
+                assert device_bytes(other.replica) == 0
+        assert [model.starts for _, model in fleet] == [1, 1]
+        assert [model.failures for _, model in fleet] == [0, 0]
+    finally:
+        fleet.close()
+        loop.close()

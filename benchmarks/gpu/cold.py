@@ -13,7 +13,7 @@ from typing import Any
 
 from coldframe.benchmarks.gpu.copies import BARE
 from coldframe.benchmarks.gpu.model import MODEL
-from coldframe.benchmarks.gpu.replicas import PROMPT, options
+from coldframe.benchmarks.gpu.replicas import PROMPT
 from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row, cold_start, evict_files, warm_page_cache
 from coldframe.loader.errors import PlatformError
@@ -29,7 +29,6 @@ _SHARES = 6
 def measure(report: Report, setting: Setting) -> None:
     """Starts the model from the page cache and from disk."""
     model = Path(report.earlier.need(MODEL))
-    options(str(model), setting.device)
     warm_page_cache(model)
     warm = [_start(model, setting) for _ in range(_WARM)]
     _report(report, "page cache warm", warm)
@@ -47,8 +46,14 @@ def measure(report: Report, setting: Setting) -> None:
 
 def _start(model: Path, setting: Setting) -> dict[str, Any]:
     device = ("--device", setting.device)
-    started = cold_start(model, *device, prompt_ids=PROMPT, tokens=_TOKENS)
-    return dict(started)
+    started = dict(cold_start(model, *device, prompt_ids=PROMPT, tokens=_TOKENS))
+    if started["device"] != setting.device:
+        raise PlatformError(
+            "a cold start went to another device",
+            expected=setting.device,
+            got=f"{started['device']}: {started['device_why']}",
+        )
+    return started
 
 
 def _report(report: Report, which: str, starts: Sequence[dict[str, Any]]) -> None:

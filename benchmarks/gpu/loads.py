@@ -16,8 +16,6 @@ import itertools
 import time
 from contextlib import closing
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,8 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.parked import stretches_of
+from coldframe.loader.devices.pinned import PinnedWeights
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import DeviceError, PlatformError
 from coldframe.loader.plan import Layout, Plan
@@ -162,17 +162,10 @@ class _Ways:
 
     def from_pinned(self) -> None:
         """All weights out of locked host memory, as they come back to a replica that was parked."""
-        if find_spec("coldframe.loader.devices.pinned") is None:
-            self.report.left_out(PINNED, "there is no such tier yet")
-            return
-        pinned: Any = import_module("coldframe.loader.devices.pinned")
-        parked: Any = import_module("coldframe.loader.devices.parked")
         rates: list[float] = []
         ratios: list[float] = []
         try:
-            with closing(
-                pinned.PinnedWeights(self.arena, parked.stretches_of(self.plan))
-            ) as weights:
+            with closing(PinnedWeights(self.arena, stretches_of(self.plan))) as weights:
                 started = time.perf_counter()
                 weights.keep(lambda: None)
                 kept_s = time.perf_counter() - started

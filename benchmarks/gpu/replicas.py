@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import fields
 
-from coldframe.benchmarks.gpu.report import LeftOut
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions
@@ -84,12 +82,5 @@ def ask(replica: Replica, count: int, shift: int = 0) -> Answer:
 
 
 def options(model: str, device: str) -> ReplicaOptions:
-    """A replica with all of it on one GPU, and nothing beside it in its place.
-
-    Raises:
-        LeftOut: Replicas have no device yet.
-    """
-    if "device" not in {field.name for field in fields(ReplicaOptions)}:
-        raise LeftOut("replicas cannot be told a device yet")
-    told = {"model": model, "device": device}
-    return ReplicaOptions(**told)  # type: ignore[arg-type]
+    """A replica with all of it on one GPU, for which no CPU stands in."""
+    return ReplicaOptions(model=model, device=device)

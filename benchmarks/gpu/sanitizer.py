@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from coldframe.benchmarks.gpu.replicas import PROMPT, options
+from coldframe.benchmarks.gpu.replicas import PROMPT
 from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import coldframe_command
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
@@ -32,7 +32,6 @@ def measure(report: Report, setting: Setting) -> None:
         raise LeftOut(f"there is no {_NAME} on this machine")
     model = Path(setting.scratch, "tiny")
     write_demo_model(model, DemoModel("tiny", "llama", dtype="bfloat16"))
-    options(str(model), setting.device)
     log = Path(setting.scratch, "sanitizer")
     log.mkdir()
     command = [

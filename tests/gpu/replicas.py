@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from coldframe.runtime.options import ReplicaOptions
 
 
-def options(model: Path, runs: Path, device: str, **more: object) -> ReplicaOptions:
-    told: dict[str, Any] = {"model": str(model), "run_dir": str(runs), **more}
-    if "device" in {field.name for field in dataclasses.fields(ReplicaOptions)}:
-        told["device"] = device
-    elif device != "cpu":
-        pytest.skip("replicas cannot be told a device yet")
-    return ReplicaOptions(**told)
+def options(model: Path, runs: Path, device: str, **more: Any) -> ReplicaOptions:
+    """A replica for which no CPU stands in."""
+    return ReplicaOptions(model=str(model), run_dir=str(runs), device=device, **more)
+
+
+def beside(device: str) -> str:
+    """Where Transformers computes: on the same GPU, or where COLDFRAME_TEST_BESIDE says."""
+    return os.environ.get("COLDFRAME_TEST_BESIDE", device)
 
 
 @functools.cache
@@ -30,7 +29,7 @@ def reference(model: Path, device: str, dtype: str) -> Any:
 
     torch.backends.cuda.matmul.allow_tf32 = False
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
-    return loaded.eval().to(device)
+    return loaded.eval().to(beside(device))
 
 
 @functools.cache
@@ -38,7 +37,7 @@ def expected(model: Path, device: str, prompt: tuple[int, ...], count: int) -> l
     """The greedy answer of Transformers in float32."""
     import torch
 
-    ids = torch.tensor([prompt], device=device)
+    ids = torch.tensor([prompt], device=beside(device))
     out = reference(model, device, "float32").generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -58,7 +57,7 @@ def logprobs(
     """What Transformers gives to each token of an answer, the ones before it given."""
     import torch
 
-    ids = torch.tensor([[*prompt, *answer]], device=device)
+    ids = torch.tensor([[*prompt, *answer]], device=beside(device))
     with torch.inference_mode():
         logits = reference(model, device, dtype)(ids).logits[0, len(prompt) - 1 : -1]
     rows = logits.double().log_softmax(-1)

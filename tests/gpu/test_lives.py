@@ -28,14 +28,14 @@ def test_a_worker_killed_in_mid_stream(
     model = demo_model()
     prompts = [prompt_of(length, seed=length) for length in (5, 33, 80)]
     with Replica(options(model, runs, device)) as replica:
-        clients = [ask(replica, prompt, 200) for prompt in prompts]
+        clients = [ask(replica, prompt, 100) for prompt in prompts]
         wait_for(replica, lambda: all(len(client.events) > 5 for client in clients))
         os.kill(pid(replica, role), signal.SIGKILL)
         finish(replica, *clients)
         late = ask(replica, prompt_of(40), 8)
         finish(replica, late)
     for prompt, client in zip(prompts, clients, strict=True):
-        assert client.tokens == expected(model, device, tuple(prompt), 200)
+        assert client.tokens == expected(model, device, tuple(prompt), 100)
     assert late.tokens == expected(model, device, tuple(prompt_of(40)), 8)
 
 

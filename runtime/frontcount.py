@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from coldframe.loader.kvtally import StoreUsage
@@ -33,7 +33,7 @@ class FrontCount:
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
-        devices: Sequence[str] = ("cpu",),
+        devices: tuple[str, ...] = ("cpu",),
     ) -> None:
         self._clock = clock
         self._busy = BusyClock(clock, devices)

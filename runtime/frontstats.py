@@ -7,7 +7,7 @@ when somebody asks, and costs nothing between two scrapes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from typing import Any, Literal
@@ -155,11 +155,11 @@ class BusyClock:
         devices: Those that go from one state to the next together, until `enter` says otherwise.
     """
 
-    def __init__(self, clock: Callable[[], float], devices: Sequence[str] = ("cpu",)) -> None:
+    def __init__(self, clock: Callable[[], float], devices: tuple[str, ...] = ("cpu",)) -> None:
         self._clock = clock
         self._state: DeviceState = "zero"
         self._since = clock()
-        self._devices = tuple(devices)
+        self._devices = devices
         self._passed: dict[DeviceState, float] = dict.fromkeys(_STATES, 0.0)
         self._seconds: dict[str, dict[DeviceState, float]] = {}
         self._count(0.0)
@@ -168,14 +168,14 @@ class BusyClock:
     def state(self) -> DeviceState:
         return self._state
 
-    def enter(self, state: DeviceState, devices: Sequence[str] = ()) -> None:
+    def enter(self, state: DeviceState, devices: tuple[str, ...] = ()) -> None:
         """The devices are in that state from now on; they may be in it already.
 
         Args:
             state: Which.
             devices: Which devices; none for the same as before.
         """
-        devices = tuple(devices) or self._devices
+        devices = devices or self._devices
         if (state, devices) != (self._state, self._devices):
             self._settle()
             self._state, self._devices = state, devices

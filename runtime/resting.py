@@ -107,6 +107,11 @@ class RestingTogether:
         return all(device.left for device in self._devices)
 
     @property
+    def leaving(self) -> bool:
+        """Whether they were told to, and not all has been heard of it since."""
+        return any(device.leaving for device in self._devices)
+
+    @property
     def told(self) -> dict[str, Any]:
         """As `Resting.told`: of the one that took longest, and the first `why` that there is."""
         if not all(device.told for device in self._devices):
@@ -114,6 +119,11 @@ class RestingTogether:
         slowest = max(self._devices, key=lambda device: device.told["seconds"] or 0.0)
         failed = (device.told["why"] for device in self._devices if device.told["why"])
         return {**slowest.told, "why": next(failed, None)}
+
+    def keep(self) -> None:
+        """Has them kept beside their devices, once."""
+        for device in self._devices:
+            device.keep()
 
     def park(self) -> None:
         """Has them leave."""

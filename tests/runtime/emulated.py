@@ -43,14 +43,16 @@ def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
 def install(
     *,
     memory: int = 1 << 30,
+    devices: int = 1,
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
 ) -> None:
-    """Puts an emulated GPU into this process.
+    """Puts emulated GPUs into this process.
 
     Args:
-        memory: Bytes that it has.
+        memory: Bytes that each of them has.
+        devices: How many there are.
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
@@ -62,7 +64,7 @@ def install(
     add_site_packages()
     from tests.loader.devices.emulator import Emulator
 
-    emulator = Emulator(memory, delay=delay)
+    emulator = Emulator(memory, devices=devices, delay=delay)
     if fail is not None:
         emulator.fail(*fail)
     if lose_at_copy is not None:

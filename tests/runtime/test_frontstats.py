@@ -76,15 +76,29 @@ def test_each_device_has_seconds_of_its_own() -> None:
     clock = Clock()
     busy = BusyClock(clock, ("cuda:0",))
     assert busy.by_device == {"cuda:0": {"used": 0, "idle": 0}}
-    busy.enter("idle", "cuda:0")
+    busy.enter("idle", ("cuda:0",))
     clock.now += 2
-    busy.enter("idle", "cpu")  # it had to do without the GPU
+    busy.enter("idle", ("cpu",))  # it had to do without the GPU
     clock.now += 4
     busy.enter("used")
     clock.now += 8
     busy.enter("zero")
     assert busy.by_device == {"cuda:0": {"used": 0, "idle": 2}, "cpu": {"used": 8, "idle": 4}}
     assert (busy.idle_s, busy.used_s, busy.zero_s) == (6, 8, 0)
+
+
+def test_of_several_devices_each_counts() -> None:
+    clock = Clock()
+    busy = BusyClock(clock, ("cuda:0", "cuda:1"))
+    clock.now += 1
+    busy.enter("used")
+    clock.now += 2
+    busy.enter("parked")
+    clock.now += 4
+    used = {"used": 2, "idle": 0}
+    assert busy.by_device == {"cuda:0": used, "cuda:1": used}
+    # Device seconds, and such of the clock.
+    assert (busy.used_s, busy.parked_s, busy.zero_s) == (4, 4, 1)
 
 
 @given(

@@ -47,14 +47,13 @@ def launch(demo_model: Make, no_leaks: Path) -> Iterator[Launch]:
     """A memory service with 16 blocks, and nobody else."""
     options = ReplicaOptions(str(demo_model("llama")), run_dir=str(no_leaks))
     launch = Launch(options, Recorder("front"))
-    launch.memory.send({"type": "kv", "block_bytes": 4096, "blocks": BLOCKS, "lease_s": 30.0})
-    while (message := launch.memory.recv(timeout=10)) is not None:
+    memory = launch.memories[0].channel
+    memory.send({"type": "kv", "block_bytes": 4096, "blocks": BLOCKS, "lease_s": 30.0})
+    while (message := memory.recv(timeout=10)) is not None:
         if message.kind == "listening":
             break
     yield launch
-    launch.memory.close()
-    launch.memory_child.wait()
-    os.close(launch.lock)
+    launch.close()
 
 
 @pytest.fixture
@@ -79,7 +78,7 @@ def request(
     launch: Launch, name: str, prompt: list[int], answer: int = 1, attempt: int = 0
 ) -> Sequence:
     """A request that the front has opened."""
-    launch.memory.send({"type": "open", "request": name})
+    launch.memories[0].channel.send({"type": "open", "request": name})
     params = SamplingParams(max_tokens=answer)
     return Sequence(name, attempt, tuple(prompt), (), params, Silent(), ())
 
@@ -96,7 +95,7 @@ def served(launch: Launch, pool: KvPool, sequence: Sequence) -> Sequence:
     eventually(lambda: pool.take(sequence))
     sequence.kv_tokens = sequence.tokens
     pool.finish(sequence)
-    launch.memory.send({"type": "release", "request": sequence.request})
+    launch.memories[0].channel.send({"type": "release", "request": sequence.request})
     return sequence
 
 

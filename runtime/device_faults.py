@@ -61,13 +61,14 @@ class DeviceFaults:
         """
         if options.device == CPU or not isinstance(error, DeviceError):
             return None
+        devices = " or ".join(options.devices)
         if isinstance(error, DeviceLost) and self._may_try_again():
-            why = f"{options.device} was lost: {error}"
+            why = f"{devices} was lost: {error}"
             options = replace(options, hold_load=False)
         elif options.fall_back and not answered:
             self.counts["fallback"] += 1
             self.absent = isinstance(error, NoDevice)
-            why = f"fell back to the CPU, {options.device} cannot be used: {error}"
+            why = f"fell back to the CPU, {devices} cannot be used: {error}"
             options = replace(options.on_cpu(why), hold_load=False)
             if options.kv_bytes is not None and options.kv_bytes > memory_available():
                 options = replace(options, kv_bytes=None)  # it was said of the GPU

@@ -26,7 +26,7 @@ def add_worker_arguments(parser: Parser) -> None:
             metavar="N|MIN-MAX",
             default="1",
             help=f"how many {role} workers: so many, or as many between two numbers as there is "
-            "work for; where, behind an @, as 1-4@cuda:0 (1)",
+            "work for; where, behind an @, as 1-4@cuda:0, also each role on a GPU of its own (1)",
         )
     flag(
         "--prefill-share",

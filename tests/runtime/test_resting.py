@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
-from coldframe.runtime.resting import Resting
+from coldframe.runtime.resting import Resting, RestingTogether
 
 FULL = DeviceFull("no memory of the GPU can be had", where="cuda:0")
 
@@ -129,3 +129,43 @@ def test_weights_that_cannot_be_copied_back_end_the_replica(front: Front) -> Non
     front.resting.wake()
     front.hear("woken", DeviceError("bytes cannot be copied to the GPU"))
     assert [error.what for error in front.failed] == ["bytes cannot be copied to the GPU"]
+
+
+def test_on_several_devices_all_leave_and_all_come_back() -> None:
+    fronts = [Front(), Front()]
+    together = RestingTogether([front.resting for front in fronts])
+    one, other = fronts
+    together.keep()
+    together.park()
+    assert together.leaving
+    one.hear("parked")
+    assert together.leaving
+    assert not together.left
+    assert together.told == {}
+    other.hear("parked", seconds=2.5)
+    assert together.left
+    assert not together.leaving
+    assert together.told == {"seconds": 2.5, "note": "in locked memory", "why": None}
+    together.wake()
+    one.hear("woken")
+    other.hear("woken", FULL)
+    # Only the one that has none asks again for memory.
+    assert together.wait_s == other.resting.wait_s
+    other.time += 1
+    together.tick()
+    assert one.sent == ["keep", "park", "wake"]
+    assert other.sent == ["keep", "park", "wake", "wake"]
+    other.hear("woken")
+    assert not together.left
+    assert together.wait_s is None
+
+
+def test_weights_that_cannot_leave_one_device_have_not_left() -> None:
+    fronts = [Front(), Front()]
+    together = RestingTogether([front.resting for front in fronts])
+    together.park()
+    fronts[0].hear("parked")
+    fronts[1].hear("parked", DeviceFull("there is no host memory to park the weights in"))
+    assert not together.left
+    assert not together.leaving
+    assert "no host memory" in together.told["why"]

@@ -720,6 +720,8 @@ class Domains:
     def __init__(self, *decode: str) -> None:
         self.sent: dict[str, str] = {}
         """Which decode worker has which request."""
+        self.told: dict[str, str] = {}
+        """In which domain it was told to find its KV."""
         self.asked = ""
         """Which prefill worker got the last one."""
         self.router = Router(self, lambda: 0.0)
@@ -732,7 +734,9 @@ class Domains:
 
     def to_worker(self, worker: str, message: Wire) -> None:
         if message["type"] == "handoff":
-            self.sent[message["handoff"]["job"]["request"]] = worker
+            handoff = Handoff.from_wire(message["handoff"])
+            self.sent[handoff.job.request] = worker
+            self.told[handoff.job.request] = handoff.domain
         if message["type"] == "job":
             self.asked = worker
 
@@ -785,6 +789,7 @@ def test_kv_is_where_the_latest_token_was_made() -> None:
     domains = Domains("a", "b")
     assert domains.hand_over("r0", 640, "b") == "b1"
     assert domains.hand_over("r1", 320, "b") == "a0"  # moved
+    assert domains.told["r1"] == "b"
     prompt = (1,) * 320
     job = Job("r1", 0, SamplingParams(max_tokens=5), prompt_ids=prompt)
     domains.say("a0", said(job, prompt, 1))
@@ -794,6 +799,7 @@ def test_kv_is_where_the_latest_token_was_made() -> None:
     domains.router.worker_gone("a0")
     # Both have nothing to do; but there it would have to be moved back.
     assert domains.sent["r1"] == "a2"
+    assert domains.told["r1"] == "a"
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

@@ -101,7 +101,8 @@ def test_prompts_that_begin_alike_are_kept_on_both(
     model: Path, no_leaks: Path, two_gpus: None
 ) -> None:
     head = prompt_of(128)
-    with Replica(options(model, no_leaks)) as replica:
+    # How much KV there is, each memory service finds out for its own device.
+    with Replica(options(model, no_leaks, kv_bytes=None)) as replica:
         for seed in range(4):
             prompt = [*head, *prompt_of(20, seed=seed)]
             client = ask(replica, prompt, 6)
@@ -110,6 +111,8 @@ def test_prompts_that_begin_alike_are_kept_on_both(
             assert client.events[0].cached_tokens == (128 if seed else 0)
         nothing_is_held(replica)
         assert computed_again(replica) == []
+        assert replica.kv_bytes is not None
+        assert replica.usage["kv_total"] % 2 == 0
         # Four blocks there and four here, of each request but the first.
         assert replica.usage["kv_reused"] == 2 * 3 * 4
 
@@ -161,7 +164,7 @@ def test_a_memory_service_dies(
         answers(supervisor, model)
         if client is not None:  # it had tokens, and is told
             assert client.error is not None
-            assert "memory service" in str(client.error)
+            assert "the memory service died" in str(client.error)
         replica = supervisor.replica
         assert replica is not None
         nothing_is_held(replica)
@@ -244,7 +247,7 @@ def test_a_gpu_that_is_lost_starts_both_anew(
         client = ask(replica, prompt_of(40), 8)
         finish(replica, client)
         right(model, prompt_of(40), client)
-        assert "was lost" in told[0]
+        assert told[0].startswith("cuda:0 or cuda:1 was lost: ")
 
 
 @pytest.mark.heavy

@@ -390,7 +390,11 @@ class MemoryClient:
                 self._lay_out(message)
             case "kv":
                 mapping = self._reserve(body["size"], KV_BASE)
-                self._attach(mapping, message.fds, body["segments"])
+                try:
+                    self._attach(mapping, message.fds, body["segments"])
+                except ColdframeError:
+                    mapping.close()
+                    raise
                 self.kv = KvArena(mapping, body["block_bytes"], body["blocks"])
             case "kv_grown":
                 assert self.kv is not None

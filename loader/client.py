@@ -29,7 +29,7 @@ __all__ = ["KvArena", "MemoryClient", "STALL_S"]
 _Work = tuple[list[int], list[tuple[int, int]]]
 """Stages, and the stretches of the arena that are to be entered for them."""
 
-_ANSWERS = ("assigned", "claimed", "dropped")
+_ANSWERS = ("assigned", "claimed", "dropped", "brought")
 _ASK_AGAIN_S = 0.9
 
 STALL_S = 60.0
@@ -119,6 +119,10 @@ class MemoryClient:
         self._reader.start()
         self._channel.send({"type": "hello", "name": name})
 
+    def hang_up(self) -> None:
+        """Ends the connection; whoever waits for something gets an error. Any thread may do it."""
+        self._channel.hang_up()
+
     def close(self) -> None:
         """Ends the connection and unmaps the arenas, which nobody may touch any more.
 
@@ -182,6 +186,13 @@ class MemoryClient:
         assert self.weights is not None
         assert self.kv is not None
         return self.plan, self.weights, self.kv
+
+    def wait_weights(self) -> tuple[Plan, Mapping]:
+        """Waits until the weights' arena is mapped here; see `wait_arenas`."""
+        self._wait(lambda: self._mapped or self._away, "the load plan")
+        assert self.plan is not None
+        assert self.weights is not None
+        return self.plan, self.weights
 
     def wait_stage(self, stage: int) -> None:
         """Waits until a stage's weights are in."""
@@ -256,6 +267,28 @@ class MemoryClient:
         answer = self._ask({"type": "claim", "request": request, "attempt": attempt})
         blocks: list[int] | None = answer["blocks"]
         return blocks
+
+    def bring(
+        self, request: str, attempt: int, count: int, written: int, keys: Sequence[str] = ()
+    ) -> Blocks | None:
+        """Has the KV of a request brought here from where another device's workers wrote it.
+
+        Args:
+            request: Whose. Its blocks over there are let go.
+            attempt: This worker's.
+            count: How many blocks it is to have here.
+            written: How many of them, from the first, hold KV; see `BlockLedger.claim`.
+            keys: Of its first blocks: those that are published here need not be brought.
+
+        Returns:
+            Its blocks here, or None where it cannot have them at the moment (see `assign`), or
+            its KV is lost.
+        """
+        self._refused, self._refused_at = True, time.monotonic()
+        body = {"type": "bring", "request": request, "attempt": attempt, "count": count}
+        answer = self._ask({**body, "written": written, "keys": list(keys)})
+        self._refused = answer["blocks"] is None and not answer["lost"]
+        return None if answer["blocks"] is None else Blocks(answer["blocks"], answer["reused"])
 
     def drop(self, request: str) -> None:
         """Lets a request's blocks go: this worker touches them no more.
@@ -396,16 +429,23 @@ class MemoryClient:
         ]
         return bool(message.body["last"])
 
+    def _attach_collected(self, mapping: Mapping) -> list[tuple[int, int]]:
+        """Maps the segments that have come; returns the offset and length of each."""
+        segments, self._segments = self._segments, []
+        try:
+            mapping.attach(segments)
+        finally:
+            for segment in segments:
+                os.close(segment.fd)
+        return [(segment.offset, segment.length) for segment in segments]
+
     def _lay_out(self, message: Message) -> None:
         if not self._collect(message):
             return
         plan = Plan.from_wire(message.body["plan"])
         weights = self._device.mapping(plan.arena_bytes)
-        weights.attach(self._segments)
+        self._attach_collected(weights)
         weights.populate(0, plan.arena_bytes)
-        for segment in self._segments:
-            os.close(segment.fd)
-        self._segments.clear()
         self._relaid = (plan, weights)
 
     def take_relaid(self) -> tuple[Plan, Mapping] | None:
@@ -455,11 +495,7 @@ class MemoryClient:
         assert self.weights is not None
         # Mapping over a mapping is one step for every other thread: a forward pass that runs
         # meanwhile reads the same bytes from either.
-        self.weights.attach(self._segments)
-        ranges = [(segment.offset, segment.length) for segment in self._segments]
-        for segment in self._segments:
-            os.close(segment.fd)
-        self._segments.clear()
+        ranges = self._attach_collected(self.weights)
         self._mapped = True
         if self._mode == "mapped":
             # What is in the page cache is there before the service has looked at all of it. Files

@@ -25,4 +25,6 @@ class Connection:
         """Whether it has said hello: a worker, which maps the arenas."""
         self.remapping = False
         """Whether it has been told to map the weights anew, and has not said yet that it did."""
+        self.busy = 0
+        """What is written for it elsewhere than by itself: its blocks stay its own meanwhile."""
         self.waits_for_blocks = False

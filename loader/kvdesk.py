@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.arena import Segment
@@ -30,6 +30,9 @@ __all__ = ["KvDesk"]
 
 _STEP = 256 << 20
 """Bytes by which the arena grows at once, where it does."""
+Bring = Callable[[str, int, Sequence[int], int, Arena, Callable[[bool], None]], None]
+"""See `LoadBeside.bring`."""
+
 _DRAIN_S = 2.0
 """How long it may take to write what is not written yet, before memory is given back."""
 
@@ -63,6 +66,8 @@ class KvDesk:
         self._ledger: BlockLedger | None = None
         self._arena: Arena | None = None
         self._offer: dict[str, Any] = {}
+        self._offered = False
+        """Whether the workers have been told of the arena."""
         self._full: DeviceFull | None = None
         """Why the arena could not grow when it last should have."""
         self._discarding = False
@@ -151,6 +156,7 @@ class KvDesk:
         self._ledger.backed = self._grow(1)  # the first request need not wait for it
         if store is not None:
             self._open_store(store, arena, block_bytes)
+        self._offered = True
         for connection in self._workers():
             self.greet(connection)
         self._tell_available()
@@ -176,7 +182,7 @@ class KvDesk:
                 self._full = error
                 continue
             self._full = None
-            for connection in self._workers():
+            for connection in self._workers() if self._offered else []:
                 self._send_grown(connection, segment)
             break
         return min(int(self._offer["blocks"]), arena.grown // int(size))
@@ -220,7 +226,7 @@ class KvDesk:
 
     def greet(self, worker: Connection) -> None:
         """Gives the arena to a worker, if it stands already."""
-        if self._arena is not None:
+        if self._arena is not None and self._offered:
             segments = self._arena.segments
             # The first of them with it, so that who has the arena has some memory, if there is any.
             body = {"type": "kv", **self._offer, "segments": [s.to_wire() for s in segments[:1]]}
@@ -281,8 +287,8 @@ class KvDesk:
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
-        if self._ledger is None:
-            return
+        if self._ledger is None or connection.busy:
+            return  # what is written to its blocks is waited for
         if self._preparer is not None:
             self._preparer.worker_gone(connection.key)
         self._ledger.worker_gone(connection.key, time.monotonic())
@@ -377,6 +383,56 @@ class KvDesk:
     def on_claim(self, connection: Connection, request: str, attempt: int) -> None:
         blocks = self._books.claim(connection.key, request, attempt)
         self._send(connection, {"type": "claimed", "blocks": blocks})
+
+    def bring(
+        self,
+        connection: Connection,
+        bring: Bring,
+        request: str,
+        attempt: int,
+        count: int,
+        written: int,
+        keys: list[str],
+    ) -> None:
+        """Gives a request blocks, and answers once its KV has been brought into them.
+
+        Args:
+            connection: The worker, which waits.
+            bring: See `LoadBeside.bring`.
+            request: Whose.
+            attempt: The worker's.
+            count: How many blocks.
+            written: How many of them are to hold KV.
+            keys: See `on_assign`.
+        """
+        self._discarding, self._asked = False, True
+        self._check_keys(connection, keys)
+        got = self._assign(connection.key, request, attempt, count, keys)
+        connection.waits_for_blocks = got is None
+        if got is None or self._arena is None:
+            body = {"type": "brought", "blocks": None, "reused": 0, "lost": False}
+            self._send(connection, body)
+            return
+        if self._store is not None:
+            self._store.forgotten(got.forgotten)
+        connection.busy += 1
+
+        def done(there: bool) -> None:
+            self._post(lambda: self._brought(connection, request, got, there))
+
+        bring(request, attempt, got.blocks[:written], got.reused, self._arena, done)
+
+    def _brought(self, connection: Connection, request: str, got: Blocks, there: bool) -> None:
+        connection.busy -= 1
+        if connection.gone:
+            self.gone(connection)
+            return
+        if not there:
+            self._books.finish(connection.key, request)
+        blocks = got.blocks if there else None
+        body = {"type": "brought", "blocks": blocks, "reused": got.reused, "lost": not there}
+        self._send(connection, body)
+        self._tell_available()
 
     def on_drop(self, connection: Connection, request: str) -> None:
         self._books.drop(connection.key, request, time.monotonic())

@@ -25,6 +25,8 @@ class LoadOptions:
         serve_peers: `HOST:PORT` where the arena is served to peers, or None.
         peer_token: What they must send.
         device: Where the weights go, as `devices.open_device` takes it.
+        beside: The socket of another device's memory service, to take weights and KV from; None
+            loads them.
     """
 
     model: str
@@ -39,6 +41,7 @@ class LoadOptions:
     serve_peers: str | None = None
     peer_token: str | None = None
     device: str = "cpu"
+    beside: str | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

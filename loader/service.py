@@ -5,8 +5,9 @@ blocks. Its one owner, at the other end of the inherited socket, says what to lo
 owner ends, so does the service, and removes the run directory behind both.
 
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
-`hello`, `assign`, `publish`, `claim`, `drop`, `finish`, `renew`, `remapped` (from workers); of
-weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see `parking`.
+`hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped` (from
+workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see
+`parking`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
 `kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
 `claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`.
@@ -46,6 +47,7 @@ __all__ = ["MemoryService", "SOCKET_NAME", "main"]
 SOCKET_NAME = "memory.sock"
 _TICK_S = 1.0
 _SEND_TIMEOUT_S = 10
+_OPENING_S = 0.2
 
 
 class MemoryService:
@@ -116,10 +118,12 @@ class MemoryService:
     def close(self) -> None:
         self._kv.close()
         self._park.close()
-        # A load that is still being opened is left to the end of the process.
-        if self._load is not None and not self._opening.is_alive():
-            self._load.close()
-            self._device.close()
+        if self._load is not None:
+            self._opening.join(_OPENING_S)
+            # One that is still being opened is left to the end of the process.
+            if not self._opening.is_alive():
+                self._load.close()
+                self._device.close()
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():
@@ -219,7 +223,12 @@ class MemoryService:
             return
         # What it takes to bring it up goes on beside opening the checkpoint and the first reads.
         self._device.start(lambda: self._post(self._device_up))
-        self._load = Load(
+        kind = Load
+        if wanted.beside is not None:
+            from coldframe.loader.beside import LoadBeside
+
+            kind = LoadBeside
+        self._load = kind(
             wanted,
             self._device,
             self._recorder,
@@ -504,6 +513,13 @@ class MemoryService:
         if client is not self._owner:
             raise ReplicaError("only the owner gives memory back", where=client.key)
         self._kv.discard()
+
+    def _on_bring(self, client: Connection, **wanted: Any) -> None:
+        from coldframe.loader.beside import LoadBeside
+
+        if not isinstance(self._load, LoadBeside):
+            raise ReplicaError("there is no other device to bring KV from", where=client.key)
+        self._kv.bring(client, self._load.bring, **wanted)
 
     def _on_kv(self, client: Connection, **sizes: Any) -> None:
         if client is not self._owner:

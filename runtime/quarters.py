@@ -169,6 +169,11 @@ class Quarters:
         if self._room is not None:
             self._room.shrink(self._tenant, self._kept)
 
+    @property
+    def weights_may_leave(self) -> bool:
+        """Whether a replica that is parked may give the room of its weights to others."""
+        return self._room is not None and self._options.device != CPU
+
     def weights_left(self) -> None:
         """Its weights are where they take nothing of the device."""
         if self._room is not None:

@@ -293,6 +293,10 @@ class Replica:
         self.to_memory({"type": "discard"})
         self.resting.park()
 
+    def keep(self) -> None:
+        """Gets ready to be parked at once, where that takes long for the first time."""
+        self.resting.keep()
+
     def wake(self) -> None:
         """Has the weights come back, before somebody asks."""
         self.resting.wake()

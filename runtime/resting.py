@@ -31,24 +31,35 @@ class Resting:
     ) -> None:
         self.left = False
         """Whether they have left, so that others may have the device's memory."""
+        self.leaving = False
+        """Whether they were told to, and nothing was heard of it since."""
         self.told: dict[str, Any] = {}
         """What was said last of the way there or back: `seconds`, `note`, and `why` it failed."""
         self._to_memory = to_memory
         self._fail = fail
         self._clock = clock
         self._parked = False
+        self._kept = False
         self._again_at: float | None = None
         self._since = 0.0
 
+    def keep(self) -> None:
+        """Has them kept beside the device, once, so that they can leave it at once."""
+        if not self._kept:
+            self._kept = True
+            self._to_memory({"type": "keep"})
+
     def park(self) -> None:
         """Has them leave."""
-        self._parked, self._again_at = True, None
+        self._parked = self.leaving = True
+        self._again_at = None
         self._to_memory({"type": "park"})
 
     def wake(self) -> None:
         """Has them come back, where they were told to leave."""
         if self._parked:
-            self._parked, self._since = False, self._clock()
+            self._parked = self.leaving = False
+            self._since = self._clock()
             self._to_memory({"type": "wake"})
 
     @property
@@ -67,6 +78,7 @@ class Resting:
         error = None if body["error"] is None else ColdframeError.from_wire(body["error"])
         if kind == "woken" and self._parked:
             return  # it has been told otherwise since
+        self.leaving = False
         self.left = kind == "parked" and error is None and body.get("left", False)
         self.told = {"seconds": body.get("seconds"), "note": body.get("note")}
         self.told["why"] = None if error is None else str(error)

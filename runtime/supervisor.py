@@ -53,6 +53,8 @@ State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
+_CALM_S = 2.0
+"""How long nobody must have asked before it gets ready to rest."""
 _PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
 """What may pass by itself: a network that is down, too few descriptors, processes or a GPU that
 die."""
@@ -131,6 +133,8 @@ class Supervisor:
         self._ordered = False
         """Whether somebody has said so: nobody who asks before changes that, and it stays there
         until somebody asks."""
+        self._gives_way = False
+        """Whether it rests for another one's sake."""
         self._first = FirstToken()
         self._image = NextImage(log)
         self._last_error: ColdframeError | None = None
@@ -209,7 +213,7 @@ class Supervisor:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
         self._rest, self._ordered, self._called = None, False, True
         if self.state == "draining":
-            self.state = "warm"
+            self.state, self._gives_way = "warm", False
         self._rouse()
 
     @property
@@ -263,6 +267,8 @@ class Supervisor:
         """Has the replica take note of what has happened; to be called after each poll."""
         if self.replica is not None:
             self.replica.step()
+            if self.state == "parked" and self.replica.resting.left:
+                self._quarters.weights_left()  # before others find that it has left, and too little
 
     def step(self) -> None:
         """What there is to do after something has happened; to be called after `tick`."""
@@ -295,8 +301,6 @@ class Supervisor:
             self._asks.pass_on(replica)
         if self.state == "starting":
             self._get_warm(replica)
-        if self.state == "parked" and replica.resting.left:
-            self._quarters.weights_left()
         if self.state == "warm" or self._image.making:
             self._image.step(replica, self._awake() - self._idle_since)
         self._get_rest()
@@ -421,6 +425,7 @@ class Supervisor:
 
     def _become_warm(self) -> None:
         self.state = "warm" if self._rest is None else "draining"
+        self._gives_way = False
         self._was_warm, self._called = True, False
         self._relapses.warm()
         self._warm_since, self._idle_since = time.monotonic(), self._awake()
@@ -431,8 +436,11 @@ class Supervisor:
 
     @property
     def leaving(self) -> bool:
-        """Whether it is to be at zero soon."""
-        return self.state == "draining" and self._rest == "zero"
+        """Whether what it has of the device is to come free soon."""
+        if self.state == "draining":
+            return self._rest == "zero" or self._gives_way
+        resting = self.replica is not None and self.replica.resting.leaving
+        return self.state == "parked" and self._gives_way and resting
 
     @property
     def can_go(self) -> bool:
@@ -448,12 +456,21 @@ class Supervisor:
         return self.idle or time.monotonic() - self._warm_since >= self._start_s
 
     def make_room(self) -> None:
-        """Goes to zero, once those that are with the workers have their answers."""
+        """Goes to zero, once those that are with the workers have their answers.
+
+        Where it may be parked, and its weights then take nothing that others could have, to there.
+        """
+        if self.leaving:
+            return
         if self.state == "warm":
-            self.state, self._rest = "draining", "zero"
+            self._gives_way = self._may_park and self._quarters.weights_may_leave
+            self.state, self._rest = "draining", "parked" if self._gives_way else "zero"
         self._ordered = False
-        idle = self.replica is not None and self.replica.idle and not self._asks
-        if self.state == "parked" or idle:
+        replica = self.replica
+        idle = replica is not None and replica.idle and not self._asks
+        if self.state == "draining" and self._gives_way and replica is not None and idle:
+            self._park(replica)
+        elif self.state == "parked" or idle:
             self._end()
 
     def _get_rest(self) -> None:
@@ -465,10 +482,17 @@ class Supervisor:
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
             self._rest = "zero" if park_s == 0 else "parked"
             self.state, self._ordered = "draining", False
+        elif self.state == "warm" and self._may_park and self._idle_for(_CALM_S):
+            assert replica is not None
+            replica.keep()
         if self.state == "draining" and replica is not None and replica.idle:
             self._park(replica) if self._rest == "parked" else self._end()
         elif self.state == "parked" and not self._ordered and self._idle_for(park_s):
             self._end()
+
+    @property
+    def _may_park(self) -> bool:
+        return self._policy.park_s != 0
 
     def _idle_for(self, seconds: float | None) -> bool:
         return seconds is not None and self._awake() - self._idle_since >= seconds
@@ -488,7 +512,7 @@ class Supervisor:
     def _leave(self) -> None:
         """Ends the replica."""
         self._image.leave()
-        self._first = FirstToken()
+        self._first, self._gives_way = FirstToken(), False
         replica, self.replica = self.replica, None
         if replica is not None:
             self.start_log.close()

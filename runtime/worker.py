@@ -136,7 +136,7 @@ class Worker:
         # What either role imports, now: another user may not be let in where it is.
         import coldframe.runtime.answer
         import coldframe.runtime.decode_worker
-        import coldframe.runtime.prefill_worker  # noqa: F401
+        import coldframe.runtime.prefill_worker
         from coldframe.runtime.engine import device
         from coldframe.runtime.engine.kv import KVCache
         from coldframe.runtime.engine.model import Model
@@ -167,6 +167,10 @@ class Worker:
         cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
+        if self.device != "cpu":  # what a GPU needs when it is warmed up, and when it fails
+            import coldframe.runtime.engine.device_errors
+            import coldframe.runtime.engine.varlen
+            import coldframe.runtime.warmup  # noqa: F401
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -185,7 +189,7 @@ class Worker:
 
         On a CPU there is nothing to do that a first step would not do as fast.
         """
-        if self.model.device.type == "cpu" or self.client.away:
+        if self.device == "cpu" or self.client.away:
             return
         from coldframe.runtime.warmup import ready_device
 

@@ -83,13 +83,17 @@ def work(
 
 def _typed(error: Exception, role: str) -> ColdframeError:
     """What ended a worker: its GPU, or else itself."""
-    if "torch" in sys.modules:
+    broke = ReplicaError("a worker broke", where=role, got=repr(error))
+    if "torch" not in sys.modules:
+        return broke
+    try:
         from coldframe.runtime.engine.device_errors import as_device_error
-
-        of_the_device = as_device_error(error, role)
-        if of_the_device is not None:
-            return of_the_device
-    return ReplicaError("a worker broke", where=role, got=repr(error))
+    except (
+        ImportError,
+        OSError,
+    ):  # this user may not be let in where it is; no GPU, or it were here
+        return broke
+    return as_device_error(error, role) or broke
 
 
 def _loop(role: str) -> Callable[[Worker], None]:

@@ -10,6 +10,7 @@ them is replaced: whoever wanted them is told.
 
 from __future__ import annotations
 
+import math
 import os
 import selectors
 import signal
@@ -22,6 +23,7 @@ from coldframe.loader.errors import (
     ColdframeError,
     DeviceError,
     DeviceFull,
+    DeviceLost,
     MemoryServiceGone,
     NoDevice,
     ReplicaError,
@@ -103,6 +105,8 @@ class Workforce:
         self._recorder = recorder
         self._owner = owner
         self._crashes: deque[float] = deque()
+        self._device_lost_at = -math.inf
+        """When a worker has lost its device last, in seconds."""
         self._model: ModelFacts | None = None
         self._closed = False
         self._on_trial: dict[str, Callable[[ColdframeError], None]] = {}
@@ -321,11 +325,15 @@ class Workforce:
         """Whether what broke a worker need not break the next."""
         if isinstance(error, ReplicaError) or worker.restoring:
             return True
-        if not isinstance(error, DeviceError) or not self._owner.answered:
+        if not isinstance(error, DeviceError) or isinstance(error, NoDevice):
             return False
-        # A GPU that is full may have room for those who are up, and one that a process has lost
-        # may be there for the next; where it has come up to be told so, it is not.
-        return isinstance(error, DeviceFull) or (worker.up and not isinstance(error, NoDevice))
+        if isinstance(error, DeviceLost):
+            # What one process has lost may be there for the next: but not for one that was not even
+            # let to it, nor where another has just lost it.
+            before, self._device_lost_at = self._device_lost_at, time.monotonic()
+            return worker.up and self._device_lost_at - before > _CRASH_WINDOW_S
+        # A GPU that is full may have room for those who are up.
+        return self._owner.answered and (worker.up or isinstance(error, DeviceFull))
 
     def _on_message(self, worker: WorkerProcess) -> None:
         messages, ended = worker.channel.receive_ready()

@@ -14,10 +14,14 @@ from coldframe.loader.memory import Memory
 from coldframe.loader.plan import Layout
 from coldframe.loader.sources.base import Source
 
-__all__ = ["Arena", "Arrived", "Device", "DeviceReport", "Landing", "Mapping"]
+__all__ = ["Arena", "Arrived", "Device", "DeviceReport", "Landing", "Mapping", "Stretches"]
 
 Arrived = Callable[[ColdframeError | None], None]
 """Told once of each chunk: nothing where it is in, or the error for which it will not be."""
+
+
+Stretches = Sequence[tuple[int, int, int]]
+"""Where to, where from and how many bytes; the places are offsets in arenas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +73,18 @@ class Arena(Memory, Protocol):
             ArenaError: It has its full size already.
             DeviceFull: The device has not that much left.
             DeviceError: The driver refuses. In each case the arena is as it was.
+        """
+        ...
+
+    def take(self, source: Mapping, stretches: Stretches) -> None:
+        """Copies bytes out of another arena, of a device of the same kind; waits until they are in.
+
+        Args:
+            source: Where the other arena is attached, on this one's device.
+            stretches: What goes where.
+
+        Raises:
+            DeviceError: They could not be copied.
         """
         ...
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from coldframe.loader.arena import Segment, round_up
+from coldframe.loader.devices.base import Mapping, Stretches
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Stream
 from coldframe.loader.devices.vmm import DeviceReservation, quietly
@@ -167,6 +168,13 @@ class DeviceArena:
     def write(self, offset: int, data: memoryview) -> None:
         with self._at(offset, len(data)) as address, self._stream() as stream:
             self.context.driver.copy_in(address, _address(data), len(data), stream)
+
+    def take(self, source: Mapping, stretches: Stretches) -> None:
+        driver = self.context.driver
+        end = max((to + length for to, _, length in stretches), default=0)
+        with self._at(0, end) as address, self._stream() as stream:
+            for to, start, length in stretches:
+                driver.copy_across(address + to, source.address + start, length, stream)
 
     @contextmanager
     def _at(self, offset: int, length: int) -> Iterator[int]:

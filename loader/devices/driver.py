@@ -358,6 +358,11 @@ class Driver:
         what = "bytes cannot be copied from the GPU"
         self._call(what, "cuMemcpyDtoHAsync", host, address, nbytes, stream, where=hex(address))
 
+    def copy_across(self, address: int, source: int, nbytes: int, stream: Stream) -> None:
+        """Has bytes copied that are on a device already, of this or another that it can reach."""
+        what = "bytes cannot be copied from GPU to GPU"
+        self._call(what, "cuMemcpyDtoDAsync", address, source, nbytes, stream, where=hex(address))
+
     def fill_zeros(self, address: int, nbytes: int, stream: Stream) -> None:
         """Has memory of the device filled with zeros."""
         what = "memory of the GPU cannot be zeroed"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import mmap
 import os
 
 from coldframe.loader.arena import PAGE, Reservation, Segment, round_up
+from coldframe.loader.devices.base import Mapping, Stretches
 from coldframe.loader.devices.hugepages import allocate_huge
 from coldframe.loader.errors import ArenaError, DeviceError
 from coldframe.loader.memory import copy
@@ -113,6 +115,10 @@ class HostArena:
 
     def write(self, offset: int, data: memoryview) -> None:
         copy(self.view(offset, len(data)), data)
+
+    def take(self, source: Mapping, stretches: Stretches) -> None:
+        for to, start, length in stretches:
+            ctypes.memmove(self.address + to, source.address + start, length)
 
     def fault_in(self, offset: int, length: int) -> None:
         """See `Reservation.fault_in`."""

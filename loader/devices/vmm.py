@@ -117,7 +117,7 @@ class DeviceReservation:
                 f"a segment cannot be mapped: {error.what}",
                 where=where,
                 got=error.got,
-                hint="Both sides must be of one version, and on the same GPU.",
+                hint="Both sides must be of one version, on GPUs that reach each other's memory.",
             ) from error
 
     def map(self, offset: int, length: int, memory: Memory, *, writable: bool) -> None:

@@ -112,30 +112,8 @@ class Batch:
         Raises:
             RequestError: A chunk is empty or has not enough blocks.
         """
-        positions: list[int] = []
-        slots: list[int] = []
-        offsets = [0]
-        fresh: list[int] = []
-        for chunk in chunks:
-            end = chunk.start + len(chunk.token_ids)
-            room = len(chunk.blocks) * block_tokens
-            if end == chunk.start or end > room:
-                raise RequestError(
-                    "a request's tokens do not fit its KV blocks",
-                    expected=f"1 to {room - chunk.start} tokens after the first {chunk.start}",
-                    got=len(chunk.token_ids),
-                )
-            positions.extend(range(chunk.start, end))
-            slots.extend(
-                chunk.blocks[p // block_tokens] * block_tokens + p % block_tokens
-                for p in range(chunk.start, end)
-            )
-            offsets.append(offsets[-1] + len(chunk.token_ids))
-            first_of_last_block = end // block_tokens * block_tokens
-            if chunk.start <= first_of_last_block < end:
-                fresh.append(chunk.blocks[end // block_tokens])
-        lengths = [len(chunk.token_ids) for chunk in chunks]
-        singles = tuple(s for s, length in enumerate(lengths) if length == 1)
+        positions, slots, offsets, fresh = _places(chunks, block_tokens)
+        singles = tuple(s for s, chunk in enumerate(chunks) if len(chunk.token_ids) == 1)
         tables, skipped = _looked_at(chunks, singles, windows, block_tokens)
         on_device = iter(
             upload(
@@ -214,6 +192,39 @@ class Batch:
             mask = None if whole else _visible(queries[:, None], keys, window)[:, None, None]
             self._reaches[key] = Reach(table, length, mask)
         return self._reaches[key]
+
+
+def _places(
+    chunks: Sequence[Chunk], block_tokens: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Each token's position and slot, where each sequence begins, and the blocks that are fresh.
+
+    Raises:
+        RequestError: See `Batch.build`.
+    """
+    positions: list[int] = []
+    slots: list[int] = []
+    offsets = [0]
+    fresh: list[int] = []
+    for chunk in chunks:
+        end = chunk.start + len(chunk.token_ids)
+        room = len(chunk.blocks) * block_tokens
+        if end == chunk.start or end > room:
+            raise RequestError(
+                "a request's tokens do not fit its KV blocks",
+                expected=f"1 to {room - chunk.start} tokens after the first {chunk.start}",
+                got=len(chunk.token_ids),
+            )
+        positions.extend(range(chunk.start, end))
+        slots.extend(
+            chunk.blocks[p // block_tokens] * block_tokens + p % block_tokens
+            for p in range(chunk.start, end)
+        )
+        offsets.append(offsets[-1] + len(chunk.token_ids))
+        first_of_last_block = end // block_tokens * block_tokens
+        if chunk.start <= first_of_last_block < end:
+            fresh.append(chunk.blocks[end // block_tokens])
+    return positions, slots, offsets, fresh
 
 
 def _looked_at(

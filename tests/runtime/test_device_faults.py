@@ -24,6 +24,7 @@ from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
+from tests.runtime.emulated import emulate
 from tests.runtime.gpus import break_memory, break_workers
 from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
 from tests.runtime.snapshots import Commands
@@ -206,7 +207,7 @@ def test_requests_go_on_behind_a_loss(
     options = ReplicaOptions(str(model), run_dir=str(no_leaks))
     with Replica(options) as replica:
         wait_for(replica, lambda: replica.known)
-        client = ask(replica, prompt, 200)
+        client = ask(replica, prompt, 300)
         wait_for(replica, lambda: len(client.events) > 5)
         # From here on it is one that has been on a GPU all the time.
         break_it(monkeypatch, "DeviceLost", "CUDA_ERROR_LAUNCH_FAILED")
@@ -214,6 +215,45 @@ def test_requests_go_on_behind_a_loss(
         replica.fail(DeviceLost("in the middle of it"))
         assert not client.done
         finish(replica, client)
-        assert client.tokens == expected(model, tuple(prompt), 200)
+        assert client.tokens == expected(model, tuple(prompt), 300)
         assert replica.options.device == "cpu"
         assert replica.faults.counts == {"lost": 3, "fallback": 1}
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("fall_back", [True, False])
+def test_a_gpu_that_is_lost_in_mid_load(
+    fall_back: bool,
+    demo_model: Callable[..., Path],
+    no_leaks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each memory service finds an emulated GPU, which goes with the third copy to it."""
+    emulate(monkeypatch, memory={"lose_at_copy": 3})
+    model, prompt = demo_model("llama"), prompt_of(30)
+    with Replica(on_gpu(model, no_leaks, fall_back=fall_back)) as replica:
+        wait_for(replica, lambda: replica.known)
+        client = ask(replica, prompt, 8)
+        finish(replica, client)
+        assert replica.faults.counts == {"lost": 3, **({"fallback": 1} if fall_back else {})}
+        if fall_back:
+            assert client.tokens == expected(model, tuple(prompt), 8)
+            assert replica.facts["device"] == "cpu"
+        else:
+            assert isinstance(client.error, DeviceLost)
+            assert "CUDA_ERROR_ILLEGAL_ADDRESS" in str(client.error.got)
+
+
+@pytest.mark.heavy
+def test_a_gpu_without_room_for_the_weights(
+    demo_model: Callable[..., Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    emulate(monkeypatch, memory={"memory": 2 << 20})
+    model, prompt = demo_model("llama"), prompt_of(30)
+    with Replica(on_gpu(model, no_leaks, fall_back=True)) as replica:
+        wait_for(replica, lambda: replica.known)
+        client = ask(replica, prompt, 8)
+        finish(replica, client)
+        assert client.tokens == expected(model, tuple(prompt), 8)
+        assert "not enough memory for the weights" in replica.facts["device_why"]
+        assert not replica.faults.absent  # there may be room for the next start

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.varlen import WAYS, Varlen
 from coldframe.runtime.warmup import dummy_weights, ready_device
 from tests.runtime.engine.test_varlen import kernel
+from tests.snapshot.frozen import ROOT
 
 BLOCKS = 4
 
@@ -32,20 +35,16 @@ def model_of(spec: ModelSpec, weights: dict[str, torch.Tensor]) -> Model:
     return Model(spec, weights, KVCache(memory, spec, torch.float32, BLOCKS))
 
 
-@pytest.mark.parametrize("value", [0.0, 1.0, float("nan")])
-def test_whatever_is_in_the_weights_yet(spec: ModelSpec, value: float) -> None:
+def test_whatever_is_in_the_weights_yet(spec: ModelSpec) -> None:
     weights = dummy_weights(spec)
     for tensor in weights.values():
-        tensor.fill_(value)
+        tensor.fill_(float("nan"))
     model = model_of(spec, weights)
     asked: list[int] = []
     ready_device(model, weights, lambda: bool(asked.append(1)))
     assert len(asked) > 6
     assert bool((model.kv.pages.view(torch.uint8) == 7).all())  # the requests' KV is not touched
-    assert all(
-        torch.equal(tensor, torch.full_like(tensor, value)) or value != value
-        for tensor in weights.values()
-    )
+    assert all(bool(tensor.isnan().all()) for tensor in weights.values())
 
 
 def test_it_ends_when_there_is_something_better_to_do(spec: ModelSpec) -> None:
@@ -75,3 +74,25 @@ def test_the_model_attends_in_the_way_that_was_found(
     ready_device(model, weights, lambda: False)
     assert model.varlen is found
     assert used == [found]
+
+
+@pytest.mark.heavy
+def test_a_worker_on_a_cpu_imports_nothing_of_it() -> None:
+    """Neither what is a GPU's, nor torch's compiler, which some of that would bring along."""
+    code = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+from coldframe.runtime.lean_torch import import_torch
+import_torch()
+from coldframe.runtime import answer, decode_worker, prefill_worker, worker
+from coldframe.runtime.engine import model
+ours = ("warmup", "engine.varlen", "engine.device_errors")
+names = ("torch._dynamo", *(f"coldframe.runtime.{{name}}" for name in ours))
+print([name for name in names if name in sys.modules])
+import coldframe.runtime.warmup, coldframe.runtime.engine.varlen
+print("torch._dynamo" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines() == ["[]", "False"]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
@@ -19,10 +22,11 @@ from coldframe.loader.errors import (
     NoDevice,
     ReplicaError,
 )
+from coldframe.runtime.launch import WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.worker_process import _typed
-from coldframe.runtime.workforce import _is_its_own
+from coldframe.runtime.workforce import Workforce
 from tests.runtime.helpers import ask, expected, finish, prompt_of
 
 # Read by every interpreter that starts: the first worker of a role to come so far has a model whose
@@ -76,19 +80,30 @@ def test_what_ends_a_worker_has_a_type(error: Exception, kind: type[ColdframeErr
 
 
 @pytest.mark.parametrize(
-    ("kind", "its_own"),
+    ("kind", "up", "answered", "its_own"),
     [
-        (DeviceLost, True),
-        (DeviceFull, True),
-        (DeviceError, True),
-        (NoDevice, False),  # nor will the next one have it
-        (ReplicaError, True),
-        (MemoryServiceGone, True),
-        (ArenaError, False),
+        (DeviceLost, True, True, True),
+        (DeviceError, True, True, True),
+        (DeviceLost, False, True, False),  # its successor was not even let to the device
+        (DeviceFull, False, True, True),  # there is room for those who are up
+        (DeviceFull, False, False, False),
+        (DeviceError, True, False, False),  # it may be of no use at all
+        (DeviceLost, True, False, True),
+        (NoDevice, True, True, False),  # nor will the next one have it
+        (ReplicaError, False, False, True),
+        (MemoryServiceGone, True, True, True),
+        (ArenaError, True, True, False),
     ],
 )
-def test_who_is_replaced(kind: type[ColdframeError], its_own: bool) -> None:
-    assert _is_its_own(kind("it broke")) == its_own
+def test_who_is_replaced(
+    kind: type[ColdframeError], up: bool, answered: bool, its_own: bool
+) -> None:
+    owner = SimpleNamespace(answered=answered)
+    workforce = cast(Workforce, SimpleNamespace(_owner=owner, _device_lost_at=-math.inf))
+    worker = cast(WorkerProcess, SimpleNamespace(up=up, restoring=False))
+    assert Workforce._is_its_own(workforce, kind("it broke"), worker) == its_own
+    if kind is DeviceLost:  # two of them are no chance
+        assert not Workforce._is_its_own(workforce, kind("it broke"), worker)
 
 
 @pytest.mark.heavy

@@ -191,6 +191,7 @@ def test_on_a_gpu_its_memory_counts(
     demo_model: Make, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with_gpu(monkeypatch)
+    monkeypatch.setattr("coldframe.runtime.plan_command._worker_start_s", lambda: 1.0)
     model = demo_model("llama")
     document = plan(capsys, model, "--device", "cuda", "--rate", "10MB/s")
     assert (document["device"], document["gpu"], document["layout"]) == (

@@ -50,6 +50,27 @@ def test_there_and_back(front: Front) -> None:
     assert resting.wait_s is None
 
 
+def test_they_are_leaving_until_something_is_heard_of_it(front: Front) -> None:
+    resting = front.resting
+    for error in (None, DeviceFull("there is no host memory to park the weights in")):
+        resting.park()
+        assert resting.leaving
+        front.hear("woken")  # of before
+        assert resting.leaving
+        front.hear("parked", error)
+        assert not resting.leaving
+        resting.wake()
+    resting.park()
+    resting.wake()
+    assert not resting.leaving
+
+
+def test_they_are_kept_once(front: Front) -> None:
+    front.resting.keep()
+    front.resting.keep()
+    assert front.sent == ["keep"]
+
+
 def test_on_the_cpu_nothing_leaves(front: Front) -> None:
     front.resting.park()
     front.hear("parked", left=False)

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.serving import everything, greedy, ids_of, request, served, status
+from coldframe.runtime import early, launch
+from tests.runtime.emulated import emulate
+from tests.runtime.serving import Server, everything, greedy, ids_of, request, served, status
 from tests.runtime.snapshots import eventually
 
 pytestmark = pytest.mark.heavy
@@ -56,3 +58,56 @@ def test_where_nobody_has_named_one_the_cpu_answers(model: Path) -> None:
         assert found["coldframe_device_seconds_total{cpu,used}"] > 0
         assert found["coldframe_device_seconds_total{cuda:0,idle}"] >= 0
         assert server.log.count("fell back to the CPU") == 1
+
+
+def emulated(memory: int) -> dict[str, object]:
+    """Constants of a front whose children find an emulated GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        emulate(patch, memory={"memory": memory}, worker={"memory": memory})
+        entries = {
+            "coldframe.runtime.early._MAIN": early._MAIN,
+            "coldframe.runtime.launch._WORKER": launch._WORKER,
+        }
+    return dict(entries)
+
+
+def states(server: Server) -> dict[str, str]:
+    models = server.get("/startup").json()["models"]
+    return {name: told["state"] for name, told in models.items()}
+
+
+def test_models_share_a_gpu_whose_size_shows_with_the_first(model: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    two.symlink_to(model)
+    # Contexts are reckoned with 512 MiB for each worker: there is room for one model at a time.
+    asked = (two, "--model-name", "one,two", "--device", "cuda:0")
+    with served(model, *asked, front=emulated(2 << 30)) as server:
+        answer = greedy(model, ids_of(model, "Once"), 6)
+        for name in ("one", "two", "one"):
+            assert server.complete(model=name, max_tokens=6, ignore_eos=True) == answer
+            other = {"one": "two", "two": "one"}[name]
+            eventually(lambda: states(server) == {name: "ready", other: "zero"})  # noqa: B023
+            startup = server.get(f"/startup?model={name}").json()
+            assert (startup["device"], startup["device_why"]) == ("cuda:0", None)
+        found = server.metrics()
+        assert found["coldframe_device_seconds_total{cuda:0,used}"] > 0
+        assert not any("cpu" in name for name in found)
+
+
+def test_models_that_fit_a_gpu_together_stay_there(model: Path, tmp_path: Path) -> None:
+    two = tmp_path / "two"
+    two.symlink_to(model)
+    asked = (two, "--model-name", "one,two", "--device", "cuda:0", "--kv-memory", "64MiB")
+    with served(model, *asked, front=emulated(8 << 30)) as server:
+        answer = greedy(model, ids_of(model, "Once"), 6)
+        for name in ("one", "two", "one"):
+            assert server.complete(model=name, max_tokens=6, ignore_eos=True) == answer
+        eventually(lambda: states(server) == {"one": "ready", "two": "ready"})
+
+
+def test_more_than_the_gpu_has_cannot_be_shared(model: Path) -> None:
+    asked = ("--device", "cuda:0", "--device-memory", "16GiB", "--kv-memory", "64MiB")
+    with served(model, *asked, front=emulated(8 << 30)) as server:
+        server.ends_with = (1,)
+        assert server.process.wait(60) == 1
+        assert "coldframe: DeviceError: the models are to share more memory than" in server.log

@@ -72,7 +72,7 @@ def test_tensors_are_what_safetensors_reads(
     data = bytearray(plan.arena_bytes)
     for p in plan.placements.values():
         raw = expected[p.name].contiguous().view(torch.uint8).flatten()
-        data[p.arena_offset : p.arena_offset + p.nbytes] = bytes(raw.tolist())
+        data[p.arena_offset : p.arena_offset + p.nbytes] = raw.numpy().tobytes()
     reservation = mapped(plan.arena_bytes, writable=False, data=bytes(data))
     found = tensors_of(plan, reservation)
     assert set(found) == set(expected)
@@ -164,6 +164,7 @@ def test_a_gpu_that_torch_cannot_use(memory: Reservation) -> None:
         tensor_over(memory.address, 100, (2, 3))
 
 
+@pytest.mark.heavy
 def test_a_process_ends_while_there_are_tensors() -> None:
     """In the interpreter's last moments, too, and while its memory is unmapped already."""
     code = f"""

@@ -88,6 +88,9 @@ class Emulator:
         library: Whether there is a driver.
         missing: Calls that the driver is too old for.
         delay: Seconds that each copy waits for its turn.
+        can_share: Whether memory can be given to other processes.
+        can_protect: Whether memory can be mapped for reading only.
+        can_reach: Whether the devices can reach each other's memory.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class Emulator:
         delay: float = 0.0,
         can_share: bool = True,
         can_protect: bool = True,
+        can_reach: bool = True,
     ) -> None:
         self.memory = memory
         self.devices = devices
@@ -108,6 +112,7 @@ class Emulator:
         self.delay = delay
         self.can_share = can_share
         self.can_protect = can_protect
+        self.can_reach = can_reach
         self.calls: dict[str, int] = defaultdict(int)
         self.copied = 0
         self.most_locked = 0
@@ -449,6 +454,10 @@ class Emulator:
                 flags.CU_MEM_ACCESS_FLAGS_PROT_READWRITE: _WRITE,
             }[access.flags]
             for address in self._whole(int(ptr), size):
+                # A GPU's own memory, or that of a peer.
+                own = self._mapped[address].allocation.device == access.location.id
+                if not (own or self.can_reach):
+                    raise Refused("CUDA_ERROR_INVALID_DEVICE")
                 _libc.mprotect(address, self._mapped[address].size, protection)
                 self._mapped[address].protection = protection
 
@@ -613,6 +622,22 @@ class Emulator:
             self._stream(hStream).put(land)
 
         return self._do("cuMemcpyDtoHAsync", call, in_context=True)
+
+    def cuMemcpyDtoDAsync(self, dstDevice, srcDevice, ByteCount, hStream):
+        def call() -> None:
+            to, at = int(dstDevice), int(srcDevice)
+            _require(ByteCount > 0)
+            self._check_reach(to, ByteCount)
+            self._check_reach(at, ByteCount)
+
+            def land() -> None:
+                self._check_reach(at, ByteCount, _READ)
+                self._check_reach(to, ByteCount)
+                ctypes.memmove(to, at, ByteCount)
+
+            self._stream(hStream).put(land)
+
+        return self._do("cuMemcpyDtoDAsync", call, in_context=True)
 
     def cuMemsetD8Async(self, dstDevice, uc, N, hStream):
         def call() -> None:

@@ -17,6 +17,7 @@ import pytest
 from coldframe.loader import service as service_module
 from coldframe.loader.arena import WEIGHTS_BASE
 from coldframe.loader.client import MemoryClient
+from coldframe.loader.devices import Device, open_device
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.errors import ColdframeError, DeviceFull, DeviceLost
@@ -42,8 +43,8 @@ def until(done: Callable[[], bool]) -> None:
 class Worker:
     """A client, that does what a worker's main thread does, when the test wants it."""
 
-    def __init__(self, emulator: Emulator, path: str, name: str) -> None:
-        self.device = CudaDevice(0, emulator)
+    def __init__(self, emulator: Emulator, path: str, name: str, ordinal: int = 0) -> None:
+        self.device = CudaDevice(ordinal, emulator)
         self.client = MemoryClient(Channel.connect(path), name, device=self.device)
 
     def tensors(self) -> dict[str, bytes]:
@@ -66,20 +67,26 @@ class Worker:
 class Served:
     """The service in a thread, with this test as its owner."""
 
-    def __init__(self, emulator: Emulator, base: Path, model: Path) -> None:
+    def __init__(
+        self, emulator: Emulator, base: Path, model: Path, ordinal: int = 0, **load: Any
+    ) -> None:
         self.emulator = emulator
         self.model = model
+        self.ordinal = ordinal
         self.run_dir, self.lock = make_run_dir(str(base))
         self.owner, theirs = Channel.pair()
         self.service = MemoryService(theirs, self.run_dir, Recorder("memory"))
         self.workers: list[Worker] = []
-        # Peers are served wherever a GPU's weights are at the moment.
-        load = {"model": str(model), "device": "cuda:0", "serve_peers": "127.0.0.1:0"}
+        load = {"model": str(model), "device": f"cuda:{ordinal}", **load}
         self.owner.send({"type": "load", **load})
         self.owner.send({"type": "kv", "blocks": 4, "block_bytes": 1000, "lease_s": 30.0})
         self.thread = threading.Thread(target=self._run, name="cuda-service", daemon=True)
         self.thread.start()
         self.expect("listening")
+
+    @property
+    def path(self) -> str:
+        return f"{self.run_dir}/{SOCKET_NAME}"
 
     def _run(self) -> None:
         try:
@@ -102,7 +109,7 @@ class Served:
         return None if error is None else ColdframeError.from_wire(error)
 
     def worker(self) -> Worker:
-        made = Worker(self.emulator, f"{self.run_dir}/{SOCKET_NAME}", f"w{len(self.workers)}")
+        made = Worker(self.emulator, self.path, f"w{len(self.workers)}", self.ordinal)
         self.workers.append(made)
         return made
 
@@ -116,6 +123,17 @@ class Served:
         remove_run_dir(self.run_dir)
 
 
+def in_threads(patch: pytest.MonkeyPatch, emulator: Emulator) -> None:
+    """Has services that are made from now on run in threads, on an emulated GPU."""
+
+    def device(name: str) -> Device:
+        kind, _, ordinal = name.partition(":")
+        return open_device(name) if kind == "cpu" else CudaDevice(int(ordinal), emulator)
+
+    patch.setattr(service_module, "open_device", device)
+    patch.setattr(service_module.signal, "signal", lambda *_: None)  # no main thread's
+
+
 @pytest.fixture
 def served(
     emulator: Emulator,
@@ -123,9 +141,10 @@ def served(
     tmp_path_factory: pytest.TempPathFactory,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Served]:
-    monkeypatch.setattr(service_module, "open_device", lambda name: CudaDevice(0, emulator))
-    monkeypatch.setattr(service_module.signal, "signal", lambda *_: None)  # no main thread's
-    made = Served(emulator, tmp_path_factory.mktemp("r"), layered(tmp_path / "m"))
+    in_threads(monkeypatch, emulator)
+    # Peers are served wherever a GPU's weights are at the moment.
+    sharing = {"serve_peers": "127.0.0.1:0"}
+    made = Served(emulator, tmp_path_factory.mktemp("r"), layered(tmp_path / "m"), **sharing)
     yield made
     made.close()
 

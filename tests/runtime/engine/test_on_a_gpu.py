@@ -141,7 +141,7 @@ def values(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "fetch", lambda *them: list(map(real_zeros, fetch(*them))))
 
 
-def sequence(number: int, length: int, answer: int = 4) -> Sequence:
+def sequence(number: int, length: int, answer: int = 2) -> Sequence:
     params = SamplingParams(max_tokens=answer, ignore_eos=True)
     made = Sequence(f"r{number}", 0, (7,) * length, (), params, Silent(), ())
     made.blocks = list(range(number * 6, number * 6 + 6))
@@ -190,13 +190,13 @@ def test_a_step_of_decode_goes_up_and_down_once(spec: ModelSpec) -> None:
             made = sequence(number, length)
             made.kv_tokens = length - 1
             decoder.admit(made)
-        decoder.admit(behind := sequence(4, 45, answer=9))
+        decoder.admit(behind := sequence(4, 45, answer=3))
         steps = 0
         while len(decoder):
             decoder.step()
             steps += 1
             assert (traffic.up, traffic.down, traffic.waits) == (steps, steps, [])
-        assert len(behind.generated_ids) == 9
+        assert len(behind.generated_ids) == 3
 
 
 @pytest.mark.usefixtures("values")

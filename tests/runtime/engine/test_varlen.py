@@ -207,7 +207,6 @@ def test_ours_has_the_parameters_of_torchs() -> None:
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
-    "no grouping": ("qwen2", {"num_key_value_heads": 4}),
     "named layers slide": (
         "qwen3",
         {

@@ -83,6 +83,7 @@ class Replica:
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._clock = AwakeClock()
+        self._warn = warn
         self.faults = DeviceFaults(warn)
         """What has befallen its device."""
         self._router = Router(self, self._clock)
@@ -102,7 +103,7 @@ class Replica:
         """How far the load is."""
         self.usage: dict[str, int] = {}
         """What the memory service said last of what is in use; see `ask_usage`."""
-        self.resting = Resting(self.to_memory, self.fail, self._clock)
+        self.resting = Resting(self.to_memory, self.fail, self._clock, self._warn)
         """Whether its weights are on the device."""
         self.loaded = False
         self._loaded_ns: int | None = None

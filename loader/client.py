@@ -392,7 +392,7 @@ class MemoryClient:
                 mapping = self._reserve(body["size"], KV_BASE)
                 try:
                     self._attach(mapping, message.fds, body["segments"])
-                except ColdframeError:
+                except BaseException:
                     mapping.close()
                     raise
                 self.kv = KvArena(mapping, body["block_bytes"], body["blocks"])
@@ -448,7 +448,11 @@ class MemoryClient:
             return
         plan = Plan.from_wire(message.body["plan"])
         weights = self._device.mapping(plan.arena_bytes)
-        self._attach_collected(weights)
+        try:
+            self._attach_collected(weights)
+        except BaseException:
+            weights.close()
+            raise
         weights.populate(0, plan.arena_bytes)
         self._relaid = (plan, weights)
 

@@ -390,7 +390,11 @@ class MemoryClient:
                 self._lay_out(message)
             case "kv":
                 mapping = self._reserve(body["size"], KV_BASE)
-                self._attach(mapping, message.fds, body["segments"])
+                try:
+                    self._attach(mapping, message.fds, body["segments"])
+                except BaseException:
+                    mapping.close()
+                    raise
                 self.kv = KvArena(mapping, body["block_bytes"], body["blocks"])
             case "kv_grown":
                 assert self.kv is not None
@@ -444,7 +448,11 @@ class MemoryClient:
             return
         plan = Plan.from_wire(message.body["plan"])
         weights = self._device.mapping(plan.arena_bytes)
-        self._attach_collected(weights)
+        try:
+            self._attach_collected(weights)
+        except BaseException:
+            weights.close()
+            raise
         weights.populate(0, plan.arena_bytes)
         self._relaid = (plan, weights)
 

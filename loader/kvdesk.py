@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +71,8 @@ class KvDesk:
         """Whether the workers have been told of the arena."""
         self._full: DeviceFull | None = None
         """Why the arena could not grow when it last should have."""
+        self._lingering: deque[tuple[float, str]] = deque()
+        """Workers that are gone while work of theirs may still be under way, and until when."""
         self._discarding = False
         self._leaving = False
         """Whether the store is saving what is about to be discarded."""
@@ -287,18 +290,31 @@ class KvDesk:
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
-        if self._ledger is None or connection.busy:
-            return  # what is written to its blocks is waited for
-        if self._preparer is not None:
-            self._preparer.worker_gone(connection.key)
-        self._ledger.worker_gone(connection.key, time.monotonic())
+        if self._ledger is None:
+            return
         self._ledger.gateway_gone(connection.key)
+        if connection.busy:
+            return  # what is written to its blocks is waited for
+        lingers_s = 0.0 if self._arena is None else self._arena.lingers_s
+        if lingers_s and connection.attached:
+            self._lingering.append((time.monotonic() + lingers_s, connection.key))
+        else:
+            self._worker_gone(connection.key)
         if self._preparer is not None:
             self._preparer.tidy()
         self._tell_available()
 
+    def _worker_gone(self, worker: str) -> None:
+        assert self._ledger is not None
+        if self._preparer is not None:
+            self._preparer.worker_gone(worker)
+        self._ledger.worker_gone(worker, time.monotonic())
+
     def tick(self) -> None:
-        """Ends the leases that have run out."""
+        """Ends the leases that have run out, and what has lingered."""
+        while self._lingering and self._lingering[0][0] <= time.monotonic():
+            self._worker_gone(self._lingering.popleft()[1])
+            self._tell_available()
         if self._preparer is not None:
             self._preparer.tidy()
         if self._ledger is not None and self._ledger.expire(time.monotonic()):

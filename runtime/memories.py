@@ -95,6 +95,7 @@ class Memories:
         clock: Monotonic seconds.
         facts: Gets what they say of the load; see `Replica.facts`.
         owner: The replica.
+        warn: Told why weights cannot leave a device.
 
     Attributes:
         board: How far the load from outside is; the other devices are a stage behind at most.
@@ -109,6 +110,7 @@ class Memories:
         clock: Callable[[], float],
         facts: dict[str, Any],
         owner: Owner,
+        warn: Callable[[str], None],
     ) -> None:
         self.board: BoardView | None = None
         self.usage: dict[str, int] = {}
@@ -116,6 +118,7 @@ class Memories:
         self._clock = clock
         self._facts = facts
         self._owner = owner
+        self._warn = warn
         self._closed = False
         self._path: str | None = None
         self._tensors: list[list[Any]] | None = None
@@ -126,7 +129,9 @@ class Memories:
         self.resting = RestingTogether([link.resting for link in self._links])
 
     def _add(self, memory: Memory) -> None:
-        resting = Resting(lambda message: self._send(link, message), self._owner.fail, self._clock)
+        resting = Resting(
+            lambda message: self._send(link, message), self._owner.fail, self._clock, self._warn
+        )
         link = _Link(memory, resting, self._clock())
         memory.channel.set_send_timeout(_SEND_TIMEOUT_S)
         self._links.append(link)

@@ -74,6 +74,7 @@ class Replica:
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._clock = AwakeClock()
+        self._warn = warn
         self.faults = DeviceFaults(warn)
         """What has befallen its device."""
         self._router = Router(self, self._clock)
@@ -97,7 +98,9 @@ class Replica:
         self._settled = False
         self._model: ModelFacts | None = None
         self._launch = launch or Launch(self.options, self.recorder)
-        self._memories = Memories(self._launch, self.loop, self._clock, self.facts, self)
+        self._memories = Memories(
+            self._launch, self.loop, self._clock, self.facts, self, self._warn
+        )
         selector = self.loop.selector
         self._workforce = Workforce(self._launch, selector, self._router, self.recorder, self)
         try:

@@ -21,6 +21,7 @@ class Resting:
         to_memory: Sends a message to the memory service.
         fail: Told why they will not come back.
         clock: Seconds, monotonic.
+        warn: Told why they cannot leave.
     """
 
     def __init__(
@@ -28,6 +29,7 @@ class Resting:
         to_memory: Callable[[dict[str, Any]], None],
         fail: Callable[[ColdframeError], None],
         clock: Callable[[], float],
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.left = False
         """Whether they have left, so that others may have the device's memory."""
@@ -38,6 +40,7 @@ class Resting:
         self._to_memory = to_memory
         self._fail = fail
         self._clock = clock
+        self._warn = warn
         self._parked = False
         self._kept = False
         self._again_at: float | None = None
@@ -82,7 +85,10 @@ class Resting:
         self.left = kind == "parked" and error is None and body.get("left", False)
         self.told = {"seconds": body.get("seconds"), "note": body.get("note")}
         self.told["why"] = None if error is None else str(error)
-        if kind == "parked" or error is None:
+        if error is None:
+            return
+        if kind == "parked":
+            self._warn(f"the weights stay on the device: {error}")
             return
         self.left = True
         if not isinstance(error, DeviceFull) or self._clock() - self._since > _PATIENCE_S:

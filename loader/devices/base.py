@@ -44,9 +44,11 @@ class Arena(Memory, Protocol):
 
     Attributes:
         segments: What they map. The descriptors are the arena's.
+        lingers_s: For how long work of a process that is gone may still write to it, in seconds.
     """
 
     segments: list[Segment]
+    lingers_s: float
 
     @property
     def address(self) -> int:

@@ -42,6 +42,9 @@ class DeviceArena:
         DeviceError: There are no addresses left.
     """
 
+    lingers_s = 0.5
+    """A process's sockets may end before the driver has stopped what it had queued."""
+
     def __init__(
         self,
         context: Context,

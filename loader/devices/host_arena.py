@@ -37,6 +37,8 @@ class HostArena:
         ArenaError: There is no room for it among the addresses of this process.
     """
 
+    lingers_s = 0.0
+
     def __init__(
         self, device: str, purpose: str, size: int, base: int | None = None, *, now: bool
     ) -> None:

@@ -19,8 +19,12 @@ class Front:
         self.time = 100.0
         self.sent: list[str] = []
         self.failed: list[ColdframeError] = []
+        self.warned: list[str] = []
         self.resting = Resting(
-            lambda message: self.sent.append(message["type"]), self.failed.append, lambda: self.time
+            lambda message: self.sent.append(message["type"]),
+            self.failed.append,
+            lambda: self.time,
+            self.warned.append,
         )
 
     def hear(self, kind: str, error: ColdframeError | None = None, **more: Any) -> None:
@@ -82,6 +86,7 @@ def test_weights_that_cannot_leave_stay(front: Front) -> None:
     front.hear("parked", DeviceFull("there is no host memory to park the weights in"))
     assert not front.resting.left
     assert "no host memory" in front.resting.told["why"]
+    assert "stay on the device: there is no host memory" in front.warned[0]
     assert front.failed == []
 
 

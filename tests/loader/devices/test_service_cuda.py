@@ -266,3 +266,25 @@ def test_who_lets_go_unasked_is_shown_out(served: Served, emulator: Emulator) ->
     served.order("park")
     other.let_go()
     assert served.hear("parked") is None
+
+
+def test_blocks_of_a_worker_that_died_are_nobodys_for_a_while(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its sockets end before the driver has stopped what it had queued on the GPU."""
+    monkeypatch.setattr(DeviceArena, "lingers_s", 3600.0)
+    first, second = served.worker(), served.worker()
+    first.client.wait_arenas()
+    second.client.wait_arenas()
+    for request in ("r", "s"):
+        served.owner.send({"type": "open", "request": request})
+    until(lambda: first.client.assign("r", 0, 4) is not None)
+    served.workers.remove(first)
+    first.close()
+    served.owner.send({"type": "release", "request": "r"})
+    assert second.client.assign("s", 0, 1) is None
+    desk = served.service._kv
+    until(lambda: bool(desk._lingering))
+    _, worker = desk._lingering[0]
+    served.service._post(lambda: desk._lingering.__setitem__(0, (0.0, worker)))
+    until(lambda: second.client.assign("s", 0, 1) is not None)

@@ -143,14 +143,11 @@ class Launch:
             self._cores = dict(zip(("prefill", "decode"), halves, strict=True))
         self.memories: list[Memory] = []
         """The first of them loads."""
-        self._add_memory(options.devices[0], memory or MemoryProcess(options.run_dir))
-        self.run_dir = self.memories[0].run_dir
         try:
             # The bytes first: nothing that clones need makes them come sooner.
-            if not options.hold_load:
-                self._load_into(self.memories[0])
-            for device in options.devices[1:]:
-                self._add_memory(device, MemoryProcess(options.run_dir))
+            for device in options.devices:
+                self._add_memory(device, memory or MemoryProcess(options.run_dir))
+                memory = None
                 if not options.hold_load:
                     self._load_into(self.memories[-1])
             self.tiers = self.open_tiers(options.snapshot, restorer)
@@ -173,6 +170,11 @@ class Launch:
             memory.end()
         for memory in self.memories:
             memory.close(deadline)
+
+    @property
+    def run_dir(self) -> str:
+        """The replica's private directory."""
+        return self.memories[0].run_dir
 
     def start_load(self) -> None:
         """Tells the memory services what to load."""

@@ -148,8 +148,9 @@ class Memories:
     def close(self) -> None:
         """Likewise, and lets go of what they have shared."""
         self.forget()
-        if self.board is not None:
-            self.board.close()
+        board, self.board = self.board, None
+        if board is not None:
+            board.close()
 
     # -- what is known of them -------------------------------------------------------------------
 

@@ -28,7 +28,8 @@ class LoadState:
             JSON values.
         open: Whether requests are welcome, even where they have to wait for a start.
         failures: How many replicas have died, one soon after the other.
-        device: Where it computes: `cpu` or `cuda:N`; None where nothing is held.
+        device: Where it computes: `cpu`, `cuda:N`, or two of them (`cuda:0, cuda:1`); None where
+            nothing is held.
         device_why: Why there, where nobody has named it.
     """
 

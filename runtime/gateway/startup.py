@@ -8,7 +8,7 @@
       "rate": bytes a second, or null,
       "eta_s": seconds until the weights are in, or null,
       "tier": "image" | "template" | "fresh" | null,
-      "device": "cpu" | "cuda:N", where it computes, or null at zero,
+      "device": "cpu" | "cuda:N" | "cuda:N, cuda:M", where it computes, or null at zero,
       "device_why": why there, where nobody has named it, or null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,

@@ -47,6 +47,7 @@ CLIENT = """
 import hashlib, json, os, sys
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.wire import Channel
+from tests.support import no_threads_left
 client = MemoryClient(Channel.connect(sys.argv[1]), "child")
 plan, weights, kv = client.wait_arenas()
 for stage in plan.stages:
@@ -130,18 +131,17 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def service(base: Path) -> Iterator[Service]:
     fds = len(os.listdir("/proc/self/fd"))
-    threads = threading.active_count()
-    made = Service(base)
-    try:
-        yield made
-        made.close()
-        assert made.child.wait() == 0
-        assert not os.path.exists(made.run_dir)
-    finally:
-        made.child.kill()
-        remove_run_dir(made.run_dir)
+    with no_threads_left():
+        made = Service(base)
+        try:
+            yield made
+            made.close()
+            assert made.child.wait() == 0
+            assert not os.path.exists(made.run_dir)
+        finally:
+            made.child.kill()
+            remove_run_dir(made.run_dir)
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads
 
 
 def until(done: Callable[[], Any]) -> Any:

@@ -38,6 +38,7 @@ from coldframe.loader.timeline import Span, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
 from tests.loader.checkpoints import tensor, write_model, write_shard
 from tests.loader.weights import arena_tensors, evict, layered, reference, sealed, shard_files
+from tests.support import no_threads_left
 
 SERVICE = (
     "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
@@ -47,7 +48,6 @@ CLIENT = """
 import hashlib, json, os, sys
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.wire import Channel
-from tests.support import no_threads_left
 client = MemoryClient(Channel.connect(sys.argv[1]), "child")
 plan, weights, kv = client.wait_arenas()
 for stage in plan.stages:

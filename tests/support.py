@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import pytest
@@ -22,3 +25,13 @@ def without_settings() -> dict[str, str]:
         for name, value in os.environ.items()
         if "COLDFRAME" not in name or name == "COLDFRAME_DEVICE"
     }
+
+
+@contextmanager
+def no_threads_left() -> Iterator[None]:
+    """Whatever threads are started within have ended behind it, or are about to."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(10)
+        assert not thread.is_alive(), thread.name

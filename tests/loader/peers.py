@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.serving import Offer
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.sources.file import FileSource
+from tests.support import no_threads_left
 
 TOKEN = "correct-horse"
 DEFAULT = ServerLimits()
@@ -90,11 +90,11 @@ def serving(
     loaded: bool = True,
 ) -> Iterator[Serving]:
     """A server for the length of a block, after which no thread or descriptor is left."""
-    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    peer = Serving(root, token=token, limits=limits, loaded=loaded)
-    try:
-        yield peer
-    finally:
-        peer.close()
+    fds = len(os.listdir("/proc/self/fd"))
+    with no_threads_left():
+        peer = Serving(root, token=token, limits=limits, loaded=loaded)
+        try:
+            yield peer
+        finally:
+            peer.close()
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads

@@ -43,7 +43,7 @@ from coldframe.loader.stream import Stream
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.verify import VerifiedSource
 from tests.loader.weights import layered, reference, shard_files
-from tests.support import unavailable
+from tests.support import no_threads_left, unavailable
 
 GB = 1 << 30
 URI = "s3://bucket/model"
@@ -56,10 +56,10 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path) -> Iterator[Cache]:
-    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
-    yield Cache(str(tmp_path / "cache"), GB)
+    fds = len(os.listdir("/proc/self/fd"))
+    with no_threads_left():
+        yield Cache(str(tmp_path / "cache"), GB)
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads
 
 
 def remote(root: Path, version: str = "v1", uri: str = URI) -> Checkpoint:

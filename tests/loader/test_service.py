@@ -38,6 +38,7 @@ from coldframe.loader.timeline import Span, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
 from tests.loader.checkpoints import tensor, write_model, write_shard
 from tests.loader.weights import arena_tensors, evict, layered, reference, sealed, shard_files
+from tests.support import no_threads_left
 
 SERVICE = (
     "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
@@ -130,18 +131,17 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def service(base: Path) -> Iterator[Service]:
     fds = len(os.listdir("/proc/self/fd"))
-    threads = threading.active_count()
-    made = Service(base)
-    try:
-        yield made
-        made.close()
-        assert made.child.wait() == 0
-        assert not os.path.exists(made.run_dir)
-    finally:
-        made.child.kill()
-        remove_run_dir(made.run_dir)
+    with no_threads_left():
+        made = Service(base)
+        try:
+            yield made
+            made.close()
+            assert made.child.wait() == 0
+            assert not os.path.exists(made.run_dir)
+        finally:
+            made.child.kill()
+            remove_run_dir(made.run_dir)
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads
 
 
 def until(done: Callable[[], Any]) -> Any:

@@ -20,6 +20,7 @@ from coldframe.loader.throttle import Throttle
 from coldframe.loader.timeline import Recorder
 from tests.loader.checkpoints import tensor, write_model
 from tests.loader.weights import arena_tensors, layered, reference, shard_files
+from tests.support import no_threads_left
 
 
 class Run:
@@ -83,18 +84,18 @@ class Run:
 
 @pytest.fixture
 def start() -> Iterator[Callable[..., Run]]:
-    fds, threads = len(os.listdir("/proc/self/fd")), threading.active_count()
+    fds = len(os.listdir("/proc/self/fd"))
     runs: list[Run] = []
 
     def make(root: Path, **options: object) -> Run:
         runs.append(Run(root, **options))  # type: ignore[arg-type]
         return runs[-1]
 
-    yield make
-    for run in runs:
-        run.close()
+    with no_threads_left():
+        yield make
+        for run in runs:
+            run.close()
     assert len(os.listdir("/proc/self/fd")) == fds
-    assert threading.active_count() == threads
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

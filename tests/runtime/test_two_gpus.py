@@ -110,12 +110,17 @@ def test_prompts_that_begin_alike_are_kept_on_both(
             finish(replica, client)
             right(model, prompt, client)
             assert client.events[0].cached_tokens == (128 if seed else 0)
+        # All of this one's KV is there already, so that nothing is brought.
+        client = ask(replica, head, 6)
+        finish(replica, client)
+        right(model, head, client)
         nothing_is_held(replica)
         assert computed_again(replica) == []
         assert replica.kv_bytes is not None
         assert replica.usage["kv_total"] % 2 == 0
-        # Four blocks there and four here, of each request but the first.
-        assert replica.usage["kv_reused"] == 2 * 3 * 4
+        # Four blocks there and four here, of each but the first; of the last one's three there,
+        # since its last token is computed in any case.
+        assert replica.usage["kv_reused"] == 2 * 3 * 4 + 3 + 4
 
 
 @pytest.mark.heavy

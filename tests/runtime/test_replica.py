@@ -92,7 +92,15 @@ def kill_and_wait(replica: Replica, role: str) -> None:
     wait_for(replica, lambda: victim not in replica.pids.values())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        pytest.param("mistral", marks=pytest.mark.heavy),
+        pytest.param("qwen2", marks=pytest.mark.heavy),
+        "qwen3",
+    ],
+)
 def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, family: str) -> None:
     model = demo_model(family)
     prompts = [prompt_of(length, seed=length) for length in (1, 7, 64, 300)]

@@ -65,6 +65,7 @@ def ask(client: Any, name: str, count: int = 8, **more: Any) -> Any:
     )
 
 
+@pytest.mark.heavy
 def test_two_that_do_not_fit_together_each_answer(models: dict[str, Path]) -> None:
     want = {name: greedy(model, tuple(PROMPT), 8) for name, model in models.items()}
     with both_served(models, one_only(models)) as server, server.openai() as client:

@@ -46,9 +46,15 @@ def spans(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
     "arguments",
     [
         ("-p", "Once upon a time, a replica slept at zero", "-n", 24),
-        ("-p", "Once upon", "-n", 24, "--temperature", 1.5, "--seed", 7, "--top-p", 0.9),
+        pytest.param(
+            ("-p", "Once upon", "-n", 24, "--temperature", 1.5, "--seed", 7, "--top-p", 0.9),
+            marks=pytest.mark.heavy,
+        ),
         ("--prompt-ids", PROMPT_IDS, "-n", 8, "--logprobs", 2, "--layout", "aligned"),
-        ("--prompt-ids", PROMPT_IDS, "-n", 8, "--threads", 1, "--copy"),
+        pytest.param(
+            ("--prompt-ids", PROMPT_IDS, "-n", 8, "--threads", 1, "--copy"),
+            marks=pytest.mark.heavy,
+        ),
     ],
     ids=["text", "sampled", "aligned", "copied"],
 )

@@ -48,9 +48,9 @@ class Way:
         paged: Keys and values are read where they lie, by a table.
         starts: It is told where each sequence's keys begin, with a table too: some kernels insist
             on that, others refuse it.
-        one_split: The keys of a sequence are not to be split among several that work on them. An
-            answer does not depend on who else is in the batch then. And with a table, splits have
-            gone wrong (pytorch/pytorch#179760, pytorch/pytorch#194167); without, a kernel may have
+        one_split: The keys of a sequence are not to be split among several that work on them. How
+            many do so would depend on who else is in the batch. And with a table, splits have gone
+            wrong (pytorch/pytorch#179760, pytorch/pytorch#194167); without, a kernel may have
             no such parameter.
     """
 

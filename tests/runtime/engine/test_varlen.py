@@ -17,6 +17,7 @@ from torch import Tensor
 
 from coldframe.runtime.engine import varlen
 from coldframe.runtime.engine.attention import attend
+from coldframe.runtime.engine.batch import Batch, Chunk
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.varlen import WAYS, Varlen, Way, find
 from tests.runtime.engine.conftest import small_config
@@ -256,6 +257,18 @@ def test_ours_has_the_parameters_of_torchs() -> None:
     theirs = {argument.name: argument for argument in OPERATOR._schema.arguments}
     for name, parameter in inspect.signature(kernel).parameters.items():
         assert theirs[name].kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def test_a_row_of_the_table_can_be_read_ahead() -> None:
+    """What is there are blocks of the same sequence."""
+    batch = Batch.build(
+        [Chunk([7] * 70, 0, 70, [5, 9, 2]), Chunk([7], 300, 301, range(20, 40))], ragged=True
+    )
+    assert batch.ragged is not None
+    assert batch.ragged.table.tolist() == [
+        [5, 9, 2] + [5] * 13,
+        [*range(20, 30)] + [20] * 6,
+    ]
 
 
 # -- in a model ----------------------------------------------------------------------------------

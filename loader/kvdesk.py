@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 __all__ = ["KvDesk"]
 
+STEP_VARIABLE = "COLDFRAME_KV_STEP"
+"""Names the bytes by which the arena grows at once, where it does."""
 _STEP = 256 << 20
-"""Bytes by which the arena grows at once, where it does."""
 Bring = Callable[[str, int, Sequence[int], int, Arena, Callable[[bool], None]], None]
 """See `LoadBeside.bring`."""
 
@@ -65,6 +67,8 @@ class KvDesk:
         self._waits_for_weights: Callable[[], None] | None = None
         self._weights_lie = False
         self._ledger: BlockLedger | None = None
+        step = os.environ.get(STEP_VARIABLE, "")
+        self._step = int(step) if step.isascii() and step.isdecimal() else _STEP
         self._arena: Arena | None = None
         self._offer: dict[str, Any] = {}
         self._offered = False
@@ -176,7 +180,7 @@ class KvDesk:
         if arena is None:
             return 0
         missing = blocks * size - arena.grown
-        for step in (max(missing, min(_STEP, arena.size - arena.grown)), missing):
+        for step in (max(missing, min(self._step, arena.size - arena.grown)), missing):
             if missing <= 0:
                 break
             try:

@@ -29,7 +29,7 @@ __all__ = ["Memories", "Owner", "USAGE"]
 
 USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done", *StoreUsage.names())
 
-_END_S = 1.0
+_END_S = 3.0
 """For how long a memory service that has left a worker is given to end."""
 _SILENCE_S = 30.0
 """How long a memory service may leave a question unanswered, in seconds: its loop does nothing

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
@@ -28,6 +29,11 @@ __all__ = ["CudaDevice"]
 
 _SPARE = 4
 """Buffers beside one for each reader, that are copied from meanwhile."""
+_AHEAD = 1 << 30
+"""Bytes that are read before the device is up, at most. Host memory that is never filled costs
+nothing, and buffers that were used last are used first."""
+_AHEAD_SHARE = 8
+"""Of the host's memory that is available, such a part at most."""
 
 
 class CudaDevice:
@@ -116,7 +122,9 @@ class CudaDevice:
         chunk: int,
         ready: Callable[[Arena], None],
     ) -> _Landing:
-        ring = Ring(readers + _SPARE, buffer_bytes(chunk))
+        size = buffer_bytes(chunk)
+        ahead = min(_AHEAD, memory_available() // _AHEAD_SHARE) // size
+        ring = Ring(max(readers + _SPARE, ahead), size)
 
         def come_up(landing: _Landing) -> None:
             arena = self.arena("weights", nbytes, base, now=True)

@@ -34,6 +34,9 @@ __all__ = ["Prefiller"]
 
 _CHUNK = 512
 """Tokens of a long prompt that go through the layers together, once all weights are in."""
+_COLD = 8192
+"""Tokens that go through the layers together at most while weights arrive. Longer prompts wait for
+the last of them, and then go in chunks: what they hold between two layers would fill a GPU."""
 _FULL = 128
 """Tokens in a batch that saturates the device, until that is measured (`engine/saturation.py`)."""
 _PATIENCE = 4
@@ -145,10 +148,11 @@ class Prefiller:
         if self._loaded:
             return self._take_turns()
         if self._waiting and self._is_ready(0) and self._room_for_newcomers():
-            sequences, self._waiting = self._waiting, []
-            self._start(sequences, [sequence.chunk() for sequence in sequences])
-            self._join()
-            return []
+            sequences = self._newcomers()
+            if sequences:
+                self._start(sequences, [sequence.chunk() for sequence in sequences])
+                self._join()
+                return []
         for group in self._groups:
             if self._is_ready(group.layer + 1):
                 return self._run(group)
@@ -159,6 +163,19 @@ class Prefiller:
     def _room_for_newcomers(self) -> bool:
         # They run at once where the leader waits; else after it, as one batch of all that came.
         return not self._groups or not self._is_ready(self._groups[0].layer + 1)
+
+    def _newcomers(self) -> list[Sequence]:
+        """Takes as many of those that wait as there is room for, the first to come first."""
+        room = _COLD - sum(group.batch.tokens for group in self._groups)
+        taken: list[Sequence] = []
+        waiting, self._waiting = self._waiting, []
+        for sequence in waiting:
+            if sequence.left <= room:
+                room -= sequence.left
+                taken.append(sequence)
+            else:
+                self._waiting.append(sequence)
+        return taken
 
     def _join(self) -> None:
         """Makes one group of neighbours that are at the same layer."""

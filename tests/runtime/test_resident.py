@@ -184,7 +184,7 @@ def test_two_that_do_not_fit_together_take_turns_without_a_start(
         name: ReplicaOptions(str(path), run_dir=str(no_leaks), device="cuda:0", kv_bytes=KV)
         for name, path in models.items()
     }
-    contexts = context_bytes(told["llama"])
+    contexts = context_bytes(told["llama"], "cuda:0")
     weights = [
         sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in models.values()
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -109,12 +110,17 @@ def test_prompts_that_begin_alike_are_kept_on_both(
             finish(replica, client)
             right(model, prompt, client)
             assert client.events[0].cached_tokens == (128 if seed else 0)
+        # All of this one's KV is there already, so that nothing is brought.
+        client = ask(replica, head, 6)
+        finish(replica, client)
+        right(model, head, client)
         nothing_is_held(replica)
         assert computed_again(replica) == []
         assert replica.kv_bytes is not None
         assert replica.usage["kv_total"] % 2 == 0
-        # Four blocks there and four here, of each request but the first.
-        assert replica.usage["kv_reused"] == 2 * 3 * 4
+        # Four blocks there and four here, of each but the first; of the last one's three there,
+        # since its last token is computed in any case.
+        assert replica.usage["kv_reused"] == 2 * 3 * 4 + 3 + 4
 
 
 @pytest.mark.heavy
@@ -141,6 +147,39 @@ def test_a_worker_dies(model: Path, no_leaks: Path, two_gpus: None, role: str, t
         finish(replica, *clients)
         right(model, prompt, clients[0])
         right(model, prompt[:50], clients[1])
+        nothing_is_held(replica)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("seed", range(3))
+def test_whoever_dies_or_goes_away_no_block_is_lost(
+    model: Path, no_leaks: Path, two_gpus: None, seed: int
+) -> None:
+    chance = random.Random(seed)
+    more = {"kv_bytes": 2 << 20, "lease_s": 2.0, "prefill": Scale(2, 2, FIRST)}
+    with Replica(options(model, no_leaks, **more)) as replica:
+        wait_for(replica, lambda: replica.loaded)
+        prompts = [prompt_of(chance.randrange(1, 200), seed=n) for n in range(30)]
+        clients = [ask(replica, prompt, chance.randrange(1, 40)) for prompt in prompts]
+        gone = set()
+        for _ in range(3):  # one more, and a request may be given up for it
+            tokens = sum(len(client.events) for client in clients) + chance.randrange(1, 60)
+            wait_for(
+                replica,
+                lambda n=tokens: (
+                    sum(len(c.events) for c in clients) >= n  # type: ignore[misc]
+                    or all(c.done for c in clients if c.request not in gone)
+                ),
+            )
+            for client in chance.sample(clients, 2):
+                replica.cancel(client.request)
+                gone.add(client.request)
+            victim = chance.choice([n for n in replica.pids if not n.startswith("memory")])
+            os.kill(replica.pids[victim], signal.SIGKILL)
+        finish(replica, *(c for c in clients if c.request not in gone), seconds=120)
+        for prompt, client in zip(prompts, clients, strict=True):
+            if client.request not in gone or client.done:
+                right(model, prompt, client)
         nothing_is_held(replica)
 
 

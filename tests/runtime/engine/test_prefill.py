@@ -12,6 +12,7 @@ import pytest
 
 from coldframe.loader.errors import SourceChanged
 from coldframe.loader.timeline import Recorder
+from coldframe.runtime.engine import prefill
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Emission, Sequence
@@ -339,3 +340,22 @@ def test_weights_that_will_not_come_are_an_error(
     loading.failure = SourceChanged("the file shrank")
     with pytest.raises(SourceChanged):
         loading.prefiller.advance()
+
+
+def test_what_would_fill_the_device_waits_for_all_weights(
+    pair: MakePair, prompts: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "_COLD", 72)
+    loading = Loading(pair("llama"), ready=2, chunk=64)
+    asked = [loading.admit(prompts[length]) for length in (64, 300, 7)]
+    assert loading.go_on() == []
+    assert loading.spans() == {"prefill[embedding]": 1, "prefill[0]": 1}
+    assert [g.batch.tokens for g in loading.prefiller._groups] == [71]
+    loading.ready = STAGES
+    ended = [tokens(group) for group in loading.go_on()]
+    answers = {request: token for group in ended for request, token in group.items()}
+    assert answers == {
+        sequence.request: loading.pair.reference_greedy(sequence.prompt_ids, 1)[0]
+        for sequence in asked
+    }
+    assert list(ended[-1]) == [asked[1].request]

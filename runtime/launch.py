@@ -333,4 +333,9 @@ class Launch:
             "OMP_WAIT_POLICY": "PASSIVE",
             # No look for device plug-ins among all installed packages.
             "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
+            # Nor kernels that are compiled at their first call, where packages for that are there.
+            "TORCH_DISABLE_NATIVE_JIT": "1",
+            # Torch puts cuDNN first in its order of kernels for attention unless told beforehand;
+            # why that is not wanted says `engine/device.py`.
+            "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }

@@ -86,17 +86,13 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
 def ready_device(
     model: Model, tensors: Mapping[str, torch.Tensor], enough: Callable[[], bool]
 ) -> None:
-    """Finds the kernels that a model's device has, and uses what it will use while there is time.
+    """Uses what a model's device will use, while there is time.
 
     Args:
-        model: The model, for which no batch has been made yet.
+        model: The model.
         tensors: Its weights by their names.
-        enough: Whether there is something better to do; asked after each piece.
+        enough: Whether there is something better to do; asked before each piece.
     """
-    from coldframe.runtime.engine import varlen
-
-    kv = model.kv
-    model.varlen = varlen.find(model.spec, kv.dtype, kv.device, block_tokens=kv.block_tokens)
     for _ in first_uses(model, tensors):
         if enough():
             return
@@ -115,7 +111,7 @@ def first_uses(real: Model, tensors: Mapping[str, torch.Tensor]) -> Iterator[Non
         tensors: Those, by their names.
 
     Yields:
-        After each piece, when it is done: the rest may be left out.
+        Before each piece, when those before are done: the rest may be left out.
     """
     spec = _one_of_each_kind(real.spec)
     model = Model(spec, tensors, _cache(spec, real.device))
@@ -129,10 +125,10 @@ def first_uses(real: Model, tensors: Mapping[str, torch.Tensor]) -> Iterator[Non
         steps.append([Chunk(prompt[half:], half, len(prompt), own) for prompt, half, own in halves])
         steps.append([Chunk((0,), len(prompt), len(prompt), own) for prompt, own in both])
         for chunks in steps:
+            yield
             logits = model.forward(model.batch(chunks))
             asked = SampleInput(SamplingParams(), (0,), (), 1)
             sample(torch.zeros_like(logits), [asked] * len(chunks))
-            yield
 
 
 def _one_of_each_kind(spec: ModelSpec) -> ModelSpec:

@@ -42,10 +42,13 @@ from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
 
 if TYPE_CHECKING:
+    import torch
+
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.saturation import Saturation
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
+    from coldframe.runtime.engine.varlen import Finding
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
 
@@ -111,6 +114,8 @@ class Worker:
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
+        self._shape: ModelSpec | None = None
+        self._attention: Finding | None = None
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -131,13 +136,11 @@ class Worker:
         from coldframe.runtime.lean_torch import import_torch
 
         import_torch()
-        import torch
 
         # What either role imports, now: another user may not be let in where it is.
         import coldframe.runtime.answer
         import coldframe.runtime.decode_worker
-        import coldframe.runtime.prefill_worker
-        from coldframe.runtime.engine import device
+        import coldframe.runtime.prefill_worker  # noqa: F401
         from coldframe.runtime.engine.kv import KVCache
         from coldframe.runtime.engine.model import Model
 
@@ -146,9 +149,8 @@ class Worker:
         self.control.send({"type": "imported"})
         waited = now()
         self._told.wait()
-        if self.device.startswith("cuda") and torch.cuda.is_available():
-            with self.recorder.span("cuda_context"):
-                device.start(torch.device(self.device))
+        if self._shape is not None:
+            self._start_device(self._shape)
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")
         if self._failure is not None:
@@ -167,10 +169,11 @@ class Worker:
         cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
         self.model: Model = Model(self.spec, tensors, cache)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
-        if self.device != "cpu":  # what a GPU needs when it is warmed up, and when it fails
-            import coldframe.runtime.engine.device_errors
-            import coldframe.runtime.engine.varlen
-            import coldframe.runtime.warmup  # noqa: F401
+        if self._shape is not None:
+            if self._shape.dtype != self.spec.dtype:  # the tensors are not what the config says
+                self._find_attention(self.spec, cache.device)
+            assert self._attention is not None
+            self.model.varlen = self._attention.varlen
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -184,24 +187,53 @@ class Worker:
         self._warm_up()
         collect_garbage()
 
+    def _start_device(self, shape: ModelSpec) -> None:
+        """What a GPU is asked for without an arena: its context, and a kernel for attention.
+
+        Args:
+            shape: The model's, by its config.
+        """
+        import torch
+
+        # When it is warmed up, and when it fails, there may be no way to import them.
+        import coldframe.runtime.engine.device_errors
+        import coldframe.runtime.warmup  # noqa: F401
+        from coldframe.runtime.engine import device
+
+        where = torch.device("cpu")  # where the GPU is not one of torch's, its memory is the host's
+        if torch.cuda.is_available():
+            where = torch.device(self.device)
+            with self.recorder.span("cuda_context"):
+                device.start(where)
+        self._find_attention(shape, where)
+
+    def _find_attention(self, spec: ModelSpec, where: torch.device) -> None:
+        from coldframe.runtime.engine import varlen
+
+        with self.recorder.span("attention_trial"):
+            dtype = torch_dtypes()[spec.dtype]
+            self._attention = varlen.find(spec, dtype, where, block_tokens=BLOCK_TOKENS)
+
     def _warm_up(self) -> None:
         """First uses of a GPU, as far as there is time for them before the first weights to use.
 
-        On a CPU there is nothing to do that a first step would not do as fast.
+        On a CPU there is nothing to do that a first step would not do as fast. Where the weights
+        are away, it is left to the first step after they have come back.
         """
-        if self.device == "cpu" or self.client.away:
+        if self._attention is None:
             return
         from coldframe.runtime.warmup import ready_device
 
         assert self.client.weights is not None
         started = now()
-        needed = 0 if self.role == "prefill" else len(self.plan.stages) - 1
-        tensors = tensors_of(self.plan, self.client.weights)
-        ready_device(self.model, tensors, lambda: self.client.is_ready(needed))
-        way = None if self.model.varlen is None else self.model.varlen.way
-        kind = "by sequence" if way is None else "over pages" if way.paged else "over copied blocks"
+        # The GPU is taken in turns. What decode warms up must not stand between the last weights
+        # and the token that prefill draws then.
+        needed = 0 if self.role == "prefill" else len(self.plan.stages) // 2
+        if not self.client.away:
+            tensors = tensors_of(self.plan, self.client.weights)
+            ready_device(self.model, tensors, lambda: self.client.is_ready(needed))
         waits_for = f"stage_ready[{needed}]"
-        self.recorder.add("warmup", started, note=f"attention {kind}", waits_for=waits_for)
+        self.recorder.add("warmup", started, note=str(self._attention), waits_for=waits_for)
         self.report_spans()
 
     def _read(self) -> None:
@@ -241,6 +273,8 @@ class Worker:
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
+        if self.device != "cpu":
+            self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
         client = MemoryClient(
             Channel.from_fd(memory_fd),

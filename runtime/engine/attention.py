@@ -64,19 +64,44 @@ def _sequence(
     """One sequence of several tokens."""
     if batch.sees_itself_alone(sequence, window):
         queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+        if not _takes_groups(q):
+            return _grouped(q, keys, values, causal=True)
         out = scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=True)
         return out[0].transpose(0, 1)
     reach = batch.reach(sequence, window)
     keys, values = kv.gather(layer, reach.table)
     keys, values = keys[:, :, : reach.length], values[:, :, : reach.length]
-    # The heads that share keys stand in for a batch: on a GPU no kernel takes both groups of heads
-    # and a mask, but one that writes all the scores down.
+    return _grouped(q, keys, values, mask=reach.mask)
+
+
+def _takes_groups(q: Tensor) -> bool:
+    """Whether a kernel takes heads that share keys, and a causal mask, without writing all scores.
+
+    On a GPU that is flash attention, which knows no float32.
+    """
+    return not (q.is_cuda and q.dtype == torch.float32)
+
+
+def _grouped(
+    q: Tensor, keys: Tensor, values: Tensor, *, mask: Tensor | None = None, causal: bool = False
+) -> Tensor:
+    """One sequence, where the heads that share keys stand in for a batch.
+
+    On a GPU no kernel takes both groups of heads and a mask, but one that writes all the scores
+    down.
+
+    Args:
+        q: `[T, heads, head_dim]`.
+        keys, values: `[1, kv_heads, n, head_dim]`.
+        mask: True where a query sees a key.
+        causal: Whether each sees those before it, where there is no mask.
+    """
     count, heads, dim = q.shape
     kv_heads = keys.shape[1]
     groups = heads // kv_heads
     grouped = q.view(count, kv_heads, groups, dim).permute(2, 1, 0, 3)
     keys, values = keys.expand(groups, -1, -1, -1), values.expand(groups, -1, -1, -1)
-    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=reach.mask)
+    out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, is_causal=causal)
     return out.permute(2, 1, 0, 3).reshape(count, heads, dim)
 
 

@@ -25,12 +25,16 @@ def start(device: torch.device) -> None:
     to their end, also where a product is cut into several along the inner dimension: answers are
     then as near to those of other batches, and of a CPU, as the dtype lets them be.
 
+    Attention is not cuDNN's, which torch would take first on recent GPUs: that makes a plan anew
+    for every shape, and each token of an answer sees one key more than the one before.
+
     Args:
         device: Which, of those that this process sees; the first one, where that is not said.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     torch.cuda.set_device(device.index or 0)
     # The first product makes the libraries' handles and their workspace.
     ones = torch.ones(16, 16, device=device)

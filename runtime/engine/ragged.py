@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Ragged"]
 
+_AHEAD = 8
+"""Entries of a row that a kernel may read at once, whether it needs them or not."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ragged:
@@ -27,7 +30,8 @@ class Ragged:
     Attributes:
         starts: `[S + 1]`, where each sequence's tokens begin in the batch, and the end.
         lengths: `[S]`, tokens that its last token sees without a window: what is in the KV by then.
-        table: `[S, n]`, the blocks of each; the rest of a row repeats the first one.
+        table: `[S, n]`, the blocks of each; the rest of a row repeats the first one. n is a
+            multiple of 8, so that a kernel which reads a few entries ahead finds blocks there.
         blocks: `[N]`, the blocks of all of them, one sequence behind the other.
         block_starts: `[S + 1]`, where each sequence's begin there, in tokens, and the end.
         longest: Tokens of the longest sequence in this batch.
@@ -49,7 +53,7 @@ class Ragged:
         """All its numbers in a row, for `of`."""
         ends = _ends(chunks)
         tables = _tables(chunks, block_tokens)
-        width = max(map(len, tables))
+        width = _width(tables)
         sizes = [len(table) * block_tokens for table in tables]
         return [
             *accumulate((len(chunk.token_ids) for chunk in chunks), initial=0),
@@ -63,7 +67,7 @@ class Ragged:
     def of(cls, chunks: Sequence[Chunk], block_tokens: int, numbers: Tensor) -> Ragged:
         """From those numbers on a device, `[n]` int64."""
         count, tables = len(chunks), _tables(chunks, block_tokens)
-        width, blocks = max(map(len, tables)), sum(map(len, tables))
+        width, blocks = _width(tables), sum(map(len, tables))
         starts, lengths, table, flat, block_starts = torch.split(
             numbers.int(), [count + 1, count, count * width, blocks, count + 1]
         )
@@ -77,6 +81,10 @@ class Ragged:
             furthest=max(_ends(chunks)),
             alone=all(chunk.start == 0 for chunk in chunks),
         )
+
+
+def _width(tables: Sequence[Sequence[int]]) -> int:
+    return -(-max(map(len, tables)) // _AHEAD) * _AHEAD
 
 
 def _ends(chunks: Sequence[Chunk]) -> list[int]:

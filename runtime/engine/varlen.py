@@ -25,14 +25,16 @@ from coldframe.runtime.engine.device_errors import as_device_error
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.spec import ModelSpec
 
-__all__ = ["WAYS", "Varlen", "Way", "find"]
+__all__ = ["WAYS", "Finding", "Varlen", "Way", "find"]
 
 _OPERATOR = "_flash_attention_forward"
 _NEEDED = {"window_size_left", "window_size_right", "seqused_k"}
 _TOLERANCE = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 """Relative and absolute: two roundings of the result."""
-_MIXED = ((0, 70), (0, 1), (40, 1), (33, 50), (95, 1), (0, 33))
-_ALONE = ((0, 70), (0, 1), (0, 33))
+_Sequences = tuple[tuple[int, int], ...]
+_MIXED: _Sequences = ((0, 70), (0, 1), (40, 1), (33, 50), (95, 1), (0, 33))
+_ALONE: _Sequences = ((0, 70), (0, 1), (0, 33))
+_SINGLES: _Sequences = ((40, 1), (95, 1), (0, 1))
 """Sequences to compare with: how many tokens there are before the batch, and how many in it."""
 _WINDOW = 20
 """To compare under, where the model has windows."""
@@ -46,15 +48,21 @@ class Way:
         paged: Keys and values are read where they lie, by a table.
         starts: It is told where each sequence's keys begin, with a table too: some kernels insist
             on that, others refuse it.
-        one_split: The keys of a sequence are not to be split among several that work on them. An
-            answer does not depend on who else is in the batch then. And with a table, splits have
-            gone wrong (pytorch/pytorch#179760, pytorch/pytorch#194167); without, a kernel may have
+        one_split: The keys of a sequence are not to be split among several that work on them. How
+            many do so would depend on who else is in the batch. And with a table, splits have gone
+            wrong (pytorch/pytorch#179760, pytorch/pytorch#194167); without, a kernel may have
             no such parameter.
     """
 
     paged: bool
     starts: bool
     one_split: bool
+
+    def __str__(self) -> str:
+        parts = ["over pages" if self.paged else "over copied blocks"]
+        parts += ["told their starts"] if self.paged and self.starts else []
+        parts += [] if self.one_split else ["split at will"]
+        return ", ".join(parts)
 
 
 WAYS = (
@@ -109,14 +117,37 @@ class Varlen:
             ragged.longest,
             ragged.furthest,
             0.0,  # no dropout
-            window is None,  # causal; a window ends where a causal mask does
+            window is None,  # causal
             False,  # no mask to look at
             window_size_left=-1 if window is None else window - 1,
-            window_size_right=0,
+            # A window ends where a causal mask does. Without one nothing is said: a kernel that is
+            # told of any bound cannot treat the heads that share keys as positions of one sequence,
+            # as it does where each sequence has one token.
+            window_size_right=-1 if window is None else 0,
             seqused_k=ragged.lengths,
             **options,
         )
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What a trial has found.
+
+    Args:
+        varlen: The kernel and the best way to call it; None where none does.
+        refused: Why each better way is not taken.
+    """
+
+    varlen: Varlen | None
+    refused: tuple[tuple[Way, str], ...] = ()
+
+    def __str__(self) -> str:
+        """For a timeline."""
+        found = "by sequence" if self.varlen is None else str(self.varlen.way)
+        return "; ".join(
+            [f"attention {found}", *(f"not {way}: {why}" for way, why in self.refused)]
+        )
 
 
 def find(
@@ -126,8 +157,8 @@ def find(
     *,
     block_tokens: int = 32,
     operator: Callable[..., Sequence[Tensor]] | None = None,
-) -> Varlen | None:
-    """The way to call the kernel that works here.
+) -> Finding:
+    """Tries in which way to call the kernel here, the best one first.
 
     Args:
         spec: The model's shape.
@@ -136,26 +167,30 @@ def find(
         block_tokens: Tokens in a KV block.
         operator: See `Varlen`; None takes torch's, where it has one.
 
-    Returns:
-        None where there is none that computes what `attend` computes.
-
     Raises:
-        RuntimeError: The device did not survive the trial (see `device_errors`).
+        RuntimeError: The device did not survive the trial (see `device_errors`), or cannot compute
+            what the kernel is held against.
     """
     if operator is None:
         operator = getattr(getattr(torch.ops.aten, _OPERATOR, None), "default", None)
     if operator is None:
-        return None
+        return Finding(None)
     known = _parameters(operator)
+    refused: list[tuple[Way, str]] = []
     trial: _Trial | None = None
     for way in WAYS:
         optional = {"block_table": way.paged, "num_splits": way.one_split}
-        if known >= _NEEDED | {name for name, used in optional.items() if used}:
-            trial = trial or _Trial(spec, dtype, device, block_tokens)
-            varlen = Varlen(operator, way)
-            if trial.agrees(varlen):
-                return varlen
-    return None
+        lacks = (_NEEDED | {name for name, used in optional.items() if used}) - known
+        if lacks:
+            refused.append((way, f"no parameter {', '.join(sorted(lacks))}"))
+            continue
+        trial = trial or _Trial(spec, dtype, device, block_tokens)
+        varlen = Varlen(operator, way)
+        complaint = trial.complaint(varlen)
+        if not complaint:
+            return Finding(varlen, tuple(refused))
+        refused.append((way, complaint))
+    return Finding(None, tuple(refused))
 
 
 def _parameters(operator: Callable[..., object]) -> set[str]:
@@ -167,6 +202,17 @@ def _parameters(operator: Callable[..., object]) -> set[str]:
 
 _GOLDEN = 0.6180339887498949
 """The steps of a sequence that fills an interval evenly."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """A batch with its queries, keys and values, and what is expected under each window."""
+
+    batch: Batch
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    expected: dict[int | None, Tensor]
 
 
 class _Trial:
@@ -185,18 +231,40 @@ class _Trial:
         memory = torch.empty(size, dtype=torch.uint8, device=device)
         self._kv = KVCache(memory, self._spec, dtype, blocks, block_tokens)
         _scatter(self._kv.pages)
+        self._cases: dict[_Sequences, _Case] = {}
 
-    def agrees(self, varlen: Varlen) -> bool:
-        """Whether it computes what `attend` does."""
-        try:
-            return all(self._agrees(varlen, batch) for batch in (_MIXED, _ALONE))
-        except Exception as error:  # whatever a kernel raises that is not there
-            if isinstance(as_device_error(error, "attention"), DeviceLost):
-                raise
-            return False
+    def complaint(self, varlen: Varlen) -> str:
+        """What is wrong with a way; nothing where it computes what `attend` does.
+
+        Raises:
+            RuntimeError: The device is lost, or `attend` itself cannot be computed.
+        """
+        near = _TOLERANCE[self._kv.dtype]
+        for sequences in (_MIXED, _ALONE, _SINGLES):
+            case = self._case(sequences)
+            with torch.inference_mode():
+                self._kv.write(1, case.k, case.v, case.batch.slots)
+            for window, expected in case.expected.items():
+                try:
+                    with torch.inference_mode():
+                        found = varlen(case.q, case.k, case.v, case.batch, self._kv, 1, window)
+                        same = torch.allclose(found, expected, rtol=near, atol=near)
+                except Exception as error:  # whatever a kernel raises that is not there
+                    if isinstance(as_device_error(error, "attention"), DeviceLost):
+                        raise
+                    return str(error).partition("\n")[0] or repr(error)
+                if not same:
+                    return "it computes something else"
+        return ""
+
+    def _case(self, sequences: _Sequences) -> _Case:
+        """A batch, and what `attend` makes of it; computed once, when it is asked for."""
+        if sequences not in self._cases:
+            self._cases[sequences] = self._make(sequences)
+        return self._cases[sequences]
 
     @torch.inference_mode()
-    def _agrees(self, varlen: Varlen, sequences: Sequence[tuple[int, int]]) -> bool:
+    def _make(self, sequences: _Sequences) -> _Case:
         kv, spec = self._kv, self._spec
         chunks = [
             # Blocks from the last one on, with others between.
@@ -217,16 +285,8 @@ class _Trial:
         q, k, v = torch.split(qkv, [spec.heads, spec.kv_heads, spec.kv_heads], 1)
         q = q.contiguous()
         kv.write(1, k, v, batch.slots)
-        near = _TOLERANCE[kv.dtype]
-        return all(
-            torch.allclose(
-                varlen(q, k, v, batch, kv, 1, window),
-                attend(q, k, v, batch, kv, 1, window),
-                rtol=near,
-                atol=near,
-            )
-            for window in self._windows
-        )
+        expected = {window: attend(q, k, v, batch, kv, 1, window) for window in self._windows}
+        return _Case(batch, q, k, v, expected)
 
 
 def _scatter(tensor: Tensor) -> None:

@@ -20,6 +20,10 @@ def options(model: Path, runs: Path, **more: object) -> ReplicaOptions:
     return ReplicaOptions(model=str(model), run_dir=str(runs), device=CUDA, **more)  # type: ignore[arg-type]
 
 
+def role_of(process: str) -> str:
+    return process.partition("-")[0]
+
+
 def size_of(model: Path) -> int:
     return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
@@ -45,6 +49,15 @@ def test_answers_are_those_of_transformers(
             maps = Path(f"/proc/{found}/maps").read_text()
             assert "emulated-vram" in maps
             assert "coldframe-weights" not in maps
+        spans = {(s.name, role_of(s.process)): s for s in replica.spans}
+        stages = sum(name.startswith("stage_ready") for name, _ in spans)
+        assert stages > 2
+        for role, until in (("prefill", 0), ("decode", stages // 2)):
+            # What needs no weights is done before it is up, and the rest gives way to them.
+            assert spans["attention_trial", role].end_ns <= spans["ready", role].start_ns
+            warmup = spans["warmup", role]
+            assert warmup.waits_for == f"stage_ready[{until}]"
+            assert (warmup.note or "").startswith("attention by sequence; not over pages: ")
     for prompt, *clients in zip(prompts, loading, loaded, strict=True):
         for client in clients:
             assert client.error is None

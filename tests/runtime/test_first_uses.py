@@ -7,12 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from coldframe.runtime import warmup
-from coldframe.runtime.engine import varlen
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.spec import ModelSpec
@@ -59,21 +58,29 @@ def test_it_ends_when_there_is_something_better_to_do(spec: ModelSpec) -> None:
     assert len(asked) == 2
 
 
-@pytest.mark.parametrize("way", [None, WAYS[0]])
-def test_the_model_attends_in_the_way_that_was_found(
-    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch, way: varlen.Way | None
+def test_nothing_is_done_where_there_is_something_better_at_once(
+    spec: ModelSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = None if way is None else Varlen(kernel, way)
-    monkeypatch.setattr(varlen, "find", lambda *_, **__: found)
+    def compute(*_: object) -> None:
+        raise AssertionError("a piece was computed")
+
+    monkeypatch.setattr(Model, "forward", compute)
+    weights = dummy_weights(spec)
+    ready_device(model_of(spec, weights), weights, lambda: True)
+
+
+def test_attention_is_the_models(spec: ModelSpec) -> None:
     used: list[object] = []
-    monkeypatch.setattr(
-        warmup, "first_uses", lambda model, _: used.append(model.varlen) or iter([])
-    )
+
+    def noted(*arguments: Any, **options: Any) -> tuple[torch.Tensor, ...]:
+        used.append(arguments)
+        return kernel(*arguments, **options)
+
     weights = dummy_weights(spec)
     model = model_of(spec, weights)
-    ready_device(model, weights, lambda: False)
-    assert model.varlen is found
-    assert used == [found]
+    model.varlen = Varlen(noted, WAYS[0])
+    ready_device(model, weights, lambda: bool(used))
+    assert used
 
 
 @pytest.mark.heavy

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.process import Child
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
@@ -31,3 +32,20 @@ def test_a_worker_that_cannot_be_started_is_the_error(
     monkeypatch.setattr("coldframe.runtime.launch.spawn_python", refuse)
     with pytest.raises(PlatformError, match="no process is left"):
         Replica(ReplicaOptions("m", hold_load=True, run_dir=str(no_leaks)))
+
+
+def test_a_worker_compiles_no_kernels(no_leaks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither torch's own ones, where a compiler is installed, nor cuDNN's plans for attention."""
+    given: list[dict[str, str]] = []
+
+    def start(code: str, arguments: list[str], fd: int, environment: dict[str, str]) -> Child:
+        given.append(environment)
+        raise PlatformError("none is needed here")
+
+    monkeypatch.setattr("coldframe.runtime.launch.spawn_python", start)
+    launch = Launch(ReplicaOptions("m", hold_load=True, run_dir=str(no_leaks)), Recorder("front"))
+    with pytest.raises(PlatformError, match="none is needed"):
+        launch.start_worker("decode")
+    launch.close()
+    names = ("TORCH_DISABLE_NATIVE_JIT", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
+    assert [given[0][name] for name in names] == ["1", "1"]

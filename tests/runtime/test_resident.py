@@ -130,6 +130,7 @@ def test_a_worker_dies_at_rest(
     emulate(monkeypatch, memory={"delay": 0.002})
     with on_gpu(model, no_leaks) as replica:
         answered(replica, model)
+        first = replica.pids
         if moment == "parking":
             wait_for(replica, lambda: replica.idle)
             replica.park()
@@ -142,8 +143,13 @@ def test_a_worker_dies_at_rest(
             kill(replica, role)
         if moment == "parked":
             # Its successor comes up although there are no weights.
+            wait_for(replica, lambda: bool(replica.pids.keys() - first.keys()))
             wait_for(replica, lambda: all_up(replica))
             assert device_bytes(replica) == 0
+            # And has looked for its kernel all the same, for as long as it lives.
+            (successor,) = replica.pids.keys() - first.keys()
+            found = [span.name for span in replica.spans if span.process == successor]
+            assert found.index("attention_trial") < found.index("ready")
         client = client or ask(replica, PROMPT, 8)
         finish(replica, client)
         assert client.error is None

@@ -143,7 +143,9 @@ def precision() -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     flags = [f"allow_{dtype}_reduced_precision_reduction" for dtype in ("bf16", "fp16")]
     kept = {name: getattr(matmul, name) for name in flags}
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
     yield
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
     torch.set_float32_matmul_precision(before)
     for name, value in kept.items():
         setattr(matmul, name, value)
@@ -154,10 +156,12 @@ def test_a_gpu_is_started_with_exact_arithmetic(monkeypatch: pytest.MonkeyPatch)
     chosen: list[int] = []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with fake_gpu() as traffic:
         start(GPU)
         assert traffic.calls > 0
     assert chosen == [0]
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
     assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from coldframe.loader.errors import ArenaError, RequestError
+from coldframe.runtime.engine import attention
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Batch, Chunk, Model
 
@@ -58,6 +59,16 @@ def test_mixed_lengths_are_what_each_would_get_alone(pair, prompts, family, rope
     both = pair(family, **ROPES[rope])
     mixed = [prompts[length] for length in (7, 300, 1, 64)]
     assert both.greedy(mixed, 8) == [both.reference_greedy(ids, 8) for ids in mixed]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_prompts_of_float32_as_a_gpu_attends(pair, prompts, family, monkeypatch) -> None:
+    """Where no kernel takes heads that share keys, they stand in for a batch."""
+    monkeypatch.setattr(attention, "_takes_groups", lambda q: False)
+    both = pair(family)
+    for length in (7, 64, 300):
+        ids = prompts[length]
+        torch.testing.assert_close(both.prefill(ids), both.reference_logits(ids), **EXACT)
 
 
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {

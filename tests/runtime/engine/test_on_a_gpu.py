@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch.nn.functional import scaled_dot_product_attention
 
 from coldframe.runtime import warmup
-from coldframe.runtime.engine import sampling
+from coldframe.runtime.engine import attention, sampling
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.device import fetch
 from coldframe.runtime.engine.kv import KVCache
@@ -112,6 +113,25 @@ def test_in_every_dtype(plain: ModelSpec, dtype: torch.dtype) -> None:
     with on_gpu(plain, dtype) as (model, traffic):
         model.forward(model.batch(chunks(BATCHES["everything"])))
         assert (traffic.up, traffic.down, traffic.waits) == (1, 0, [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_kernel_is_asked_for_that_writes_all_scores_down(
+    plain: ModelSpec, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    """Flash attention takes groups of heads; of float32 it knows nothing."""
+    asked: list[dict[str, Any]] = []
+
+    def noted(*tensors: Tensor, **options: Any) -> Tensor:
+        asked.append(options)
+        return scaled_dot_product_attention(*tensors, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", noted)
+    with on_gpu(plain, dtype) as (model, _):
+        model.forward(model.batch(chunks(BATCHES["a fresh prompt"])))
+    assert {options["is_causal"] for options in asked} == {True}
+    groups = dtype != torch.float32
+    assert {options.get("enable_gqa", False) for options in asked} == {groups}
 
 
 def test_maps_of_the_same_input_are_joined(plain: ModelSpec) -> None:

@@ -15,6 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from coldframe.runtime.engine import varlen
+from coldframe.runtime.engine.attention import attend
+from coldframe.runtime.engine.batch import Batch, Chunk
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.varlen import WAYS, Varlen, Way, find
 from tests.runtime.engine.conftest import small_config
@@ -49,7 +52,9 @@ def kernel(
     assert (dropout_p, return_debug_mask, scale, alibi_slopes) == (0.0, False, None, None)
     assert seqused_k is not None
     assert window_size_left is not None
-    assert (window_size_right, is_causal) == (0, window_size_left < 0)
+    # With no bound at all a kernel may pack the heads that share keys.
+    whole = window_size_left < 0
+    assert (window_size_right, is_causal) == (-1 if whole else 0, whole)
     assert num_splits == 1 or block_table is None
     for numbers in (cum_seq_q, cum_seq_k, seqused_k, block_table):
         assert numbers is None or numbers.dtype == torch.int32
@@ -129,8 +134,9 @@ def spec_of(family: str = "llama", **changes: Any) -> ModelSpec:
 @pytest.mark.parametrize("window", [None, 20, 4000])
 def test_a_kernel_that_takes_pages_is_used(dtype: torch.dtype, window: int | None) -> None:
     found = find(spec_of("mistral", sliding_window=window), dtype, CPU, operator=kernel)
-    assert found is not None
-    assert found.way == WAYS[0]
+    assert found.varlen is not None
+    assert found.varlen.way == WAYS[0]
+    assert str(found) == "attention over pages"
 
 
 @pytest.mark.parametrize(
@@ -158,8 +164,9 @@ def test_a_kernel_that_takes_pages_is_used(dtype: torch.dtype, window: int | Non
 )
 def test_one_that_cannot_do_all_is_asked_for_what_it_can(operator: Kernel, way: Way) -> None:
     found = find(spec_of(), torch.float32, CPU, operator=operator)
-    assert found is not None
-    assert found.way == way
+    assert found.varlen is not None
+    assert found.varlen.way == way
+    assert [refused for refused, _ in found.refused] == list(WAYS[: WAYS.index(way)])
 
 
 @pytest.mark.parametrize(
@@ -185,7 +192,56 @@ def test_one_that_cannot_do_all_is_asked_for_what_it_can(operator: Kernel, way: 
 )
 def test_one_that_computes_something_else_is_not_used(operator: Kernel) -> None:
     spec = spec_of("mistral", sliding_window=33)
-    assert find(spec, torch.float32, CPU, operator=operator) is None
+    found = find(spec, torch.float32, CPU, operator=operator)
+    assert found.varlen is None
+    assert [refused for refused, _ in found.refused] == list(WAYS)
+
+
+def test_decode_is_tried_too() -> None:
+    """A kernel takes another path where each sequence has one token."""
+
+    def wrong(*arguments: Any, **options: Any) -> tuple[Tensor, ...]:
+        out, *rest = kernel(*arguments, **options)
+        return (out + 1 if arguments[5] == 1 else out, *rest)
+
+    wrong.__signature__ = inspect.signature(kernel)  # type: ignore[attr-defined]
+    assert find(spec_of(), torch.float32, CPU, operator=wrong).varlen is None
+
+
+def test_it_is_said_why_a_way_is_not_taken() -> None:
+    found = find(spec_of(), torch.float32, CPU, operator=but(block_table=refuse))
+    assert str(found) == (
+        "attention over copied blocks"
+        "; not over pages: Paged KV cache block size must be divisible by 256"
+        "; not over pages, told their starts: Paged KV cache block size must be divisible by 256"
+    )
+    off = find(spec_of(), torch.float32, CPU, operator=but(value=lambda value: value + 0.01))
+    assert {why for _, why in off.refused} == {"it computes something else"}
+    old = find(spec_of(), torch.float32, CPU, operator=without(kernel, "seqused_k"))
+    assert {why for _, why in old.refused} == {"no parameter seqused_k"}
+
+
+def test_where_the_reference_fails_that_is_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not taken for the kernel's fault."""
+
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("no SDPA here")
+
+    monkeypatch.setattr(varlen, "attend", fail)
+    with pytest.raises(RuntimeError, match="no SDPA here"):
+        find(spec_of(), torch.float32, CPU, operator=kernel)
+
+
+def test_the_reference_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def counted(*arguments: Any) -> Tensor:
+        calls.append(arguments)
+        return attend(*arguments)
+
+    monkeypatch.setattr(varlen, "attend", counted)
+    find(spec_of(), torch.float32, CPU, operator=without(but(num_splits=refuse), "block_table"))
+    assert len(calls) == 3
 
 
 def test_a_device_that_is_lost_in_the_trial_is_told() -> None:
@@ -194,13 +250,25 @@ def test_a_device_that_is_lost_in_the_trial_is_told() -> None:
 
 
 def test_torchs_own_has_no_kernel_here() -> None:
-    assert find(spec_of(), torch.bfloat16, CPU) is None
+    assert find(spec_of(), torch.bfloat16, CPU).varlen is None
 
 
 def test_ours_has_the_parameters_of_torchs() -> None:
     theirs = {argument.name: argument for argument in OPERATOR._schema.arguments}
     for name, parameter in inspect.signature(kernel).parameters.items():
         assert theirs[name].kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY)
+
+
+def test_a_row_of_the_table_can_be_read_ahead() -> None:
+    """What is there are blocks of the same sequence."""
+    batch = Batch.build(
+        [Chunk([7] * 70, 0, 70, [5, 9, 2]), Chunk([7], 300, 301, range(20, 40))], ragged=True
+    )
+    assert batch.ragged is not None
+    assert batch.ragged.table.tolist() == [
+        [5, 9, 2] + [5] * 13,
+        [*range(20, 30)] + [20] * 6,
+    ]
 
 
 # -- in a model ----------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ import shutil
 import subprocess
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from coldframe.benchmarks.gpu.report import Report, Setting
@@ -20,7 +22,7 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError
 
-__all__ = ["FINGERPRINT", "measure"]
+__all__ = ["FINGERPRINT", "measure", "torch_cuda"]
 
 FINGERPRINT = "fingerprint"
 
@@ -64,7 +66,7 @@ def measure(report: Report, setting: Setting) -> None:
             **gpu,
             "cuda": _cuda(),
             **_nvidia_smi(setting.ordinal),
-            "torch_cuda": _torch_cuda(),
+            "torch_cuda": torch_cuda(),
             **{name: _version(name) for name in _PACKAGES},
             "memory": _memory_total(),
             "memory_available": memory_available(),
@@ -82,10 +84,12 @@ def _cuda() -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _torch_cuda() -> str | None:
-    import torch
-
-    built: str | None = torch.version.cuda
+def torch_cuda() -> str | None:
+    """What torch is built for, by its version file alone: its first import reads gigabytes."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    built: str | None = run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
     return built
 
 

@@ -20,6 +20,7 @@ from coldframe.benchmarks.gpu import copies, loads
 from coldframe.benchmarks.gpu.bare import bare, host_buffer
 from coldframe.benchmarks.gpu.cold import rows, same_answers, worker_ready_s
 from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, load, pieces
+from coldframe.benchmarks.gpu.machine import torch_cuda
 from coldframe.benchmarks.gpu.model import choose, shape_of, write_shape
 from coldframe.benchmarks.gpu.report import Found, LeftOut, Report, Setting
 from coldframe.benchmarks.gpu.sanitizer import errors_in
@@ -265,6 +266,18 @@ def test_what_compute_sanitizer_says() -> None:
     assert errors_in("") == (0, None)
     assert errors_in(clean * 3) == (3, None)
     assert errors_in(clean + bad) == (2, "2 errors: Invalid __global__ write of size 4 bytes")
+
+
+def test_what_torch_is_built_for_is_told_without_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise MemoryError('gigabytes')\n")
+    version = tmp_path / "torch" / "version.py"
+    version.write_text("from typing import Optional\ncuda: Optional[str] = '13.9'\n")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_cuda() == "13.9"
 
 
 @pytest.mark.heavy

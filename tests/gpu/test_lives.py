@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.runtime.replica import Replica
-from tests.gpu.replicas import expected, options
+from tests.gpu.replicas import arriving, expect_kv_in_pieces, expected, options
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 
 Make = Callable[..., Path]
@@ -43,16 +43,20 @@ def test_a_prefill_worker_killed_while_weights_arrive(
     demo_model: Make, runs: Path, device: str
 ) -> None:
     model = demo_model()
-    size = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    with Replica(options(model, runs, device, throttle=size / 4.0)) as replica:
+    with arriving(model, runs, device) as replica:
         client = ask(replica, prompt_of(40), 8)
         wait_for(replica, lambda: replica.board is not None and replica.board.progress.done > 0)
+        assert not replica.loaded
         os.kill(pid(replica, "prefill"), signal.SIGKILL)
         finish(replica, client)
     assert client.tokens == expected(model, device, tuple(prompt_of(40)), 8)
 
 
-def test_kv_grows_while_requests_run(demo_model: Make, runs: Path, device: str) -> None:
+def test_kv_grows_while_requests_run(
+    demo_model: Make, runs: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Much less than all requests take together.
+    monkeypatch.setenv("COLDFRAME_KV_STEP", str(2 << 20))
     model = demo_model()
     prompts = [prompt_of(600 + number, seed=number) for number in range(24)]
     with Replica(options(model, runs, device, kv_bytes=256 << 20)) as replica:
@@ -60,6 +64,8 @@ def test_kv_grows_while_requests_run(demo_model: Make, runs: Path, device: str) 
         finish(replica, few)
         clients = [ask(replica, prompt, 16) for prompt in prompts]
         finish(replica, *clients)
+        if device != "cpu":  # where all of it is there from the beginning
+            expect_kv_in_pieces(replica, 2)
     wanted = [expected(model, device, tuple(prompt), 16) for prompt in prompts]
     assert few.tokens == wanted[0]
     assert [client.tokens for client in clients] == wanted

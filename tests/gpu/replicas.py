@@ -49,6 +49,11 @@ def began_while_loading(replica: Replica) -> bool:
     return min(moments("prefill[0]"))[0] < max(end for _, end in moments("stage_ready["))
 
 
+def pid_of(replica: Replica, role: str) -> int:
+    (found,) = [pid for name, pid in replica.pids.items() if name.startswith(role)]
+    return found
+
+
 def expect_kv_in_pieces(replica: Replica, count: int) -> None:
     """Comes as a worker would, and is given KV's memory in so many pieces at least.
 

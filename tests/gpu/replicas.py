@@ -14,8 +14,9 @@ from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from tests.runtime.helpers import wait_for
 
-_ARRIVES_S = 4.0
-"""How long weights are on their way: longer than a worker takes that has its libraries."""
+_ARRIVES_S = 6.0
+"""Seconds that weights are on their way: more than a worker takes that has its libraries, with its
+context and the first uses of the GPU."""
 _HEARD_S = 10.0
 
 

@@ -6,11 +6,14 @@ it faster, and a cold start is to be measured cold.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
+from runpy import run_path
 from typing import Any
 
 from coldframe.benchmarks.gpu.report import Report, Setting
@@ -20,7 +23,7 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError
 
-__all__ = ["FINGERPRINT", "measure"]
+__all__ = ["FINGERPRINT", "hypervisor", "measure", "notes", "torch_cuda"]
 
 FINGERPRINT = "fingerprint"
 
@@ -35,6 +38,8 @@ _ASKED = (
     "clocks.max.memory",
 )
 _ASK_S = 20.0
+_LETS_GO = ((12, 9, 1), (13, 0, 0))
+"""The bindings that let Python's other threads run while they are in the driver, from these on."""
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -57,20 +62,61 @@ def measure(report: Report, setting: Setting) -> None:
         }
     finally:
         context.close()
+    bindings, guest_of = _version("cuda-bindings"), hypervisor()
     report.keep(
         FINGERPRINT,
         {
             **fingerprint(),
+            "hypervisor": guest_of,
+            "notes": notes(bindings, guest_of),
             **gpu,
             "cuda": _cuda(),
             **_nvidia_smi(setting.ordinal),
-            "torch_cuda": _torch_cuda(),
+            "torch_cuda": torch_cuda(),
             **{name: _version(name) for name in _PACKAGES},
             "memory": _memory_total(),
             "memory_available": memory_available(),
             "huge_pages": _text("/sys/kernel/mm/transparent_hugepage/enabled"),
         },
     )
+
+
+def notes(bindings: str | None, guest_of: str | None) -> list[str]:
+    """What whoever reads the figures has to know of the machine.
+
+    Args:
+        bindings: The version of cuda-bindings, if it is known.
+        guest_of: What the machine runs on, if it is a virtual one.
+    """
+    found = []
+    if bindings is None:
+        found.append("nobody says of which version cuda-bindings is")
+    elif not _lets_go(bindings):
+        found.append(
+            f"cuda-bindings {bindings} holds Python's global lock in every call of the driver: "
+            "while a context is made or a copy is waited for no reader goes on; 12.9.1 and 13.0.0 "
+            "do not"
+        )
+    if guest_of is not None:
+        found.append(
+            f"a virtual machine ({guest_of}), whose host may cache the disk: cold is the guest's "
+            "page cache only"
+        )
+    return found
+
+
+def _lets_go(bindings: str) -> bool:
+    numbers = tuple(int(number) for number in re.findall(r"\d+", bindings)[:3])
+    same = [since for since in _LETS_GO if since[0] == numbers[0]]
+    return numbers >= (same[0] if same else _LETS_GO[-1])
+
+
+def hypervisor() -> str | None:
+    """What this machine is a guest of, or None where nothing says that it is virtual."""
+    flags = [line for line in (_text("/proc/cpuinfo") or "").splitlines() if "flags" in line[:5]]
+    if not any("hypervisor" in line.split() for line in flags):
+        return None
+    return _text("/sys/class/dmi/id/sys_vendor") or "unknown"
 
 
 def _cuda() -> str:
@@ -82,10 +128,12 @@ def _cuda() -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _torch_cuda() -> str | None:
-    import torch
-
-    built: str | None = torch.version.cuda
+def torch_cuda() -> str | None:
+    """What torch is built for, by its version file alone: its first import reads gigabytes."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        return None
+    built: str | None = run_path(str(Path(found.origin).with_name("version.py"))).get("cuda")
     return built
 
 

@@ -56,8 +56,11 @@ class Found:
 
     @staticmethod
     def read(file: Path) -> Found:
-        """What a part has written; a line that was cut off by its end is dropped."""
-        found = Found()
+        """What a part has written; a line that was cut off by its end is dropped.
+
+        Of two figures of one name the later counts, in the place of the earlier.
+        """
+        found, rows = Found(), dict[str, Row]()
         if not file.exists():
             return found
         for line in file.read_bytes().splitlines(keepends=True):
@@ -65,12 +68,14 @@ class Found:
                 break
             kind, *values = json.loads(line)
             if kind == "row":
-                found.rows.append(Row(**values[0]))
+                row = Row(**values[0])
+                rows[row.name] = row
             elif kind == "check":
                 found.checks.append(Check(**values[0]))
             else:
                 by_name = {"answer": found.answers, "keep": found.kept, "left_out": found.left_out}
                 by_name[kind][values[0]] = values[1]
+        found.rows = list(rows.values())
         return found
 
     def add(self, other: Found) -> None:
@@ -116,6 +121,7 @@ class Report:
         self.earlier = earlier or Found()
 
     def figure(self, row: Row) -> None:
+        """A figure; told again, with more runs, it takes its own place."""
         self._write("row", asdict(row))
 
     def answer(self, question: str, value: Any) -> None:

@@ -24,6 +24,8 @@ def render(document: dict[str, Any]) -> str:
         f"{machine['kernel']}; torch {machine['torch']}, Python {machine['python']}. "
         f"All of it took {document['seconds']:.0f} s.",
     ]
+    if machine.get("notes"):
+        lines += ["", *(f"- note: {note}" for note in machine["notes"])]
     for part in document["parts"]:
         lines += ["", f"**{part['what']}**{_ending(part)}"]
         if part["rows"]:

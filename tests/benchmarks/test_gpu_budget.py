@@ -80,21 +80,32 @@ report.earlier.median("nobody's")
     assert second.reason == "nothing to compare with: there is no figure 'nobody's'"
 
 
-def test_each_ending_has_its_reason_and_keeps_what_was_found(run: Run) -> None:
-    row = 'report.figure(Row("kept", [1.0], "s"))\n'
-    outcomes = run(
-        row + 'raise LeftOut("no such machine")',
-        row + 'from coldframe.loader.errors import DeviceFull\nraise DeviceFull("it is full")',
-        row + "raise ZeroDivisionError('by zero')",
-        row + "os.kill(os.getpid(), signal.SIGKILL)",
-    )
-    assert [outcome.status for outcome in outcomes] == ["left out", *["failed"] * 3]
-    assert [outcome.found.rows for outcome in outcomes] == [[Row("kept", [1.0], "s")]] * 4
-    left_out, ours, other, killed = (outcome.reason or "" for outcome in outcomes)
-    assert left_out == "no such machine"
-    assert ours.startswith("it is full")
-    assert other == "ZeroDivisionError: by zero"
-    assert killed.startswith("ended by SIGKILL")
+@pytest.mark.parametrize(
+    ("code", "status", "reason"),
+    [
+        ('raise LeftOut("no such machine")', "left out", "no such machine"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "failed", "ended by SIGKILL"),
+        pytest.param(
+            'from coldframe.loader.errors import DeviceFull\nraise DeviceFull("it is full")',
+            "failed",
+            "it is full",
+            marks=pytest.mark.heavy,
+        ),
+        pytest.param(
+            "raise ZeroDivisionError('by zero')",
+            "failed",
+            "ZeroDivisionError: by zero",
+            marks=pytest.mark.heavy,
+        ),
+    ],
+)
+def test_each_ending_has_its_reason_and_keeps_what_was_found(
+    run: Run, code: str, status: str, reason: str
+) -> None:
+    (outcome,) = run(f'report.figure(Row("kept", [1.0], "s"))\n{code}')
+    assert outcome.status == status
+    assert outcome.found.rows == [Row("kept", [1.0], "s")]
+    assert (outcome.reason or "").startswith(reason)
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_has_started(run: Run, tmp_path: Path) -> None:
@@ -103,8 +114,8 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"]
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
 time.sleep(1000)
 """
-    (outcome,) = run(hangs, seconds=0.5)
-    assert (outcome.status, outcome.reason) == ("out of time", "it was not done within 0.5 s")
+    (outcome,) = run(hangs, seconds=0.3)
+    assert (outcome.status, outcome.reason) == ("out of time", "it was not done within 0.3 s")
     child = tmp_path / "child"
     # On a busy machine it may have been ended before it came to that.
     if child.exists() and child.read_text():
@@ -121,12 +132,13 @@ def runs(pid: int) -> bool:
 
 
 def test_what_does_not_fit_the_budget_is_not_begun(run: Run) -> None:
-    fits, too_long, fits_again = run(*["pass"] * 3, least=(1.0, 1000.0), budget=100.0)
-    assert (fits.status, fits_again.status) == ("done", "done")
+    too_long, fits = run("pass", "pass", least=(1000.0, 1.0), budget=100.0)
+    assert fits.status == "done"
     assert too_long.status == "left out"
     assert "s of the budget are left, and it takes 1000 s at least" in (too_long.reason or "")
 
 
+@pytest.mark.heavy
 def test_nothing_follows_where_there_is_no_going_on(run: Run) -> None:
     assert len(run("pass", "pass", go_on=False)) == 1
 
@@ -143,8 +155,21 @@ def test_a_line_that_was_cut_off_is_no_line(tmp_path: Path) -> None:
         Found().need("place")
 
 
+def test_a_figure_told_again_takes_its_own_place(tmp_path: Path) -> None:
+    report = Report(tmp_path / "f")
+    for runs in ([1.0], [1.0, 2.0]):
+        report.figure(Row("rate", runs, "GB/s"))
+        report.figure(Row("share", [run / 4 for run in runs], "ratio"))
+    report.close()
+    rows = Found.read(tmp_path / "f").rows
+    assert rows == [Row("rate", [1.0, 2.0], "GB/s"), Row("share", [0.25, 0.5], "ratio")]
+
+
 def test_all_parts_fit_the_budget_and_come_behind_what_they_need() -> None:
-    assert MACHINE.seconds + sum(part.seconds for part in PARTS) <= BUDGET_S < 480
+    *others, probes, sanitizer = PARTS
+    assert (probes.name, sanitizer.name) == ("probes", "sanitizer")
+    longest = MACHINE.seconds + sum(part.seconds for part in others)
+    assert longest + probes.least <= BUDGET_S < 480
     assert all(part.least <= part.seconds for part in PARTS)
     names = [part.name for part in PARTS]
     assert names[0] == "correctness"
@@ -157,27 +182,42 @@ def test_a_question_without_an_answer_keeps_no_other_from_being_asked(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "asked.py").write_text(
-        "import os, time\n"
         "def good(ordinal): return {'of': ordinal}\n"
         "def bad(ordinal): raise ValueError('nobody knows')\n"
+    )
+    report = Report(tmp_path / "f")
+    probes = (
+        Probe("bad?", "bad", SOON, module="asked"),
+        Probe("good?", "good", SOON, module="asked"),
+    )
+    ask_all(report, Setting("cuda:3", str(tmp_path), 600.0), probes)
+    report.close()
+    found = Found.read(tmp_path / "f")
+    assert found.answers == {"good?": {"of": 3}}
+    assert found.left_out == {"bad?": "exit status 1: ValueError: nobody knows"}
+
+
+@pytest.mark.heavy
+def test_a_question_that_hangs_or_dies_keeps_no_other_from_being_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "asked.py").write_text(
+        "import os, time\n"
         "def hangs(ordinal): time.sleep(1000)\n"
         "def dies(ordinal): os._exit(9)\n"
         "def times(ordinal): return {'first': 0.5}\n"
     )
     report = Report(tmp_path / "f")
     probes = (
-        Probe("bad?", "bad", SOON, module="asked"),
         Probe("hangs?", "hangs", 0.3, module="asked"),
         Probe("dies?", "dies", SOON, module="asked"),
-        Probe("good?", "good", SOON, module="asked"),
         Probe("times", "times", SOON, times=2, module="asked"),
     )
     ask_all(report, Setting("cuda:3", str(tmp_path), 600.0), probes)
     report.close()
     found = Found.read(tmp_path / "f")
-    assert found.answers == {"good?": {"of": 3}}
     assert found.rows == [Row("times: first", [0.5, 0.5], "s")]
-    assert found.left_out["bad?"] == "exit status 1: ValueError: nobody knows"
     assert found.left_out["hangs?"] == "no answer within 0.3 s"
     assert found.left_out["dies?"] == "exit status 9: without a word"
 
@@ -199,11 +239,11 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(tmp_path: Path) -> None:
     done = gpu(*where)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("There is no GPU to measure, and so no results: ")
-    assert gpu(*where, "--require").returncode == 3
     assert not results.exists()
     assert list(scratch.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_a_part_that_there_is_not_is_refused() -> None:
     done = gpu("--only", "copies,nothing")
     assert done.returncode == 1

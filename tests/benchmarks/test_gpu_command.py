@@ -84,8 +84,10 @@ def test_what_is_found_is_written_printed_and_logged(
 @pytest.mark.parametrize(
     "code",
     [
-        'report.figure(Row("rate", [0.5], "GB/s", 1.0, True))',
-        'report.check(Check("right", "failed", "wrong"))',
+        pytest.param(
+            'report.figure(Row("rate", [0.5], "GB/s", 1.0, True))', marks=pytest.mark.heavy
+        ),
+        pytest.param('report.check(Check("right", "failed", "wrong"))', marks=pytest.mark.heavy),
         'print("some words"); raise ValueError("no")',
     ],
 )
@@ -109,6 +111,7 @@ def test_what_is_left_out_is_said_and_is_no_failure(
     assert "s: no room\n  left out: disk: there is none" in told
 
 
+@pytest.mark.heavy
 def test_a_model_that_a_part_has_made_goes_with_the_run(bench: Bench, tmp_path: Path) -> None:
     model = tmp_path / "made"
     code = f'import os; os.mkdir("{model}"); report.keep({DIRECTORY!r}, "{model}"); os._exit(5)'
@@ -116,6 +119,7 @@ def test_a_model_that_a_part_has_made_goes_with_the_run(bench: Bench, tmp_path: 
     assert not model.exists()
 
 
+@pytest.mark.heavy
 def test_parts_find_their_places_in_the_environment(bench: Bench, tmp_path: Path) -> None:
     names = ["COLDFRAME_RUN_DIR", "TMPDIR", "COLDFRAME_SNAPSHOT"]
     before = dict(os.environ)
@@ -128,19 +132,27 @@ def test_parts_find_their_places_in_the_environment(bench: Bench, tmp_path: Path
     assert snapshot == "off"
 
 
-def test_a_gpu_that_does_not_work_is_an_error_and_none_is_not(
+def test_no_gpu_is_no_error(
     bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench("", gpu="raise LeftOut('none is here')") == 0
+    assert not (tmp_path / "results").exists()
     assert capsys.readouterr().out == (
         "There is no GPU to measure, and so no results: none is here\n"
     )
+
+
+@pytest.mark.heavy
+def test_a_gpu_that_does_not_work_is_an_error_and_so_is_none_that_is_required(
+    bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert bench("", "--require", gpu="raise LeftOut('none is here')") == 3
     assert bench("", gpu="raise ValueError('it is broken')") == 1
     assert "cannot be used, and so there are no results: ValueError" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.heavy
 def test_a_machine_that_says_too_little_makes_no_results(bench: Bench, tmp_path: Path) -> None:
     little = json.dumps({"gpu": "some"})
     with pytest.raises(PlatformError, match=r"fingerprint\.cuda is missing"):

@@ -133,7 +133,11 @@ def test_what_is_no_json_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_table_has_every_figure_and_every_reason() -> None:
-    text = render(made())
+    document = made()
+    assert "note:" not in render(document)
+    document["fingerprint"] = {**MACHINE, "notes": ["cold is not cold"]}
+    text = render(document)
+    assert "\n- note: cold is not cold\n" in text
     assert "NVIDIA H999 80GB, 86 GB, driver unknown, CUDA 13.0; 16 processors" in text
     assert "| rate | 51 | 50 | 52 | GB/s |  |  |" in text
     assert "| ours / theirs | 0.7 | 0.5 | 0.9 | ratio | at least 0.8 | **missed** |" in text

@@ -20,6 +20,7 @@ from coldframe.benchmarks.gpu import copies, loads
 from coldframe.benchmarks.gpu.bare import bare, host_buffer
 from coldframe.benchmarks.gpu.cold import rows, same_answers, worker_ready_s
 from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, load, pieces
+from coldframe.benchmarks.gpu.machine import notes, torch_cuda
 from coldframe.benchmarks.gpu.model import choose, shape_of, write_shape
 from coldframe.benchmarks.gpu.report import Found, LeftOut, Report, Setting
 from coldframe.benchmarks.gpu.sanitizer import errors_in
@@ -265,6 +266,37 @@ def test_what_compute_sanitizer_says() -> None:
     assert errors_in("") == (0, None)
     assert errors_in(clean * 3) == (3, None)
     assert errors_in(clean + bad) == (2, "2 errors: Invalid __global__ write of size 4 bytes")
+
+
+def test_what_torch_is_built_for_is_told_without_its_import(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise MemoryError('gigabytes')\n")
+    version = tmp_path / "torch" / "version.py"
+    version.write_text("from typing import Optional\ncuda: Optional[str] = '13.9'\n")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert torch_cuda() == "13.9"
+
+
+@pytest.mark.parametrize(
+    ("bindings", "holds"),
+    [
+        *(("12.8.0", True), ("12.9.0", True), ("12.9.1", False), ("12.9.4.post1", False)),
+        *(("13.0.0", False), ("13.5", False), ("11.8.7", True), ("14.0.0rc1", False)),
+    ],
+)
+def test_bindings_that_stop_all_threads_are_noted(bindings: str, holds: bool) -> None:
+    assert [bindings in note for note in notes(bindings, None)] == [True] * holds
+
+
+def test_what_cold_means_on_a_virtual_machine_is_noted() -> None:
+    (note,) = notes("13.0.0", "some vendor")
+    assert "some vendor" in note
+    assert "guest's page cache only" in note
+    (unknown,) = notes(None, None)
+    assert "nobody says" in unknown
 
 
 @pytest.mark.heavy

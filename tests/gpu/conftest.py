@@ -6,6 +6,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ import pytest
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.replica import Replica
+from tests.gpu.replicas import options
 
 _CLEAR_UP_S = 10.0
 
@@ -59,12 +62,27 @@ def demo_model(device: str, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 
 
 @pytest.fixture
-def runs(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def runs(device: str) -> Iterator[Path]:
     """A folder for run directories; afterwards nothing of a replica is left."""
-    monkeypatch.setenv("COLDFRAME_SNAPSHOT", "off")
+    with _folder() as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def shared(device: str, demo_model: Callable[..., Path]) -> Iterator[Replica]:
+    """One replica for all tests of a module that may follow one another in it: to start one takes
+    longer on a GPU than most tests. It serves the tiny model in float32."""
+    with _folder() as folder, Replica(options(demo_model(), folder, device)) as replica:
+        yield replica
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
     # A socket's path is short, and pytest's own folders are not.
     folder = Path(tempfile.mkdtemp(prefix="cf-"))
-    yield folder
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLDFRAME_SNAPSHOT", "off")
+        yield folder
     deadline = time.monotonic() + _CLEAR_UP_S
     while (left := _children()) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -9,17 +9,13 @@ from pathlib import Path
 import pytest
 
 from coldframe.runtime.replica import Replica
-from tests.gpu.replicas import expected, logprobs, options
-from tests.runtime.helpers import Client, ask, finish, prompt_of, wait_for
+from tests.gpu.replicas import arriving, began_while_loading, expected, logprobs, options
+from tests.runtime.helpers import Client, ask, finish, prompt_of
 
 Make = Callable[..., Path]
 
 LENGTHS = (1, 40, 128, 300)
 """One token, a block and some, whole blocks, several; beyond the window of those that have one."""
-
-
-def size_of(model: Path) -> int:
-    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
 
 
 def answered(client: Client) -> list[int]:
@@ -33,11 +29,10 @@ def test_float32_streamed_and_loaded(
 ) -> None:
     model = demo_model(family, "float32")
     prompts = [prompt_of(length, seed=length) for length in LENGTHS]
-    # Slow enough that the prompts are there before the weights: prefill runs while loading.
-    with Replica(options(model, runs, device, throttle=size_of(model) / 4.0)) as replica:
+    with arriving(model, runs, device) as replica:
         streamed = [ask(replica, prompt, 12) for prompt in prompts]
         finish(replica, *streamed)
-        wait_for(replica, lambda: replica.loaded)
+        assert began_while_loading(replica)
         one_by_one = []
         for prompt in prompts:
             one_by_one.append(ask(replica, prompt, 12))

@@ -230,6 +230,7 @@ def test_what_was_used_longest_ago_goes_and_never_before_what_continues_it(
     assert files(disk) == {key(number) for number in (102, 103, 104, 101, 0, 1, 2)}
 
 
+@pytest.mark.heavy
 def test_a_small_disk_is_never_full(tmp_path: Path) -> None:
     data = memoryview(bytearray((64 << 10) - HEADER_BYTES))
     with mounted(tmp_path / "small") as place:

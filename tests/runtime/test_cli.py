@@ -243,6 +243,7 @@ def header(file: Path) -> dict[str, Any]:
     return tensors
 
 
+@pytest.mark.heavy
 def test_one_token_has_a_timeline_too(demo_model: Make, no_leaks: Path) -> None:
     # It ends the answer, and the spans of those who made it are behind it.
     for _ in range(3):
@@ -251,6 +252,7 @@ def test_one_token_has_a_timeline_too(demo_model: Make, no_leaks: Path) -> None:
         assert len(document["token_ids"]) == 1
 
 
+@pytest.mark.heavy
 def test_stops_seeds_and_probabilities(demo_model: Make, no_leaks: Path) -> None:
     sampled = [
         "--prompt-ids", "5,6,7", "-n", 20, "--temperature", 1.5, "--seed", 3, "--ignore-eos",

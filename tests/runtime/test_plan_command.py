@@ -73,6 +73,7 @@ def test_the_bytes_are_those_of_the_files(demo_model: Make, capsys: Capture, fam
     assert document["predicted_ttft_s"] >= document["predicted_load_s"]
 
 
+@pytest.mark.heavy
 def test_the_memory_is_that_of_the_model(demo_model: Make, capsys: Capture) -> None:
     model = demo_model("llama")
     document = plan(capsys, model, "--context", 96, "--batch", 3)
@@ -116,6 +117,7 @@ def test_a_cached_model_will_be_mapped(demo_model: Make, capsys: Capture) -> Non
     assert document["predicted_ttft_s"] >= document["worker_start_s"] > 0.1
 
 
+@pytest.mark.heavy
 def test_the_table(demo_model: Make, capsys: Capture) -> None:
     model = demo_model("llama")
     document = plan(capsys, model, "--rate", "10MB/s", "--batch", 2)

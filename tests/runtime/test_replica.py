@@ -75,6 +75,7 @@ def pid(replica: Replica, role: str) -> int:
     return found
 
 
+@pytest.mark.heavy
 def test_a_long_prompt_is_tokenised_beside_the_others(demo_model: Make, no_leaks: Path) -> None:
     with Replica(options(demo_model(), no_leaks)) as replica:
         long, short = Client(), Client()
@@ -407,7 +408,7 @@ def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path)
     assert again.tokens == expected(model, tuple(prompt_of(20)), 6)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.heavy), "decode"])
 def test_a_worker_whose_mapped_file_is_cut_means_a_start_with_a_copy(
     role: str, demo_model: Make, no_leaks: Path
 ) -> None:

@@ -425,6 +425,7 @@ def test_who_asks_a_cold_server_is_answered_without_knowing(demo_model: Make) ->
         assert min(starts) >= ends[0]
 
 
+@pytest.mark.heavy
 def test_who_is_told_to_come_again_does_and_is_answered(demo_model: Make) -> None:
     model = demo_model("llama", "float32")
     # 4 MB of weights; there is one place with the workers and one in the line.

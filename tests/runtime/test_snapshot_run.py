@@ -123,6 +123,7 @@ def test_the_table_names_the_tier_too(made: Made, commands: Commands) -> None:
 # -- which images --------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_where_images_are_taken_from(made: Made, commands: Commands, tmp_path: Path) -> None:
     off = commands.run(made, "--snapshot", "off", "--snapshot-store", made.store)
     assert (off["snapshot"]["tier"], off["snapshot"]["image"]) == ("fresh", None)

@@ -81,6 +81,7 @@ def test_a_prefill_worker_comes_to_help_and_goes_when_all_is_done(
         assert replica.error is None
 
 
+@pytest.mark.heavy
 def test_two_of_each_answer_as_transformers_does_and_share_the_work(
     demo_model: Make, no_leaks: Path
 ) -> None:

@@ -809,6 +809,7 @@ def test_odd_bodies_stay_short_and_plain(body: bytes) -> None:
     assert text.isprintable()
 
 
+@pytest.mark.heavy
 def test_a_large_object_as_boto3_uploads_it_is_not_called_corrupt(
     client: Any, tmp_path: Path
 ) -> None:

@@ -73,6 +73,8 @@ class LoadBeside(Load):
                 self._copy_stages(client, arena)
             except ColdframeError as failure:
                 error = failure
+            except Exception as failure:  # noqa: BLE001 - a thread must report whatever ends it
+                error = ReplicaError("the copy from the first device broke", got=repr(failure))
             if self._closing:
                 return
             self._recorder.add("weight_read", started, note="from the first device")
@@ -174,10 +176,15 @@ class LoadBeside(Load):
         while (order := self._orders.get()) is not None:
             try:
                 order(client)
-            except ColdframeError as error:
-                if not self._closing:
-                    self._on_end(error)
-                return
+            except ColdframeError as failure:
+                error = failure
+            except Exception as failure:  # noqa: BLE001 - a thread must report whatever ends it
+                error = ReplicaError("bringing KV from the first device broke", got=repr(failure))
+            else:
+                continue
+            if not self._closing:
+                self._on_end(error)
+            return
 
     def close(self) -> None:
         self._closing = True

@@ -10,7 +10,7 @@ from coldframe.loader.arena import HUGE_PAGE, round_up
 from coldframe.loader.devices.driver import Event
 from coldframe.loader.errors import DeviceFull
 
-__all__ = ["Buffer", "make_buffers"]
+__all__ = ["Buffer", "make_buffers", "private_memory"]
 
 
 class Buffer:
@@ -40,14 +40,32 @@ def make_buffers(count: int, nbytes: int) -> list[Buffer]:
     Raises:
         DeviceFull: The host has no room for them.
     """
-    # Private, and no concern of children: after a fork, the first write to a page that the device
-    # reads would move it elsewhere.
-    size = round_up(count * nbytes, HUGE_PAGE)
+    memory = private_memory(
+        round_up(count * nbytes, HUGE_PAGE),
+        "there is no host memory for what is on its way to the GPU",
+    )
+    view = memoryview(memory)
+    return [Buffer(view[at : at + nbytes]) for at in range(0, count * nbytes, nbytes)]
+
+
+def private_memory(size: int, without: str) -> mmap.mmap:
+    """Memory of the host's that a device can be let to, in huge pages where they can be had.
+
+    Private, and no concern of children: after a fork, the first write to a page that the device
+    reads would move it elsewhere.
+
+    Args:
+        size: Bytes.
+        without: What is wrong where there is none.
+
+    Raises:
+        DeviceFull: There is none.
+    """
     try:
         memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError as error:
         raise DeviceFull(
-            "there is no host memory for what is on its way to the GPU",
+            without,
             expected=f"{size:,} bytes",
             got=error.strerror,
             hint="Raise the container's memory limit, or the limit on address space (ulimit -v).",
@@ -56,5 +74,4 @@ def make_buffers(count: int, nbytes: int) -> list[Buffer]:
         # A kernel may know none of it: then it does not matter, or cannot be helped.
         with suppress(OSError):
             memory.madvise(advice)
-    view = memoryview(memory)
-    return [Buffer(view[at : at + nbytes]) for at in range(0, count * nbytes, nbytes)]
+    return memory

@@ -49,7 +49,7 @@ def _hugetlb(purpose: str, size: int) -> int | None:
     except OSError:
         return None
     try:
-        os.fchmod(fd, 0o600)  # see `cpu`
+        os.fchmod(fd, 0o600)  # see `host_arena`
         os.ftruncate(fd, size)
         # Takes the pages now, so that nobody else can between here and the first touch.
         os.posix_fallocate(fd, 0, size)

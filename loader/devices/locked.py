@@ -10,12 +10,12 @@ A copy must not reach over two pieces: to the driver these are two stretches of 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from collections.abc import Callable
 from contextlib import suppress
 
 from coldframe.loader.arena import HUGE_PAGE, round_up
 from coldframe.loader.cgroup import memory_available
+from coldframe.loader.devices.buffers import private_memory
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError, DeviceFull, DeviceLost
 
@@ -24,6 +24,7 @@ __all__ = ["PIECE", "LockedMemory"]
 PIECE = 64 << 20
 """Bytes that are locked in one go, and copied in one go: a millisecond of a fast link."""
 
+_NO_ROOM = "there is no host memory to park the weights in"
 _SPARE = 256 << 20
 """Memory that must be left for others."""
 
@@ -58,7 +59,7 @@ class LockedMemory:
         self._locked: set[int] = set()
         self._not_locked: str | None = None
         self._check_room(size)
-        self._memory = _map(round_up(size, HUGE_PAGE) + HUGE_PAGE)
+        self._memory = private_memory(round_up(size, HUGE_PAGE) + HUGE_PAGE, _NO_ROOM)
         found = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         self.address = round_up(found, HUGE_PAGE)
         self._lead = self.address - found
@@ -125,26 +126,9 @@ class LockedMemory:
         left = self._available() - _SPARE
         if nbytes > left:
             raise DeviceFull(
-                "there is no host memory to park the weights in",
+                _NO_ROOM,
                 where=f"{self.size:,} bytes of weights",
                 expected=f"{nbytes:,} bytes more",
                 got=f"{max(0, left):,} bytes available",
                 hint="Raise the container's memory limit, or let the model go to zero instead.",
             )
-
-
-def _map(size: int) -> mmap.mmap:
-    try:
-        memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError as error:
-        raise DeviceFull(
-            "there is no host memory to park the weights in",
-            expected=f"{size:,} bytes",
-            got=error.strerror,
-            hint="Raise the container's memory limit, or the limit on address space (ulimit -v).",
-        ) from error
-    # No concern of children: after a fork, a write would move pages that the device reads.
-    for advice in (mmap.MADV_DONTFORK, mmap.MADV_HUGEPAGE):
-        with suppress(OSError):
-            memory.madvise(advice)
-    return memory

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from coldframe.loader.arena import Segment
 from coldframe.loader.devices.cuda import CudaDevice
-from coldframe.loader.errors import ArenaError, ColdframeError, DeviceFull, MemoryServiceGone
+from coldframe.loader.devices.device_arena import DeviceArena
+from coldframe.loader.errors import (
+    ArenaError,
+    ColdframeError,
+    DeviceFull,
+    MemoryServiceGone,
+    ReplicaError,
+)
 from coldframe.loader.ledger import Blocks
 from tests.loader.devices.emulator import Emulator
 from tests.loader.devices.test_service_cuda import Served, Worker, in_threads, until
@@ -268,3 +276,29 @@ def test_segments_are_of_the_second_gpu(pair: Callable[[], tuple[Served, Served]
     (segment,) = load.segments
     assert isinstance(segment, Segment)
     assert not segment.writable
+
+
+@pytest.mark.parametrize("what", ["weights", "kv"])
+def test_whatever_breaks_a_copy_is_told(
+    pair: Callable[[], tuple[Served, Served]], monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError
+
+    if what == "weights":
+        monkeypatch.setattr(DeviceArena, "take", broken)
+    first, second = pair()
+    if what == "kv":
+        one, two = first.worker(), second.worker()
+        one.client.wait_arenas()
+        two.client.wait_arenas()
+        second.expect("loaded")
+        for served in (first, second):
+            served.owner.send({"type": "open", "request": "r"})
+        written(one, "r", 1)
+        monkeypatch.setattr(DeviceArena, "take", broken)
+        with suppress(ReplicaError):  # it may hear of the failure first
+            assert two.client.bring("r", 1, 1, 1) is None
+    error = ColdframeError.from_wire(second.expect("failed").body["error"])
+    assert isinstance(error, ReplicaError)
+    assert error.got == "ZeroDivisionError()"

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import pytest
@@ -25,6 +26,16 @@ def without_settings() -> dict[str, str]:
         for name, value in os.environ.items()
         if "COLDFRAME" not in name or name == "COLDFRAME_DEVICE"
     }
+
+
+def importable(folder: Path) -> str:
+    """A PYTHONPATH by which an interpreter that knows of no packages finds this checkout.
+
+    Args:
+        folder: Where to make it.
+    """
+    (folder / "coldframe").symlink_to(Path(__file__).parents[1])
+    return str(folder)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from tests.runtime.helpers import expected, prompt_of
+from tests.support import importable
 
 ROOT = Path(__file__).parent.parent.parent
 GIVEN = ("torch", "safetensors", "transformers", "cuda-bindings", "pytest")
@@ -89,7 +90,7 @@ def test_make_gpu_runs_there(python: Path) -> None:
 
 @pytest.mark.heavy
 def test_a_replica_answers_there(
-    python: Path, demo_model: Callable[..., Path], no_leaks: Path
+    python: Path, demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:
     model, prompt = demo_model("llama", "float32"), prompt_of(40)
     code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
@@ -100,7 +101,7 @@ def test_a_replica_answers_there(
         ],
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT / "build" / "types"),
+            "PYTHONPATH": importable(tmp_path),
             "COLDFRAME_RUN_DIR": str(no_leaks),
         },
         capture_output=True,
@@ -116,13 +117,13 @@ def test_the_tests_for_a_gpu_run_there(python: Path, tmp_path: Path) -> None:
     """On the CPU: what they need of a GPU's own is left out."""
     done = subprocess.run(
         [
-            *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path),
+            *(python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--basetemp", tmp_path / "t"),
             *(ROOT / "tests" / "gpu", "-k", "float32_without_overlap or two_processes"),
         ],
         cwd=ROOT,
         env={
             **os.environ,
-            "PYTHONPATH": str(ROOT / "build" / "types"),
+            "PYTHONPATH": importable(tmp_path),
             "COLDFRAME_TEST_DEVICE": "cpu",
         },
         capture_output=True,

@@ -16,6 +16,7 @@ from coldframe.snapshot import machine
 from coldframe.snapshot.libraries import Library, mapped_files
 from coldframe.snapshot.machine import Machine, cpu_of
 from tests.snapshot.images import MACHINE
+from tests.support import importable
 
 ARM = """processor\t: 0
 BogoMIPS\t: 243.75
@@ -43,7 +44,7 @@ def test_here_agrees_with_what_python_and_torch_say() -> None:
     assert Machine.from_json(here.to_json()) == here
 
 
-def test_here_imports_no_torch_and_works_in_a_bare_interpreter() -> None:
+def test_here_imports_no_torch_and_works_in_a_bare_interpreter(tmp_path: Path) -> None:
     code = (
         "import sys; sys.coldframe_packages = sys.argv[1].split(':')\n"
         "from coldframe.loader.packages import add_site_packages; add_site_packages()\n"
@@ -52,11 +53,10 @@ def test_here_imports_no_torch_and_works_in_a_bare_interpreter() -> None:
         "assert 'dataclasses' not in sys.modules\n"
         "print(here.torch)"
     )
-    root = str(Path(machine.__file__).parents[1] / "build/types")
     paths = [path for path in sys.path if "site-packages" in path]
     found = subprocess.run(
         [sys.executable, "-S", "-c", code, ":".join(paths)],
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": importable(tmp_path)},
         capture_output=True,
         text=True,
     )

@@ -28,7 +28,7 @@ from coldframe.snapshot.manifest import Manifest, Oracle
 from coldframe.snapshot.store import Store, open_store
 from tests.snapshot.creator import create
 from tests.snapshot.images import draft, same_files, write_image
-from tests.support import unavailable
+from tests.support import importable, unavailable
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +164,7 @@ def test_without_the_packages_own_function_it_is_unpacked_all_the_same(
     assert lz4_codec.unpacker()(garbage, plain) < 0
 
 
-def test_the_modules_of_a_restore_import_nothing_slow() -> None:
+def test_the_modules_of_a_restore_import_nothing_slow(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "import coldframe.snapshot.store, coldframe.snapshot.choose, coldframe.snapshot.machine\n"
@@ -172,10 +172,9 @@ def test_the_modules_of_a_restore_import_nothing_slow() -> None:
         " 'inspect', 'logging', 'concurrent.futures', 'ctypes'}\n"
         "print(sorted(slow & set(sys.modules)))"
     )
-    root = str(Path(__file__).parents[2] / "build/types")
     found = subprocess.run(
         [sys.executable, "-S", "-c", code],
-        env={**os.environ, "PYTHONPATH": root},
+        env={**os.environ, "PYTHONPATH": importable(tmp_path)},
         capture_output=True,
         text=True,
     )

@@ -48,7 +48,7 @@ def add_arguments(parser: Parser) -> None:
         "--compress",
         choices=["auto", "none", "lz4"],
         default="auto",
-        help="how the image is stored: auto takes what restores faster, which is lz4",
+        help="how the image is stored: auto takes what restores faster, lz4 where it is installed",
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
     parser.flag(

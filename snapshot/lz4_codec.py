@@ -8,9 +8,17 @@ from typing import Any
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.packages import add_site_packages
 
-__all__ = ["packer", "unpacker"]
+__all__ = ["installed", "packer", "unpacker"]
 
 _LEVEL = 6  # of 12: a second for an image; 12 takes twenty, and saves three bytes in a hundred
+
+
+def installed() -> bool:
+    """Whether the package is here."""
+    from importlib.util import find_spec
+
+    add_site_packages()
+    return find_spec("lz4") is not None
 
 
 def packer() -> Callable[[bytes], bytes]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from coldframe.loader.errors import SnapshotError
 from coldframe.snapshot.image_files import PIECE_BYTES, ImageFile, StoredObject, is_file_name
-from coldframe.snapshot.lz4_codec import packer
+from coldframe.snapshot.lz4_codec import installed, packer
 
 __all__ = ["Bundle", "bundles", "codec_of", "files_of", "write_object"]
 
@@ -42,12 +42,12 @@ class Bundle(NamedTuple):
 
 
 def codec_of(compress: str) -> str:
-    """The codec that `--compress` asks for.
+    """The codec that `--compress` asks for; `auto` does without a package that is not here.
 
     Raises:
         SnapshotError: There is no such.
     """
-    codecs = {"auto": "lz4", "lz4": "lz4", "none": "raw"}
+    codecs = {"auto": "lz4" if installed() else "raw", "lz4": "lz4", "none": "raw"}
     if compress not in codecs:
         raise SnapshotError(
             "there is no such compression of images",

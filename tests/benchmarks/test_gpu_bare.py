@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from coldframe.snapshot.criu import Criu
 from tests.runtime.helpers import expected, prompt_of
 from tests.support import importable
 
@@ -69,6 +70,26 @@ def make_gpu(python: Path, *arguments: str, **environment: str) -> subprocess.Co
     )
 
 
+def run_there(
+    python: Path, runs: Path, place: str, *arguments: str | Path, store: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Calls `coldframe`, which is not installed there."""
+    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
+    where = {} if store is None else {"COLDFRAME_SNAPSHOT_STORE": str(store)}
+    return subprocess.run(
+        [python, "-P", "-c", code, *arguments],
+        env={
+            **os.environ,
+            "PYTHONPATH": place,
+            "COLDFRAME_RUN_DIR": str(runs),
+            **where,
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
 @pytest.mark.heavy
 def test_it_has_no_more_than_these(python: Path) -> None:
     for module in ("coldframe", "fastapi", "boto3", "psutil", "xxhash", "lz4", "hypothesis"):
@@ -93,20 +114,24 @@ def test_a_replica_answers_there(
     python: Path, demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:
     model, prompt = demo_model("llama", "float32"), prompt_of(40)
-    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [
-            *(python, "-P", "-c", code, "run", model, "-n", "8", "--ignore-eos", "--json"),
-            *("--prompt-ids", ",".join(map(str, prompt))),
-        ],
-        env={
-            **os.environ,
-            "PYTHONPATH": importable(tmp_path),
-            "COLDFRAME_RUN_DIR": str(no_leaks),
-        },
-        capture_output=True,
-        text=True,
-        check=False,
+    told = ("-n", "8", "--ignore-eos", "--json", "--prompt-ids", ",".join(map(str, prompt)))
+    done = run_there(python, no_leaks, importable(tmp_path), "run", model, *told)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["token_ids"] == expected(model, tuple(prompt), 8)
+
+
+@pytest.mark.heavy
+def test_an_image_is_made_and_used_there(
+    python: Path, criu: Criu, demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    """Without lz4: as it is."""
+    model, prompt, store = demo_model("llama", "float32"), prompt_of(40), tmp_path / "store"
+    place = importable(tmp_path)
+    made = run_there(python, no_leaks, place, "snapshot", "create", model, store=store)
+    assert made.returncode == 0, made.stderr
+    told = ("-n", "8", "--ignore-eos", "--json", "--prompt-ids", ",".join(map(str, prompt)))
+    done = run_there(
+        *(python, no_leaks, place, "run", model, "--snapshot", "require", *told), store=store
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["token_ids"] == expected(model, tuple(prompt), 8)

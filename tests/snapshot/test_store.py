@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coldframe.loader.errors import ColdframeError, SnapshotError
+from coldframe.loader.errors import ColdframeError, PlatformError, SnapshotError
 from coldframe.snapshot import lz4_codec
 from coldframe.snapshot.directory import DirectoryBackend
 from coldframe.snapshot.image_files import PIECE_BYTES
@@ -162,6 +162,21 @@ def test_without_the_packages_own_function_it_is_unpacked_all_the_same(
     assert same_files(image, into)
     garbage, plain = memoryview(bytearray(b"\xff" * 50)), memoryview(bytearray(10))
     assert lz4_codec.unpacker()(garbage, plain) < 0
+
+
+def test_where_lz4_is_missing_only_who_asks_for_it_is_refused(
+    image: Path, root: Path, into: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "lz4"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "lz4", None)
+    store = open_store(str(root))
+    manifest = store.put(image, draft())
+    assert {item.codec for item in manifest.objects} == {"raw"}
+    store.fetch(manifest, into)
+    assert same_files(image, into)
+    with pytest.raises(PlatformError, match="compressed images need lz4"):
+        store.put(image, draft(), compress="lz4")
 
 
 def test_the_modules_of_a_restore_import_nothing_slow(tmp_path: Path) -> None:

@@ -72,12 +72,17 @@ for deb in "$work"/debs/*.deb; do
 done
 
 rm -rf "$dir/root" && mv "$dir/root.new" "$dir/root"
-loader=$(ls "$dir"/root/usr/lib*/ld-linux-*.so.* "$dir"/root/usr/lib/*/ld-linux-*.so.* 2>/dev/null | head -n 1)
-libraries=$(dirname "$(ls "$dir"/root/usr/lib/*/libcompel.so.1)")
-mkdir -p "$dir/bin"
-cat >"$dir/bin/criu.new" <<END
+cd "$dir"
+loader=$(ls root/usr/lib*/ld-linux-*.so.* root/usr/lib/*/ld-linux-*.so.* 2>/dev/null | head -n 1)
+libraries=$(dirname "$(ls root/usr/lib/*/libcompel.so.1)")
+mkdir -p bin
+# By its own place: the folder may be carried elsewhere, to another machine.
+cat >bin/criu.new <<END
 #!/bin/sh
-exec "$loader" --library-path "$libraries" "$dir/root/usr/sbin/criu" "\$@"
+here=\$0
+test ! -L "\$here" || here=\$(readlink -f "\$here")
+here=\${here%/*}/..
+exec "\$here/$loader" --library-path "\$here/$libraries" "\$here/root/usr/sbin/criu" "\$@"
 END
 chmod 755 "$dir/bin/criu.new"
 "$dir/bin/criu.new" --version >/dev/null

@@ -1,107 +1,227 @@
-"""Can a process be checkpointed and restored that has memory of another one; see `questions`.
+"""Whether contexts can be taken off a GPU and brought back, of what, and how long that takes.
 
-The process that is asked drives: it has the memory. A second one imports it, and is checkpointed.
+Asked of the driver step by step, with nothing around it (see `questions`). The process that is
+asked is the helper; what is frozen is one of `targets`, a child of it.
 """
 
 from __future__ import annotations
 
-import ctypes
-import os
-import subprocess
-import sys
 import time
-from importlib import import_module
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from coldframe.benchmarks.gpu.questions import up
-from coldframe.loader.arena import WEIGHTS_BASE, Segment
+from coldframe.benchmarks.gpu.targets import PIECE, Target, put_word
+from coldframe.loader.devices.checkpoint_calls import CheckpointCalls, ProcessState
+from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
-from coldframe.loader.devices.vmm import DeviceReservation
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.devices.driver import Driver
+from coldframe.loader.errors import ColdframeError, NoCheckpoint
 
-__all__ = ["checkpoint_mapped", "checkpoint_unmapped"]
+__all__ = [
+    "able",
+    "checkpoint_by_a_fresh_helper",
+    "checkpoint_graph",
+    "checkpoint_mapped",
+    "checkpoint_pairs",
+    "checkpoint_pinned",
+    "checkpoint_private",
+    "checkpoint_torch",
+    "checkpoint_twice",
+    "checkpoint_unmapped",
+    "checkpoints",
+    "left_open",
+    "thawed",
+]
 
-_PIECE = 4 << 20
+_LOCK_S = 5.0
 
 
-def checkpoint_unmapped(ordinal: int) -> dict[str, str]:
-    return _checkpoint(ordinal, mapped=False)
+def checkpoints(ordinal: int) -> str:
+    """Whether the driver has the calls.
+
+    Raises:
+        NoCheckpoint: It has not.
+    """
+    able(up(ordinal).driver)
+    return "there are calls for it"
 
 
-def checkpoint_mapped(ordinal: int) -> dict[str, str]:
-    return _checkpoint(ordinal, mapped=True)
+def checkpoint_torch(ordinal: int) -> dict[str, Any]:
+    return _there_and_back(up(ordinal), "torch")
 
 
-def _checkpoint(ordinal: int, *, mapped: bool) -> dict[str, str]:
-    """Checkpoints and restores a process that has imported memory of this one."""
-    api: Any = import_module("cuda.bindings.driver")
+def checkpoint_twice(ordinal: int) -> dict[str, Any]:
+    """What the second time takes, as of a replica that rests again and again."""
     context = up(ordinal)
-    if not context.driver.has("cuCheckpointProcessLock"):
-        return {"calls": "the driver has none for it"}
-    arena = DeviceArena(context, _PIECE, writable=False)
-    fd = arena.grow(arena.size).fd
-    os.set_inheritable(fd, True)
-    command = [sys.executable, "-P", "-m", __name__, str(ordinal), str(fd), str(int(mapped))]
-    child = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        pass_fds=(fd,),
-    )
-    try:
-        return _drive(api, child)
-    finally:
-        child.kill()
-        child.wait()
-
-
-def _drive(api: Any, child: subprocess.Popen[str]) -> dict[str, str]:
-    assert child.stdin is not None
-    assert child.stdout is not None
-    found = {"before": child.stdout.readline().strip()}
-    steps = (
-        ("lock", api.cuCheckpointProcessLock, api.CUcheckpointLockArgs()),
-        ("checkpoint", api.cuCheckpointProcessCheckpoint, None),
-        ("restore", api.cuCheckpointProcessRestore, None),
-        ("unlock", api.cuCheckpointProcessUnlock, None),
-    )
-    for name, call, arguments in steps:
-        if arguments is not None:
-            arguments.timeoutMs = 5000
-        started = time.perf_counter()
-        (code,) = call(child.pid, arguments)
-        seconds = time.perf_counter() - started
-        found[name] = f"{code.name} in {seconds:.3f} s"
-        if code != api.CUresult.CUDA_SUCCESS:
-            return found
-    child.stdin.write("go\n")
-    child.stdin.flush()
-    found["behind it"] = child.stdout.readline().strip()
+    calls = able(context.driver)
+    found: dict[str, Any] = {}
+    with closing(Target("torch", ordinal)) as target:
+        for which in ("first", "second"):
+            if not _steps(found, calls, target, context, which=f"{which} "):
+                break
+            found[f"behind the {which}"] = target.go_on()
     return found
 
 
-def _target(argv: list[str]) -> None:
-    """The process that is checkpointed: imports, lets go unless it is to keep, and maps again."""
-    ordinal, fd, mapped = int(argv[1]), int(argv[2]), argv[3] == "1"
+def checkpoint_private(ordinal: int) -> dict[str, Any]:
+    return _there_and_back(up(ordinal), "private")
+
+
+def checkpoint_pinned(ordinal: int) -> dict[str, Any]:
+    return _there_and_back(up(ordinal), "pinned")
+
+
+def checkpoint_graph(ordinal: int) -> dict[str, Any]:
+    return _there_and_back(up(ordinal), "graph")
+
+
+def checkpoint_pairs(ordinal: int) -> dict[str, Any]:
+    """The same GPUs, each named as its own successor."""
     context = up(ordinal)
-    segment = Segment(fd, 0, _PIECE, 0, False)
-    reservation = DeviceReservation(context, _PIECE, WEIGHTS_BASE)
-    reservation.attach([segment])
-    if not mapped:
-        reservation.detach()
-    print(f"at {reservation.address:#x}", flush=True)
-    sys.stdin.readline()
+    calls = able(context.driver)
+    if not calls.can_move:
+        raise NoCheckpoint("these cuda-bindings have no pairs of GPUs")
+    ours = [calls.uuid(number) for number in range(context.driver.device_count())]
+    return _there_and_back(context, "private", pairs={uuid: uuid for uuid in ours})
+
+
+def checkpoint_unmapped(ordinal: int) -> dict[str, Any]:
+    return _of_imported(ordinal, "imported")
+
+
+def checkpoint_mapped(ordinal: int) -> dict[str, Any]:
+    return _of_imported(ordinal, "imported mapped")
+
+
+def checkpoint_by_a_fresh_helper(ordinal: int) -> dict[str, Any]:
+    """By a process that has called nothing of the driver before: what a resident one is worth."""
+    with closing(Target("torch", ordinal)) as target:
+        started = time.perf_counter()
+        driver = Driver.open()
+        found: dict[str, Any] = {"bindings and cuInit": _seconds(started)}
+        calls = able(driver)
+        if _steps(found, calls, target, None):
+            found["behind it"] = target.go_on()
+        return found
+
+
+def able(driver: Driver) -> CheckpointCalls:
+    """The calls.
+
+    Raises:
+        NoCheckpoint: Bindings or driver have not all of them.
+    """
+    calls = CheckpointCalls(driver)
+    why = calls.supported()
+    if why is not None:
+        raise NoCheckpoint("contexts cannot be checkpointed", got=why)
+    return calls
+
+
+def _of_imported(ordinal: int, kind: str) -> dict[str, Any]:
+    """Of a process that has had, or has, memory of this one."""
+    context = up(ordinal)
+    arena = DeviceArena(context, PIECE, writable=True)
+    fd = arena.grow(arena.size).fd
+    put_word(context, arena.address)
+    return _there_and_back(context, kind, fds=(fd,))
+
+
+def _there_and_back(
+    context: Context,
+    kind: str,
+    fds: tuple[int, ...] = (),
+    pairs: dict[str, str] | None = None,
+) -> dict[str, Any]:
+    calls = able(context.driver)
+    with closing(Target(kind, context.ordinal, fds)) as target:
+        found: dict[str, Any] = {"before": target.told}
+        if _steps(found, calls, target, context, pairs=pairs):
+            found["behind it"] = target.go_on()
+        return found
+
+
+def _steps(
+    found: dict[str, Any],
+    calls: CheckpointCalls,
+    target: Target,
+    context: Context | None,
+    *,
+    pairs: dict[str, str] | None = None,
+    which: str = "",
+) -> bool:
+    """Freezes and thaws a process, and notes how; whether it runs again."""
+    free = None if context is None else context.available()
+    resident = _resident(target.pid)
+    if not _step(found, f"{which}lock", lambda: calls.lock(target.pid, _LOCK_S)):
+        return False
+    if not _step(found, f"{which}checkpoint", lambda: calls.checkpoint(target.pid)):
+        # What is refused should go on as if nothing had been.
+        found[f"{which}state then"] = calls.state(target.pid).value
+        return _step(found, f"{which}unlock", lambda: calls.unlock(target.pid))
+    if context is not None and free is not None:
+        found[f"{which}MiB freed on the GPU"] = context.available() - free >> 20
+    found[f"{which}MiB more in host memory"] = _resident(target.pid) - resident >> 20
+    found[f"{which}left open of /dev/nvidia*"] = left_open(target.pid)
+    return thawed(found, calls, target.pid, pairs, which)
+
+
+def thawed(
+    found: dict[str, Any],
+    calls: CheckpointCalls,
+    pid: int,
+    pairs: dict[str, str] | None = None,
+    which: str = "",
+) -> bool:
+    """Brings a process's context back, and notes how; whether it runs again."""
+    state = calls.state(pid)
+    if state is not ProcessState.CHECKPOINTED:
+        found[f"{which}state then"] = state.value
+    if not _step(found, f"{which}restore", lambda: calls.restore(pid, pairs)):
+        found[f"{which}state then"] = calls.state(pid).value
+        return False
+    return _step(found, f"{which}unlock", lambda: calls.unlock(pid))
+
+
+def _step(found: dict[str, Any], name: str, call: Callable[[], None]) -> bool:
+    started = time.perf_counter()
     try:
-        if not mapped:
-            reservation.attach([segment])
-        stream, back = context.driver.stream(), ctypes.create_string_buffer(4)
-        context.driver.copy_out(ctypes.addressof(back), reservation.address, 4, stream)
-        context.driver.synchronize(stream)
-        print(f"mapped again at {reservation.address:#x}, and read", flush=True)
+        call()
     except ColdframeError as error:
-        print(f"{error}", flush=True)
+        found[name] = f"refused: {error.got or error.what}"
+        return False
+    found[name] = _seconds(started)
+    return True
 
 
-if __name__ == "__main__":
-    _target(sys.argv)
+def left_open(pid: int) -> str:
+    """What a process has of the GPU's device files: descriptors, and mappings."""
+    files = set[str]()
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            name = str(link.readlink())
+        except OSError:  # closed meanwhile
+            continue
+        if name.startswith("/dev/nvidia"):
+            files.add(name)
+    mapped = set[str]()
+    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
+        name = line.split(maxsplit=5)[-1]
+        if name.startswith("/dev/nvidia"):
+            mapped.add(f"{name}, mapped")
+    return ", ".join([*sorted(files), *sorted(mapped)]) or "nothing"
+
+
+def _resident(pid: int) -> int:
+    """Bytes of the host's memory that a process has."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def _seconds(started: float) -> str:
+    return f"{time.perf_counter() - started:.3f} s"

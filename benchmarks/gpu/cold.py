@@ -18,7 +18,7 @@ from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row, cold_start, evict_files, warm_page_cache
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["measure", "rows", "same_answers", "worker_ready_s"]
+__all__ = ["measure", "rows", "same_answers", "split", "start", "worker_ready_s"]
 
 _TOKENS = 8
 _WARM, _COLD = 3, 1
@@ -30,13 +30,13 @@ def measure(report: Report, setting: Setting) -> None:
     """Starts the model from the page cache and from disk."""
     model = Path(report.earlier.need(MODEL))
     warm_page_cache(model)
-    warm = [_start(model, setting) for _ in range(_WARM)]
+    warm = [start(model, setting) for _ in range(_WARM)]
     _report(report, "page cache warm", warm)
     cold: list[dict[str, Any]] = []
     try:
         for _ in range(_COLD):
             evict_files(sorted(model.glob("*.safetensors")))
-            cold.append(_start(model, setting))
+            cold.append(start(model, setting))
     except PlatformError as error:
         report.left_out("page cache cold", str(error))
     else:
@@ -44,9 +44,27 @@ def measure(report: Report, setting: Setting) -> None:
     report.check(same_answers([*warm, *cold]))
 
 
-def _start(model: Path, setting: Setting) -> dict[str, Any]:
-    device = ("--device", setting.device)
-    started = dict(cold_start(model, *device, prompt_ids=PROMPT, tokens=_TOKENS))
+def start(
+    model: Path, setting: Setting, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """One start on the GPU, and nowhere else: its document.
+
+    Args:
+        model: The checkpoint's directory.
+        setting: The GPU.
+        environment: As for `cold_start`.
+
+    Raises:
+        PlatformError: It failed, or went to the CPU.
+    """
+    started = dict(
+        cold_start(
+            *(model, "--device", setting.device),
+            prompt_ids=PROMPT,
+            tokens=_TOKENS,
+            environment=environment,
+        )
+    )
     if started["device"] != setting.device:
         raise PlatformError(
             "a cold start went to another device",
@@ -64,7 +82,7 @@ def _report(report: Report, which: str, starts: Sequence[dict[str, Any]]) -> Non
         report.left_out(f"{which}: TTFT / (bytes / bare rate)", str(error))
     for row in rows(which, starts, bare):
         report.figure(row)
-    report.answer(f"{which}: what the first token waited for", _split(starts[-1]))
+    report.answer(f"{which}: what the first token waited for", split(starts[-1]))
 
 
 def same_answers(starts: Sequence[dict[str, Any]]) -> Check:
@@ -122,8 +140,8 @@ def _reading_s(start: dict[str, Any]) -> float:
     return float(start["load_s"] - start["first_byte_s"])
 
 
-def _split(start: dict[str, Any]) -> dict[str, str]:
-    """The largest shares of the critical path."""
+def split(start: dict[str, Any]) -> dict[str, str]:
+    """The largest shares of a start's critical path."""
     shares: dict[str, float] = {}
     for span in start["critical_path"]:
         name = f"{span['process']} {span['name'].partition('[')[0]}".strip()

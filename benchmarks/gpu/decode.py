@@ -1,23 +1,36 @@
-"""Decode at batch 1, against the device's own memory: each token reads all weights once."""
+"""Decode against the device's own memory: each step reads all weights once, however many it is for.
+
+Eager, that is with each kernel asked for, and with captured steps, in turn: a replica of each. What
+is captured, and how long that takes, is told by the spans of the one that captures.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
 
 from coldframe.benchmarks.gpu.model import MODEL
-from coldframe.benchmarks.gpu.replicas import ask, options
-from coldframe.benchmarks.gpu.report import Report, Setting
+from coldframe.benchmarks.gpu.replicas import Answer, ask, options
+from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
+from coldframe.loader.timeline import Span
 from coldframe.runtime.replica import Replica
 
-__all__ = ["measure"]
+__all__ = ["CAPTURING", "captures", "measure", "together_rate"]
+
+CAPTURING = "all captures together"
 
 _TOKENS = 130
-_SHARE = 0.3
+_BATCHES = (1, 8, 32)
+_SHARES = {False: 0.3, True: 0.65}
+"""Of the bandwidth, eager and with captured steps, at batch 1."""
 _COPIES = 10
+_CAPTURE_S = 8.0
+"""How long a replica that nobody asks may capture steps, in seconds."""
+_QUIET_S = 1.5
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -25,20 +38,88 @@ def measure(report: Report, setting: Setting) -> None:
     bandwidth = _bandwidth(setting)
     report.figure(Row("device memory, a copy counted twice", [b / 1e9 for b in bandwidth], "GB/s"))
     torch.cuda.empty_cache()
-    told = options(report.earlier.need(MODEL), setting.device)
-    with Replica(told) as replica:
-        ask(replica, 8).wait(replica, setting.seconds)
-        nbytes = int(replica.facts["weights_bytes"])
-        limit = median(bandwidth) / nbytes
-        report.figure(Row("  bandwidth / bytes of weights", [limit], "tokens/s"))
+    model = report.earlier.need(MODEL)
+    for graphs in (True, False):
+        told = options(model, setting.device, graphs="auto" if graphs else "off")
+        with Replica(told) as replica:
+            ask(replica, _TOKENS).wait(replica, setting.seconds)
+            if graphs and not _let_capture(replica, report):
+                continue
+            limit = median(bandwidth) / int(replica.facts["weights_bytes"])
+            report.figure(Row("  bandwidth / bytes of weights", [limit], "tokens/s"))
+            _rates(report, setting, replica, limit, graphs=graphs)
+            if graphs:
+                _tell_captures(report, replica.spans)
+
+
+def _rates(
+    report: Report, setting: Setting, replica: Replica, limit: float, *, graphs: bool
+) -> None:
+    """All batches, the single one first and again after each run: what there is when time is up."""
+    how = "with captured steps" if graphs else "eager"
+    shift = 1
+    for batch in _BATCHES:
         rates: list[float] = []
-        for number in range(setting.runs):
-            answer = ask(replica, _TOKENS, shift=number + 1).wait(replica, setting.seconds)
-            rates.append(answer.rate)
-            # Again after each run: what there is when the time is up counts.
-            report.figure(Row("decode, batch 1", rates, "tokens/s"))
-            shares = [rate / limit for rate in rates]
-            report.figure(Row("decode, batch 1 / that", shares, "ratio", _SHARE, at_least=True))
+        # The first of a larger one is what its steps are captured for.
+        for number in range(min(setting.runs, 5 if graphs else 3) if batch == 1 else 2):
+            answers = [ask(replica, _TOKENS, shift=shift + one) for one in range(batch)]
+            shift += batch
+            for answer in answers:
+                answer.wait(replica, setting.seconds)
+            if batch > 1 and number == 0:
+                continue
+            rates.append(answers[0].rate if batch == 1 else together_rate(answers))
+            name = f"decode, batch {batch}, {how}"
+            report.figure(Row(name, rates, "tokens/s"))
+            if batch == 1:
+                shares = [rate / limit for rate in rates]
+                share = f"{name} / bandwidth's"
+                report.figure(Row(share, shares, "ratio", _SHARES[graphs], at_least=True))
+
+
+def together_rate(answers: Sequence[Answer]) -> float:
+    """Tokens per second of answers that are made together, while none of them is missing.
+
+    Raises:
+        LeftOut: They never were.
+    """
+    begin = max(answer.times[1] for answer in answers)
+    end = min(answer.times[-1] for answer in answers)
+    tokens = sum(begin < at <= end for answer in answers for at in answer.times)
+    if end <= begin or not tokens:
+        raise LeftOut(f"{len(answers)} answers were never made at one time")
+    return tokens / (end - begin)
+
+
+def _let_capture(replica: Replica, report: Report) -> bool:
+    """Waits until a replica has captured what it captures while nobody asks; whether it has any."""
+    deadline, before, since = time.monotonic() + _CAPTURE_S, 0, time.monotonic()
+    while time.monotonic() < min(deadline, since + _QUIET_S):
+        replica.poll(0.05)
+        there = len(captures(replica.spans)[0])
+        if there > before:
+            before, since = there, time.monotonic()
+    if not before:
+        _, failed = captures(replica.spans)
+        report.left_out("decode with captured steps", failed[0] if failed else "none was captured")
+    return before > 0
+
+
+def captures(spans: Sequence[Span]) -> tuple[list[float], list[str]]:
+    """The seconds that each capture took, and what failed of those that did."""
+    found = [span for span in spans if span.name == "graph_capture"]
+    failed = [span.note or "" for span in found if " failed: " in (span.note or "")]
+    done = [span for span in found if " failed: " not in (span.note or "")]
+    return [(span.end_ns - span.start_ns) / 1e9 for span in done], failed
+
+
+def _tell_captures(report: Report, spans: Sequence[Span]) -> None:
+    done, failed = captures(spans)
+    report.figure(Row("  capture of a step", [seconds * 1e3 for seconds in done], "ms"))
+    report.figure(Row(f"  {CAPTURING}", [sum(done)], "s"))
+    report.answer("steps captured", len(done))
+    for note in failed:
+        report.left_out("a captured step", note)
 
 
 def _bandwidth(setting: Setting) -> list[float]:

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.benchmarks.gpu.report import Report, Setting
+from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 
-__all__ = ["PROBES", "Probe", "ask_all", "measure"]
+__all__ = ["PROBES", "Probe", "answer", "ask_all", "measure"]
 
 _QUESTIONS = "coldframe.benchmarks.gpu.questions"
 _TORCH = "coldframe.benchmarks.gpu.torch_questions"
@@ -84,8 +84,8 @@ def ask_all(report: Report, setting: Setting, probes: tuple[Probe, ...]) -> None
         try:
             for _ in range(probe.times):
                 left = deadline - time.monotonic()
-                answers.append(_ask(probe, setting, min(probe.seconds, left)))
-        except _Unanswered as error:
+                answers.append(answer(probe, setting.device, min(probe.seconds, left)))
+        except LeftOut as error:
             report.left_out(probe.question, str(error))
         else:
             _tell(report, probe, answers)
@@ -100,21 +100,27 @@ def _tell(report: Report, probe: Probe, answers: list[Any]) -> None:
         report.figure(Row(f"{probe.question}: {name}", runs, "s"))
 
 
-class _Unanswered(Exception):
-    pass
+def answer(probe: Probe, device: str, seconds: float) -> Any:
+    """Asks one question in a process of its own.
 
+    Args:
+        probe: The question.
+        device: The GPU.
+        seconds: How long that may take.
 
-def _ask(probe: Probe, setting: Setting, seconds: float) -> Any:
+    Raises:
+        LeftOut: There is no answer; it says why.
+    """
     if seconds <= 0:
-        raise _Unanswered("no time was left")
-    command = [sys.executable, "-P", "-m", _QUESTIONS, probe.module, probe.name, setting.device]
+        raise LeftOut("no time was left")
+    command = [sys.executable, "-P", "-m", _QUESTIONS, probe.module, probe.name, device]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
     except subprocess.TimeoutExpired as error:
-        raise _Unanswered(f"no answer within {seconds:.3g} s") from error
+        raise LeftOut(f"no answer within {seconds:.3g} s") from error
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         why = " ".join(said[-1].split()) if said else "without a word"
-        raise _Unanswered(f"exit status {done.returncode}: {why}")
+        raise LeftOut(f"exit status {done.returncode}: {why}")
     return json.loads(lines[-1])

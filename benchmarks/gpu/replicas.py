@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.runtime.engine.params import SamplingParams
@@ -81,6 +82,6 @@ def ask(replica: Replica, count: int, shift: int = 0) -> Answer:
     return answer
 
 
-def options(model: str, device: str) -> ReplicaOptions:
+def options(model: str, device: str, **more: Any) -> ReplicaOptions:
     """A replica with all of it on one GPU, for which no CPU stands in."""
-    return ReplicaOptions(model=model, device=device)
+    return ReplicaOptions(model=model, device=device, **more)

@@ -21,7 +21,7 @@ from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.wire import Channel
 
-__all__ = ["CODE", "PIECE", "TARGETS", "Target", "main"]
+__all__ = ["CODE", "PIECE", "TARGETS", "Target", "heard", "main", "order", "put_word"]
 
 PIECE = 4 << 20
 CODE = "from coldframe.benchmarks.gpu.targets import main; main()"
@@ -43,7 +43,7 @@ class Target:
         self.channel, theirs = Channel.pair()
         self._child: Child = spawn_python(CODE, [], theirs.fileno(), dict(os.environ))
         theirs.close()
-        self.channel.send({"type": "order", "kind": kind, "ordinal": ordinal}, list(fds))
+        self.channel.send(order(kind, ordinal), fds)
         try:
             self.told = heard(self.channel)
         except BaseException:
@@ -64,6 +64,11 @@ class Target:
         self.channel.close()
 
 
+def order(kind: str, ordinal: int) -> dict[str, Any]:
+    """The message that a target begins with; descriptors go beside it."""
+    return {"type": "order", "kind": kind, "ordinal": ordinal}
+
+
 def heard(channel: Channel) -> str:
     """What a target says.
 
@@ -82,23 +87,32 @@ def heard(channel: Channel) -> str:
 def main() -> None:
     """A target's entry."""
     control = Channel.from_fd(3)
-    order = control.recv()
-    if order is None:
+    wanted = control.recv()
+    if wanted is None:
         return
     null = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-    steps = TARGETS[order.body["kind"]](order.body["ordinal"], order.fds)
+    kind, ordinal = wanted.body["kind"], wanted.body["ordinal"]
+    steps = TARGETS[kind](ordinal, list(wanted.fds))
+    # As a worker says it at its freeze point.
+    gpu = None if kind == "plain" else {"ordinal": ordinal}
     while True:
         try:
             told = next(steps)
         except Exception as error:  # noqa: BLE001 - what it cannot do any more is its answer
             told = f"{type(error).__name__}: {error}".splitlines()[0]
-        control.send({"type": "said", "told": told})
+        control.send({"type": "frozen", "gpu": gpu, "told": told})
         if control.recv() is None:
             # Not through what torch and the driver do at exit: a lost context may hang there.
             os._exit(0)
+
+
+def _plain(_: int, __: list[int]) -> Iterator[str]:
+    """Nothing on a GPU."""
+    yield "up"
+    yield "it goes on"
 
 
 def _private(ordinal: int, _: list[int]) -> Iterator[str]:
@@ -108,7 +122,7 @@ def _private(ordinal: int, _: list[int]) -> Iterator[str]:
     memory = context.driver.create(ordinal, PIECE, shareable=False)
     scratch.map(0, PIECE, memory, writable=True)
     context.driver.release(memory)
-    _put(context, scratch.address, _WORD)
+    put_word(context, scratch.address)
     yield f"at {scratch.address:#x}"
     yield _same(_fetched(context, scratch.address), f"at {scratch.address:#x}")
 
@@ -194,6 +208,7 @@ def _graph(ordinal: int, _: list[int]) -> Iterator[str]:
 
 
 TARGETS: dict[str, Callable[[int, list[int]], Iterator[str]]] = {
+    "plain": _plain,
     "private": _private,
     "imported": _imported,
     "imported mapped": _imported_mapped,
@@ -203,9 +218,11 @@ TARGETS: dict[str, Callable[[int, list[int]], Iterator[str]]] = {
 }
 
 
-def _put(context: Context, address: int, data: bytes) -> None:
-    source, stream = ctypes.create_string_buffer(data, len(data)), context.driver.stream()
-    context.driver.copy_in(address, ctypes.addressof(source), len(data), stream)
+def put_word(context: Context, address: int) -> None:
+    """Writes what targets look for to the GPU's memory."""
+    source = ctypes.create_string_buffer(_WORD, len(_WORD))
+    stream = context.driver.stream()
+    context.driver.copy_in(address, ctypes.addressof(source), len(_WORD), stream)
     context.driver.synchronize(stream)
 
 

@@ -370,6 +370,28 @@ class Driver:
 
     # -- all of them -----------------------------------------------------------------------------
 
+    @property
+    def api(self) -> Any:
+        """What has the types that calls take, for those that are typed elsewhere."""
+        return self._api
+
+    def call(self, what: str, function: str, *arguments: Any, where: str | None = None) -> Any:
+        """Makes a call that is typed elsewhere.
+
+        Args:
+            what: What it means where the call fails.
+            function: Its name.
+            arguments: The driver's own.
+            where: What it is about.
+
+        Returns:
+            What the call gives beside its code: nothing, a value, or a tuple of several.
+
+        Raises:
+            DeviceError: The driver refuses, or has no such call.
+        """
+        return self._call(what, function, *arguments, where=where)
+
     def _at(self, what: str, function: str, address: int, size: int, *rest: Any) -> Any:
         where = f"{size:,} bytes at {address:#x}"
         return self._call(what, function, address, size, *rest, where=where)
@@ -395,6 +417,28 @@ class Driver:
                 hint="Update the driver, and cuda-bindings with it.",
             ) from error
         self._check(what, function, where, code, expected)
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+    def ask(self, what: str, function: str, *arguments: Any, no: frozenset[str]) -> Any:
+        """Makes a call by one of whose errors the driver only says no.
+
+        Args:
+            what: As in `call`; so is the rest.
+            no: The names of those errors.
+
+        Returns:
+            As `call`, but None for a no.
+
+        Raises:
+            DeviceError: It failed in another way, or there is no such call.
+        """
+        try:
+            code, *values = getattr(self._api, function)(*arguments)
+        except (ValueError, AttributeError, RuntimeError):
+            return self._call(what, function, *arguments)  # which says what is wrong
+        if code.name in no:
+            return None
+        self._check(what, function, None, code)
         return None if not values else values[0] if len(values) == 1 else tuple(values)
 
     def _check(

@@ -22,9 +22,7 @@ _ROOM = 256 << 20
 _UNIT = 512
 
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
-_FREE = ctypes.CFUNCTYPE(
-    None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p
-)
+_FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 
 
 class _Range:
@@ -130,7 +128,9 @@ def _words(handle: int) -> list[int]:
             code, _, size = api.cuFuncGetParamInfo(node_parameters.func, number)
             if code != api.CUresult.CUDA_SUCCESS:
                 break
-            pointers = ctypes.cast(int(node_parameters.kernelParams), ctypes.POINTER(ctypes.c_void_p))
+            pointers = ctypes.cast(
+                int(node_parameters.kernelParams), ctypes.POINTER(ctypes.c_void_p)
+            )
             raw = ctypes.string_at(pointers[number], size)
             for at in range(0, size - 7, 8):
                 word = int.from_bytes(raw[at : at + 8], "little")

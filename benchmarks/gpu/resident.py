@@ -72,9 +72,7 @@ def measure(report: Report, setting: Setting) -> None:
         gpu.close()
 
 
-def _measure(
-    report: Report, setting: Setting, gpu: CudaDevice, name: str, checkpoint: str
-) -> None:
+def _measure(report: Report, setting: Setting, gpu: CudaDevice, name: str, checkpoint: str) -> None:
     free = gpu.available()
     told = options(report.earlier.need(MODEL), setting.device, checkpoint=checkpoint)
     with Replica(told) as replica:

@@ -146,5 +146,3 @@ def _stage_s(document: dict[str, Any], stage: str) -> float:
         if span["name"] == stage and not span["process"].startswith("decode")
     ]
     return max(took, default=0.0)
-
-

@@ -419,6 +419,28 @@ class Driver:
         self._check(what, function, where, code, expected)
         return None if not values else values[0] if len(values) == 1 else tuple(values)
 
+    def ask(self, what: str, function: str, *arguments: Any, no: frozenset[str]) -> Any:
+        """Makes a call by one of whose errors the driver only says no.
+
+        Args:
+            what: As in `call`; so is the rest.
+            no: The names of those errors.
+
+        Returns:
+            As `call`, but None for a no.
+
+        Raises:
+            DeviceError: It failed in another way, or there is no such call.
+        """
+        try:
+            code, *values = getattr(self._api, function)(*arguments)
+        except (ValueError, AttributeError, RuntimeError):
+            return self._call(what, function, *arguments)  # which says what is wrong
+        if code.name in no:
+            return None
+        self._check(what, function, None, code)
+        return None if not values else values[0] if len(values) == 1 else tuple(values)
+
     def _check(
         self, what: str, function: str, where: str | None, code: Any, expected: str | None = None
     ) -> None:

@@ -12,6 +12,7 @@ or leaves undefined is an error here.
 - A process's context can be checkpointed by another one (`emulated_checkpoint`).
 - `fail` makes the n-th call of a kind fail, `fail_copy` the n-th copy, `lose` the device; `missing`
   names calls that the driver lacks, and `library` is whether there is a driver at all.
+- Graphs and kernels are in `emulated_graphs.py`.
 
 Other processes' memory is not counted, but for their contexts where there is a ledger; nor is there
 more than the little of contexts that is used.
@@ -32,6 +33,9 @@ from typing import Any
 from cuda.bindings import driver as real
 
 from tests.loader.devices.emulated_checkpoint import EmulatedCheckpoints
+from tests.loader.devices.emulated_graphs import VALUES, EmulatedGraphs
+from tests.loader.devices.refusal import Refused
+from tests.loader.devices.refusal import require as _require
 
 GRANULARITY = 2 << 20
 MEMFD = "emulated-vram"
@@ -53,10 +57,6 @@ _libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _NONE, _READ, _WRITE = 0, mmap.PROT_READ, mmap.PROT_READ | mmap.PROT_WRITE
 _FIXED, _FIXED_NOREPLACE, _NORESERVE = 0x10, 0x100000, 0x4000
 _EMPTY = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
-
-
-class Refused(Exception):
-    """A call's error, by the driver's name for it."""
 
 
 @dataclass
@@ -83,7 +83,7 @@ class _Mark:
     passed: threading.Event = field(default_factory=threading.Event)
 
 
-class Emulator(EmulatedCheckpoints):
+class Emulator(EmulatedCheckpoints, EmulatedGraphs):
     """A driver with its devices.
 
     Args:
@@ -113,6 +113,7 @@ class Emulator(EmulatedCheckpoints):
         context_bytes: int = 0,
         ledger: str | None = None,
     ) -> None:
+        super().__init__()
         self.memory = memory
         self.devices = devices
         self.library = library
@@ -185,6 +186,7 @@ class Emulator(EmulatedCheckpoints):
                 *(f"locked memory at {address:#x}" for address in self._registered),
                 *(f"stream {number:#x}" for number in self._streams),
                 *(f"event {number:#x}" for number in self._events),
+                *self.graphs_left(),
                 *(f"context of {n}" for n, count in self._contexts.items() if count),
                 *(f"descriptor of inode {inode}" for inode in self._shared if _is_open(inode)),
             ]
@@ -265,7 +267,13 @@ class Emulator(EmulatedCheckpoints):
         return self._do("cuDeviceGetName", lambda: name)
 
     def cuDeviceGetAttribute(self, attrib, dev):
-        return self._do("cuDeviceGetAttribute", lambda: int(self.can_share))
+        kinds = real.CUdevice_attribute
+        capability = {
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: 9,
+            kinds.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: 0,
+        }
+        value = capability.get(attrib, int(self.can_share))
+        return self._do("cuDeviceGetAttribute", lambda: value)
 
     def cuDevicePrimaryCtxRetain(self, dev):
         def call() -> Any:
@@ -753,6 +761,7 @@ class Emulator(EmulatedCheckpoints):
 
 
 _VALUES = {
+    **VALUES,
     "cuGetProcAddress": 2,
     "cuMemGetInfo": 2,
     **dict.fromkeys(
@@ -805,11 +814,6 @@ class _Stream:
                 self.copies += 1
             else:
                 work()
-
-
-def _require(condition: bool) -> None:
-    if not condition:
-        raise Refused("CUDA_ERROR_INVALID_VALUE")
 
 
 def _is_open(inode: int) -> bool:

@@ -92,8 +92,7 @@ def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
     """
     mode = said(arguments, "--snapshot") or "auto"
     store = said(arguments, "--snapshot-store") or default_store()
-    device = said(arguments, "--device") or ""
-    if mode == "off" or device.startswith("cuda"):  # where no worker is a clone
+    if mode == "off":
         return None
     if mode not in ("auto", "require"):
         store = mode

@@ -19,7 +19,8 @@ from coldframe.loader.timeline import clock_shift_ns, now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.cloner import CloneChild, CloneEvent, Cloner
 from coldframe.snapshot.criu import Criu
-from coldframe.snapshot.freezer import freeze, freezing_environment
+from coldframe.snapshot.dumping import freeze
+from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.init import start_init
 from coldframe.snapshot.linux import own_mounts
 from coldframe.snapshot.machine import Machine
@@ -249,6 +250,7 @@ def wanted(store: Path, manifest: Manifest | None, work: Path) -> dict[str, Any]
         "hash": True,
         "key_file": None,
         "work": str(work),
+        "device": "cpu",
     }
 
 

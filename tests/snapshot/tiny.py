@@ -42,7 +42,7 @@ def main() -> None:
     control = Channel.from_fd(3)
     order = control.recv()
     assert order is not None
-    scope: dict[str, Any] = {"control": control, "os": os}
+    scope: dict[str, Any] = {"control": control, "os": os, "fds": order.fds, "more": {}}
     try:
         exec(order.body["prepare"], scope)
     except ColdframeError as error:
@@ -52,7 +52,7 @@ def main() -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-    control.send({"type": "frozen", "inside": os.getpid()})
+    control.send({"type": "frozen", "inside": os.getpid(), **scope["more"]})
     while (message := control.recv()) is not None:
         exec(message.body["first"], scope)
         control.send({"type": "value", "value": eval(message.body["value"], scope)})

@@ -21,7 +21,10 @@
     ├── DeviceError          the device is missing, too small or lost
     │   ├── NoDevice           there is none, or nothing to reach it with
     │   ├── DeviceFull         it has not that much memory left
-    │   └── DeviceLost         it broke: nothing of this process works on it any more
+    │   ├── DeviceLost         it broke: nothing of this process works on it any more
+    │   ├── AnotherDevice      a context is to be restored on another GPU than it fits
+    │   ├── NoCheckpoint       contexts cannot be checkpointed here
+    │   └── ContextPoisoned    a process's context is neither here nor there: kill the process
     ├── RequestError         this request cannot be served; the replica goes on
     ├── ReplicaError         a process of the replica died or stalled
     └── PlatformError        the machine lacks what is needed
@@ -58,6 +61,9 @@ __all__ = [
     "NoDevice",
     "DeviceFull",
     "DeviceLost",
+    "AnotherDevice",
+    "NoCheckpoint",
+    "ContextPoisoned",
     "RequestError",
     "ReplicaError",
     "PlatformError",
@@ -248,6 +254,24 @@ class DeviceLost(DeviceError):
     """The device broke, so that nothing of this process works on it any more."""
 
     default_hint = "The replica must start again; the kernel's log has the cause (dmesg, Xid)."
+
+
+class AnotherDevice(DeviceError):
+    """A context was checkpointed on GPUs that are not those which are here."""
+
+    default_hint = "Start the worker fresh, or restore it on GPUs of the same kind and number."
+
+
+class NoCheckpoint(DeviceError):
+    """Contexts cannot be checkpointed here: the driver, the GPU or the rights do not allow it."""
+
+    default_hint = "Update the driver and cuda-bindings; until then contexts stay where they are."
+
+
+class ContextPoisoned(DeviceError):
+    """What is left of a process's context is of no use, and neither is the process."""
+
+    default_hint = "Kill the process and start another; nothing else helps."
 
 
 class RequestError(ColdframeError):

@@ -370,6 +370,28 @@ class Driver:
 
     # -- all of them -----------------------------------------------------------------------------
 
+    @property
+    def api(self) -> Any:
+        """What has the types that calls take, for those that are typed elsewhere."""
+        return self._api
+
+    def call(self, what: str, function: str, *arguments: Any, where: str | None = None) -> Any:
+        """Makes a call that is typed elsewhere.
+
+        Args:
+            what: What it means where the call fails.
+            function: Its name.
+            arguments: The driver's own.
+            where: What it is about.
+
+        Returns:
+            What the call gives beside its code: nothing, a value, or a tuple of several.
+
+        Raises:
+            DeviceError: The driver refuses, or has no such call.
+        """
+        return self._call(what, function, *arguments, where=where)
+
     def _at(self, what: str, function: str, address: int, size: int, *rest: Any) -> Any:
         where = f"{size:,} bytes at {address:#x}"
         return self._call(what, function, address, size, *rest, where=where)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from coldframe.loader.errors import DeviceError, DeviceFull, DeviceLost, NoDevice
 
-__all__ = ["NO_GPU", "kind_of"]
+__all__ = ["NO_GPU", "code_of", "kind_of"]
 
 NO_GPU = "Give the container a GPU (--gpus, a device plugin), or take the CPU."
 
@@ -50,6 +50,8 @@ _HINTS = {
     "INVALID_CONTEXT": "No context is current in this thread, which is a mistake: report it.",
     "NOT_PERMITTED": "The container may not do that; run it with the GPU's device files.",
     "NOT_SUPPORTED": "This GPU or its driver cannot do that (MIG, WSL, an old driver).",
+    "NOT_READY": "A process did not come to rest in time; try again.",
+    "ILLEGAL_STATE": "The process is not in the state that this starts from.",
     "PEER_ACCESS_UNSUPPORTED": "These two GPUs cannot reach each other's memory: use one of them.",
     "PEER_ACCESS_NOT_ENABLED": "Let the one GPU reach the other's memory first.",
     "TOO_MANY_PEERS": "A GPU reaches the memory of a few others only: use fewer.",
@@ -75,3 +77,9 @@ def kind_of(name: str) -> tuple[type[DeviceError], str | None]:
     if short in _ABSENT:
         return NoDevice, _ABSENT[short]
     return DeviceError, _HINTS.get(short, "See what the driver's documentation says of it.")
+
+
+def code_of(error: DeviceError) -> str:
+    """The driver's own name for what an error of its is about; empty where there is none."""
+    name = (error.got or "").split(" ")[0]
+    return name if name.startswith("CUDA_ERROR_") else ""

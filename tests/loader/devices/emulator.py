@@ -9,10 +9,12 @@ or leaves undefined is an error here.
 - Copies are done by a thread for each stream, late: neither is a byte taken from locked host memory
   before the copy's turn, nor is one at its place before. `hold` stops them for as long as a test
   wants. What is unmapped or unlocked by then is the loss of the device, as on a real one.
+- A process's context can be checkpointed by another one (`emulated_checkpoint`).
 - `fail` makes the n-th call of a kind fail, `fail_copy` the n-th copy, `lose` the device; `missing`
   names calls that the driver lacks, and `library` is whether there is a driver at all.
 
-Other processes' memory is not counted, nor is there more than the little of contexts that is used.
+Other processes' memory is not counted, but for their contexts where there is a ledger; nor is there
+more than the little of contexts that is used.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cuda.bindings import driver as real
+
+from tests.loader.devices.emulated_checkpoint import EmulatedCheckpoints
 
 GRANULARITY = 2 << 20
 MEMFD = "emulated-vram"
@@ -61,6 +65,7 @@ class _Allocation:
     size: int
     inode: int
     device: int
+    shareable: bool = True
     handles: int = 1
     mappings: int = 0
 
@@ -79,7 +84,7 @@ class _Mark:
     passed: threading.Event = field(default_factory=threading.Event)
 
 
-class Emulator:
+class Emulator(EmulatedCheckpoints):
     """A driver with its devices.
 
     Args:
@@ -91,6 +96,8 @@ class Emulator:
         can_share: Whether memory can be given to other processes.
         can_protect: Whether memory can be mapped for reading only.
         can_reach: Whether the devices can reach each other's memory.
+        context_bytes: What a context takes of its device.
+        ledger: A folder by which the contexts of other processes are known.
     """
 
     def __init__(
@@ -104,6 +111,8 @@ class Emulator:
         can_share: bool = True,
         can_protect: bool = True,
         can_reach: bool = True,
+        context_bytes: int = 0,
+        ledger: str | None = None,
     ) -> None:
         self.memory = memory
         self.devices = devices
@@ -133,6 +142,7 @@ class Emulator:
         self._events: dict[int, _Mark | None] = {}
         self.go = threading.Event()
         self.go.set()
+        self._begin_checkpoints(context_bytes, ledger)
 
     def __getattr__(self, name: str) -> Any:
         # Types and enumerations are the bindings' own; a call that is not emulated is a mistake.
@@ -260,7 +270,10 @@ class Emulator:
 
     def cuDevicePrimaryCtxRetain(self, dev):
         def call() -> Any:
+            if not self._contexts[int(dev)] and self._free_on(int(dev)) < self.context_bytes:
+                raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
             self._contexts[int(dev)] += 1
+            self._context_is_on(int(dev))
             return real.CUcontext(0x100 + int(dev))
 
         return self._do("cuDevicePrimaryCtxRetain", call)
@@ -283,9 +296,12 @@ class Emulator:
 
     def cuMemGetInfo(self):
         def call() -> tuple[int, int]:
-            return max(0, self.memory - self.used_of(self._current.device)), self.memory
+            return self._free_on(self._current.device), self.memory
 
         return self._do("cuMemGetInfo", call, in_context=True)
+
+    def _free_on(self, device: int) -> int:
+        return max(0, self.memory - self.used_of(device) - self.contexts_on(device))
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -307,16 +323,18 @@ class Emulator:
         def call() -> Any:
             self._check_properties(prop)
             _require(flags == 0 and size > 0 and size % GRANULARITY == 0)
-            posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-            _require(prop.requestedHandleTypes == posix)
+            kinds, kind = real.CUmemAllocationHandleType, prop.requestedHandleTypes
+            shareable = kind == kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            _require(shareable or kind == kinds.CU_MEM_HANDLE_TYPE_NONE)
             device = prop.location.id
-            if self.used_of(device) + size > self.memory:
+            if size > self._free_on(device):
                 raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
             fd = os.memfd_create(f"{MEMFD}-{device}", os.MFD_CLOEXEC)
             os.ftruncate(fd, size)
             for at in range(0, size, GRANULARITY):
                 os.pwrite(fd, b"what was here before", at)
-            return self._new_handle(_Allocation(fd, size, os.fstat(fd).st_ino, device))
+            inode = os.fstat(fd).st_ino
+            return self._new_handle(_Allocation(fd, size, inode, device, shareable))
 
         return self._do("cuMemCreate", call)
 
@@ -343,6 +361,7 @@ class Emulator:
             posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             _require(handleType == posix and flags == 0 and int(handle) in self._handles)
             allocation = self._handles[int(handle)]
+            _require(allocation.shareable)
             self._shared[allocation.inode] = allocation
             return os.dup(allocation.fd)
 
@@ -687,8 +706,10 @@ class Emulator:
             raise RuntimeError("emulated: the driver's library was not found")
         if name in self.missing:
             raise RuntimeError(f'Function "{name}" not found')
-        with self._lock:
+        with self.going(), self._lock:
             self.calls[name] += 1
+            if self.dies_at == (name, self.calls[name]):
+                os._exit(9)
             try:
                 if not self._initialised and not before_init:
                     raise Refused("CUDA_ERROR_NOT_INITIALIZED")
@@ -707,19 +728,39 @@ class Emulator:
                 return getattr(real.CUresult, str(error)), *(
                     None for _ in range(_VALUES.get(name, 0))
                 )
+            finally:
+                self._note_all()
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         return real.CUresult.CUDA_SUCCESS, *values
+
+    def _note_all(self) -> None:
+        """Writes down what there is in this process that a checkpoint has to do with."""
+        mapped = [mapping.allocation for mapping in self._mapped.values()]
+        held = [*self._handles.values(), *mapped]
+        own = {a.inode: a.size for a in held if not a.shareable}
+        contexts = sum(map(bool, self._contexts.values()))
+        self.note(sum(a.shareable for a in held), sum(own.values()), contexts)
+
+    def _refuse(self, code: str) -> None:
+        raise Refused(code)
+
+    def _after(self, name: str, call: Callable[[], Callable[[], None]]) -> tuple[Any, ...]:
+        """A call that waits for something, and does not keep others out meanwhile."""
+        code, *values = self._do(name, call)
+        return (code,) if not values else self._finish(values[0])
+
+    @staticmethod
+    def _finish(wait: Callable[[], None]) -> tuple[Any, ...]:
+        try:
+            wait()
+        except Refused as error:
+            return (getattr(real.CUresult, str(error)),)
+        return (real.CUresult.CUDA_SUCCESS,)
 
     def _wait_for(self, name: str, call: Callable[[], Callable[[], None]]) -> tuple[Any, ...]:
         """A call that takes long, and does not keep others out meanwhile."""
         code, *values = self._do(name, call, in_context=True)
-        if not values or values[0] is None:
-            return (code,)
-        try:
-            values[0]()
-        except Refused as error:
-            code = getattr(real.CUresult, str(error))
-        return (code,)
+        return (code,) if not values or values[0] is None else self._finish(values[0])
 
 
 _VALUES = {
@@ -732,6 +773,8 @@ _VALUES = {
             "cuDeviceGet",
             "cuDeviceGetName",
             "cuDeviceGetAttribute",
+            "cuDeviceGetUuid",
+            "cuCheckpointProcessGetState",
             "cuDevicePrimaryCtxRetain",
             "cuMemGetAllocationGranularity",
             "cuMemCreate",

@@ -17,7 +17,7 @@ from coldframe.loader.devices.driver import Driver, Memory
 from coldframe.loader.errors import DeviceError, DeviceLost
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 
-CALLS = sorted(name for name in vars(Emulator) if name.startswith("cu"))
+CALLS = sorted(name for name in dir(Emulator) if name.startswith("cu"))
 BASE = 0x5000_0000_0000
 UNIT = GRANULARITY
 

@@ -91,6 +91,7 @@ def restore_once(model: Path, store: Path, *, verify: bool, stage: str = "up") -
             "manifest": None,
             "hash": verify,
             "key_file": None,
+            "device": "cpu",
             "work": work,
         }
         facts = ModelFacts(str(model))

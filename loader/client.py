@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, Segment
+from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Segment
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView, Progress
 from coldframe.loader.devices import Device, open_device
@@ -70,7 +70,7 @@ class MemoryClient:
             blocks, an error.
         stall_s: See `STALL_S`.
         reserved: The arenas' addresses, where this process has kept them free for them. Then no
-            other address will do.
+            other address will do. They are this object's to use, and to give back.
         device: Where the arenas are, and this worker computes; None is the CPU.
     """
 
@@ -81,7 +81,7 @@ class MemoryClient:
         *,
         on_event: Callable[[], None] = lambda: None,
         stall_s: float = STALL_S,
-        reserved: Iterable[Reservation] = (),
+        reserved: Iterable[Mapping] = (),
         device: Device | None = None,
     ) -> None:
         self._device = device or open_device("cpu")
@@ -128,6 +128,26 @@ class MemoryClient:
 
         A worker need not: its end does it. Not to be called from `on_event`.
         """
+        self._end()
+        for weights in (self.weights, self._old, self._relaid and self._relaid[1]):
+            if weights is not None:
+                weights.close()
+        if self.kv is not None:
+            self.kv.reservation.close()
+
+    def leave(self) -> None:
+        """Ends the connection and lets the arenas' memory go; their addresses stay reserved.
+
+        For a process that is to be frozen: nobody may look at the arenas any more, nor on the
+        device. Not to be called from `on_event`.
+        """
+        self._end()
+        if self.weights is not None:
+            self.weights.detach()
+        if self.kv is not None:
+            self.kv.reservation.detach()
+
+    def _end(self) -> None:
         self._channel.hang_up()
         self._reader.join()
         self._to_populate.put(None)
@@ -136,11 +156,6 @@ class MemoryClient:
         if self._board is not None:
             self._board.close()
             self._board = None
-        for weights in (self.weights, self._old, self._relaid and self._relaid[1]):
-            if weights is not None:
-                weights.close()
-        if self.kv is not None:
-            self.kv.reservation.close()
 
     # -- what has come ---------------------------------------------------------------------------
 
@@ -413,6 +428,8 @@ class MemoryClient:
         held = self._reserved.pop(base, None)
         if held is None:
             return self._device.mapping(size, base)
+        if held.size >= size:
+            return held  # what was made for these addresses, as graphs are, stays true
         held.close()
         return self._device.mapping(size, base, exact=True)
 

@@ -7,10 +7,11 @@ owner ends, so does the service, and removes the run directory behind both.
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
 `hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped` (from
 workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see
-`parking`.
+`parking`; of contexts `checkpoint`, `restore` (from the owner), see `contextdesk`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
 `kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
-`claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`.
+`claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`, `checkpointed`,
+`restored`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from typing import Any
 
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
+from coldframe.loader.contextdesk import ContextDesk, OpenContexts
 from coldframe.loader.devices import open_device
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, DeviceError, ReplicaError
@@ -57,9 +59,16 @@ class MemoryService:
         owner: The channel to the process that started it.
         run_dir: The replica's private directory; the listening socket is made there.
         recorder: Holds the spans of the start so far.
+        open_contexts: Makes what freezes contexts; None where that is not to be had.
     """
 
-    def __init__(self, owner: Channel, run_dir: str, recorder: Recorder) -> None:
+    def __init__(
+        self,
+        owner: Channel,
+        run_dir: str,
+        recorder: Recorder,
+        open_contexts: OpenContexts | None = None,
+    ) -> None:
         self._recorder = recorder
         self._device: Device = open_device("cpu")
         self._selector = selectors.DefaultSelector()
@@ -95,6 +104,9 @@ class MemoryService:
             self._post,
             self._report,
         )
+        self._contexts = ContextDesk(
+            self._owner, self._send, self._post, lambda: self._device, recorder, open_contexts
+        )
         self._running = True
 
     def run(self) -> None:
@@ -116,6 +128,7 @@ class MemoryService:
                 self._kv.tick()
 
     def close(self) -> None:
+        device_is_used = not self._contexts.close()
         self._kv.close()
         self._park.close()
         if self._load is not None:
@@ -123,7 +136,8 @@ class MemoryService:
             # One that is still being opened is left to the end of the process.
             if not self._opening.is_alive():
                 self._load.close()
-                self._device.close()
+                if not device_is_used:
+                    self._device.close()
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():
@@ -203,7 +217,7 @@ class MemoryService:
 
     def _handle(self, client: Connection, message: Message) -> None:
         handler = getattr(self, f"_on_{message.kind}", None)
-        for desk in (self._kv, self._park):
+        for desk in (self._kv, self._park, self._contexts):
             handler = handler or getattr(desk, f"on_{message.kind}", None)
         if handler is None:
             raise ReplicaError("unknown message", where=client.key, got=message.kind)
@@ -527,7 +541,13 @@ class MemoryService:
         self._kv.open_arena(self._device, **sizes)
 
 
-def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:
+def main(
+    owner_fd: int,
+    run_dir: str,
+    spawned_ns: int,
+    first_ns: int,
+    open_contexts: OpenContexts | None = None,
+) -> None:
     """The process's entry.
 
     Args:
@@ -535,12 +555,13 @@ def main(owner_fd: int, run_dir: str, spawned_ns: int, first_ns: int) -> None:
         run_dir: The replica's private directory.
         spawned_ns: When the owner started this process (CLOCK_MONOTONIC).
         first_ns: When its first line of Python ran.
+        open_contexts: See `MemoryService`.
     """
     recorder = Recorder("memory")
     recorder.add("interpreter", spawned_ns, first_ns)
     # The owner ends us by ending its socket, in its own time: a Ctrl-C is meant for it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    service = MemoryService(Channel.from_fd(owner_fd), run_dir, recorder)
+    service = MemoryService(Channel.from_fd(owner_fd), run_dir, recorder, open_contexts)
     recorder.add("imports", first_ns)
     try:
         service.run()

@@ -35,6 +35,7 @@ class Clones:
         tiers: The ways to start workers that are left.
         selector: Gets the sockets to those who make clones, with what to call as their data.
         lost: Called with the name of a worker that will not come, and why.
+        started: Called with the name of a worker that is there, and runs its hooks.
         ready: Called when it is known what clones are made of.
         spans: Takes the spans of the processes that make clones.
     """
@@ -45,12 +46,14 @@ class Clones:
         selector: selectors.BaseSelector,
         *,
         lost: Callable[[str, ColdframeError], None],
+        started: Callable[[str], None],
         ready: Callable[[], None],
         spans: Callable[[list[list[Any]]], None],
     ) -> None:
         self.tiers = tiers
         self._selector = selector
         self._lost = lost
+        self._started = started
         self._ready = ready
         self._spans = spans
         self._pending: dict[str, tuple[Cloner, int]] = {}
@@ -164,6 +167,8 @@ class Clones:
             if name is not None and error is not None:
                 self._pending.pop(name, None)
                 self._lost(name, error)
-            elif name is None and error is None:
+            elif name is not None:
+                self._started(name)
+            elif error is None:
                 self._prepared[cloner] = now()
                 self._ready()

@@ -16,7 +16,15 @@ from typing import NamedTuple
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 
-__all__ = ["AUTO", "CPU", "DeviceChoice", "add_device_argument", "choose_device", "parse_device"]
+__all__ = [
+    "AUTO",
+    "CPU",
+    "DeviceChoice",
+    "add_device_argument",
+    "choose_device",
+    "kind_of",
+    "parse_device",
+]
 
 AUTO = "auto"
 CPU = "cpu"
@@ -70,6 +78,11 @@ def parse_device(text: str, where: str = "") -> str:
             "there is no such device", where=where, expected="cpu, cuda or cuda:N", got=repr(text)
         )
     return CPU if text == CPU else f"cuda:{int(match[1] or 0)}"
+
+
+def kind_of(device: str) -> str:
+    """`cpu`, or `cuda` for any GPU: what an image is for."""
+    return device.partition(":")[0]
 
 
 def choose_device(

@@ -20,7 +20,7 @@ from coldframe.snapshot.restorer_process import RestorerProcess
 __all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
 
 _MAIN = (
-    "from coldframe.loader.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
+    "from coldframe.snapshot.memory import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
 )
 _GATEWAY = "from coldframe.runtime.gateway.process import main; main(3, int(sys.argv[1]), first_ns)"
 
@@ -92,8 +92,7 @@ def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
     """
     mode = said(arguments, "--snapshot") or "auto"
     store = said(arguments, "--snapshot-store") or default_store()
-    device = said(arguments, "--device") or ""
-    if mode == "off" or device.startswith("cuda"):  # where no worker is a clone
+    if mode == "off":
         return None
     if mode not in ("auto", "require"):
         store = mode

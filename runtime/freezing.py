@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,13 +18,13 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel
+from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frozen_worker import FREEZE, freeze_order, room, weights_room
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.oracle import OracleRun
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener
-from coldframe.runtime.snapshot_flags import check_freezable
 from coldframe.runtime.workforce import ending
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.model_key import ModelKey
@@ -41,12 +41,9 @@ class Freezing:
     """An image in the making; it goes on while the replica is polled.
 
     Args:
-        replica: Whose model; its config is known. Its memory service has the weights.
+        replica: Whose model; it is `sized`. Its memory service has the weights.
         snapshot: The store, and the key to sign with.
         compress: See `Store.put`.
-
-    Raises:
-        SnapshotError: The replica is on a GPU.
 
     Attributes:
         done: Whether it has come to its end, one or the other.
@@ -57,7 +54,6 @@ class Freezing:
     def __init__(
         self, replica: Replica, snapshot: SnapshotOptions, *, compress: str = "auto"
     ) -> None:
-        check_freezable(replica.options.device)
         self.done = False
         self.image: str | None = None
         self.manifest: dict[str, Any] | None = None
@@ -66,6 +62,7 @@ class Freezing:
         self.snapshot = snapshot
         self._trial: Trial | None = None
         self._staged = False
+        self._device = replica.options.devices[0]
         order = self._order(compress)
         self._channel, theirs = Channel.pair()
         try:
@@ -78,7 +75,7 @@ class Freezing:
         finally:
             theirs.close()
         replica.loop.watch(self._channel.fileno(), self._on_message)
-        self._send(order)
+        self._send_order(order)
 
     def follow(self, limit_s: float | None = None) -> None:
         """Polls the replica until this is done, and gives it up where it hangs.
@@ -113,8 +110,9 @@ class Freezing:
         return {
             "type": "freeze",
             "code": FREEZE,
-            "order": freeze_order(model, weights[1], kv[1], replica.threads),
-            "environment": freezing_environment(replica.threads),
+            "order": freeze_order(model, weights[1], kv[1], replica.threads, self._device),
+            "environment": freezing_environment(replica.threads, self._device),
+            "device": kind_of(self._device),
             "name": replica.options.model,
             "model": ModelKey.of(model.directory, model.tensors).to_json(),
             "arena": {"weights": weights, "kv": kv},
@@ -124,11 +122,26 @@ class Freezing:
             "work": os.path.join(replica.run_dir, "freezer"),
         }
 
+    def _send_order(self, order: dict[str, Any]) -> None:
+        """Sends it; for a worker on a GPU with a connection to the memory service there."""
+        if self._device == CPU:
+            self._send(order)
+            return
+        try:
+            memory = self._replica.connect_memory(self._device)
+        except ReplicaError as error:
+            self._end(error)
+            return
+        self._send(order, [memory.fileno()])
+        memory.close()
+
     def _on_message(self) -> None:
         messages, ended = self._channel.receive_ready()
         for message in messages:
             self._replica.add_spans(message.body["spans"])
             match message.kind:
+                case "checkpoint":
+                    self._checkpoint(message.body["pid"])
                 case "staged":
                     self._staged = True
                     self._try(message.body["manifest"])
@@ -146,6 +159,16 @@ class Freezing:
                 )
             )
 
+    def _checkpoint(self, pid: int) -> None:
+        """Has the worker's context leave the GPU, by whoever has one of its own there."""
+        name = f"freezing-{os.urandom(4).hex()}"
+
+        def done(body: dict[str, Any]) -> None:
+            if not self.done:
+                self._send({**body, "type": "checkpointed"})
+
+        self._replica.contexts.checkpoint(self._device, name, pid, done)
+
     def _try(self, manifest: dict[str, Any]) -> None:
         snapshot = replace(self.snapshot, mode="require", manifest=manifest)
         try:
@@ -159,9 +182,9 @@ class Freezing:
         else:
             self._send({"type": "publish", "oracle": trial.answer})
 
-    def _send(self, body: dict[str, Any]) -> None:
+    def _send(self, body: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
-            self._channel.send(body)
+            self._channel.send(body, fds)
         except ReplicaError as error:
             self._end(error)
 

@@ -15,7 +15,7 @@ from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, round_up
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.loader.header import DTYPE_BITS
 from coldframe.loader.timeline import Recorder, clock_shift_ns
-from coldframe.loader.wire import Channel
+from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.sizing import ModelFacts, StoredTensor
 from coldframe.runtime.worker import Warm
 from coldframe.runtime.worker_process import work
@@ -31,15 +31,18 @@ _ROOM = 1 << 30
 
 
 def freeze_order(
-    model: ModelFacts, weights_bytes: int, kv_bytes: int, threads: int
+    model: ModelFacts, weights_bytes: int, kv_bytes: int, threads: int, device: str = "cpu"
 ) -> dict[str, Any]:
     """The message that says what to warm up for.
+
+    On a GPU a connection to the memory service that has the model there goes beside it.
 
     Args:
         model: The model, whose small files are in a directory.
         weights_bytes: Of the weights' arena, to be reserved.
         kv_bytes: Of the KV's.
         threads: To warm up with.
+        device: To compute on.
     """
     stored = [[name, t.dtype, list(t.shape)] for name, t in model.tensors.items()]
     return {
@@ -48,6 +51,7 @@ def freeze_order(
         "tensors": stored,
         "arenas": [weights_bytes, kv_bytes],
         "threads": threads,
+        "device": device,
     }
 
 
@@ -77,11 +81,12 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         order = control.recv()
         if order is None:
             os._exit(0)
-        warm = _warm(order.body)
+        warm = _warm(order)
         shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
         _forget_standard_streams()
-        control, wake = freeze_point(control, {}, wait)
+        state = {} if warm.gpu is None else {"gpu": warm.gpu.state()}
+        control, wake = freeze_point(control, state, wait)
     except Exception as error:  # noqa: BLE001 - whoever waits must hear of whatever it was
         if not isinstance(error, ColdframeError):
             error = SnapshotError("a worker cannot be frozen or woken", got=repr(error))
@@ -90,8 +95,9 @@ def main(control_fd: int, wait: Wait = receive) -> None:
     _wake(control, wake, warm)
 
 
-def _warm(order: dict[str, Any]) -> Warm:
+def _warm(message: Message) -> Warm:
     """All that a worker does before it knows its role."""
+    order = message.body
     from coldframe.runtime.lean_torch import import_torch
 
     import_torch()
@@ -115,15 +121,21 @@ def _warm(order: dict[str, Any]) -> Warm:
             expected=threads,
             got=torch.get_num_threads(),
         )
+    weights, kv = order["arenas"]
+    if order["device"] != "cpu":
+        from coldframe.runtime.frozen_gpu import warm_on_gpu
+
+        (memory_fd,) = message.fds
+        memory = Channel.from_fd(memory_fd)
+        return warm_on_gpu(memory, model.spec, tokenizer, order["device"], weights, kv)
     saturation = measure_apart(model.spec)  # before there are threads that a fork would lack
     warm_up(model.spec, tokenizer)
-    weights, kv = order["arenas"]
     # Nothing else gets to lie there, now or in any clone.
-    reservations = (
+    reserved = (
         Reservation(weights, WEIGHTS_BASE, exact=True),
         Reservation(kv, KV_BASE, exact=True),
     )
-    return Warm(tokenizer, reservations, saturation)
+    return Warm(tokenizer, reserved, saturation)
 
 
 def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:

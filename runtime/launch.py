@@ -247,9 +247,6 @@ class Launch:
         Args:
             snapshot: Which ones.
             restorer: A process that restores images and waits to be told what.
-
-        Raises:
-            SnapshotError: All workers are to be clones, and none can be.
         """
         options = self.options
         location = parse_location(options.model)

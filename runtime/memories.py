@@ -65,6 +65,10 @@ class Owner(Protocol):
         """All weights are on all devices, or somewhere else than before."""
         ...
 
+    def memory_moved_context(self, body: dict[str, Any]) -> None:
+        """One of them has answered about a worker's context; see `Contexts`."""
+        ...
+
     def memory_died(self, why: str) -> None:
         """One of them is dead."""
         ...
@@ -165,6 +169,11 @@ class Memories:
         return [link.memory.name for link in self._links if link.listening]
 
     @property
+    def all_listen(self) -> bool:
+        """Whether workers can be connected to each of them."""
+        return all(link.listening for link in self._links)
+
+    @property
     def loaded(self) -> bool:
         """Whether all weights are on all devices."""
         return all(link.loaded for link in self._links)
@@ -189,6 +198,10 @@ class Memories:
             # Dead, or as good as that: it does not read. Its end is read from the socket, with the
             # reason before it.
             link.memory.child.kill()
+
+    def send_to(self, device: str, message: Mapping[str, Any]) -> None:
+        """Sends a message to that of one device."""
+        self._send(next(link for link in self._links if link.memory.device == device), message)
 
     def size_kv(self, model: ModelFacts, options: ReplicaOptions) -> None:
         """Tells each of them how much KV there is to be on its device.
@@ -273,6 +286,9 @@ class Memories:
                 link.kv_bytes = body["block_bytes"] * body["blocks"]
             case "parked" | "woken" as kind:
                 link.resting.heard(kind, body)
+            case "checkpointed" | "restored":
+                self._add_spans(link, body.pop("spans"))
+                self._owner.memory_moved_context(body)
             case "usage":
                 link.usage = {name: body[name] for name in USAGE}
                 self._add_up()

@@ -20,7 +20,8 @@ from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
-from coldframe.loader.wire import Message
+from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.contexts import Contexts
 from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
@@ -102,7 +103,11 @@ class Replica:
             self._launch, self.loop, self._clock, self.facts, self, self._warn
         )
         selector = self.loop.selector
-        self._workforce = Workforce(self._launch, selector, self._router, self.recorder, self)
+        self.contexts = Contexts(self._memories.send_to)
+        """Has contexts of workers leave their GPUs, and come back."""
+        self._workforce = Workforce(
+            *(self._launch, selector, self._router, self.recorder, self.contexts), self
+        )
         try:
             if launch is None:
                 self._launch.start_workers()
@@ -145,6 +150,11 @@ class Replica:
     def known(self) -> bool:
         """Whether the model's config has been read."""
         return self._model is not None
+
+    @property
+    def sized(self) -> bool:
+        """Whether the model is known, and how much KV there is for it; workers can be told then."""
+        return self.known and self.kv_bytes is not None and self._memories.all_listen
 
     @property
     def model(self) -> ModelFacts:
@@ -338,6 +348,15 @@ class Replica:
             self._memories.watch()
             self._workforce.tick(self._load_started_ns)
 
+    def connect_memory(self, device: str) -> Channel:
+        """A connection to the memory service of a device, for whoever is to be attached to it.
+
+        Raises:
+            ReplicaError: It does not listen.
+        """
+        memory = next(memory for memory in self._launch.memories if memory.device == device)
+        return Channel.connect(memory.path)
+
     def run_until(self, done: Callable[[], bool]) -> None:
         """Polls until something is so.
 
@@ -429,6 +448,9 @@ class Replica:
             self._take_facts(ModelFacts(path, stored))
         except ColdframeError as error:
             self.fail(error)
+
+    def memory_moved_context(self, body: dict[str, Any]) -> None:
+        self.contexts.heard(body)
 
     def memory_is_loaded(self) -> None:
         if self.loaded and self._loaded_ns is None:

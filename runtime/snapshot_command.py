@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.errors import ColdframeError, RequestError, SnapshotError
 from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.creating import store_of
-from coldframe.runtime.device_choice import CPU, choose_device
+from coldframe.runtime.device_choice import add_device_argument, choose_device, kind_of
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.run import MODEL_HELP, terminate
-from coldframe.runtime.snapshot_flags import add_store_arguments, check_freezable, store_options
+from coldframe.runtime.snapshot_flags import add_store_arguments, check_forkable, store_options
 from coldframe.runtime.units import human_bytes, human_seconds
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Manifest
@@ -51,12 +51,7 @@ def add_arguments(parser: Parser) -> None:
         help="how the image is stored: auto takes what restores faster, lz4 where it is installed",
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
-    parser.flag(
-        "--device",
-        metavar="DEVICE",
-        default=CPU,
-        help="what the worker computes on; on a GPU none is frozen yet (cpu)",
-    )
+    add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -79,9 +74,10 @@ def run(args: argparse.Namespace) -> int:
             got=args.threads,
             hint="Ask for at least 1.",
         )
-    choice = choose_device(args.device)
-    if args.action in ("create", "verify", "template") and not choice.fall_back:
-        check_freezable(choice.device)
+    if args.action == "template":
+        choice = choose_device(args.device)
+        if not choice.fall_back:
+            check_forkable(choice.device)
     snapshot = store_options(args)
     actions: dict[str, Callable[[argparse.Namespace, SnapshotOptions], int]] = {
         "create": _create,
@@ -100,9 +96,8 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
 
     started = time.monotonic()
     # No workers of its own: the clones are the first to see the weights, as they load meanwhile.
-    options = ReplicaOptions(args.model, prefill=0, decode=0, threads=args.threads)
-    with Replica(options) as replica:
-        replica.run_until(lambda: replica.known)
+    with Replica(_options(args)) as replica:
+        replica.run_until(lambda: replica.sized)
         freezing = Freezing(replica, snapshot, compress=args.compress)
         freezing.follow()
         if freezing.error is not None:
@@ -147,9 +142,8 @@ def _verify(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
             hint="See which there are: coldframe snapshot list.",
         )
     results: list[dict[str, Any]] = []
-    options = ReplicaOptions(args.model, prefill=0, decode=0, threads=args.threads)
-    with Replica(options) as replica:
-        replica.run_until(lambda: replica.known)
+    with Replica(_options(args)) as replica:
+        replica.run_until(lambda: replica.sized)
         for image in images:
             error = _verified(replica, snapshot, image)
             results.append(
@@ -162,6 +156,20 @@ def _verify(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     return 0 if all(result["ok"] for result in results) else 1
 
 
+def _options(args: argparse.Namespace) -> ReplicaOptions:
+    """A replica without workers of its own: those that come are clones."""
+    choice = choose_device(args.device)
+    return ReplicaOptions(
+        args.model,
+        prefill=0,
+        decode=0,
+        threads=args.threads,
+        device=choice.device,
+        device_why=choice.why,
+        fall_back=choice.fall_back,
+    )
+
+
 def _verified(
     replica: Replica, snapshot: SnapshotOptions, image: Manifest
 ) -> ColdframeError | None:
@@ -169,7 +177,8 @@ def _verified(
     from coldframe.runtime.freezing import Trial
 
     model = ModelKey.of(replica.model.directory, replica.model.tensors)
-    refusal = image.model.refusal(model) or image.machine.refusal(Machine.here())
+    here = Machine.here(device=kind_of(replica.options.device))
+    refusal = image.model.refusal(model) or image.machine.refusal(here)
     if refusal is not None:
         return SnapshotError(
             "the image does not fit",
@@ -194,14 +203,15 @@ def _verified(
 
 def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     images, skipped = _chosen(args, snapshot)
-    here = Machine.here()
+    here = {kind: Machine.here(device=kind) for kind in {i.machine.device for i in images}}
     rows: list[dict[str, Any]] = []
     for image in images:
-        refusal = image.machine.refusal(here)
+        refusal = image.machine.refusal(here[image.machine.device])
         rows.append(
             {
                 "image": image.id,
                 "model": image.name,
+                "device": image.machine.device,
                 "created": image.created,
                 "bytes": image.image_bytes,
                 "stored_bytes": image.stored_bytes,

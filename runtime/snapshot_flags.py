@@ -14,7 +14,7 @@ from coldframe.snapshot.places import default_store, expanded
 __all__ = [
     "add_snapshot_arguments",
     "add_store_arguments",
-    "check_freezable",
+    "check_forkable",
     "snapshot_options",
     "store_options",
 ]
@@ -118,17 +118,17 @@ def store_options(args: argparse.Namespace) -> SnapshotOptions:
     )
 
 
-def check_freezable(device: str) -> None:
-    """Whether a worker on that device can be frozen.
+def check_forkable(device: str) -> None:
+    """Whether a worker on that device can be forked.
 
     Raises:
-        SnapshotError: It cannot: CRIU alone does not keep what a process has on a GPU.
+        SnapshotError: It cannot: a fork has nothing of what its parent has on a GPU.
     """
     if device != CPU:
         raise SnapshotError(
-            "a worker on a GPU cannot be frozen",
+            "a worker on a GPU cannot be forked",
             where="--device",
             expected=CPU,
             got=device,
-            hint="Leave the image out: workers start fresh there.",
+            hint="Make an image instead: `coldframe snapshot create`.",
         )

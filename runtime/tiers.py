@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 
-from coldframe.loader.errors import ColdframeError, NoImage, ReplicaError, SnapshotError
+from coldframe.loader.errors import ColdframeError, NoImage, ReplicaError
 from coldframe.loader.timeline import clock_shift_ns, now
 from coldframe.loader.wire import Channel
-from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.identity import Identity
@@ -36,10 +36,8 @@ class Tiers:
         run_dir: The replica's private directory.
         restorer: One that was started before it was known what it is for.
         user: Whom clones run as; None takes whoever this is.
-        device: Where workers compute. On a GPU none is a clone.
-
-    Raises:
-        SnapshotError: All workers are to be clones, and none can be.
+        device: Where workers compute. On a GPU none is a fork: it would be without the context
+            that its parent has.
 
     Attributes:
         cloners: Those who make clones, the best first.
@@ -70,8 +68,6 @@ class Tiers:
         on_gpu = device != CPU
         if options.mode == "off":
             self.why.append("snapshots are off")
-        elif on_gpu:
-            self.why.append(f"a worker on {device} cannot be frozen: its context would be lost")
         elif options.manifest is not None or images_are_there(options.store):
             self.cloners.append(Cloner.of(restorer or RestorerProcess()))
             restorer = None
@@ -80,20 +76,15 @@ class Tiers:
             self.no_image = True
         if restorer is not None:
             restorer.close()
-        if options.mode != "off" and options.manifest is None and not on_gpu:
+        if options.mode != "off" and options.manifest is None:
             for path in self._templates():
+                if on_gpu:
+                    self.why.append(f"template: a fork has nothing of a context on {device}")
+                    break
                 try:
                     self.cloners.append(Cloner.connect(path))
                 except ColdframeError as error:
                     self.why.append(str(error))
-        if on_gpu and options.mode == "require":
-            raise SnapshotError(
-                "a worker on a GPU cannot be a clone",
-                where=model,
-                expected="--device cpu",
-                got=device,
-                hint="Take --snapshot auto, which starts workers fresh there, or the CPU.",
-            )
         for cloner in self.cloners:
             cloner.prepare(
                 {
@@ -104,6 +95,7 @@ class Tiers:
                     "hash": options.hash,
                     "key_file": options.key_file,
                     "work": run_dir,
+                    "device": kind_of(device),
                 }
             )
 

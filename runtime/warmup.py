@@ -35,7 +35,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.text import Tokenizer
 
-__all__ = ["dummy_weights", "first_uses", "ready_device", "warm_up"]
+__all__ = ["dummy_weights", "first_uses", "ready_device", "stream_text", "warm_up"]
 
 _BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
 """Prompt lengths of the requests that are prefilled, and then decoded, together.
@@ -72,7 +72,7 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
         spec: The model's shape.
         tokenizer: The model's.
     """
-    _stream_text(tokenizer)
+    stream_text(tokenizer)
     _sample(spec)
     spec = _one_of_each_kind(spec)
     for gap in (0, 8):
@@ -137,7 +137,7 @@ def _one_of_each_kind(spec: ModelSpec) -> ModelSpec:
     return replace(spec, layers=len(kinds), windows=kinds)
 
 
-def _stream_text(tokenizer: Tokenizer) -> None:
+def stream_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode(_TEXT)
     for stop in ((), ("never there",)):
         stream = TextStream(tokenizer, ids[:5], stop)

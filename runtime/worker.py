@@ -26,9 +26,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coldframe.loader.arena import Reservation
 from coldframe.loader.client import KvArena, MemoryClient
 from coldframe.loader.devices import open_device
+from coldframe.loader.devices.base import Mapping
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
@@ -44,6 +44,7 @@ from coldframe.snapshot.privileges import become
 if TYPE_CHECKING:
     import torch
 
+    from coldframe.runtime.engine.graphs import StepGraphs
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.saturation import Saturation
     from coldframe.runtime.engine.sequence import Sequence
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.engine.varlen import Finding
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
+    from coldframe.runtime.warm_gpu import WarmGpu
 
 __all__ = ["Warm", "Worker", "kv_format"]
 
@@ -78,11 +80,13 @@ class Warm:
         tokenizer: The model's.
         reserved: The arenas' addresses, nothing mapped there.
         saturation: The smallest batch that saturates the device, where that was measured.
+        gpu: What it has on a GPU.
     """
 
     tokenizer: Tokenizer
-    reserved: tuple[Reservation, ...]
+    reserved: tuple[Mapping, ...]
     saturation: Saturation | None = None
+    gpu: WarmGpu | None = None
 
 
 class Worker:
@@ -111,11 +115,14 @@ class Worker:
         self.overlap = True
         self.prefix_cache = True
         self.local_prefill = 0
+        self.graphs = False
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
         self._shape: ModelSpec | None = None
         self._attention: Finding | None = None
+        self._misfit: str | None = None
+        """Why what a clone has on its GPU is of no use."""
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -140,16 +147,16 @@ class Worker:
         # What either role imports, now: another user may not be let in where it is.
         import coldframe.runtime.answer
         import coldframe.runtime.decode_worker
+        import coldframe.runtime.engine.model
         import coldframe.runtime.prefill_worker  # noqa: F401
-        from coldframe.runtime.engine.kv import KVCache
-        from coldframe.runtime.engine.model import Model
 
         if self._warm is None:
             self.recorder.add("imports", since_ns)
         self.control.send({"type": "imported"})
         waited = now()
         self._told.wait()
-        if self._shape is not None:
+        gpu = None if self._warm is None else self._warm.gpu
+        if self._shape is not None and gpu is None:
             self._start_device(self._shape)
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")
@@ -162,18 +169,15 @@ class Worker:
         self.plan, self.kv = setup.plan, setup.kv
         assert self.client.weights is not None
         self.spec.check(self.plan.placements)
-        tensors = tensors_of(self.plan, self.client.weights)
-        reserved = self.kv.reservation
-        pages = tensor_over(reserved.address, self.kv.nbytes, reserved.dlpack_device)
-        dtype = torch_dtypes()[self.spec.dtype]
-        cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
-        self.model: Model = Model(self.spec, tensors, cache)
+        if gpu is not None:
+            self._attention, self._misfit = gpu.attention, gpu.misfit(self.plan, self.kv)
+        if gpu is not None and self._misfit is None:
+            self.model: Model = gpu.model
+        else:
+            self.model = self._make_model()
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
-        if self._shape is not None:
-            if self._shape.dtype != self.spec.dtype:  # the tensors are not what the config says
-                self._find_attention(self.spec, cache.device)
-            assert self._attention is not None
-            self.model.varlen = self._attention.varlen
+        if gpu is not None:
+            gpu.report(self.recorder, started, self._misfit)
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -187,6 +191,23 @@ class Worker:
         self._warm_up()
         collect_garbage()
 
+    def _make_model(self) -> Model:
+        """The model over the arenas, where they are now."""
+        from coldframe.runtime.engine.kv import KVCache
+        from coldframe.runtime.engine.model import Model
+
+        assert self.client.weights is not None
+        reserved, dtype = self.kv.reservation, torch_dtypes()[self.spec.dtype]
+        pages = tensor_over(reserved.address, self.kv.nbytes, reserved.dlpack_device)
+        cache = KVCache(pages, self.spec, dtype, self.kv.blocks, BLOCK_TOKENS)
+        model = Model(self.spec, tensors_of(self.plan, self.client.weights), cache)
+        # That the tensors are not what the config says is rare.
+        if self._shape is not None and self._shape.dtype != self.spec.dtype:
+            self._find_attention(self.spec, cache.device)
+        if self._attention is not None:
+            model.varlen = self._attention.varlen
+        return model
+
     def _start_device(self, shape: ModelSpec) -> None:
         """What a GPU is asked for without an arena: its context, and a kernel for attention.
 
@@ -197,6 +218,7 @@ class Worker:
 
         # When it is warmed up, and when it fails, there may be no way to import them.
         import coldframe.runtime.engine.device_errors
+        import coldframe.runtime.graphing
         import coldframe.runtime.warmup  # noqa: F401
         from coldframe.runtime.engine import device
 
@@ -217,10 +239,11 @@ class Worker:
     def _warm_up(self) -> None:
         """First uses of a GPU, as far as there is time for them before the first weights to use.
 
-        On a CPU there is nothing to do that a first step would not do as fast. Where the weights
-        are away, it is left to the first step after they have come back.
+        On a CPU there is nothing to do that a first step would not do as fast, and a clone's GPU
+        has been used before. Where the weights are away, it is left to the first step after they
+        have come back.
         """
-        if self._attention is None:
+        if self._attention is None or (self._warm is not None and self._warm.gpu is not None):
             return
         from coldframe.runtime.warmup import ready_device
 
@@ -273,6 +296,7 @@ class Worker:
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
+        self.graphs = init["graphs"]
         if self.device != "cpu":
             self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
@@ -281,7 +305,9 @@ class Worker:
             init["name"],
             on_event=lambda: self.inbox.put(None),
             reserved=() if warm is None else warm.reserved,
-            device=open_device(self.device),
+            device=open_device(self.device)
+            if warm is None or warm.gpu is None
+            else warm.gpu.device,
         )
         if warm is None:
             with self.recorder.span("tokenizer"):
@@ -299,6 +325,14 @@ class Worker:
 
         found = None if self._warm is None or self.device != "cpu" else self._warm.saturation
         return found if found is not None and found.threads == torch.get_num_threads() else None
+
+    def step_graphs(self) -> StepGraphs | None:
+        """The model's decode steps, to be captured; None where nothing captures them."""
+        if not self.graphs or self._attention is None:
+            return None
+        from coldframe.runtime.graphing import graphs_for
+
+        return graphs_for(self.model, self.device, self.recorder)
 
     # -- requests --------------------------------------------------------------------------------
 

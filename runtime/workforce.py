@@ -32,11 +32,13 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
+from coldframe.runtime.contexts import Contexts
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.staffing import Staffing
+from coldframe.runtime.thaws import Thaws
 from coldframe.runtime.tiers import Tiers
 
 __all__ = ["Owner", "Workforce", "ending", "init_message"]
@@ -92,6 +94,7 @@ class Workforce:
         selector: Gets their sockets.
         router: Is told who comes and goes.
         recorder: Gets a span for each clone that was lost.
+        contexts: Has the contexts of clones on a GPU come back.
         owner: The replica.
     """
 
@@ -101,6 +104,7 @@ class Workforce:
         selector: selectors.BaseSelector,
         router: Router,
         recorder: Recorder,
+        contexts: Contexts,
         owner: Owner,
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
@@ -109,6 +113,7 @@ class Workforce:
         self._router = router
         self._recorder = recorder
         self._owner = owner
+        self._thaws = Thaws(contexts, self._not_thawed)
         self._crashes: deque[float] = deque()
         self._device_lost_at = -math.inf
         """When a worker has lost its device last, in seconds."""
@@ -229,9 +234,22 @@ class Workforce:
             tiers,
             self._selector,
             lost=on_lost,
+            started=self._on_started,
             ready=self._tell_all,
             spans=self._owner.add_spans,
         )
+
+    def _on_started(self, name: str) -> None:
+        """A clone is there; what it had on a GPU is to come back beside its hooks."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            self._thaws.begin(worker, self._launch.memory_of(worker.role).device)
+
+    def _not_thawed(self, name: str, error: ColdframeError) -> None:
+        """A clone is not to have its context."""
+        worker = self.workers.get(name)
+        if worker is not None:
+            self._groups[worker.group].failed(worker, error)
 
     def _lost(
         self,
@@ -320,6 +338,7 @@ class Workforce:
         """
         for clones in list(self._groups.values()):
             clones.tick()
+        self._thaws.tick()
         if started_ns is None:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:
@@ -423,6 +442,7 @@ class Workforce:
 
     def _reap(self, worker: WorkerProcess) -> int:
         del self.workers[worker.name]
+        self._thaws.forget(worker.name)
         self._selector.unregister(worker.channel.fileno())
         worker.channel.close()
         return worker.child.kill()
@@ -443,6 +463,7 @@ def init_message(
         "overlap": options.overlap,
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
+        "graphs": options.graphs,
         "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
     }

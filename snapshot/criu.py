@@ -109,6 +109,7 @@ class Criu:
             *(self.path, "dump", "--no-default-config", "--tree", str(pid)),
             *("--images-dir", images, "--log-file", log, "-v2"),
             *("--external", f"unix[{control_inode}]"),
+            *_no_plugins(images),
             *(["--unprivileged"] if user else []),
         ]
 
@@ -129,8 +130,18 @@ class Criu:
             *("--restore-sibling", "--images-dir", images, "--work-dir", work),
             *("--log-file", "restore.log", "-v1"),
             *("--inherit-fd", f"fd[{control_fd}]:socket:[{control_inode}]"),
+            *_no_plugins(work),
             *(["--unprivileged"] if user else []),
         ]
+
+
+def _no_plugins(folder: str) -> list[str]:
+    """Has it look for plug-ins where there are none.
+
+    One that is installed for GPUs would lock and checkpoint a context that is checkpointed, and
+    restore it in the middle of CRIU's own restore, on the GPU that it was on.
+    """
+    return ["--libdir", folder]
 
 
 def last_error(log: str) -> str:

@@ -18,10 +18,10 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldframe.loader.contextdesk import LOCK_S, Frozen
 from coldframe.loader.devices.checkpoint_calls import CheckpointCalls, ProcessState
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver_errors import code_of
@@ -36,27 +36,9 @@ from coldframe.loader.errors import (
 
 __all__ = ["Checkpoints", "Frozen", "LOCK_S", "gpu_pairs"]
 
-LOCK_S = 5.0
-"""How long a process may take to come to rest, in seconds; who is not asked has nothing to do."""
-
 _KERNEL_GPUS = "/proc/driver/nvidia/gpus"
 _HOPELESS = ("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED")
 """What the lock is refused with where none of this machine's processes can be frozen."""
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A context that is in its process's host memory.
-
-    Args:
-        bytes: What it took of the device, as far as that can be seen from outside.
-        uuids: What each GPU is called, by its UUID; the one that the process computes on first.
-        seconds: How long it took to get there.
-    """
-
-    bytes: int
-    uuids: Mapping[str, str]
-    seconds: float = 0.0
 
 
 class Checkpoints:

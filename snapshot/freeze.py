@@ -44,7 +44,8 @@ def freeze_point(
 
     Args:
         control: The one socket that stays open.
-        state: What whoever makes the image needs to know, as JSON values.
+        state: What whoever makes the image needs to know, as JSON values: `gpu`, where this has a
+            context on one.
         wait: What blocks; a template forks in it.
         hooks: What to run after the restore; by default all that there are.
 
@@ -55,7 +56,7 @@ def freeze_point(
         SnapshotError: The process cannot be frozen; nothing was sent.
     """
     hooks = Hooks.standard() if hooks is None else hooks
-    quiesce(control.fileno())
+    quiesce(control.fileno(), on_gpu=state.get("gpu") is not None)
     control.send({"type": "frozen", **state})
     control, message = wait(control)
     first_ns = monotonic_ns()

@@ -5,8 +5,13 @@ restore will have, and from an allow-listed environment: all of what it holds is
 it says that it is `frozen`, CRIU writes it to memory, and from there it goes into the store. It is
 published when whoever asked for it has seen a clone of it answer.
 
-Messages in:  `freeze`, then `publish`.
-Messages out: `staged` (the manifest), `published`, or `failed`; with each, `spans`.
+A worker on a GPU has a context, which the driver has to write to the worker's own memory first.
+That takes a process with a context of its own, so whoever asked is asked to have it done. Such a
+worker also needs a connection to the memory service: the one that comes with `freeze`.
+
+Messages in:  `freeze`, `checkpointed`, then `publish`.
+Messages out: `checkpoint` (of which PID), `staged` (the manifest), `published`, or `failed`; with
+each, `spans`.
 """
 
 from __future__ import annotations
@@ -14,24 +19,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-from typing import Any, NoReturn
+from typing import Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError, SnapshotError
-from coldframe.loader.process import spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
-from coldframe.snapshot.init import start_init
-from coldframe.snapshot.libraries import mapped_files
-from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts, set_last_pid
+from coldframe.snapshot.dumping import freeze
+from coldframe.snapshot.gpu_image import GpuImage
+from coldframe.snapshot.gpus import FOLDER
+from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Arena, Draft, Manifest, Process
 from coldframe.snapshot.model_key import ModelKey
-from coldframe.snapshot.restoring import run
 from coldframe.snapshot.signing import read_key
 from coldframe.snapshot.store import open_store
 
-__all__ = ["ALLOWED", "WARM_S", "freeze", "freezing_environment", "main"]
+__all__ = ["ALLOWED", "freezing_environment", "main"]
 
 ALLOWED = (
     *("PATH", "LANG", "LC_ALL", "LC_CTYPE", "TZ"),
@@ -40,18 +44,19 @@ ALLOWED = (
 """What a worker that is to be frozen gets of its creator's environment: what it needs to find
 programs and libraries, and nothing that could be a secret."""
 
-_FIRST_PID = 1000
-WARM_S = 120.0
-"""How long a worker may take to be warm, in seconds."""
+_OF_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING")
+"""What else, of a worker on a GPU: without it the first GPU may be another one there."""
 
 
-def freezing_environment(threads: int) -> dict[str, str]:
+def freezing_environment(threads: int, device: str = "cpu") -> dict[str, str]:
     """The environment of a worker that is to be frozen.
 
     Args:
         threads: Of its kernels while they are warmed; a clone sets its own.
+        device: What it computes on.
     """
-    kept = {name: os.environ[name] for name in ALLOWED if name in os.environ}
+    names = ALLOWED if device == "cpu" else (*ALLOWED, *_OF_GPUS)
+    kept = {name: os.environ[name] for name in names if name in os.environ}
     return {
         **kept,
         "OMP_NUM_THREADS": str(threads),
@@ -62,95 +67,6 @@ def freezing_environment(threads: int) -> dict[str, str]:
         "TORCH_DEVICE_BACKEND_AUTOLOAD": "0",
         "TOKENIZERS_PARALLELISM": "false",
     }
-
-
-def freeze(
-    criu: Criu,
-    code: str,
-    order: dict[str, Any],
-    environment: dict[str, str],
-    images: str,
-    *,
-    user: bool,
-    warm_s: float = WARM_S,
-) -> dict[str, Any]:
-    """Starts a worker, waits until it is warm, and writes it to files.
-
-    Args:
-        criu: The program.
-        code: The line of Python that the worker runs; its control socket is descriptor 3.
-        order: The message that it gets.
-        environment: All that it sees of this process's.
-        images: An empty directory.
-        user: Whether this is in a user namespace.
-        warm_s: How long the worker may take to be warm, in seconds.
-
-    Returns:
-        What the worker said at its freeze point, and `pid`, `control_inode` and `libraries` of it.
-
-    Raises:
-        SnapshotError: The worker could not be warmed, or CRIU could not write it.
-    """
-
-    def body(channel: Channel) -> NoReturn:
-        _freeze_here(criu, code, order, environment, images, channel, user, warm_s)
-
-    init = start_init(body)
-    said = None
-    try:
-        while (message := init.channel.recv()) is not None:
-            if message.kind == "failed":
-                raise ColdframeError.from_wire(message.body["error"])
-            said = message.body
-    finally:
-        init.kill()
-    if said is None:
-        raise SnapshotError("the worker could not be frozen", got="its process ended")
-    return said
-
-
-def _freeze_here(
-    criu: Criu,
-    code: str,
-    order: dict[str, Any],
-    environment: dict[str, str],
-    images: str,
-    channel: Channel,
-    user: bool,
-    warm_s: float,
-) -> NoReturn:
-    """As PID 1 of the namespace: the worker, and CRIU beside it. Does not come back."""
-    ours, theirs = Channel.pair()
-    inode = os.fstat(theirs.fileno()).st_ino
-    # What this process keeps for later it must not hand down: the worker, and every clone of it,
-    # would never hear of a signal.
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    set_last_pid(_FIRST_PID - 1)
-    child = spawn_python(code, [], theirs.fileno(), environment, session=True)
-    theirs.close()
-    with contextlib.suppress(ReplicaError):  # it has died already, as is found now
-        ours.send(order)
-    try:
-        message = ours.recv(warm_s)
-    except TimeoutError:
-        raise SnapshotError(
-            "the worker was not warm in time", expected=f"within {warm_s:g} s"
-        ) from None
-    if message is None:
-        raise SnapshotError(
-            "the worker died before it was warm",
-            got=f"exit status {child.wait()}",
-            hint="What it said is on standard error.",
-        )
-    if message.kind != "frozen":
-        raise ColdframeError.from_wire(message.body["error"])
-    libraries = mapped_files(child.pid)
-    command = criu.dump_command(child.pid, images, "dump.log", inode, user=user)
-    run(command, os.path.join(images, "dump.log"), "CRIU cannot write the image")
-    os.unlink(os.path.join(images, "dump.log"))
-    state = {"pid": child.pid, "control_inode": inode, "libraries": libraries}
-    channel.send({**message.body, **state})
-    os._exit(0)
 
 
 class Freezer:
@@ -170,20 +86,29 @@ class Freezer:
         if message is None:
             return
         try:
-            manifest = self._freeze(message.body)
+            manifest = self._freeze(message.body, message.fds)
         except ColdframeError as error:
             self._say({"type": "failed", "error": error.to_wire()})
         else:
             self._say({"type": "published", "id": manifest.id, "manifest": manifest.to_json()})
         self._channel.recv()  # until whoever asks has read that
 
-    def _freeze(self, wanted: dict[str, Any]) -> Manifest:
+    def _freeze(self, wanted: dict[str, Any], fds: tuple[int, ...]) -> Manifest:
         criu = Criu.find()
         key_file = wanted["key_file"]
         store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
         store.check_writable()  # before anybody has warmed up for nothing
         user = own_mounts()
         criu.check(user=user)
+        machine = Machine.here(device=wanted["device"])
+        if machine.device != "cpu" and machine.driver is None:
+            raise SnapshotError(
+                "it cannot be seen which driver this machine's GPUs have",
+                where=FOLDER,
+                expected="/proc/driver/nvidia/version",
+                got="nothing of the kind",
+                hint="No image could be held against that later; workers start fresh.",
+            )
         started = now()
         images = os.path.join(wanted["work"], "image")
         try:
@@ -191,21 +116,39 @@ class Freezer:
         except OSError as error:
             raise PlatformError("no room for an image", where=images, got=error.strerror) from error
         mount_tmpfs(images)
-        said = freeze(
-            criu, wanted["code"], wanted["order"], wanted["environment"], images, user=user
-        )
+        try:
+            said = freeze(
+                *(criu, wanted["code"], wanted["order"], wanted["environment"], images),
+                user=user,
+                fds=fds,
+                checkpoint=self._checkpoint,
+            )
+        finally:
+            for fd in fds:
+                os.close(fd)
         self._recorder.add("snapshot_freeze", started)
         started = now()
         draft = Draft(
             wanted["name"],
             ModelKey.from_json(wanted["model"]),
-            Machine.here(libraries=said["libraries"]),
+            Machine.here(device=machine.device, libraries=said["libraries"]),
             Arena.from_json(wanted["arena"]),
             Process(said["pid"], said["control_inode"], criu.version, user),
+            _on_gpu(said),
         )
         manifest = store.put(images, draft, compress=wanted["compress"], finish=self._prove)
         self._recorder.add("snapshot_store", started)
         return manifest
+
+    def _checkpoint(self, pid: int) -> dict[str, Any]:
+        """Asks whoever asked for the image."""
+        self._say({"type": "checkpoint", "pid": pid})
+        message = self._channel.recv()
+        if message is None or message.kind != "checkpointed":
+            raise SnapshotError("the image was given up before its context was checkpointed")
+        if message.body["error"] is not None:
+            raise ColdframeError.from_wire(message.body["error"])
+        return message.body
 
     def _prove(self, manifest: Manifest) -> Manifest:
         """Has whoever asked try a clone, before anybody else can."""
@@ -218,6 +161,15 @@ class Freezer:
     def _say(self, body: dict[str, Any]) -> None:
         spans = [span.to_wire() for span in self._recorder.drain()]
         self._channel.send({**body, "spans": spans})
+
+
+def _on_gpu(said: dict[str, Any]) -> GpuImage | None:
+    """What a worker and those who checkpointed it have said, for the manifest."""
+    if said.get("gpu") is None:
+        return None
+    done = said["checkpointed"]
+    gpus = [[uuid, name] for uuid, name in done["uuids"].items()]
+    return GpuImage.from_json({**said["gpu"], "gpus": gpus, "context_bytes": done["bytes"]})
 
 
 def main(control_fd: int, spawned_ns: int, first_ns: int) -> None:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.packages import add_site_packages
 from coldframe.snapshot.fields import Fields, Refusal
+from coldframe.snapshot.gpus import Gpus
 from coldframe.snapshot.libraries import Library
 
 __all__ = ["Machine", "cpu_here", "cpu_of", "torch_version"]
@@ -58,8 +59,9 @@ class Machine(NamedTuple):
         torch: Its version.
         coldframe: Our own version, and a hash of our sources.
         device: `cpu` or `cuda`.
-        gpu: The GPU's name, or None.
-        driver: Its driver's version, or None.
+        gpu: The name of the GPUs; None on the CPU, and where none can be seen.
+        driver: Of their driver's module in the kernel, its version; None likewise. The library
+            that goes with it is one of those that an image maps.
         page_size: Bytes.
         libraries: The files that the image maps; empty of a machine as such.
     """
@@ -80,19 +82,11 @@ class Machine(NamedTuple):
     libraries: tuple[Library, ...] = ()
 
     @staticmethod
-    def here(
-        *,
-        device: str = "cpu",
-        gpu: str | None = None,
-        driver: str | None = None,
-        libraries: Iterable[str] = (),
-    ) -> Machine:
+    def here(*, device: str = "cpu", libraries: Iterable[str] = ()) -> Machine:
         """This machine, and what this interpreter would run.
 
         Args:
             device: `cpu` or `cuda`.
-            gpu: The GPU's name.
-            driver: Its driver's version.
             libraries: Paths of files that an image maps (see `mapped_files`).
 
         Raises:
@@ -102,6 +96,7 @@ class Machine(NamedTuple):
         uname = os.uname()
         vendor, features = cpu_here()
         release = _RELEASE.match(uname.release)
+        gpus = None if device == "cpu" else Gpus.here()
         return Machine(
             uname.machine,
             vendor,
@@ -113,8 +108,8 @@ class Machine(NamedTuple):
             torch_version(),
             f"{_own_version()} {_own_sources()}",
             device,
-            gpu,
-            driver,
+            gpus and gpus.name,
+            gpus and gpus.driver,
             os.sysconf("SC_PAGE_SIZE"),
             Library.all_of(libraries),
         )

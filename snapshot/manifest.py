@@ -11,6 +11,7 @@ import re
 from typing import Any, NamedTuple
 
 from coldframe.snapshot.fields import Fields, parse
+from coldframe.snapshot.gpu_image import GpuImage
 from coldframe.snapshot.image_files import ImageFile, StoredObject, check_files
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.model_key import ModelKey
@@ -144,6 +145,7 @@ class Draft(NamedTuple):
         machine: What it needs.
         arena: Where the process has reserved addresses.
         process: What was frozen.
+        gpu: What it had on a GPU; None where it had none.
     """
 
     name: str
@@ -151,6 +153,7 @@ class Draft(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    gpu: GpuImage | None = None
 
 
 class Manifest(NamedTuple):
@@ -158,7 +161,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         created: When it was made, in seconds since 1970.
-        name: As `Draft` has it, like the next four.
+        name: As `Draft` has it, like the next five.
         objects: What is in the store.
         files: What the image consists of, in the order of their names.
         oracle: What it must answer; None where nobody has asked.
@@ -171,6 +174,7 @@ class Manifest(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    gpu: GpuImage | None
     objects: tuple[StoredObject, ...]
     files: tuple[ImageFile, ...]
     oracle: Oracle | None = None
@@ -232,6 +236,7 @@ class Manifest(NamedTuple):
             "machine": self.machine.to_json(),
             "arena": self.arena.to_json(),
             "process": self.process.to_json(),
+            "gpu": None if self.gpu is None else self.gpu.to_json(),
             "objects": [item.to_json() for item in self.objects],
             "files": [file.to_json() for file in self.files],
             "oracle": None if self.oracle is None else self.oracle.to_json(),
@@ -260,6 +265,7 @@ class Manifest(NamedTuple):
             Machine.from_json(fields.child("machine")),
             Arena.from_json(fields.child("arena")),
             Process.from_json(fields.child("process")),
+            None if fields.absent("gpu") else GpuImage.from_json(fields.child("gpu")),
             tuple(map(StoredObject.from_json, fields.children("objects"))),
             tuple(map(ImageFile.from_json, fields.children("files"))),
             None if fields.absent("oracle") else Oracle.from_json(fields.child("oracle")),

@@ -3,6 +3,10 @@
 What CRIU could not dump, what would be the same in all clones, and what would make the image
 large or leak into it has to be gone. Each thing that is not is refused by its name, while the
 process can still say so.
+
+A process on a GPU has threads, descriptors and mappings that are the driver's. What of them a
+checkpoint of its context does not take away is memory, threads and pipes, as CRIU can write them;
+so they are left to that, and what is ours has to be gone there too.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from __future__ import annotations
 import ctypes
 import gc
 import os
+import re
 import stat
 import sys
+import threading
 import time
 
 from coldframe.loader.errors import SnapshotError
@@ -23,13 +29,17 @@ _OMP_PAUSE_HARD = 2
 _NULL_DEVICE = os.makedev(1, 3)
 _OPENMP = ("libgomp", "libomp", "libiomp")
 _THREADS_END_S = 1.0
+_DRIVERS = re.compile(r"/dev/nvidia\S*|anon_inode:\[event(?:fd|poll)\]|(?:pipe|socket):\[\d+\]")
+"""Descriptors that a driver may have open."""
+_DRIVERS_MAPPING = re.compile(r"/dev/nvidia\S*|anon_inode:\S*")
 
 
-def quiesce(control_fd: int) -> None:
+def quiesce(control_fd: int, *, on_gpu: bool = False) -> None:
     """Brings this process to rest.
 
     Args:
         control_fd: The one socket that may stay open.
+        on_gpu: Whether it has a context on a GPU, which is checkpointed behind this.
 
     Raises:
         SnapshotError: Something stays that may not be frozen; it says what.
@@ -37,7 +47,7 @@ def quiesce(control_fd: int) -> None:
     os.chdir("/")
     _check_waiting()
     _pause_openmp()
-    _await_one_thread()
+    _await_one_thread(on_gpu)
     libc = ctypes.CDLL(None)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -47,19 +57,19 @@ def quiesce(control_fd: int) -> None:
     gc.freeze()
     libc.malloc_trim(0)
     forget_kernel_randomness()
-    check_quiet(control_fd)
+    check_quiet(control_fd, on_gpu=on_gpu)
 
 
-def check_quiet(control_fd: int) -> None:
-    """Looks whether this process may be frozen.
+def check_quiet(control_fd: int, *, on_gpu: bool = False) -> None:
+    """Looks whether this process may be frozen; see `quiesce`.
 
     Raises:
         SnapshotError: It may not; it says why.
     """
-    _check_threads()
+    _check_threads(on_gpu)
     _check_children()
-    _check_descriptors(control_fd)
-    _check_mappings()
+    _check_descriptors(control_fd, on_gpu)
+    _check_mappings(on_gpu)
 
 
 def _pause_openmp() -> None:
@@ -96,22 +106,27 @@ def _openmp_libraries() -> list[str]:
     return sorted(paths)
 
 
-def _await_one_thread() -> None:
+def _await_one_thread(on_gpu: bool) -> None:
     """Threads that were told to end do so a moment later."""
     deadline = time.monotonic() + _THREADS_END_S
-    while len(os.listdir("/proc/self/task")) > 1 and time.monotonic() < deadline:
+    while _other_threads(on_gpu) and time.monotonic() < deadline:
         time.sleep(0.001)
 
 
-def _check_threads() -> None:
-    threads = os.listdir("/proc/self/task")
-    if len(threads) == 1:
-        return
-    import threading
-
+def _other_threads(on_gpu: bool) -> list[str]:
+    """The names of all threads but the main one; on a GPU those of Python's, which are ours."""
     names = {str(thread.native_id): thread.name for thread in threading.enumerate()}
     main = os.readlink("/proc/self")  # whatever /proc is mounted, this is our name in it
-    others = [names.get(thread) or _comm(thread) for thread in threads if thread != main]
+    others = [thread for thread in os.listdir("/proc/self/task") if thread != main]
+    if on_gpu:
+        return [names[thread] for thread in others if thread in names]
+    return [names.get(thread) or _comm(thread) for thread in others]
+
+
+def _check_threads(on_gpu: bool) -> None:
+    others = _other_threads(on_gpu)
+    if not others:
+        return
     raise _refusal(
         "other threads still run",
         "/proc/self/task",
@@ -139,13 +154,13 @@ def _check_children() -> None:
         raise _refusal("it has child processes", "process", "none", ", ".join(children))
 
 
-def _check_descriptors(control_fd: int) -> None:
+def _check_descriptors(control_fd: int, on_gpu: bool) -> None:
     for fd in sorted(int(name) for name in os.listdir("/proc/self/fd")):
         try:
             found, target = os.fstat(fd), os.readlink(f"/proc/self/fd/{fd}")
         except OSError:  # that of the listing itself
             continue
-        if fd == control_fd:
+        if fd == control_fd or (on_gpu and fd > 2 and _DRIVERS.fullmatch(target)):
             continue
         where = f"descriptor {fd}"
         if fd > 2:
@@ -154,9 +169,11 @@ def _check_descriptors(control_fd: int) -> None:
             raise _refusal("a standard stream leads somewhere", where, "/dev/null", target)
 
 
-def _check_mappings() -> None:
+def _check_mappings(on_gpu: bool) -> None:
     """Shared memory would be dumped with what is in it, and deleted files are not there later."""
     for kind, path in _mappings():
+        if on_gpu and _DRIVERS_MAPPING.fullmatch(path):
+            continue
         shared = "s" in kind and ("w" in kind or not path.startswith("/"))
         of_memory = path.startswith(("/memfd:", "/dev/shm/", "/SYSV", "anon_inode:", "/dev/zero"))
         gone = path.endswith(" (deleted)")

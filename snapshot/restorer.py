@@ -74,7 +74,8 @@ class ImageSource:
         Args:
             wanted: `store`, `name` and `directory` (the model; null where its files are not here),
                 `manifest` (one that is not published yet, or null), `hash`
-                (whether to check what is read), `key_file`, `work` (a directory for this process).
+                (whether to check what is read), `key_file`, `work` (a directory for this process),
+                `device` (`cpu` or `cuda`, whose images alone will do).
         """
         if self._criu is None:
             raise self._why or SnapshotError("there is no CRIU to use")
@@ -169,7 +170,7 @@ class ImageSource:
         manifests, skipped = store.manifests()
         choice = choose(
             manifests,
-            Machine.here(),
+            Machine.here(device=wanted["device"]),
             model=None if directory is None else ModelKey.of(directory),
             name=wanted["name"],
             exclude=frozenset(exclude),

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from coldframe.loader.devices.context import Context
-from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.driver import Driver, Memory
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 
 __all__ = ["Target", "target"]
@@ -71,6 +71,18 @@ def target(**emulated: Any) -> Iterator[Target]:
             found.kill()
 
 
+def create(driver: Driver, *, shareable: bool) -> Memory:
+    """Memory that others can have, or that they cannot."""
+    kinds = driver.api.CUmemAllocationHandleType
+    properties = driver.api.CUmemAllocationProp()
+    properties.type = driver.api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
+    properties.location.type = driver.api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
+    if shareable:
+        properties.requestedHandleTypes = kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+    memory: Memory = driver.call("none", "cuMemCreate", GRANULARITY, properties, 0)
+    return memory
+
+
 def _follow(control: socket.socket, **emulated: Any) -> None:
     emulator = Emulator(**emulated)
     driver = Driver.open(emulator)
@@ -79,8 +91,8 @@ def _follow(control: socket.socket, **emulated: Any) -> None:
     address = driver.reserve(GRANULARITY, GRANULARITY, 0)
     control.sendall(b"up")
     while order := control.recv(64).decode():
-        if order == "map":
-            memory = driver.create(0, GRANULARITY)
+        if order in ("map", "map own"):
+            memory = create(driver, shareable=order == "map")
             driver.map(address, GRANULARITY, memory)
             driver.release(memory)
         elif order == "unmap":

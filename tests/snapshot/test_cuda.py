@@ -89,6 +89,14 @@ def test_memory_of_others_must_have_been_let_go(helper: Helper, other: Target) -
     assert other.ask("call") == "call"
 
 
+def test_memory_of_its_own_goes_with_the_context(helper: Helper, other: Target) -> None:
+    other.ask("map own")
+    frozen = helper.checkpoints.freeze(other.pid, 5)
+    assert frozen.bytes == CONTEXT + GRANULARITY
+    helper.checkpoints.thaw(other.pid, frozen)
+    assert other.ask("unmap") == "unmap"
+
+
 @pytest.mark.parametrize("code", ["NOT_SUPPORTED", "NOT_PERMITTED"])
 def test_where_nothing_can_be_frozen(helper: Helper, other: Target, code: str) -> None:
     helper.emulator.fail("cuCheckpointProcessLock", code=f"CUDA_ERROR_{code}")

@@ -20,7 +20,8 @@ from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.criu import Criu
-from coldframe.snapshot.freezer import ALLOWED, freeze, freezing_environment
+from coldframe.snapshot.dumping import freeze
+from coldframe.snapshot.freezer import ALLOWED, freezing_environment
 from coldframe.snapshot.store import open_store
 from tests.snapshot.tiny import (
     CODE,
@@ -261,6 +262,7 @@ def order(tmp_path: Path, prepare: str = "state = 41") -> dict[str, Any]:
         "store": str(tmp_path / "store"),
         "key_file": None,
         "compress": "auto",
+        "device": "cpu",
         "work": str(tmp_path / "work"),
     }
 

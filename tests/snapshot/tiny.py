@@ -19,7 +19,8 @@ from coldframe.loader.timeline import clock_shift_ns, now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.cloner import CloneChild, CloneEvent, Cloner
 from coldframe.snapshot.criu import Criu
-from coldframe.snapshot.freezer import freeze, freezing_environment
+from coldframe.snapshot.dumping import freeze
+from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.init import start_init
 from coldframe.snapshot.linux import own_mounts
 from coldframe.snapshot.machine import Machine
@@ -41,7 +42,7 @@ def main() -> None:
     control = Channel.from_fd(3)
     order = control.recv()
     assert order is not None
-    scope: dict[str, Any] = {"control": control, "os": os}
+    scope: dict[str, Any] = {"control": control, "os": os, "fds": order.fds, "more": {}}
     try:
         exec(order.body["prepare"], scope)
     except ColdframeError as error:
@@ -51,7 +52,7 @@ def main() -> None:
     for fd in (0, 1, 2):
         os.dup2(null, fd)
     os.close(null)
-    control.send({"type": "frozen", "inside": os.getpid()})
+    control.send({"type": "frozen", "inside": os.getpid(), **scope["more"]})
     while (message := control.recv()) is not None:
         exec(message.body["first"], scope)
         control.send({"type": "value", "value": eval(message.body["value"], scope)})
@@ -249,6 +250,7 @@ def wanted(store: Path, manifest: Manifest | None, work: Path) -> dict[str, Any]
         "hash": True,
         "key_file": None,
         "work": str(work),
+        "device": "cpu",
     }
 
 

@@ -20,20 +20,30 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cuda.bindings import driver as real
 
-__all__ = ["CHECKPOINTED", "FAILED", "LOCKED", "RUNNING", "EmulatedCheckpoints", "Record", "peek"]
+__all__ = [
+    "CHECKPOINTED",
+    "FAILED",
+    "LOCKED",
+    "RUNNING",
+    "EmulatedCheckpoints",
+    "Record",
+    "peek",
+    "poke",
+    "used_by_others",
+]
 
 RUNNING, LOCKED, CHECKPOINTED, FAILED = range(4)
 ADDRESS = 0x4F00_0000_0000
 _SIZE = 4096
 _MAGIC = 0x6C64_7261_6D75_6563
 _LAYOUT = struct.Struct("<8Q16s")
-"""Magic, state, calls under way, live handles, mappings, contexts, bytes of each, device; UUID."""
+"""Magic, state, calls under way, shared memory, own bytes, contexts, bytes of each, device, UUID"""
 _STATE, _CALLS, _REST, _PLACE, _DEVICE = 8, 16, 24, 48, 56
 _PRIVATE, _FIXED_NOREPLACE = 0x02 | 0x20, 0x100000
 _POLL_S = 0.0005
@@ -57,8 +67,8 @@ class Record:
     Args:
         state: Where its context is.
         calls: How many calls it is in.
-        handles: How many handles of memory it has.
-        mappings: How many places memory is mapped at.
+        shared: How many handles and mappings it has of memory that others may have, too.
+        own: Bytes of memory that nobody else can have.
         contexts: How many contexts it has.
         context_bytes: What each takes of the device.
         device: On which.
@@ -69,17 +79,17 @@ class Record:
         magic, *numbers, self.uuid = _LAYOUT.unpack(raw)
         if magic != _MAGIC:
             raise ValueError("no record")
-        self.state, self.calls, self.handles, self.mappings = numbers[:4]
+        self.state, self.calls, self.shared, self.own = numbers[:4]
         self.contexts, self.context_bytes, self.device = numbers[4:]
 
     @property
     def nbytes(self) -> int:
-        """What its contexts hold."""
-        return self.contexts * self.context_bytes
+        """What a checkpoint of it holds."""
+        return self.contexts * self.context_bytes + self.own
 
     @property
     def on_device(self) -> int:
-        """What they take of the device at the moment."""
+        """What of that is on the device at the moment."""
         return self.nbytes if self.state in (RUNNING, LOCKED) else 0
 
 
@@ -101,6 +111,15 @@ def poke(pid: int, state: int, place: tuple[int, bytes] | None = None) -> None:
             memory.write(struct.pack("<Q16s", *place))
         memory.seek(ADDRESS + _STATE)
         memory.write(struct.pack("<Q", state))
+
+
+def used_by_others(ledger: Path | None, device: int = 0) -> int:
+    """What all other processes of a ledger have on a device that only they can have."""
+    if ledger is None or not ledger.is_dir():
+        return 0
+    pids = [int(path.name) for path in ledger.iterdir()]
+    found = (peek(pid) for pid in pids if pid != os.getpid())
+    return sum(r.on_device for r in found if r is not None and r.device == device)
 
 
 def _own() -> None:
@@ -156,9 +175,9 @@ class EmulatedCheckpoints:
             with _counting:
                 _number(_CALLS).value -= 1
 
-    def _note(self, handles: int, mappings: int, contexts: int) -> None:
-        """Writes down what this process has, after each call."""
-        ctypes.memmove(ADDRESS + _REST, struct.pack("<3Q", handles, mappings, contexts), 24)
+    def note(self, shared: int, own: int, contexts: int) -> None:
+        """Writes down what this process has, after each call; see `Record`."""
+        ctypes.memmove(ADDRESS + _REST, struct.pack("<3Q", shared, own, contexts), 24)
         pid = os.getpid()
         if contexts and self.ledger is not None and self._registered_as != pid:
             self._registered_as = pid
@@ -175,13 +194,10 @@ class EmulatedCheckpoints:
         ctypes.memmove(ADDRESS + _PLACE, place, len(place))
 
     def contexts_on(self, device: int) -> int:
-        """What contexts take of a device: those of all processes, as far as they are known."""
-        pids = {os.getpid()}
-        if self.ledger is not None:
-            with suppress(FileNotFoundError):
-                pids |= {int(path.name) for path in self.ledger.iterdir()}
-        found = (peek(pid) for pid in pids)
-        return sum(r.on_device for r in found if r is not None and r.device == device)
+        """What contexts take of a device, and others' own memory, as far as they are known."""
+        own = peek(os.getpid())
+        taken = 0 if own is None or own.device != device else own.contexts * own.context_bytes
+        return taken + used_by_others(self.ledger, device)
 
     # -- the calls -------------------------------------------------------------------------------
 
@@ -220,7 +236,7 @@ class EmulatedCheckpoints:
         def call() -> None:
             self._require_none(args)
             record = self._expect(pid, LOCKED)
-            if record.handles or record.mappings:
+            if record.shared:
                 self._refuse("CUDA_ERROR_NOT_SUPPORTED")
             poke(pid, CHECKPOINTED)
 

@@ -65,6 +65,7 @@ class _Allocation:
     size: int
     inode: int
     device: int
+    shareable: bool = True
     handles: int = 1
     mappings: int = 0
 
@@ -330,8 +331,9 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
         def call() -> Any:
             self._check_properties(prop)
             _require(flags == 0 and size > 0 and size % GRANULARITY == 0)
-            posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-            _require(prop.requestedHandleTypes == posix)
+            kinds, kind = real.CUmemAllocationHandleType, prop.requestedHandleTypes
+            shareable = kind == kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            _require(shareable or kind == kinds.CU_MEM_HANDLE_TYPE_NONE)
             device = prop.location.id
             if size > self._free_on(device):
                 raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
@@ -339,7 +341,8 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
             os.ftruncate(fd, size)
             for at in range(0, size, GRANULARITY):
                 os.pwrite(fd, b"what was here before", at)
-            return self._new_handle(_Allocation(fd, size, os.fstat(fd).st_ino, device))
+            inode = os.fstat(fd).st_ino
+            return self._new_handle(_Allocation(fd, size, inode, device, shareable))
 
         return self._do("cuMemCreate", call)
 
@@ -366,6 +369,7 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
             posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             _require(handleType == posix and flags == 0 and int(handle) in self._handles)
             allocation = self._handles[int(handle)]
+            _require(allocation.shareable)
             self._shared[allocation.inode] = allocation
             return os.dup(allocation.fd)
 
@@ -733,10 +737,17 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
                     None for _ in range(_VALUES.get(name, 0))
                 )
             finally:
-                contexts = sum(map(bool, self._contexts.values()))
-                self._note(len(self._handles), len(self._mapped), contexts)
+                self._note_all()
         values = value if isinstance(value, tuple) else () if value is None else (value,)
         return real.CUresult.CUDA_SUCCESS, *values
+
+    def _note_all(self) -> None:
+        """Writes down what there is in this process that a checkpoint has to do with."""
+        mapped = [mapping.allocation for mapping in self._mapped.values()]
+        held = [*self._handles.values(), *mapped]
+        own = {a.inode: a.size for a in held if not a.shareable}
+        contexts = sum(map(bool, self._contexts.values()))
+        self.note(sum(a.shareable for a in held), sum(own.values()), contexts)
 
     def _refuse(self, code: str) -> None:
         raise Refused(code)

@@ -1,0 +1,78 @@
+"""Clones on a GPU whose contexts are on their way back.
+
+CRIU brings back a process whose context is in its host memory. The clone runs its hooks and hears
+what it is to be; meanwhile its GPU's memory service restores the context, and whatever the clone
+asks its driver waits for that. A clone whose context does not come back is of no use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from coldframe.loader.errors import ColdframeError, SnapshotError
+from coldframe.loader.timeline import now
+from coldframe.runtime.contexts import Contexts
+from coldframe.runtime.launch import WorkerProcess
+
+__all__ = ["THAW_S", "Thaws"]
+
+THAW_S = 30.0
+"""How long a context may take to come back, in seconds: it waits for the one of the memory service,
+and for those of other clones."""
+
+
+class Thaws:
+    """Those of one replica.
+
+    Args:
+        contexts: Has them come back.
+        failed: Called with the name of a clone whose context does not, and why.
+    """
+
+    def __init__(self, contexts: Contexts, failed: Callable[[str, ColdframeError], None]) -> None:
+        self._contexts = contexts
+        self._failed = failed
+        self._since: dict[str, int] = {}
+
+    def begin(self, worker: WorkerProcess, device: str) -> None:
+        """A clone is there; where it was frozen on a GPU its context is to follow.
+
+        Args:
+            worker: The clone.
+            device: The GPU that it is for.
+        """
+        manifest = None if worker.cloner is None else worker.cloner.manifest
+        gpu = None if manifest is None else manifest.get("gpu")
+        if gpu is None:
+            return
+        name, pid = worker.name, worker.child.pid
+        if not pid:  # it has ended already, as is told next
+            return
+        self._since[name] = now()
+        answered = partial(self._answered, name)
+        uuids = dict(gpu["gpus"])
+        self._contexts.restore(device, name, pid, gpu["context_bytes"], uuids, answered)
+
+    def forget(self, name: str) -> None:
+        """A worker is gone."""
+        self._since.pop(name, None)
+
+    def tick(self) -> None:
+        """Gives up on contexts that take too long; to be called about once a second."""
+        late = now() - int(THAW_S * 1e9)
+        for name in [name for name, since in self._since.items() if since < late]:
+            del self._since[name]
+            self._failed(
+                name,
+                SnapshotError(
+                    "a clone's context was not back in time",
+                    where=name,
+                    expected=f"within {THAW_S:g} s",
+                ),
+            )
+
+    def _answered(self, name: str, body: dict[str, Any]) -> None:
+        if self._since.pop(name, None) is not None and body["error"] is not None:
+            self._failed(name, ColdframeError.from_wire(body["error"]))

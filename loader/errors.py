@@ -17,7 +17,8 @@
     ├── ArenaError           memory could not be reserved, mapped, granted or attached
     ├── SnapshotError        an image cannot be made, trusted or restored
     │   ├── NoImage            there is none that fits and is whole
-    │   └── ImageDamaged       its bytes are not those that were stored
+    │   ├── ImageDamaged       its bytes are not those that were stored
+    │   └── GraphRefused       a captured graph cannot be kept, or not be made again here
     ├── DeviceError          the device is missing, too small or lost
     │   ├── NoDevice           there is none, or nothing to reach it with
     │   ├── DeviceFull         it has not that much memory left
@@ -57,6 +58,7 @@ __all__ = [
     "SnapshotError",
     "NoImage",
     "ImageDamaged",
+    "GraphRefused",
     "DeviceError",
     "NoDevice",
     "DeviceFull",
@@ -232,6 +234,12 @@ class ImageDamaged(SnapshotError):
     """What a store has of an image is not what was stored."""
 
     default_hint = "Remove the image, and make it again."
+
+
+class GraphRefused(SnapshotError):
+    """A captured graph cannot be kept, or cannot be made again in this process."""
+
+    default_hint = "Nothing is lost: the graph is captured where it is needed."
 
 
 class DeviceError(ColdframeError):

@@ -12,7 +12,6 @@ these: a path may lead elsewhere a moment later.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import os
 import stat
@@ -35,16 +34,21 @@ from coldframe.snapshot.backend import (
 from coldframe.snapshot.image_files import StoredObject
 from coldframe.snapshot.manifest import is_image_id
 from coldframe.snapshot.packing import Bundle, write_object
+from coldframe.snapshot.safe_folder import (
+    NEW,
+    READ,
+    TEMPORARY,
+    check_safe,
+    discard,
+    failed,
+    is_safe,
+    open_folder,
+    temporary_name,
+)
 
 __all__ = ["DirectoryBackend"]
 
-_TEMPORARY = ".writing-"
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_NEW = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_READ = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 _GONE = "Remove the image; a new one is made in its place."
-_OTHER = "Name another directory for images, or mend this one."
 
 
 class _Folders(NamedTuple):
@@ -79,7 +83,7 @@ class DirectoryBackend:
                 return _documents(folders, strict)
             except OSError as error:
                 where = folders.path(MANIFESTS)
-                raise _failed("the store cannot be read", where, error) from error
+                raise failed("the store cannot be read", where, error) from error
 
     @contextlib.contextmanager
     def reader(self, *, strict: bool) -> Iterator[_Reader]:
@@ -110,13 +114,13 @@ class DirectoryBackend:
     def check_writable(self) -> None:
         with self._made() as folders:
             for name, fd in ((OBJECTS, folders.objects), (MANIFESTS, folders.manifests)):
-                temporary = _temporary_name()
+                temporary = temporary_name()
                 try:
-                    os.close(os.open(temporary, _NEW, 0o600, dir_fd=fd))
+                    os.close(os.open(temporary, NEW, 0o600, dir_fd=fd))
                     os.unlink(temporary, dir_fd=fd)
                 except OSError as error:
                     where = folders.path(name)
-                    raise _failed("the store cannot be written", where, error) from error
+                    raise failed("the store cannot be written", where, error) from error
 
     def withdraw(self, image: str) -> bool:
         if not is_image_id(image):
@@ -131,7 +135,7 @@ class DirectoryBackend:
                 return False
             except OSError as error:
                 where = folders.path(MANIFESTS, name)
-                raise _failed("the image cannot be removed", where, error) from error
+                raise failed("the image cannot be removed", where, error) from error
         return True
 
     def sweep(self) -> None:
@@ -161,7 +165,7 @@ class DirectoryBackend:
                     )
                 images = sum(image_of(name) is not None for name in os.listdir(folders.manifests))
             except OSError as error:
-                raise _failed("the store cannot be read", self.uri, error) from error
+                raise failed("the store cannot be read", self.uri, error) from error
         return Usage(images, nbytes, about.f_bavail * about.f_frsize)
 
     @contextlib.contextmanager
@@ -174,7 +178,7 @@ class DirectoryBackend:
             except (FileNotFoundError, NotADirectoryError):
                 pass
             except OSError as error:
-                raise _failed("the store cannot be read", self.uri, error) from error
+                raise failed("the store cannot be read", self.uri, error) from error
             yield folders
 
     @contextlib.contextmanager
@@ -185,18 +189,18 @@ class DirectoryBackend:
                 os.makedirs(self.uri, 0o700, exist_ok=True)
                 folders = self._open(stack, strict=True, make=True)
             except OSError as error:
-                raise _failed("the store cannot be made", self.uri, error) from error
+                raise failed("the store cannot be made", self.uri, error) from error
             yield folders
 
     def _open(self, stack: contextlib.ExitStack, *, strict: bool, make: bool) -> _Folders:
-        root = _open_folder(self.uri, None, strict)
+        root = open_folder(self.uri, None, strict)
         stack.callback(os.close, root)
         opened = []
         for name in (OBJECTS, MANIFESTS):
             if make:
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=root)
-            opened.append(_open_folder(os.path.join(self.uri, name), root, strict))
+            opened.append(open_folder(os.path.join(self.uri, name), root, strict))
             stack.callback(os.close, opened[-1])
         return _Folders(self.uri, *opened)
 
@@ -213,10 +217,10 @@ class DirectoryBackend:
             named = set().union(*(named_in(document.raw) for document in documents))
             for name in os.listdir(folders.objects):
                 if _is_ours(name) and name not in named:
-                    _discard(name, folders.objects)
+                    discard(name, folders.objects)
             for name in os.listdir(folders.manifests):
-                if name.startswith(_TEMPORARY):
-                    _discard(name, folders.manifests)
+                if name.startswith(TEMPORARY):
+                    discard(name, folders.manifests)
         except OSError:
             pass  # what could not be removed now may be another time
         finally:
@@ -228,9 +232,9 @@ class _Writer:
         self._folders = folders
 
     def add(self, bundle: Bundle, codec: str) -> StoredObject:
-        objects, temporary = self._folders.objects, _temporary_name()
+        objects, temporary = self._folders.objects, temporary_name()
         try:
-            fd = os.open(temporary, _NEW, 0o600, dir_fd=objects)
+            fd = os.open(temporary, NEW, 0o600, dir_fd=objects)
             try:
                 item = write_object(bundle, fd, codec)
                 os.fsync(fd)
@@ -241,27 +245,27 @@ class _Writer:
             else:
                 os.replace(temporary, item.digest, src_dir_fd=objects, dst_dir_fd=objects)
         except BaseException as error:
-            _discard(temporary, objects)
+            discard(temporary, objects)
             if isinstance(error, OSError):
                 what, where = "an image cannot be written to the store", self._folders.path(OBJECTS)
-                raise _failed(what, where, error, bundle.size) from error
+                raise failed(what, where, error, bundle.size) from error
             raise
         return item
 
     def publish(self, image: str, raw: bytes) -> None:
-        manifests, temporary, name = self._folders.manifests, _temporary_name(), f"{image}.json"
+        manifests, temporary, name = self._folders.manifests, temporary_name(), f"{image}.json"
         try:
             os.fsync(self._folders.objects)  # the objects' names, before anything names them
-            with open(os.open(temporary, _NEW, 0o600, dir_fd=manifests), "wb") as file:
+            with open(os.open(temporary, NEW, 0o600, dir_fd=manifests), "wb") as file:
                 file.write(raw)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, name, src_dir_fd=manifests, dst_dir_fd=manifests)
             os.fsync(manifests)
         except OSError as error:
-            _discard(temporary, manifests)
+            discard(temporary, manifests)
             what, where = "a manifest cannot be written to the store", self._folders.path(MANIFESTS)
-            raise _failed(what, where, error, len(raw)) from error
+            raise failed(what, where, error, len(raw)) from error
 
 
 class _Reader:
@@ -282,7 +286,7 @@ class _Reader:
             with self._lock:
                 fd = self._open.get(item.digest)
                 if fd is None:
-                    fd = os.open(item.digest, _READ, dir_fd=self._folders.objects)
+                    fd = os.open(item.digest, READ, dir_fd=self._folders.objects)
                     self._open[item.digest] = fd
                     self._begin(fd, item, path)
             got = 0
@@ -294,7 +298,7 @@ class _Reader:
         except FileNotFoundError:
             raise _missing(path) from None
         except OSError as error:
-            raise _failed("the image cannot be read", path, error) from error
+            raise failed("the image cannot be read", path, error) from error
 
     def path_of(self, item: StoredObject) -> str | None:
         if self._lasting is None:
@@ -304,7 +308,7 @@ class _Reader:
         except OSError:
             return None
         whole = stat.S_ISREG(status.st_mode) and status.st_size == item.stored_bytes
-        return os.path.join(self._lasting, item.digest) if whole and _is_safe(status) else None
+        return os.path.join(self._lasting, item.digest) if whole and is_safe(status) else None
 
     def _begin(self, fd: int, item: StoredObject, path: str) -> None:
         status = os.fstat(fd)
@@ -313,7 +317,7 @@ class _Reader:
                 "this is not a regular file", where=path, got=stat.filemode(status.st_mode)
             )
         if self._strict:
-            _check_safe(status, path, "a file")
+            check_safe(status, path, "a file")
         if status.st_size != item.stored_bytes:
             raise _wrong_size(path, item, status.st_size)
         os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_WILLNEED)
@@ -321,47 +325,6 @@ class _Reader:
     def close(self) -> None:
         for fd in self._open.values():
             os.close(fd)
-
-
-def _open_folder(path: str, within: int | None, strict: bool) -> int:
-    """Opens a folder by its last name in `within`, or by its path; with `strict`, checks it."""
-    name = path if within is None else os.path.basename(path)
-    try:
-        fd = os.open(name, _FOLDER, dir_fd=within)
-    except NotADirectoryError:
-        status = os.stat(name, dir_fd=within, follow_symlinks=False)
-        if stat.S_ISLNK(status.st_mode):
-            raise SnapshotError(
-                "a store and its folders may not be symbolic links",
-                where=path,
-                expected="a directory",
-                got=stat.filemode(status.st_mode),
-                hint="Name the directory itself that images are to be kept in.",
-            ) from None
-        raise
-    try:
-        if strict:
-            _check_safe(os.fstat(fd), path, "a directory")
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-def _is_safe(status: os.stat_result) -> bool:
-    """Whether only we and root can write something."""
-    return status.st_uid in (0, os.geteuid()) and not status.st_mode & _OTHERS_WRITE
-
-
-def _check_safe(status: os.stat_result, path: str, kind: str) -> None:
-    if not _is_safe(status):
-        raise SnapshotError(
-            "others could put images there, and what is in them would be run",
-            where=path,
-            expected=f"{kind} that only its owner, you or root, may write",
-            got=f"{stat.filemode(status.st_mode)} of user {status.st_uid}",
-            hint=f"Run chmod go-w {path}; with a key, images can be read there as it is.",
-        )
 
 
 def _lasting_path(fd: int, path: str) -> str | None:
@@ -378,7 +341,7 @@ def _lasting_path(fd: int, path: str) -> str | None:
             above = os.path.dirname(above)
             status = os.lstat(above)
             fixed = status.st_uid in (0, os.geteuid()) and status.st_mode & stat.S_ISVTX
-            if not (fixed or _is_safe(status)):
+            if not (fixed or is_safe(status)):
                 return None
     except OSError:
         return None
@@ -396,12 +359,12 @@ def _documents(folders: _Folders, strict: bool) -> list[Document]:
 
 def _document(image: str, name: str, folders: _Folders, strict: bool) -> Document | None:
     try:
-        fd = os.open(name, _READ, dir_fd=folders.manifests)
+        fd = os.open(name, READ, dir_fd=folders.manifests)
         try:
             status = os.fstat(fd)
             if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_MANIFEST_BYTES:
                 return Document(image, None, "it is no small file", status.st_mtime)
-            if strict and not _is_safe(status):
+            if strict and not is_safe(status):
                 return Document(image, None, "others could have written it", status.st_mtime)
             with open(fd, "rb", closefd=False) as file:
                 return Document(image, file.read(), "", status.st_mtime)
@@ -418,9 +381,9 @@ def _holds(objects: int, item: StoredObject) -> bool:
     import hashlib
 
     try:
-        with open(os.open(item.digest, _READ, dir_fd=objects), "rb") as file:
+        with open(os.open(item.digest, READ, dir_fd=objects), "rb") as file:
             status = os.fstat(file.fileno())
-            if not stat.S_ISREG(status.st_mode) or not _is_safe(status):
+            if not stat.S_ISREG(status.st_mode) or not is_safe(status):
                 return False
             return hashlib.file_digest(file, "sha256").hexdigest() == item.digest
     except OSError:
@@ -429,16 +392,7 @@ def _holds(objects: int, item: StoredObject) -> bool:
 
 def _is_ours(name: str) -> bool:
     """Whether something among the objects is called as a store calls what it writes there."""
-    return is_digest(name) or name.startswith(_TEMPORARY)
-
-
-def _temporary_name() -> str:
-    return f"{_TEMPORARY}{os.getpid()}-{os.urandom(8).hex()}"
-
-
-def _discard(name: str, folder: int) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(name, dir_fd=folder)
+    return is_digest(name) or name.startswith(TEMPORARY)
 
 
 def _missing(path: str) -> ImageDamaged:
@@ -455,13 +409,3 @@ def _wrong_size(path: str, item: StoredObject, got: int) -> SnapshotError:
         got=f"{got} bytes",
         hint=_GONE,
     )
-
-
-def _failed(what: str, path: str, error: OSError, needed: int | None = None) -> SnapshotError:
-    expected, got = None, error.strerror
-    if error.errno in (errno.ENOSPC, errno.EDQUOT) and needed is not None:
-        expected = f"room for {needed} bytes at most"
-        with contextlib.suppress(OSError):
-            about = os.statvfs(path if os.path.isdir(path) else os.path.dirname(path))
-            got = f"{error.strerror}, {about.f_bavail * about.f_frsize} bytes free"
-    return SnapshotError(what, where=path, expected=expected, got=got, hint=_OTHER)

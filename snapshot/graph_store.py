@@ -1,0 +1,152 @@
+"""Where archives of graphs are kept: a folder with a file for each model and kind of GPU.
+
+Written whole or not at all, and taken only where nobody else can have written it: see
+`safe_folder.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+
+from coldframe.loader.errors import NoImage, SnapshotError
+from coldframe.snapshot.graph_file import GraphArchive, decode, encode
+from coldframe.snapshot.graph_fingerprint import GraphFingerprint
+from coldframe.snapshot.safe_folder import (
+    NEW,
+    READ,
+    TEMPORARY,
+    check_safe,
+    discard,
+    failed,
+    open_folder,
+    temporary_name,
+)
+
+__all__ = ["GraphStore"]
+
+_ENDING = ".graphs"
+_MOST_BYTES = 1 << 29
+_KEPT = 16
+_LEFT_BEHIND_S = 3600.0
+
+
+class GraphStore:
+    """Archives in a folder, which need not be there.
+
+    Args:
+        root: Its path.
+    """
+
+    def __init__(self, root: str) -> None:
+        self.root = os.path.abspath(root)
+
+    def path(self, fingerprint: GraphFingerprint) -> str:
+        """Where the archive for a model on a kind of GPU is; another driver's takes its place."""
+        return os.path.join(self.root, _name(fingerprint))
+
+    def read(self, here: GraphFingerprint) -> GraphArchive:
+        """The archive of this model.
+
+        Args:
+            here: What there is here.
+
+        Raises:
+            NoImage: There is none, or it does not fit; the error says what of it.
+            ImageDamaged: It is not what was written.
+            SnapshotError: Others could have written it, or it cannot be read.
+        """
+        path = self.path(here)
+        try:
+            folder = open_folder(self.root, None, strict=True)
+            try:
+                raw = _content(_name(here), folder, path)
+            finally:
+                os.close(folder)
+        except FileNotFoundError:
+            raise NoImage(
+                "there is no archive of graphs for this model",
+                where=path,
+                hint="Nothing is lost: one is written once the graphs have been captured.",
+            ) from None
+        except OSError as error:
+            raise failed("an archive of graphs cannot be read", path, error) from error
+        return decode(raw, path, here)
+
+    def write(self, archive: GraphArchive) -> str:
+        """Keeps an archive in place of an older one.
+
+        Returns:
+            Its path.
+
+        Raises:
+            SnapshotError: It cannot be written, or others can write the folder.
+        """
+        return self.write_encoded(archive.fingerprint, encode(archive))
+
+    def write_encoded(self, fingerprint: GraphFingerprint, raw: bytes) -> str:
+        """The same of what is encoded already; see `write`."""
+        path = self.path(fingerprint)
+        try:
+            os.makedirs(self.root, 0o700, exist_ok=True)
+            folder = open_folder(self.root, None, strict=True)
+            try:
+                _publish(_name(fingerprint), raw, folder)
+                _prune(folder)
+            finally:
+                os.close(folder)
+        except OSError as error:
+            what = "an archive of graphs cannot be written"
+            raise failed(what, path, error, len(raw)) from error
+        return path
+
+
+def _name(fingerprint: GraphFingerprint) -> str:
+    what = f"{fingerprint.model}\0{fingerprint.gpu}\0{fingerprint.capability}"
+    return hashlib.sha256(what.encode()).hexdigest()[:32] + _ENDING
+
+
+def _content(name: str, folder: int, path: str) -> bytes:
+    fd = os.open(name, READ, dir_fd=folder)
+    with open(fd, "rb") as file:
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > _MOST_BYTES:
+            raise SnapshotError(
+                "this is no archive of graphs",
+                where=path,
+                expected=f"a file of at most {_MOST_BYTES:,} bytes",
+                got=f"{stat.filemode(status.st_mode)}, {status.st_size:,} bytes",
+            )
+        check_safe(status, path, "a file")
+        return file.read()
+
+
+def _publish(name: str, raw: bytes, folder: int) -> None:
+    temporary = temporary_name()
+    try:
+        with open(os.open(temporary, NEW, 0o600, dir_fd=folder), "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    except BaseException:
+        discard(temporary, folder)
+        raise
+
+
+def _prune(folder: int) -> None:
+    """Removes the oldest where there are many, and what writers have left that died."""
+    found, now = [], time.time()
+    for name in os.listdir(folder):
+        with contextlib.suppress(OSError):  # another has removed it
+            written = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mtime
+            if name.endswith(_ENDING):
+                found.append((written, name))
+            elif name.startswith(TEMPORARY) and now - written > _LEFT_BEHIND_S:
+                discard(name, folder)
+    for _, name in sorted(found)[:-_KEPT]:
+        discard(name, folder)

@@ -1,8 +1,13 @@
-"""The tests of `tests/gpu`, by pytest; each is a check of the report, as soon as it has ended."""
+"""The tests of `tests/gpu`, by pytest; each is a check of the report, as soon as it has ended.
+
+In two parts: what comes back, from being captured, checkpointed or in an image, may cost a GPU its
+context, and is not to cost all the rest.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,41 +16,60 @@ from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["Recorder", "measure", "run_tests"]
+__all__ = ["Recorder", "RETURNING", "measure", "measure_returning", "run_tests"]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _LONGEST = 200
 _HANGS_S = 45.0
 _QUICK = "test_memory"
 
+RETURNING = ("test_graphs.py", "test_checkpoints.py", "test_images.py")
+"""The files about what comes back."""
+
 
 def measure(report: Report, setting: Setting) -> None:
-    """Runs the tests.
+    """Runs the tests, but for those of what comes back.
 
     Raises:
         LeftOut: There are none: they are in a checkout, and not in what is installed.
         RuntimeError: pytest itself failed.
     """
-    run_tests(report, setting, _ROOT / "tests" / "gpu")
+    run_tests(report, setting, [file for file in _files() if file.name not in RETURNING])
 
 
-def run_tests(report: Report, setting: Setting, tests: Path) -> None:
+def measure_returning(report: Report, setting: Setting) -> None:
+    """Runs those; see `measure`."""
+    run_tests(report, setting, [file for file in _files() if file.name in RETURNING])
+
+
+def _files() -> list[Path]:
+    return sorted((_ROOT / "tests" / "gpu").glob("test_*.py"))
+
+
+def run_tests(report: Report, setting: Setting, tests: Sequence[Path]) -> None:
     """See `measure`.
 
     Args:
         report: Where it goes.
         setting: The GPU, which the tests find in their environment.
-        tests: Their directory, or a file of them.
+        tests: Their files.
     """
     import pytest
 
-    if not tests.exists():
-        raise LeftOut(f"there is no {tests}")
+    if not tests:
+        raise LeftOut(f"there are no tests in {_ROOT}")
     os.environ["COLDFRAME_TEST_DEVICE"] = setting.device
     # For pytest-timeout, where it is installed: one test that hangs is not to cost all the others.
     os.environ.setdefault("PYTEST_TIMEOUT", f"{_HANGS_S:.0f}")
     recorder = Recorder(report)
-    arguments = ["-q", "-p", "no:cacheprovider", "--basetemp", f"{setting.scratch}/t", str(tests)]
+    arguments = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "--basetemp",
+        f"{setting.scratch}/t",
+        *map(str, tests),
+    ]
     status = pytest.main(arguments, plugins=[recorder])
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED) or not recorder.count:
         raise RuntimeError(f"pytest ended with status {int(status)} after {recorder.count} tests")

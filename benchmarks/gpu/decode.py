@@ -40,7 +40,7 @@ def measure(report: Report, setting: Setting) -> None:
     torch.cuda.empty_cache()
     model = report.earlier.need(MODEL)
     for graphs in (True, False):
-        told = options(model, setting.device, graphs="auto" if graphs else "off")
+        told = options(model, setting.device, graphs=graphs)
         with Replica(told) as replica:
             ask(replica, _TOKENS).wait(replica, setting.seconds)
             if graphs and not _let_capture(replica, report):

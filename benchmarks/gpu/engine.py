@@ -17,14 +17,15 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.plan import Layout, Plan
+from coldframe.runtime import graphing
 from coldframe.runtime.engine import varlen
 from coldframe.runtime.engine.batch import Chunk
+from coldframe.runtime.engine.capture import Capturer
 from coldframe.runtime.engine.decode import MOST
 from coldframe.runtime.engine.graphs import MOST_GRAPHS, StepGraphs
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.graphing import capturer_for
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
 from coldframe.snapshot.graphs import Region
@@ -45,7 +46,8 @@ class Engine:
         plan: Where its weights lie.
         spec: Its shape.
         model: It computes eagerly.
-        graphs: It captures, where it can.
+        capturer: What captures.
+        graphs: Its steps, captured when they are asked for.
         regions: The memory that captured steps know of.
     """
 
@@ -53,12 +55,19 @@ class Engine:
     plan: Plan
     spec: ModelSpec
     model: Model
+    capturer: Capturer
     graphs: StepGraphs
     regions: tuple[Region, ...]
 
     @classmethod
     def open(
-        cls, directory: str | Path, device: str, blocks: int, *, fill: bool, limit: int = MOST_GRAPHS
+        cls,
+        directory: str | Path,
+        device: str,
+        blocks: int,
+        *,
+        fill: bool,
+        limit: int = MOST_GRAPHS,
     ) -> Engine:
         """Puts a model on a GPU; it goes with the process.
 
@@ -86,7 +95,7 @@ class Engine:
         pages = tensor_over(kv.address, nbytes, kv.dlpack_device)
         model = Model(spec, tensors, KVCache(pages, spec, dtype, blocks, _BLOCK_TOKENS))
         model.varlen = varlen.find(spec, dtype, where, block_tokens=_BLOCK_TOKENS).varlen
-        capturer = capturer_for(model.device, device)
+        capturer = graphing.capturer_for(model.device, device)
         if capturer is None:
             raise RuntimeError(f"nothing captures steps on {model.device}")
         regions = (
@@ -95,7 +104,7 @@ class Engine:
             Region("scratch", SCRATCH_BASE, _SCRATCH),
         )
         graphs = StepGraphs(model, capturer, most=MOST, limit=limit)
-        return cls(gpu, plan, spec, model, graphs, regions)
+        return cls(gpu, plan, spec, model, capturer, graphs, regions)
 
     def greedy(self, prompts: list[list[int]], count: int, *, captured: bool) -> list[list[int]]:
         """Answers, made together: the first token of each by a prefill, the others by steps.

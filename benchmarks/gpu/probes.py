@@ -21,6 +21,8 @@ __all__ = ["PROBES", "Probe", "answer", "ask_all", "measure"]
 _QUESTIONS = "coldframe.benchmarks.gpu.questions"
 _TORCH = "coldframe.benchmarks.gpu.torch_questions"
 _CHECKPOINT = "coldframe.benchmarks.gpu.checkpoint_questions"
+_CRIU = "coldframe.benchmarks.gpu.criu_questions"
+_GRAPH = "coldframe.benchmarks.gpu.graph_questions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,25 @@ class Probe:
 
 PROBES = (
     Probe("what the driver can do", "driver_calls"),
+    Probe("checkpoint of torch's context", "checkpoint_torch", module=_CHECKPOINT),
+    Probe("CRIU", "criu", module=_CRIU),
+    Probe("CRIU with a context", "criu_context", 40.0, module=_CRIU),
+    Probe("the nodes of our captured steps", "nodes_of_ours", 30.0, module=_GRAPH),
+    Probe("a capture in memory of ours", "memory_of_ours", module=_GRAPH),
+    Probe("checkpoint by a fresh helper", "checkpoint_by_a_fresh_helper", module=_CHECKPOINT),
+    Probe(
+        "checkpoint of one that has let its imports go",
+        "checkpoint_unmapped",
+        module=_CHECKPOINT,
+    ),
+    Probe("checkpoint of one that has them mapped", "checkpoint_mapped", module=_CHECKPOINT),
+    Probe("checkpoint with memory of its own", "checkpoint_private", module=_CHECKPOINT),
+    Probe("checkpoint with locked host memory", "checkpoint_pinned", module=_CHECKPOINT),
+    Probe("checkpoint with a captured graph", "checkpoint_graph", module=_CHECKPOINT),
+    Probe("checkpoint of one process twice", "checkpoint_twice", module=_CHECKPOINT),
+    Probe("restore with each GPU named for itself", "checkpoint_pairs", module=_CHECKPOINT),
+    Probe("CRIU with a captured graph", "criu_graph", 40.0, module=_CRIU),
+    Probe("CRIU without a GPU", "criu_plain", module=_CRIU),
     Probe("seconds of a fresh process's start", "start", times=3),
     Probe("are the arenas' addresses to be had in a fresh process", "addresses"),
     Probe("and where torch was there first", "addresses_with_torch"),
@@ -55,14 +76,8 @@ PROBES = (
     Probe("seconds of a worker's first work", "first_work", times=2, module=_TORCH),
     Probe("varlen_attn", "varlen", module=_TORCH),
     Probe("the nodes of a captured step", "graph", module=_TORCH),
-    Probe(
-        "checkpoint of one that has let its imports go",
-        "checkpoint_unmapped",
-        module=_CHECKPOINT,
-    ),
-    Probe("checkpoint of one that has them mapped", "checkpoint_mapped", module=_CHECKPOINT),
-    Probe("CRIU", "criu"),
 )
+"""Those first that most depends on, should there not be time for all."""
 
 
 def measure(report: Report, setting: Setting) -> None:

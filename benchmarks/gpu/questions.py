@@ -10,34 +10,31 @@ import ctypes
 import json
 import mmap
 import os
-import shutil
-import subprocess
 import sys
 import time
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Segment
+from coldframe.loader.devices.checkpoint_calls import CALLS
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.graph_calls import READING, REBUILDING
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceError
 
 __all__ = ["main", "up"]
 
 _CALLS = (
-    "cuCheckpointProcessLock",
-    "cuCheckpointProcessCheckpoint",
-    "cuCheckpointProcessRestore",
-    "cuCheckpointProcessUnlock",
-    "cuCheckpointProcessGetState",
+    *CALLS,
     "cuCheckpointProcessGetRestoreThreadId",
-    "cuFuncGetParamInfo",
-    "cuFuncGetName",
+    *READING,
+    *REBUILDING,
+    "cuFuncGetModule",
     "cuKernelGetLibrary",
     "cuLibraryLoadData",
+    "cuModuleEnumerateFunctions",
     "cuMemcpyBatchAsync",
     "cuMulticastCreate",
 )
@@ -67,7 +64,7 @@ def up(ordinal: int) -> Context:
 
 def driver_calls(ordinal: int) -> dict[str, Any]:
     context = up(ordinal)
-    calls = {name: context.driver.has(name) for name in _CALLS}
+    calls = {name: context.driver.has(name) for name in dict.fromkeys(_CALLS)}
     has = [name for name, there in calls.items() if there]
     lacks = [name for name, there in calls.items() if not there]
     return {"has": has or "none of them", "lacks": lacks or "none of them"}
@@ -185,20 +182,6 @@ def pages(ordinal: int) -> dict[str, str]:
             seconds = time.perf_counter() - started
             found[f"{nbytes >> 20} MiB in {kind} pages"] = f"{seconds * 1e3:.2f} ms"
             context.driver.unregister_host(address)
-    return found
-
-
-def criu(_: int) -> dict[str, str]:
-    """Whether it is here and works. A restore with a checkpointed context is not tried yet."""
-    own = Path(__file__).resolve().parent.parent.parent / "build" / "criu" / "bin" / "criu"
-    program = str(own) if own.exists() else shutil.which("criu")
-    if program is None:
-        return {"program": "there is none"}
-    found = {}
-    for name, argument in (("version", "--version"), ("check", "check")):
-        done = subprocess.run([program, argument], capture_output=True, text=True, check=False)
-        said = (done.stdout + done.stderr).strip().splitlines()
-        found[name] = said[-1] if name == "check" and said else said[0] if said else "nothing"
     return found
 
 

@@ -8,7 +8,6 @@ away it may take so much longer as is not hidden behind the weights' way back.
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,7 +21,7 @@ from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.timeline import Span, now
 from coldframe.runtime.replica import Replica
 
-__all__ = ["Rested", "contexts_taken", "measure", "rows", "waking"]
+__all__ = ["Rested", "measure", "rows", "waking"]
 
 _RATIO = 1.10
 _BEYOND_S = 0.3
@@ -30,7 +29,6 @@ _PARK_S = 20.0
 """The first time host memory is locked, and all bytes are copied there; in seconds."""
 _FREED = 0.9
 _OUTCOMES = {True: "passed", False: "failed"}
-_BYTES = re.compile(r"([\d,]+) bytes$")
 _NAMES = {
     "resident": "auto",
     "resident, contexts up": "off",
@@ -80,9 +78,9 @@ def _measure(report: Report, setting: Setting, gpu: CudaDevice, name: str, check
         replica.run_until(lambda: replica.loaded)
         rested = Rested(int(replica.facts["weights_bytes"]))
         for number in range(setting.runs):
-            up, parked_ns = gpu.available(), now()
+            up = gpu.available()
             rested.kept.append(_park(replica))
-            contexts = _contexts(replica, parked_ns) if checkpoint != "off" else 0
+            contexts = _contexts(replica) if checkpoint != "off" else 0
             if number == 0:
                 rested.freed, rested.taken = gpu.available() - up, free - gpu.available()
                 report.answer(f"{name}: how the weights are kept", replica.resting.told["note"])
@@ -159,41 +157,20 @@ def _park(replica: Replica) -> float:
     return float(resting.told["seconds"])
 
 
-def _contexts(replica: Replica, since_ns: int) -> int:
+def _contexts(replica: Replica) -> int:
     """Waits until the workers' contexts are in host memory: how many bytes they had on the GPU.
 
     Raises:
         LeftOut: They stay.
     """
-    deadline = time.monotonic() + _PARK_S
-    while True:
-        taken, refused = contexts_taken(replica.spans, since_ns)
-        if refused:
-            raise LeftOut(f"the contexts do not leave the GPU: {refused[0]}")
-        if len(taken) == len(replica.pids):
-            return sum(taken)
+    contexts, deadline = replica.contexts, time.monotonic() + _PARK_S
+    while not contexts.left:
+        if contexts.why is not None:
+            raise LeftOut(f"contexts do not leave the GPU: {contexts.why}")
         if time.monotonic() > deadline:
-            raise LeftOut(f"{len(taken)} of {len(replica.pids)} contexts have left the GPU")
+            raise LeftOut(f"contexts were on the GPU after {_PARK_S:.0f} s")
         replica.poll(0.05)
-
-
-def contexts_taken(spans: Sequence[Span], since_ns: int) -> tuple[list[int], list[str]]:
-    """The bytes of each context that was taken off the GPU, and why others were not.
-
-    Args:
-        spans: Of all processes.
-        since_ns: When they were told to go, CLOCK_MONOTONIC.
-    """
-    taken, refused = [], []
-    for span in spans:
-        if span.name != "cuda_checkpoint" or span.start_ns < since_ns:
-            continue
-        said = _BYTES.search(span.note or "")
-        if said is None:
-            refused.append(span.note or "nobody says why")
-        else:
-            taken.append(int(said[1].replace(",", "")))
-    return taken, refused
+    return int(contexts.told["bytes"])
 
 
 def waking(spans: Sequence[Span], since_ns: int) -> dict[str, str]:

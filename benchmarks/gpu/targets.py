@@ -192,7 +192,7 @@ def _graph(ordinal: int, _: list[int]) -> Iterator[str]:
     weight = torch.ones(4096, 64, device=device)
     side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(side):
-        _ = numbers @ weight
+        (numbers @ weight).sum()
     torch.cuda.synchronize()
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured, stream=side):

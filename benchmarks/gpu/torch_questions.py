@@ -8,7 +8,7 @@ from typing import Any
 
 from coldframe.benchmarks.gpu.questions import up
 
-__all__ = ["first_work", "graph", "same_context", "varlen"]
+__all__ = ["first_work", "graph", "nodes_of", "same_context", "varlen"]
 
 
 def same_context(ordinal: int) -> str:
@@ -135,11 +135,12 @@ def graph(ordinal: int) -> dict[str, Any]:
     with torch.cuda.graph(captured, stream=side):
         step()
     capture_s = time.perf_counter() - started
-    nodes, kernels = _nodes(captured.raw_cuda_graph())
+    nodes, kernels = nodes_of(captured.raw_cuda_graph())
     return {"captured in": f"{capture_s * 1e3:.2f} ms", "nodes": nodes, "kernels": kernels}
 
 
-def _nodes(handle: int) -> tuple[dict[str, int], list[str]]:
+def nodes_of(handle: int) -> tuple[dict[str, int], list[str]]:
+    """How many nodes of each kind a graph (CUgraph) has, and the names of its kernels."""
     api: Any = import_module("cuda.bindings.driver")
     captured = api.CUgraph(handle)
     _, _, count = api.cuGraphGetNodes(captured)

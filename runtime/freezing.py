@@ -104,15 +104,17 @@ class Freezing:
         self._end(SnapshotError("it was given up"))
 
     def _order(self, compress: str) -> dict[str, Any]:
-        replica, model = self._replica, self._replica.model
+        replica, model, device = self._replica, self._replica.model, self._device
         weights = [WEIGHTS_BASE, weights_room(model)]
         kv = [KV_BASE, room(replica.kv_bytes or 0)]
         return {
             "type": "freeze",
             "code": FREEZE,
-            "order": freeze_order(model, weights[1], kv[1], replica.threads, self._device),
-            "environment": freezing_environment(replica.threads, self._device),
-            "device": kind_of(self._device),
+            "order": freeze_order(
+                *(model, weights[1], kv[1], replica.threads, device), graphs=replica.options.graphs
+            ),
+            "environment": freezing_environment(replica.threads, device),
+            "device": kind_of(device),
             "name": replica.options.model,
             "model": ModelKey.of(model.directory, model.tensors).to_json(),
             "arena": {"weights": weights, "kv": kv},

@@ -26,11 +26,17 @@ def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
 
     Args:
         patch: Undoes it.
-        faults: By role, `memory` or `worker`, what `install` is called with there.
+        faults: By role, `memory`, `worker` or `frozen` (one that is to be frozen, and its clones),
+            what `install` is called with there.
     """
-    from coldframe.runtime import early, launch
+    from coldframe.runtime import early, freezing, launch
 
-    for module, name, role in ((early, "_MAIN", "memory"), (launch, "_WORKER", "worker")):
+    entries = (
+        (early, "_MAIN", "memory"),
+        (launch, "_WORKER", "worker"),
+        (freezing, "FREEZE", "frozen"),
+    )
+    for module, name, role in entries:
         entry = getattr(module, name)
         order = faults.get(role, {})
         code = (
@@ -89,11 +95,12 @@ def replays(graphs: Path) -> dict[int, int]:
 
 def _capture_steps(graphs: str) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
+    from coldframe.runtime import frozen_worker
     from coldframe.runtime.worker import Worker
 
-    really = Worker.step_graphs
+    really, really_warm = Worker.step_graphs, frozen_worker._warm
 
-    def step_graphs(worker: Worker) -> Any:
+    def record() -> None:
         # Torch is there only now.
         from coldframe.runtime import graphing
 
@@ -107,6 +114,17 @@ def _capture_steps(graphs: str) -> None:
                 file.write(b".")
 
         graphing.capturer_for = lambda *_: RecordingCapturer(replayed=replayed)  # type: ignore[assignment]
+
+    def step_graphs(worker: Worker) -> Any:
+        record()
         return really(worker)
 
+    def warm(order: Any) -> Any:
+        from coldframe.runtime.lean_torch import import_torch
+
+        import_torch()
+        record()
+        return really_warm(order)
+
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    frozen_worker._warm = warm

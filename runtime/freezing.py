@@ -169,7 +169,7 @@ class Freezing:
             if not self.done:
                 self._send({**body, "type": "checkpointed"})
 
-        self._replica.contexts.checkpoint(self._device, name, pid, done)
+        self._replica.orders.checkpoint(self._device, name, pid, done)
 
     def _try(self, manifest: dict[str, Any]) -> None:
         snapshot = replace(self.snapshot, mode="require", manifest=manifest)

@@ -66,7 +66,7 @@ class Owner(Protocol):
         ...
 
     def memory_moved_context(self, body: dict[str, Any]) -> None:
-        """One of them has answered about a worker's context; see `Contexts`."""
+        """One of them has answered about a worker's context; see `ContextOrders`."""
         ...
 
     def memory_died(self, why: str) -> None:

@@ -21,7 +21,7 @@ from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.contexts import Contexts
+from coldframe.runtime.context_orders import ContextOrders
 from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
@@ -103,10 +103,10 @@ class Replica:
             self._launch, self.loop, self._clock, self.facts, self, self._warn
         )
         selector = self.loop.selector
-        self.contexts = Contexts(self._memories.send_to)
+        self.orders = ContextOrders(self._memories.send_to)
         """Has contexts of workers leave their GPUs, and come back."""
         self._workforce = Workforce(
-            *(self._launch, selector, self._router, self.recorder, self.contexts), self
+            *(self._launch, selector, self._router, self.recorder, self.orders), self
         )
         try:
             if launch is None:
@@ -450,7 +450,7 @@ class Replica:
             self.fail(error)
 
     def memory_moved_context(self, body: dict[str, Any]) -> None:
-        self.contexts.heard(body)
+        self.orders.heard(body)
 
     def memory_is_loaded(self) -> None:
         if self.loaded and self._loaded_ns is None:

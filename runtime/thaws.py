@@ -13,7 +13,7 @@ from typing import Any
 
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.loader.timeline import now
-from coldframe.runtime.contexts import Contexts
+from coldframe.runtime.context_orders import ContextOrders
 from coldframe.runtime.launch import WorkerProcess
 
 __all__ = ["THAW_S", "Thaws"]
@@ -27,12 +27,14 @@ class Thaws:
     """Those of one replica.
 
     Args:
-        contexts: Has them come back.
+        orders: Has them come back.
         failed: Called with the name of a clone whose context does not, and why.
     """
 
-    def __init__(self, contexts: Contexts, failed: Callable[[str, ColdframeError], None]) -> None:
-        self._contexts = contexts
+    def __init__(
+        self, orders: ContextOrders, failed: Callable[[str, ColdframeError], None]
+    ) -> None:
+        self._orders = orders
         self._failed = failed
         self._since: dict[str, int] = {}
 
@@ -53,7 +55,7 @@ class Thaws:
         self._since[name] = now()
         answered = partial(self._answered, name)
         uuids = dict(gpu["gpus"])
-        self._contexts.restore(device, name, pid, gpu["context_bytes"], uuids, answered)
+        self._orders.restore(device, name, pid, gpu["context_bytes"], uuids, answered)
 
     def forget(self, name: str) -> None:
         """A worker is gone."""

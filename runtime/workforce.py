@@ -32,7 +32,7 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
-from coldframe.runtime.contexts import Contexts
+from coldframe.runtime.context_orders import ContextOrders
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
@@ -89,7 +89,7 @@ class Workforce:
         selector: Gets their sockets.
         router: Is told who comes and goes.
         recorder: Gets a span for each clone that was lost.
-        contexts: Has the contexts of clones on a GPU come back.
+        orders: Has the contexts of clones on a GPU come back.
         owner: The replica.
     """
 
@@ -99,7 +99,7 @@ class Workforce:
         selector: selectors.BaseSelector,
         router: Router,
         recorder: Recorder,
-        contexts: Contexts,
+        orders: ContextOrders,
         owner: Owner,
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
@@ -108,7 +108,7 @@ class Workforce:
         self._router = router
         self._recorder = recorder
         self._owner = owner
-        self._thaws = Thaws(contexts, self._not_thawed)
+        self._thaws = Thaws(orders, self._not_thawed)
         self._crashes: deque[float] = deque()
         self._device_lost_at = -math.inf
         """When a worker has lost its device last, in seconds."""

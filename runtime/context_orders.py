@@ -1,4 +1,4 @@
-"""Contexts of workers that leave their GPUs and come back: asked of the memory services.
+"""ContextOrders of workers that leave their GPUs and come back: asked of the memory services.
 
 Only a process with a context of its own can have another's moved, and the memory service of a GPU
 is one that stays. It answers each order once (`loader/contextdesk.py`); if it dies first, the
@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-__all__ = ["Contexts"]
+__all__ = ["ContextOrders"]
 
 Then = Callable[[dict[str, Any]], None]
 """Takes an answer: `error`, as it travels, or null; `seconds`, and of a checkpoint `bytes` and
 `uuids`, what there is to be said when it is restored."""
 
 
-class Contexts:
+class ContextOrders:
     """The orders of one replica.
 
     Args:

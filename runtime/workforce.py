@@ -294,11 +294,11 @@ class Workforce:
             # its last messages.
             worker.child.kill()
 
-    def kill(self, name: str) -> None:
-        """Replaces a worker that hangs."""
+    def kill(self, name: str, why: str = "it hung") -> None:
+        """Replaces a worker that hangs, or is of no use."""
         worker = self.workers.get(name)
         if worker is not None:
-            self._bury(worker, "it hung")
+            self._bury(worker, why)
 
     def catch_up(self) -> None:
         """Handles what was heard of clones while something else was waited for."""

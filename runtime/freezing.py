@@ -62,7 +62,7 @@ class Freezing:
         self.snapshot = snapshot
         self._trial: Trial | None = None
         self._staged = False
-        self._device = replica.options.devices[0]
+        self._device = replica.options.device_of("prefill")
         order = self._order(compress)
         self._channel, theirs = Channel.pair()
         try:
@@ -163,13 +163,13 @@ class Freezing:
 
     def _checkpoint(self, pid: int) -> None:
         """Has the worker's context leave the GPU, by whoever has one of its own there."""
-        name = f"freezing-{os.urandom(4).hex()}"
 
         def done(body: dict[str, Any]) -> None:
             if not self.done:
-                self._send({**body, "type": "checkpointed"})
+                self._send(body)
 
-        self._replica.orders.checkpoint(self._device, name, pid, done)
+        order = {"type": "checkpoint", "name": f"freezing-{pid}", "pid": pid}
+        self._replica.order("prefill", order, done)
 
     def _try(self, manifest: dict[str, Any]) -> None:
         snapshot = replace(self.snapshot, mode="require", manifest=manifest)

@@ -10,9 +10,9 @@ started it, and becomes that user just before it says that it is up. From there 
 needs from sockets alone.
 
 Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
-`ack`; for a decode worker `handoff`; for both `cancel`.
+`ack`; for a decode worker `handoff`; for both `cancel`, `rest`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
-`broken` (the worker), `spans`, and of a prefill worker `saturation`.
+`broken` (the worker), `spans`, `rested`, and of a prefill worker `saturation`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.kvpool import KvPool
+from coldframe.runtime.letting_go import LettingGo
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import PrefixKeys, kv_format
 from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
@@ -128,6 +129,7 @@ class Worker:
         self._told = threading.Event()
         self._prepared = threading.Event()
         self._beaten = 0.0
+        self._letting_go = LettingGo(self)
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     # -- the start -------------------------------------------------------------------------------
@@ -397,6 +399,8 @@ class Worker:
             if message is None:
                 self.check_memory()
                 self._follow_weights()
+            elif message.kind == "rest":
+                self._letting_go.asked(message.body["number"])
             else:
                 yield message
 
@@ -414,11 +418,12 @@ class Worker:
         Returns:
             Whether that was so. They come back stage by stage.
         """
-        if not self.client.is_to_let_go:
-            return False
-        self.model.settle()
-        self.client.let_go()
-        return True
+        lets_go = self.client.is_to_let_go
+        if lets_go:
+            self.model.settle()
+            self.client.let_go()
+        self._letting_go.check()
+        return lets_go
 
     def report_spans(self) -> None:
         spans = self.recorder.drain()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,10 @@ def install(
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
+    dies_at: tuple[str, int] | None = None,
+    missing: Iterable[str] = (),
+    context_bytes: int = 0,
+    ledger: str | None = None,
     graphs: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
@@ -65,6 +70,10 @@ def install(
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
+        dies_at: A call under which the process ends, and the how many-th it is.
+        missing: Calls that the driver lacks.
+        context_bytes: What each process's context takes of its GPU.
+        ledger: See `Emulator`.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
     """
     from coldframe.loader.devices.driver import Driver
@@ -74,7 +83,15 @@ def install(
     add_site_packages()
     from tests.loader.devices.emulator import Emulator
 
-    emulator = Emulator(memory, devices=devices, delay=delay)
+    emulator = Emulator(
+        memory,
+        devices=devices,
+        delay=delay,
+        missing=missing,
+        context_bytes=context_bytes,
+        ledger=ledger,
+    )
+    emulator.dies_at = dies_at
     if fail is not None:
         emulator.fail(*fail)
     if lose_at_copy is not None:

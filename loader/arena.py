@@ -118,6 +118,8 @@ class Reservation:
                 hint="Raise the limit on address space (ulimit -v).",
             )
         self.address = address
+        self.attached = False
+        """Whether there is something mapped."""
 
     def _reserve_anywhere(self, flags: int) -> int | None:
         found = _mmap(None, self._span + HUGE_PAGE, _PROT_NONE, flags, -1, 0)
@@ -167,6 +169,7 @@ class Reservation:
                     where=f"offset {segment.offset}, {segment.length} bytes",
                     got=os.strerror(ctypes.get_errno()),
                 )
+            self.attached = True
 
     def detach(self) -> None:
         """Lets all segments go and keeps the addresses, for `attach`. Nobody may look at them.
@@ -181,6 +184,7 @@ class Reservation:
                 where=f"{self.size} bytes at {self.address:#x}",
                 got=os.strerror(ctypes.get_errno()),
             )
+        self.attached = False
 
     def view(self, offset: int = 0, length: int | None = None) -> memoryview:
         """The bytes at an offset. Python sees them as writable; the mapping's access decides."""

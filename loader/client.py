@@ -494,6 +494,16 @@ class MemoryClient:
         """Whether there is nothing behind the weights' addresses."""
         return not self._mapped
 
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether nothing of a device's memory that others have is mapped here, or about to be.
+
+        That is so from when the weights have left and the KV's memory was given back. Messages
+        keep their order, so that it stays so until the service has been told otherwise.
+        """
+        arenas = (self.weights, self.kv and self.kv.reservation)
+        return not self._segments and not any(arena and arena.attached for arena in arenas)
+
     def let_go(self) -> None:
         """Unmaps the weights; no stage is ready from then on. They come back to the same place.
 

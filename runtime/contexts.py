@@ -1,64 +1,237 @@
-"""Contexts of workers that leave their GPUs and come back: asked of the memory services.
+"""The front's side of contexts that leave a GPU behind the weights, and come back with them.
 
-Only a process with a context of its own can have another's moved, and the memory service of a GPU
-is one that stays. It answers each order once (`loader/contextdesk.py`); if it dies first, the
-replica does not go on anyway.
+A worker that rests has a context on its device, which takes hundreds of megabytes. The memory
+service can have it leave (`loader.contextdesk`), once the worker has let go of all that it shares:
+
+    here ── rest ─> asked ── rested ─> leaving ── checkpointed ─> away ── restore ─> coming ─> here
+
+What was ordered last counts, and each step is waited for before the next. A worker's own messages
+may come whenever they like: what it does on its device waits until it is back. So who is told to
+come back comes back, even where all is to leave again by then: it may hold up the weights.
+
+What goes wrong costs a worker at most, never an answer. One that could not be frozen stays as it
+was. One whose context is lost is killed, and its successor starts fresh. Where contexts cannot be
+checkpointed at all, they stay, and the reason is told once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
 
-__all__ = ["Contexts"]
+from coldframe.loader.errors import ColdframeError, ContextPoisoned, DeviceFull, NoCheckpoint
+from coldframe.runtime.launch import WorkerProcess
 
-Then = Callable[[dict[str, Any]], None]
-"""Takes an answer: `error`, as it travels, or null; `seconds`, and of a checkpoint `bytes` and
-`uuids`, what there is to be said when it is restored."""
+__all__ = ["Contexts", "ContextsOwner", "Place"]
+
+Place = Literal["here", "asked", "leaving", "away", "coming"]
+
+_AGAIN_S = 0.25
+_PATIENCE_S = 30.0
+"""For how long the device's memory may be others' while a context is to come back, in seconds."""
+
+
+class ContextsOwner(Protocol):
+    """What has the workers, and knows their devices."""
+
+    @property
+    def workers(self) -> Mapping[str, WorkerProcess]:
+        """All that there are, by name."""
+        ...
+
+    def weights_left(self, role: str) -> bool:
+        """Whether the weights have left the device of a role's workers."""
+        ...
+
+    def to_worker(self, worker: str, message: dict[str, Any]) -> None: ...
+
+    def order(
+        self, role: str, message: dict[str, Any], done: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Has the memory service of a role's workers move a context; `done` gets its answer."""
+        ...
+
+    def bury(self, worker: str, why: str) -> None:
+        """Kills a worker, and starts another."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class _Context:
+    """One worker's.
+
+    Attributes:
+        place: Where it is, or on its way to.
+        number: Of the last order to rest: an answer to another one is late.
+        failed: In which rest it could not leave.
+        must_come: Whether it was told to come back while it was leaving.
+        frozen: What the memory service said of it: bytes, and the GPUs' UUIDs.
+        since: When it was first to come back, in seconds.
+        again_at: When it is to be tried again; None while that is not so.
+    """
+
+    worker: WorkerProcess
+    place: Place = "here"
+    number: int = 0
+    failed: int = 0
+    must_come: bool = False
+    frozen: dict[str, Any] | None = None
+    since: float = 0.0
+    again_at: float | None = None
 
 
 class Contexts:
-    """The orders of one replica.
+    """Where the contexts of a replica's workers are, and where they are wanted.
 
     Args:
-        send: Sends a message to the memory service of a device.
+        owner: See there.
+        clock: Seconds, monotonic.
+        warn: Told why they cannot leave.
+        why: Why they are not to leave at all; None where they may.
     """
 
-    def __init__(self, send: Callable[[str, Mapping[str, Any]], None]) -> None:
-        self._send = send
-        self._waiting: dict[tuple[str, str], Then] = {}
-
-    def checkpoint(self, device: str, name: str, pid: int, then: Then) -> None:
-        """Has a process's context leave its GPU; it has let go of all memory of others.
-
-        Args:
-            device: The GPU.
-            name: The process's, like no other's.
-            pid: Its number here.
-            then: Gets the answer.
-        """
-        self._waiting["checkpointed", name] = then
-        self._send(device, {"type": "checkpoint", "name": name, "pid": pid})
-
-    def restore(
-        self, device: str, name: str, pid: int, nbytes: int, uuids: Mapping[str, str], then: Then
+    def __init__(
+        self,
+        owner: ContextsOwner,
+        clock: Callable[[], float],
+        warn: Callable[[str], None] = lambda _: None,
+        why: str | None = None,
     ) -> None:
-        """Has it come back, and the process go on.
+        self.why = why
+        """Why contexts stay where they are, once that is known."""
+        self.told: dict[str, Any] = {}
+        """What was said last of the way there: `bytes` of all together, and `seconds`."""
+        self._owner = owner
+        self._clock = clock
+        self._warn = warn
+        self._away = False
+        self._rests = 0
+        self._numbers = 0
+        self._known: dict[str, _Context] = {}
 
-        Args:
-            device: The GPU that it comes to.
-            name: As in `checkpoint`.
-            pid: Likewise.
-            nbytes: What was said of it then, as `bytes`.
-            uuids: And that.
-            then: Gets the answer.
-        """
-        self._waiting["restored", name] = then
-        order = {"type": "restore", "name": name, "pid": pid}
-        self._send(device, {**order, "bytes": nbytes, "uuids": dict(uuids)})
+    # -- orders ----------------------------------------------------------------------------------
 
-    def heard(self, body: dict[str, Any]) -> None:
-        """A memory service has answered."""
-        then = self._waiting.pop((body["type"], body["name"]), None)
-        if then is not None:
-            then(body)
+    def leave(self) -> None:
+        """Has them leave, each as soon as the weights have left its device."""
+        self._away = True
+        self._rests += 1
+        self.told = {}
+
+    def come(self) -> None:
+        """Has those come back that have left."""
+        if not self._away:
+            return
+        self._away = False
+        for context in self._contexts():
+            if context.place == "asked":
+                context.place = "here"  # and its answer is late
+            elif context.place == "leaving":
+                context.must_come = True
+            elif context.place == "away":
+                self._bring_back(context)
+
+    # -- how far that is -------------------------------------------------------------------------
+
+    @property
+    def left(self) -> bool:
+        """Whether all have left, so that others may have what they took."""
+        found = self._contexts()
+        return self._away and bool(found) and all(c.place == "away" for c in found)
+
+    @property
+    def leaving(self) -> bool:
+        """Whether some are on their way, or about to be."""
+        return self._away and any(
+            context.place in ("asked", "leaving") or self._may_leave(context)
+            for context in self._contexts()
+        )
+
+    @property
+    def wait_s(self) -> float | None:
+        """How long nothing is to be done, in seconds; None where that is up to others."""
+        times = [c.again_at for c in self._contexts() if c.again_at is not None]
+        return max(0.0, min(times) - self._clock()) if times else None
+
+    def step(self) -> None:
+        """What there is to do after something has happened, or when `wait_s` is over."""
+        for context in self._contexts():
+            if context.again_at is not None and self._clock() >= context.again_at:
+                self._bring_back(context)
+            elif self._away and self._may_leave(context):
+                self._numbers += 1
+                context.place, context.number = "asked", self._numbers
+                order = {"type": "rest", "number": context.number}
+                self._owner.to_worker(context.worker.name, order)
+
+    def _may_leave(self, context: _Context) -> bool:
+        return (
+            self.why is None
+            and context.place == "here"
+            and context.failed != self._rests
+            and self._owner.weights_left(context.worker.role)
+        )
+
+    def _contexts(self) -> list[_Context]:
+        """Those of the workers that are up now."""
+        workers = {n: w for n, w in self._owner.workers.items() if w.up and not w.group}
+        known = self._known
+        self._known = {n: known.get(n) or _Context(worker) for n, worker in workers.items()}
+        return list(self._known.values())
+
+    # -- what is heard ---------------------------------------------------------------------------
+
+    def rested(self, worker: str, number: int) -> None:
+        """A worker has let go of all that it shares."""
+        context = self._known.get(worker)
+        if context is None or context.place != "asked" or context.number != number:
+            return
+        context.place, context.must_come = "leaving", False
+        order = {"type": "checkpoint", "name": worker, "pid": context.worker.child.pid}
+        self._owner.order(context.worker.role, order, lambda body: self._left(context, body))
+
+    def _left(self, context: _Context, body: dict[str, Any]) -> None:
+        if body["error"] is not None:
+            self._stays(context, ColdframeError.from_wire(body["error"]))
+            return
+        if context.worker.name not in self._owner.workers:
+            return
+        context.place = "away"
+        context.frozen = {name: body[name] for name in ("bytes", "uuids")}
+        before = self.told.get("bytes", 0), self.told.get("seconds", 0.0)
+        self.told = {"bytes": before[0] + body["bytes"], "seconds": before[1] + body["seconds"]}
+        if context.must_come:
+            self._bring_back(context)
+
+    def _stays(self, context: _Context, error: ColdframeError) -> None:
+        context.place, context.failed = "here", self._rests
+        if context.worker.name not in self._owner.workers:
+            return  # which is why
+        if isinstance(error, NoCheckpoint | ContextPoisoned):
+            # Another one would fare no better, and be killed for it each time.
+            self.why = str(error)
+        self._warn(f"a context stays on its device: {error}")
+        if isinstance(error, ContextPoisoned):
+            self._owner.bury(context.worker.name, str(error))
+
+    def _bring_back(self, context: _Context) -> None:
+        if context.place != "coming":
+            context.place, context.since = "coming", self._clock()
+        context.again_at = None
+        order = {"type": "restore", "name": context.worker.name, **(context.frozen or {})}
+        order["pid"] = context.worker.child.pid
+        self._owner.order(context.worker.role, order, lambda body: self._back(context, body))
+
+    def _back(self, context: _Context, body: dict[str, Any]) -> None:
+        if context.worker.name not in self._owner.workers:
+            return
+        if body["error"] is None:
+            context.place, context.frozen = "here", None
+            return
+        error = ColdframeError.from_wire(body["error"])
+        patient = self._clock() - context.since <= _PATIENCE_S
+        if isinstance(error, DeviceFull) and patient:
+            context.again_at = self._clock() + _AGAIN_S
+        else:
+            self._warn(f"a context does not come back to its device: {error}")
+            self._owner.bury(context.worker.name, str(error))

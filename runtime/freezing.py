@@ -62,7 +62,7 @@ class Freezing:
         self.snapshot = snapshot
         self._trial: Trial | None = None
         self._staged = False
-        self._device = replica.options.devices[0]
+        self._device = replica.options.device_of("prefill")
         order = self._order(compress)
         self._channel, theirs = Channel.pair()
         try:
@@ -104,15 +104,17 @@ class Freezing:
         self._end(SnapshotError("it was given up"))
 
     def _order(self, compress: str) -> dict[str, Any]:
-        replica, model = self._replica, self._replica.model
+        replica, model, device = self._replica, self._replica.model, self._device
         weights = [WEIGHTS_BASE, weights_room(model)]
         kv = [KV_BASE, room(replica.kv_bytes or 0)]
         return {
             "type": "freeze",
             "code": FREEZE,
-            "order": freeze_order(model, weights[1], kv[1], replica.threads, self._device),
-            "environment": freezing_environment(replica.threads, self._device),
-            "device": kind_of(self._device),
+            "order": freeze_order(
+                *(model, weights[1], kv[1], replica.threads, device), graphs=replica.options.graphs
+            ),
+            "environment": freezing_environment(replica.threads, device),
+            "device": kind_of(device),
             "name": replica.options.model,
             "model": ModelKey.of(model.directory, model.tensors).to_json(),
             "arena": {"weights": weights, "kv": kv},
@@ -161,13 +163,13 @@ class Freezing:
 
     def _checkpoint(self, pid: int) -> None:
         """Has the worker's context leave the GPU, by whoever has one of its own there."""
-        name = f"freezing-{os.urandom(4).hex()}"
 
         def done(body: dict[str, Any]) -> None:
             if not self.done:
-                self._send({**body, "type": "checkpointed"})
+                self._send(body)
 
-        self._replica.contexts.checkpoint(self._device, name, pid, done)
+        order = {"type": "checkpoint", "name": f"freezing-{pid}", "pid": pid}
+        self._replica.order("prefill", order, done)
 
     def _try(self, manifest: dict[str, Any]) -> None:
         snapshot = replace(self.snapshot, mode="require", manifest=manifest)

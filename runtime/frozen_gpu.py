@@ -20,6 +20,7 @@ from coldframe.runtime.engine import device, varlen
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.graphing import graphs_for
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
 from coldframe.runtime.text import Tokenizer
@@ -37,6 +38,8 @@ def warm_on_gpu(
     name: str,
     weights_bytes: int,
     kv_bytes: int,
+    *,
+    graphs: bool,
 ) -> Warm:
     """All that a worker on a GPU does before it knows its role.
 
@@ -47,6 +50,7 @@ def warm_on_gpu(
         name: The GPU's, as `cuda:0`.
         weights_bytes: Addresses to keep for the weights.
         kv_bytes: And for KV.
+        graphs: Whether to capture decode steps.
 
     Raises:
         ColdframeError: The GPU or the memory service is of no use, or an address is taken.
@@ -77,12 +81,14 @@ def warm_on_gpu(
     model.varlen = attention.varlen
     for _ in first_uses(model, tensors):
         pass
-    graphs = None
+    steps = graphs_for(model, name) if graphs else None
+    if steps is not None:
+        steps.capture_all()
     model.settle()
     client.leave()
     _give_back()
     cuda = str(torch.version.cuda)
-    warm = WarmGpu(gpu, attention, model, graphs, plan.fingerprint, kv.block_bytes, blocks, cuda)
+    warm = WarmGpu(gpu, attention, model, steps, plan.fingerprint, kv.block_bytes, blocks, cuda)
     return Warm(tokenizer, reserved, gpu=warm)
 
 

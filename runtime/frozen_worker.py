@@ -31,7 +31,13 @@ _ROOM = 1 << 30
 
 
 def freeze_order(
-    model: ModelFacts, weights_bytes: int, kv_bytes: int, threads: int, device: str = "cpu"
+    model: ModelFacts,
+    weights_bytes: int,
+    kv_bytes: int,
+    threads: int,
+    device: str = "cpu",
+    *,
+    graphs: bool = False,
 ) -> dict[str, Any]:
     """The message that says what to warm up for.
 
@@ -43,6 +49,7 @@ def freeze_order(
         kv_bytes: Of the KV's.
         threads: To warm up with.
         device: To compute on.
+        graphs: Whether to capture decode steps, where the device can.
     """
     stored = [[name, t.dtype, list(t.shape)] for name, t in model.tensors.items()]
     return {
@@ -52,6 +59,7 @@ def freeze_order(
         "arenas": [weights_bytes, kv_bytes],
         "threads": threads,
         "device": device,
+        "graphs": graphs,
     }
 
 
@@ -127,7 +135,9 @@ def _warm(message: Message) -> Warm:
 
         (memory_fd,) = message.fds
         memory = Channel.from_fd(memory_fd)
-        return warm_on_gpu(memory, model.spec, tokenizer, order["device"], weights, kv)
+        return warm_on_gpu(
+            *(memory, model.spec, tokenizer, order["device"], weights, kv), graphs=order["graphs"]
+        )
     saturation = measure_apart(model.spec)  # before there are threads that a fork would lack
     warm_up(model.spec, tokenizer)
     # Nothing else gets to lie there, now or in any clone.

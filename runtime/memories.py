@@ -36,6 +36,7 @@ _SILENCE_S = 30.0
 that takes long, and the workers wait for it."""
 _SEND_TIMEOUT_S = 10
 _OF_THE_LOAD = ("mode", "why", "verified", "peers_at")
+_CONTEXT_ANSWERS = {"checkpoint": "checkpointed", "restore": "restored"}
 
 
 class Owner(Protocol):
@@ -63,10 +64,6 @@ class Owner(Protocol):
 
     def memory_is_loaded(self) -> None:
         """All weights are on all devices, or somewhere else than before."""
-        ...
-
-    def memory_moved_context(self, body: dict[str, Any]) -> None:
-        """One of them has answered about a worker's context; see `Contexts`."""
         ...
 
     def memory_died(self, why: str) -> None:
@@ -127,6 +124,8 @@ class Memories:
         self._path: str | None = None
         self._tensors: list[list[Any]] | None = None
         self._links: list[_Link] = []
+        self._orders: dict[tuple[str, str], Callable[[dict[str, Any]], None]] = {}
+        """Who waits for which answer about whose context."""
         for memory in launch.memories:
             self._add(memory)
         self._first = self._links[0]
@@ -199,10 +198,6 @@ class Memories:
             # reason before it.
             link.memory.child.kill()
 
-    def send_to(self, device: str, message: Mapping[str, Any]) -> None:
-        """Sends a message to that of one device."""
-        self._send(next(link for link in self._links if link.memory.device == device), message)
-
     def size_kv(self, model: ModelFacts, options: ReplicaOptions) -> None:
         """Tells each of them how much KV there is to be on its device.
 
@@ -224,6 +219,24 @@ class Memories:
             if size.room is not None:
                 order["room"] = size.room.to_wire()
             self._send(link, order)
+
+    def order(
+        self, device: str, message: Mapping[str, Any], done: Callable[[dict[str, Any]], None]
+    ) -> None:
+        """Has one of them move a process's context; see `loader.contextdesk`.
+
+        Args:
+            device: That of the process.
+            message: `checkpoint` or `restore`, with the `name` that the answer is known by.
+            done: Given the answer. Never where the memory service dies meanwhile.
+        """
+        link = next(link for link in self._links if link.memory.device == device)
+        self._orders[_CONTEXT_ANSWERS[message["type"]], message["name"]] = done
+        self._send(link, message)
+
+    def has_left(self, device: str) -> bool:
+        """Whether the weights have left a device."""
+        return any(link.resting.left for link in self._links if link.memory.device == device)
 
     def ask_usage(self) -> None:
         """Asks all of them what is in use; a new `usage` is there when all have answered."""
@@ -286,9 +299,11 @@ class Memories:
                 link.kv_bytes = body["block_bytes"] * body["blocks"]
             case "parked" | "woken" as kind:
                 link.resting.heard(kind, body)
-            case "checkpointed" | "restored":
-                self._add_spans(link, body.pop("spans"))
-                self._owner.memory_moved_context(body)
+            case "checkpointed" | "restored" as kind:
+                self._add_spans(link, body["spans"])
+                done = self._orders.pop((kind, body["name"]), None)
+                if done is not None:
+                    done(body)
             case "usage":
                 link.usage = {name: body[name] for name in USAGE}
                 self._add_up()

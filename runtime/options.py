@@ -101,6 +101,8 @@ class ReplicaOptions:
             `cpu` or `cuda:N`.
         device_why: Why there, where nobody has asked for it.
         fall_back: Whether the CPU stands in for that device where it cannot be used.
+        checkpoint: `auto` has the workers' contexts leave a GPU while the replica is parked, where
+            the driver can do that; `off` leaves them there.
         run_dir: Where the replica's private directory is made; None chooses.
         user: Whom the workers run as, without capabilities, once they have opened what they need.
             None leaves them who the front is.
@@ -137,6 +139,7 @@ class ReplicaOptions:
     device: str = "cpu"
     device_why: str | None = None
     fall_back: bool = False
+    checkpoint: str = "auto"
     run_dir: str | None = None
     user: Identity | None = None
     snapshot: SnapshotOptions = SnapshotOptions()
@@ -173,6 +176,13 @@ class ReplicaOptions:
     def device_of(self, role: str) -> str:
         """Where a role's workers compute."""
         return self.scales[role].device or self.device
+
+    @property
+    def contexts_stay(self) -> str | None:
+        """Why no context leaves its device, where that is clear without a try."""
+        if self.device_of("prefill") == CPU:
+            return "a CPU has none"
+        return "--checkpoint off" if self.checkpoint == "off" else None
 
     @property
     def devices(self) -> tuple[str, ...]:

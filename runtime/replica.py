@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -103,11 +103,11 @@ class Replica:
             self._launch, self.loop, self._clock, self.facts, self, self._warn
         )
         selector = self.loop.selector
-        self.contexts = Contexts(self._memories.send_to)
-        """Has contexts of workers leave their GPUs, and come back."""
         self._workforce = Workforce(
-            *(self._launch, selector, self._router, self.recorder, self.contexts), self
+            *(self._launch, selector, self._router, self.recorder, self._memories.order), self
         )
+        self.contexts = Contexts(self, self._clock, self._warn, options.contexts_stay)
+        """Whether the workers' contexts are on the device."""
         try:
             if launch is None:
                 self._launch.start_workers()
@@ -304,17 +304,20 @@ class Replica:
     def park(self) -> None:
         """Gives the device's memory back; the next request takes it anew. It has to be idle.
 
-        That is the memory of all KV, and of the weights where they can be kept elsewhere.
+        That is the memory of all KV, and of the weights where they can be kept elsewhere; then
+        that of the workers' contexts, where they can be checkpointed.
         """
         self.to_memory({"type": "discard"})
         self.resting.park()
+        self.contexts.leave()
 
     def keep(self) -> None:
         """Gets ready to be parked at once, where that takes long for the first time."""
         self.resting.keep()
 
     def wake(self) -> None:
-        """Has the weights come back, before somebody asks."""
+        """Has contexts and weights come back, before somebody asks."""
+        self.contexts.come()  # first: they are small, and nothing runs without them
         self.resting.wake()
 
     def ask_usage(self) -> None:
@@ -334,14 +337,15 @@ class Replica:
     @property
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
-        rest_s = self.resting.wait_s
+        waits = (self.resting.wait_s, self.contexts.wait_s)
         tick_s = max(0.0, self._next_tick - time.monotonic())
-        return tick_s if rest_s is None else min(rest_s, tick_s)
+        return min([tick_s, *(wait for wait in waits if wait is not None)])
 
     def step(self) -> None:
         """What there is to do after something has happened; where others poll the loop."""
         self._workforce.catch_up()
         self.resting.tick()
+        self.contexts.step()
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + 1.0
             self._router.tick()
@@ -410,6 +414,23 @@ class Replica:
     def kill(self, worker: str) -> None:
         self._workforce.kill(worker)
 
+    # -- ContextsOwner ---------------------------------------------------------------------------
+
+    @property
+    def workers(self) -> Mapping[str, WorkerProcess]:
+        return self._workforce.workers
+
+    def weights_left(self, role: str) -> bool:
+        return self._memories.has_left(self.options.device_of(role))
+
+    def order(
+        self, role: str, message: dict[str, Any], done: Callable[[dict[str, Any]], None]
+    ) -> None:
+        self._memories.order(self.options.device_of(role), message, done)
+
+    def bury(self, worker: str, why: str) -> None:
+        self._workforce.kill(worker, why)
+
     # -- Owner, for the memory services ----------------------------------------------------------
 
     def _read_facts(self) -> None:
@@ -448,9 +469,6 @@ class Replica:
             self._take_facts(ModelFacts(path, stored))
         except ColdframeError as error:
             self.fail(error)
-
-    def memory_moved_context(self, body: dict[str, Any]) -> None:
-        self.contexts.heard(body)
 
     def memory_is_loaded(self) -> None:
         if self.loaded and self._loaded_ns is None:
@@ -520,6 +538,9 @@ class Replica:
             self._settle()
         elif message.kind == "saturation":
             self.facts["prefill_batch"] = {name: message.body[name] for name in _SATURATION}
+        elif message.kind == "rested":
+            self.contexts.rested(worker.name, message.body["number"])
+            return
         self._router.on_message(worker.name, message.body)
 
     def died(self, worker: WorkerProcess, code: int) -> bool:

@@ -7,16 +7,18 @@ asks its driver waits for that. A clone whose context does not come back is of n
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.loader.timeline import now
-from coldframe.runtime.contexts import Contexts
 from coldframe.runtime.launch import WorkerProcess
 
-__all__ = ["THAW_S", "Thaws"]
+__all__ = ["THAW_S", "Order", "Thaws"]
+
+Order = Callable[[str, Mapping[str, Any], Callable[[dict[str, Any]], None]], None]
+"""See `Memories.order`."""
 
 THAW_S = 30.0
 """How long a context may take to come back, in seconds: it waits for the one of the memory service,
@@ -27,12 +29,12 @@ class Thaws:
     """Those of one replica.
 
     Args:
-        contexts: Has them come back.
+        order: Has them come back.
         failed: Called with the name of a clone whose context does not, and why.
     """
 
-    def __init__(self, contexts: Contexts, failed: Callable[[str, ColdframeError], None]) -> None:
-        self._contexts = contexts
+    def __init__(self, order: Order, failed: Callable[[str, ColdframeError], None]) -> None:
+        self._order = order
         self._failed = failed
         self._since: dict[str, int] = {}
 
@@ -51,9 +53,9 @@ class Thaws:
         if not pid:  # it has ended already, as is told next
             return
         self._since[name] = now()
-        answered = partial(self._answered, name)
-        uuids = dict(gpu["gpus"])
-        self._contexts.restore(device, name, pid, gpu["context_bytes"], uuids, answered)
+        order = {"type": "restore", "name": name, "pid": pid}
+        frozen = {"bytes": gpu["context_bytes"], "uuids": dict(gpu["gpus"])}
+        self._order(device, order | frozen, partial(self._answered, name))
 
     def forget(self, name: str) -> None:
         """A worker is gone."""

@@ -1,7 +1,7 @@
 """What a clone on a GPU has from before it was frozen: a context, and what was made in it.
 
 The context is off the GPU while the clone is restored, and comes back beside its hooks
-(`contexts`): whatever asks the driver before that waits in its call. Then all that follows is as it
+(`thaws`): whatever asks the driver before that waits in its call. Then all that follows is as it
 was: kernels and libraries in the GPU's memory, a model over addresses that are reserved and have
 nothing behind them yet, and captured steps. Those hold for one plan, and for KV blocks of one size
 that lie within the reserved addresses; where a start has others, they are dropped.
@@ -60,18 +60,22 @@ class WarmGpu:
             "graphs": [[bucket.sequences, bucket.blocks] for bucket in graphs],
         }
 
-    def report(self, recorder: Recorder, since_ns: int, misfit: str | None) -> None:
-        """Says in the timeline what has come back, or why it is of no use.
+    def settle_in(self, recorder: Recorder, since_ns: int, misfit: str | None) -> None:
+        """Has the graphs be the clone's, or drops them; the timeline says which.
 
         Args:
             recorder: The clone's.
-            since_ns: When it was looked at.
-            misfit: See there.
+            since_ns: When they were looked at.
+            misfit: Why they are of no use, if they are not.
         """
         count = 0 if self.graphs is None else len(self.graphs.captured)
         note = f"{count} captured steps came back"
         if misfit is not None:
             note = f"{count} captured steps are dropped: {misfit}"
+        if self.graphs is not None:
+            self.graphs.report_to(recorder)
+            if misfit is not None:
+                self.graphs.drop()
         recorder.add("graph_restore", since_ns, note=note)
 
     def misfit(self, plan: Plan, kv: KvArena) -> str | None:

@@ -10,9 +10,9 @@ started it, and becomes that user just before it says that it is up. From there 
 needs from sockets alone.
 
 Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
-`ack`; for a decode worker `handoff`; for both `cancel`.
+`ack`; for a decode worker `handoff`; for both `cancel`, `rest`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
-`broken` (the worker), `spans`, and of a prefill worker `saturation`.
+`broken` (the worker), `spans`, `rested`, and of a prefill worker `saturation`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.kvpool import KvPool
+from coldframe.runtime.letting_go import LettingGo
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import PrefixKeys, kv_format
 from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
@@ -121,12 +122,14 @@ class Worker:
         self._setup: _Setup | None = None
         self._shape: ModelSpec | None = None
         self._attention: Finding | None = None
+        self._gpu = None if warm is None else warm.gpu
         self._misfit: str | None = None
-        """Why what a clone has on its GPU is of no use."""
+        """Why the model and the graphs that a clone has there are of no use."""
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
         self._beaten = 0.0
+        self._letting_go = LettingGo(self)
         threading.Thread(target=self._read, name="control", daemon=True).start()
 
     # -- the start -------------------------------------------------------------------------------
@@ -155,8 +158,7 @@ class Worker:
         self.control.send({"type": "imported"})
         waited = now()
         self._told.wait()
-        gpu = None if self._warm is None else self._warm.gpu
-        if self._shape is not None and gpu is None:
+        if self._shape is not None and self._gpu is None:
             self._start_device(self._shape)
         self._prepared.wait()
         self.recorder.add("attach", waited, waits_for="weights")
@@ -169,15 +171,11 @@ class Worker:
         self.plan, self.kv = setup.plan, setup.kv
         assert self.client.weights is not None
         self.spec.check(self.plan.placements)
-        if gpu is not None:
-            self._attention, self._misfit = gpu.attention, gpu.misfit(self.plan, self.kv)
-        if gpu is not None and self._misfit is None:
-            self.model: Model = gpu.model
-        else:
+        if self._gpu is None:
             self.model = self._make_model()
+        else:
+            self.model = self._take_model(self._gpu)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
-        if gpu is not None:
-            gpu.report(self.recorder, started, self._misfit)
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -207,6 +205,14 @@ class Worker:
         if self._attention is not None:
             model.varlen = self._attention.varlen
         return model
+
+    def _take_model(self, gpu: WarmGpu) -> Model:
+        """The model that a clone has had before it was frozen, with its graphs; else another."""
+        started = now()
+        self._attention = gpu.attention
+        self._misfit = gpu.misfit(self.plan, self.kv)
+        gpu.settle_in(self.recorder, started, self._misfit)
+        return gpu.model if self._misfit is None else self._make_model()
 
     def _start_device(self, shape: ModelSpec) -> None:
         """What a GPU is asked for without an arena: its context, and a kernel for attention.
@@ -243,7 +249,7 @@ class Worker:
         has been used before. Where the weights are away, it is left to the first step after they
         have come back.
         """
-        if self._attention is None or (self._warm is not None and self._warm.gpu is not None):
+        if self._attention is None or self._gpu is not None:
             return
         from coldframe.runtime.warmup import ready_device
 
@@ -305,9 +311,7 @@ class Worker:
             init["name"],
             on_event=lambda: self.inbox.put(None),
             reserved=() if warm is None else warm.reserved,
-            device=open_device(self.device)
-            if warm is None or warm.gpu is None
-            else warm.gpu.device,
+            device=open_device(self.device) if self._gpu is None else self._gpu.device,
         )
         if warm is None:
             with self.recorder.span("tokenizer"):
@@ -332,7 +336,12 @@ class Worker:
             return None
         from coldframe.runtime.graphing import graphs_for
 
-        return graphs_for(self.model, self.device, self.recorder)
+        if self._gpu is None:
+            return graphs_for(self.model, self.device, self.recorder)
+        if self._misfit is None and self._gpu.graphs is not None:
+            return self._gpu.graphs
+        # What a clone calls its GPU need not be what the front does.
+        return graphs_for(self.model, self._gpu.device.name, self.recorder)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -390,6 +399,8 @@ class Worker:
             if message is None:
                 self.check_memory()
                 self._follow_weights()
+            elif message.kind == "rest":
+                self._letting_go.asked(message.body["number"])
             else:
                 yield message
 
@@ -407,11 +418,12 @@ class Worker:
         Returns:
             Whether that was so. They come back stage by stage.
         """
-        if not self.client.is_to_let_go:
-            return False
-        self.model.settle()
-        self.client.let_go()
-        return True
+        lets_go = self.client.is_to_let_go
+        if lets_go:
+            self.model.settle()
+            self.client.let_go()
+        self._letting_go.check()
+        return lets_go
 
     def report_spans(self) -> None:
         spans = self.recorder.drain()

@@ -32,13 +32,12 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
-from coldframe.runtime.contexts import Contexts
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.staffing import Staffing
-from coldframe.runtime.thaws import Thaws
+from coldframe.runtime.thaws import Order, Thaws
 from coldframe.runtime.tiers import Tiers
 
 __all__ = ["Owner", "Workforce", "ending", "init_message"]
@@ -94,7 +93,7 @@ class Workforce:
         selector: Gets their sockets.
         router: Is told who comes and goes.
         recorder: Gets a span for each clone that was lost.
-        contexts: Has the contexts of clones on a GPU come back.
+        order: Has a memory service move contexts, of clones on a GPU; see `Memories.order`.
         owner: The replica.
     """
 
@@ -104,7 +103,7 @@ class Workforce:
         selector: selectors.BaseSelector,
         router: Router,
         recorder: Recorder,
-        contexts: Contexts,
+        order: Order,
         owner: Owner,
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
@@ -113,7 +112,7 @@ class Workforce:
         self._router = router
         self._recorder = recorder
         self._owner = owner
-        self._thaws = Thaws(contexts, self._not_thawed)
+        self._thaws = Thaws(order, self._not_thawed)
         self._crashes: deque[float] = deque()
         self._device_lost_at = -math.inf
         """When a worker has lost its device last, in seconds."""
@@ -319,11 +318,11 @@ class Workforce:
             # its last messages.
             worker.child.kill()
 
-    def kill(self, name: str) -> None:
-        """Replaces a worker that hangs."""
+    def kill(self, name: str, why: str = "it hung") -> None:
+        """Replaces a worker that hangs, or is of no use."""
         worker = self.workers.get(name)
         if worker is not None:
-            self._bury(worker, "it hung")
+            self._bury(worker, why)
 
     def catch_up(self) -> None:
         """Handles what was heard of clones while something else was waited for."""

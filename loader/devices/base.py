@@ -115,6 +115,11 @@ class Mapping(Protocol):
     address: int
 
     @property
+    def attached(self) -> bool:
+        """Whether there is something mapped."""
+        ...
+
+    @property
     def dlpack_device(self) -> tuple[int, int]:
         """Where it is, as DLPack says it: the kind of device, and which."""
         ...

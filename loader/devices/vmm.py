@@ -67,6 +67,11 @@ class DeviceReservation:
             )
 
     @property
+    def attached(self) -> bool:
+        """Whether there is something mapped."""
+        return bool(self._mapped)
+
+    @property
     def dlpack_device(self) -> tuple[int, int]:
         """Where this is, as DLPack says it: kDLCUDA, and which GPU."""
         return (2, self.context.ordinal)

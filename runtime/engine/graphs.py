@@ -116,6 +116,10 @@ class StepGraphs:
         """Address and length of what steps know of beside weights and KV; see `Capturer`."""
         return self._capturer.scratch
 
+    def report_to(self, recorder: Recorder) -> None:
+        """Has spans go to another recorder, as in a process that was made of this one."""
+        self._recorder = recorder
+
     # -- a step ----------------------------------------------------------------------------------
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,11 +27,17 @@ def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
 
     Args:
         patch: Undoes it.
-        faults: By role, `memory` or `worker`, what `install` is called with there.
+        faults: By role, `memory`, `worker` or `frozen` (one that is to be frozen, and its clones),
+            what `install` is called with there.
     """
-    from coldframe.runtime import early, launch
+    from coldframe.runtime import early, freezing, launch
 
-    for module, name, role in ((early, "_MAIN", "memory"), (launch, "_WORKER", "worker")):
+    entries = (
+        (early, "_MAIN", "memory"),
+        (launch, "_WORKER", "worker"),
+        (freezing, "FREEZE", "frozen"),
+    )
+    for module, name, role in entries:
         entry = getattr(module, name)
         order = faults.get(role, {})
         code = (
@@ -49,6 +56,10 @@ def install(
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
+    dies_at: tuple[str, int] | None = None,
+    missing: Iterable[str] = (),
+    context_bytes: int = 0,
+    ledger: str | None = None,
     graphs: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
@@ -59,6 +70,10 @@ def install(
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
+        dies_at: A call under which the process ends, and the how many-th it is.
+        missing: Calls that the driver lacks.
+        context_bytes: What each process's context takes of its GPU.
+        ledger: See `Emulator`.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
     """
     from coldframe.loader.devices.driver import Driver
@@ -68,7 +83,15 @@ def install(
     add_site_packages()
     from tests.loader.devices.emulator import Emulator
 
-    emulator = Emulator(memory, devices=devices, delay=delay)
+    emulator = Emulator(
+        memory,
+        devices=devices,
+        delay=delay,
+        missing=missing,
+        context_bytes=context_bytes,
+        ledger=ledger,
+    )
+    emulator.dies_at = dies_at
     if fail is not None:
         emulator.fail(*fail)
     if lose_at_copy is not None:
@@ -89,11 +112,12 @@ def replays(graphs: Path) -> dict[int, int]:
 
 def _capture_steps(graphs: str) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
+    from coldframe.runtime import frozen_worker
     from coldframe.runtime.worker import Worker
 
-    really = Worker.step_graphs
+    really, really_warm = Worker.step_graphs, frozen_worker._warm
 
-    def step_graphs(worker: Worker) -> Any:
+    def record() -> None:
         # Torch is there only now.
         from coldframe.runtime import graphing
 
@@ -107,6 +131,17 @@ def _capture_steps(graphs: str) -> None:
                 file.write(b".")
 
         graphing.capturer_for = lambda *_: RecordingCapturer(replayed=replayed)  # type: ignore[assignment]
+
+    def step_graphs(worker: Worker) -> Any:
+        record()
         return really(worker)
 
+    def warm(order: Any) -> Any:
+        from coldframe.runtime.lean_torch import import_torch
+
+        import_torch()
+        record()
+        return really_warm(order)
+
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    frozen_worker._warm = warm

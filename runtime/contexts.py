@@ -167,6 +167,11 @@ class Contexts:
         )
 
     @property
+    def places(self) -> dict[str, Place]:
+        """Where each worker's is, by the worker's name."""
+        return {context.worker.name: context.place for context in self._contexts()}
+
+    @property
     def wait_s(self) -> float | None:
         """How long nothing is to be done, in seconds; None where that is up to others."""
         times = [context.due for context in self._known.values() if context.due is not None]
@@ -217,8 +222,16 @@ class Contexts:
                 self._bring_back(context)
             case _:  # the driver does not come back, and would not for another one
                 context.goes(context.place)
-                self.why = f"the memory service did not answer for {_SILENCE_S:g} s"
-                self._lose(context, self.why)
+                why = f"the memory service did not answer for {_SILENCE_S:g} s"
+                self._give_up(why)
+                self._lose(context, why)
+
+    def _give_up(self, why: str) -> None:
+        """No context leaves any more."""
+        self.why = why
+        for context in self._known.values():
+            if context.place in ("asked", "ready"):
+                context.goes("here")
 
     def _lose(self, context: _Context, why: str) -> None:
         self._warn(f"a worker is lost with its context: {why}")
@@ -257,7 +270,7 @@ class Contexts:
         context.goes("here")
         if isinstance(error, NoCheckpoint | ContextPoisoned):
             # Another one would fare no better, and be killed for it each time.
-            self.why = str(error)
+            self._give_up(str(error))
         if isinstance(error, ContextPoisoned):
             self._lose(context, str(error))
         else:

@@ -67,11 +67,10 @@ def install(engine: Engine, rebuilt: Rebuilt, scratch: int) -> int:
         rebuilt: Must live as long as the engine.
         scratch: Bytes of scratch that they were captured in.
     """
-    engine.capturer.reach(scratch)
     calls = GraphCalls(engine.gpu.context.driver)
     for key, executable in rebuilt.graphs.items():
         rows, blocks = map(int, key.split("x"))
-        engine.graphs.install(Bucket(rows, blocks), _Made(calls, executable))
+        engine.graphs.install(Bucket(rows, blocks), _Made(calls, executable), scratch)
     return len(rebuilt.graphs)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,19 +16,11 @@ from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.report import Found, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.devices.cuda import CudaDevice
+from tests.benchmarks.emulated_machine import HERE, environment
 from tests.loader.devices.emulator import Emulator
 from tests.runtime.emulated import emulate
 
 ROOT = Path(__file__).parent.parent.parent
-HERE = """
-import sys
-import pytest
-from tests.runtime.emulated import emulate, install
-emulate(pytest.MonkeyPatch())
-install()
-sys.exit(pytest.main(sys.argv[1:]))
-"""
-"""A process that takes the emulator for its GPU, as all replicas that it starts do."""
 
 
 @pytest.fixture
@@ -87,25 +78,26 @@ def test_decode(measured: Callable[..., Found], monkeypatch: pytest.MonkeyPatch)
     assert share.runs == [pytest.approx(rate / limit) for rate in rates]
 
 
-@pytest.mark.heavy
-@pytest.mark.timeout(400)
-def test_the_tests_for_a_gpu_pass_on_an_emulated_one() -> None:
-    """All but those whose other processes are none of a replica's, and those that take long."""
-    chosen = "qwen3 and float32 or weights_are or zeroed or addresses or parked"
-    arguments = ["-q", "-p", "no:cacheprovider", ROOT / "tests" / "gpu", "-k", chosen]
+def tests_for_a_gpu(tmp_path: Path, *chosen: str) -> str:
+    """Runs them, as far as they are chosen, where every process has an emulated GPU."""
+    arguments = ["-q", "-p", "no:cacheprovider", *chosen]
     done = subprocess.run(
         [sys.executable, "-c", HERE, *arguments],
         cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "COLDFRAME_TEST_DEVICE": "cuda:0",
-            "COLDFRAME_TEST_BESIDE": "cpu",
-        },
+        env=environment(tmp_path),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "skipped" not in done.stdout
-    assert "5 passed" in done.stdout, done.stdout
+    return done.stdout
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(400)
+def test_the_tests_for_a_gpu_pass_on_an_emulated_one(tmp_path: Path) -> None:
+    """All but those that take long."""
+    chosen = "qwen3 and float32 or weights_are or zeroed or addresses or parked or two_processes"
+    said = tests_for_a_gpu(tmp_path, str(ROOT / "tests" / "gpu"), "-k", chosen)
+    assert "skipped" not in said
+    assert "6 passed" in said, said

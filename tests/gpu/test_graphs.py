@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,14 +30,15 @@ def compare():
     for count in (1, 3):
         ids = [list(prompt) for prompt in prompts[:count]]
         with torch.inference_mode():
-            engine.model.forward(engine.model.batch([chunk(i, 0, n, 16) for n, i in enumerate(ids)]))
+            chunks = [chunk(i, 0, n, 16) for n, i in enumerate(ids)]
+            engine.model.forward(engine.model.batch(chunks))
             step = [chunk(i, len(i) - 1, n, 16) for n, i in enumerate(ids)]
-            logits = []
-            for _ in range(4):
+            logits, before = [], engine.graphs.replayed
+            while engine.graphs.replayed < before + 2 and len(logits) < 10:
                 logits.append(engine.graphs.forward(step).clone())
                 engine.graphs.between_steps()
-        # The first is not padded, the second is padded and captured behind it.
-        found[count] = [bool(torch.equal(logits[1], other)) for other in logits[2:]]
+        # Before it is replayed for the first time, it is done kernel by kernel, and padded.
+        found[count] = [bool(torch.equal(logits[-3], other)) for other in logits[-2:]]
     return {"same": found, "replayed": engine.graphs.replayed, "refused": refused(engine)}
 
 def capture():
@@ -120,8 +120,6 @@ def test_steps_that_were_captured_in_another_process(
 ) -> None:
     model, file = demo_model("llama", "float32"), tmp_path / "graphs"
     first = engine("capture", model, device, file)
-    if "it has no handle of the driver's" in dict(first["left"]).values():  # type: ignore[call-overload]
-        pytest.skip("what captures here is no driver")
     wanted = [
         [expected(model, device, tuple(prompt_of(length, seed=length)), 16)] for length in LENGTHS
     ]
@@ -132,4 +130,4 @@ def test_steps_that_were_captured_in_another_process(
     assert (second["left"], second["refused"]) == ({}, {})
     assert second["steps"] == 12
     # Each bucket is held against an eager step once, and answers for itself from then on.
-    assert int(os.fspath(str(second["replayed"]))) > 0
+    assert second["replayed"]

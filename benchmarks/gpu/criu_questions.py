@@ -24,7 +24,7 @@ from coldframe.snapshot.linux import detach_mounts, mount_tmpfs, own_mounts
 from coldframe.snapshot.manifest import Process
 from coldframe.snapshot.restoring import restore
 
-__all__ = ["criu", "criu_context", "criu_graph", "criu_plain"]
+__all__ = ["criu", "criu_context", "criu_graph", "criu_plain", "criu_private"]
 
 _LOCK_S = 5.0
 _MADE_S = 30.0
@@ -46,6 +46,11 @@ def criu(_: int) -> dict[str, str]:
 def criu_plain(ordinal: int) -> dict[str, Any]:
     """Without a GPU in it: what goes wrong here has nothing to do with one."""
     return _made_again("plain", ordinal)
+
+
+def criu_private(ordinal: int) -> dict[str, Any]:
+    """With a context, and some memory of the GPU that is its own."""
+    return _made_again("private", ordinal)
 
 
 def criu_context(ordinal: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from coldframe.benchmarks.gpu.questions import up
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Segment
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.vmm import DeviceReservation
+from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.wire import Channel
 
@@ -72,6 +73,7 @@ def heard(channel: Channel) -> str:
     """What a target says.
 
     Raises:
+        ColdframeError: It has nothing to be frozen with.
         RuntimeError: It has ended, or is silent.
     """
     try:
@@ -80,6 +82,8 @@ def heard(channel: Channel) -> str:
         raise RuntimeError("the process says nothing") from None
     if message is None:
         raise RuntimeError("the process has ended")
+    if message.kind == "failed":
+        raise ColdframeError.from_wire(message.body["error"])
     return str(message.body["told"])
 
 
@@ -96,13 +100,19 @@ def main() -> None:
     kind, ordinal = wanted.body["kind"], wanted.body["ordinal"]
     steps = TARGETS[kind](ordinal, list(wanted.fds))
     # As a worker says it at its freeze point.
-    gpu = None if kind == "plain" else {"ordinal": ordinal}
+    gpu, word = None if kind == "plain" else {"ordinal": ordinal}, "frozen"
     while True:
+        error: ColdframeError | None = None
         try:
             told = next(steps)
-        except Exception as error:  # noqa: BLE001 - what it cannot do any more is its answer
-            told = f"{type(error).__name__}: {error}".splitlines()[0]
-        control.send({"type": "frozen", "gpu": gpu, "told": told})
+        except Exception as failure:  # noqa: BLE001 - what it cannot do any more is its answer
+            told = f"{type(failure).__name__}: {failure}".splitlines()[0]
+            error = PlatformError("a process has nothing to be frozen with", where=kind, got=told)
+        if error is not None and word == "frozen":
+            control.send({"type": "failed", "error": error.to_wire()})
+        else:
+            control.send({"type": word, "gpu": gpu, "told": told})
+        word = "found"
         if control.recv() is None:
             # Not through what torch and the driver do at exit: a lost context may hang there.
             os._exit(0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ def install(
     missing: Iterable[str] = (),
     context_bytes: int = 0,
     ledger: str | None = None,
+    slow: tuple[str, float] | None = None,
     graphs: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
@@ -74,6 +76,7 @@ def install(
         missing: Calls that the driver lacks.
         context_bytes: What each process's context takes of its GPU.
         ledger: See `Emulator`.
+        slow: A call that takes so many seconds more.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
     """
     from coldframe.loader.devices.driver import Driver
@@ -96,6 +99,8 @@ def install(
         emulator.fail(*fail)
     if lose_at_copy is not None:
         emulator.fail_copy(lose_at_copy)
+    if slow is not None:
+        _slow_down(emulator, *slow)
     # Not in the place of the bindings themselves: torch imports those, too.
     really_open = Driver.open
     Driver.open = lambda api=None: really_open(api or emulator)  # type: ignore[method-assign]
@@ -103,6 +108,16 @@ def install(
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
         _capture_steps(graphs)
+
+
+def _slow_down(emulator: Any, name: str, seconds: float) -> None:
+    really = getattr(emulator, name)
+
+    def call(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return really(*arguments)
+
+    setattr(emulator, name, call)
 
 
 def replays(graphs: Path) -> dict[int, int]:

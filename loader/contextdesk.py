@@ -1,14 +1,15 @@
 """The memory service's desk for workers' contexts: orders to freeze one and to thaw it again.
 
 The service is the helper that a driver wants for that: alive as long as its workers, with a context
-of its own that is up. How it is done is known a floor above (`snapshot.cuda`) and handed in. Each
-order has a thread, since it takes as long as copying what a context has; the loop never waits.
+of its own that is up. How it is done is known a floor above (`snapshot.cuda`) and handed in. Orders
+are carried out one after the other, as they came, by a thread of their own: one takes as long as
+copying what a context has, and the loop never waits.
 """
 
 from __future__ import annotations
 
+import queue
 import threading
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
@@ -84,20 +85,20 @@ class ContextDesk:
         self._device = device
         self._recorder = recorder
         self._open_contexts = open_contexts
-        self._opening = threading.Lock()
         self._contexts: Contexts | None = None
-        self._threads: set[threading.Thread] = set()
+        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
 
     def close(self) -> bool:
         """Waits a moment for what is under way. Whether it is over, so that the device may go.
 
         What is not is ended with this process, and whoever has the workers ends them, too.
         """
-        deadline = time.monotonic() + _CLOSING_S
-        for thread in list(self._threads):
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in self._threads):
-            return False
+        if self._thread is not None:
+            self._orders.put(None)
+            self._thread.join(_CLOSING_S)
+            if self._thread.is_alive():
+                return False
         if self._contexts is not None:
             self._contexts.close()
         return True
@@ -134,9 +135,9 @@ class ContextDesk:
     ) -> None:
         if connection is not self._owner:
             raise ReplicaError("only the owner moves contexts", where=connection.key)
-        started = now()
 
         def run() -> None:
+            started = now()
             error: ColdframeError | None = None
             found = nothing
             try:
@@ -145,30 +146,32 @@ class ContextDesk:
                 error = failure
             except Exception as failure:  # noqa: BLE001 - who waits must hear of it
                 error = DeviceError("the context's way broke", where=name, got=repr(failure))
-            self._post(lambda: self._ended(thread, order, name, started, found, error))
+            self._post(lambda: self._ended(order, name, started, found, error))
 
-        thread = threading.Thread(target=run, name=f"context-{order}", daemon=True)
-        self._threads.add(thread)
-        thread.start()
+        self._orders.put(run)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="contexts", daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while (order := self._orders.get()) is not None:
+            order()
 
     def _opened(self) -> Contexts:
-        with self._opening:
-            if self._contexts is None:
-                if self._open_contexts is None:
-                    raise NoCheckpoint("nobody here knows how to checkpoint a context")
-                self._contexts = self._open_contexts(self._device())
-            return self._contexts
+        if self._contexts is None:
+            if self._open_contexts is None:
+                raise NoCheckpoint("nobody here knows how to checkpoint a context")
+            self._contexts = self._open_contexts(self._device())
+        return self._contexts
 
     def _ended(
         self,
-        thread: threading.Thread,
         order: str,
         name: str,
         started: int,
         found: dict[str, Any],
         error: ColdframeError | None,
     ) -> None:
-        self._threads.discard(thread)
         said = f"{found['bytes']:,} bytes" if error is None else str(error)
         self._recorder.add(f"cuda_{order}", started, note=f"{name}: {said}")
         body = {

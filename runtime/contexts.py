@@ -3,11 +3,14 @@
 A worker that rests has a context on its device, which takes hundreds of megabytes. The memory
 service can have it leave (`loader.contextdesk`), once the worker has let go of all that it shares:
 
-    here ── rest ─> asked ── rested ─> leaving ── checkpointed ─> away ── restore ─> coming ─> here
+    here ── rest ─> asked ── rested ─> ready ── checkpoint ─> leaving ── checkpointed ─> away
+    here <──────────────── restored ── coming <── restore ──────────────────────────────── away
+                                         └── no room ─> waiting ── restore, again and again ─┘
 
 What was ordered last counts, and each step is waited for before the next. A worker's own messages
 may come whenever they like: what it does on its device waits until it is back. So who is told to
-come back comes back, even where all is to leave again by then: it may hold up the weights.
+come back comes back, even where all is to leave again by then: it may hold up the weights. Of one
+device's workers one leaves at a time, those that the next answer needs first last of all.
 
 What goes wrong costs a worker at most, never an answer. One that could not be frozen stays as it
 was. One whose context is lost is killed, and its successor starts fresh. Where contexts cannot be
@@ -20,16 +23,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from coldframe.loader.errors import ColdframeError, ContextPoisoned, DeviceFull, NoCheckpoint
+from coldframe.loader.errors import (
+    ColdframeError,
+    ContextPoisoned,
+    DeviceFull,
+    NoCheckpoint,
+    ReplicaError,
+)
 from coldframe.runtime.launch import WorkerProcess
 
 __all__ = ["Contexts", "ContextsOwner", "Place"]
 
-Place = Literal["here", "asked", "leaving", "away", "coming"]
+Place = Literal["here", "asked", "ready", "leaving", "away", "coming", "waiting"]
 
 _AGAIN_S = 0.25
 _PATIENCE_S = 30.0
-"""For how long the device's memory may be others' while a context is to come back, in seconds."""
+"""For how long the device's memory may be others' while a context is to come back, in seconds, and
+for how long a worker may hold on to what it is to let go of."""
+_SILENCE_S = 60.0
+"""How long a memory service may take over one order, in seconds."""
 
 
 class ContextsOwner(Protocol):
@@ -38,6 +50,10 @@ class ContextsOwner(Protocol):
     @property
     def workers(self) -> Mapping[str, WorkerProcess]:
         """All that there are, by name."""
+        ...
+
+    def device_of(self, role: str) -> str:
+        """Where a role's workers compute."""
         ...
 
     def weights_left(self, role: str) -> bool:
@@ -68,7 +84,7 @@ class _Context:
         must_come: Whether it was told to come back while it was leaving.
         frozen: What the memory service said of it: bytes, and the GPUs' UUIDs.
         since: When it was first to come back, in seconds.
-        again_at: When it is to be tried again; None while that is not so.
+        due: Until when its place lasts, or when it is looked at again; None is for ever.
     """
 
     worker: WorkerProcess
@@ -78,7 +94,10 @@ class _Context:
     must_come: bool = False
     frozen: dict[str, Any] | None = None
     since: float = 0.0
-    again_at: float | None = None
+    due: float | None = None
+
+    def goes(self, place: Place, due: float | None = None) -> None:
+        self.place, self.due = place, due
 
 
 class Contexts:
@@ -124,8 +143,8 @@ class Contexts:
             return
         self._away = False
         for context in self._contexts():
-            if context.place == "asked":
-                context.place = "here"  # and its answer is late
+            if context.place in ("asked", "ready"):
+                context.goes("here")  # and an answer is late
             elif context.place == "leaving":
                 context.must_come = True
             elif context.place == "away":
@@ -143,26 +162,35 @@ class Contexts:
     def leaving(self) -> bool:
         """Whether some are on their way, or about to be."""
         return self._away and any(
-            context.place in ("asked", "leaving") or self._may_leave(context)
+            context.place in ("asked", "ready", "leaving") or self._may_leave(context)
             for context in self._contexts()
         )
 
     @property
+    def places(self) -> dict[str, Place]:
+        """Where each worker's is, by the worker's name."""
+        return {context.worker.name: context.place for context in self._contexts()}
+
+    @property
     def wait_s(self) -> float | None:
         """How long nothing is to be done, in seconds; None where that is up to others."""
-        times = [c.again_at for c in self._contexts() if c.again_at is not None]
+        times = [context.due for context in self._known.values() if context.due is not None]
         return max(0.0, min(times) - self._clock()) if times else None
 
     def step(self) -> None:
         """What there is to do after something has happened, or when `wait_s` is over."""
         for context in self._contexts():
-            if context.again_at is not None and self._clock() >= context.again_at:
-                self._bring_back(context)
+            if context.due is not None and self._clock() >= context.due:
+                self._is_due(context)
             elif self._away and self._may_leave(context):
                 self._numbers += 1
-                context.place, context.number = "asked", self._numbers
+                context.number = self._numbers
+                context.goes("asked", self._clock() + _PATIENCE_S)
                 order = {"type": "rest", "number": context.number}
                 self._owner.to_worker(context.worker.name, order)
+        for context in reversed(self._contexts()):
+            if context.place == "ready" and not self._one_leaves(context.worker.role):
+                self._take_off(context)
 
     def _may_leave(self, context: _Context) -> bool:
         return (
@@ -172,31 +200,65 @@ class Contexts:
             and self._owner.weights_left(context.worker.role)
         )
 
+    def _one_leaves(self, role: str) -> bool:
+        device = self._owner.device_of(role)
+        leaving = [c.worker.role for c in self._known.values() if c.place == "leaving"]
+        return any(self._owner.device_of(other) == device for other in leaving)
+
     def _contexts(self) -> list[_Context]:
-        """Those of the workers that are up now."""
-        workers = {n: w for n, w in self._owner.workers.items() if w.up and not w.group}
+        """Those of the workers that are up now; first those of prefill."""
+        workers = [w for w in self._owner.workers.values() if w.up and not w.group]
+        workers.sort(key=lambda worker: worker.role != "prefill")
         known = self._known
-        self._known = {n: known.get(n) or _Context(worker) for n, worker in workers.items()}
+        self._known = {w.name: known.get(w.name) or _Context(w) for w in workers}
         return list(self._known.values())
 
-    # -- what is heard ---------------------------------------------------------------------------
+    def _is_due(self, context: _Context) -> None:
+        """Its place has lasted for as long as it may."""
+        match context.place:
+            case "asked":
+                self._stays(context, ReplicaError("a worker does not let go of its device"))
+            case "waiting":
+                self._bring_back(context)
+            case _:  # the driver does not come back, and would not for another one
+                context.goes(context.place)
+                why = f"the memory service did not answer for {_SILENCE_S:g} s"
+                self._give_up(why)
+                self._lose(context, why)
+
+    def _give_up(self, why: str) -> None:
+        """No context leaves any more."""
+        self.why = why
+        for context in self._known.values():
+            if context.place in ("asked", "ready"):
+                context.goes("here")
+
+    def _lose(self, context: _Context, why: str) -> None:
+        self._warn(f"a worker is lost with its context: {why}")
+        self._owner.bury(context.worker.name, why)
+
+    # -- away ------------------------------------------------------------------------------------
 
     def rested(self, worker: str, number: int) -> None:
         """A worker has let go of all that it shares."""
         context = self._known.get(worker)
-        if context is None or context.place != "asked" or context.number != number:
-            return
-        context.place, context.must_come = "leaving", False
-        order = {"type": "checkpoint", "name": worker, "pid": context.worker.child.pid}
-        self._owner.order(context.worker.role, order, lambda body: self._left(context, body))
+        if context is not None and context.place == "asked" and context.number == number:
+            context.goes("ready")
+
+    def _take_off(self, context: _Context) -> None:
+        context.must_come = False
+        context.goes("leaving", self._clock() + _SILENCE_S)
+        worker = context.worker
+        order = {"type": "checkpoint", "name": worker.name, "pid": worker.child.pid}
+        self._owner.order(worker.role, order, lambda body: self._left(context, body))
 
     def _left(self, context: _Context, body: dict[str, Any]) -> None:
+        if context.worker.name not in self._owner.workers:
+            return
         if body["error"] is not None:
             self._stays(context, ColdframeError.from_wire(body["error"]))
             return
-        if context.worker.name not in self._owner.workers:
-            return
-        context.place = "away"
+        context.goes("away")
         context.frozen = {name: body[name] for name in ("bytes", "uuids")}
         before = self.told.get("bytes", 0), self.told.get("seconds", 0.0)
         self.told = {"bytes": before[0] + body["bytes"], "seconds": before[1] + body["seconds"]}
@@ -204,34 +266,37 @@ class Contexts:
             self._bring_back(context)
 
     def _stays(self, context: _Context, error: ColdframeError) -> None:
-        context.place, context.failed = "here", self._rests
-        if context.worker.name not in self._owner.workers:
-            return  # which is why
+        context.failed = self._rests
+        context.goes("here")
         if isinstance(error, NoCheckpoint | ContextPoisoned):
             # Another one would fare no better, and be killed for it each time.
-            self.why = str(error)
-        self._warn(f"a context stays on its device: {error}")
+            self._give_up(str(error))
         if isinstance(error, ContextPoisoned):
-            self._owner.bury(context.worker.name, str(error))
+            self._lose(context, str(error))
+        else:
+            self._warn(f"a context stays on its device: {error}")
+
+    # -- back ------------------------------------------------------------------------------------
 
     def _bring_back(self, context: _Context) -> None:
-        if context.place != "coming":
-            context.place, context.since = "coming", self._clock()
-        context.again_at = None
-        order = {"type": "restore", "name": context.worker.name, **(context.frozen or {})}
-        order["pid"] = context.worker.child.pid
-        self._owner.order(context.worker.role, order, lambda body: self._back(context, body))
+        if context.place != "waiting":
+            context.since = self._clock()
+        context.goes("coming", self._clock() + _SILENCE_S)
+        worker, frozen = context.worker, context.frozen or {}
+        order = {"type": "restore", "name": worker.name, "pid": worker.child.pid, **frozen}
+        self._owner.order(worker.role, order, lambda body: self._back(context, body))
 
     def _back(self, context: _Context, body: dict[str, Any]) -> None:
         if context.worker.name not in self._owner.workers:
             return
         if body["error"] is None:
-            context.place, context.frozen = "here", None
+            context.frozen = None
+            context.goes("here")
             return
         error = ColdframeError.from_wire(body["error"])
-        patient = self._clock() - context.since <= _PATIENCE_S
-        if isinstance(error, DeviceFull) and patient:
-            context.again_at = self._clock() + _AGAIN_S
+        moment = self._clock()
+        if isinstance(error, DeviceFull) and moment - context.since <= _PATIENCE_S:
+            context.goes("waiting", moment + _AGAIN_S)
         else:
-            self._warn(f"a context does not come back to its device: {error}")
-            self._owner.bury(context.worker.name, str(error))
+            context.goes("away")
+            self._lose(context, str(error))

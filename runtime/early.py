@@ -20,7 +20,9 @@ from coldframe.snapshot.restorer_process import RestorerProcess
 __all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
 
 _MAIN = (
-    "from coldframe.snapshot.memory import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
+    "from coldframe.loader.service import main; "
+    "from coldframe.snapshot.contexts import open_contexts; "
+    "main(3, sys.argv[1], int(sys.argv[2]), first_ns, open_contexts)"
 )
 _GATEWAY = "from coldframe.runtime.gateway.process import main; main(3, int(sys.argv[1]), first_ns)"
 

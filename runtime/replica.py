@@ -420,13 +420,16 @@ class Replica:
     def workers(self) -> Mapping[str, WorkerProcess]:
         return self._workforce.workers
 
+    def device_of(self, role: str) -> str:
+        return self.options.device_of(role)
+
     def weights_left(self, role: str) -> bool:
-        return self._memories.has_left(self.options.device_of(role))
+        return self._memories.has_left(self.device_of(role))
 
     def order(
         self, role: str, message: dict[str, Any], done: Callable[[dict[str, Any]], None]
     ) -> None:
-        self._memories.order(self.options.device_of(role), message, done)
+        self._memories.order(self.device_of(role), message, done)
 
     def bury(self, worker: str, why: str) -> None:
         self._workforce.kill(worker, why)

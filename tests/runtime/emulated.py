@@ -56,9 +56,11 @@ def install(
     devices: int = 1,
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
+    fail_too: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
     dies_at: tuple[str, int] | None = None,
     missing: Iterable[str] = (),
+    slow_s: float = 0.0,
     context_bytes: int = 0,
     ledger: str | None = None,
     slow: tuple[str, float] | None = None,
@@ -71,9 +73,11 @@ def install(
         devices: How many there are.
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
+        fail_too: Another one.
         lose_at_copy: The how many-th copy is the end of the GPU.
         dies_at: A call under which the process ends, and the how many-th it is.
         missing: Calls that the driver lacks.
+        slow_s: What a checkpoint of a context takes in seconds, and a restore.
         context_bytes: What each process's context takes of its GPU.
         ledger: See `Emulator`.
         slow: A call that takes so many seconds more.
@@ -94,9 +98,10 @@ def install(
         context_bytes=context_bytes,
         ledger=ledger,
     )
-    emulator.dies_at = dies_at
-    if fail is not None:
-        emulator.fail(*fail)
+    emulator.dies_at, emulator.slow_s = dies_at, slow_s
+    for fault in (fail, fail_too):
+        if fault is not None:
+            emulator.fail(*fault)
     if lose_at_copy is not None:
         emulator.fail_copy(lose_at_copy)
     if slow is not None:

@@ -5,7 +5,9 @@ What a context takes is said by the emulator, and counted over all processes by 
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,15 +18,19 @@ import pytest
 
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
+from coldframe.runtime.supervisor import IdlePolicy
 from tests.loader.devices import emulated_checkpoint as states
 from tests.runtime.emulated import emulate
-from tests.runtime.helpers import wait_for
-from tests.runtime.test_resident import KV, all_up, answered, device_bytes
+from tests.runtime.helpers import Client, ask, expected, finish, wait_for
+from tests.runtime.test_resident import KV, PROMPT, all_up, answered, device_bytes, kill
+from tests.runtime.test_supervisor import answers, supervised, until
+from tests.snapshot.target import target
 
 pytestmark = pytest.mark.heavy
 
 Make = Callable[..., Path]
-CONTEXT = 100 << 20
+MIB = 1 << 20
+CONTEXT = 100 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +48,7 @@ class Gpu:
     """
 
     def __init__(self, patch: pytest.MonkeyPatch, ledger: Path, **more: Any) -> None:
-        self._patch, self._ledger = patch, ledger
+        self._patch, self.ledger = patch, ledger
         self._more = {"context_bytes": CONTEXT, "ledger": str(ledger), **more}
 
     def emulate(self, **memory: Any) -> None:
@@ -52,7 +58,7 @@ class Gpu:
     @property
     def contexts(self) -> int:
         """Bytes that contexts take of it."""
-        return states.used_by_others(self._ledger)
+        return states.used_by_others(self.ledger)
 
 
 @pytest.fixture
@@ -73,6 +79,25 @@ def rests(replica: Replica) -> None:
     replica.park()
     wait_for(replica, lambda: replica.contexts.left)
     assert device_bytes(replica) == 0
+
+
+@contextmanager
+def taken(gpu: Gpu, nbytes: int) -> Iterator[None]:
+    """Somebody else's process has that much of the GPU meanwhile."""
+    with target(context_bytes=nbytes, ledger=str(gpu.ledger)):
+        yield
+
+
+def to_place(replica: Replica, name: str, place: str) -> Client | None:
+    """Has it rest, or wake, until a worker's context is at a place; the request that woke it."""
+    replica.park()
+    if place in ("asked", "leaving"):
+        wait_for(replica, lambda: replica.contexts.places[name] == place)
+        return None
+    wait_for(replica, lambda: replica.contexts.left)
+    client = ask(replica, PROMPT, 8) if place == "coming" else None
+    assert replica.contexts.places[name] == place
+    return client
 
 
 def spans(replica: Replica, name: str) -> list[str]:
@@ -122,3 +147,217 @@ def test_who_is_asked_at_any_moment_of_that_answers(model: Path, no_leaks: Path,
                 replica.park()
             answered(replica, model)
         assert replica.pids == before
+
+
+def test_a_worker_that_comes_while_it_rests_leaves_too(
+    model: Path, no_leaks: Path, gpu: Gpu
+) -> None:
+    gpu.emulate()
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        rests(replica)
+        kill(replica, "decode")
+        wait_for(replica, lambda: not replica.contexts.left)
+        wait_for(replica, lambda: replica.contexts.left)
+        assert all_up(replica)
+        assert gpu.contexts == CONTEXT
+        answered(replica, model)
+
+
+STAYS = {
+    "no such call": {"missing": ["cuCheckpointProcessRestore"]},
+    "not supported": {"fail": ("cuCheckpointProcessLock", 1, "CUDA_ERROR_NOT_SUPPORTED")},
+    "not permitted": {"fail": ("cuCheckpointProcessLock", 1, "CUDA_ERROR_NOT_PERMITTED")},
+}
+
+
+@pytest.mark.parametrize("how", STAYS)
+def test_where_contexts_cannot_leave_it_rests_without_that(
+    model: Path, no_leaks: Path, gpu: Gpu, how: str
+) -> None:
+    gpu.emulate(**STAYS[how])
+    warned: list[str] = []
+    options = ReplicaOptions(str(model), run_dir=str(no_leaks), device="cuda:0", kv_bytes=KV)
+    with Replica(options, warn=warned.append) as replica:
+        answered(replica, model)
+        before = replica.pids
+        for _ in range(2):
+            wait_for(replica, lambda: replica.idle)
+            replica.park()
+            wait_for(replica, lambda: replica.resting.left and replica.contexts.why is not None)
+            wait_for(replica, lambda: not replica.contexts.leaving)
+            assert device_bytes(replica) == 0
+            assert gpu.contexts == 3 * CONTEXT
+            answered(replica, model)
+        assert replica.pids == before
+        assert [why for why in warned if "a context stays" in why] == [
+            f"a context stays on its device: {replica.contexts.why}"
+        ]
+        word = how.upper().replace(" ", "_") if how.startswith("not") else "Restore"
+        assert word in str(replica.contexts.why)
+
+
+def test_nobody_is_asked_where_contexts_are_to_stay(model: Path, no_leaks: Path, gpu: Gpu) -> None:
+    gpu.emulate()
+    with on_gpu(model, no_leaks, checkpoint="off") as replica:
+        answered(replica, model)
+        wait_for(replica, lambda: replica.idle)
+        replica.park()
+        wait_for(replica, lambda: replica.resting.left and device_bytes(replica) == 0)
+        assert not replica.contexts.leaving
+        assert gpu.contexts == 3 * CONTEXT
+        answered(replica, model)
+        assert not spans(replica, "cuda_checkpoint")
+
+
+def test_one_that_could_not_leave_stays_and_leaves_the_next_time(
+    model: Path, no_leaks: Path, gpu: Gpu
+) -> None:
+    gpu.emulate(fail=("cuCheckpointProcessCheckpoint", 1, "CUDA_ERROR_OPERATING_SYSTEM"))
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        before = replica.pids
+        wait_for(replica, lambda: replica.idle)
+        replica.park()
+        wait_for(replica, lambda: gpu.contexts == 2 * CONTEXT)
+        assert not replica.contexts.left
+        answered(replica, model)
+        rests(replica)
+        answered(replica, model)
+        assert replica.pids == before
+        assert "OPERATING_SYSTEM" in spans(replica, "cuda_checkpoint")[0]
+
+
+LOST = {
+    "the lock cannot be undone": {
+        "fail": ("cuCheckpointProcessCheckpoint", 1, "CUDA_ERROR_UNKNOWN"),
+        "fail_too": ("cuCheckpointProcessUnlock", 1, "CUDA_ERROR_UNKNOWN"),
+    },
+    "no memory": {"fail": ("cuCheckpointProcessRestore", 1, "CUDA_ERROR_OUT_OF_MEMORY")},
+    "the second cannot be restored": {
+        "fail": ("cuCheckpointProcessRestore", 2, "CUDA_ERROR_UNKNOWN")
+    },
+    "it cannot go on": {"fail": ("cuCheckpointProcessUnlock", 1, "CUDA_ERROR_ILLEGAL_STATE")},
+    "it is not known": {"fail": ("cuCheckpointProcessGetState", 1, "CUDA_ERROR_INVALID_VALUE")},
+}
+
+
+@pytest.mark.parametrize("how", LOST)
+def test_a_worker_whose_context_is_lost_is_replaced_and_the_answer_right(
+    model: Path, no_leaks: Path, gpu: Gpu, how: str
+) -> None:
+    gpu.emulate(**LOST[how])
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        wait_for(replica, lambda: all_up(replica))
+        before = replica.pids
+        wait_for(replica, lambda: replica.idle)
+        replica.park()
+        wait_for(replica, lambda: replica.contexts.left or replica.contexts.why is not None)
+        answered(replica, model)
+        wait_for(replica, lambda: all_up(replica))
+        assert len(before.items() - replica.pids.items()) == 1
+        wait_for(replica, lambda: gpu.contexts == 3 * CONTEXT)
+        answered(replica, model)
+
+
+def test_a_gpu_that_is_full_is_waited_for(model: Path, no_leaks: Path, gpu: Gpu) -> None:
+    gpu.emulate()
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        before = replica.pids
+        rests(replica)
+        with taken(gpu, 1024 * MIB - 2 * CONTEXT - 10 * MIB):
+            client = ask(replica, PROMPT, 8)
+            wait_for(replica, lambda: len(spans(replica, "cuda_restore")) > 3)
+            assert not client.events
+        finish(replica, client)
+        assert client.tokens == expected(model, tuple(PROMPT), 8)
+        assert replica.pids == before
+        assert "no room for a context" in spans(replica, "cuda_restore")[0]
+
+
+def test_a_gpu_that_stays_full_costs_the_worker(
+    model: Path, no_leaks: Path, gpu: Gpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coldframe.runtime.contexts._PATIENCE_S", 0.3)
+    gpu.emulate()
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        before = replica.pids
+        rests(replica)
+        with taken(gpu, 1024 * MIB - 2 * CONTEXT - 10 * MIB):
+            client = ask(replica, PROMPT, 8)
+            wait_for(replica, lambda: before.items() - replica.pids.items() != set())
+        finish(replica, client)
+        assert client.tokens == expected(model, tuple(PROMPT), 8)
+
+
+PLACES = ("asked", "leaving", "away", "coming")
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+def test_a_worker_dies_on_its_way(
+    model: Path, no_leaks: Path, gpu: Gpu, role: str, place: str, sign: signal.Signals
+) -> None:
+    gpu.emulate(slow_s=0.1)
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        wait_for(replica, lambda: all_up(replica))
+        wait_for(replica, lambda: replica.idle)
+        (name,) = [name for name in replica.pids if name.startswith(role)]
+        pid = replica.pids[name]
+        client = to_place(replica, name, place)
+        os.kill(pid, sign)
+        client = client or ask(replica, PROMPT, 8)
+        finish(replica, client)
+        assert client.error is None
+        assert client.tokens == expected(model, tuple(PROMPT), 8)
+        wait_for(replica, lambda: all_up(replica))
+        assert name not in replica.pids
+        rests(replica)
+        assert gpu.contexts == CONTEXT
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_it_ends_wherever_its_contexts_are(
+    model: Path, no_leaks: Path, gpu: Gpu, place: str
+) -> None:
+    gpu.emulate(slow_s=0.1)
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        wait_for(replica, lambda: all_up(replica))
+        wait_for(replica, lambda: replica.idle)
+        (name,) = [name for name in replica.pids if name.startswith("decode")]
+        to_place(replica, name, place)
+    assert gpu.contexts == 0
+
+
+HALF_WAY = {
+    "between lock and checkpoint": {"dies_at": ("cuCheckpointProcessCheckpoint", 1)},
+    "between checkpoint and restore": {"dies_at": ("cuCheckpointProcessRestore", 1)},
+    "between restore and unlock": {"dies_at": ("cuCheckpointProcessUnlock", 1)},
+}
+
+
+@pytest.mark.parametrize("when", HALF_WAY)
+def test_a_memory_service_that_dies_half_way_takes_all_with_it(
+    model: Path, no_leaks: Path, gpu: Gpu, when: str
+) -> None:
+    gpu.emulate(**HALF_WAY[when])
+    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    with supervised(model, no_leaks, policy, device="cuda:0", kv_bytes=KV) as supervisor:
+        answers(supervisor, model)
+        first = supervisor.replica
+        assert first is not None
+        workers = [pid for name, pid in first.pids.items() if name != "memory"]
+        if when == "between lock and checkpoint":
+            until(supervisor, lambda: supervisor.replica is not first)
+        else:
+            until(supervisor, lambda: first.contexts.left)
+        answers(supervisor, model)
+        assert supervisor.replica is not first
+        assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+        assert supervisor.failures <= 1

@@ -142,6 +142,7 @@ class EmulatedCheckpoints:
         uuids: Of each device.
         kind: What each is called.
         dies_at: A call under which this process ends, and the how many-th it is.
+        slow_s: What a checkpoint, and a restore, take in seconds.
     """
 
     devices: int
@@ -154,6 +155,7 @@ class EmulatedCheckpoints:
         self.ledger = None if ledger is None else Path(ledger)
         self.uuids = [bytes([0xE0, n, *range(14)]) for n in range(self.devices)]
         self.dies_at: tuple[str, int] | None = None
+        self.slow_s = 0.0
         self._registered_as: int | None = None
 
     # -- every call of the driver ----------------------------------------------------------------
@@ -233,6 +235,8 @@ class EmulatedCheckpoints:
             time.sleep(_POLL_S)
 
     def cuCheckpointProcessCheckpoint(self, pid, args):
+        time.sleep(self.slow_s)
+
         def call() -> None:
             self._require_none(args)
             record = self._expect(pid, LOCKED)
@@ -243,6 +247,8 @@ class EmulatedCheckpoints:
         return self._do("cuCheckpointProcessCheckpoint", call)
 
     def cuCheckpointProcessRestore(self, pid, args):
+        time.sleep(self.slow_s)
+
         def call() -> None:
             record = self._expect(pid, CHECKPOINTED)
             uuid = record.uuid

@@ -7,6 +7,7 @@ what is proven is that the processes agree on who maps, copies and waits for wha
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import time
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["emulate", "install", "replays"]
 
 _ROOT = str(Path(__file__).parents[2])
+_FROZEN = 8
+"""Steps that a worker captures which is to be frozen."""
 
 
 def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
@@ -54,6 +57,7 @@ def install(
     *,
     memory: int = 1 << 30,
     devices: int = 1,
+    alike: bool = False,
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     fail_too: tuple[str, int, str] | None = None,
@@ -71,6 +75,7 @@ def install(
     Args:
         memory: Bytes that each of them has.
         devices: How many there are.
+        alike: Whether they are all of one kind.
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         fail_too: Another one.
@@ -93,6 +98,7 @@ def install(
     emulator = Emulator(
         memory,
         devices=devices,
+        alike=alike,
         delay=delay,
         missing=missing,
         context_bytes=context_bytes,
@@ -161,6 +167,11 @@ def _capture_steps(graphs: str) -> None:
 
         import_torch()
         record()
+        from coldframe.runtime import graphing
+
+        # What was written down keeps all that a step makes: an image is to have few of them.
+        few = functools.partial(graphing.StepGraphs, limit=_FROZEN)
+        graphing.StepGraphs = few  # type: ignore[assignment,misc]
         return really_warm(order)
 
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]

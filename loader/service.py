@@ -103,6 +103,7 @@ class MemoryService:
             lambda: self._clients.values(),
             self._post,
             self._report,
+            recorder,
         )
         self._contexts = ContextDesk(
             self._owner, self._send, self._post, lambda: self._device, recorder, open_contexts

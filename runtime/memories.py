@@ -293,6 +293,7 @@ class Memories:
             case "sized":
                 link.kv_bytes = body["block_bytes"] * body["blocks"]
             case "parked" | "woken" as kind:
+                self._add_spans(link, body["spans"])
                 link.resting.heard(kind, body)
             case "checkpointed" | "restored" as kind:
                 self._add_spans(link, body["spans"])

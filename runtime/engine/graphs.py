@@ -237,10 +237,6 @@ class StepGraphs:
         self._stepped = False
         self._due = None
 
-    def drop(self) -> None:
-        """Gives up all that is captured, and what it computes in."""
-        self._forget()
-
     def _missing(self) -> list[Bucket]:
         return self._wanted.missing(self._graphs.keys() | self._rebuilt.keys())
 

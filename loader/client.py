@@ -22,6 +22,7 @@ from coldframe.loader.errors import (
 )
 from coldframe.loader.ledger import Blocks
 from coldframe.loader.plan import Plan
+from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel, Message
 
 __all__ = ["KvArena", "MemoryClient", "STALL_S"]
@@ -102,6 +103,7 @@ class MemoryClient:
         self._away = False
         """Whether the weights were away when this came, so that there is nothing to map yet."""
         self._unwanted = False
+        self._attached: tuple[int, int] | None = None
         self._seen = -1
         self._clock = AwakeClock()
         self._seen_at = self._clock()
@@ -517,6 +519,11 @@ class MemoryClient:
         self.weights.detach()
         self._channel.send({"type": "detached"})
 
+    def take_attached(self) -> tuple[int, int] | None:
+        """From when to when weights that had left were mapped again, once (CLOCK_MONOTONIC)."""
+        attached, self._attached = self._attached, None
+        return attached
+
     def let_go_of_old(self) -> None:
         """Unmaps the weights at their old addresses."""
         if self._old is not None:
@@ -528,6 +535,7 @@ class MemoryClient:
         if not self._collect(message):
             return
         assert self.weights is not None
+        started = now()
         # Mapping over a mapping is one step for every other thread: a forward pass that runs
         # meanwhile reads the same bytes from either.
         ranges = self._attach_collected(self.weights)
@@ -540,3 +548,5 @@ class MemoryClient:
             self._to_populate.put((stages, ranges))
         if message.kind == "remap":
             self._channel.send({"type": "remapped"})
+        elif message.kind == "attach":
+            self._attached = (started, now())

@@ -26,7 +26,7 @@ __all__ = ["ContextDesk", "Contexts", "Frozen", "OpenContexts"]
 LOCK_S = 5.0
 """How long a worker may take to come to rest, in seconds: it was asked to, and has answered."""
 _CLOSING_S = 1.0
-_ANSWERS = {"checkpoint": "checkpointed", "restore": "restored"}
+_ANSWERS = {"probe": "probed", "checkpoint": "checkpointed", "restore": "restored"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class Contexts(Protocol):
     def freeze(self, pid: int, limit_s: float) -> Frozen: ...
 
     def thaw(self, pid: int, frozen: Frozen) -> float: ...
+
+    def supported(self) -> str | None: ...
 
     def close(self) -> None: ...
 
@@ -104,6 +106,17 @@ class ContextDesk:
         return True
 
     # -- messages --------------------------------------------------------------------------------
+
+    def on_probe(self, connection: Connection, name: str) -> None:
+        """Says whether contexts can be checkpointed, before anything is done for that: `probed`."""
+
+        def ask(contexts: Contexts) -> dict[str, Any]:
+            why = contexts.supported()
+            if why is not None:
+                raise NoCheckpoint("contexts cannot be checkpointed", got=why)
+            return {}
+
+        self._begin(connection, "probe", name, ask, {})
 
     def on_checkpoint(self, connection: Connection, name: str, pid: int) -> None:
         """Has a worker's context leave the device: answered by `checkpointed`."""
@@ -172,8 +185,9 @@ class ContextDesk:
         found: dict[str, Any],
         error: ColdframeError | None,
     ) -> None:
-        said = f"{found['bytes']:,} bytes" if error is None else str(error)
-        self._recorder.add(f"cuda_{order}", started, note=f"{name}: {said}")
+        if order != "probe":
+            said = f"{found['bytes']:,} bytes" if error is None else str(error)
+            self._recorder.add(f"cuda_{order}", started, note=f"{name}: {said}")
         body = {
             "type": _ANSWERS[order],
             "name": name,

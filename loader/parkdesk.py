@@ -9,7 +9,7 @@ from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices.parked import ParkedWeights
 from coldframe.loader.errors import ColdframeError, DeviceLost, ReplicaError
-from coldframe.loader.timeline import now
+from coldframe.loader.timeline import Recorder, now
 
 # What only a replica needs that rests.
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ class ParkDesk:
         connections: All that there are.
         post: Has something done by the loop; any thread may call it.
         fail: Told when the device is lost.
+        recorder: Gets a span for each way there and back.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class ParkDesk:
         connections: Callable[[], Iterable[Connection]],
         post: Callable[[Callable[[], None]], None],
         fail: Callable[[ColdframeError], None],
+        recorder: Recorder,
     ) -> None:
         self._owner = owner
         self._send = send
@@ -45,6 +47,7 @@ class ParkDesk:
         self._connections = connections
         self._post = post
         self._fail = fail
+        self._recorder = recorder
         self._open: Callable[[], ParkedWeights] | None = None
         self._stages = 0
         self._weights: ParkedWeights | None = None
@@ -142,6 +145,9 @@ class ParkDesk:
     def _tell(self, what: str, error: ColdframeError | None) -> None:
         body: dict[str, Any] = {"type": what, "error": error and error.to_wire()}
         if self._weights is not None:
-            seconds = (now() - self._ordered_ns) / 1e9
-            body |= {"left": self._weights.leaves, "seconds": seconds, "note": self._weights.note}
+            note, seconds = self._weights.note, (now() - self._ordered_ns) / 1e9
+            body |= {"left": self._weights.leaves, "seconds": seconds, "note": note}
+            name = "weights_leave" if what == "parked" else "weights_return"
+            self._recorder.add(name, self._ordered_ns, note=note if error is None else str(error))
+        body["spans"] = [span.to_wire() for span in self._recorder.drain()]
         self._send(self._owner, body)

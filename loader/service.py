@@ -7,7 +7,7 @@ owner ends, so does the service, and removes the run directory behind both.
 Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
 `hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped` (from
 workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see
-`parking`; of contexts `checkpoint`, `restore` (from the owner), see `contextdesk`.
+`parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see `contextdesk`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
 `kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
 `claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`, `checkpointed`,
@@ -103,6 +103,7 @@ class MemoryService:
             lambda: self._clients.values(),
             self._post,
             self._report,
+            recorder,
         )
         self._contexts = ContextDesk(
             self._owner, self._send, self._post, lambda: self._device, recorder, open_contexts

@@ -120,7 +120,7 @@ class Contexts:
         self.why = why
         """Why contexts stay where they are, once that is known."""
         self.told: dict[str, Any] = {}
-        """What was said last of the way there: `bytes` of all together, and `seconds`."""
+        """What was said last of the way there: `bytes` and `seconds` of all together."""
         self._owner = owner
         self._clock = clock
         self._warn = warn
@@ -165,6 +165,20 @@ class Contexts:
             context.place in ("asked", "ready", "leaving") or self._may_leave(context)
             for context in self._contexts()
         )
+
+    @property
+    def status(self) -> dict[str, Any] | None:
+        """How far that is, as JSON values; None where they are to be here."""
+        if not self._away:
+            return None
+        places = list(self.places.values())
+        return {
+            "away": places.count("away"),
+            "of": len(places),
+            "bytes": self.told.get("bytes", 0),
+            "seconds": self.told.get("seconds", 0.0),
+            "why": self.why,
+        }
 
     @property
     def places(self) -> dict[str, Place]:

@@ -203,8 +203,10 @@ def _gpus(root: Path) -> Finding:
     calls = found["calls"]
     says = [
         f"{len(found['gpus'])}, a driver for CUDA {found['driver']} "
-        f"(module {found['kernel_module'] or 'unknown'}), checkpoint of a process: "
-        f"{'yes' if calls['checkpoint'] else 'no'}"
+        f"(module {found['kernel_module'] or 'unknown'})",
+        "contexts can leave a GPU that rests"
+        if calls["checkpoint"]
+        else f"contexts stay on a GPU that rests: {calls['checkpoint_why']}",
     ]
     says += map(_gpu, found["gpus"])
     return Finding("gpus", "\n".join(says), found)

@@ -125,9 +125,24 @@ class Freezing:
         }
 
     def _send_order(self, order: dict[str, Any]) -> None:
-        """Sends it; for a worker on a GPU with a connection to the memory service there."""
+        """Has the worker made. One on a GPU only where its context can be kept: to find that out
+        when it is warm would cost as much as what an image spares."""
         if self._device == CPU:
             self._send(order)
+            return
+
+        def probed(body: dict[str, Any]) -> None:
+            if body["error"] is None:
+                self._send_with_memory(order)
+            else:
+                self._end(ColdframeError.from_wire(body["error"]))
+
+        probe = {"type": "probe", "name": f"freezing-{self._child.pid}"}
+        self._replica.order("prefill", probe, probed)
+
+    def _send_with_memory(self, order: dict[str, Any]) -> None:
+        """Sends it with a connection to the memory service of the worker's GPU."""
+        if self.done:
             return
         try:
             memory = self._replica.connect_memory(self._device)

@@ -93,6 +93,7 @@ class FrontCount:
         facts: Mapping[str, Any] = {} if replica is None else replica.facts
         by_decode = 0 if replica is None else replica.prefilled_by_decode
         board = None if replica is None else replica.board
+        away = None if replica is None else replica.contexts.status
         return FrontStats(
             kv_blocks_used=usage.get("kv_used", 0),
             kv_blocks_cached=usage.get("kv_cached", 0),
@@ -111,6 +112,7 @@ class FrontCount:
             parked_s=self._busy.parked_s,
             device_s=self._busy.by_device,
             device_faults=self._faults_before + (replica.faults.counts if replica else Counter()),
+            contexts_away_bytes=(away or {}).get("bytes", 0),
             memory={name: kinds for name, kinds in found.items() if kinds},
         )
 

@@ -56,6 +56,7 @@ class FrontStats:
             and while it was held and none was (`idle`).
         device_faults: How often a GPU was `lost`, and how often the CPU has stood in for one that
             could not be used (`fallback`).
+        contexts_away_bytes: What the workers' contexts took of a GPU that they have left for now.
         memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
             told with one model only.
     """
@@ -77,6 +78,7 @@ class FrontStats:
     parked_s: float = 0.0
     device_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     device_faults: Mapping[str, int] = field(default_factory=dict)
+    contexts_away_bytes: int = 0
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
 from coldframe.runtime.text import Tokenizer
 from coldframe.runtime.warm_gpu import WarmGpu
-from coldframe.runtime.warmup import first_uses, stream_text
+from coldframe.runtime.warmup import first_uses, sample_each, stream_text
 from coldframe.runtime.worker import Warm
 
 __all__ = ["warm_on_gpu"]
@@ -81,6 +81,7 @@ def warm_on_gpu(
     model.varlen = attention.varlen
     for _ in first_uses(model, tensors):
         pass
+    sample_each(spec, model.device)
     steps = graphs_for(model, name) if graphs else None
     if steps is not None:
         steps.capture_all()

@@ -33,6 +33,9 @@ class LettingGo:
         """Answers, if that is due; to be called while nothing is computed."""
         if self._number is None or not self._worker.client.holds_nothing:
             return
+        from coldframe.runtime.engine.device import give_back
+
         self._worker.model.settle()
+        give_back(self._worker.model.device)  # or it would be kept in host memory instead
         number, self._number = self._number, None
         self._worker.control.send({"type": "rested", "number": number})

@@ -36,7 +36,7 @@ _SILENCE_S = 30.0
 that takes long, and the workers wait for it."""
 _SEND_TIMEOUT_S = 10
 _OF_THE_LOAD = ("mode", "why", "verified", "peers_at")
-_CONTEXT_ANSWERS = {"checkpoint": "checkpointed", "restore": "restored"}
+_CONTEXT_ANSWERS = {"probe": "probed", "checkpoint": "checkpointed", "restore": "restored"}
 
 
 class Owner(Protocol):
@@ -227,7 +227,8 @@ class Memories:
 
         Args:
             device: That of the process.
-            message: `checkpoint` or `restore`, with the `name` that the answer is known by.
+            message: `probe`, `checkpoint` or `restore`, with the `name` that its answer is known
+                by.
             done: Given the answer. Never where the memory service dies meanwhile.
         """
         link = next(link for link in self._links if link.memory.device == device)
@@ -298,8 +299,9 @@ class Memories:
             case "sized":
                 link.kv_bytes = body["block_bytes"] * body["blocks"]
             case "parked" | "woken" as kind:
+                self._add_spans(link, body["spans"])
                 link.resting.heard(kind, body)
-            case "checkpointed" | "restored" as kind:
+            case "probed" | "checkpointed" | "restored" as kind:
                 self._add_spans(link, body["spans"])
                 done = self._orders.pop((kind, body["name"]), None)
                 if done is not None:

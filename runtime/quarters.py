@@ -38,6 +38,8 @@ class Quarters:
         """Of these, what stays while it is parked."""
         self._weights = 0
         """Of that, what goes where the weights leave the device."""
+        self._contexts = 0
+        """Likewise, where the workers' contexts leave it, too."""
 
     @property
     def known(self) -> bool:
@@ -164,7 +166,7 @@ class Quarters:
         contexts = max(context_bytes(self._options, device) for device in self._options.devices)
         self._kept = weights + contexts + (0 if store is None else store.memory)
         self._need = self._kept + kv
-        self._weights = weights
+        self._weights, self._contexts = weights, contexts
 
     def park(self) -> None:
         """Gives back what is not needed while nobody asks; `take` has it again."""
@@ -176,10 +178,15 @@ class Quarters:
         """Whether a replica that is parked may give the room of its weights to others."""
         return self._room is not None and self._options.device != CPU
 
-    def weights_left(self) -> None:
-        """Its weights are where they take nothing of the device."""
+    def weights_left(self, *, with_contexts: bool = False) -> None:
+        """Its weights are where they take nothing of the device.
+
+        Args:
+            with_contexts: So are the contexts of its workers.
+        """
         if self._room is not None:
-            self._room.shrink(self._tenant, self._kept - self._weights)
+            gone = self._weights + (self._contexts if with_contexts else 0)
+            self._room.shrink(self._tenant, self._kept - gone)
 
     def withdraw(self) -> None:
         """Wants no more than it has."""

@@ -156,7 +156,8 @@ class Room:
         missing = wanted - self.free
         missing -= sum(size for tenant, size in self._held.items() if tenant.leaving)
         found: list[Tenant] = []
-        here = [t for t in self._held if t.can_go and not t.leaving and t is not asking]
+        there = [tenant for tenant, size in self._held.items() if size and tenant is not asking]
+        here = [tenant for tenant in there if tenant.can_go and not tenant.leaving]
         for tenant in sorted(here, key=lambda tenant: tenant.used_at):
             if missing <= 0:
                 break

@@ -5,7 +5,7 @@
     warm      requests are answered
     draining  those that there are get their answers first; new ones are held
     parked    the weights stay in memory and the workers up; the device's memory for KV is free, and
-              that of the weights where they can be elsewhere
+              that of the weights and of the workers' contexts where they can be elsewhere
     failed    it cannot be loaded; where that may pass by itself it is at zero again after a while,
               if it is not the only one, which ends with this
 
@@ -31,6 +31,7 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.asks import Asks, FirstToken
 from coldframe.runtime.creating import NextImage
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.gateway.loadstate import LoadState
@@ -268,7 +269,8 @@ class Supervisor:
         if self.replica is not None:
             self.replica.step()
             if self.state == "parked" and self.replica.resting.left:
-                self._quarters.weights_left()  # before others find that it has left, and too little
+                # Before others find that it has left, and too little.
+                self._quarters.weights_left(with_contexts=self.replica.contexts.left)
 
     def step(self) -> None:
         """What there is to do after something has happened; to be called after `tick`."""
@@ -342,6 +344,7 @@ class Supervisor:
             self.failures,
             replica.facts["device"],
             replica.facts["device_why"],
+            None if replica.options.device == CPU else replica.contexts.status,
         )
 
     # -- from zero -------------------------------------------------------------------------------
@@ -439,8 +442,10 @@ class Supervisor:
         """Whether what it has of the device is to come free soon."""
         if self.state == "draining":
             return self._rest == "zero" or self._gives_way
-        resting = self.replica is not None and self.replica.resting.leaving
-        return self.state == "parked" and self._gives_way and resting
+        replica = self.replica
+        if self.state != "parked" or not self._gives_way or replica is None:
+            return False
+        return replica.resting.leaving or replica.contexts.leaving
 
     @property
     def can_go(self) -> bool:

@@ -35,7 +35,7 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.text import Tokenizer
 
-__all__ = ["dummy_weights", "first_uses", "ready_device", "stream_text", "warm_up"]
+__all__ = ["dummy_weights", "first_uses", "ready_device", "sample_each", "stream_text", "warm_up"]
 
 _BATCHES = ((64,), (1, 63), (8,) * 8, (1,))
 """Prompt lengths of the requests that are prefilled, and then decoded, together.
@@ -73,7 +73,7 @@ def warm_up(spec: ModelSpec, tokenizer: Tokenizer) -> None:
         tokenizer: The model's.
     """
     stream_text(tokenizer)
-    _sample(spec)
+    sample_each(spec)
     spec = _one_of_each_kind(spec)
     for gap in (0, 8):
         model = Model(spec, dummy_weights(spec, gap), _cache(spec))
@@ -138,6 +138,7 @@ def _one_of_each_kind(spec: ModelSpec) -> ModelSpec:
 
 
 def stream_text(tokenizer: Tokenizer) -> None:
+    """Turns token ids to text, as it is streamed."""
     ids = tokenizer.encode(_TEXT)
     for stop in ((), ("never there",)):
         stream = TextStream(tokenizer, ids[:5], stop)
@@ -146,9 +147,16 @@ def stream_text(tokenizer: Tokenizer) -> None:
         stream.flush()
 
 
-def _sample(spec: ModelSpec) -> None:
-    """Not on the logits of the dummy weights, where all tokens are equal: ties take long."""
-    logits = torch.linspace(-9, 9, spec.vocab_size).expand(len(_PARAMS), -1)
+def sample_each(spec: ModelSpec, device: torch.device | str = "cpu") -> None:
+    """Draws tokens in every way there is.
+
+    Not from the logits of the dummy weights, where all tokens are equal: ties take long.
+
+    Args:
+        spec: The model's shape.
+        device: Where the logits are.
+    """
+    logits = torch.linspace(-9, 9, spec.vocab_size, device=device).expand(len(_PARAMS), -1)
     sample(logits, [SampleInput(params, (0,), (0,), 2) for params in _PARAMS])
 
 

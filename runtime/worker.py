@@ -406,6 +406,9 @@ class Worker:
 
     def _follow_weights(self) -> None:
         """Goes on with the weights where the memory service has put them, between two steps."""
+        attached = self.client.take_attached()
+        if attached is not None:
+            self.recorder.add("attach", *attached, note="weights that are back")
         relaid = self.client.take_relaid()
         if relaid is not None:
             self.plan, weights = relaid

@@ -67,6 +67,13 @@ def add_worker_arguments(parser: Parser) -> None:
         "--pin", action="store_true", help="one half of the cores for prefill, the other for decode"
     )
     flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
+    flag(
+        "--checkpoint",
+        choices=("auto", "off"),
+        default="auto",
+        help="whether the workers' contexts leave a GPU while the model is parked: where the "
+        "driver can do that, or never (auto)",
+    )
 
 
 def worker_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +108,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "graphs": args.graphs == "auto",
         "pin": args.pin,
         "threads": args.threads,
+        "checkpoint": args.checkpoint,
     }
 
 

@@ -48,6 +48,13 @@ _OF_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING")
 """What else, of a worker on a GPU: without it the first GPU may be another one there."""
 
 
+_ON_GPUS = {
+    # As workers that start fresh have it (`runtime/launch.py`): torch reads these but once.
+    "TORCH_DISABLE_NATIVE_JIT": "1",
+    "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+}
+
+
 def freezing_environment(threads: int, device: str = "cpu") -> dict[str, str]:
     """The environment of a worker that is to be frozen.
 
@@ -55,10 +62,11 @@ def freezing_environment(threads: int, device: str = "cpu") -> dict[str, str]:
         threads: Of its kernels while they are warmed; a clone sets its own.
         device: What it computes on.
     """
-    names = ALLOWED if device == "cpu" else (*ALLOWED, *_OF_GPUS)
+    names, more = (ALLOWED, {}) if device == "cpu" else ((*ALLOWED, *_OF_GPUS), _ON_GPUS)
     kept = {name: os.environ[name] for name in names if name in os.environ}
     return {
         **kept,
+        **more,
         "OMP_NUM_THREADS": str(threads),
         "OPENBLAS_NUM_THREADS": "1",  # numpy's would start its threads when it is imported
         "MKL_NUM_THREADS": str(threads),

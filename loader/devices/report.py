@@ -10,6 +10,7 @@ import json
 import os
 from typing import Any
 
+from coldframe.loader.devices.checkpoint_calls import CheckpointCalls
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import NEEDED, Driver
 from coldframe.loader.errors import ColdframeError
@@ -18,10 +19,6 @@ __all__ = ["ENTRY", "gpu_report", "main"]
 
 ENTRY = "from coldframe.loader.devices.report import main; main(3)"
 """What an interpreter runs to be that process."""
-
-_CHECKPOINT = tuple(
-    f"cuCheckpointProcess{name}" for name in ("Lock", "Checkpoint", "Restore", "Unlock")
-)
 
 
 def gpu_report(api: Any = None) -> dict[str, Any]:
@@ -33,16 +30,18 @@ def gpu_report(api: Any = None) -> dict[str, Any]:
     Returns:
         `error`, why there is no driver to be used, or None; `driver`, the CUDA version that it is
         made for; `calls`, whether it has those that arenas (`arenas`) and a checkpoint of a process
-        (`checkpoint`) are made with; and `gpus`, each with `device`, `name`, `total` and `free`
-        bytes, or `error`.
+        (`checkpoint`) are made with, and else `checkpoint_why` not; and `gpus`, each with `device`,
+        `name`, `total` and `free` bytes, or `error`.
     """
     found: dict[str, Any] = {"error": None, "driver": None, "calls": {}, "gpus": []}
     try:
         driver = Driver.open(api)
         found["driver"] = _dotted(driver.version())
+        why_not = CheckpointCalls(driver).supported()
         found["calls"] = {
             "arenas": all(map(driver.has, NEEDED)),
-            "checkpoint": all(map(driver.has, _CHECKPOINT)),
+            "checkpoint": why_not is None,
+            "checkpoint_why": why_not,
         }
         found["gpus"] = [_gpu(driver, ordinal) for ordinal in range(driver.device_count())]
     except ColdframeError as error:

@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-__all__ = ["fetch", "send", "settle", "start", "stopwatch", "upload"]
+__all__ = ["fetch", "give_back", "send", "settle", "start", "stopwatch", "upload"]
 
 
 def start(device: torch.device) -> None:
@@ -95,6 +95,12 @@ def settle(device: torch.device) -> None:
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(device))
         done.synchronize()
+
+
+def give_back(device: torch.device) -> None:
+    """Gives back what torch keeps of a device's memory without need, when nothing is to be done."""
+    if _in_use(device):
+        torch.cuda.empty_cache()
 
 
 def stopwatch(device: torch.device) -> Callable[[], float]:

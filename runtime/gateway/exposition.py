@@ -179,6 +179,12 @@ def _cold_starts(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         ["model"],
         {(model,): told.parked_s for model, told in stats.items()},
     )
+    yield _gauge(
+        "contexts_away_bytes",
+        "What the workers' contexts took of a GPU that they have left while parked.",
+        ["model"],
+        {(model,): told.contexts_away_bytes for model, told in stats.items()},
+    )
 
 
 def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:

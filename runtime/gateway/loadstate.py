@@ -31,6 +31,8 @@ class LoadState:
         device: Where it computes: `cpu`, `cuda:N`, or two of them (`cuda:0, cuda:1`); None where
             nothing is held.
         device_why: Why there, where nobody has named it.
+        contexts: Where the workers' contexts are while it is parked on a GPU; see
+            `coldframe.runtime.contexts.Contexts.status`.
     """
 
     phase: str = "starting"
@@ -44,6 +46,7 @@ class LoadState:
     failures: int = 0
     device: str | None = None
     device_why: str | None = None
+    contexts: Mapping[str, Any] | None = None
 
     @property
     def cold(self) -> bool:

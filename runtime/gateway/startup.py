@@ -10,6 +10,8 @@
       "tier": "image" | "template" | "fresh" | null,
       "device": "cpu" | "cuda:N" | "cuda:N, cuda:M", where it computes, or null at zero,
       "device_why": why there, where nobody has named it, or null,
+      "contexts": of the workers, while parked on a GPU: {"away": 2, "of": 2, "bytes" they took,
+        "seconds" that it took, "why" they stay, or null}; else null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
@@ -60,6 +62,7 @@ class Startup(TypedDict):
     tier: str | None
     device: str | None
     device_why: str | None
+    contexts: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
     failures: int
     queue: Queue
@@ -106,6 +109,7 @@ def startup_document(
         "tier": state.tier,
         "device": state.device,
         "device_why": state.device_why,
+        "contexts": state.contexts,
         "error": state.error,
         "failures": state.failures,
         "queue": {"running": running, "waiting": waiting},

@@ -7,8 +7,10 @@ what is proven is that the processes agree on who maps, copies and waits for wha
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["emulate", "install", "replays"]
 
 _ROOT = str(Path(__file__).parents[2])
+_FROZEN = 8
+"""Steps that a worker captures which is to be frozen."""
 
 
 def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
@@ -53,6 +57,7 @@ def install(
     *,
     memory: int = 1 << 30,
     devices: int = 1,
+    alike: bool = False,
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     fail_too: tuple[str, int, str] | None = None,
@@ -62,6 +67,7 @@ def install(
     slow_s: float = 0.0,
     context_bytes: int = 0,
     ledger: str | None = None,
+    slow: tuple[str, float] | None = None,
     graphs: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
@@ -69,6 +75,7 @@ def install(
     Args:
         memory: Bytes that each of them has.
         devices: How many there are.
+        alike: Whether they are all of one kind.
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         fail_too: Another one.
@@ -78,6 +85,7 @@ def install(
         slow_s: What a checkpoint of a context takes in seconds, and a restore.
         context_bytes: What each process's context takes of its GPU.
         ledger: See `Emulator`.
+        slow: A call that takes so many seconds more.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
     """
     from coldframe.loader.devices.driver import Driver
@@ -90,6 +98,7 @@ def install(
     emulator = Emulator(
         memory,
         devices=devices,
+        alike=alike,
         delay=delay,
         missing=missing,
         context_bytes=context_bytes,
@@ -101,6 +110,8 @@ def install(
             emulator.fail(*fault)
     if lose_at_copy is not None:
         emulator.fail_copy(lose_at_copy)
+    if slow is not None:
+        _slow_down(emulator, *slow)
     # Not in the place of the bindings themselves: torch imports those, too.
     really_open = Driver.open
     Driver.open = lambda api=None: really_open(api or emulator)  # type: ignore[method-assign]
@@ -108,6 +119,16 @@ def install(
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
         _capture_steps(graphs)
+
+
+def _slow_down(emulator: Any, name: str, seconds: float) -> None:
+    really = getattr(emulator, name)
+
+    def call(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return really(*arguments)
+
+    setattr(emulator, name, call)
 
 
 def replays(graphs: Path) -> dict[int, int]:
@@ -146,6 +167,11 @@ def _capture_steps(graphs: str) -> None:
 
         import_torch()
         record()
+        from coldframe.runtime import graphing
+
+        # What was written down keeps all that a step makes: an image is to have few of them.
+        few = functools.partial(graphing.StepGraphs, limit=_FROZEN)
+        graphing.StepGraphs = few  # type: ignore[assignment,misc]
         return really_warm(order)
 
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]

@@ -23,9 +23,12 @@ GPU = {"device": "cuda:0", "name": "A GPU", "error": None, "free": 70 << 30, "to
 LOST = {"error": "DeviceLost", "what": "it broke", "got": "CUDA_ERROR_ECC_UNCORRECTABLE"}
 
 
-def with_gpus(patch: pytest.MonkeyPatch, *gpus: dict[str, Any]) -> Finding:
+def with_gpus(
+    patch: pytest.MonkeyPatch, *gpus: dict[str, Any], why_not: str | None = None
+) -> Finding:
     """What is found where a driver has told of those."""
-    told = {"error": None, "driver": "13.0", "calls": {"arenas": True, "checkpoint": False}}
+    calls = {"arenas": True, "checkpoint": why_not is None, "checkpoint_why": why_not}
+    told = {"error": None, "driver": "13.0", "calls": calls}
     text = json.dumps({**told, "gpus": gpus})
     patch.setattr(doctor, "GPUS", f"import os; os.write(3, {text.encode()!r})")
     return next(finding for finding in examine() if finding.name == "gpus")
@@ -66,11 +69,17 @@ def test_gpus_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = {**GPU, "device": "cuda:1", "error": LOST}
     found = with_gpus(monkeypatch, GPU, broken)
     assert found.error is None
-    first, one, other = found.says.splitlines()
+    first, contexts, one, other = found.says.splitlines()
     assert "CUDA 13.0" in first
-    assert "checkpoint of a process: no" in first
+    assert contexts == "contexts can leave a GPU that rests"
     assert one.startswith("cuda:0 A GPU: 75.2 GB of 85.9 GB free")
     assert "CUDA_ERROR_ECC_UNCORRECTABLE" in other
+
+
+def test_a_driver_that_cannot_checkpoint_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = with_gpus(monkeypatch, GPU, why_not="the driver has no cuCheckpointProcessLock")
+    assert found.error is None
+    assert "contexts stay on a GPU that rests: the driver has no cuCheckpointProcess" in found.says
 
 
 def test_gpus_that_all_fail_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,9 +117,24 @@ def used_by_others(ledger: Path | None, device: int = 0) -> int:
     """What all other processes of a ledger have on a device that only they can have."""
     if ledger is None or not ledger.is_dir():
         return 0
-    pids = [int(path.name) for path in ledger.iterdir()]
+    pids = {pid for path in ledger.iterdir() if (pid := _number_here(path)) is not None}
     found = (peek(pid) for pid in pids if pid != os.getpid())
     return sum(r.on_device for r in found if r is not None and r.device == device)
+
+
+def _number_here(entry: Path) -> int | None:
+    """What a process of a ledger is numbered here, which may not be what it is to itself."""
+    namespace = entry.read_text()
+    if namespace in ("", os.readlink("/proc/self/ns/pid")):
+        return int(entry.name)
+    for process in Path("/proc").iterdir():
+        with suppress(OSError, StopIteration):
+            if process.name.isdigit() and os.readlink(process / "ns/pid") == namespace:
+                status = (process / "status").read_text().splitlines()
+                numbers = next(line for line in status if line.startswith("NSpid:"))
+                if numbers.split()[-1] == entry.name:
+                    return int(process.name)
+    return None
 
 
 def _own() -> None:
@@ -188,7 +203,7 @@ class EmulatedCheckpoints:
     def _enter(self, pid: int) -> None:
         if self.ledger is not None:
             self.ledger.mkdir(parents=True, exist_ok=True)
-            (self.ledger / str(pid)).touch()
+            (self.ledger / str(pid)).write_text(os.readlink("/proc/self/ns/pid"))
 
     def _context_is_on(self, device: int) -> None:
         """Writes down where this process's context is, and what it takes."""

@@ -96,6 +96,7 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
         can_share: Whether memory can be given to other processes.
         can_protect: Whether memory can be mapped for reading only.
         can_reach: Whether the devices can reach each other's memory.
+        alike: Whether they are all of one kind, and called the same.
         context_bytes: What a context takes of its device.
         ledger: A folder by which the contexts of other processes are known.
     """
@@ -111,6 +112,7 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
         can_share: bool = True,
         can_protect: bool = True,
         can_reach: bool = True,
+        alike: bool = False,
         context_bytes: int = 0,
         ledger: str | None = None,
     ) -> None:
@@ -123,6 +125,7 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
         self.can_share = can_share
         self.can_protect = can_protect
         self.can_reach = can_reach
+        self.alike = alike
         self.calls: dict[str, int] = defaultdict(int)
         self.copied = 0
         self.most_locked = 0
@@ -264,7 +267,7 @@ class Emulator(EmulatedCheckpoints, EmulatedGraphs):
         return self._do("cuDeviceGet", call)
 
     def cuDeviceGetName(self, length, dev):
-        name = f"Emulated GPU {int(dev)}".encode()[:length]
+        name = f"Emulated GPU {0 if self.alike else int(dev)}".encode()[:length]
         return self._do("cuDeviceGetName", lambda: name)
 
     def cuDeviceGetAttribute(self, attrib, dev):

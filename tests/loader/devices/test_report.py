@@ -7,6 +7,7 @@ from tests.loader.devices.emulator import Emulator
 def test_what_a_gpu_can_do(emulator: Emulator) -> None:
     found = gpu_report(emulator)
     assert (found["error"], found["driver"], found["calls"]["arenas"]) == (None, "13.0", True)
+    assert (found["calls"]["checkpoint"], found["calls"]["checkpoint_why"]) == (True, None)
     (gpu,) = found["gpus"]
     assert (gpu["device"], gpu["error"]) == ("cuda:0", None)
     assert 0 < gpu["free"] <= gpu["total"]
@@ -19,6 +20,13 @@ def test_an_old_driver_says_what_it_lacks(emulator: Emulator) -> None:
     assert found["error"]["error"] == "DeviceError"
     assert "cuMemCreate" in found["error"]["expected"]
     assert found["gpus"] == []
+
+
+def test_a_driver_that_cannot_checkpoint_a_process_says_what_it_lacks(emulator: Emulator) -> None:
+    emulator.missing = {"cuCheckpointProcessRestore"}
+    calls = gpu_report(emulator)["calls"]
+    assert (calls["arenas"], calls["checkpoint"]) == (True, False)
+    assert calls["checkpoint_why"] == "the driver has no cuCheckpointProcessRestore"
 
 
 def test_a_gpu_that_has_no_context_to_give(emulator: Emulator) -> None:

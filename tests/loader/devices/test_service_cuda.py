@@ -17,6 +17,7 @@ import pytest
 from coldframe.loader import service as service_module
 from coldframe.loader.arena import WEIGHTS_BASE
 from coldframe.loader.client import MemoryClient
+from coldframe.loader.contextdesk import OpenContexts
 from coldframe.loader.devices import Device, open_device
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.device_arena import DeviceArena
@@ -68,14 +69,20 @@ class Served:
     """The service in a thread, with this test as its owner."""
 
     def __init__(
-        self, emulator: Emulator, base: Path, model: Path, ordinal: int = 0, **load: Any
+        self,
+        emulator: Emulator,
+        base: Path,
+        model: Path,
+        ordinal: int = 0,
+        open_contexts: OpenContexts | None = None,
+        **load: Any,
     ) -> None:
         self.emulator = emulator
         self.model = model
         self.ordinal = ordinal
         self.run_dir, self.lock = make_run_dir(str(base))
         self.owner, theirs = Channel.pair()
-        self.service = MemoryService(theirs, self.run_dir, Recorder("memory"))
+        self.service = MemoryService(theirs, self.run_dir, Recorder("memory"), open_contexts)
         self.workers: list[Worker] = []
         load = {"model": str(model), "device": f"cuda:{ordinal}", **load}
         self.owner.send({"type": "load", **load})

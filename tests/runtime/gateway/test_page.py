@@ -114,6 +114,7 @@ def test_the_document_says_when_the_weights_will_be_in() -> None:
         "tier": None,
         "device": None,
         "device_why": None,
+        "contexts": None,
         "error": None,
         "failures": 0,
         "queue": {"running": 0, "waiting": 3},

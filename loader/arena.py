@@ -16,7 +16,16 @@ from typing import Any
 
 from coldframe.loader.errors import ArenaError
 
-__all__ = ["Segment", "Reservation", "WEIGHTS_BASE", "KV_BASE", "PAGE", "HUGE_PAGE", "round_up"]
+__all__ = [
+    "HUGE_PAGE",
+    "KV_BASE",
+    "PAGE",
+    "SCRATCH_BASE",
+    "WEIGHTS_BASE",
+    "Reservation",
+    "Segment",
+    "round_up",
+]
 
 PAGE = mmap.PAGESIZE
 HUGE_PAGE = 2 << 20
@@ -25,6 +34,8 @@ HUGE_PAGE = 2 << 20
 # 47-bit half), with 16 TiB each.
 WEIGHTS_BASE = 0x2000_0000_0000
 KV_BASE = 0x3000_0000_0000
+SCRATCH_BASE = 0x4000_0000_0000
+"""Where a worker keeps what is its own and has an address that others may know of."""
 
 _MAP_FIXED_NOREPLACE = 0x100000
 _MAP_FIXED = 0x10

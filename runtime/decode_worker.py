@@ -5,7 +5,7 @@ from __future__ import annotations
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
-from coldframe.runtime.engine.sequence import Sequence
+from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.worker import Worker, kv_format
 
@@ -24,7 +24,8 @@ def run(worker: Worker) -> None:
 class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._decoder = Decoder(worker.model)
+        self._graphs = worker.step_graphs()
+        self._decoder = Decoder(worker.model, graphs=self._graphs)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""
@@ -39,25 +40,41 @@ class _DecodeRole:
             self._worker.beat()
             if not self._may_step():
                 continue
-            emitted = self._decoder.step()
-            if not emitted:
-                continue
-            for sequence, emission in emitted:
-                self._caught_up(sequence)
-                if emission.finish is not None:
-                    self._let_go(sequence)
-            items = [emission.to_wire() for _, emission in emitted]
-            self._worker.control.send({"type": "tokens", "items": items})
+            self._tell(self._decoder.step())
+            if self._graphs is not None and self._graphs.between_steps():
+                self._worker.report_spans()
+
+    def _tell(self, emitted: list[tuple[Sequence, Emission]]) -> None:
+        """Sends what a step has made."""
+        if not emitted:
+            return
+        for sequence, emission in emitted:
+            self._caught_up(sequence)
+            if emission.finish is not None:
+                self._let_go(sequence)
+        items = [emission.to_wire() for _, emission in emitted]
+        self._worker.control.send({"type": "tokens", "items": items})
 
     def _may_step(self) -> bool:
         """Takes what has come. Whether there is a step to be made, and all weights for it."""
         complete = self._worker.client.complete
-        self._receive(block=not len(self._decoder) or not complete)
+        idle = not len(self._decoder)
+        captured = idle and complete and self._capture()
+        self._receive(block=(idle or not complete) and not captured)
         if not len(self._decoder):
-            self._worker.let_go()
+            if self._worker.let_go() and self._graphs is not None:
+                self._graphs.weights_leave()
         elif not complete:
             self._worker.client.check_stalled()
         return complete and len(self._decoder) > 0
+
+    def _capture(self) -> bool:
+        """One more step, where nobody has asked for anything. Whether there may be another."""
+        if self._graphs is None or not self._worker.inbox.empty():
+            return False
+        captured = self._graphs.while_idle()
+        self._worker.report_spans()
+        return captured
 
     def _receive(self, *, block: bool) -> None:
         for handoff in list(self._waiting.values()):

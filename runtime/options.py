@@ -92,6 +92,7 @@ class ReplicaOptions:
         local_prefill: Tokens of a prompt, behind what of it is in KV, up to which a decode worker
             computes them between its steps where the prefill workers are busy; 0 has it compute
             none.
+        graphs: Whether decode steps are captured where a device can do that, and replayed.
         kv_store: Where KV is kept that leaves its memory; None keeps none.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
@@ -129,6 +130,7 @@ class ReplicaOptions:
     kv_part: float = 1.0
     prefix_cache: bool = True
     local_prefill: int = 64
+    graphs: bool = True
     kv_store: KvStoreOptions | None = None
     lease_s: float = 30.0
     threads: int | None = None

@@ -44,6 +44,7 @@ from coldframe.snapshot.privileges import become
 if TYPE_CHECKING:
     import torch
 
+    from coldframe.runtime.engine.graphs import StepGraphs
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.saturation import Saturation
     from coldframe.runtime.engine.sequence import Sequence
@@ -111,6 +112,7 @@ class Worker:
         self.overlap = True
         self.prefix_cache = True
         self.local_prefill = 0
+        self.graphs = False
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
@@ -197,6 +199,7 @@ class Worker:
 
         # When it is warmed up, and when it fails, there may be no way to import them.
         import coldframe.runtime.engine.device_errors
+        import coldframe.runtime.graphing
         import coldframe.runtime.warmup  # noqa: F401
         from coldframe.runtime.engine import device
 
@@ -273,6 +276,7 @@ class Worker:
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
+        self.graphs = init["graphs"]
         if self.device != "cpu":
             self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
@@ -299,6 +303,14 @@ class Worker:
 
         found = None if self._warm is None or self.device != "cpu" else self._warm.saturation
         return found if found is not None and found.threads == torch.get_num_threads() else None
+
+    def step_graphs(self) -> StepGraphs | None:
+        """The model's decode steps, to be captured; None where nothing captures them."""
+        if not self.graphs or self._attention is None:
+            return None
+        from coldframe.runtime.graphing import graphs_for
+
+        return graphs_for(self.model, self.device, self.recorder)
 
     # -- requests --------------------------------------------------------------------------------
 

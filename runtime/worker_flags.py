@@ -58,6 +58,12 @@ def add_worker_arguments(parser: Parser) -> None:
         "them while the prefill workers are busy (64); 0 for none",
     )
     flag(
+        "--graphs",
+        choices=("auto", "off"),
+        default="auto",
+        help="decode steps captured on a GPU and replayed (auto), or computed kernel by kernel",
+    )
+    flag(
         "--pin", action="store_true", help="one half of the cores for prefill, the other for decode"
     )
     flag("--threads", metavar="N", type=int, help="threads of each worker (the CPU quota)")
@@ -92,6 +98,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "fall_back": choice.fall_back,
         "scaling": _scaling_options(args),
         "local_prefill": args.local_prefill,
+        "graphs": args.graphs == "auto",
         "pin": args.pin,
         "threads": args.threads,
     }

@@ -436,6 +436,7 @@ def init_message(
         "overlap": options.overlap,
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
+        "graphs": options.graphs,
         "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
     }

@@ -19,6 +19,7 @@ from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.parked import ParkedWeights, Stretch
 from coldframe.loader.devices.ring import Ring
+from coldframe.loader.devices.scratch import Scratch
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
 from coldframe.loader.extents import Extent
@@ -111,6 +112,10 @@ class CudaDevice:
         self, size: int, base: int | None = None, *, exact: bool = False
     ) -> DeviceReservation:
         return DeviceReservation(self.context, size, base, exact=exact)
+
+    def scratch(self) -> Scratch:
+        """Memory for this process alone, at an address that is the same in every process."""
+        return Scratch(self.context)
 
     def land(
         self,

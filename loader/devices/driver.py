@@ -185,13 +185,20 @@ class Driver:
             )
         )
 
-    def create(self, ordinal: int, nbytes: int) -> Memory:
-        """Memory that is mapped nowhere yet."""
+    def create(self, ordinal: int, nbytes: int, *, shareable: bool = True) -> Memory:
+        """Memory that is mapped nowhere yet.
+
+        Args:
+            ordinal: The GPU that has it.
+            nbytes: How much, in multiples of the granularity.
+            shareable: Whether other processes may map it. A process that has such memory mapped
+                cannot be frozen.
+        """
         memory: Memory = self._call(
             "no memory of the GPU can be had",
             "cuMemCreate",
             nbytes,
-            self._properties(ordinal),
+            self._properties(ordinal, shareable=shareable),
             0,
             where=f"cuda:{ordinal}",
             expected=f"{nbytes:,} bytes",
@@ -271,10 +278,11 @@ class Driver:
         kinds = self._api.CUmemAllocationHandleType
         return kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
 
-    def _properties(self, ordinal: int) -> Any:
+    def _properties(self, ordinal: int, *, shareable: bool = True) -> Any:
         properties = self._api.CUmemAllocationProp()
         properties.type = self._api.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
-        properties.requestedHandleTypes = self._shareable
+        if shareable:
+            properties.requestedHandleTypes = self._shareable
         properties.location.type = self._api.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE
         properties.location.id = ordinal
         return properties

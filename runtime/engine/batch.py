@@ -18,9 +18,9 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.device import upload
 from coldframe.runtime.engine.ragged import Ragged
 
-__all__ = ["Chunk", "Batch", "Reach"]
+__all__ = ["SINGLES", "Batch", "Chunk", "Reach", "places"]
 
-_SINGLES = -1
+SINGLES = -1
 """Stands for all sequences of one token where one sequence's number is asked for."""
 
 
@@ -68,6 +68,7 @@ class Batch:
         singles: Sequences of one token, which attend together; `single_rows` are their rows.
         fresh: Blocks that get their first token here and are not filled by it.
         ragged: What one call over all sequences takes, where that was asked for.
+        reaches: The keys that are looked at, by sequence and window, as far as anybody has asked.
     """
 
     chunks: tuple[Chunk, ...]
@@ -85,9 +86,9 @@ class Batch:
     # What the model derives from the above, once a batch.
     rotation: tuple[Tensor, Tensor] | None = None
     rows: Tensor | None = None
+    reaches: dict[tuple[int, int | None], Reach] = field(default_factory=dict)
     _tables: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
     _skipped: dict[int | None, Tensor] = field(default_factory=dict)
-    _reaches: dict[tuple[int, int | None], Reach] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -112,7 +113,7 @@ class Batch:
         Raises:
             RequestError: A chunk is empty or has not enough blocks.
         """
-        positions, slots, offsets, fresh = _places(chunks, block_tokens)
+        positions, slots, offsets, fresh = places(chunks, block_tokens)
         singles = tuple(s for s, chunk in enumerate(chunks) if len(chunk.token_ids) == 1)
         tables, skipped = _looked_at(chunks, singles, windows, block_tokens)
         on_device = iter(
@@ -165,21 +166,21 @@ class Batch:
             window: One of those that the batch was built for.
         """
         key = (sequence, window)
-        if key not in self._reaches:
+        if key not in self.reaches:
             chunk = self.chunks[sequence]
             end = chunk.start + len(chunk.token_ids)
             skipped = _first_block(chunk.start, window, self.block_tokens) * self.block_tokens
             queries = self.positions[self.offsets[sequence] : self.offsets[sequence + 1], None]
             keys = torch.arange(skipped, end, device=queries.device)
-            self._reaches[key] = Reach(
+            self.reaches[key] = Reach(
                 self._tables[key][None], end - skipped, _visible(queries, keys, window)
             )
-        return self._reaches[key]
+        return self.reaches[key]
 
     def single_reach(self, window: int | None) -> Reach:
         """The keys that all sequences of one token look at, side by side."""
-        key = (_SINGLES, window)
-        if key not in self._reaches:
+        key = (SINGLES, window)
+        if key not in self.reaches:
             chunks = [self.chunks[s] for s in self.singles]
             table = self._tables[key].view(len(chunks), -1)
             length = table.shape[1] * self.block_tokens
@@ -190,11 +191,11 @@ class Batch:
             queries = self.positions[self.single_rows]
             whole = len(chunks) == 1 and (window is None or length <= window)
             mask = None if whole else _visible(queries[:, None], keys, window)[:, None, None]
-            self._reaches[key] = Reach(table, length, mask)
-        return self._reaches[key]
+            self.reaches[key] = Reach(table, length, mask)
+        return self.reaches[key]
 
 
-def _places(
+def places(
     chunks: Sequence[Chunk], block_tokens: int
 ) -> tuple[list[int], list[int], list[int], list[int]]:
     """Each token's position and slot, where each sequence begins, and the blocks that are fresh.
@@ -249,7 +250,7 @@ def _looked_at(
             width = max(map(len, found))
             # Shorter ones are padded with a block of their own, which the mask hides.
             padded = [table + table[:1] * (width - len(table)) for table in found]
-            tables[_SINGLES, window] = list(chain.from_iterable(padded))
+            tables[SINGLES, window] = list(chain.from_iterable(padded))
             skipped[window] = [
                 _first_block(chunks[s].start, window, block_tokens) * block_tokens for s in singles
             ]

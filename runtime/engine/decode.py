@@ -8,13 +8,22 @@ request waits for the whole step, so little of such a request goes into one besi
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.sampling import sample
 from coldframe.runtime.engine.sequence import Emission, Sequence
 
-__all__ = ["BESIDE", "Decoder"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from coldframe.runtime.engine.graphs import StepGraphs
+
+__all__ = ["BESIDE", "MOST", "Decoder"]
+
+MOST = 64
+"""Requests in the largest batch."""
 BESIDE = 32
 """Tokens that are computed beside the next ones of running requests: a step takes about twice as
 long with them."""
@@ -30,10 +39,18 @@ class Decoder:
         model: The model, all its weights in.
         most: The largest batch; more requests wait their turn.
         beside: Tokens in a step, beside one of each running request, of those that are behind.
+        graphs: What computes the steps; None is the model itself.
     """
 
-    def __init__(self, model: Model, most: int = 64, beside: int = BESIDE) -> None:
+    def __init__(
+        self,
+        model: Model,
+        most: int = MOST,
+        beside: int = BESIDE,
+        graphs: StepGraphs | None = None,
+    ) -> None:
         self._model = model
+        self._graphs = graphs
         self._most = most
         self._beside = beside
         self._running: dict[str, Sequence] = {}
@@ -52,7 +69,7 @@ class Decoder:
     def step(self) -> list[tuple[Sequence, Emission]]:
         """The next token of each request that is not behind. Those that have finished are gone."""
         sequences, chunks = self._next()
-        logits = self._model.forward(self._model.batch(chunks))
+        logits = self._forward(chunks)
         if len(chunks[-1].token_ids) < sequences[-1].left:
             sequences.pop().kv_tokens += len(chunks[-1].token_ids)
         if not sequences:
@@ -68,6 +85,11 @@ class Decoder:
                 del self._running[sequence.request]
             emitted.append((sequence, emission))
         return emitted
+
+    def _forward(self, chunks: list[Chunk]) -> Tensor:
+        if self._graphs is not None:
+            return self._graphs.forward(chunks)
+        return self._model.forward(self._model.batch(chunks))
 
     def _next(self) -> tuple[list[Sequence], list[Chunk]]:
         """What goes into the next step, and last of it a request that stays behind.

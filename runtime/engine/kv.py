@@ -143,3 +143,7 @@ class KVCache:
         """
         for block in blocks:
             self.pages[block].zero_()
+
+    def forget(self, block: int, offset: int) -> None:
+        """Zeroes one token of a block, in all layers."""
+        self.pages[block, :, :, offset].zero_()

@@ -9,6 +9,7 @@ equal and float32 logits agree within 1e-4.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,17 @@ class Model:
     def device(self) -> torch.device:
         """Where it computes: where the cache is."""
         return self.kv.device
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """How many tokens a token sees in some layer, each number once."""
+        return self._windows
+
+    def over(self, kv: KVCache) -> Model:
+        """The same model over another cache, of the same kind and on the same device."""
+        twin = copy(self)
+        twin.kv = kv
+        return twin
 
     def batch(self, chunks: Sequence[Chunk]) -> Batch:
         """The chunks as this model takes them; see `Batch.build`."""

@@ -7,6 +7,7 @@ logits agree to rounding. Settings are read in `ropespec.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -33,6 +34,14 @@ class Rope:
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         self._exponents = exponents.to(device)
         self._inv_freq = _inverse_frequencies(spec, head_dim, exponents).to(device)
+
+    def move(self, keep: Callable[[Tensor], Tensor]) -> None:
+        """Has what it computes from lie somewhere else from now on.
+
+        Args:
+            keep: Makes a copy there.
+        """
+        self._exponents, self._inv_freq = keep(self._exponents), keep(self._inv_freq)
 
     def cos_sin(
         self, positions: Tensor, prompt_lengths: Tensor, dtype: torch.dtype

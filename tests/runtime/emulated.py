@@ -7,6 +7,8 @@ what is proven is that the processes agree on who maps, copies and waits for wha
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["emulate", "install"]
+__all__ = ["emulate", "install", "replays"]
 
 _ROOT = str(Path(__file__).parents[2])
 
@@ -47,6 +49,7 @@ def install(
     delay: float = 0.0,
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
+    graphs: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -56,6 +59,7 @@ def install(
         delay: See `Emulator`.
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
+        graphs: A directory: decode steps are captured, and what is replayed is counted there.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -74,3 +78,35 @@ def install(
     Driver.open = lambda api=None: really_open(api or emulator)  # type: ignore[method-assign]
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
+    if graphs is not None:
+        _capture_steps(graphs)
+
+
+def replays(graphs: Path) -> dict[int, int]:
+    """How many steps each process has replayed, by its id."""
+    return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
+
+
+def _capture_steps(graphs: str) -> None:
+    """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
+    from coldframe.runtime.worker import Worker
+
+    really = Worker.step_graphs
+
+    def step_graphs(worker: Worker) -> Any:
+        # Torch is there only now.
+        from coldframe.runtime import graphing
+
+        sys.path.insert(0, _ROOT)
+        from tests.runtime.engine.recording import RecordingCapturer
+
+        sys.path.remove(_ROOT)
+
+        def replayed() -> None:
+            with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
+                file.write(b".")
+
+        graphing.capturer_for = lambda *_: RecordingCapturer(replayed=replayed)  # type: ignore[assignment]
+        return really(worker)
+
+    Worker.step_graphs = step_graphs  # type: ignore[method-assign]

@@ -64,6 +64,7 @@ class _Allocation:
     device: int
     handles: int = 1
     mappings: int = 0
+    shareable: bool = True
 
 
 @dataclass
@@ -316,8 +317,10 @@ class Emulator(EmulatedGraphs):
         def call() -> Any:
             self._check_properties(prop)
             _require(flags == 0 and size > 0 and size % GRANULARITY == 0)
-            posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
-            _require(prop.requestedHandleTypes == posix)
+            kinds = real.CUmemAllocationHandleType
+            posix = kinds.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
+            shareable = prop.requestedHandleTypes == posix
+            _require(shareable or prop.requestedHandleTypes == kinds.CU_MEM_HANDLE_TYPE_NONE)
             device = prop.location.id
             if self.used_of(device) + size > self.memory:
                 raise Refused("CUDA_ERROR_OUT_OF_MEMORY")
@@ -325,7 +328,8 @@ class Emulator(EmulatedGraphs):
             os.ftruncate(fd, size)
             for at in range(0, size, GRANULARITY):
                 os.pwrite(fd, b"what was here before", at)
-            return self._new_handle(_Allocation(fd, size, os.fstat(fd).st_ino, device))
+            inode = os.fstat(fd).st_ino
+            return self._new_handle(_Allocation(fd, size, inode, device, shareable=shareable))
 
         return self._do("cuMemCreate", call)
 
@@ -352,6 +356,7 @@ class Emulator(EmulatedGraphs):
             posix = real.CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR
             _require(handleType == posix and flags == 0 and int(handle) in self._handles)
             allocation = self._handles[int(handle)]
+            _require(allocation.shareable)
             self._shared[allocation.inode] = allocation
             return os.dup(allocation.fd)
 

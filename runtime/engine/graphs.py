@@ -1,0 +1,292 @@
+"""Decode steps that were captured once and are replayed since.
+
+A step of one token for each of a few sequences is hundreds of small kernels, and asking for them
+one by one takes longer than they do. So such steps are padded to a bucket (`buckets.py`), and each
+bucket is captured once, over addresses that do not move (`fixed.py`). From then on a step is one
+copy of its numbers, and one call. Any other step is computed as it always was.
+
+Captures are made lazily, never before somebody has a first token, and between two steps at most
+one: of a bucket that is in use, right after a step that was run in the same form, so that nothing
+happens in a capture for the first time. While nobody asks, the others follow, the smallest first.
+A process that is to be frozen makes all of them at once.
+
+Whatever is to be replayed is held against the step that it stands for when it is first needed
+(`trial.py`). What fails is not tried again: its steps are computed kernel by kernel, and the reason
+is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from coldframe.loader.errors import DeviceError
+from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.engine.batch import Chunk
+from coldframe.runtime.engine.buckets import Bucket, bucket_for, buckets
+from coldframe.runtime.engine.capture import Captured, Capturer, Replay
+from coldframe.runtime.engine.fixed import FixedSteps
+from coldframe.runtime.engine.model import Model
+from coldframe.runtime.engine.trial import as_refusal, try_padding, try_replay
+from coldframe.runtime.engine.wanted import Wanted
+
+__all__ = ["MOST_GRAPHS", "StepGraphs"]
+
+MOST_GRAPHS = 64
+"""Steps that are captured at most. Each takes some of the device's memory for itself, besides what
+all of them compute in; the longest ones, which gain least, are left out."""
+
+
+class StepGraphs:
+    """A model's decode steps, as far as they are captured.
+
+    Args:
+        model: The model, which computes all other steps; with the kernel that it attends by.
+        capturer: What captures.
+        most: Sequences in the largest step.
+        limit: Steps to be captured at most.
+        recorder: Gets a span `graph_capture` for each.
+
+    Attributes:
+        buckets: Those that are to be captured sooner or later, the smallest first.
+        replayed: How many steps were replayed so far.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        capturer: Capturer,
+        *,
+        most: int = 64,
+        limit: int = MOST_GRAPHS,
+        recorder: Recorder | None = None,
+    ) -> None:
+        self._model = model
+        self._capturer = capturer
+        self._most = most
+        self._recorder = recorder
+        self._weights = model.weights
+        self._steps = FixedSteps(model, most)
+        every = buckets(most, self._steps.context_blocks, model.kv.blocks)
+        self.buckets = tuple(bucket for bucket in every if self._steps.fits(bucket))[:limit]
+        self.replayed = 0
+        self._wanted = Wanted(self.buckets)
+        self._graphs: dict[Bucket, Captured] = {}
+        self._rebuilt: dict[Bucket, Replay] = {}
+        self._trusted: set[Bucket] = set()
+        self._due: Bucket | None = None
+        self._padded = False
+        """Whether a padded step was held against one that is not."""
+        self._stepped = False
+        """Whether somebody has got a token since the weights came."""
+
+    @property
+    def captured(self) -> dict[Bucket, Captured]:
+        """What was captured here, by bucket."""
+        return dict(self._graphs)
+
+    @property
+    def refused(self) -> dict[Bucket, DeviceError]:
+        """Why steps of a bucket are not captured, or what was captured is not replayed."""
+        return dict(self._wanted.refused)
+
+    @property
+    def scratch(self) -> tuple[int, int] | None:
+        """Address and length of what steps know of beside weights and KV; see `Capturer`."""
+        return self._capturer.scratch
+
+    # -- a step ----------------------------------------------------------------------------------
+
+    def forward(self, chunks: Sequence[Chunk]) -> Tensor:
+        """The logits of a step, `[S, vocab_size]`, float32; to be read before the next step.
+
+        Args:
+            chunks: As many as there are sequences.
+
+        Raises:
+            RequestError: A sequence's tokens do not fit its blocks.
+            DeviceLost: The device broke.
+        """
+        self._follow_weights()
+        self._stepped = True
+        bucket = self._bucket_of(chunks)
+        if bucket is None:
+            return self._model.forward(self._model.batch(chunks))
+        replay = self._rebuilt.get(bucket) or self._graphs.get(bucket)
+        if replay is None:
+            if not self._wanted.use(bucket) or not self._ready():
+                return self._model.forward(self._model.batch(chunks))
+            self._due = bucket
+        if not self._padded:
+            return self._try_padding(bucket, chunks)
+        if replay is not None and bucket not in self._trusted:
+            return self._try(bucket, replay, chunks)
+        self._steps.fill(bucket, chunks)
+        if replay is None:
+            self._steps.run(bucket)
+        else:
+            replay.replay()
+            self.replayed += 1
+        return self._steps.logits(len(chunks))
+
+    def _bucket_of(self, chunks: Sequence[Chunk]) -> Bucket | None:
+        """The bucket of a step; None where it has none that is or will be captured."""
+        if any(len(chunk.token_ids) != 1 for chunk in chunks):
+            return None
+        blocks = max(chunk.start for chunk in chunks) // self._model.kv.block_tokens + 1
+        bucket = bucket_for(len(chunks), blocks, self._most)
+        return bucket if bucket in self._wanted or bucket in self._rebuilt else None
+
+    def _try_padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Tensor:
+        """The first step that is padded."""
+        self._padded = True
+        logits, complaint = try_padding(self._steps, bucket, self._model, chunks)
+        if complaint is not None:
+            self._close(complaint)
+        return logits
+
+    def _try(self, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]) -> Tensor:
+        """A step that is captured and was never replayed."""
+        dtype = self._model.kv.dtype
+        logits, complaint = try_replay(self._steps, bucket, replay, chunks, dtype)
+        if complaint is None:
+            self._trusted.add(bucket)
+        elif self._rebuilt.pop(bucket, None) is None:
+            self._wanted.refuse(bucket, complaint)
+            self._graphs.pop(bucket).close()
+        else:  # it is captured here instead
+            self._wanted.refused[bucket] = complaint
+        return logits
+
+    # -- captures --------------------------------------------------------------------------------
+
+    def between_steps(self) -> bool:
+        """Captures what the last step has called for: to be called once its tokens are sent.
+
+        Returns:
+            Whether there was anything.
+
+        Raises:
+            DeviceLost: The device broke.
+        """
+        self._follow_weights()
+        bucket, self._due = self._due, None
+        if bucket is None or bucket not in self._missing():
+            return False
+        self._capture(bucket, "in use")
+        return True
+
+    def while_idle(self) -> bool:
+        """Captures one more step, while nobody waits for one.
+
+        Returns:
+            Whether it did. There is none to capture before somebody has had a token.
+
+        Raises:
+            DeviceLost: The device broke.
+        """
+        self._follow_weights()
+        missing = self._missing() if self._stepped else []
+        if not missing or not self._ready():
+            return False
+        self._capture(missing[0], "while idle", warm=True)
+        return True
+
+    def capture_all(self) -> int:
+        """Captures all that is not captured yet; weights must be mapped, and may be anything.
+
+        Nothing is written to the model's KV, and none of it needs memory behind it.
+
+        Returns:
+            How many steps are captured now.
+
+        Raises:
+            DeviceLost: The device broke.
+        """
+        self._follow_weights()
+        while (missing := self._missing()) and self._ready():
+            self._capture(missing[0], "beforehand", warm=True)
+        return len(self._graphs)
+
+    def install(self, bucket: Bucket, replay: Replay, nbytes: int) -> None:
+        """Takes a step that was captured elsewhere and rebuilt.
+
+        Args:
+            bucket: Of which it is.
+            replay: Does it. What it knows of lies where it does here.
+            nbytes: Of `scratch`, what it may touch.
+
+        Raises:
+            DeviceError: There is no memory for it, or not at that place.
+        """
+        self._follow_weights()
+        if not self._ready():
+            assert self._wanted.closed is not None
+            raise self._wanted.closed
+        self._capturer.reach(nbytes)
+        if bucket not in self._graphs:
+            self._rebuilt[bucket] = replay
+
+    def weights_leave(self) -> None:
+        """The weights leave, and come back to the same place: captures wait for a token again."""
+        self._stepped = False
+        self._due = None
+
+    def _missing(self) -> list[Bucket]:
+        return self._wanted.missing(self._graphs.keys() | self._rebuilt.keys())
+
+    def _capture(self, bucket: Bucket, why: str, *, warm: bool = False) -> None:
+        """Captures a step, or keeps why it cannot be.
+
+        Args:
+            bucket: Which.
+            why: For the timeline.
+            warm: Whether it was not just run, and is to be before.
+        """
+        started = now()
+        try:
+            if warm:
+                self._steps.warm_up(bucket)
+            self._graphs[bucket] = self._capturer.capture(lambda: self._steps.run(bucket))
+        except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
+            refusal = as_refusal(error, f"a decode step of {bucket}")
+            self._wanted.refuse(bucket, refusal)
+            notes = [f"{bucket} failed: {refusal.got}"]
+        else:
+            self._wanted.succeeded()
+            notes = [f"{bucket}, {why}", f"{len(self._graphs)} so far", self._capturer.note]
+        if self._recorder is not None:
+            self._recorder.add("graph_capture", started, note="; ".join(filter(None, notes)))
+
+    # -- what steps know of ----------------------------------------------------------------------
+
+    def _ready(self) -> bool:
+        """Whether what steps share has its place; nothing is captured where there is none."""
+        if not self._steps.placed and self._wanted.closed is None:
+            try:
+                self._steps.place(self._capturer.place)
+            except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
+                self._close(as_refusal(error, "memory for decode steps"))
+        return self._wanted.closed is None
+
+    def _follow_weights(self) -> None:
+        """Forgets all that is captured where the weights lie somewhere else now."""
+        if self._model.weights is not self._weights:
+            self._forget()
+            self._weights = self._model.weights
+
+    def _close(self, why: DeviceError) -> None:
+        """Has every step computed kernel by kernel from now on."""
+        self._wanted.close(why)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._model.settle()
+        for graph in self._graphs.values():
+            graph.close()
+        self._graphs.clear()
+        self._rebuilt.clear()
+        self._trusted.clear()
+        self._due = None
+        self._capturer.drop()

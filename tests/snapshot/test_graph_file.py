@@ -56,6 +56,7 @@ def archive(fingerprint: GraphFingerprint = HERE) -> GraphArchive:
         {"1x8": graph, "2x8": graph},
         {"4x8": "a node calls a function of this process"},
         (b"cubin",),
+        {"scratch": 123},
     )
 
 

@@ -54,6 +54,7 @@ class GraphArchive:
         graphs: By key, such as `8x16`.
         refused: By key, why a graph is not among them.
         images: Cubins, fatbins or PTX that kernels come from, beside those that libraries bring.
+        notes: Numbers that whoever has saved them wants back.
     """
 
     fingerprint: GraphFingerprint
@@ -63,6 +64,7 @@ class GraphArchive:
     graphs: Mapping[str, GraphNodes]
     refused: Mapping[str, str] = field(default_factory=dict)
     images: tuple[bytes, ...] = ()
+    notes: Mapping[str, int] = field(default_factory=dict)
 
 
 def encode(archive: GraphArchive) -> bytes:
@@ -77,6 +79,7 @@ def encode(archive: GraphArchive) -> bytes:
         "graphs": {key: _described(graph, parts) for key, graph in archive.graphs.items()},
         "refused": dict(archive.refused),
         "images": [len(image) for image in archive.images],
+        "notes": dict(archive.notes),
     }
     parts += archive.images
     head, fingerprint = _json(about), _json(archive.fingerprint.to_json())
@@ -152,6 +155,7 @@ def _decoded(rest: memoryview, where: str, here: GraphFingerprint | None) -> Gra
         {key: _graph(graph, parts) for key, graph in about["graphs"].items()},
         about["refused"],
         tuple(parts.take(length) for length in about["images"]),
+        about["notes"],
     )
     parts.end()
     return archive

@@ -95,14 +95,16 @@ def function_of(kernels: KernelCalls, params: Any) -> Function | None:
     Raises:
         DeviceError: The driver refuses.
     """
-    if not int(params.func):
-        return kernels.function_of(params.kern) if int(params.kern) else None
-    function: Function = params.func
+    # What the bindings give of a structure is a view of it, and goes with it: handles are copied.
+    handle, kernel = int(params.func), int(params.kern)
+    if not handle:
+        return kernels.function_of(kernels.api.CUkernel(kernel)) if kernel else None
+    function: Function = kernels.api.CUfunction(handle)
     if kernels.name(function) is not None:
         return function
     # A library's kernel may be passed for a function when it is launched, and is captured so.
     with suppress(DeviceError):
-        return kernels.function_of(kernels.api.CUkernel(int(params.func)))
+        return kernels.function_of(kernels.api.CUkernel(handle))
     return None
 
 

@@ -19,10 +19,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
 
-from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.driver import Driver, Stream
 from coldframe.loader.devices.graph_calls import (
     READING,
     REBUILDING,
@@ -40,6 +40,7 @@ from coldframe.snapshot.graph_rebuild import Rebuilder
 
 __all__ = [
     "GraphArchive",
+    "GraphBuilder",
     "GraphFingerprint",
     "GraphSaver",
     "Kernels",
@@ -92,12 +93,18 @@ class GraphSaver:
             return str(error)
         return None
 
-    def archive(self, fingerprint: GraphFingerprint, images: Sequence[bytes] = ()) -> GraphArchive:
+    def archive(
+        self,
+        fingerprint: GraphFingerprint,
+        images: Sequence[bytes] = (),
+        notes: Mapping[str, int] | None = None,
+    ) -> GraphArchive:
         """The graphs that were taken.
 
         Args:
             fingerprint: What they take for granted.
             images: Code that kernels of theirs come from, where no library brings it.
+            notes: Numbers to be had back with them.
         """
         return GraphArchive(
             fingerprint,
@@ -107,6 +114,7 @@ class GraphSaver:
             dict(self._graphs),
             dict(self._refused),
             tuple(images),
+            dict(notes or {}),
         )
 
 
@@ -129,6 +137,67 @@ def save(
     return saver.archive(fingerprint, images)
 
 
+class GraphBuilder:
+    """Puts the graphs of an archive together one by one, without capturing anything.
+
+    Args:
+        driver: Whose they will be; its context must be current in this thread.
+        archive: What they are in.
+        regions: The memory that their pointers lead into, where it is in this process.
+        kernels: The kernels of this process, which must live as long as the graphs.
+
+    Attributes:
+        refused: By key, why a graph cannot be had: it has to be captured.
+
+    Raises:
+        DeviceError: The driver cannot put graphs together.
+        GraphRefused: The regions are not those of the archive.
+    """
+
+    def __init__(
+        self, driver: Driver, archive: GraphArchive, regions: Sequence[Region], kernels: Kernels
+    ) -> None:
+        _check(regions)
+        self._calls = GraphCalls(driver)
+        self._calls.demand(REBUILDING)
+        self._archive = archive
+        self._rebuilder = Rebuilder(self._calls, archive, regions, kernels)
+        self.refused = dict(archive.refused)
+        for image in archive.images:
+            kernels.load(image)
+
+    def build(self, key: str, stream: Stream) -> Executable | None:
+        """One graph, on its way to the device: it can be launched behind that in any stream.
+
+        Args:
+            key: Of which it was kept.
+            stream: What brings it there.
+
+        Returns:
+            The caller's to `destroy`; None where it is refused.
+
+        Raises:
+            DeviceLost: There is no device any more.
+        """
+        made: Executable | None = None
+        try:
+            made = self._rebuilder.rebuild(self._archive.graphs[key])
+            self._calls.upload(made, stream)
+        except (GraphRefused, DeviceError) as error:
+            if made is not None:
+                self.destroy(made)
+            if isinstance(error, DeviceLost):
+                raise
+            self.refused[key] = str(error)
+            return None
+        return made
+
+    def destroy(self, executable: Executable) -> None:
+        """Ends one, which may not be running."""
+        with suppress(DeviceLost):  # and all that was on it
+            self._calls.destroy(executable)
+
+
 @dataclass(slots=True)
 class Rebuilt:
     """Graphs that were put together again.
@@ -138,28 +207,20 @@ class Rebuilt:
         refused: By key, why one is not among them: it has to be captured.
     """
 
-    graphs: dict[str, Executable] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    _calls: GraphCalls | None = None
+    graphs: dict[str, Executable]
+    refused: dict[str, str]
+    _builder: GraphBuilder
 
     def close(self) -> None:
         """Destroys them; none may be running."""
-        while self.graphs and self._calls is not None:
-            _, executable = self.graphs.popitem()
-            with suppress(DeviceLost):  # and all that was on it
-                self._calls.destroy(executable)
+        while self.graphs:
+            self._builder.destroy(self.graphs.popitem()[1])
 
 
 def rebuild(
     driver: Driver, archive: GraphArchive, regions: Sequence[Region], kernels: Kernels
 ) -> Rebuilt:
-    """Puts the graphs of an archive together, without capturing anything.
-
-    Args:
-        driver: Whose they will be; its context must be current in this thread.
-        archive: What they are in.
-        regions: The memory that their pointers lead into, where it is in this process.
-        kernels: The kernels of this process, which must live as long as the graphs.
+    """Puts all graphs of an archive together; see `GraphBuilder`.
 
     Returns:
         All of whose kernels there are, and why the others are not among them.
@@ -168,33 +229,21 @@ def rebuild(
         DeviceError: The driver cannot put graphs together, or is lost. Nothing is left behind.
         GraphRefused: The regions are not those of the archive.
     """
-    _check(regions)
-    calls = GraphCalls(driver)
-    calls.demand(REBUILDING)
-    rebuilder = Rebuilder(calls, archive, regions, kernels)
-    rebuilt = Rebuilt(refused=dict(archive.refused), _calls=calls)
+    builder = GraphBuilder(driver, archive, regions, kernels)
+    rebuilt = Rebuilt({}, builder.refused, builder)
+    stream = driver.stream()
     try:
-        for image in archive.images:
-            kernels.load(image)
-        stream = driver.stream()
-        try:
-            for key, graph in archive.graphs.items():
-                try:
-                    rebuilt.graphs[key] = rebuilder.rebuild(graph)
-                    calls.upload(rebuilt.graphs[key], stream)
-                except DeviceLost:
-                    raise
-                except (GraphRefused, DeviceError) as error:
-                    rebuilt.refused[key] = str(error)
-                    if key in rebuilt.graphs:
-                        calls.destroy(rebuilt.graphs.pop(key))
-            driver.synchronize(stream)
-        finally:
-            with suppress(DeviceLost):
-                driver.destroy_stream(stream)
+        for key in archive.graphs:
+            made = builder.build(key, stream)
+            if made is not None:
+                rebuilt.graphs[key] = made
+        driver.synchronize(stream)
     except BaseException:
         rebuilt.close()
         raise
+    finally:
+        with suppress(DeviceLost):
+            driver.destroy_stream(stream)
     return rebuilt
 
 

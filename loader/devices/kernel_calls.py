@@ -27,6 +27,7 @@ NAMING = (
     "cuFuncGetModule",
     "cuFuncGetName",
     "cuFuncGetParamInfo",
+    "cuFuncLoad",
     "cuFuncSetAttribute",
     "cuKernelGetFunction",
     "cuModuleEnumerateFunctions",
@@ -50,7 +51,6 @@ class KernelCalls:
         self.driver = driver
         self.api = driver.api
         self._call = driver.call
-        self._lazy = driver.has("cuFuncLoad")
 
     def name(self, function: Function) -> str | None:
         """A function's name, as the compiler has mangled it; None where this is no function."""
@@ -86,8 +86,7 @@ class KernelCalls:
 
     def load(self, function: Function) -> None:
         """Has a function loaded that was only listed; before that it does not say what it needs."""
-        if self._lazy:
-            self._call("a kernel cannot be loaded", "cuFuncLoad", function)
+        self._call("a kernel cannot be loaded", "cuFuncLoad", function)
 
     def attribute(self, function: Function, name: str) -> int | None:
         """A number that a function has, by the driver's name; None where it knows none such.

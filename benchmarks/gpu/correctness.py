@@ -16,7 +16,7 @@ from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 if TYPE_CHECKING:
     import pytest
 
-__all__ = ["Recorder", "RETURNING", "measure", "measure_returning", "run_tests"]
+__all__ = ["Recorder", "RETURNING", "files_of", "measure", "measure_returning", "run_tests"]
 
 _ROOT = Path(__file__).resolve().parent.parent.parent
 _LONGEST = 200
@@ -34,16 +34,18 @@ def measure(report: Report, setting: Setting) -> None:
         LeftOut: There are none: they are in a checkout, and not in what is installed.
         RuntimeError: pytest itself failed.
     """
-    run_tests(report, setting, [file for file in _files() if file.name not in RETURNING])
+    run_tests(report, setting, files_of(returning=False))
 
 
 def measure_returning(report: Report, setting: Setting) -> None:
     """Runs those; see `measure`."""
-    run_tests(report, setting, [file for file in _files() if file.name in RETURNING])
+    run_tests(report, setting, files_of(returning=True))
 
 
-def _files() -> list[Path]:
-    return sorted((_ROOT / "tests" / "gpu").glob("test_*.py"))
+def files_of(*, returning: bool) -> list[Path]:
+    """The tests' files: of what comes back, or all others."""
+    files = sorted((_ROOT / "tests" / "gpu").glob("test_*.py"))
+    return [file for file in files if (file.name in RETURNING) == returning]
 
 
 def run_tests(report: Report, setting: Setting, tests: Sequence[Path]) -> None:

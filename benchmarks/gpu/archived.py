@@ -20,7 +20,10 @@ from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 
-__all__ = ["capture", "measure", "rebuild", "rows"]
+__all__ = ["CAPTURED", "REBUILT", "capture", "measure", "rebuild", "rows"]
+
+CAPTURED = "all steps captured"
+REBUILT = "steps made of the archive"
 
 _SHARE = 0.2
 _BLOCKS = 256
@@ -35,7 +38,7 @@ def measure(report: Report, setting: Setting) -> None:
         LeftOut: No step could be captured, or kept.
     """
     model = str(report.earlier.need(MODEL))
-    file = str(Path(setting.scratch, "graphs"))
+    file = str(Path(setting.scratch, "steps.archive"))
     captured = _run("capture", model, setting.device, file)
     for key, why in captured["refused"].items():
         report.left_out(f"step {key}", why)
@@ -67,16 +70,16 @@ def rows(captured: dict[str, Any], rebuilt: dict[str, Any]) -> list[Row]:
     each = captured["seconds"] / captured["steps"]
     share = rebuilt["seconds"] / (each * rebuilt["steps"])
     return [
-        Row("all steps captured", [captured["seconds"]], "s"),
+        Row(CAPTURED, [captured["seconds"]], "s"),
         Row("  kept in an archive", [captured["bytes"] / 1e6], "MB"),
-        Row("steps made of the archive", [rebuilt["seconds"]], "s"),
+        Row(REBUILT, [rebuilt["seconds"]], "s"),
         Row("  of that, one step captured for its kernels", [rebuilt["learnt_s"]], "s"),
         Row("archive / capture of as many", [share], "ratio", _SHARE),
     ]
 
 
 def _run(what: str, model: str, device: str, file: str) -> Any:
-    command = [sys.executable, "-P", "-m", __name__, what, model, device, file]
+    command = [sys.executable, "-P", "-m", __name__, what, model, device, file, str(_BLOCKS)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     lines = done.stdout.splitlines()
     if done.returncode or not lines:
@@ -85,12 +88,12 @@ def _run(what: str, model: str, device: str, file: str) -> Any:
     return json.loads(lines[-1])
 
 
-def capture(model: str, device: str, file: str) -> dict[str, Any]:
+def capture(model: str, device: str, file: str, blocks: str) -> dict[str, Any]:
     """Captures all steps of a model and writes them to a file."""
     from coldframe.benchmarks.gpu.archiving import kept
     from coldframe.benchmarks.gpu.engine import Engine
 
-    engine = Engine.open(model, device, _BLOCKS, fill=False)
+    engine = Engine.open(model, device, int(blocks), fill=False)
     engine.greedy([[5, 6, 7]], 2, captured=False)  # the libraries' start is not the captures'
     started = time.perf_counter()
     steps = engine.graphs.capture_all()
@@ -107,12 +110,12 @@ def capture(model: str, device: str, file: str) -> dict[str, Any]:
     }
 
 
-def rebuild(model: str, device: str, file: str) -> dict[str, Any]:
+def rebuild(model: str, device: str, file: str, blocks: str) -> dict[str, Any]:
     """Makes steps of what that has written."""
     from coldframe.benchmarks.gpu.archiving import made
     from coldframe.benchmarks.gpu.engine import Engine
 
-    engine = Engine.open(model, device, _BLOCKS, fill=False, limit=1)
+    engine = Engine.open(model, device, int(blocks), fill=False, limit=1)
     engine.greedy([[5, 6, 7]], 2, captured=False)
     started = time.perf_counter()
     engine.graphs.capture_all()

@@ -49,11 +49,12 @@ def tell():
     emulate(Patch(), memory=_all, worker=more, frozen=more)
 
 
-def record():
+def record(graphs):
     from coldframe.runtime import graphing
+    from tests.benchmarks.graph_capturer import GraphCapturer
     from tests.runtime.engine.recording import RecordingCapturer
 
-    graphing.capturer_for = lambda *_: RecordingCapturer()
+    graphing.capturer_for = lambda *_: GraphCapturer() if graphs else RecordingCapturer()
 """
 
 _SITE = """
@@ -67,8 +68,8 @@ if command or "coldframe.benchmarks.gpu" in said or "coldframe.loader.devices" i
     emulated_site.take()
     if command:
         emulated_site.tell()
-    if "gpu.engine" in said:
-        emulated_site.record()
+    if "gpu.engine" in said or "gpu.archived" in said:
+        emulated_site.record("gpu.archived" in said)
 """
 
 

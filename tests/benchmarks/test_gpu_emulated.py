@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from coldframe.benchmarks.gpu import decode, resident, restored
+from coldframe.benchmarks.gpu import archived, decode, resident, restored
 from coldframe.benchmarks.gpu.copies import BARE
 from coldframe.benchmarks.gpu.correctness import RETURNING
 from coldframe.benchmarks.gpu.model import MODEL
@@ -131,6 +131,19 @@ def test_decode_where_nothing_can_be_captured(
     assert found.left_out == {"decode with captured steps": "none was captured"}
     assert "decode, batch 1, eager" in rows
     assert "decode, batch 1, with captured steps" not in rows
+
+
+@pytest.mark.heavy
+def test_an_archive(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archived, "_BLOCKS", 16)
+    rows = figures(found := measured(archived.measure))
+    assert found.left_out == {}
+    steps = found.answers["steps"]
+    assert steps["captured"] == steps["from the archive"] > 5
+    share = rows["archive / capture of as many"]
+    taken, rebuilt = (rows[name].median for name in (archived.CAPTURED, archived.REBUILT))
+    assert share.runs == [pytest.approx(rebuilt / taken)]
+    assert (share.target, share.at_least) == (0.2, False)
 
 
 @pytest.mark.heavy

@@ -10,16 +10,17 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-import torch
-
 from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.replicas import Answer, ask, options
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
+from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.driver import Driver
+from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.timeline import Span
 from coldframe.runtime.replica import Replica
 
-__all__ = ["CAPTURING", "captures", "measure", "together_rate"]
+__all__ = ["CAPTURING", "bandwidth", "captures", "measure", "together_rate"]
 
 CAPTURING = "all captures together"
 
@@ -35,17 +36,20 @@ _QUIET_S = 1.5
 
 def measure(report: Report, setting: Setting) -> None:
     """Measures the device's memory, then decodes."""
-    bandwidth = _bandwidth(setting)
-    report.figure(Row("device memory, a copy counted twice", [b / 1e9 for b in bandwidth], "GB/s"))
-    torch.cuda.empty_cache()
     model = report.earlier.need(MODEL)
+    context = Context(Driver.open(), setting.ordinal)
+    try:
+        rates = bandwidth(context, setting.nbytes)
+    finally:
+        context.close()
+    report.figure(Row("device memory, a copy counted twice", [r / 1e9 for r in rates], "GB/s"))
     for graphs in (True, False):
         told = options(model, setting.device, graphs=graphs)
         with Replica(told) as replica:
             ask(replica, _TOKENS).wait(replica, setting.seconds)
             if graphs and not _let_capture(replica, report):
                 continue
-            limit = median(bandwidth) / int(replica.facts["weights_bytes"])
+            limit = median(rates) / int(replica.facts["weights_bytes"])
             report.figure(Row("  bandwidth / bytes of weights", [limit], "tokens/s"))
             _rates(report, setting, replica, limit, graphs=graphs)
             if graphs:
@@ -122,18 +126,30 @@ def _tell_captures(report: Report, spans: Sequence[Span]) -> None:
         report.left_out("a captured step", note)
 
 
-def _bandwidth(setting: Setting) -> list[float]:
-    """Bytes per second that the device's memory reads and writes, by copies of it."""
-    free, _ = torch.cuda.mem_get_info(setting.device)
-    nbytes = min(setting.nbytes, free // 4)
-    source = torch.empty(nbytes, dtype=torch.uint8, device=setting.device).random_()
-    target = torch.empty_like(source)
-    target.copy_(source)
-    found = []
-    for _ in range(_COPIES):
-        torch.cuda.synchronize(setting.device)
-        started = time.perf_counter()
-        target.copy_(source)
-        torch.cuda.synchronize(setting.device)
-        found.append(2 * nbytes / (time.perf_counter() - started))
-    return found
+def bandwidth(context: Context, nbytes: int) -> list[float]:
+    """Bytes per second that the device's memory reads and writes, by copies of it.
+
+    Args:
+        context: The device.
+        nbytes: Of one copy; less where there is no room for two times that.
+    """
+    driver, unit = context.driver, context.granularity
+    nbytes = max(unit, min(nbytes, context.available() // 4) // unit * unit)
+    memory = DeviceReservation(context, 2 * nbytes)
+    try:
+        got = driver.create(context.ordinal, 2 * nbytes, shareable=False)
+        memory.map(0, 2 * nbytes, got, writable=True)
+        driver.release(got)
+        stream = driver.stream()
+        driver.fill_zeros(memory.address, 2 * nbytes, stream)
+        driver.synchronize(stream)
+        found = []
+        for _ in range(_COPIES):
+            started = time.perf_counter()
+            driver.copy_across(memory.address, memory.address + nbytes, nbytes, stream)
+            driver.synchronize(stream)
+            found.append(2 * nbytes / (time.perf_counter() - started))
+        driver.destroy_stream(stream)
+        return found[1:]
+    finally:
+        memory.close()

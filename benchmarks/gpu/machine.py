@@ -9,19 +9,16 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from runpy import run_path
-from typing import Any
 
 from coldframe.benchmarks.gpu.report import Report, Setting
 from coldframe.benchmarks.harness import fingerprint
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Driver
-from coldframe.loader.errors import DeviceError
 
 __all__ = ["FINGERPRINT", "hypervisor", "measure", "notes", "torch_cuda"]
 
@@ -70,7 +67,7 @@ def measure(report: Report, setting: Setting) -> None:
             "hypervisor": guest_of,
             "notes": notes(bindings, guest_of),
             **gpu,
-            "cuda": _cuda(),
+            "cuda": _cuda(driver),
             **_nvidia_smi(setting.ordinal),
             "torch_cuda": torch_cuda(),
             **{name: _version(name) for name in _PACKAGES},
@@ -119,12 +116,9 @@ def hypervisor() -> str | None:
     return _text("/sys/class/dmi/id/sys_vendor") or "unknown"
 
 
-def _cuda() -> str:
+def _cuda(driver: Driver) -> str:
     """The CUDA version that the driver speaks."""
-    api: Any = import_module("cuda.bindings.driver")
-    code, number = api.cuDriverGetVersion()
-    if code != api.CUresult.CUDA_SUCCESS:
-        raise DeviceError("the driver does not say its version", got=code)
+    number = driver.version()
     return f"{number // 1000}.{number % 1000 // 10}"
 
 

@@ -19,6 +19,7 @@ from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.timeline import Span, now
+from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 
 __all__ = ["Rested", "measure", "rows", "waking"]
@@ -59,20 +60,23 @@ class Rested:
 
 def measure(report: Report, setting: Setting) -> None:
     """Parks replicas and asks them, several times: first one whose contexts leave the GPU, too."""
+    model = report.earlier.need(MODEL)
     gpu = CudaDevice(setting.ordinal)
     try:
         for name, checkpoint in _NAMES.items():
+            told = options(model, setting.device, checkpoint=checkpoint)
             try:
-                _measure(report, setting, gpu, name, checkpoint)
+                _measure(report, setting, gpu, name, told)
             except LeftOut as error:
                 report.left_out(name, str(error))
     finally:
         gpu.close()
 
 
-def _measure(report: Report, setting: Setting, gpu: CudaDevice, name: str, checkpoint: str) -> None:
-    free = gpu.available()
-    told = options(report.earlier.need(MODEL), setting.device, checkpoint=checkpoint)
+def _measure(
+    report: Report, setting: Setting, gpu: CudaDevice, name: str, told: ReplicaOptions
+) -> None:
+    free, away = gpu.available(), told.checkpoint != "off"
     with Replica(told) as replica:
         first = ask(replica, 8).wait(replica, setting.seconds)
         replica.run_until(lambda: replica.loaded)
@@ -80,7 +84,7 @@ def _measure(report: Report, setting: Setting, gpu: CudaDevice, name: str, check
         for number in range(setting.runs):
             up = gpu.available()
             rested.kept.append(_park(replica))
-            contexts = _contexts(replica) if checkpoint != "off" else 0
+            contexts = _contexts(replica) if away else 0
             if number == 0:
                 rested.freed, rested.taken = gpu.available() - up, free - gpu.available()
                 report.answer(f"{name}: how the weights are kept", replica.resting.told["note"])
@@ -91,7 +95,7 @@ def _measure(report: Report, setting: Setting, gpu: CudaDevice, name: str, check
             replica.run_until(lambda: not replica.resting.left)
             rested.back.append(replica.resting.told["seconds"])
             # Again after each run: what there is when the time is up counts.
-            for row in rows(name, rested, _bare(report), away=checkpoint != "off"):
+            for row in rows(name, rested, _bare(report), away=away):
                 report.figure(row)
         again = ask(replica, 8).wait(replica, setting.seconds)
         report.answer(f"{name}: the last wake, by its stages", waking(replica.spans, asked_ns))

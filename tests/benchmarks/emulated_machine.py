@@ -29,7 +29,11 @@ sys.exit(pytest.main(sys.argv[1:]))
 _TAKEN = """
 import os
 
-_all = {"ledger": os.environ["EMULATED_LEDGER"], "context_bytes": 64 << 20}
+_all = {
+    "memory": 4 << 30,
+    "ledger": os.environ["EMULATED_LEDGER"],
+    "context_bytes": 64 << 20,
+}
 
 
 def take():
@@ -66,7 +70,7 @@ if command or "coldframe.benchmarks.gpu" in said or "coldframe.loader.devices" i
     import emulated_site
 
     emulated_site.take()
-    if command:
+    if command or "gpu.part" in said:
         emulated_site.tell()
     if "gpu.engine" in said or "gpu.archived" in said:
         emulated_site.record("gpu.archived" in said)

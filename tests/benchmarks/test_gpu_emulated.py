@@ -19,6 +19,7 @@ from coldframe.benchmarks.gpu.probes import PROBES, ask_all
 from coldframe.benchmarks.gpu.report import Found, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.devices.cuda import CudaDevice
+from coldframe.loader.devices.driver import Driver
 from coldframe.snapshot.criu import Criu
 from tests.benchmarks.emulated_machine import HERE, environment
 from tests.loader.devices.emulator import Emulator
@@ -105,7 +106,8 @@ def test_a_replica_whose_contexts_stay(measured: Measured, monkeypatch: pytest.M
 
 @pytest.mark.heavy
 def test_decode(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decode, "_bandwidth", lambda setting: [1e9, 3e9, 2e9])
+    monkeypatch.setattr(Driver, "open", partial(Driver.open, Emulator()))
+    monkeypatch.setattr(decode, "bandwidth", lambda context, nbytes: [1e9, 3e9, 2e9])
     monkeypatch.setattr(decode, "_BATCHES", (1, 3))
     rows = figures(found := measured(decode.measure))
     assert rows["device memory, a copy counted twice"].median == 2.0
@@ -125,7 +127,8 @@ def test_decode(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_decode_where_nothing_can_be_captured(
     measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode, "_bandwidth", lambda setting: [1e9])
+    monkeypatch.setattr(Driver, "open", partial(Driver.open, Emulator()))
+    monkeypatch.setattr(decode, "bandwidth", lambda context, nbytes: [1e9])
     monkeypatch.setattr(decode, "_BATCHES", (1,))
     rows = figures(found := measured(decode.measure, worker={"graphs": None}))
     assert found.left_out == {"decode with captured steps": "none was captured"}

@@ -11,12 +11,15 @@ import pytest
 from coldframe.benchmarks.gpu import archived, resident, restored
 from coldframe.benchmarks.gpu.checkpoint_questions import left_open
 from coldframe.benchmarks.gpu.correctness import RETURNING, files_of
-from coldframe.benchmarks.gpu.decode import captures, together_rate
+from coldframe.benchmarks.gpu.decode import bandwidth, captures, together_rate
 from coldframe.benchmarks.gpu.replicas import Answer
 from coldframe.benchmarks.gpu.report import LeftOut
 from coldframe.benchmarks.gpu.resident import Rested
 from coldframe.benchmarks.harness import Row
+from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.driver import Driver
 from coldframe.loader.timeline import Span
+from tests.loader.devices.emulator import Emulator
 
 
 def by_name(rows: list[Row]) -> dict[str, Row]:
@@ -39,6 +42,18 @@ def test_a_rate_is_of_the_time_in_which_all_answers_are_made() -> None:
     assert together_rate([first, second]) == pytest.approx(2.0)
     with pytest.raises(LeftOut, match="2 answers were never made at one time"):
         together_rate([first, answer(6.0, 7.0, 8.0)])
+
+
+def test_the_devices_memory_is_copied_and_given_back() -> None:
+    emulator = Emulator()
+    context = Context(Driver.open(emulator), 0)
+    rates = bandwidth(context, 2 * context.granularity)
+    assert len(rates) > 5
+    assert min(rates) > 0
+    assert emulator.calls["cuMemcpyDtoDAsync"] == len(rates) + 1
+    context.close()
+    assert emulator.left() == []
+    emulator.close()
 
 
 def test_captures_are_told_by_their_spans() -> None:

@@ -1,4 +1,4 @@
-"""A resident replica: memory service and workers are up with their contexts, weights in pinned RAM.
+"""A resident replica: memory service and workers are up, weights in pinned RAM.
 
 Nothing of the model is in the GPU's memory, which is seen from outside: that it is free is what the
 replica rests for. A request comes; the weights follow over the link, and the first token behind
@@ -79,7 +79,7 @@ def _park(replica: Replica) -> float:
     resting = replica.resting
     replica.park()
     deadline = time.monotonic() + _PARK_S
-    while not resting.left:
+    while not resting.left or replica.contexts.leaving:
         if replica.error is not None:
             raise replica.error
         if resting.told.get("why") or time.monotonic() > deadline:

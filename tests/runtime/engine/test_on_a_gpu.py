@@ -272,11 +272,7 @@ def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("values", "trusted")
-@pytest.mark.parametrize(
-    "way",
-    [None, WAYS[0], *(pytest.param(way, marks=pytest.mark.heavy) for way in WAYS[1:])],
-    ids=str,
-)
+@pytest.mark.parametrize("way", [None, *WAYS], ids=str)
 def test_a_replayed_step_goes_up_and_down_once(sliding: ModelSpec, way: Way | None) -> None:
     with on_gpu(sliding) as (model, traffic):
         model.varlen = None if way is None else Varlen(OPERATOR, way)

@@ -79,6 +79,7 @@ class ImageInTheMaking:
         freezing = self._freezing
         if self.outcome is not None or freezing is None:
             return
+        freezing.look()
         if time.monotonic() > self._late:
             freezing.close()
         if freezing.done:

@@ -63,6 +63,7 @@ class Freezing:
         self._trial: Trial | None = None
         self._staged = False
         self._device = replica.options.device_of("prefill")
+        self._start = replica.run_dir
         order = self._order(compress)
         self._channel, theirs = Channel.pair()
         try:
@@ -90,6 +91,7 @@ class Freezing:
         late = time.monotonic() + limit_s
 
         def done() -> bool:
+            self.look()
             if not self._staged and time.monotonic() > late:
                 self._end(SnapshotError("no image was made in time", expected=f"{limit_s:g} s"))
             return self.done
@@ -98,6 +100,11 @@ class Freezing:
             self._replica.run_until(done)
         finally:
             self.close()
+
+    def look(self) -> None:
+        """Gives it up where the replica has started anew; to be called now and then."""
+        if self._replica.run_dir != self._start:
+            self._end(SnapshotError("the replica started anew while an image was made"))
 
     def close(self) -> None:
         """Gives it up where it is not done; nothing of it stays."""

@@ -16,9 +16,17 @@ from typing import Any
 
 import pytest
 
+from coldframe.loader.timeline import Recorder
+from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.fleet import Fleet
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.supervisor import IdlePolicy
+from coldframe.runtime.room import Room
+from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.sizing import context_bytes
+from coldframe.runtime.supervisor import IdlePolicy, Supervisor
 from tests.loader.devices import emulated_checkpoint as states
 from tests.runtime.emulated import emulate
 from tests.runtime.helpers import Client, ask, expected, finish, wait_for
@@ -294,11 +302,11 @@ def test_a_gpu_that_stays_full_costs_the_worker(
 
 
 PLACES = ("asked", "leaving", "away", "coming")
+DEATHS = [*((place, signal.SIGKILL) for place in PLACES), ("away", signal.SIGTERM)]
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("sign", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(("place", "sign"), DEATHS)
 def test_a_worker_dies_on_its_way(
     model: Path, no_leaks: Path, gpu: Gpu, role: str, place: str, sign: signal.Signals
 ) -> None:
@@ -361,3 +369,103 @@ def test_a_memory_service_that_dies_half_way_takes_all_with_it(
         assert supervisor.replica is not first
         assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
         assert supervisor.failures <= 1
+
+
+def test_it_says_where_its_contexts_are(model: Path, no_leaks: Path, gpu: Gpu) -> None:
+    gpu.emulate()
+    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    with supervised(model, no_leaks, policy, device="cuda:0", kv_bytes=KV) as supervisor:
+        answers(supervisor, model)
+        assert supervisor.load_state().contexts is None
+        replica = supervisor.replica
+        assert replica is not None
+        until(supervisor, lambda: replica.contexts.left)
+        told = supervisor.load_state().contexts
+        assert told is not None
+        assert (told["away"], told["of"], told["bytes"]) == (2, 2, 2 * CONTEXT)
+        assert (told["seconds"] > 0, told["why"]) == (True, None)
+        assert supervisor.count.stats(None, {}).contexts_away_bytes == 2 * CONTEXT
+        answers(supervisor, model)
+        assert supervisor.load_state().contexts is None
+        assert supervisor.count.stats(None, {}).contexts_away_bytes == 0
+        assert supervisor.starts == 1
+
+
+def test_a_wake_is_told_in_its_parts(model: Path, no_leaks: Path, gpu: Gpu) -> None:
+    gpu.emulate()
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        rests(replica)
+        replica.spans.clear()
+        answered(replica, model)
+        wait_for(replica, lambda: not replica.resting.left)
+        answered(replica, model)  # behind it workers have told theirs
+        found = {(span.process.partition("-")[0], span.name) for span in replica.spans}
+        assert {("memory", "cuda_restore"), ("memory", "weights_return")} <= found
+        assert {("prefill", "attach"), ("prefill", "prefill[head]")} <= found
+
+
+def test_two_gpus_have_a_memory_service_each_that_does_it(
+    model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu = Gpu(monkeypatch, tmp_path / "ledger", devices=2)
+    gpu.emulate(delay=0.001)
+    scales = {"prefill": Scale(1, 1, "cuda:0"), "decode": Scale(1, 1, "cuda:1")}
+    with on_gpu(model, no_leaks, **scales) as replica:
+        answered(replica, model)
+        before = replica.pids
+        for _ in range(3):
+            rests(replica)
+            assert [states.used_by_others(gpu.ledger, n) for n in (0, 1)] == [CONTEXT, CONTEXT]
+            answered(replica, model)
+        assert replica.pids == before
+        told = [span for span in replica.spans if span.name == "cuda_restore"]
+        assert {(span.process, (span.note or "").split(":")[0]) for span in told} == {
+            ("memory", "prefill-0"),
+            ("memory-2", "decode-1"),
+        }
+
+
+def test_two_of_which_one_fits_take_turns_without_a_start(
+    demo_model: Make, no_leaks: Path, gpu: Gpu
+) -> None:
+    gpu.emulate(memory=8 << 30)
+    models = {name: demo_model(name, "float32") for name in ("llama", "qwen2")}
+    told = {
+        name: ReplicaOptions(str(path), run_dir=str(no_leaks), device="cuda:0", kv_bytes=KV)
+        for name, path in models.items()
+    }
+    weights = max(
+        sum(f.stat().st_size for f in path.glob("*.safetensors")) for path in models.values()
+    )
+    # All that one of them has, and nothing of the other.
+    loop, log = Loop(), Log(process="front")
+    room = Room(context_bytes(told["llama"], "cuda:0") + weights + KV)
+    policy = IdlePolicy(None, None)
+    fleet = Fleet(
+        {
+            name: Supervisor(options, policy, Recorder("front"), log, loop, None, None, room)
+            for name, options in told.items()
+        },
+        loop,
+        room,
+    )
+    try:
+        for name in ("llama", "qwen2", "llama", "qwen2", "qwen2", "llama"):
+            client = Client()
+            params = SamplingParams(max_tokens=8, ignore_eos=True)
+            client.request = fleet[name].submit(params, client, prompt_ids=tuple(PROMPT))
+            deadline = time.monotonic() + 120
+            while not client.done:
+                assert time.monotonic() < deadline, {each: m.state for each, m in fleet}
+                fleet.poll(0.05)
+                fleet.step()
+            assert client.tokens == expected(models[name], tuple(PROMPT), 8)
+            (other,) = [each for each_name, each in fleet if each_name != name]
+            if other.replica is not None:
+                assert (other.state, other.replica.contexts.left) == ("parked", True)
+        assert [each.starts for _, each in fleet] == [1, 1]
+        assert [each.failures for _, each in fleet] == [0, 0]
+    finally:
+        fleet.close()
+        loop.close()

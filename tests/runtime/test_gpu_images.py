@@ -17,6 +17,7 @@ from coldframe.loader.errors import (
     ColdframeError,
     ContextPoisoned,
     DeviceError,
+    DeviceLost,
     NoCheckpoint,
     ReplicaError,
     SnapshotError,
@@ -29,6 +30,7 @@ from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.gpus import FOLDER
+from coldframe.snapshot.identity import Identity
 from tests.runtime.emulated import emulate, replays
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.snapshots import eventually, left_behind
@@ -193,6 +195,14 @@ def test_clones_decode_with_the_graphs_that_they_came_with(starts: Starts) -> No
     assert sum(replays(starts.image.graphs).values()) > before + TOKENS // 2
 
 
+def test_clones_have_become_another_user_by_then(starts: Starts) -> None:
+    with Replica(starts.options(user=Identity(65532, 65532, ()))) as replica:
+        starts.is_right(starts.answer(replica))
+        assert replica.facts["snapshot"]["tier"] == "image"
+        for name, pid in replica.pids.items():
+            assert psutil.Process(pid).uids().real == (0 if name == "memory" else 65532)
+
+
 def test_a_context_that_comes_late_is_waited_for(starts: Starts) -> None:
     starts.emulate(slow=("cuCheckpointProcessRestore", 0.5))
     with Replica(starts.options()) as replica:
@@ -200,7 +210,7 @@ def test_a_context_that_comes_late_is_waited_for(starts: Starts) -> None:
         assert replica.facts["snapshot"]["tier"] == "image"
         attached = [span for span in spans(replica, "attach") if span.process == "prefill-0"]
         (restored,) = [s for s in spans(replica, "cuda_restore") if "prefill-0" in str(s.note)]
-        assert attached[0].end_ns > restored.end_ns
+        assert attached[0].end_ns > restored.start_ns + 500_000_000
 
 
 def test_the_image_is_made_behind_the_first_answer(
@@ -419,6 +429,18 @@ def test_no_image_can_be_made(
         starts.is_right(starts.answer(replica, prompt_of(40, seed=9)), prompt_of(40, seed=9))
         assert replica.pids == before
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+
+def test_a_replica_that_starts_anew_meanwhile(starts: Starts, tmp_path: Path) -> None:
+    snapshot = SnapshotOptions("auto", str(tmp_path / "store"))
+    with Replica(starts.options(snapshot=snapshot)) as replica:
+        starts.is_right(starts.answer(replica))
+        freezing = Freezing(replica, snapshot)
+        replica.fail(DeviceLost("the GPU is gone", got="CUDA_ERROR_ECC_UNCORRECTABLE"))
+        freezing.follow()
+        assert isinstance(freezing.error, SnapshotError)
+        assert "started anew" in str(freezing.error)
+        starts.is_right(starts.answer(replica))
 
 
 def test_a_driver_that_cannot_be_seen(

@@ -92,6 +92,22 @@ def test_who_is_parked_keeps_weights_and_contexts(model: Path) -> None:
     assert total - room.free == weights + context_bytes(start.options, "cuda:0") == weights + GIB
 
 
+def test_who_is_parked_keeps_nothing_where_all_of_it_leaves(model: Path) -> None:
+    room = Room(None)
+    start = Start(model, room, kv_bytes=GIB)
+    assert start.quarters.take()
+    assert start.hears()
+    start.quarters.park()
+    start.quarters.weights_left()
+    total = room.total
+    assert total is not None
+    assert total - room.free == context_bytes(start.options, "cuda:0")
+    start.quarters.weights_left(with_contexts=True)
+    assert room.free == total
+    assert start.quarters.take()
+    assert room.free < total - GIB
+
+
 def test_a_gpu_that_has_less_than_is_to_be_shared_is_refused(model: Path) -> None:
     start = Start(model, Room(96 * GIB), kv_bytes=GIB)
     assert start.quarters.take()

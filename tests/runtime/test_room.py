@@ -52,6 +52,22 @@ def test_who_fits_is_let_in() -> None:
     assert room.free == 4
 
 
+def test_who_has_nothing_has_no_room_to_make() -> None:
+    room = Room(10)
+    parked, old, new = tenants(room, 3)
+    assert room.take(parked, 6)
+    room.shrink(parked, 0)
+    assert room.take(old, 6)
+    old.can_go = False
+    assert not room.take(new, 6)
+    assert parked.sent_away == 0
+    assert not room.take(parked, 6)  # in its turn
+    old.can_go = True
+    assert not room.take(new, 6)
+    assert (parked.sent_away, old.sent_away) == (0, 1)
+    assert room.take(new, 6)
+
+
 def test_the_one_used_longest_ago_makes_room() -> None:
     room = Room(10)
     old, young, new = tenants(room, 3)

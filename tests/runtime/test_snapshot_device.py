@@ -1,55 +1,84 @@
-"""Workers on a GPU and images: there are none of them, and nobody waits for one."""
+"""Which ways there are to start a worker on a GPU, and what is said where there is none."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from coldframe.loader.errors import SnapshotError
-from coldframe.runtime.options import SnapshotOptions
+from coldframe.loader.timeline import Recorder
+from coldframe.runtime import tiers as tiers_module
+from coldframe.runtime.early import likely_restorer
+from coldframe.runtime.launch import Launch
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
-from coldframe.snapshot.restorer_process import RestorerProcess
 from tests.runtime.snapshots import Commands
 
-
-def tiers(mode: str, runs: Path, restorer: RestorerProcess | None = None) -> Tiers:
-    # Images that come over a network are looked for wherever there may be some.
-    options = SnapshotOptions(mode, "s3://nowhere/images")
-    return Tiers(options, "m", None, str(runs), restorer, device="cuda:0")
+# Images that come over a network are looked for wherever there may be some.
+ELSEWHERE = "s3://nowhere/images"
 
 
-def test_workers_on_a_gpu_start_fresh_and_it_is_said_why(no_leaks: Path) -> None:
-    # One was started by a guess at the command line, and is not needed now.
-    found = tiers("auto", no_leaks, RestorerProcess())
-    assert (found.best, found.no_image, found.failed) == (None, False, None)
-    assert found.why == ["a worker on cuda:0 cannot be frozen: its context would be lost"]
+def tiers(mode: str, runs: Path, store: str = ELSEWHERE) -> Tiers:
+    return Tiers(SnapshotOptions(mode, store), "m", None, str(runs), device="cuda:0")
+
+
+def test_a_clone_on_a_gpu_comes_of_an_image_and_of_no_template(
+    no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiers_module, "templates", lambda: ["/nowhere/one.sock", "/nowhere/two"])
+    found = tiers("auto", no_leaks)
+    assert [cloner.tier for cloner in found.cloners] == ["image"]
+    assert found.best is found.cloners[0]
+    assert found.why == ["template: a fork has nothing of a context on cuda:0"]
+    assert not found.no_image
     found.close()
+
+
+def test_where_there_is_no_image_one_is_wanted(no_leaks: Path, tmp_path: Path) -> None:
+    found = tiers("auto", no_leaks, str(tmp_path))
+    assert (found.best, found.no_image, found.failed) == (None, True, None)
+    assert found.why == [f"no image in {tmp_path}"]
 
 
 def test_off_is_off_there_too(no_leaks: Path) -> None:
     assert tiers("off", no_leaks).why == ["snapshots are off"]
 
 
-def test_clones_that_are_required_cannot_be_had_there(no_leaks: Path) -> None:
-    with pytest.raises(SnapshotError, match="a worker on a GPU cannot be a clone") as raised:
-        tiers("require", no_leaks, RestorerProcess())
-    assert (raised.value.expected, raised.value.got) == ("--device cpu", "cuda:0")
+def test_a_clone_that_is_required_and_cannot_be_had(no_leaks: Path, tmp_path: Path) -> None:
+    options = ReplicaOptions(
+        "m",
+        device="cuda:0",
+        hold_load=True,
+        run_dir=str(no_leaks),
+        snapshot=SnapshotOptions("require", str(tmp_path)),
+    )
+    launch = Launch(options, Recorder("front"))
+    with pytest.raises(SnapshotError, match="a worker cannot be a clone") as raised:
+        launch.start_worker("prefill")
+    launch.close()
+    assert raised.value.got == f"no image in {tmp_path}"
 
 
-def test_the_commands_refuse_it_before_anything_starts(
+def test_who_restores_is_started_for_a_gpu_too() -> None:
+    asked = ["run", "m", "--device", "cuda:0", "--snapshot"]
+    restorer = likely_restorer([*asked, ELSEWHERE])
+    assert restorer is not None
+    restorer.close()
+    assert likely_restorer([*asked, "off"]) is None
+
+
+def test_no_template_is_made_on_a_gpu(demo_model: Callable[..., Path], commands: Commands) -> None:
+    asked = ("snapshot", "template", demo_model("llama"), "--device", "cuda")
+    done = commands.call(*asked, code=1)
+    assert "coldframe: SnapshotError: a worker on a GPU cannot be forked" in done.stderr
+
+
+def test_no_image_is_made_where_there_is_no_gpu(
     demo_model: Callable[..., Path], commands: Commands, tmp_path: Path
 ) -> None:
-    store = ("--snapshot-store", tmp_path / "store")
-    model = demo_model("llama")
-    asked = ("snapshot", "create", model, *store, "--device", "cuda")
-    done = commands.call(*asked, code=1)
-    assert (
-        "coldframe: SnapshotError: a worker on a GPU cannot be frozen, in --device" in done.stderr
-    )
-    asked = ("run", model, "-p", "Once", *store, "--snapshot", "require", "--device", "cuda:0")
-    told = json.loads(commands.call(*asked, "--json", code=1).stdout)
-    assert (told["error"], told["where"]) == ("SnapshotError", str(model))
+    asked = ("snapshot", "create", demo_model("llama"), "--device", "cuda:7")
+    done = commands.call(*asked, "--snapshot-store", tmp_path / "store", code=1)
+    assert "coldframe: NoDevice: " in done.stderr
     assert not (tmp_path / "store").exists()

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coldframe.loader.errors import DeviceError, RequestError
@@ -34,6 +36,11 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--prefill", "1-4", "--prefill-share", "9", "--decode-share", "8", "--scale-down", "2.5"),
         *("--threads", "3", "--local-prefill", "0"),
     )
+    assert (options().checkpoint, options("--checkpoint", "off").checkpoint) == ("auto", "off")
+    monkeypatch.setenv("COLDFRAME_CHECKPOINT", "off")
+    assert options().contexts_stay == "a CPU has none"
+    assert replace(options(), device="cuda:0", decode=1).contexts_stay == "--checkpoint off"
+    assert replace(ReplicaOptions("m"), device="cuda:0").contexts_stay is None
     assert found.scales == {"prefill": Scale(1, 4), "decode": Scale(2, 2, "cpu")}
     assert (found.device, found.device_of("prefill")) == ("cpu", "cpu")
     assert found.scaling == ScalingOptions(9, 8, 2.5)

@@ -45,7 +45,7 @@ def main(mode: str, prepare: str) -> None:
     if mode == "namespaces":
         _enter_pid_namespace()
     control = Channel.from_fd(3)
-    scope: dict[str, Any] = {"control": control, "hooks": None}
+    scope: dict[str, Any] = {"control": control, "hooks": None, "state": {}}
 
     def fork_here(control: Channel) -> tuple[Channel, Message | None]:
         while message := control.recv():
@@ -68,7 +68,7 @@ def main(mode: str, prepare: str) -> None:
         os.close(null)
         wait = receive if mode == "plain" else fork_here
         hooks: Hooks | None = scope["hooks"]
-        control, wake = freeze_point(control, {"pid": os.getpid()}, wait, hooks)
+        control, wake = freeze_point(control, {"pid": os.getpid(), **scope["state"]}, wait, hooks)
         scope["wake"] = wake
         control.send({"type": "woken"})
         while (message := control.recv()) is not None:

@@ -279,3 +279,41 @@ def test_a_wrong_message_ends_the_clone_with_the_reason() -> None:
             said(clone.channel)
         assert clone.channel.recv(timeout=60) is None
         process.woken()  # the template goes on
+
+
+ON_A_GPU = "state = {'gpu': {}}\n"
+DRIVERS_THREAD = """
+import ctypes
+libc = ctypes.CDLL(None)
+thread, pause = ctypes.c_ulong(), ctypes.cast(libc.pause, ctypes.c_void_p)
+libc.pthread_create(ctypes.byref(thread), None, pause, None)
+"""
+
+
+def test_what_a_driver_has_is_left_to_the_checkpoint_of_its_context() -> None:
+    prepare = f"{ON_A_GPU}{DRIVERS_THREAD}import os, socket\n"
+    prepare += "kept = [os.pipe(), os.eventfd(0), socket.socketpair()]"
+    with frozen(prepare) as process:
+        assert process.state["gpu"] == {}
+    with pytest.raises(SnapshotError, match="pipe"), frozen("import os; os.pipe()"):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("prepare", "named"),
+    [
+        pytest.param(LURKER, "lurker", id="thread"),
+        pytest.param("file = open('/etc/hostname')", "/etc/hostname", id="file"),
+        pytest.param("import os; fd = os.memfd_create('vram')", "/memfd:vram", id="memfd"),
+        pytest.param(
+            "import mmap, os; fd = os.memfd_create('vram'); os.ftruncate(fd, 4096)\n"
+            "seen = mmap.mmap(fd, 4096, flags=mmap.MAP_SHARED); os.close(fd)",
+            "vram",
+            id="mapping",
+        ),
+    ],
+)
+def test_what_is_ours_has_to_be_gone_on_a_gpu_too(prepare: str, named: str) -> None:
+    with pytest.raises(SnapshotError) as caught, frozen(ON_A_GPU + prepare):
+        pass
+    assert named in f"{caught.value.where} {caught.value.got}"

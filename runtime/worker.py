@@ -12,7 +12,7 @@ needs from sockets alone.
 Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
 `ack`; for a decode worker `handoff`; for both `cancel`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
-`broken` (the worker), `spans`, and of a prefill worker `saturation`.
+`broken` (the worker), `spans`, of a prefill worker `saturation`, and of a decode worker `graphs`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
     from coldframe.runtime.engine.varlen import Finding
+    from coldframe.runtime.graph_archive import KeptSteps, Shelved
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
 
@@ -118,6 +119,8 @@ class Worker:
         self._setup: _Setup | None = None
         self._shape: ModelSpec | None = None
         self._attention: Finding | None = None
+        self._graph_store: str | None = None
+        self._shelved: Shelved | None = None
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -176,6 +179,10 @@ class Worker:
                 self._find_attention(self.spec, cache.device)
             assert self._attention is not None
             self.model.varlen = self._attention.varlen
+        if self.role == "decode" and self.graphs and self._attention and self._graph_store:
+            from coldframe.runtime.graph_worker import shelved_steps
+
+            self._shelved = shelved_steps(self, self._graph_store)
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -277,6 +284,8 @@ class Worker:
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
         self.graphs = init["graphs"]
+        # What a clone has captured it has brought along.
+        self._graph_store = init["graph_store"] if warm is None else None
         if self.device != "cpu":
             self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
@@ -311,6 +320,14 @@ class Worker:
         from coldframe.runtime.graphing import graphs_for
 
         return graphs_for(self.model, self.device, self.recorder)
+
+    def kept_steps(self, graphs: StepGraphs | None) -> StepGraphs | KeptSteps | None:
+        """The same steps, with what is kept of them from one start to the next, if anything."""
+        if graphs is None or self._shelved is None:
+            return graphs
+        from coldframe.runtime.graph_worker import kept_steps
+
+        return kept_steps(graphs, self._shelved, self)
 
     # -- requests --------------------------------------------------------------------------------
 

@@ -157,13 +157,9 @@ class CudaCapturer:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _no_collection(), torch.cuda.stream(self._stream):
             # Other threads of this process map memory and make events meanwhile, and may.
-            graph.capture_begin(pool=self._id(), capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._id(), capture_error_mode="thread_local")
                 work()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
                 self._abandon(graph)

@@ -45,6 +45,7 @@ class FixedSteps:
         """KV blocks of the longest sequence."""
         return -(-self._model.spec.context_length // self._model.kv.block_tokens)
 
+    @torch.inference_mode()
     def place(self, memory: Callable[[int], Tensor]) -> None:
         """Has all that steps share lie where it stays.
 

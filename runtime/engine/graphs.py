@@ -96,6 +96,10 @@ class StepGraphs:
         """Address and length of what steps know of beside weights and KV; see `Capturer`."""
         return self._capturer.scratch
 
+    def report_to(self, recorder: Recorder) -> None:
+        """Has spans go to another recorder, as in a process that was made of this one."""
+        self._recorder = recorder
+
     # -- a step ----------------------------------------------------------------------------------
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:
@@ -273,15 +277,16 @@ class StepGraphs:
     def _follow_weights(self) -> None:
         """Forgets all that is captured where the weights lie somewhere else now."""
         if self._model.weights is not self._weights:
-            self._forget()
+            self.drop()
             self._weights = self._model.weights
 
     def _close(self, why: DeviceError) -> None:
         """Has every step computed kernel by kernel from now on."""
         self._wanted.close(why)
-        self._forget()
+        self.drop()
 
-    def _forget(self) -> None:
+    def drop(self) -> None:
+        """Forgets all that is captured; what is still wanted is captured anew."""
         self._model.settle()
         for graph in self._graphs.values():
             graph.close()

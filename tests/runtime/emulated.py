@@ -50,6 +50,7 @@ def install(
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
     graphs: str | None = None,
+    drivers: bool = False,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -60,6 +61,7 @@ def install(
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
+        drivers: Whether as graphs of the driver, which can be kept.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -79,7 +81,7 @@ def install(
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
-        _capture_steps(graphs)
+        _capture_steps(graphs, drivers)
 
 
 def replays(graphs: Path) -> dict[int, int]:
@@ -87,17 +89,23 @@ def replays(graphs: Path) -> dict[int, int]:
     return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
 
 
-def _capture_steps(graphs: str) -> None:
-    """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
+def _capture_steps(graphs: str, drivers: bool) -> None:
+    """Has workers capture what ATen is asked for.
+
+    See `tests/runtime/engine/recording.py` and, for graphs of the driver, `emulated_capture.py`.
+    """
     from coldframe.runtime.worker import Worker
 
     really = Worker.step_graphs
 
     def step_graphs(worker: Worker) -> Any:
         # Torch is there only now.
-        from coldframe.runtime import graphing
+        from coldframe.loader.devices import open_device
+        from coldframe.loader.devices.graph_calls import GraphCalls
+        from coldframe.runtime import graph_worker, graphing
 
         sys.path.insert(0, _ROOT)
+        from tests.runtime.engine import emulated_capture
         from tests.runtime.engine.recording import RecordingCapturer
 
         sys.path.remove(_ROOT)
@@ -106,7 +114,16 @@ def _capture_steps(graphs: str) -> None:
             with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
                 file.write(b".")
 
-        graphing.capturer_for = lambda *_: RecordingCapturer(replayed=replayed)  # type: ignore[assignment]
+        def capturer(_: Any, device: str) -> Any:
+            if drivers:
+                return emulated_capture.EmulatedCapturer(open_device(device), replayed)
+            return RecordingCapturer(replayed=replayed)
+
+        def launcher(_: Any, driver: Any) -> Any:
+            return lambda made: emulated_capture.launch(GraphCalls(driver), made)
+
+        graphing.capturer_for = capturer
+        graph_worker.launcher_for = launcher
         return really(worker)
 
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]

@@ -50,7 +50,8 @@ def install(
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
     graphs: str | None = None,
-    drivers: bool = False,
+    lose_at_capture: str | None = None,
+    drivers: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -61,7 +62,8 @@ def install(
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
-        drivers: Whether as graphs of the driver, which can be kept.
+        lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
+        drivers: A directory, as `graphs`; what is captured are graphs of the driver.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -81,7 +83,9 @@ def install(
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
-        _capture_steps(graphs, drivers)
+        _capture_steps(graphs, lose_at_capture)
+    if drivers is not None:
+        _capture_graphs(drivers)
 
 
 def replays(graphs: Path) -> dict[int, int]:
@@ -89,10 +93,49 @@ def replays(graphs: Path) -> dict[int, int]:
     return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
 
 
-def _capture_steps(graphs: str, drivers: bool) -> None:
-    """Has workers capture what ATen is asked for.
+def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
+    """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
+    from coldframe.runtime.worker import Worker
 
-    See `tests/runtime/engine/recording.py` and, for graphs of the driver, `emulated_capture.py`.
+    really = Worker.step_graphs
+
+    def step_graphs(worker: Worker) -> Any:
+        # Torch is there only now.
+        from coldframe.runtime import graphing
+
+        sys.path.insert(0, _ROOT)
+        from tests.runtime.engine.recording import RecordingCapturer
+
+        sys.path.remove(_ROOT)
+
+        def replayed() -> None:
+            with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
+                file.write(b".")
+
+        def capturing() -> None:
+            if lose_at_capture is None:
+                return
+            try:
+                os.close(os.open(lose_at_capture, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            import torch
+
+            error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            error.error_code = 700
+            raise error
+
+        capturer = RecordingCapturer(replayed=replayed, capturing=capturing)
+        graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
+        return really(worker)
+
+    Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+
+
+def _capture_graphs(counted: str) -> None:
+    """Has workers capture, and put together, graphs of the driver's.
+
+    See `tests/runtime/engine/emulated_capture.py`.
     """
     from coldframe.runtime.worker import Worker
 
@@ -105,24 +148,20 @@ def _capture_steps(graphs: str, drivers: bool) -> None:
         from coldframe.runtime import graph_worker, graphing
 
         sys.path.insert(0, _ROOT)
-        from tests.runtime.engine import emulated_capture
-        from tests.runtime.engine.recording import RecordingCapturer
+        from tests.runtime.engine.emulated_capture import EmulatedCapturer, launch
 
         sys.path.remove(_ROOT)
 
-        def replayed() -> None:
-            with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
-                file.write(b".")
-
-        def capturer(_: Any, device: str) -> Any:
-            if drivers:
-                return emulated_capture.EmulatedCapturer(open_device(device), replayed)
-            return RecordingCapturer(replayed=replayed)
+        def count(kind: bytes) -> None:
+            with open(os.path.join(counted, str(os.getpid())), "ab") as file:
+                file.write(kind)
 
         def launcher(_: Any, driver: Any) -> Any:
-            return lambda made: emulated_capture.launch(GraphCalls(driver), made)
+            return lambda made: (count(b"r"), launch(GraphCalls(driver), made))
 
-        graphing.capturer_for = capturer
+        gpu: Any = open_device(worker.device)
+        capturer = EmulatedCapturer(gpu, lambda: count(b"c"))
+        graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
         graph_worker.launcher_for = launcher
         return really(worker)
 

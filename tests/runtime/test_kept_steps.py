@@ -99,7 +99,7 @@ def reasons(spans: list[Span]) -> str:
 def test_what_one_start_captures_the_next_puts_together(
     starts: Starts, counted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate(monkeypatch, worker={"graphs": str(counted), "drivers": True})
+    emulate(monkeypatch, worker={"drivers": str(counted)})
     # Where it can be, as somebody who can write nowhere.
     user = NOBODY if os.geteuid() == 0 and may_import(NOBODY) else None
     first = starts.run("graph_save", user=user)
@@ -109,7 +109,8 @@ def test_what_one_start_captures_the_next_puts_together(
     assert named(first, "graph_save")[0].startswith(f"{captured} steps, ")
     assert starts.archive.stat().st_uid == os.geteuid()
     written = starts.archive.read_bytes()
-    assert sum(replays(counted).values()) > 0
+    before = replays(counted)
+    assert sum(before.values()) > 0
 
     second = starts.run("graph_restore", user=user)
     assert len(named(second, "graph_capture")) == 1
@@ -118,12 +119,14 @@ def test_what_one_start_captures_the_next_puts_together(
     drawn = min(span.end_ns for span in second if span.name == "prefill[head]")
     assert all(span.start_ns > drawn for span in second if span.name == "graph_restore")
     assert starts.archive.read_bytes() == written
+    (place,) = (path for path in counted.iterdir() if int(path.name) not in before)
+    assert place.read_bytes().count(b"r") > 3
 
 
 def test_a_damaged_archive_is_as_none_and_another_takes_its_place(
     starts: Starts, counted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate(monkeypatch, worker={"graphs": str(counted), "drivers": True})
+    emulate(monkeypatch, worker={"drivers": str(counted)})
     starts.run("graph_save")
     whole = starts.archive.read_bytes()
     damaged = bytearray(whole)
@@ -138,7 +141,7 @@ def test_a_damaged_archive_is_as_none_and_another_takes_its_place(
 def test_what_cannot_be_put_together_is_captured(
     starts: Starts, counted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker = {"graphs": str(counted), "drivers": True}
+    worker = {"drivers": str(counted)}
     with monkeypatch.context() as patch:
         emulate(patch, worker=worker)
         first = starts.run("graph_save")
@@ -155,7 +158,7 @@ def test_what_cannot_be_put_together_is_captured(
 def test_nothing_is_kept_where_nothing_is_to_be(
     starts: Starts, counted: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    emulate(monkeypatch, worker={"graphs": str(counted), "drivers": True})
+    emulate(monkeypatch, worker={"drivers": str(counted)})
     assert reasons(starts.run("graph_capture", mode="off")) == ""
     starts.run("graph_save", create=False)
     assert not (starts.store / "graphs").exists()

@@ -24,8 +24,9 @@ def run(worker: Worker) -> None:
 class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._graphs = worker.step_graphs()
-        self._decoder = Decoder(worker.model, graphs=self._graphs)
+        graphs = worker.step_graphs()
+        self._kept = worker.kept_steps(graphs)
+        self._decoder = Decoder(worker.model, graphs=graphs)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""
@@ -41,7 +42,7 @@ class _DecodeRole:
             if not self._may_step():
                 continue
             self._tell(self._decoder.step())
-            if self._graphs is not None and self._graphs.between_steps():
+            if self._kept is not None and self._kept.between_steps():
                 self._worker.report_spans()
 
     def _tell(self, emitted: list[tuple[Sequence, Emission]]) -> None:
@@ -62,17 +63,17 @@ class _DecodeRole:
         captured = idle and complete and self._capture()
         self._receive(block=(idle or not complete) and not captured)
         if not len(self._decoder):
-            if self._worker.let_go() and self._graphs is not None:
-                self._graphs.weights_leave()
+            if self._worker.let_go() and self._kept is not None:
+                self._kept.weights_leave()
         elif not complete:
             self._worker.client.check_stalled()
         return complete and len(self._decoder) > 0
 
     def _capture(self) -> bool:
         """One more step, where nobody has asked for anything. Whether there may be another."""
-        if self._graphs is None or not self._worker.inbox.empty():
+        if self._kept is None or not self._worker.inbox.empty():
             return False
-        captured = self._graphs.while_idle()
+        captured = self._kept.while_idle()
         self._worker.report_spans()
         return captured
 

@@ -12,7 +12,8 @@ needs from sockets alone.
 Messages in:  `init` (with a connection to the memory service), then for a prefill worker `job`,
 `ack`; for a decode worker `handoff`; for both `cancel`, `rest`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
-`broken` (the worker), `spans`, `rested`, and of a prefill worker `saturation`.
+`broken` (the worker), `spans`, `rested`, of a prefill worker `saturation`, and of a decode worker
+`graphs`.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
     from coldframe.runtime.engine.varlen import Finding
+    from coldframe.runtime.graph_archive import KeptSteps, Shelved
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warm_gpu import WarmGpu
@@ -125,6 +127,8 @@ class Worker:
         self._gpu = None if warm is None else warm.gpu
         self._misfit: str | None = None
         """Why the model and the graphs that a clone has there are of no use."""
+        self._graph_store: str | None = None
+        self._shelved: Shelved | None = None
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -176,6 +180,10 @@ class Worker:
         else:
             self.model = self._take_model(self._gpu)
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
+        if self.role == "decode" and self.graphs and self._attention and self._graph_store:
+            from coldframe.runtime.graph_worker import shelved_steps
+
+            self._shelved = shelved_steps(self, self._graph_store)
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -303,6 +311,8 @@ class Worker:
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
         self.graphs = init["graphs"]
+        # What a clone has captured it has brought along.
+        self._graph_store = init["graph_store"] if warm is None else None
         if self.device != "cpu":
             self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
@@ -342,6 +352,14 @@ class Worker:
             return self._gpu.graphs
         # What a clone calls its GPU need not be what the front does.
         return graphs_for(self.model, self._gpu.device.name, self.recorder)
+
+    def kept_steps(self, graphs: StepGraphs | None) -> StepGraphs | KeptSteps | None:
+        """The same steps, with what is kept of them from one start to the next, if anything."""
+        if graphs is None or self._shelved is None:
+            return graphs
+        from coldframe.runtime.graph_worker import kept_steps
+
+        return kept_steps(graphs, self._shelved, self)
 
     # -- requests --------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
+from coldframe.runtime.graph_shelf import GraphShelf
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
@@ -124,6 +125,7 @@ class Workforce:
         """Whom to tell of each group that it is gone."""
         self._groups: dict[str, Clones] = {}
         self._groups[""] = self._follow(launch.tiers, self._start_instead)
+        self._shelf = GraphShelf(launch.options.snapshot, recorder)
         self._staffing = Staffing(self, router, recorder, launch.options)
 
     @property
@@ -298,7 +300,7 @@ class Workforce:
         worker.told = True
         self.send(
             worker.name,
-            init_message(worker.name, worker.role, self._launch.options, model),
+            init_message(worker.name, worker.role, self._launch.options, model, self._shelf.root),
             [memory.fileno()],
         )
         memory.close()
@@ -371,6 +373,8 @@ class Workforce:
             match message.kind:
                 case "spans":
                     self._owner.add_spans(message.body["spans"])
+                case "graphs":
+                    self._shelf.take(message)
                 case "imported":
                     worker.imported = True
                     self._groups[worker.group].spoke(worker)
@@ -448,7 +452,11 @@ class Workforce:
 
 
 def init_message(
-    name: str, role: str, options: ReplicaOptions, model: ModelFacts
+    name: str,
+    role: str,
+    options: ReplicaOptions,
+    model: ModelFacts,
+    graph_store: str | None = None,
 ) -> dict[str, Any]:
     """What a worker is told to be; a connection to the memory service goes beside it."""
     return {
@@ -463,6 +471,7 @@ def init_message(
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
         "graphs": options.graphs,
+        "graph_store": graph_store,
         "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
     }

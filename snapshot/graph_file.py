@@ -30,7 +30,7 @@ from coldframe.snapshot.graph_kernels import KernelIdentity
 from coldframe.snapshot.graph_nodes import NODE, WORD, Copy, Fill, GraphNodes, Place, Region
 from coldframe.snapshot.graph_reading import Attributes, Settings
 
-__all__ = ["GraphArchive", "VERSION", "decode", "encode"]
+__all__ = ["GraphArchive", "VERSION", "check", "decode", "encode"]
 
 VERSION = 1
 
@@ -88,18 +88,19 @@ def encode(archive: GraphArchive) -> bytes:
     return _HEAD.pack(_MAGIC, VERSION, hashlib.sha256(rest).digest()) + rest
 
 
-def decode(raw: bytes, where: str, here: GraphFingerprint | None = None) -> GraphArchive:
-    """The archive that was written as bytes.
+def check(raw: bytes, where: str) -> memoryview:
+    """That bytes are those of an archive as it was written.
 
     Args:
         raw: They.
         where: The file that they are from, for errors.
-        here: What there is here; None asks for nothing.
+
+    Returns:
+        What its hash vouches for.
 
     Raises:
         ImageDamaged: They are not what was written.
-        NoImage: It is of another version, or was captured with something else; the error names it.
-        SnapshotError: A field of it is wrong.
+        NoImage: It is of another version.
     """
     if len(raw) < _HEAD.size:
         raise _damaged(where, f"{len(raw)} bytes", f"at least {_HEAD.size} bytes")
@@ -118,6 +119,23 @@ def decode(raw: bytes, where: str, here: GraphFingerprint | None = None) -> Grap
     found = hashlib.sha256(rest).digest()
     if found != digest:
         raise _damaged(where, f"sha256 {found.hex()[:16]}", f"sha256 {digest.hex()[:16]}")
+    return rest
+
+
+def decode(raw: bytes, where: str, here: GraphFingerprint | None = None) -> GraphArchive:
+    """The archive that was written as bytes.
+
+    Args:
+        raw: They.
+        where: The file that they are from, for errors.
+        here: What there is here; None asks for nothing.
+
+    Raises:
+        ImageDamaged: They are not what was written.
+        NoImage: It is of another version, or was captured with something else; the error names it.
+        SnapshotError: A field of it is wrong.
+    """
+    rest = check(raw, where)
     try:
         return _decoded(rest, where, here)
     except (zlib.error, struct.error, ValueError, TypeError, KeyError, IndexError) as error:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from coldframe.loader.devices.graph_calls import GraphCalls
-from coldframe.loader.errors import SnapshotError
 from coldframe.snapshot.fields import Fields, Refusal
 from coldframe.snapshot.graph_nodes import Region
 from coldframe.snapshot.libraries import Library, mapped_files
@@ -27,9 +26,9 @@ class GraphFingerprint(NamedTuple):
         libcuda: What tells its library from another build; `none` where it has none.
         gpu: What the maker calls it.
         capability: Its compute capability.
-        torch: The version, as all that follow.
-        cuda: What torch was built for.
-        cublas: The library's.
+        torch: Its version.
+        cuda: What it was built for.
+        cublas: What tells the libraries of matrix products from other builds.
         model: What tells the model and its plan from others.
         regions: The names and sizes of the memory that pointers lead into, in their order.
     """
@@ -52,7 +51,6 @@ class GraphFingerprint(NamedTuple):
         *,
         torch: str,
         cuda: str,
-        cublas: str,
         model: str,
     ) -> GraphFingerprint:
         """That of this process.
@@ -63,20 +61,20 @@ class GraphFingerprint(NamedTuple):
             regions: The memory that pointers may lead into.
             torch: Its version.
             cuda: What torch was built for.
-            cublas: The library's version.
             model: See above.
 
         Raises:
             DeviceError: The driver does not say.
+            SnapshotError: A library was replaced since it was loaded.
         """
         return GraphFingerprint(
             str(calls.driver.version()),
-            _libcuda(),
+            _mapped("libcuda.so"),
             calls.driver.device_name(ordinal),
             calls.capability(ordinal),
             torch,
             cuda,
-            cublas,
+            _mapped("libcublas.so", "libcublasLt.so"),
             model,
             tuple((region.name, region.size) for region in regions),
         )
@@ -111,14 +109,10 @@ class GraphFingerprint(NamedTuple):
         return GraphFingerprint(**texts, regions=tuple(regions))
 
 
-def _libcuda() -> str:
-    try:
-        for path in mapped_files(os.getpid()):
-            if os.path.basename(path).startswith("libcuda.so"):
-                return Library.of(path).identity
-    except (SnapshotError, OSError):
-        pass  # a library was replaced under us: what it was nobody can say any more
-    return "none"
+def _mapped(*names: str) -> str:
+    """What tells libraries that this process has loaded from other builds; `none` of none."""
+    paths = [path for path in mapped_files(os.getpid()) if os.path.basename(path).startswith(names)]
+    return ", ".join(library.identity for library in Library.all_of(paths)) or "none"
 
 
 def _shown(value: object) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import stat
 import time
 
 from coldframe.loader.errors import NoImage, SnapshotError
-from coldframe.snapshot.graph_file import GraphArchive, decode, encode
+from coldframe.snapshot.graph_file import GraphArchive, check, decode, encode
 from coldframe.snapshot.graph_fingerprint import GraphFingerprint
 from coldframe.snapshot.safe_folder import (
     NEW,
@@ -26,9 +27,10 @@ from coldframe.snapshot.safe_folder import (
     temporary_name,
 )
 
-__all__ = ["GraphStore"]
+__all__ = ["GraphStore", "name_of"]
 
 _ENDING = ".graphs"
+_NAME = re.compile(r"[0-9a-f]{32}\.graphs")
 _MOST_BYTES = 1 << 29
 _KEPT = 16
 _LEFT_BEHIND_S = 3600.0
@@ -46,7 +48,7 @@ class GraphStore:
 
     def path(self, fingerprint: GraphFingerprint) -> str:
         """Where the archive for a model on a kind of GPU is; another driver's takes its place."""
-        return os.path.join(self.root, _name(fingerprint))
+        return os.path.join(self.root, name_of(fingerprint))
 
     def read(self, here: GraphFingerprint) -> GraphArchive:
         """The archive of this model.
@@ -63,7 +65,7 @@ class GraphStore:
         try:
             folder = open_folder(self.root, None, strict=True)
             try:
-                raw = _content(_name(here), folder, path)
+                raw = _content(name_of(here), folder, path)
             finally:
                 os.close(folder)
         except FileNotFoundError:
@@ -85,16 +87,29 @@ class GraphStore:
         Raises:
             SnapshotError: It cannot be written, or others can write the folder.
         """
-        return self.write_encoded(archive.fingerprint, encode(archive))
+        return self.publish(name_of(archive.fingerprint), encode(archive))
 
-    def write_encoded(self, fingerprint: GraphFingerprint, raw: bytes) -> str:
-        """The same of what is encoded already; see `write`."""
-        path = self.path(fingerprint)
+    def publish(self, name: str, raw: bytes) -> str:
+        """Keeps an archive that another process has encoded; see `write`.
+
+        Args:
+            name: What it calls it: see `name_of`.
+            raw: The archive.
+
+        Raises:
+            SnapshotError: See `write`; or it is none, or not called like one.
+        """
+        path = os.path.join(self.root, name)
+        if not _NAME.fullmatch(name):
+            raise SnapshotError(
+                "this is no name of an archive of graphs", got=name, expected=_NAME.pattern
+            )
+        check(raw, path)
         try:
-            os.makedirs(self.root, 0o700, exist_ok=True)
+            _make(self.root)
             folder = open_folder(self.root, None, strict=True)
             try:
-                _publish(_name(fingerprint), raw, folder)
+                _publish(name, raw, folder)
                 _prune(folder)
             finally:
                 os.close(folder)
@@ -104,9 +119,16 @@ class GraphStore:
         return path
 
 
-def _name(fingerprint: GraphFingerprint) -> str:
+def name_of(fingerprint: GraphFingerprint) -> str:
+    """What the archive for a model on a kind of GPU is called."""
     what = f"{fingerprint.model}\0{fingerprint.gpu}\0{fingerprint.capability}"
     return hashlib.sha256(what.encode()).hexdigest()[:32] + _ENDING
+
+
+def _make(root: str) -> None:
+    """A folder that only we may enter, in one that only we may, where there is neither."""
+    for path in (os.path.dirname(root), root):
+        os.makedirs(path, 0o700, exist_ok=True)
 
 
 def _content(name: str, folder: int, path: str) -> bytes:

@@ -21,7 +21,7 @@ from coldframe.snapshot.fields import Fields, Refusal
 from coldframe.snapshot.gpus import Gpus
 from coldframe.snapshot.libraries import Library
 
-__all__ = ["Machine", "cpu_here", "cpu_of", "torch_version"]
+__all__ = ["Machine", "coldframe_build", "cpu_here", "cpu_of", "torch_version"]
 
 # Of /proc/cpuinfo's flags, those that programs ask for before they use an instruction, and those of
 # the registers that a signal's frame or CRIU's own files must hold. What the kernel alone uses,
@@ -106,7 +106,7 @@ class Machine(NamedTuple):
             f"{sys.version.split()[0]} {sys.implementation.cache_tag}",
             os.path.realpath(sys.executable),
             torch_version(),
-            f"{_own_version()} {_own_sources()}",
+            coldframe_build(),
             device,
             gpus and gpus.name,
             gpus and gpus.driver,
@@ -234,6 +234,11 @@ def torch_version() -> str:
             if version is not None:
                 return version[1]
     raise PlatformError("torch is not installed", hint="Run: pip install torch")
+
+
+def coldframe_build() -> str:
+    """Our own version, and a hash of our sources."""
+    return f"{_own_version()} {_own_sources()}"
 
 
 def _own_version() -> str:

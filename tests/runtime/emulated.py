@@ -70,6 +70,7 @@ def install(
     slow: tuple[str, float] | None = None,
     graphs: str | None = None,
     lose_at_capture: str | None = None,
+    drivers: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -89,6 +90,7 @@ def install(
         slow: A call that takes so many seconds more.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
         lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
+        drivers: A directory, as `graphs`; what is captured are graphs of the driver.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -121,6 +123,8 @@ def install(
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
         _capture_steps(graphs, lose_at_capture)
+    if drivers is not None:
+        _capture_graphs(drivers)
 
 
 def _slow_down(emulator: Any, name: str, seconds: float) -> None:
@@ -192,3 +196,39 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
 
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]
     frozen_worker._warm = warm
+
+
+def _capture_graphs(counted: str) -> None:
+    """Has workers capture, and put together, graphs of the driver's.
+
+    See `tests/runtime/engine/emulated_capture.py`.
+    """
+    from coldframe.runtime.worker import Worker
+
+    really = Worker.step_graphs
+
+    def step_graphs(worker: Worker) -> Any:
+        # Torch is there only now.
+        from coldframe.loader.devices import open_device
+        from coldframe.loader.devices.graph_calls import GraphCalls
+        from coldframe.runtime import graph_worker, graphing
+
+        sys.path.insert(0, _ROOT)
+        from tests.runtime.engine.emulated_capture import EmulatedCapturer, launch
+
+        sys.path.remove(_ROOT)
+
+        def count(kind: bytes) -> None:
+            with open(os.path.join(counted, str(os.getpid())), "ab") as file:
+                file.write(kind)
+
+        def launcher(_: Any, driver: Any) -> Any:
+            return lambda made: (count(b"r"), launch(GraphCalls(driver), made))
+
+        gpu: Any = open_device(worker.device)
+        capturer = EmulatedCapturer(gpu, lambda: count(b"c"))
+        graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
+        graph_worker.launcher_for = launcher
+        return really(worker)
+
+    Worker.step_graphs = step_graphs  # type: ignore[method-assign]

@@ -159,7 +159,7 @@ class Device:
 
     def fingerprint(self, **changes: Any) -> GraphFingerprint:
         """This process's, or one that differs in something."""
-        versions = {"torch": "2.11.0", "cuda": "13.0", "cublas": "13.1.0", "model": "f00d"}
+        versions = {"torch": "2.11.0", "cuda": "13.0", "model": "f00d"}
         here = GraphFingerprint.here(self.calls, 0, self.regions, **versions)
         return here._replace(**changes)
 

@@ -17,7 +17,7 @@ from coldframe.snapshot.graph_file import VERSION, GraphArchive, decode, encode
 from coldframe.snapshot.graph_fingerprint import GraphFingerprint
 from coldframe.snapshot.graph_kernels import KernelIdentity
 from coldframe.snapshot.graph_nodes import NODE, Copy, Fill, GraphNodes, Place, Region
-from coldframe.snapshot.graph_store import GraphStore
+from coldframe.snapshot.graph_store import GraphStore, name_of
 
 HERE = GraphFingerprint(
     driver="13000",
@@ -26,7 +26,7 @@ HERE = GraphFingerprint(
     capability="9.0",
     torch="2.11.0",
     cuda="13.0",
-    cublas="13.1.0",
+    cublas="build-id:def",
     model="f00d",
     regions=(("weights", 4096), ("kv", 8192)),
 )
@@ -235,3 +235,15 @@ def test_the_oldest_go_and_so_does_what_dead_writers_left(tmp_path: Path) -> Non
     assert store.read(HERE) == archive()
     with pytest.raises(NoImage):
         store.read(HERE._replace(model="0"))
+
+
+def test_only_what_is_an_archive_is_taken_from_others(tmp_path: Path) -> None:
+    store, raw = GraphStore(str(tmp_path)), encode(archive())
+    assert store.publish(name_of(HERE), raw) == store.path(HERE)
+    assert store.read(HERE) == archive()
+    with pytest.raises(ImageDamaged):
+        store.publish(name_of(HERE), raw[:-1])
+    for name in ("../" + name_of(HERE), "a.graphs", name_of(HERE) + "\n", ""):
+        with pytest.raises(SnapshotError, match="no name of an archive"):
+            store.publish(name, raw)
+    assert store.read(HERE) == archive()

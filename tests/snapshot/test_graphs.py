@@ -139,6 +139,7 @@ NUMBERS = st.integers(0, 2**64 - 1)
 
 
 @given(st.lists(st.tuples(st.sampled_from([0, 1, 2, 255]), NUMBERS)), NUMBERS)
+@settings(max_examples=50)
 def test_all_pointers_are_made_at_once(words: list[tuple[int, int]], base: int) -> None:
     bases = {1: base // 3, 2: base // 5, 255: base // 7}
     # What lies in a region cannot be beyond the end of all addresses.
@@ -204,7 +205,7 @@ def build(device: Device, nodes: list[tuple[str, list[int], tuple[int, ...]]]) -
 
 
 @given(dags(), st.integers(0, 255))
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck))
 def test_any_graph_is_rebuilt_as_it_was(
     nodes: list[tuple[str, list[int], tuple[int, ...]]], seed: int
 ) -> None:

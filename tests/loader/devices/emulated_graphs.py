@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -172,13 +173,19 @@ class EmulatedGraphs:
 
     # -- what tests do ---------------------------------------------------------------------------
 
-    def load_module(self, codes: Sequence[KernelCode]) -> list[Any]:
+    def load_module(self, codes: Sequence[KernelCode], into: Any = None) -> list[Any]:
         """Has a module with these kernels, as a library of the machine's would have made it.
+
+        Args:
+            codes: The kernels.
+            into: A function whose module gets them; by default they have one of their own.
 
         Returns:
             The functions, in the same order.
         """
-        return [real.CUfunction(number) for number in self._new_module(codes).functions]
+        number = None if into is None else self._function(into).module
+        found = self._new_module(codes, number).functions[-len(codes) :]
+        return [real.CUfunction(function) for function in found]
 
     def load_kernels(self, codes: Sequence[KernelCode]) -> list[Any]:
         """The same, but what is given is the library's kernels, which no context has yet."""
@@ -200,9 +207,9 @@ class EmulatedGraphs:
     def _number(self) -> int:
         return next(self._graph_numbers)
 
-    def _new_module(self, codes: Sequence[KernelCode]) -> _Module:
-        number, module = self._number(), _Module()
-        self._modules[number] = module
+    def _new_module(self, codes: Sequence[KernelCode], number: int | None = None) -> _Module:
+        number = self._number() if number is None else number
+        module = self._modules.setdefault(number, _Module())
         for code in codes:
             defaults = {
                 "MAX_THREADS_PER_BLOCK": 1024,
@@ -762,4 +769,5 @@ def _run(code: KernelCode, launch: Launch) -> None:
     except Refused:
         raise
     except Exception as error:  # whatever a kernel does wrong
+        traceback.print_exc()
         raise Refused("CUDA_ERROR_LAUNCH_FAILED") from error

@@ -1,0 +1,85 @@
+"""Where a replica keeps its workers' captured steps: written by the front, which may.
+
+A worker may run as a user who may write nowhere; so it hands over the bytes, and they are written
+by whoever has started it, beside the images of workers. What is not an archive, by its own hash, is
+not written; what is in it nobody looks at but the next worker, which may no more than the one that
+has made it.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+
+from coldframe.loader.errors import ColdframeError, SnapshotError
+from coldframe.loader.timeline import Recorder, now
+from coldframe.loader.wire import Message
+from coldframe.runtime.options import SnapshotOptions
+from coldframe.snapshot.places import default_store, expanded
+
+__all__ = ["GraphShelf"]
+
+_FOLDER = "graphs"
+_MOST_BYTES = 256 << 20
+
+
+class GraphShelf:
+    """Archives of captured steps, beside a store of images.
+
+    Args:
+        options: How workers may start: with `off` nothing is read, and without `create` nothing is
+            written. Where images are in a bucket, archives are where they would be without one.
+        recorder: Gets a span for each that cannot be written.
+
+    Attributes:
+        root: The folder, for workers to read; None where they are to capture for themselves.
+    """
+
+    def __init__(self, options: SnapshotOptions, recorder: Recorder) -> None:
+        store = options.store
+        if not store or "://" in store:
+            store = default_store()
+        off = options.mode == "off"
+        self.root = None if off else os.path.join(os.path.abspath(expanded(store)), _FOLDER)
+        self._may_write = options.create and not off
+        self._recorder = recorder
+
+    def take(self, message: Message) -> None:
+        """Keeps what a worker has sent, in a thread: disks are slow.
+
+        Args:
+            message: `graphs`, with the archive's `name`; its bytes are in the descriptor.
+        """
+        if len(message.fds) != 1:
+            for fd in message.fds:
+                os.close(fd)
+            return
+        (fd,) = message.fds
+        if self.root is None or not self._may_write:
+            os.close(fd)
+            return
+        work = (self.root, str(message.body["name"]), fd, self._failed)
+        threading.Thread(target=_write, args=work, name="graphs", daemon=True).start()
+
+    def _failed(self, error: ColdframeError) -> None:
+        self._recorder.add("graph_save", now(), note=f"failed: {error}")
+
+
+def _write(root: str, name: str, fd: int, failed: Callable[[ColdframeError], None]) -> None:
+    # What most replicas never need is imported here, where nobody waits.
+    from coldframe.snapshot.graph_store import GraphStore
+
+    try:
+        with open(fd, "rb") as file:
+            size = os.fstat(fd).st_size
+            if size > _MOST_BYTES:
+                raise SnapshotError(
+                    "an archive of graphs is too large",
+                    expected=f"at most {_MOST_BYTES:,} bytes",
+                    got=f"{size:,} bytes",
+                )
+            file.seek(0)  # wherever its writer has left it
+            GraphStore(root).publish(name, file.read(size))
+    except ColdframeError as error:
+        failed(error)

@@ -55,7 +55,7 @@ class Starts:
     def run(
         self, until: str, *, mode: str = "auto", create: bool = True, user: Identity | None = None
     ) -> list[Span]:
-        """Answers some prompts, and again once a span of that name was told: all spans."""
+        """Answers some prompts, and one alone once a span of that name was told: all spans."""
         snapshot = SnapshotOptions(mode=mode, store=str(self.store), create=create)
         options = ReplicaOptions(
             model=str(self.model),
@@ -65,10 +65,10 @@ class Starts:
             user=user,
         )
         with Replica(options) as replica:
-            for _ in range(2):
-                clients = [ask(replica, prompt, 16) for prompt in PROMPTS]
+            for prompts in (PROMPTS, PROMPTS[1:2]):
+                clients = [ask(replica, prompt, 16) for prompt in prompts]
                 finish(replica, *clients)
-                for prompt, client in zip(PROMPTS, clients, strict=True):
+                for prompt, client in zip(prompts, clients, strict=True):
                     assert client.error is None
                     assert client.tokens == expected(self.model, tuple(prompt), 16)
                 wait_for(replica, lambda: bool(named(list(replica.spans), until)))
@@ -120,7 +120,7 @@ def test_what_one_start_captures_the_next_puts_together(
     assert all(span.start_ns > drawn for span in second if span.name == "graph_restore")
     assert starts.archive.read_bytes() == written
     (place,) = (path for path in counted.iterdir() if int(path.name) not in before)
-    assert place.read_bytes().count(b"r") > 3
+    assert place.read_bytes().count(b"r") > 10
 
 
 def test_a_damaged_archive_is_as_none_and_another_takes_its_place(

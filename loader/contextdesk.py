@@ -8,7 +8,6 @@ copying what a context has, and the loop never waits.
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,7 +17,10 @@ from coldframe.loader.connection import Connection
 from coldframe.loader.errors import ColdframeError, DeviceError, NoCheckpoint, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 
+# What only a service needs that has been given an order.
 if TYPE_CHECKING:
+    from queue import SimpleQueue
+
     from coldframe.loader.devices.base import Device
 
 __all__ = ["ContextDesk", "Contexts", "Frozen", "OpenContexts"]
@@ -88,7 +90,7 @@ class ContextDesk:
         self._recorder = recorder
         self._open_contexts = open_contexts
         self._contexts: Contexts | None = None
-        self._orders: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._orders: SimpleQueue[Callable[[], None] | None] | None = None
         self._thread: threading.Thread | None = None
 
     def close(self) -> bool:
@@ -96,7 +98,7 @@ class ContextDesk:
 
         What is not is ended with this process, and whoever has the workers ends them, too.
         """
-        if self._thread is not None:
+        if self._orders is not None and self._thread is not None:
             self._orders.put(None)
             self._thread.join(_CLOSING_S)
             if self._thread.is_alive():
@@ -161,14 +163,15 @@ class ContextDesk:
                 error = DeviceError("the context's way broke", where=name, got=repr(failure))
             self._post(lambda: self._ended(order, name, started, found, error))
 
-        self._orders.put(run)
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="contexts", daemon=True)
-            self._thread.start()
+        if self._orders is None:
+            from queue import SimpleQueue
 
-    def _run(self) -> None:
-        while (order := self._orders.get()) is not None:
-            order()
+            self._orders = SimpleQueue()
+            self._thread = threading.Thread(
+                target=_follow, args=(self._orders,), name="contexts", daemon=True
+            )
+            self._thread.start()
+        self._orders.put(run)
 
     def _opened(self) -> Contexts:
         if self._contexts is None:
@@ -195,3 +198,9 @@ class ContextDesk:
             "spans": [span.to_wire() for span in self._recorder.drain()],
         }
         self._send(self._owner, body | found)
+
+
+def _follow(orders: SimpleQueue[Callable[[], None] | None]) -> None:
+    """The thread: carries orders out as they came, until there is None."""
+    while (order := orders.get()) is not None:
+        order()

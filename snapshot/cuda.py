@@ -16,11 +16,11 @@ import os
 import select
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.contextdesk import LOCK_S, Frozen
 from coldframe.loader.devices.checkpoint_calls import CheckpointCalls, ProcessState
 from coldframe.loader.devices.context import Context
@@ -33,10 +33,13 @@ from coldframe.loader.errors import (
     NoCheckpoint,
     ReplicaError,
 )
+from coldframe.snapshot.gpu_pairs import KERNEL_GPUS, gpu_pairs, hidden_gpus
 
-__all__ = ["Checkpoints", "Frozen", "LOCK_S", "gpu_pairs"]
+__all__ = ["Checkpoints", "Frozen", "LOCK_S"]
 
-_KERNEL_GPUS = "/proc/driver/nvidia/gpus"
+_HOST_BYTES = 1 << 30
+"""What the host must have left. How much a context takes shows when it has left the device; a
+process that is killed for memory meanwhile would take more with it than that one."""
 _HOPELESS = ("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED")
 """What the lock is refused with where none of this machine's processes can be frozen."""
 
@@ -47,12 +50,19 @@ class Checkpoints:
     Args:
         context: The helper's, on the GPU that the processes compute on.
         kernel_gpus: Where the kernel's driver lists its GPUs.
+        available: Says how much memory the host has left, in bytes.
     """
 
-    def __init__(self, context: Context, kernel_gpus: str = _KERNEL_GPUS) -> None:
+    def __init__(
+        self,
+        context: Context,
+        kernel_gpus: str = KERNEL_GPUS,
+        available: Callable[[], int] = memory_available,
+    ) -> None:
         self._context = context
         self._calls = CheckpointCalls(context.driver)
-        self._kernel_gpus = Path(kernel_gpus)
+        self._kernel_gpus = kernel_gpus
+        self._available = available
         self._turn = threading.Lock()
         self._held: dict[int, int] = {}
         """A pidfd of each process that is frozen: its number may become another one's."""
@@ -69,7 +79,7 @@ class Checkpoints:
         driver, own = self._context.driver, self._context.ordinal
         others = [ordinal for ordinal in range(driver.device_count()) if ordinal != own]
         seen = {self._calls.uuid(n): driver.device_name(n) for n in (own, *others)}
-        return seen | {k: v for k, v in self._hidden().items() if k not in seen}
+        return seen | {k: v for k, v in hidden_gpus(self._kernel_gpus).items() if k not in seen}
 
     def freeze(self, pid: int, limit_s: float = LOCK_S) -> Frozen:
         """Takes a process's context off the GPU.
@@ -86,6 +96,7 @@ class Checkpoints:
         """
         with self._turn:
             self._check_supported()
+            self._check_host()
             uuids = self.uuids()
             self._release(pid)  # what was frozen under that number is of no interest any more
             self._held[pid] = _pidfd(pid)
@@ -218,57 +229,22 @@ class Checkpoints:
         if fd is not None:
             os.close(fd)
 
+    def _check_host(self) -> None:
+        left = self._available()
+        if left < _HOST_BYTES:
+            raise DeviceError(
+                "the host has no memory for a context",
+                where=self._context.name,
+                expected=f"{_HOST_BYTES:,} bytes",
+                got=f"{left:,} available",
+                hint="Give the container more memory, or leave contexts where they are "
+                "(--checkpoint off).",
+            )
+
     def _check_supported(self) -> None:
         why = self._calls.supported()
         if why is not None:
             raise NoCheckpoint("contexts cannot be checkpointed", where=self._context.name, got=why)
-
-    def _hidden(self) -> dict[str, str]:
-        found = {}
-        for path in sorted(self._kernel_gpus.glob("*/information")):
-            with suppress(OSError):
-                lines = (line.partition(":") for line in path.read_text().splitlines())
-                told = {key.strip(): value.strip() for key, _, value in lines}
-                if told.get("GPU UUID", "").startswith("GPU-"):
-                    found[told["GPU UUID"]] = told.get("Model", "")
-        return found
-
-
-def gpu_pairs(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str] | None:
-    """Which GPU takes the place of which.
-
-    Args:
-        old: What the GPUs were called, by UUID; the one that was computed on first.
-        new: Likewise, those that are here.
-
-    Returns:
-        The new UUID for each old one; None where each GPU is where it was.
-
-    Raises:
-        AnotherDevice: There are more, fewer or others.
-    """
-    here, there = list(new.values()), list(old.values())
-    if sorted(here) != sorted(there) or here[:1] != there[:1]:
-        raise AnotherDevice(
-            "a context was frozen on another GPU",
-            expected=", ".join(f"{name} ({uuid})" for uuid, name in old.items()),
-            got=", ".join(f"{name} ({uuid})" for uuid, name in new.items()),
-        )
-    if not old:
-        return None
-    # The process goes on where its weights are, whichever GPU that is now.
-    pairs = {next(iter(old)): next(iter(new))}
-    left = [uuid for uuid in new if uuid not in pairs.values()]
-    waiting = [uuid for uuid in old if uuid not in pairs]
-    # Of the others, those that are still here stay what they are.
-    for uuid in [uuid for uuid in waiting if uuid in left]:
-        pairs[uuid] = uuid
-        left.remove(uuid)
-        waiting.remove(uuid)
-    for uuid in waiting:
-        pairs[uuid] = next(other for other in left if new[other] == old[uuid])
-        left.remove(pairs[uuid])
-    return None if all(one == other for one, other in pairs.items()) else pairs
 
 
 def _pidfd(pid: int) -> int:

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.heavy
 Make = Callable[..., Path]
 MIB = 1 << 20
 CONTEXT = 100 * MIB
+ALL = 1024 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -275,7 +276,7 @@ def test_a_gpu_that_is_full_is_waited_for(model: Path, no_leaks: Path, gpu: Gpu)
         answered(replica, model)
         before = replica.pids
         rests(replica)
-        with taken(gpu, 1024 * MIB - 2 * CONTEXT - 10 * MIB):
+        with taken(gpu, ALL - CONTEXT - 50 * MIB):
             client = ask(replica, PROMPT, 8)
             wait_for(replica, lambda: len(spans(replica, "cuda_restore")) > 3)
             assert not client.events
@@ -294,7 +295,7 @@ def test_a_gpu_that_stays_full_costs_the_worker(
         answered(replica, model)
         before = replica.pids
         rests(replica)
-        with taken(gpu, 1024 * MIB - 2 * CONTEXT - 10 * MIB):
+        with taken(gpu, ALL - CONTEXT - 50 * MIB):
             client = ask(replica, PROMPT, 8)
             wait_for(replica, lambda: before.items() - replica.pids.items() != set())
         finish(replica, client)

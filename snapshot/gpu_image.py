@@ -69,6 +69,7 @@ def _gpu(fields: Fields, value: object) -> tuple[str, str]:
 
 def _graph(fields: Fields, value: object) -> tuple[int, int]:
     match value:
-        case [int(sequences), int(blocks)] if sequences > 0 and blocks > 0:
-            return sequences, blocks
+        case [sequences, blocks] if type(sequences) is type(blocks) is int:
+            if sequences > 0 and blocks > 0:
+                return sequences, blocks
     raise fields.wrong("graphs", "sequences and blocks of each", value)

@@ -11,10 +11,7 @@ from coldframe.snapshot.gpus import FOLDER, Gpus
 from coldframe.snapshot.machine import Machine
 from tests.snapshot.images import MACHINE
 from tests.snapshot.nvidia import CLOSED, OPEN, kernel_says
-
-IMAGE = GpuImage(
-    "13.0", (("GPU-1", "H200"), ("GPU-2", "T4")), 1 << 29, "f" * 32, 1 << 20, 64, ((1, 8), (8, 16))
-)
+from tests.snapshot.test_manifest import GPU
 
 
 @pytest.mark.parametrize("line", [CLOSED, OPEN])
@@ -62,7 +59,7 @@ def test_another_gpu_or_driver_is_refused_by_name(change: dict[str, str], field:
 
 
 def test_the_part_of_an_image_that_was_on_a_gpu_travels() -> None:
-    assert GpuImage.from_json(json.loads(json.dumps(IMAGE.to_json()))) == IMAGE
+    assert GpuImage.from_json(json.loads(json.dumps(GPU.to_json()))) == GPU
 
 
 @pytest.mark.parametrize(
@@ -74,6 +71,7 @@ def test_the_part_of_an_image_that_was_on_a_gpu_travels() -> None:
         ("graphs", [[1]]),
         ("graphs", [[0, 8]]),
         ("graphs", [["1", 8]]),
+        ("graphs", [[1, True]]),
         ("blocks", 0),
         ("context_bytes", -1),
         ("plan", None),
@@ -82,4 +80,4 @@ def test_the_part_of_an_image_that_was_on_a_gpu_travels() -> None:
 )
 def test_a_wrong_field_of_it_is_named(name: str, value: object) -> None:
     with pytest.raises(SnapshotError, match=name):
-        GpuImage.from_json({**IMAGE.to_json(), name: value})
+        GpuImage.from_json({**GPU.to_json(), name: value})

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldframe.loader.errors import SnapshotError
+from coldframe.snapshot.gpu_image import GpuImage
 from coldframe.snapshot.image_files import PIECE_BYTES, ImageFile, StoredObject
 from coldframe.snapshot.libraries import Library
 from coldframe.snapshot.manifest import Manifest, Oracle, is_image_id
@@ -21,9 +22,12 @@ PIECES = ((100, "1" * 64), (2000, "2" * 64))
 MACHINE_WITH_FILES = MACHINE._replace(
     libraries=(Library("/lib/libc.so", 10, 20, "build-id:00"),), gpu="NVIDIA H200", driver="580"
 )
+GPU = GpuImage(
+    "13.0", (("GPU-1", "H200"), ("GPU-2", "T4")), 1 << 29, "f" * 32, 1 << 20, 64, ((1, 8), (8, 16))
+)
 MANIFEST = Manifest(
     1700000000.5,
-    *draft(machine=MACHINE_WITH_FILES),
+    *draft(machine=MACHINE_WITH_FILES)._replace(gpu=GPU),
     objects=(
         StoredObject("3" * 64, "lz4", PIECE_BYTES + 5, PIECES),
         StoredObject("4" * 64, "raw", 7, ((7, "5" * 64),)),

@@ -168,6 +168,7 @@ class KeptSteps:
             raise
         except ColdframeError as error:
             self._pending.clear()
+            self._saved = self._rebuilt > 0  # what is of no use may be written over
             self._recorder.add("graph_restore", started, note=f"failed: {error}")
             self._end()
             return

@@ -27,6 +27,7 @@ def test_by_default_there_is_one_of_each() -> None:
     assert options().scales == {"prefill": Scale(1, 1), "decode": Scale(1, 1)}
     assert (options().scaling, options().pin, options().threads) == (ScalingOptions(), False, None)
     assert options().local_prefill == ReplicaOptions("m").local_prefill == 64
+    assert options().graphs
 
 
 def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +35,7 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDFRAME_PIN", "1")
     found = options(
         *("--prefill", "1-4", "--prefill-share", "9", "--decode-share", "8", "--scale-down", "2.5"),
-        *("--threads", "3", "--local-prefill", "0"),
+        *("--threads", "3", "--local-prefill", "0", "--graphs", "off"),
     )
     assert (options().checkpoint, options("--checkpoint", "off").checkpoint) == ("auto", "off")
     monkeypatch.setenv("COLDFRAME_CHECKPOINT", "off")
@@ -45,6 +46,10 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.device, found.device_of("prefill")) == ("cpu", "cpu")
     assert found.scaling == ScalingOptions(9, 8, 2.5)
     assert (found.pin, found.threads, found.local_prefill) == (True, 3, 0)
+    assert not found.graphs
+    monkeypatch.setenv("COLDFRAME_GRAPHS", "off")
+    assert not options().graphs
+    assert options("--graphs", "auto").graphs
 
 
 @pytest.mark.parametrize(

@@ -23,10 +23,11 @@ from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Stream
 from coldframe.loader.devices.graph_calls import Executable, Graph, GraphCalls
-from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost
+from coldframe.loader.errors import ColdframeError, DeviceError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.engine.buckets import Bucket
 from coldframe.runtime.engine.graphs import StepGraphs
+from coldframe.runtime.engine.trial import as_refusal
 from coldframe.snapshot.graph_file import encode
 from coldframe.snapshot.graph_store import GraphStore, name_of
 from coldframe.snapshot.graphs import (
@@ -164,12 +165,11 @@ class KeptSteps:
             if self._builder is None:
                 self._begin()
             self._put_together(self._keys[self._pending.pop(0)])
-        except DeviceLost:
-            raise
-        except ColdframeError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             self._pending.clear()
             self._saved = self._rebuilt > 0  # what is of no use may be written over
-            self._recorder.add("graph_restore", started, note=f"failed: {error}")
+            note = f"failed: {as_refusal(error, 'steps of an archive')}"
+            self._recorder.add("graph_restore", started, note=note)
             self._end()
             return
         self._spent_ns += now() - started
@@ -255,10 +255,8 @@ class KeptSteps:
                     self._saver.add(_key(left[0]), graph)
                 return True
             note = self._send(self._saver)
-        except DeviceLost:
-            raise
-        except ColdframeError as error:
-            note = f"failed: {error}"
+        except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
+            note = f"failed: {as_refusal(error, 'captured steps')}"
         self._saved = True
         self._recorder.add("graph_save", started, note=note)
         return True

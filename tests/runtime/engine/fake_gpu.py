@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -119,8 +120,14 @@ def fake_gpu() -> Iterator[Traffic]:
     with warnings.catch_warnings():
         # Neighbours are told by their addresses; fake tensors all have the same.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(), _Indexing(traffic), _Counting(traffic):
+        # Memory of Python's own makes a real tensor.
+        made_fake = mock.patch.object(torch, "frombuffer", _from_buffer)
+        with FakeTensorMode(), _Indexing(traffic), _Counting(traffic), made_fake:
             yield traffic
+
+
+def _from_buffer(data: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(list(data), dtype=dtype)
 
 
 def real_zeros(like: Tensor) -> Tensor:

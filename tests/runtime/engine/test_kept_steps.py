@@ -151,6 +151,7 @@ def test_a_start_without_an_archive_says_why(begin: Begin) -> None:
 FAILING = ("cuGraphGetNodes", "cuFuncGetModule", "cuGraphUpload")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("call", FAILING)
 def test_what_fails_on_the_way_is_captured(
     begin: Begin, archive: GraphArchive, call: str, monkeypatch: pytest.MonkeyPatch
@@ -170,6 +171,7 @@ def test_what_fails_on_the_way_is_captured(
     assert len(captured) > 1
 
 
+@pytest.mark.heavy
 def test_a_device_that_is_lost_on_the_way_is_no_reason_to_go_on(
     begin: Begin, archive: GraphArchive
 ) -> None:
@@ -184,6 +186,7 @@ def test_a_device_that_is_lost_on_the_way_is_no_reason_to_go_on(
         second.steps.between_steps()
 
 
+@pytest.mark.heavy
 def test_memory_that_lies_elsewhere_has_nothing_kept(
     begin: Begin, archive: GraphArchive, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,6 +200,7 @@ def test_memory_that_lies_elsewhere_has_nothing_kept(
         assert start.sent == []
 
 
+@pytest.mark.heavy
 def test_steps_that_compute_something_else_are_found_out(
     begin: Begin, archive: GraphArchive
 ) -> None:
@@ -225,6 +229,7 @@ def test_steps_over_another_place_are_not_even_tried(begin: Begin, archive: Grap
     assert len(second.sent) == 1
 
 
+@pytest.mark.heavy
 def test_an_archive_without_what_it_should_say_is_as_none(
     begin: Begin, archive: GraphArchive
 ) -> None:

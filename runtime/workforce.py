@@ -57,6 +57,11 @@ class Owner(Protocol):
         """Whether a token has been made."""
         ...
 
+    @property
+    def error(self) -> ColdframeError | None:
+        """Why the replica cannot go on, where that is so."""
+        ...
+
     def fail(self, error: ColdframeError) -> None:
         """The replica cannot go on as it is."""
         ...
@@ -248,6 +253,8 @@ class Workforce:
         self._recorder.add("snapshot_restore", asked_ns, note=f"{worker.name} failed: {error}")
 
     def _start_instead(self, worker: WorkerProcess, _: ColdframeError) -> None:
+        if self._owner.error is not None:  # nothing is left for it to do
+            return
         try:
             self.start(worker.role)
         except ColdframeError as error:

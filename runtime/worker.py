@@ -199,7 +199,7 @@ class Worker:
 
         # When it is warmed up, and when it fails, there may be no way to import them.
         import coldframe.runtime.engine.device_errors
-        import coldframe.runtime.warmup  # noqa: F401
+        import coldframe.runtime.warmup
         from coldframe.runtime.engine import device
 
         where = torch.device("cpu")  # where the GPU is not one of torch's, its memory is the host's

@@ -20,8 +20,7 @@ checkpointed at all, they stay, and the reason is told once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from coldframe.loader.errors import (
     ColdframeError,
@@ -31,10 +30,9 @@ from coldframe.loader.errors import (
     ReplicaError,
 )
 from coldframe.runtime.launch import WorkerProcess
+from coldframe.runtime.worker_context import Place, WorkerContext
 
-__all__ = ["Contexts", "ContextsOwner", "Place"]
-
-Place = Literal["here", "asked", "ready", "leaving", "away", "coming", "waiting"]
+__all__ = ["Contexts", "ContextsOwner"]
 
 _AGAIN_S = 0.25
 _PATIENCE_S = 30.0
@@ -73,33 +71,6 @@ class ContextsOwner(Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class _Context:
-    """One worker's.
-
-    Attributes:
-        place: Where it is, or on its way to.
-        number: Of the last order to rest: an answer to another one is late.
-        failed: In which rest it could not leave.
-        must_come: Whether it was told to come back while it was leaving.
-        frozen: What the memory service said of it: bytes, and the GPUs' UUIDs.
-        since: When it was first to come back, in seconds.
-        due: Until when its place lasts, or when it is looked at again; None is for ever.
-    """
-
-    worker: WorkerProcess
-    place: Place = "here"
-    number: int = 0
-    failed: int = 0
-    must_come: bool = False
-    frozen: dict[str, Any] | None = None
-    since: float = 0.0
-    due: float | None = None
-
-    def goes(self, place: Place, due: float | None = None) -> None:
-        self.place, self.due = place, due
-
-
 class Contexts:
     """Where the contexts of a replica's workers are, and where they are wanted.
 
@@ -127,7 +98,8 @@ class Contexts:
         self._away = False
         self._rests = 0
         self._numbers = 0
-        self._known: dict[str, _Context] = {}
+        self._known: dict[str, WorkerContext] = {}
+        self._warned: set[str] = set()
 
     # -- orders ----------------------------------------------------------------------------------
 
@@ -206,7 +178,7 @@ class Contexts:
             if context.place == "ready" and not self._one_leaves(context.worker.role):
                 self._take_off(context)
 
-    def _may_leave(self, context: _Context) -> bool:
+    def _may_leave(self, context: WorkerContext) -> bool:
         return (
             self.why is None
             and context.place == "here"
@@ -219,15 +191,15 @@ class Contexts:
         leaving = [c.worker.role for c in self._known.values() if c.place == "leaving"]
         return any(self._owner.device_of(other) == device for other in leaving)
 
-    def _contexts(self) -> list[_Context]:
+    def _contexts(self) -> list[WorkerContext]:
         """Those of the workers that are up now; first those of prefill."""
         workers = [w for w in self._owner.workers.values() if w.up and not w.group]
         workers.sort(key=lambda worker: worker.role != "prefill")
         known = self._known
-        self._known = {w.name: known.get(w.name) or _Context(w) for w in workers}
+        self._known = {w.name: known.get(w.name) or WorkerContext(w) for w in workers}
         return list(self._known.values())
 
-    def _is_due(self, context: _Context) -> None:
+    def _is_due(self, context: WorkerContext) -> None:
         """Its place has lasted for as long as it may."""
         match context.place:
             case "asked":
@@ -247,7 +219,7 @@ class Contexts:
             if context.place in ("asked", "ready"):
                 context.goes("here")
 
-    def _lose(self, context: _Context, why: str) -> None:
+    def _lose(self, context: WorkerContext, why: str) -> None:
         self._warn(f"a worker is lost with its context: {why}")
         self._owner.bury(context.worker.name, why)
 
@@ -259,18 +231,23 @@ class Contexts:
         if context is not None and context.place == "asked" and context.number == number:
             context.goes("ready")
 
-    def _take_off(self, context: _Context) -> None:
+    def _take_off(self, context: WorkerContext) -> None:
         context.must_come = False
         context.goes("leaving", self._clock() + _SILENCE_S)
         worker = context.worker
         order = {"type": "checkpoint", "name": worker.name, "pid": worker.child.pid}
         self._owner.order(worker.role, order, lambda body: self._left(context, body))
 
-    def _left(self, context: _Context, body: dict[str, Any]) -> None:
+    def _left(self, context: WorkerContext, body: dict[str, Any]) -> None:
         if context.worker.name not in self._owner.workers:
             return
         if body["error"] is not None:
-            self._stays(context, ColdframeError.from_wire(body["error"]))
+            error = ColdframeError.from_wire(body["error"])
+            if isinstance(error, ReplicaError):  # it is dead, which its own socket will say
+                context.goes("here")
+                context.failed = self._rests
+            else:
+                self._stays(context, error)
             return
         context.goes("away")
         context.frozen = {name: body[name] for name in ("bytes", "uuids")}
@@ -279,7 +256,7 @@ class Contexts:
         if context.must_come:
             self._bring_back(context)
 
-    def _stays(self, context: _Context, error: ColdframeError) -> None:
+    def _stays(self, context: WorkerContext, error: ColdframeError) -> None:
         context.failed = self._rests
         context.goes("here")
         if isinstance(error, NoCheckpoint | ContextPoisoned):
@@ -288,11 +265,14 @@ class Contexts:
         if isinstance(error, ContextPoisoned):
             self._lose(context, str(error))
         else:
-            self._warn(f"a context stays on its device: {error}")
+            why = f"a context stays on its device: {error}"
+            if why not in self._warned:  # what fails each time is told once
+                self._warned.add(why)
+                self._warn(why)
 
     # -- back ------------------------------------------------------------------------------------
 
-    def _bring_back(self, context: _Context) -> None:
+    def _bring_back(self, context: WorkerContext) -> None:
         if context.place != "waiting":
             context.since = self._clock()
         context.goes("coming", self._clock() + _SILENCE_S)
@@ -300,7 +280,7 @@ class Contexts:
         order = {"type": "restore", "name": worker.name, "pid": worker.child.pid, **frozen}
         self._owner.order(worker.role, order, lambda body: self._back(context, body))
 
-    def _back(self, context: _Context, body: dict[str, Any]) -> None:
+    def _back(self, context: WorkerContext, body: dict[str, Any]) -> None:
         if context.worker.name not in self._owner.workers:
             return
         if body["error"] is None:

@@ -55,6 +55,7 @@ class Resting:
     def park(self) -> None:
         """Has them leave."""
         self._parked = self.leaving = True
+        self.left = False  # some may have come back since that was heard
         self._again_at = None
         self._to_memory({"type": "park"})
 

@@ -98,16 +98,19 @@ class Checkpoints:
             self._check_supported()
             self._check_host()
             uuids = self.uuids()
+            self._sweep()
             self._release(pid)  # what was frozen under that number is of no interest any more
             self._held[pid] = _pidfd(pid)
             try:
                 started = time.monotonic()
                 free = self._context.available()
                 self._take_off(pid, limit_s)
-                taken = max(0, self._context.available() - free)
             except BaseException:
                 self._release(pid)
                 raise
+            taken = 0
+            with suppress(DeviceError):  # it has left all the same
+                taken = max(0, self._context.available() - free)
             return Frozen(taken, uuids, time.monotonic() - started)
 
     def _take_off(self, pid: int, limit_s: float) -> None:
@@ -223,6 +226,11 @@ class Checkpoints:
         with self._turn:
             for pid in list(self._held):
                 self._release(pid)
+
+    def _sweep(self) -> None:
+        """Lets those go that are gone."""
+        for pid in [pid for pid, fd in self._held.items() if _has_ended(fd)]:
+            self._release(pid)
 
     def _release(self, pid: int) -> None:
         fd = self._held.pop(pid, None)

@@ -29,9 +29,14 @@ _OMP_PAUSE_HARD = 2
 _NULL_DEVICE = os.makedev(1, 3)
 _OPENMP = ("libgomp", "libomp", "libiomp")
 _THREADS_END_S = 1.0
-_DRIVERS = re.compile(r"/dev/nvidia\S*|anon_inode:\[event(?:fd|poll)\]|(?:pipe|socket):\[\d+\]")
+_DRIVERS = re.compile(
+    r"/dev/nvidia.*|/dev/shm/cuda\..*|anon_inode:\[event(fd|poll)\]|(pipe|socket):\[\d+\]"
+)
 """Descriptors that a driver may have open."""
-_DRIVERS_MAPPING = re.compile(r"/dev/nvidia\S*|anon_inode:\S*")
+_DRIVERS_MAPPING = re.compile(
+    r"/dev/nvidia.*|/dev/shm/cuda\..*|/dev/zero \(deleted\)|anon_inode:.*"
+)
+"""Mappings likewise; the third is memory that it shares with whom it may fork."""
 
 
 def quiesce(control_fd: int, *, on_gpu: bool = False) -> None:

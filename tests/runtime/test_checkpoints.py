@@ -151,10 +151,33 @@ def test_who_is_asked_at_any_moment_of_that_answers(model: Path, no_leaks: Path,
             end = time.monotonic() + chance.uniform(0, 0.1)
             while time.monotonic() < end:
                 replica.poll(0.001)
-            if chance.random() < 0.3:  # and is told otherwise at once
+            if chance.random() < 0.5:  # and is told otherwise at once
                 replica.wake()
                 replica.park()
+            if chance.random() < 0.5:
+                wait_for(replica, lambda: replica.contexts.left)
+                assert gpu.contexts == CONTEXT
+                assert device_bytes(replica) == 0
             answered(replica, model)
+        assert replica.pids == before
+
+
+def test_who_is_to_rest_on_its_way_back_turns_round(model: Path, no_leaks: Path, gpu: Gpu) -> None:
+    gpu.emulate(delay=0.002)
+    chance = random.Random(7)
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        before = replica.pids
+        for _ in range(8):
+            rests(replica)
+            replica.wake()
+            end = time.monotonic() + chance.uniform(0, 0.02)
+            while time.monotonic() < end:
+                replica.poll(0.001)
+            replica.park()
+            wait_for(replica, lambda: replica.contexts.left)
+            assert (gpu.contexts, device_bytes(replica)) == (CONTEXT, 0)
+        answered(replica, model)
         assert replica.pids == before
 
 

@@ -258,6 +258,26 @@ def test_where_it_cannot_be_done_nobody_is_asked_again(front: Front, error: Cold
     assert front.buried == (["prefill-0"] if error is POISONED else [])
 
 
+def test_what_fails_each_time_is_told_once(front: Front) -> None:
+    for _ in range(3):
+        front.contexts.leave()
+        front.contexts.step()
+        front.rest("prefill-0")
+        front.answer(DeviceError("the context cannot leave the GPU"))
+        assert front.places() == "here asked"
+        front.contexts.come()
+    assert len(front.warned) == 1
+
+
+def test_who_dies_while_it_leaves_is_said_to_be_dead_by_its_socket(front: Front) -> None:
+    front.contexts.leave()
+    front.contexts.step()
+    front.rest("prefill-0")
+    front.answer(ReplicaError("the process is gone"))
+    assert front.places() == "here asked"
+    assert (front.warned, front.buried, front.contexts.why) == ([], [], None)
+
+
 def test_nobody_is_asked_where_they_are_to_stay() -> None:
     front = Front(why="--checkpoint off")
     front.contexts.leave()

@@ -195,6 +195,21 @@ def test_clones_decode_with_the_graphs_that_they_came_with(starts: Starts) -> No
     assert sum(replays(starts.image.graphs).values()) > before + TOKENS // 2
 
 
+def test_clones_rest_and_decode_with_the_same_graphs_again(starts: Starts) -> None:
+    with Replica(starts.options(mode="require")) as replica:
+        starts.is_right(starts.answer(replica))
+        wait_for(replica, lambda: replica.loaded)
+        replica.park()
+        wait_for(replica, lambda: replica.resting.left and replica.contexts.left)
+        assert len(spans(replica, "cuda_checkpoint")) == 2
+        before, pids = sum(replays(starts.image.graphs).values()), replica.pids
+        other = prompt_of(30, seed=5)
+        starts.is_right(starts.answer(replica, other), other)
+        assert sum(replays(starts.image.graphs).values()) > before
+        assert replica.pids == pids
+        assert spans(replica, "graph_capture") == []
+
+
 def test_clones_have_become_another_user_by_then(starts: Starts) -> None:
     with Replica(starts.options(user=Identity(65532, 65532, ()))) as replica:
         starts.is_right(starts.answer(replica))

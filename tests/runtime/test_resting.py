@@ -69,6 +69,20 @@ def test_they_are_leaving_until_something_is_heard_of_it(front: Front) -> None:
     assert not resting.leaving
 
 
+def test_who_leaves_on_the_way_back_has_not_left_before_that_is_said(front: Front) -> None:
+    resting = front.resting
+    resting.park()
+    front.hear("parked")
+    resting.wake()
+    assert resting.left
+    resting.park()
+    assert not resting.left
+    front.hear("woken")  # of before
+    assert not resting.left
+    front.hear("parked")
+    assert resting.left
+
+
 def test_they_are_kept_once(front: Front) -> None:
     front.resting.keep()
     front.resting.keep()

@@ -111,3 +111,26 @@ def test_more_than_the_gpu_has_cannot_be_shared(model: Path) -> None:
         server.ends_with = (1,)
         assert server.process.wait(60) == 1
         assert "coldframe: DeviceError: the models are to share more memory than" in server.log
+
+
+def test_a_server_that_rests_says_that_its_contexts_have_left_and_ends_as_it_is_told(
+    model: Path,
+) -> None:
+    asked = ("--device", "cuda:0", "--kv-memory", "64MiB", "--idle", 0.2, "--park", 60)
+    with served(model, *asked, front=emulated(8 << 30)) as server:
+        answer = greedy(model, ids_of(model, "Once"), 6)
+        for _ in range(2):
+            assert server.complete(max_tokens=6, ignore_eos=True) == answer
+            eventually(lambda: (server.get("/startup").json()["contexts"] or {}).get("away") == 2)
+        told = server.get("/startup").json()
+        assert (told["state"], told["contexts"]["why"]) == ("parked", None)
+    # By SIGTERM, with status 0, and nobody is left.
+
+
+def test_contexts_stay_where_they_are_told_to(model: Path) -> None:
+    asked = ("--device", "cuda:0", "--kv-memory", "64MiB", "--idle", 0.2, "--park", 60)
+    with served(model, *asked, "--checkpoint", "off", front=emulated(8 << 30)) as server:
+        server.complete(max_tokens=6, ignore_eos=True)
+        eventually(lambda: server.get("/startup").json()["state"] == "parked")
+        told = server.get("/startup").json()["contexts"]
+        assert told == {"away": 0, "of": 2, "bytes": 0, "seconds": 0.0, "why": "--checkpoint off"}

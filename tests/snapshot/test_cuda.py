@@ -189,6 +189,23 @@ def test_too_little_room_that_only_the_driver_sees_is_the_end(
     driver.release(taken)
 
 
+def test_what_it_took_may_stay_unknown(helper: Helper, other: Target) -> None:
+    helper.emulator.fail("cuMemGetInfo", 2, "CUDA_ERROR_INVALID_VALUE")
+    frozen = helper.checkpoints.freeze(other.pid, 5)
+    assert (frozen.bytes, state(other)) == (0, states.CHECKPOINTED)
+    helper.checkpoints.thaw(other.pid, frozen)
+    assert other.ask("call") == "call"
+
+
+def test_those_that_are_gone_are_let_go_of(helper: Helper, other: Target) -> None:
+    for _ in range(3):
+        with target(**helper.emulated) as brief:
+            helper.checkpoints.freeze(brief.pid, 5)
+    before = len(os.listdir("/proc/self/fd"))
+    helper.checkpoints.thaw(other.pid, helper.checkpoints.freeze(other.pid, 5))
+    assert len(os.listdir("/proc/self/fd")) == before - 1
+
+
 def test_without_host_memory_nothing_is_touched(helper: Helper, other: Target) -> None:
     checkpoints = Checkpoints(helper.context, available=lambda: 1 << 20)
     with pytest.raises(DeviceError, match="host has no memory"):

@@ -155,15 +155,11 @@ class EmulatedCheckpoints:
         context_bytes: What a context takes of its device.
         ledger: The folder by which processes know of one another; None where there is but this.
         uuids: Of each device.
-        kind: What each is called.
         dies_at: A call under which this process ends, and the how many-th it is.
         slow_s: What a checkpoint, and a restore, take in seconds.
     """
 
     devices: int
-    memory: int
-    calls: dict[str, int]
-    missing: set[str]
 
     def _begin_checkpoints(self, context_bytes: int, ledger: str | None) -> None:
         self.context_bytes = context_bytes

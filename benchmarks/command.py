@@ -14,6 +14,7 @@ __all__ = ["BENCHMARKS", "add_arguments", "run"]
 BENCHMARKS = {
     "batching": ("coldframe.benchmarks.batching", "how large a batch of prompts should be"),
     "gpu": ("coldframe.benchmarks.gpu.command", "all that a machine with a GPU can tell"),
+    "graphs": ("coldframe.benchmarks.graph_archive", "captured steps saved and rebuilt, no GPU"),
     "interference": (
         "coldframe.benchmarks.interference",
         "what running decodes feel of prompts that arrive, apart and together",

@@ -15,84 +15,29 @@ becomes that user.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
-
-from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
+from coldframe.loader.arena import SCRATCH_BASE
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Stream
 from coldframe.loader.devices.graph_calls import Executable, Graph, GraphCalls
-from coldframe.loader.errors import ColdframeError, DeviceError, DeviceLost
+from coldframe.loader.errors import DeviceError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.engine.buckets import Bucket
 from coldframe.runtime.engine.graphs import StepGraphs
+from coldframe.runtime.engine.trial import as_refusal
+from coldframe.runtime.graph_lookup import REGIONS, Shelved
 from coldframe.snapshot.graph_file import encode
-from coldframe.snapshot.graph_store import GraphStore, name_of
-from coldframe.snapshot.graphs import (
-    GraphArchive,
-    GraphBuilder,
-    GraphFingerprint,
-    GraphSaver,
-    Kernels,
-    Region,
-)
+from coldframe.snapshot.graph_store import name_of
+from coldframe.snapshot.graphs import GraphArchive, GraphBuilder, GraphSaver, Kernels
 
-__all__ = ["KeptSteps", "Launch", "Shelved", "look_up"]
+__all__ = ["KeptSteps", "Launch"]
 
-_ROOM = KV_BASE - WEIGHTS_BASE
-"""Addresses that each arena has for itself, however many of them it uses."""
-_REGIONS = (
-    Region("weights", WEIGHTS_BASE, _ROOM),
-    Region("kv", KV_BASE, _ROOM),
-    Region("scratch", SCRATCH_BASE, _ROOM),
-)
-_SCRATCH = "scratch_bytes"
-"""Under which note an archive says how much of its own memory its steps compute in."""
+_SCRATCH, _NUMBERS, _LOGITS = "scratch_bytes", "numbers", "logits"
+"""What an archive notes beside its steps: how much of their own memory they compute in, and where
+they look for their numbers and leave their logits."""
 
 Launch = Callable[[Executable], None]
 """Runs a graph in the stream that steps are computed in."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shelved:
-    """What there is of a model's steps from an earlier start.
-
-    Attributes:
-        fingerprint: What graphs take for granted here.
-        archive: The steps; None where there are none that fit.
-        why: Why not.
-    """
-
-    fingerprint: GraphFingerprint
-    archive: GraphArchive | None = None
-    why: str = ""
-
-
-def look_up(root: str, context: Context, model: str) -> Shelved:
-    """Reads the archive for a model.
-
-    Args:
-        root: The folder where archives are.
-        context: The GPU.
-        model: What tells it and its plan from others, and this program from other versions.
-
-    Raises:
-        ColdframeError: Nobody can say what graphs would take for granted here.
-    """
-    context.bind()
-    here = GraphFingerprint.here(
-        GraphCalls(context.driver),
-        context.ordinal,
-        _REGIONS,
-        torch=str(torch.__version__),
-        cuda=str(torch.version.cuda),
-        model=model,
-    )
-    try:
-        return Shelved(here, GraphStore(root).read(here))
-    except ColdframeError as error:
-        return Shelved(here, None, str(error))
 
 
 class KeptSteps:
@@ -164,11 +109,11 @@ class KeptSteps:
             if self._builder is None:
                 self._begin()
             self._put_together(self._keys[self._pending.pop(0)])
-        except DeviceLost:
-            raise
-        except ColdframeError as error:
+        except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             self._pending.clear()
-            self._recorder.add("graph_restore", started, note=f"failed: {error}")
+            self._saved = self._rebuilt > 0  # what is of no use may be written over
+            note = f"failed: {as_refusal(error, 'steps of an archive')}"
+            self._recorder.add("graph_restore", started, note=note)
             self._end()
             return
         self._spent_ns += now() - started
@@ -178,13 +123,13 @@ class KeptSteps:
 
     def _begin(self) -> None:
         self._context.bind()
-        self._check_memory()
+        self._check_places()
         archive = self._archive
         calls = GraphCalls(self._context.driver)
         kernels = Kernels(calls)
         for graph in _handles(self._graphs, calls):
             kernels.learn(graph)
-        self._builder = GraphBuilder(self._context.driver, archive, _REGIONS, kernels)
+        self._builder = GraphBuilder(self._context.driver, archive, REGIONS, kernels)
         self._stream = self._context.driver.stream()
 
     @property
@@ -192,7 +137,12 @@ class KeptSteps:
         assert self._shelved.archive is not None
         return self._shelved.archive
 
-    def _check_memory(self) -> None:
+    def _notes(self) -> dict[str, int]:
+        """What an archive of these steps has to say beside them.
+
+        Raises:
+            DeviceError: Nothing that would hold in another process.
+        """
         scratch = self._graphs.scratch
         if scratch is None or scratch[0] != SCRATCH_BASE:
             raise DeviceError(
@@ -201,6 +151,21 @@ class KeptSteps:
                 got="another place" if scratch is None else f"{scratch[0]:#x}",
                 hint="Steps are captured, and not kept.",
             )
+        numbers, logits = self._graphs.places
+        return {_SCRATCH: scratch[1], _NUMBERS: numbers, _LOGITS: logits}
+
+    def _check_places(self) -> None:
+        """That steps find their numbers here: those that do not would write anywhere in the KV."""
+        here, there = self._notes(), self._archive.notes
+        for name in (_NUMBERS, _LOGITS):
+            if here[name] != there[name]:
+                raise DeviceError(
+                    "steps were captured over another place",
+                    where=name,
+                    expected=f"{there[name]:#x}",
+                    got=f"{here[name]:#x}",
+                    hint="They are captured, and written again.",
+                )
 
     def _put_together(self, bucket: Bucket) -> None:
         assert self._builder is not None
@@ -242,9 +207,9 @@ class KeptSteps:
         started = now()
         try:
             if self._saver is None:
-                self._check_memory()
+                self._notes()
                 self._context.bind()
-                self._saver = GraphSaver(self._context.driver, _REGIONS)
+                self._saver = GraphSaver(self._context.driver, REGIONS)
             left = [bucket for bucket in captured if bucket not in self._added]
             if left:
                 self._added.add(left[0])
@@ -254,18 +219,14 @@ class KeptSteps:
                     self._saver.add(_key(left[0]), graph)
                 return True
             note = self._send(self._saver)
-        except DeviceLost:
-            raise
-        except ColdframeError as error:
-            note = f"failed: {error}"
+        except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
+            note = f"failed: {as_refusal(error, 'captured steps')}"
         self._saved = True
         self._recorder.add("graph_save", started, note=note)
         return True
 
     def _send(self, saver: GraphSaver) -> str:
-        scratch = self._graphs.scratch
-        notes = {_SCRATCH: 0 if scratch is None else scratch[1]}
-        archive = saver.archive(self._shelved.fingerprint, notes=notes)
+        archive = saver.archive(self._shelved.fingerprint, notes=self._notes())
         note = f"{len(archive.graphs)} steps"
         for key, why in list(archive.refused.items())[:1]:
             note += f"; {len(archive.refused)} not: {self._keys[key]}: {why}"

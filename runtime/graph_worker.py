@@ -12,7 +12,8 @@ from coldframe.loader.devices import open_device
 from coldframe.loader.devices.graph_calls import Executable, GraphCalls
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.timeline import now
-from coldframe.runtime.graph_archive import KeptSteps, Launch, Shelved, look_up
+from coldframe.runtime.graph_archive import KeptSteps, Launch
+from coldframe.runtime.graph_lookup import Shelved, look_up
 from coldframe.snapshot.machine import coldframe_build
 
 if TYPE_CHECKING:

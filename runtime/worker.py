@@ -52,7 +52,8 @@ if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
     from coldframe.runtime.engine.varlen import Finding
-    from coldframe.runtime.graph_archive import KeptSteps, Shelved
+    from coldframe.runtime.graph_archive import KeptSteps
+    from coldframe.runtime.graph_lookup import Shelved
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warm_gpu import WarmGpu

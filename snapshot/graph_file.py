@@ -38,7 +38,7 @@ _MAGIC = b"CFGRAPHS"
 _HEAD = struct.Struct("<8sI32s")
 _LENGTH = struct.Struct("<I")
 _MOST_BYTES = 1 << 30
-_LEVEL = 6
+_LEVEL = 1
 _AGAIN = "Remove it; the graphs are captured and written again."
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from coldframe.loader.devices.graph_calls import GraphCalls
 from coldframe.snapshot.fields import Fields, Refusal
 from coldframe.snapshot.graph_nodes import Region
-from coldframe.snapshot.libraries import Library, mapped_files
+from coldframe.snapshot.libraries import identity_at_once, mapped_files
 
 __all__ = ["GraphFingerprint"]
 
@@ -112,7 +112,7 @@ class GraphFingerprint(NamedTuple):
 def _mapped(*names: str) -> str:
     """What tells libraries that this process has loaded from other builds; `none` of none."""
     paths = [path for path in mapped_files(os.getpid()) if os.path.basename(path).startswith(names)]
-    return ", ".join(library.identity for library in Library.all_of(paths)) or "none"
+    return ", ".join(map(identity_at_once, paths)) or "none"
 
 
 def _shown(value: object) -> str:

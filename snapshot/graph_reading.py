@@ -56,6 +56,9 @@ NODE_ATTRIBUTES = (
 """Those that kernels' nodes have, or a newer driver's may. What was said of programmatic launches
 when a kernel was captured is in the edges' data."""
 
+_ZEROS = bytes(64)
+"""What an attribute is that nobody has set."""
+
 _POINTS = ("ACCESS_POLICY_WINDOW", "DEVICE_UPDATABLE_KERNEL_NODE")
 """Attributes that hold an address or a handle."""
 
@@ -104,6 +107,9 @@ class GraphReader:
         self._known: dict[KernelIdentity, int] = {}
         self._attribute_numbers: dict[Attributes, int] = {}
         self._pointers = Pointers(calls, regions)
+        kinds, names = calls.api.CUkernelNodeAttrID, NODE_ATTRIBUTES
+        known = {name: getattr(kinds, f"CU_LAUNCH_ATTRIBUTE_{name}", None) for name in names}
+        self._kinds = {name: kind for name, kind in known.items() if kind is not None}
 
     def read(self, graph: Graph) -> GraphNodes:
         """One graph.
@@ -196,10 +202,9 @@ class GraphReader:
 
     def _node_attributes(self, node: GraphNode, kernel: KernelIdentity) -> int:
         found = []
-        for name in NODE_ATTRIBUTES:
-            kind = getattr(self._calls.api.CUkernelNodeAttrID, f"CU_LAUNCH_ATTRIBUTE_{name}", None)
-            value = None if kind is None else self._calls.node_attribute(node, kind)
-            if value is None or not any(value):
+        for name, kind in self._kinds.items():
+            value = self._calls.node_attribute(node, kind)
+            if value is None or value == _ZEROS:
                 continue
             if name in _POINTS:
                 raise refused(

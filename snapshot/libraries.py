@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from coldframe.loader.errors import SnapshotError
 from coldframe.snapshot.fields import Fields, Refusal
 
-__all__ = ["Library", "mapped_files"]
+__all__ = ["Library", "identity_at_once", "mapped_files"]
 
 _PT_NOTE = 4
 _NT_GNU_BUILD_ID = 3
@@ -105,6 +105,27 @@ class Library(NamedTuple):
 
     def _refused(self, expected: str, got: str) -> Refusal:
         return Refusal(f"library {self.path}", expected, got)
+
+
+def identity_at_once(path: str) -> str:
+    """What tells a file from another build, without a look at all of it: libraries may be large.
+
+    Returns:
+        The linker's own hash, or size and time where it has made none: each installation has
+        others.
+
+    Raises:
+        SnapshotError: It is not there any more, or cannot be read.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found, about = _build_id(fd), os.fstat(fd)
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise _gone(path, error.strerror) from error
+    return f"build-id:{found}" if found else f"{about.st_size} bytes of {about.st_mtime_ns}"
 
 
 def mapped_files(pid: int) -> list[str]:

@@ -68,6 +68,11 @@ class FixedSteps:
         self._logits = memory(4 * shape[0] * shape[1]).view(torch.float32).view(shape)
         self.placed = True
 
+    @property
+    def places(self) -> tuple[int, int]:
+        """The addresses of a step's numbers and of its logits, once they have a place."""
+        return self._numbers.data_ptr(), self._logits.data_ptr()
+
     def fill(self, bucket: Bucket, chunks: Sequence[Chunk]) -> None:
         """Says what the next step of a bucket is; see `PaddedStep.fill`."""
         self._model.kv.clear(self._step(bucket).fill(chunks))

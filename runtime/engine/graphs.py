@@ -100,6 +100,11 @@ class StepGraphs:
         """Has spans go to another recorder, as in a process that was made of this one."""
         self._recorder = recorder
 
+    @property
+    def places(self) -> tuple[int, int]:
+        """The addresses of a step's numbers and of its logits, once something is captured."""
+        return self._steps.places
+
     # -- a step ----------------------------------------------------------------------------------
 
     def forward(self, chunks: Sequence[Chunk]) -> Tensor:

@@ -17,11 +17,12 @@ from coldframe.loader.timeline import Span
 from coldframe.runtime.gateway.preload import may_import
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
+from coldframe.snapshot.graph_file import decode
 from coldframe.snapshot.identity import Identity
 from tests.runtime.emulated import emulate, replays
 from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(400)]
 
 Make = Callable[..., Path]
 
@@ -71,7 +72,7 @@ class Starts:
                 for prompt, client in zip(prompts, clients, strict=True):
                     assert client.error is None
                     assert client.tokens == expected(self.model, tuple(prompt), 16)
-                wait_for(replica, lambda: bool(named(list(replica.spans), until)))
+                wait_for(replica, lambda: bool(named(list(replica.spans), until)), 120)
             return list(replica.spans)
 
 
@@ -135,7 +136,10 @@ def test_a_damaged_archive_is_as_none_and_another_takes_its_place(
     again = starts.run("graph_save")
     assert "the archive of graphs is damaged" in reasons(again)
     assert len(named(again, "graph_capture")) > 3
-    assert starts.archive.read_bytes() == whole
+    # What was captured in another order lies elsewhere in the worker's memory.
+    kept, before = (decode(raw, "here") for raw in (starts.archive.read_bytes(), whole))
+    assert kept.fingerprint == before.fingerprint
+    assert set(kept.graphs) == set(before.graphs)
 
 
 def test_what_cannot_be_put_together_is_captured(

@@ -336,8 +336,8 @@ def is_fresh(starts: Starts, *words: str) -> Replica:
         assert (found["tier"], found["image"]) == ("fresh", None)
         for word in words:
             assert word in str(found["why"])
-        # Clones that are of no use are gone, not left to wait.
-        assert not any(w.cloner for w in replica._workforce.workers.values())
+        # A clone that is of no use is gone, not left to wait; one that starts anew counts anew.
+        assert "restarted" in replica.facts or "prefill-0" not in replica.pids
     return replica
 
 
@@ -372,7 +372,7 @@ def test_a_context_that_is_not_back_in_time(
     starts: Starts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(thaws, "THAW_S", 0.2)
-    starts.emulate(slow=("cuCheckpointProcessRestore", 1.5))
+    starts.emulate(slow=("cuCheckpointProcessRestore", 8.0))
     is_fresh(starts, "a clone's context was not back in time")
 
 
@@ -383,7 +383,7 @@ def test_a_memory_service_that_dies_while_it_restores(starts: Starts) -> None:
 
 
 def test_a_clone_that_is_killed_while_it_waits_for_its_context(starts: Starts) -> None:
-    starts.emulate(slow=("cuCheckpointProcessRestore", 0.5))
+    starts.emulate(slow=("cuCheckpointProcessRestore", 8.0))
     with Replica(starts.options()) as replica:
         client = ask(replica, PROMPT, TOKENS)
 
@@ -392,7 +392,6 @@ def test_a_clone_that_is_killed_while_it_waits_for_its_context(starts: Starts) -
             return worker is not None and worker.imported and bool(worker.child.pid)
 
         wait_for(replica, waiting)
-        psutil.Process(replica.pids["prefill-0"]).children()  # it is its PID 1's only child
         os.kill(replica.pids["prefill-0"], signal.SIGKILL)
         finish(replica, client)
         assert replica.facts["snapshot"]["tier"] == "fresh"

@@ -75,7 +75,7 @@ build/vllm/.ready: benchmarks/install-vllm.sh
 	PYTHON=$(PYTHON) benchmarks/install-vllm.sh build/vllm
 	touch $@
 
-# All that a machine with an NVIDIA GPU can tell, in under eight minutes: benchmarks/results, docs/gpu.md.
+# All that a machine with an NVIDIA GPU can tell, in less than 560 s: benchmarks/results, docs/gpu.md.
 # It takes PYTHON as it is, with torch, safetensors, transformers, cuda-bindings and pytest in it, and
 # makes no virtual environment. ARGS are those of `coldframe bench gpu`, as in make gpu ARGS=--log
 gpu: build/types/coldframe

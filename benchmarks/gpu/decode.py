@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 
 from coldframe.benchmarks.gpu.model import MODEL
@@ -18,20 +19,22 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.timeline import Span
+from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.replica import Replica
 
-__all__ = ["CAPTURING", "bandwidth", "captures", "measure", "together_rate"]
+__all__ = ["CAPTURE_S", "STORE", "bandwidth", "captures", "measure", "together_rate"]
 
-CAPTURING = "all captures together"
+CAPTURE_S = "  capture of a step"
+STORE = "where captured steps are kept"
 
 _TOKENS = 130
 _BATCHES = (1, 8, 32)
 _SHARES = {False: 0.3, True: 0.65}
 """Of the bandwidth, eager and with captured steps, at batch 1."""
 _COPIES = 10
-_CAPTURE_S = 8.0
+_FIRST_S = 3.0
+_ALL_S = 20.0
 """How long a replica that nobody asks may capture steps, in seconds."""
-_QUIET_S = 1.5
 
 
 def measure(report: Report, setting: Setting) -> None:
@@ -43,17 +46,21 @@ def measure(report: Report, setting: Setting) -> None:
     finally:
         context.close()
     report.figure(Row("device memory, a copy counted twice", [r / 1e9 for r in rates], "GB/s"))
+    store = str(Path(setting.scratch, "steps"))
     for graphs in (True, False):
-        told = options(model, setting.device, graphs=graphs)
+        snapshot = SnapshotOptions("auto" if graphs else "off", store, create=graphs)
+        told = options(model, setting.device, graphs=graphs, snapshot=snapshot)
         with Replica(told) as replica:
+            # So many tokens that their steps are captured.
             ask(replica, _TOKENS).wait(replica, setting.seconds)
-            if graphs and not _let_capture(replica, report):
+            if graphs and not _has_captured(replica, report):
                 continue
             limit = median(rates) / int(replica.facts["weights_bytes"])
             report.figure(Row("  bandwidth / bytes of weights", [limit], "tokens/s"))
             _rates(report, setting, replica, limit, graphs=graphs)
             if graphs:
-                _tell_captures(report, replica.spans)
+                _tell_captures(report, replica)
+                report.keep(STORE, store)
 
 
 def _rates(
@@ -95,18 +102,14 @@ def together_rate(answers: Sequence[Answer]) -> float:
     return tokens / (end - begin)
 
 
-def _let_capture(replica: Replica, report: Report) -> bool:
-    """Waits until a replica has captured what it captures while nobody asks; whether it has any."""
-    deadline, before, since = time.monotonic() + _CAPTURE_S, 0, time.monotonic()
-    while time.monotonic() < min(deadline, since + _QUIET_S):
+def _has_captured(replica: Replica, report: Report) -> bool:
+    """Whether a replica that has made an answer captures the steps of the next one."""
+    deadline = time.monotonic() + _FIRST_S
+    while not (told := captures(replica.spans))[0] and time.monotonic() < deadline:
         replica.poll(0.05)
-        there = len(captures(replica.spans)[0])
-        if there > before:
-            before, since = there, time.monotonic()
-    if not before:
-        _, failed = captures(replica.spans)
-        report.left_out("decode with captured steps", failed[0] if failed else "none was captured")
-    return before > 0
+    if not told[0]:
+        report.left_out("decode with captured steps", (*told[1], "none was captured")[0])
+    return bool(told[0])
 
 
 def captures(spans: Sequence[Span]) -> tuple[list[float], list[str]]:
@@ -117,11 +120,18 @@ def captures(spans: Sequence[Span]) -> tuple[list[float], list[str]]:
     return [(span.end_ns - span.start_ns) / 1e9 for span in done], failed
 
 
-def _tell_captures(report: Report, spans: Sequence[Span]) -> None:
-    done, failed = captures(spans)
-    report.figure(Row("  capture of a step", [seconds * 1e3 for seconds in done], "ms"))
-    report.figure(Row(f"  {CAPTURING}", [sum(done)], "s"))
+def _tell_captures(report: Report, replica: Replica) -> None:
+    """What was captured, once all is: nobody asks meanwhile."""
+    deadline = time.monotonic() + _ALL_S
+    saved: list[str] = []
+    while not saved and time.monotonic() < deadline:
+        replica.poll(0.05)
+        saved = [span.note or "" for span in replica.spans if span.name == "graph_save"]
+    done, failed = captures(replica.spans)
+    report.figure(Row(CAPTURE_S, [seconds * 1e3 for seconds in done], "ms"))
+    report.figure(Row("  all captures together", [sum(done)], "s"))
     report.answer("steps captured", len(done))
+    report.answer("kept for the next start", saved[0] if saved else "not within the time")
     for note in failed:
         report.left_out("a captured step", note)
 

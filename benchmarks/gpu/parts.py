@@ -11,16 +11,16 @@ BUDGET_S = 540.0
 
 _HERE = "coldframe.benchmarks.gpu"
 
-MACHINE = Part("machine", "The machine", f"{_HERE}.machine", 25, 10)
+MACHINE = Part("machine", "The machine", f"{_HERE}.machine", 20, 10)
 """The first: without a GPU there are no others."""
 
 PARTS = (
-    Part("correctness", "Correctness", f"{_HERE}.correctness", 160, 30),
+    Part("correctness", "Correctness", f"{_HERE}.correctness", 155, 30),
     Part("returning", "Correctness of what comes back", f"{_HERE}.returning", 75, 25),
     Part("copies", "Rates of the path", f"{_HERE}.copies", 20, 10),
     Part("model", "The model that is loaded", f"{_HERE}.model", 30, 15),
     Part("loads", "The loader beside the link", f"{_HERE}.loads", 40, 15),
-    Part("decode", "Decode", f"{_HERE}.decode", 55, 20),
+    Part("decode", "Decode", f"{_HERE}.decode", 75, 20),
     Part("resident", "First token of a resident replica", f"{_HERE}.resident", 50, 20),
     Part("archive", "Captured steps from an archive", f"{_HERE}.archived", 25, 15),
     Part("cold", "First token of a cold container", f"{_HERE}.cold", 40, 20),

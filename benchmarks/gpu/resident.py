@@ -88,7 +88,7 @@ def _measure(
             if number == 0:
                 rested.freed, rested.taken = gpu.available() - up, free - gpu.available()
                 report.answer(f"{name}: how the weights are kept", replica.resting.told["note"])
-                report.check(_is_free(name, rested.freed, rested.nbytes + contexts))
+                report.check(_is_free(name, rested.freed, rested.nbytes, contexts))
             asked_ns = now()
             answer = ask(replica, 8, shift=number + 1).wait(replica, setting.seconds)
             rested.ttft.append(answer.ttft_s)
@@ -188,9 +188,17 @@ def waking(spans: Sequence[Span], since_ns: int) -> dict[str, str]:
     return {name: f"{seconds:.3f} s" for name, seconds in found.items()}
 
 
-def _is_free(name: str, freed: int, wanted: int) -> Check:
-    """Whether the driver says that a GPU's memory is others'."""
+def _is_free(name: str, freed: int, nbytes: int, contexts: int) -> Check:
+    """Whether the driver says that a GPU's memory is others'.
+
+    Args:
+        name: What was parked.
+        freed: Bytes that came free.
+        nbytes: Of its weights.
+        contexts: Bytes of its workers' contexts that left, with all that was captured meanwhile:
+            of that nobody knows when it came.
+    """
     what = f"{name}: what was parked is not in the GPU's memory"
-    if freed >= _FREED * wanted:
+    if freed >= _FREED * nbytes + contexts // 2:
         return Check(what, "passed")
-    return Check(what, "failed", f"{freed:,} bytes more are free, of {wanted:,}")
+    return Check(what, "failed", f"{freed:,} bytes more are free, of {nbytes + contexts:,}")

@@ -49,16 +49,16 @@ def tell():
     class Patch:
         setattr = staticmethod(setattr)
 
-    more = {**_all, "graphs": os.environ["EMULATED_GRAPHS"]}
-    emulate(Patch(), memory=_all, worker=more, frozen=more)
+    counted = os.environ["EMULATED_GRAPHS"]
+    worker = {**_all, "drivers": counted}
+    emulate(Patch(), memory=_all, worker=worker, frozen={**_all, "graphs": counted})
 
 
-def record(graphs):
+def record():
     from coldframe.runtime import graphing
-    from tests.benchmarks.graph_capturer import GraphCapturer
     from tests.runtime.engine.recording import RecordingCapturer
 
-    graphing.capturer_for = lambda *_: GraphCapturer() if graphs else RecordingCapturer()
+    graphing.capturer_for = lambda *_: RecordingCapturer()
 """
 
 _SITE = """
@@ -72,8 +72,8 @@ if command or "coldframe.benchmarks.gpu" in said or "coldframe.loader.devices" i
     emulated_site.take()
     if command or "gpu.part" in said:
         emulated_site.tell()
-    if "gpu.engine" in said or "gpu.archived" in said:
-        emulated_site.record("gpu.archived" in said)
+    if "gpu.engine" in said:
+        emulated_site.record()
 """
 
 

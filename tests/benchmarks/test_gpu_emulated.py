@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,16 +45,24 @@ def measured(
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COLDFRAME_RUN_DIR", str(no_leaks))
 
-    def measure(part: Callable[[Report, Setting], None], **faults: dict[str, Any]) -> Found:
+    def measure(
+        part: Callable[[Report, Setting], None],
+        earlier: Found | None = None,
+        **faults: dict[str, Any],
+    ) -> Found:
         context = {"ledger": str(tmp_path / "ledger"), "context_bytes": CONTEXT}
-        worker = {**context, "graphs": str(tmp_path / "graphs"), **faults.get("worker", {})}
-        emulate(monkeypatch, memory={**context, **faults.get("memory", {})}, worker=worker)
+        worker = {**context, "drivers": str(tmp_path / "graphs"), **faults.get("worker", {})}
         model = str(demo_model("llama", "bfloat16"))
-        earlier = Found(rows=[Row(BARE, [1.0], "GB/s")], kept={MODEL: model})
-        report = Report(tmp_path / "f", earlier)
-        part(report, Setting("cuda:0", str(tmp_path), 60.0, runs=2))
-        report.close()
-        return Found.read(tmp_path / "f")
+        before = Found(rows=[Row(BARE, [1.0], "GB/s")], kept={MODEL: model})
+        if earlier is not None:
+            before.add(earlier)
+        file = tmp_path / part.__module__
+        report = Report(file, before)
+        # Undone behind it: processes that are told so twice have two GPUs.
+        with pytest.MonkeyPatch.context() as patch, closing(report):
+            emulate(patch, memory={**context, **faults.get("memory", {})}, worker=worker)
+            part(report, Setting("cuda:0", str(tmp_path), 60.0, runs=2))
+        return Found.read(file)
 
     return measure
 
@@ -82,7 +91,7 @@ def test_a_resident_replica(
     assert outcomes[f"resident: {free}"] == "passed"
     assert outcomes[f"resident, contexts up: {free}"] == "failed"
     assert rows["resident: left on the GPU at rest"].runs == [CONTEXT / 1e6]
-    assert rows["resident, contexts up: left on the GPU at rest"].runs == [3 * CONTEXT / 1e6]
+    assert rows["resident, contexts up: left on the GPU at rest"].median >= 3 * CONTEXT / 1e6
     aims = {name: (row.target, row.at_least) for name, row in rows.items() if row.target}
     assert aims == {
         "resident: TTFT - the weights' way back": (0.3, False),
@@ -105,7 +114,9 @@ def test_a_replica_whose_contexts_stay(measured: Measured, monkeypatch: pytest.M
 
 
 @pytest.mark.heavy
-def test_decode(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_and_then_a_start_that_finds_the_steps(
+    measured: Measured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(Driver, "open", partial(Driver.open, Emulator()))
     monkeypatch.setattr(decode, "bandwidth", lambda context, nbytes: [1e9, 3e9, 2e9])
     monkeypatch.setattr(decode, "_BATCHES", (1, 3))
@@ -119,8 +130,19 @@ def test_decode(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
         assert share.runs == [pytest.approx(rate / limit) for rate in alone.runs]
         assert rows[f"decode, batch 3, {how}"].target is None
     taken = rows["capture of a step"]
-    assert found.answers["steps captured"] == len(taken.runs) > 1
-    assert rows[decode.CAPTURING].median == pytest.approx(sum(taken.runs) / 1e3)
+    captured = found.answers["steps captured"]
+    assert captured == len(taken.runs) > 1
+    assert rows["all captures together"].median == pytest.approx(sum(taken.runs) / 1e3)
+    assert found.answers["kept for the next start"].startswith(f"{captured} steps, ")
+
+    rows = figures(again := measured(archived.measure, found))
+    assert again.left_out == {}
+    # One is captured, whose kernels lead to those of the others.
+    assert again.answers["steps"] == captured - 1
+    share = rows["archive / capture of as many"]
+    (took,) = rows["steps put together from an archive"].runs
+    assert share.runs == [pytest.approx(took / (captured - 1) / taken.median)]
+    assert (share.target, share.at_least) == (0.2, False)
 
 
 @pytest.mark.heavy
@@ -130,23 +152,10 @@ def test_decode_where_nothing_can_be_captured(
     monkeypatch.setattr(Driver, "open", partial(Driver.open, Emulator()))
     monkeypatch.setattr(decode, "bandwidth", lambda context, nbytes: [1e9])
     monkeypatch.setattr(decode, "_BATCHES", (1,))
-    rows = figures(found := measured(decode.measure, worker={"graphs": None}))
+    rows = figures(found := measured(decode.measure, worker={"drivers": None}))
     assert found.left_out == {"decode with captured steps": "none was captured"}
     assert "decode, batch 1, eager" in rows
     assert "decode, batch 1, with captured steps" not in rows
-
-
-@pytest.mark.heavy
-def test_an_archive(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archived, "_BLOCKS", 16)
-    rows = figures(found := measured(archived.measure))
-    assert found.left_out == {}
-    steps = found.answers["steps"]
-    assert steps["captured"] == steps["from the archive"] > 5
-    share = rows["archive / capture of as many"]
-    taken, rebuilt = (rows[name].median for name in (archived.CAPTURED, archived.REBUILT))
-    assert share.runs == [pytest.approx(rebuilt / taken)]
-    assert (share.target, share.at_least) == (0.2, False)
 
 
 @pytest.mark.heavy
@@ -209,8 +218,8 @@ def test_the_tests_for_a_gpu_pass_on_an_emulated_one(tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(400)
 def test_those_of_what_comes_back_pass_there(tmp_path: Path, criu: Criu) -> None:
-    """All but the one that needs graphs of the driver's own."""
+    """All but those that others do as well."""
     files = [str(ROOT / "tests" / "gpu" / name) for name in RETURNING]
-    said = gpu_tests(tmp_path, *files, "-k", "not another_process and not bfloat16")
+    said = gpu_tests(tmp_path, *files, "-k", "not bfloat16 and not answers_with and not to_stay")
     assert "skipped" not in said
-    assert "8 passed" in said, said
+    assert "7 passed" in said, said

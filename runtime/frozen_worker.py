@@ -31,7 +31,11 @@ _ROOM = 1 << 30
 
 
 def freeze_order(
-    model: ModelFacts, weights_bytes: int, kv_bytes: int, threads: int
+    model: ModelFacts,
+    weights_bytes: int,
+    kv_bytes: int,
+    threads: int,
+    code: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The message that says what to warm up for.
 
@@ -40,6 +44,7 @@ def freeze_order(
         weights_bytes: Of the weights' arena, to be reserved.
         kv_bytes: Of the KV's.
         threads: To warm up with.
+        code: Of its decode steps (see `Compiling.order`); None for none.
     """
     stored = [[name, t.dtype, list(t.shape)] for name, t in model.tensors.items()]
     return {
@@ -48,6 +53,7 @@ def freeze_order(
         "tensors": stored,
         "arenas": [weights_bytes, kv_bytes],
         "threads": threads,
+        "code": code or {"folder": None, "why": "not asked for"},
     }
 
 
@@ -81,7 +87,7 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
         _forget_standard_streams()
-        control, wake = freeze_point(control, {}, wait)
+        control, wake = freeze_point(control, {"decode_steps": warm.decode_steps}, wait)
     except Exception as error:  # noqa: BLE001 - whoever waits must hear of whatever it was
         if not isinstance(error, ColdframeError):
             error = SnapshotError("a worker cannot be frozen or woken", got=repr(error))
@@ -101,6 +107,7 @@ def _warm(order: dict[str, Any]) -> Warm:
     import coldframe.runtime.decode_worker
     import coldframe.runtime.prefill_worker  # noqa: F401
     from coldframe.runtime.calibration import measure_apart
+    from coldframe.runtime.code_warmup import ready_code
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warmup import warm_up
 
@@ -117,13 +124,14 @@ def _warm(order: dict[str, Any]) -> Warm:
         )
     saturation = measure_apart(model.spec)  # before there are threads that a fork would lack
     warm_up(model.spec, tokenizer)
+    code, decode_steps = ready_code(model.spec, order["code"])
     weights, kv = order["arenas"]
     # Nothing else gets to lie there, now or in any clone.
     reservations = (
         Reservation(weights, WEIGHTS_BASE, exact=True),
         Reservation(kv, KV_BASE, exact=True),
     )
-    return Warm(tokenizer, reservations, saturation)
+    return Warm(tokenizer, reservations, saturation, code, decode_steps)
 
 
 def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:

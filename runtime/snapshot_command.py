@@ -52,6 +52,12 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
     parser.flag(
+        "--graphs",
+        choices=["auto", "off"],
+        default="auto",
+        help="compile the decode step for the image, where that makes it faster (auto), or not",
+    )
+    parser.flag(
         "--device",
         metavar="DEVICE",
         default=CPU,
@@ -94,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    from coldframe.runtime.compiling import COMPILE_S
     from coldframe.runtime.creating import prune
     from coldframe.runtime.freezing import Freezing
     from coldframe.runtime.replica import Replica
@@ -103,7 +110,8 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     options = ReplicaOptions(args.model, prefill=0, decode=0, threads=args.threads)
     with Replica(options) as replica:
         replica.run_until(lambda: replica.known)
-        freezing = Freezing(replica, snapshot, compress=args.compress)
+        code = COMPILE_S if args.graphs == "auto" else None
+        freezing = Freezing(replica, snapshot, compress=args.compress, code=code)
         freezing.follow()
         if freezing.error is not None:
             raise freezing.error
@@ -116,6 +124,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
         "store": snapshot.store,
         "bytes": sum(file["size"] for file in manifest["files"]),
         "oracle": manifest["oracle"],
+        "decode_steps": manifest["decode_steps"],
         "removed": removed,
         "seconds": time.monotonic() - started,
     }
@@ -126,6 +135,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
             f"image {freezing.image} of {args.model}: {human_bytes(document['bytes'])}, "
             f"{human_seconds(document['seconds'])}, in {snapshot.store}"
         )
+        print(f"decode steps: {document['decode_steps']}")
     return 0
 
 

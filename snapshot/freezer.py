@@ -202,6 +202,7 @@ class Freezer:
             Machine.here(libraries=said["libraries"]),
             Arena.from_json(wanted["arena"]),
             Process(said["pid"], said["control_inode"], criu.version, user),
+            said.get("decode_steps", ""),
         )
         manifest = store.put(images, draft, compress=wanted["compress"], finish=self._prove)
         self._recorder.add("snapshot_store", started)

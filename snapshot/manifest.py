@@ -144,6 +144,7 @@ class Draft(NamedTuple):
         machine: What it needs.
         arena: Where the process has reserved addresses.
         process: What was frozen.
+        decode_steps: How its clones compute decode steps, and why, for people.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Draft(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    decode_steps: str = ""
 
 
 class Manifest(NamedTuple):
@@ -158,7 +160,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         created: When it was made, in seconds since 1970.
-        name: As `Draft` has it, like the next four.
+        name: As `Draft` has it, like the next five.
         objects: What is in the store.
         files: What the image consists of, in the order of their names.
         oracle: What it must answer; None where nobody has asked.
@@ -171,6 +173,7 @@ class Manifest(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    decode_steps: str
     objects: tuple[StoredObject, ...]
     files: tuple[ImageFile, ...]
     oracle: Oracle | None = None
@@ -232,6 +235,7 @@ class Manifest(NamedTuple):
             "machine": self.machine.to_json(),
             "arena": self.arena.to_json(),
             "process": self.process.to_json(),
+            "decode_steps": self.decode_steps,
             "objects": [item.to_json() for item in self.objects],
             "files": [file.to_json() for file in self.files],
             "oracle": None if self.oracle is None else self.oracle.to_json(),
@@ -260,6 +264,7 @@ class Manifest(NamedTuple):
             Machine.from_json(fields.child("machine")),
             Arena.from_json(fields.child("arena")),
             Process.from_json(fields.child("process")),
+            fields.text("decode_steps"),
             tuple(map(StoredObject.from_json, fields.children("objects"))),
             tuple(map(ImageFile.from_json, fields.children("files"))),
             None if fields.absent("oracle") else Oracle.from_json(fields.child("oracle")),

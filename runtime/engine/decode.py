@@ -8,7 +8,7 @@ request waits for the whole step, so little of such a request goes into one besi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.model import Model
@@ -18,9 +18,7 @@ from coldframe.runtime.engine.sequence import Emission, Sequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coldframe.runtime.engine.graphs import StepGraphs
-
-__all__ = ["BESIDE", "MOST", "Decoder"]
+__all__ = ["BESIDE", "MOST", "Decoder", "Steps"]
 
 MOST = 64
 """Requests in the largest batch."""
@@ -32,6 +30,14 @@ _ALONE = 128
 a token, and a step is not interrupted."""
 
 
+class Steps(Protocol):
+    """What computes decode steps in the model's place."""
+
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Logits `[S, vocab_size]`, float32; as `Model.forward` of the chunks' batch."""
+        ...
+
+
 class Decoder:
     """The requests that a worker decodes.
 
@@ -39,7 +45,7 @@ class Decoder:
         model: The model, all its weights in.
         most: The largest batch; more requests wait their turn.
         beside: Tokens in a step, beside one of each running request, of those that are behind.
-        graphs: What computes the steps; None is the model itself.
+        steps: What computes them; None is the model itself.
     """
 
     def __init__(
@@ -47,10 +53,10 @@ class Decoder:
         model: Model,
         most: int = MOST,
         beside: int = BESIDE,
-        graphs: StepGraphs | None = None,
+        steps: Steps | None = None,
     ) -> None:
         self._model = model
-        self._graphs = graphs
+        self._steps = steps
         self._most = most
         self._beside = beside
         self._running: dict[str, Sequence] = {}
@@ -87,8 +93,8 @@ class Decoder:
         return emitted
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        if self._graphs is not None:
-            return self._graphs.forward(chunks)
+        if self._steps is not None:
+            return self._steps.forward(chunks)
         return self._model.forward(self._model.batch(chunks))
 
     def _next(self) -> tuple[list[Sequence], list[Chunk]]:

@@ -160,9 +160,13 @@ def key_of(shape: CodeShape, sequences: Sequence[int]) -> str:
 
 
 def cached(root: str, key: str) -> CodeFolder | None:
-    """What was compiled before; None where nothing was, or nothing that is of use."""
+    """What was compiled before; None where nothing was, or it is not what it was."""
     try:
-        return CodeFolder.read(os.path.join(root, key))
+        folder = CodeFolder.read(os.path.join(root, key))
+        for size in folder.sizes:
+            folder.bytes_of(size.layer)
+            folder.bytes_of(size.logits)
+        return folder
     except SnapshotError:
         return None
 

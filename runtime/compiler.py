@@ -29,7 +29,7 @@ from coldframe.runtime.engine.code_shape import CodeShape
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.sizing import ModelFacts, StoredTensor
 
-__all__ = ["GAIN", "compile_steps", "main", "worth_keeping"]
+__all__ = ["GAIN", "compile_size", "compile_steps", "main", "worth_keeping"]
 
 GAIN = 1.03
 """How many times as fast as eager a step must be to be kept, in every case that is measured."""
@@ -125,7 +125,7 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
     kept: list[SizedFiles] = []
     said: list[str] = []
     for sequences in order["sequences"]:
-        files = _compile(spec, shape, sequences, place, work)
+        files = compile_size(spec, shape, sequences, place, work)
         folder = CodeFolder(place, shape, (files,), "")
         # Those that it would be used for: from the first that no smaller one has room for.
         ratios = trial.ratios(folder, {kept[-1].sequences + 1 if kept else 1, sequences})
@@ -145,9 +145,18 @@ def worth_keeping(ratios: Sequence[float]) -> bool:
     return bool(ratios) and min(ratios) >= GAIN
 
 
-def _compile(
+def compile_size(
     spec: ModelSpec, shape: CodeShape, sequences: int, folder: str, work: str
 ) -> SizedFiles:
+    """Compiles the steps of one number of sequences.
+
+    Args:
+        spec: The model's shape.
+        shape: The same, as far as it is in the code.
+        sequences: How many.
+        folder: Gets the two libraries.
+        work: A folder for what is of no use afterwards.
+    """
     import torch
 
     from coldframe.runtime.engine.compiled import LEAST_KEYS, MOST_KEYS

@@ -41,8 +41,7 @@ class _DecodeRole:
             if not self._may_step():
                 continue
             self._tell(self._decoder.step())
-            if self._graphs is not None:
-                self._graphs.between_steps()
+            if self._graphs is not None and self._graphs.between_steps():
                 self._worker.report_spans()
 
     def _tell(self, emitted: list[tuple[Sequence, Emission]]) -> None:

@@ -9,7 +9,6 @@ its own: the graphs are as good, but nothing of them holds in another process.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -20,21 +19,26 @@ from torch import Tensor
 
 from coldframe.loader.devices.scratch import Scratch
 from coldframe.loader.errors import ColdframeError, DeviceError
+from coldframe.runtime.engine.torch_memory import TorchMemory
 from coldframe.runtime.tensors import tensor_over
 
-__all__ = ["Captured", "Capturer", "CudaCapturer"]
+__all__ = ["Captured", "Capturer", "CudaCapturer", "Replay"]
 
 
-class Captured(Protocol):
+class Replay(Protocol):
     """A step that can be done again."""
+
+    def replay(self) -> None:
+        """Queues all of it on the device's current stream, over the same memory as before."""
+        ...
+
+
+class Captured(Replay, Protocol):
+    """One that was captured here."""
 
     @property
     def handle(self) -> int | None:
         """The driver's name for it (CUgraph), where it has one."""
-        ...
-
-    def replay(self) -> None:
-        """Queues all of it again, over the same memory."""
         ...
 
     def close(self) -> None:
@@ -106,8 +110,11 @@ class CudaCapturer:
         self._make_scratch = scratch
         self._opened = False
         self._scratch: Scratch | None = None
-        self._memory: _TorchMemory | None = None
+        self._memory: TorchMemory | None = None
         self._pool: Any = None
+        self._spoilt: list[Any] = []
+        """Pools of captures that failed: torch counts those as theirs for good, and ends the
+        process where such a pool is given up."""
         self._stream: Any = None
         self._why = ""
 
@@ -150,13 +157,9 @@ class CudaCapturer:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _no_collection(), torch.cuda.stream(self._stream):
             # Other threads of this process map memory and make events meanwhile, and may.
-            graph.capture_begin(pool=self._id(), capture_error_mode="thread_local")
             try:
+                graph.capture_begin(pool=self._id(), capture_error_mode="thread_local")
                 work()
-            except BaseException:
-                self._abandon(graph)
-                raise
-            try:
                 graph.capture_end()
             except BaseException:
                 self._abandon(graph)
@@ -177,7 +180,7 @@ class CudaCapturer:
             return
         self._opened = True
         try:
-            self._memory = _TorchMemory()
+            self._memory = TorchMemory()
             self._scratch = self._make_scratch()
         except ColdframeError as error:
             self._memory = None
@@ -210,7 +213,8 @@ class CudaCapturer:
         # would look for the capture at each allocation from now on.
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._id())
-        self._stream = None
+        self._spoilt.append(self._pool)
+        self._pool = self._stream = None
 
 
 class _CudaGraph:
@@ -226,54 +230,6 @@ class _CudaGraph:
 
     def close(self) -> None:
         self._graph.reset()
-
-
-class _TorchMemory:
-    """A worker's own memory as one of torch's allocators.
-
-    Raises:
-        DeviceError: This torch takes none from outside.
-    """
-
-    def __init__(self) -> None:
-        make = getattr(torch._C, "_cuda_customAllocator", None)
-        self._kind = getattr(torch.cuda, "MemPool", None)
-        if make is None or self._kind is None:
-            raise DeviceError(
-                "this torch takes no memory from outside for a graph",
-                expected="torch.cuda.MemPool with an allocator",
-                got=f"torch {torch.__version__}",
-            )
-        self._scratch: Scratch | None = None
-        # As long as torch has their addresses, they must live.
-        self._calls = (_ALLOCATE(self._allocate), _FREE(self._free))
-        addresses = [ctypes.cast(call, ctypes.c_void_p).value for call in self._calls]
-        self._allocator = make(*addresses)
-
-    def use(self, scratch: Scratch) -> None:
-        """Says where the memory is."""
-        self._scratch = scratch
-
-    def pool(self) -> Any:
-        """A pool over it, whose `id` a capture takes."""
-        assert self._kind is not None
-        return self._kind(self._allocator)
-
-    def _allocate(self, nbytes: int, device: int, stream: int | None) -> int | None:
-        """Called by torch, from its C++: what is raised here would be lost. None is no memory."""
-        try:
-            assert self._scratch is not None
-            return self._scratch.take(nbytes)
-        except ColdframeError:
-            return None
-
-    def _free(self, address: int | None, nbytes: int, device: int, stream: int | None) -> None:
-        if address is not None and self._scratch is not None:
-            self._scratch.give_back(address)
-
-
-_ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
-_FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 
 
 @contextmanager

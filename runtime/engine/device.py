@@ -9,6 +9,7 @@ before memory changes hands all that was queued is done (`settle`). On a CPU all
 from __future__ import annotations
 
 import time
+from array import array
 from collections.abc import Callable, Sequence
 from itertools import chain
 
@@ -60,16 +61,18 @@ def upload(rows: Sequence[Sequence[int]], device: torch.device | str) -> list[Te
     return list(torch.split(there, [len(row) for row in rows]))
 
 
-def send(numbers: Sequence[int], there: Tensor) -> None:
+def send(numbers: array[int], there: Tensor) -> None:
     """Writes numbers where a device looks for them, in one copy that nobody waits for.
 
     The locked memory that they come from is torch's own to use again, once they are there.
 
     Args:
-        numbers: As many as `there` has room for.
+        numbers: As many as `there` has room for, of 8 bytes each (`q`).
         there: `[n]` int64.
     """
-    here = torch.tensor(numbers, dtype=torch.int64, pin_memory=_in_use(there.device))
+    here = torch.frombuffer(numbers, dtype=torch.int64)
+    if _in_use(there.device):
+        here = here.pin_memory()
     there.copy_(here, non_blocking=True)
 
 

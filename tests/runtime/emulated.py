@@ -50,6 +50,7 @@ def install(
     fail: tuple[str, int, str] | None = None,
     lose_at_copy: int | None = None,
     graphs: str | None = None,
+    lose_at_capture: str | None = None,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -60,6 +61,7 @@ def install(
         fail: A call that fails: its name, the how many-th, and the driver's name for the error.
         lose_at_copy: The how many-th copy is the end of the GPU.
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
+        lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -79,7 +81,7 @@ def install(
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
-        _capture_steps(graphs)
+        _capture_steps(graphs, lose_at_capture)
 
 
 def replays(graphs: Path) -> dict[int, int]:
@@ -87,7 +89,7 @@ def replays(graphs: Path) -> dict[int, int]:
     return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
 
 
-def _capture_steps(graphs: str) -> None:
+def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
     from coldframe.runtime.worker import Worker
 
@@ -106,7 +108,21 @@ def _capture_steps(graphs: str) -> None:
             with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
                 file.write(b".")
 
-        graphing.capturer_for = lambda *_: RecordingCapturer(replayed=replayed)  # type: ignore[assignment]
+        def capturing() -> None:
+            if lose_at_capture is None:
+                return
+            try:
+                os.close(os.open(lose_at_capture, os.O_CREAT | os.O_EXCL))
+            except FileExistsError:
+                return
+            import torch
+
+            error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+            error.error_code = 700
+            raise error
+
+        capturer = RecordingCapturer(replayed=replayed, capturing=capturing)
+        graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
         return really(worker)
 
     Worker.step_graphs = step_graphs  # type: ignore[method-assign]

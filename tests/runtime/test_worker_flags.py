@@ -25,6 +25,7 @@ def test_by_default_there_is_one_of_each() -> None:
     assert options().scales == {"prefill": Scale(1, 1), "decode": Scale(1, 1)}
     assert (options().scaling, options().pin, options().threads) == (ScalingOptions(), False, None)
     assert options().local_prefill == ReplicaOptions("m").local_prefill == 64
+    assert options().graphs
 
 
 def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,12 +33,16 @@ def test_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDFRAME_PIN", "1")
     found = options(
         *("--prefill", "1-4", "--prefill-share", "9", "--decode-share", "8", "--scale-down", "2.5"),
-        *("--threads", "3", "--local-prefill", "0"),
+        *("--threads", "3", "--local-prefill", "0", "--graphs", "off"),
     )
     assert found.scales == {"prefill": Scale(1, 4), "decode": Scale(2, 2, "cpu")}
     assert (found.device, found.device_of("prefill")) == ("cpu", "cpu")
     assert found.scaling == ScalingOptions(9, 8, 2.5)
     assert (found.pin, found.threads, found.local_prefill) == (True, 3, 0)
+    assert not found.graphs
+    monkeypatch.setenv("COLDFRAME_GRAPHS", "off")
+    assert not options().graphs
+    assert options("--graphs", "auto").graphs
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 GPU = torch.device("cuda", 0)
 _COPY = "aten._to_copy.default"
+_COPY_INTO = "aten.copy_.default"
 _WAITING = ("aten._local_scalar_dense", "aten.nonzero", "aten.equal", "aten.is_nonzero")
 
 
@@ -54,7 +56,8 @@ class _Counting(TorchDispatchMode):
         devices |= _devices(out)
         traffic.calls += GPU in devices
         if GPU in devices and len(devices) > 1:
-            if name != _COPY or not kwargs.get("non_blocking"):
+            beside = kwargs.get("non_blocking") or (name == _COPY_INTO and args[2:] == (True,))
+            if name not in (_COPY, _COPY_INTO) or not beside:
                 traffic.waits.append(name)
             elif out.device == GPU:
                 traffic.up += 1
@@ -68,7 +71,7 @@ def _devices(*values: Any) -> set[torch.device]:
 
 
 class _Indexing(TorchFunctionMode):
-    """Indexing by way of the operators: Python's own asks for a device that there is not."""
+    """Indexing and copies by way of the operators: Python's own ask for a device."""
 
     def __init__(self, traffic: Traffic) -> None:
         super().__init__()
@@ -83,6 +86,8 @@ class _Indexing(TorchFunctionMode):
             if indices:
                 return torch.ops.aten.index_put_(view, indices, args[2])
             return torch.ops.aten.copy_.default(view, args[2])
+        if func is Tensor.copy_ and args[0].device == GPU:
+            return torch.ops.aten.copy_.default(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _view(self, tensor: Tensor, index: Any) -> tuple[Tensor, list[Tensor | None]]:
@@ -115,8 +120,14 @@ def fake_gpu() -> Iterator[Traffic]:
     with warnings.catch_warnings():
         # Neighbours are told by their addresses; fake tensors all have the same.
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
-        with FakeTensorMode(), _Indexing(traffic), _Counting(traffic):
+        # Memory of Python's own makes a real tensor.
+        made_fake = mock.patch.object(torch, "frombuffer", _from_buffer)
+        with FakeTensorMode(), _Indexing(traffic), _Counting(traffic), made_fake:
             yield traffic
+
+
+def _from_buffer(data: Any, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(list(data), dtype=dtype)
 
 
 def real_zeros(like: Tensor) -> Tensor:

@@ -135,6 +135,7 @@ class RecordingCapturer:
     Args:
         fail: Raised by the captures, the first one's error first; None is a capture that works.
         replayed: Called before each replay of any of them.
+        capturing: Called before each capture; what it raises, the capture does.
     """
 
     note = ""
@@ -144,12 +145,14 @@ class RecordingCapturer:
         self,
         fail: list[Exception | None] | None = None,
         replayed: Callable[[], object] = lambda: None,
+        capturing: Callable[[], object] = lambda: None,
     ) -> None:
         self.made: list[Recording] = []
         self.placed: list[Tensor] = []
         self.dropped = 0
         self._fail = fail or []
         self._replayed = replayed
+        self._capturing = capturing
 
     def place(self, nbytes: int) -> Tensor:
         assert not self.made
@@ -161,6 +164,7 @@ class RecordingCapturer:
         raise NotImplementedError
 
     def capture(self, work: Callable[[], object]) -> Recording:
+        self._capturing()
         error = self._fail.pop(0) if self._fail else None
         if error is not None:
             raise error

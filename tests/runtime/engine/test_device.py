@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import time
+from array import array
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from coldframe.runtime.engine.device import fetch, settle, start, stopwatch, upload
+from coldframe.runtime.engine.device import fetch, send, settle, start, stopwatch, upload
 from tests.runtime.engine.fake_gpu import GPU, fake_gpu
 
 CPU = torch.device("cpu")
@@ -119,6 +120,27 @@ def test_what_goes_up_goes_from_locked_memory(monkeypatch: pytest.MonkeyPatch) -
         assert [row.device for row in upload([[1, 2], [3]], GPU)] == [GPU, GPU]
         assert (traffic.up, traffic.waits) == (1, [])
     assert locked == [True]
+
+
+@pytest.mark.usefixtures("stream")
+def test_numbers_are_sent_from_locked_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    locked: list[list[int]] = []
+
+    def lock(tensor: torch.Tensor) -> torch.Tensor:
+        locked.append(list(tensor.shape))  # without a GPU there is none to be had
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lock)
+    with fake_gpu() as traffic:
+        send(array("q", [1, 2, 3]), torch.empty(3, dtype=torch.int64, device=GPU))
+        assert (traffic.up, traffic.waits) == (1, [])
+    assert locked == [[3]]
+
+
+def test_numbers_get_where_they_are_looked_for() -> None:
+    place = torch.zeros(5, dtype=torch.int64)
+    send(array("q", [7, -1, 2**40]), place[1:4])
+    assert place.tolist() == [0, 7, -1, 2**40, 0]
 
 
 def test_all_is_fetched_with_one_wait(stream: Stream) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import prod
 from typing import Any
@@ -14,9 +14,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import scaled_dot_product_attention
 
 from coldframe.runtime import warmup
-from coldframe.runtime.engine import attention, sampling
+from coldframe.runtime.engine import attention, graphs, sampling
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.device import fetch
+from coldframe.runtime.engine.graphs import StepGraphs
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Chunk, Model
 from coldframe.runtime.engine.params import SamplingParams
@@ -25,11 +26,13 @@ from coldframe.runtime.engine.sampling import SampleInput, sample
 from coldframe.runtime.engine.saturation import SIZES, SaturationProbe
 from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.engine.varlen import WAYS, Varlen, Way
 from tests.runtime.engine.conftest import small_config
 from tests.runtime.engine.fake_gpu import GPU, Traffic, fake_gpu, real_zeros
 from tests.runtime.engine.test_prefill import Silent
 
 BLOCKS = 64
+OPERATOR = torch.ops.aten._flash_attention_forward.default
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "plain": ("llama", {}),
     "biases, norms, a tied head and layers that slide": (
@@ -62,6 +65,13 @@ BATCHES: dict[str, list[tuple[int, int]]] = {
 def spec(request: pytest.FixtureRequest) -> ModelSpec:
     """Models that differ in what their steps do."""
     family, changes = MODELS[request.param]
+    return ModelSpec.from_config(small_config(family, **changes))
+
+
+@pytest.fixture
+def sliding() -> ModelSpec:
+    """A model some of whose layers have a window."""
+    family, changes = MODELS["biases, norms, a tied head and layers that slide"]
     return ModelSpec.from_config(small_config(family, **changes))
 
 
@@ -217,6 +227,83 @@ def test_a_step_of_decode_goes_up_and_down_once(spec: ModelSpec) -> None:
             steps += 1
             assert (traffic.up, traffic.down, traffic.waits) == (steps, steps, [])
         assert len(behind.generated_ids) == 3
+
+
+class Capturer:
+    """Writes nothing down: what is asked for within a capture, and a replay, is one call each."""
+
+    note, scratch = "", None
+
+    def __init__(self, traffic: Traffic) -> None:
+        self.traffic = traffic
+        self.captures = 0
+        self.replays = 0
+        self.handle = 1
+
+    def place(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=GPU)
+
+    def reach(self, nbytes: int) -> None:
+        raise NotImplementedError
+
+    def capture(self, work: Callable[[], object]) -> Capturer:
+        before = (self.traffic.up, self.traffic.down, list(self.traffic.waits))
+        work()
+        # A graph has none of these in it.
+        assert (self.traffic.up, self.traffic.down, self.traffic.waits) == before
+        self.captures += 1
+        return self
+
+    def replay(self) -> None:
+        self.replays += 1
+
+    def close(self) -> None:
+        """There is nothing of it."""
+
+    def drop(self) -> None:
+        """Nor of this."""
+
+
+@pytest.fixture
+def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is padded and replayed is not held against anything, which takes a wait."""
+    for name in ("try_padding", "try_replay"):
+        monkeypatch.setattr(graphs, name, lambda steps, *_: (steps.logits(3), None))
+
+
+@pytest.mark.usefixtures("values", "trusted")
+@pytest.mark.parametrize("way", [None, *WAYS], ids=str)
+def test_a_replayed_step_goes_up_and_down_once(sliding: ModelSpec, way: Way | None) -> None:
+    with on_gpu(sliding) as (model, traffic):
+        model.varlen = None if way is None else Varlen(OPERATOR, way)
+        capturer = Capturer(traffic)
+        steps = StepGraphs(model, capturer, most=4)
+        decoder = Decoder(model, graphs=steps)
+        for number, length in enumerate((40, 64, 1)):
+            made = sequence(number, length, answer=9)
+            made.kv_tokens = length - 1
+            decoder.admit(made)
+        for _ in range(3):
+            decoder.step()
+            steps.between_steps()
+        assert (capturer.captures, capturer.replays, steps.refused) == (1, 0, {})
+        for replayed in range(1, 5):
+            traffic.__init__()  # type: ignore[misc]
+            decoder.step()
+            assert not steps.between_steps()
+            assert capturer.replays == replayed
+            assert (traffic.up, traffic.down, traffic.waits) == (1, 1, [])
+            assert traffic.calls < 20  # views, the copy up, the choice of a token, a block cleared
+
+
+@pytest.mark.usefixtures("trusted")
+def test_captures_ahead_wait_for_what_they_warm_up(plain: ModelSpec) -> None:
+    with on_gpu(plain) as (model, traffic):
+        capturer = Capturer(traffic)
+        steps = StepGraphs(model, capturer, most=2)
+        assert steps.capture_all() == capturer.captures == 4
+        assert (traffic.up, traffic.down) == (4, 0)  # the numbers of each
+        assert all("copy" in wait for wait in traffic.waits)  # of what makes a model
 
 
 @pytest.mark.usefixtures("values")

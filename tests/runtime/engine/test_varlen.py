@@ -59,7 +59,7 @@ def kernel(
     for numbers in (cum_seq_q, cum_seq_k, seqused_k, block_table):
         assert numbers is None or numbers.dtype == torch.int32
     assert max_q == int(cum_seq_q.diff().max())
-    assert max_k == int(seqused_k.max())
+    assert max_k >= int(seqused_k.max())  # a bound, as where steps are padded
     groups = query.shape[1] // key.shape[-2]
     out = torch.empty_like(query)
     for s, (start, end) in enumerate(pairwise(cum_seq_q.tolist())):

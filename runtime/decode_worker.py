@@ -25,7 +25,8 @@ class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._graphs = worker.step_graphs()
-        self._decoder = Decoder(worker.model, steps=self._graphs or worker.compiled)
+        steps = worker.compiled if self._graphs is None else self._graphs
+        self._decoder = Decoder(worker.model, graphs=steps)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""

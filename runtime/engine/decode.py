@@ -45,7 +45,7 @@ class Decoder:
         model: The model, all its weights in.
         most: The largest batch; more requests wait their turn.
         beside: Tokens in a step, beside one of each running request, of those that are behind.
-        steps: What computes them; None is the model itself.
+        graphs: What computes the steps; None is the model itself.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Decoder:
         model: Model,
         most: int = MOST,
         beside: int = BESIDE,
-        steps: Steps | None = None,
+        graphs: Steps | None = None,
     ) -> None:
         self._model = model
-        self._steps = steps
+        self._graphs = graphs
         self._most = most
         self._beside = beside
         self._running: dict[str, Sequence] = {}
@@ -93,8 +93,8 @@ class Decoder:
         return emitted
 
     def _forward(self, chunks: list[Chunk]) -> Tensor:
-        if self._steps is not None:
-            return self._steps.forward(chunks)
+        if self._graphs is not None:
+            return self._graphs.forward(chunks)
         return self._model.forward(self._model.batch(chunks))
 
     def _next(self) -> tuple[list[Sequence], list[Chunk]]:

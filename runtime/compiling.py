@@ -1,6 +1,6 @@
 """Code for a model's decode steps, before an image is made: from the cache, or by a child process.
 
-Compiling takes a minute or so, once for a model's shape, this CPU and this torch. It is done by a
+Compiling takes a minute or so of one core, once for a model's shape, this CPU and this torch. It is done by a
 child at the lowest priority that the kernel kills before anybody else, one at a time, and ends by
 itself when its time is over. Whatever comes of it, the image is made.
 """
@@ -28,7 +28,7 @@ __all__ = ["COMPILE_S", "SEQUENCES", "Compiling"]
 
 SEQUENCES = (1, 2, 4)
 """Sequences of the steps that are compiled; from eight on a product is no faster so."""
-COMPILE_S = 180
+COMPILE_S = 300
 """How long it may take, in seconds."""
 LEAST_BYTES = 64 << 20
 """Of a model's weights: a step that reads less takes a few milliseconds in any case."""

@@ -73,7 +73,7 @@ def compiled(
 ) -> dict[str, Compiled]:
     """Models with their code, compiled once by one process."""
     cache, work = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("work")
-    asked = {"llama": ("float32", (1, 2)), "qwen2": ("float32", (1,)), "qwen3": ("bfloat16", (2,))}
+    asked = {"llama": ("float32", (1, 2)), "qwen3": ("bfloat16", (2,))}
     made: dict[str, Compiled] = {}
     orders = []
     for family, (dtype, sequences) in asked.items():
@@ -86,7 +86,7 @@ def compiled(
         orders.append([str(model), THREADS, sequences, str(folder)])
     places = {"TMPDIR": str(work), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
     command = [sys.executable, "-P", "-c", COMPILE, json.dumps(orders)]
-    subprocess.run(command, check=True, env={**os.environ, **places}, timeout=300)
+    subprocess.run(command, check=True, env={**os.environ, **places}, timeout=600)
     return made
 
 
@@ -161,12 +161,10 @@ def _apart(logits: torch.Tensor, eager: torch.Tensor) -> float:
 # -- in this process -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("family", "count"), [("llama", 1), ("llama", 2), ("qwen2", 1)])
+@pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.usefixtures("threads")
-def test_tokens_are_those_of_transformers(
-    compiled: dict[str, Compiled], family: str, count: int
-) -> None:
-    made = compiled[family]
+def test_tokens_are_those_of_transformers(compiled: dict[str, Compiled], count: int) -> None:
+    made = compiled["llama"]
     prompts = [prompt_of(40 + 13 * row) for row in range(count)]
     answers, apart = Computed(made).logprobs(prompts, 48, both=True)
     assert answers == [expected(made.model, tuple(prompt), 48) for prompt in prompts]
@@ -312,7 +310,7 @@ def test_an_image_is_made_without_a_compiler(
 def test_damaged_code_is_left_out(
     compiled: dict[str, Compiled], criu: Criu, no_leaks: Path, tmp_path: Path
 ) -> None:
-    made = compiled["qwen2"]
+    made = compiled["llama"]
     flip(made.folder / "layer-1.so", 5000)
     try:
         commands = Commands(no_leaks, made.folder.parents[2])

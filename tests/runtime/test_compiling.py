@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -133,6 +134,27 @@ def test_a_compiler_that_takes_too_long_is_ended(
         pid = int(compiler.read_text())
         eventually(lambda: not running(pid))
     assert nothing_left(root)
+
+
+@pytest.mark.heavy
+def test_what_is_compiled_is_tried_and_kept(
+    large: ModelFacts, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "SEQUENCES", (1,))
+    first = Compiling(large, 1, str(tmp_path), 300)
+    assert not first.done
+    order = first.wait()
+    # How much faster it is depends on who else is here; that it has been tried does not.
+    assert re.search(r"by sequences 1: \d+\.\d\d x eager$", order["why"]), order["why"]
+    again = Compiling(large, 1, str(tmp_path), 0)
+    assert again.done
+    assert again.order == order
+    shape = CodeShape.of_tensors(large.spec, large.tensors, 1)
+    path = root / key_of(shape, (1,))
+    kept = ["layer-1.so", "logits-1.so"] if order["folder"] else []
+    assert order["folder"] in (None, str(path))
+    assert sorted(os.listdir(path)) == [*kept, "step.json"]
+    assert sorted(os.listdir(root)) == [path.name, "lock"]
 
 
 @pytest.mark.heavy

@@ -213,6 +213,7 @@ def _library(
         "cpp.threads": threads,
         # A loop over one row of numbers takes less time than waking another thread up for it.
         "cpp.min_chunk_size": 4096,
+        "emulate_precision_casts": True,
         # Rows of the cache are made of the blocks that a batch was built with, which are checked.
         "assert_indirect_indexing": False,
     }

@@ -1,8 +1,8 @@
 """Code for a model's decode steps, before an image is made: from the cache, or by a child process.
 
-Compiling takes a minute or so of one core, once for a model's shape, this CPU and this torch. It is done by a
-child at the lowest priority that the kernel kills before anybody else, one at a time, and ends by
-itself when its time is over. Whatever comes of it, the image is made.
+Compiling takes a minute or so of one core, once for a model's shape, this CPU and this torch. It is
+done by a child at the lowest priority that the kernel kills before anybody else, one at a time, and
+ends by itself when its time is over. Whatever comes of it, the image is made.
 """
 
 from __future__ import annotations

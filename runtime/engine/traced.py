@@ -7,12 +7,14 @@ an argument, too; so layers with different windows are the same function.
 
 It is written for Inductor's loops on a CPU. A product with few rows is a sum over each row of the
 weight for each row of x, next to one another: they become one loop that reads the weight once, as
-fast as memory gives it, and sums in float32. The number of rows is a constant for that.
+fast as memory gives it, and sums in float32. The number of rows is a constant for that. What the
+model rounds to its dtype is rounded here, too (the compiler has to be told to leave that in): so
+answers are as near to the model's as sums in another order let them be.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,10 +24,6 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.weights import LayerWeights, Weights
 
 __all__ = ["TracedLayer", "TracedLogits", "layer_tensors", "logits_tensors"]
-
-
-Scale = Sequence[Tensor | None]
-"""A factor for each row; None for one."""
 
 
 def layer_tensors(weights: LayerWeights) -> list[Tensor]:
@@ -77,23 +75,22 @@ class TracedLayer(torch.nn.Module):
         spec, n, dtype = self._spec, len(x), x.dtype
         dim, eps = spec.head_dim, spec.rms_norm_eps
         of = iter(weights)
-        h, scale = _norm_to_come(x, next(of), eps)
-        outs = _products(h, scale, of, 3, biased=spec.attention_bias)
+        h = _rms_norm(x, next(of), eps)
+        outs = _products(h, of, 3, biased=spec.attention_bias)
         q, k, v = (torch.stack(out).view(n, -1, dim) for out in outs)
         if spec.qk_norm:
             q, k = _rms_norm(_stored(q), next(of), eps), _rms_norm(_stored(k), next(of), eps)
         q = _stored(_rotate(q, cos, sin))
-        own = torch.cat((_rotate(k, cos, sin), v)).view(2 * n, -1)
-        cache.index_put_((rows,), own.to(dtype))
+        cache.index_put_((rows,), torch.cat((_rotate(k, cos, sin), v)).view(2 * n, -1))
         q = q.view(n, spec.kv_heads, -1, dim)
-        attended = _stored(_attend(q, cache[seen[0]], cache[seen[1]], bias))
-        (out,) = _products(attended, [None] * n, of, 1, biased=spec.output_bias)
-        x = _stored(torch.stack([(a.float() + b).to(dtype) for a, b in zip(x, out, strict=True)]))
-        h, scale = _norm_to_come(x, next(of), eps)
-        gate, up = _products(h, scale, of, 2, biased=spec.mlp_bias)
-        inner = torch.stack([(silu(a) * b).to(dtype) for a, b in zip(gate, up, strict=True)])
-        (out,) = _products(_stored(inner), [None] * n, of, 1, biased=spec.mlp_bias)
-        return torch.stack([(a.float() + b).to(dtype) for a, b in zip(x, out, strict=True)])
+        attended = _stored(_attend(q, cache[seen[0]], cache[seen[1]], bias).to(dtype))
+        (out,) = _products(attended, of, 1, biased=spec.output_bias)
+        x = _stored(torch.stack([a + b for a, b in zip(x, out, strict=True)]))
+        h = _rms_norm(x, next(of), eps)
+        gate, up = _products(h, of, 2, biased=spec.mlp_bias)
+        inner = torch.stack([silu(a) * b for a, b in zip(gate, up, strict=True)])
+        (out,) = _products(_stored(inner), of, 1, biased=spec.mlp_bias)
+        return torch.stack([a + b for a, b in zip(x, out, strict=True)])
 
 
 class TracedLogits(torch.nn.Module):
@@ -114,55 +111,41 @@ class TracedLogits(torch.nn.Module):
             x: `[n, hidden_size]`.
             norm, head: See `logits_tensors`.
         """
-        h, scale = _norm_to_come(x, norm, self._spec.rms_norm_eps)
-        return torch.stack(_product(h, scale, head))
+        h = _rms_norm(x, norm, self._spec.rms_norm_eps)
+        return torch.stack(_product(h, head)).float()
 
 
-def _products(
-    x: Tensor, scale: Scale, of: Iterator[Tensor], count: int, *, biased: bool
-) -> list[list[Tensor]]:
+def _products(x: Tensor, of: Iterator[Tensor], count: int, *, biased: bool) -> list[list[Tensor]]:
     """Linear maps of the same input: the next `count` of the weights, each with its bias."""
     maps = [(next(of), next(of) if biased else None) for _ in range(count)]
-    outs = [_product(x, scale, weight) for weight, _ in maps]
-    return [
-        out if bias is None else [row + bias.float() for row in out]
-        for out, (_, bias) in zip(outs, maps, strict=True)
-    ]
+    return [_product(x, weight, bias) for weight, bias in maps]
 
 
-def _product(x: Tensor, scale: Scale, weight: Tensor) -> list[Tensor]:
-    """`(x * scale) @ weight.T` by rows, `[rows of the weight]` float32 each.
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> list[Tensor]:
+    """`x @ weight.T + bias` by rows, `[rows of the weight]` each, of x's dtype.
 
     Rows stay apart, so that what is made of each of them is part of the same loop.
     """
     wide = weight.float()
     sums = [(wide * row.float()).sum(-1) for row in x.unbind()]
-    return [out if by is None else out * by for out, by in zip(sums, scale, strict=True)]
-
-
-def _norm_to_come(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Scale]:
-    """An RMSNorm but for the factor of each row, which is left to the sums that are made of it.
-
-    So the norm is one pass over x.
-    """
-    wide = x.float()
-    scale = torch.rsqrt(wide.pow(2).mean(-1) + eps)
-    # Without its factor a row may be more than float16 holds.
-    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return _stored((wide * weight.float()).to(dtype)), scale.unbind()
+    if bias is not None:
+        sums = [out + bias.to(x.dtype).float() for out in sums]
+    return [out.to(x.dtype) for out in sums]
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    x = x.float()
-    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return _stored((wide * weight.to(x.dtype).float()).to(x.dtype))
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """As `rope.rotate`, with the halves of a head as a dimension: none of its loops wraps."""
     n, heads, dim = x.shape
-    halves = x.float().view(n, heads, 2, dim // 2)
-    cos, sin = (part.float().view(n, 1, 2, dim // 2) for part in (cos, sin))
-    return (halves * cos + halves.flip(2) * sin).view(n, heads, dim)
+    halves = x.view(n, heads, 2, dim // 2)
+    cos, sin = (part.view(n, 1, 2, dim // 2) for part in (cos, sin))
+    first = (halves * cos).float()
+    return (first + halves.flip(2).float() * sin.float()).to(x.dtype).view(n, heads, dim)
 
 
 def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
@@ -176,12 +159,16 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor) -> Tensor:
         bias: `[n, L]`.
     """
     n, kv_heads, groups, dim = q.shape
+    dtype = q.dtype
     keys, values = (part.view(n, -1, kv_heads, dim).float() for part in (keys, values))
-    q = q[:, None] * dim**-0.5
+    q = q.float()[:, None]
     # Keys come before heads everywhere: sums over them run beside one another for all heads.
     scores = torch.stack([(keys * q[:, :, :, g]).sum(-1) for g in range(groups)], -1)
-    weights = torch.softmax(scores + bias[:, :, None, None], 1)
-    out = [(weights[..., g, None] * values).sum(1) for g in range(groups)]
+    scores = scores * dim**-0.5 + bias[:, :, None, None]
+    weights = torch.exp(scores - scores.amax(1, keepdim=True))
+    total = weights.sum(1)
+    weights = weights.to(dtype).float()
+    out = [(weights[..., g, None] * values).sum(1) / total[..., g, None] for g in range(groups)]
     return torch.stack(out, 2).reshape(n, -1)
 
 

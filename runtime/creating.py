@@ -6,6 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.compiling import COMPILE_S
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.signing import read_key
@@ -45,7 +46,8 @@ def image_for_next_time(replica: Replica) -> dict[str, Any]:
 
     # Nothing of this may spoil what has been answered.
     try:
-        freezing = Freezing(replica, replica.options.snapshot)
+        # Somebody waits for the command to end: what is compiled already is taken.
+        freezing = Freezing(replica, replica.options.snapshot, code=_code(replica, 0))
         freezing.follow(_LIMIT_S)
     except ColdframeError as error:
         return {"not_created": str(error)}
@@ -70,7 +72,9 @@ class ImageInTheMaking:
 
         self._late = time.monotonic() + _LIMIT_S
         try:
-            self._freezing = Freezing(replica, replica.options.snapshot)
+            self._freezing = Freezing(
+                replica, replica.options.snapshot, code=_code(replica, COMPILE_S)
+            )
         except ColdframeError as error:
             self.outcome = {"not_created": str(error)}
 
@@ -80,6 +84,8 @@ class ImageInTheMaking:
         if self.outcome is not None or freezing is None:
             return
         freezing.look()
+        if freezing.compiling:
+            self._late = time.monotonic() + _LIMIT_S
         if time.monotonic() > self._late:
             freezing.close()
         if freezing.done:
@@ -141,6 +147,10 @@ class NextImage:
         if self._image is not None:
             self._image.close()
             self._image = None
+
+
+def _code(replica: Replica, limit_s: int) -> int | None:
+    return limit_s if replica.options.graphs else None
 
 
 def _wanted(replica: Replica) -> bool:

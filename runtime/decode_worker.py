@@ -26,7 +26,8 @@ class _DecodeRole:
         self._worker = worker
         graphs = worker.step_graphs()
         self._kept = worker.kept_steps(graphs)
-        self._decoder = Decoder(worker.model, graphs=graphs)
+        steps = worker.compiled if graphs is None else graphs
+        self._decoder = Decoder(worker.model, graphs=steps)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""

@@ -18,6 +18,7 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel
+from coldframe.runtime.compiling import Compiling
 from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frozen_worker import FREEZE, freeze_order, room, weights_room
@@ -44,6 +45,7 @@ class Freezing:
         replica: Whose model; it is `sized`. Its memory service has the weights.
         snapshot: The store, and the key to sign with.
         compress: See `Store.put`.
+        code: How long compiling its decode step may take, in seconds; None leaves it eager.
 
     Attributes:
         done: Whether it has come to its end, one or the other.
@@ -52,7 +54,12 @@ class Freezing:
     """
 
     def __init__(
-        self, replica: Replica, snapshot: SnapshotOptions, *, compress: str = "auto"
+        self,
+        replica: Replica,
+        snapshot: SnapshotOptions,
+        *,
+        compress: str = "auto",
+        code: int | None = None,
     ) -> None:
         self.done = False
         self.image: str | None = None
@@ -64,7 +71,8 @@ class Freezing:
         self._staged = False
         self._device = replica.options.device_of("prefill")
         self._start = replica.run_dir
-        order = self._order(compress)
+        self._code: Compiling | None = None
+        order = self._ordered(compress)
         self._channel, theirs = Channel.pair()
         try:
             self._child: Child = spawn_python(
@@ -76,7 +84,35 @@ class Freezing:
         finally:
             theirs.close()
         replica.loop.watch(self._channel.fileno(), self._on_message)
-        self._send_order(order)
+        self._code = (
+            None
+            if code is None or self._device != CPU
+            else Compiling(replica.model, replica.threads, replica.run_dir, code)
+        )
+        self._order = order
+        self._go_on()
+
+    @property
+    def compiling(self) -> bool:
+        """Whether the model's decode step is compiled first, which takes its time."""
+        return self._code is not None and not self._code.done
+
+    def _go_on(self) -> None:
+        """Has the worker frozen, as soon as there is the code that it is to have."""
+        code = self._code
+        if code is None or code.done:
+            worker = {**self._order["order"], **({} if code is None else {"code": code.order})}
+            self._send_order({**self._order, "order": worker})
+        else:
+            self._replica.loop.watch(code.fileno(), self._on_compiled)
+
+    def _on_compiled(self) -> None:
+        assert self._code is not None
+        fd = self._code.fileno()
+        self._code.take()
+        if self._code.done:
+            self._replica.loop.unwatch(fd)
+            self._go_on()
 
     def follow(self, limit_s: float | None = None) -> None:
         """Polls the replica until this is done, and gives it up where it hangs.
@@ -110,7 +146,7 @@ class Freezing:
         """Gives it up where it is not done; nothing of it stays."""
         self._end(SnapshotError("it was given up"))
 
-    def _order(self, compress: str) -> dict[str, Any]:
+    def _ordered(self, compress: str) -> dict[str, Any]:
         replica, model, device = self._replica, self._replica.model, self._device
         weights = [WEIGHTS_BASE, weights_room(model)]
         kv = [KV_BASE, room(replica.kv_bytes or 0)]
@@ -218,6 +254,9 @@ class Freezing:
         self.done, self.error = True, error
         if self._trial is not None:
             self._trial.close()
+        if self._code is not None and not self._code.done:
+            self._replica.loop.unwatch(self._code.fileno())
+            self._code.close()
         self._replica.loop.unwatch(self._channel.fileno())
         self._channel.close()
         # The end of its socket has it take away what it has stored, and that shall be done.

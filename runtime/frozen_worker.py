@@ -38,6 +38,7 @@ def freeze_order(
     device: str = "cpu",
     *,
     graphs: bool = False,
+    code: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The message that says what to warm up for.
 
@@ -50,6 +51,7 @@ def freeze_order(
         threads: To warm up with.
         device: To compute on.
         graphs: Whether to capture decode steps, where the device can.
+        code: Of its decode steps (see `Compiling.order`); None for none.
     """
     stored = [[name, t.dtype, list(t.shape)] for name, t in model.tensors.items()]
     return {
@@ -60,6 +62,7 @@ def freeze_order(
         "threads": threads,
         "device": device,
         "graphs": graphs,
+        "code": code or {"folder": None, "why": "not asked for"},
     }
 
 
@@ -93,7 +96,9 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
         _forget_standard_streams()
-        state = {} if warm.gpu is None else {"gpu": warm.gpu.state()}
+        state: dict[str, Any] = {"decode_steps": warm.decode_steps}
+        if warm.gpu is not None:
+            state["gpu"] = warm.gpu.state()
         control, wake = freeze_point(control, state, wait)
     except Exception as error:  # noqa: BLE001 - whoever waits must hear of whatever it was
         if not isinstance(error, ColdframeError):
@@ -115,6 +120,7 @@ def _warm(message: Message) -> Warm:
     import coldframe.runtime.decode_worker
     import coldframe.runtime.prefill_worker  # noqa: F401
     from coldframe.runtime.calibration import measure_apart
+    from coldframe.runtime.code_warmup import ready_code
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warmup import warm_up
 
@@ -140,12 +146,13 @@ def _warm(message: Message) -> Warm:
         )
     saturation = measure_apart(model.spec)  # before there are threads that a fork would lack
     warm_up(model.spec, tokenizer)
+    code, decode_steps = ready_code(model.spec, order["code"])
     # Nothing else gets to lie there, now or in any clone.
     reserved = (
         Reservation(weights, WEIGHTS_BASE, exact=True),
         Reservation(kv, KV_BASE, exact=True),
     )
-    return Warm(tokenizer, reserved, saturation)
+    return Warm(tokenizer, reserved, saturation, code=code, decode_steps=decode_steps)
 
 
 def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:

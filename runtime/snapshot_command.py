@@ -51,6 +51,13 @@ def add_arguments(parser: Parser) -> None:
         help="how the image is stored: auto takes what restores faster, lz4 where it is installed",
     )
     parser.flag("--threads", metavar="N", type=int, help="threads of the worker (the CPU quota)")
+    parser.flag(
+        "--graphs",
+        choices=["auto", "off"],
+        default="auto",
+        help="have decode steps in the image: captured on a GPU, compiled where that is faster on "
+        "a CPU (auto), or not",
+    )
     add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
@@ -90,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    from coldframe.runtime.compiling import COMPILE_S
     from coldframe.runtime.creating import prune
     from coldframe.runtime.freezing import Freezing
     from coldframe.runtime.replica import Replica
@@ -98,7 +106,8 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     # No workers of its own: the clones are the first to see the weights, as they load meanwhile.
     with Replica(_options(args)) as replica:
         replica.run_until(lambda: replica.sized)
-        freezing = Freezing(replica, snapshot, compress=args.compress)
+        code = COMPILE_S if args.graphs == "auto" else None
+        freezing = Freezing(replica, snapshot, compress=args.compress, code=code)
         freezing.follow()
         if freezing.error is not None:
             raise freezing.error
@@ -111,6 +120,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
         "store": snapshot.store,
         "bytes": sum(file["size"] for file in manifest["files"]),
         "oracle": manifest["oracle"],
+        "decode_steps": manifest["decode_steps"],
         "removed": removed,
         "seconds": time.monotonic() - started,
     }
@@ -121,6 +131,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
             f"image {freezing.image} of {args.model}: {human_bytes(document['bytes'])}, "
             f"{human_seconds(document['seconds'])}, in {snapshot.store}"
         )
+        print(f"decode steps: {document['decode_steps']}")
     return 0
 
 

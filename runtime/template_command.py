@@ -8,12 +8,15 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import tempfile
 import time
 from collections.abc import Iterator
+from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import RequestError
 from coldframe.loader.location import Directory, parse_location
+from coldframe.runtime.compiling import COMPILE_S, Compiling
 from coldframe.runtime.frozen_worker import freeze_order, room, weights_room
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.sizing import ModelFacts, kv_blocks
@@ -49,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
         )
     with _model(args.model) as model:
         key = ModelKey.of(model.directory, model.tensors)
-        order = freeze_order(model, weights_room(model), _kv_room(model), threads)
+        code = _code(model, threads) if args.graphs == "auto" else None
+        order = freeze_order(model, weights_room(model), _kv_room(model), threads, code=code)
         template = Template(args.model, key, _CODE, order, freezing_environment(threads))
     try:
         if args.json:
@@ -66,6 +70,16 @@ def run(args: argparse.Namespace) -> int:
         template.serve()
     finally:
         template.close()
+
+
+def _code(model: ModelFacts, threads: int) -> dict[str, Any]:
+    """The model's compiled decode steps, or why there are none."""
+    with tempfile.TemporaryDirectory(prefix="coldframe-") as work:
+        compiling = Compiling(model, threads, work, COMPILE_S)
+        try:
+            return compiling.wait()
+        finally:
+            compiling.close()
 
 
 @contextlib.contextmanager

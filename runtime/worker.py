@@ -46,6 +46,7 @@ from coldframe.snapshot.privileges import become
 if TYPE_CHECKING:
     import torch
 
+    from coldframe.runtime.engine.compiled import Code, CompiledSteps
     from coldframe.runtime.engine.graphs import StepGraphs
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.saturation import Saturation
@@ -85,12 +86,16 @@ class Warm:
         reserved: The arenas' addresses, nothing mapped there.
         saturation: The smallest batch that saturates the device, where that was measured.
         gpu: What it has on a GPU.
+        code: Its decode steps, compiled and loaded.
+        decode_steps: How decode steps are computed, and why, for people.
     """
 
     tokenizer: Tokenizer
     reserved: tuple[Mapping, ...]
     saturation: Saturation | None = None
     gpu: WarmGpu | None = None
+    code: Code | None = None
+    decode_steps: str = "eager"
 
 
 class Worker:
@@ -120,6 +125,7 @@ class Worker:
         self.prefix_cache = True
         self.local_prefill = 0
         self.graphs = False
+        self.compiled: CompiledSteps | None = None
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
@@ -192,6 +198,9 @@ class Worker:
         note = "but for the weights"
         if self.role == "prefill" and self.saturation is not None:
             note += f"; prefill in batches of {self.saturation.tokens} tokens"
+        self.compiled = self._compiled_steps()
+        if self.compiled is not None and self.compiled.in_use:
+            note += "; compiled decode step"
         self.recorder.add("ready", now(), note=note)
         self.report_spans()
         self.control.send({"type": "up"})
@@ -362,6 +371,15 @@ class Worker:
         from coldframe.runtime.graph_worker import kept_steps
 
         return kept_steps(graphs, self._shelved, self)
+
+    def _compiled_steps(self) -> CompiledSteps | None:
+        """The model's decode steps by the code that a clone came with; None where it has none."""
+        code = None if self._warm is None else self._warm.code
+        if code is None or not self.graphs or self.role != "decode":
+            return None
+        from coldframe.runtime.code_warmup import compiled_steps
+
+        return compiled_steps(self.model, code, self.recorder)
 
     # -- requests --------------------------------------------------------------------------------
 

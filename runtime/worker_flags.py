@@ -61,7 +61,8 @@ def add_worker_arguments(parser: Parser) -> None:
         "--graphs",
         choices=("auto", "off"),
         default="auto",
-        help="decode steps captured on a GPU and replayed (auto), or computed kernel by kernel",
+        help="decode steps captured on a GPU and replayed, on a CPU by the compiled code of an "
+        "image (auto), or computed kernel by kernel",
     )
     flag(
         "--pin", action="store_true", help="one half of the cores for prefill, the other for decode"

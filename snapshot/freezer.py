@@ -142,6 +142,7 @@ class Freezer:
             Machine.here(device=machine.device, libraries=said["libraries"]),
             Arena.from_json(wanted["arena"]),
             Process(said["pid"], said["control_inode"], criu.version, user),
+            said.get("decode_steps", ""),
             _on_gpu(said),
         )
         manifest = store.put(images, draft, compress=wanted["compress"], finish=self._prove)

@@ -145,6 +145,7 @@ class Draft(NamedTuple):
         machine: What it needs.
         arena: Where the process has reserved addresses.
         process: What was frozen.
+        decode_steps: How its clones compute decode steps, and why, for people.
         gpu: What it had on a GPU; None where it had none.
     """
 
@@ -153,6 +154,7 @@ class Draft(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    decode_steps: str = ""
     gpu: GpuImage | None = None
 
 
@@ -174,6 +176,7 @@ class Manifest(NamedTuple):
     machine: Machine
     arena: Arena
     process: Process
+    decode_steps: str
     gpu: GpuImage | None
     objects: tuple[StoredObject, ...]
     files: tuple[ImageFile, ...]
@@ -236,6 +239,7 @@ class Manifest(NamedTuple):
             "machine": self.machine.to_json(),
             "arena": self.arena.to_json(),
             "process": self.process.to_json(),
+            "decode_steps": self.decode_steps,
             "gpu": None if self.gpu is None else self.gpu.to_json(),
             "objects": [item.to_json() for item in self.objects],
             "files": [file.to_json() for file in self.files],
@@ -265,6 +269,7 @@ class Manifest(NamedTuple):
             Machine.from_json(fields.child("machine")),
             Arena.from_json(fields.child("arena")),
             Process.from_json(fields.child("process")),
+            fields.text("decode_steps"),
             None if fields.absent("gpu") else GpuImage.from_json(fields.child("gpu")),
             tuple(map(StoredObject.from_json, fields.children("objects"))),
             tuple(map(ImageFile.from_json, fields.children("files"))),

@@ -8,7 +8,7 @@ request waits for the whole step, so little of such a request goes into one besi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.model import Model
@@ -18,9 +18,7 @@ from coldframe.runtime.engine.sequence import Emission, Sequence
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from coldframe.runtime.engine.graphs import StepGraphs
-
-__all__ = ["BESIDE", "MOST", "Decoder"]
+__all__ = ["BESIDE", "MOST", "Decoder", "Steps"]
 
 MOST = 64
 """Requests in the largest batch."""
@@ -30,6 +28,14 @@ long with them."""
 _ALONE = 128
 """Tokens that are computed in a step for which no other request waits: more would take no less time
 a token, and a step is not interrupted."""
+
+
+class Steps(Protocol):
+    """What computes decode steps in the model's place."""
+
+    def forward(self, chunks: list[Chunk]) -> Tensor:
+        """Logits `[S, vocab_size]`, float32; as `Model.forward` of the chunks' batch."""
+        ...
 
 
 class Decoder:
@@ -47,7 +53,7 @@ class Decoder:
         model: Model,
         most: int = MOST,
         beside: int = BESIDE,
-        graphs: StepGraphs | None = None,
+        graphs: Steps | None = None,
     ) -> None:
         self._model = model
         self._graphs = graphs

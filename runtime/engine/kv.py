@@ -93,6 +93,28 @@ class KVCache:
         self._keys[layer].index_copy_(0, rows, k.reshape(len(rows), -1))
         self._values[layer].index_copy_(0, rows, v.reshape(len(rows), -1))
 
+    def layer_rows(self, layer: int) -> Tensor:
+        """The cache from a layer's first row on, where it lies: what `rows` numbers.
+
+        Its values are `block_tokens` rows behind its keys.
+
+        Returns:
+            `[R, kv_heads * head_dim]`.
+        """
+        return self._keys[layer]
+
+    def rows_of(self, block_table: Tensor) -> Tensor:
+        """Where the keys of whole blocks lie, in every layer.
+
+        Args:
+            block_table: `[B, n]` int64 block ids.
+
+        Returns:
+            `[B, n * block_tokens]` int64.
+        """
+        within = torch.arange(self.block_tokens, device=block_table.device)
+        return (block_table[:, :, None] * self._page_rows + within).flatten(1)
+
     def gather(self, layer: int, block_table: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of whole blocks, in the order of a table.
 

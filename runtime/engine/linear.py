@@ -26,6 +26,7 @@ class Projections:
         biases: `[rows]` each, one a weight, or none at all.
 
     Attributes:
+        apart: Each weight with its bias.
         weight: The weights as one view, `[sum of rows, hidden]`; None where they are run apart.
         bias: The biases as one view, where there are any and `weight` is there.
     """
@@ -33,7 +34,7 @@ class Projections:
     def __init__(self, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
         self._rows = [len(weight) for weight in weights]
         without: list[Tensor | None] = [None] * len(weights)
-        self._apart = list(zip(weights, biases or without, strict=True))
+        self.apart = list(zip(weights, biases or without, strict=True))
         self.weight = joined(weights)
         self.bias = joined(biases) if biases and self.weight is not None else None
         if biases and self.bias is None:
@@ -47,7 +48,7 @@ class Projections:
             x: `[T, hidden]`.
         """
         if self.weight is None:
-            return [linear(x, weight, bias) for weight, bias in self._apart]
+            return [linear(x, weight, bias) for weight, bias in self.apart]
         return torch.split(linear(x, self.weight, self.bias), self._rows, -1)
 
 

@@ -148,11 +148,10 @@ def place() -> Iterator[str]:
 
 
 @contextmanager
-def resident(model: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+def resident(model: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
     """A template, and what it says when it is ready."""
-    with subprocess.Popen(
-        command("snapshot", "template", str(model), "--json"), stdout=subprocess.PIPE, text=True
-    ) as process:
+    asked = command("snapshot", "template", str(model), "--json", *more)
+    with subprocess.Popen(asked, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             line = process.stdout.readline()

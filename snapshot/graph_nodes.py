@@ -156,9 +156,9 @@ def place_of(address: int, regions: Sequence[Region]) -> Place | None:
 def relocated(words: bytes, kinds: bytes, bases: Mapping[int, int]) -> bytes:
     """The words, with the base of what they are offsets in added to each.
 
-    All words of one kind at once: the block is taken as one long number, and so is a block that has
-    the base at their places and zeros elsewhere. As no sum overflows its word, theirs is the block
-    with each word's own sum in it.
+    All words at once: a second block is laid out that has the base of each word's kind there,
+    byte by byte, and both are added as if each were one long number. As no word's own sum overflows
+    it, what comes out has each of these sums in its place.
 
     Args:
         words: 8 bytes each, little-endian.
@@ -168,15 +168,12 @@ def relocated(words: bytes, kinds: bytes, bases: Mapping[int, int]) -> bytes:
     Raises:
         OverflowError: The last of them does overflow.
     """
-    total = int.from_bytes(words, "little")
-    for kind, base in bases.items():
-        if base and kind in kinds:
-            marks = bytearray(len(words))
-            marks[::WORD] = kinds.translate(_marking(kind))
-            total += base * int.from_bytes(marks, "little")
+    addends = bytearray(len(words))
+    for place in range(WORD):
+        table = bytearray(256)
+        for kind, base in bases.items():
+            table[kind] = base >> 8 * place & 0xFF
+        if any(table):
+            addends[place::WORD] = kinds.translate(table)
+    total = int.from_bytes(words, "little") + int.from_bytes(addends, "little")
     return total.to_bytes(len(words), "little")
-
-
-def _marking(kind: int) -> bytes:
-    """A table that makes one byte of a kind, and zero of every other."""
-    return bytes(kind) + b"\x01" + bytes(255 - kind)

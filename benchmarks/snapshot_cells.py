@@ -71,7 +71,8 @@ class Image:
         store = root / codec
         command = [
             *(str(Path(sys.executable).parent / "coldframe"), "snapshot", "create", str(model)),
-            *("--snapshot-store", str(store), "--compress", CODECS[codec], "--json"),
+            *("--snapshot-store", str(store), "--compress", CODECS[codec]),
+            *("--graphs", "off", "--json"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:

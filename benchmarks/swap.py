@@ -99,7 +99,7 @@ def _make_image(model: Path, store: str) -> None:
     print(f"an image for {model}", file=sys.stderr)
     command = [
         *(str(Path(sys.executable).parent / "coldframe"), "snapshot", "create", str(model)),
-        *("--snapshot-store", store, "--json"),
+        *("--snapshot-store", store, "--graphs", "off", "--json"),
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:

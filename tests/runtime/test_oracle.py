@@ -99,7 +99,7 @@ def test_the_same_is_the_same_within_what_kernels_differ_by() -> None:
 @pytest.mark.parametrize(
     ("answer", "where"),
     [
-        (events(logprobs=(-0.5, -1.25, -2.2)), "log-probability 2"),
+        (events(logprobs=(-0.5, -1.25, -2.6)), "log-probability 2"),
         (events(logprobs=(-0.5, None, -2.0)), "log-probability 1"),
         (events(tokens=(6, 9, 2)), "token 0"),
         (events()[:2], "length"),
@@ -131,7 +131,7 @@ def test_at_a_tie_either_token_will_do() -> None:
     tie[1] = TokenEvent(1, 8, "", None, -1.2, ((8, -1.2), (9, -1.25)))
     # What follows the other token is another text.
     assert compare(recorded(), [*tie, event(2, 400, -2.0)]) is None
-    apart = TokenEvent(1, 8, "", None, -1.2, ((8, -1.2), (9, -1.4)))
+    apart = TokenEvent(1, 8, "", None, -1.2, ((8, -1.2), (9, -1.8)))
     error = compare(recorded(), [tie[0], apart, event(2, 2, -2.0)])
     assert error is not None
     assert error.where == "token 1"

@@ -32,6 +32,8 @@ class _DecodeRole:
         """The latest attempt of each request that was taken here."""
         self._waiting: dict[str, Handoff] = {}
         """Requests that lost their KV, until there are blocks to compute it again in."""
+        self._silent = False
+        """Whether there is nothing to do, and nobody has said anything for a second."""
         self._behind: dict[str, int] = {}
         """Since when each request is here whose KV is not whole yet. Only then is it published:
         nobody may take it to be whole before."""
@@ -60,8 +62,9 @@ class _DecodeRole:
         """Takes what has come. Whether there is a step to be made, and all weights for it."""
         complete = self._worker.client.complete
         idle = not len(self._decoder)
-        captured = idle and complete and self._capture()
-        self._receive(block=(idle or not complete) and not captured)
+        captured = self._silent and complete and self._capture()
+        came = self._receive(block=(idle or not complete) and not captured)
+        self._silent = idle and not came
         if not len(self._decoder):
             if self._worker.let_go() and self._graphs is not None:
                 self._graphs.weights_leave()
@@ -70,23 +73,27 @@ class _DecodeRole:
         return complete and len(self._decoder) > 0
 
     def _capture(self) -> bool:
-        """One more step, where nobody has asked for anything. Whether there may be another."""
+        """Captures a step, where nobody has asked for anything. Whether there may be another."""
         if self._graphs is None or not self._worker.inbox.empty():
             return False
         captured = self._graphs.while_idle()
         self._worker.report_spans()
         return captured
 
-    def _receive(self, *, block: bool) -> None:
+    def _receive(self, *, block: bool) -> bool:
+        """Takes what the front says, for which it may wait a second. Whether it said anything."""
+        came = False
         for handoff in list(self._waiting.values()):
             if not self._pool.may_take or not self._admit(handoff):
                 break
             del self._waiting[handoff.job.request]
         for message in self._worker.messages(block=block):
+            came = True
             if message.kind == "handoff":
                 self._take(Handoff.from_wire(message.body["handoff"]))
             elif message.kind == "cancel":
                 self._cancel(message.body["request"])
+        return came
 
     def _take(self, handoff: Handoff) -> None:
         job = handoff.job

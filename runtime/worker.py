@@ -208,8 +208,7 @@ class Worker:
 
         # When it is warmed up, and when it fails, there may be no way to import them.
         import coldframe.runtime.engine.device_errors
-        import coldframe.runtime.graphing
-        import coldframe.runtime.warmup  # noqa: F401
+        import coldframe.runtime.warmup
         from coldframe.runtime.engine import device
 
         where = torch.device("cpu")  # where the GPU is not one of torch's, its memory is the host's
@@ -218,6 +217,8 @@ class Worker:
             with self.recorder.span("cuda_context"):
                 device.start(where)
         self._find_attention(shape, where)
+        if self.role == "decode" and self.graphs:
+            import coldframe.runtime.graphing  # noqa: F401 - for the same reason, and here alone
 
     def _find_attention(self, spec: ModelSpec, where: torch.device) -> None:
         from coldframe.runtime.engine import varlen

@@ -437,6 +437,21 @@ def test_weights_that_move_are_followed(make: Make) -> None:
     talking.check()
 
 
+def test_what_was_dropped_is_captured_anew_and_told_to_whom_it_may_concern(make: Make) -> None:
+    pair, capturer = make(), RecordingCapturer()
+    graphs = StepGraphs(pair.model, capturer, most=4)
+    talking = talk(pair, 5)
+    go_on(talking, graphs, 5)
+    graphs.drop()
+    assert (graphs.captured, capturer.dropped) == ({}, 1)
+    graphs.report_to(recorder := Recorder("clone"))
+    go_on(talking, graphs, 5)
+    assert len(capturer.made) == 2
+    (span,) = recorder.drain()
+    assert span.name == "graph_capture"
+    talking.check()
+
+
 def test_a_kernel_that_takes_bounds_for_lengths_is_found_out(make: Make) -> None:
     """Without padding it is right, as the longest sequence is as long as the bound."""
 

@@ -18,8 +18,8 @@ __all__ = ["OracleRun", "compare"]
 
 _TOKENS = 8
 _TOLERANCE = 0.5
-"""In nats; in bf16 a CPU's eager kernels were seen 0.3 apart (for one sequence and for three), compiled
-steps and eager ones 0.4. Another model is several apart."""
+"""In nats; in bf16 a CPU's eager kernels were seen 0.3 apart (for one sequence and for three),
+compiled steps and eager ones 0.4. Another model is several apart."""
 
 
 class OracleRun:

@@ -43,6 +43,7 @@ def test_every_field_is_signed(field: str) -> None:
         "arena": MANIFEST.arena._replace(kv=MANIFEST.arena.weights),
         "process": MANIFEST.process._replace(pid=8),
         "gpu": None,
+        "decode_steps": "compiled",
         "objects": MANIFEST.objects[::-1],
         "files": MANIFEST.files[1:],
         "oracle": Oracle((), (), ()),

@@ -435,6 +435,7 @@ def next_kind(channel: Channel) -> str:
     return message.kind
 
 
+@pytest.mark.heavy
 def test_without_memory_for_a_copy_the_writer_stays_out_of_the_workers_way(
     service: Service, model: Path
 ) -> None:
@@ -891,6 +892,7 @@ def test_clients_learn_that_the_service_was_killed(doomed: Service, model: Path)
         doomed.client()
 
 
+@pytest.mark.heavy
 def test_a_service_that_stands_still_is_an_error(doomed: Service, model: Path) -> None:
     doomed.load(model, throttle=10_000.0).kv()
     doomed.client("patient").wait_arenas()  # so that the other has nothing to wait for

@@ -224,6 +224,7 @@ def test_sending_to_nobody_is_an_error(pair: tuple[Channel, Channel]) -> None:
     os.close(fd)
 
 
+@pytest.mark.heavy
 def test_sending_to_who_never_reads_ends_in_an_error(pair: tuple[Channel, Channel]) -> None:
     ours, _ = pair
     ours.set_send_timeout(1)

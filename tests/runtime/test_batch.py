@@ -219,6 +219,7 @@ def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, fil
     assert list(no_leaks.iterdir()) == []
 
 
+@pytest.mark.heavy
 def test_nothing_is_loaded_for_files_that_will_not_do(
     demo_model: Make, no_leaks: Path, files: Files, tmp_path: Path
 ) -> None:

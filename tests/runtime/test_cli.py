@@ -291,6 +291,7 @@ def test_the_timeline_goes_into_a_file(demo_model: Make, no_leaks: Path, tmp_pat
 # -- a terminal -------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_a_terminal_shows_the_progress_and_clears_it(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     ours, theirs = pty.openpty()
@@ -350,6 +351,7 @@ def test_a_signal_in_mid_load_leaves_nothing(
     eventually(lambda: not list(no_leaks.iterdir()))
 
 
+@pytest.mark.heavy
 def test_a_reader_who_has_seen_enough(demo_model: Make, no_leaks: Path) -> None:
     asked = (demo_model("llama"), "-p", PROMPT, "-n", 400, "--ignore-eos")
     with started(no_leaks, *asked) as process:
@@ -408,6 +410,7 @@ def test_errors(
     eventually(lambda: not list(no_leaks.iterdir()))
 
 
+@pytest.mark.heavy
 def test_without_an_answer_nothing_is_printed(demo_model: Make, no_leaks: Path) -> None:
     done = run(no_leaks, demo_model("llama"), "--prompt-ids", "99999", code=1)
     assert done.stdout == ""
@@ -430,6 +433,7 @@ def test_closed_standard_streams_do_no_harm(demo_model: Make, no_leaks: Path, cl
     assert bool(done.stdout) is ("1" not in closed)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("arguments", [["--help"], ["plan", "MODEL"], ["run", "MODEL", "-p", "x"]])
 def test_a_full_disk_behind_standard_output(
     demo_model: Make, no_leaks: Path, arguments: list[str]

@@ -92,6 +92,7 @@ def test_the_memory_is_that_of_the_model(demo_model: Make, capsys: Capture) -> N
     )
 
 
+@pytest.mark.heavy
 def test_a_replica_loads_what_the_plan_says(
     demo_model: Make, capsys: Capture, no_leaks: Path
 ) -> None:
@@ -318,6 +319,7 @@ def test_the_rate_is_that_of_the_source(demo_model: Make, capsys: Capture) -> No
     assert 0 < document["rate_bytes_per_s"] < 2 * 8 * size / pause
 
 
+@pytest.mark.heavy
 def test_a_source_that_gives_nothing(demo_model: Make, capsys: Capture, monkeypatch: Patch) -> None:
     model = demo_model("llama")
     monkeypatch.setattr(probe, "_LATEST_S", 0.3)

@@ -7,6 +7,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
@@ -14,6 +16,7 @@ from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait
 Make = Callable[..., Path]
 
 
+@pytest.mark.heavy
 def test_a_worker_that_dies_while_it_computes_kv_again(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     prompt = prompt_of(700)

@@ -229,6 +229,7 @@ def test_a_request_whose_kv_was_lost_is_computed_again(demo_model: Make, no_leak
     assert client.tokens == expected(model, tuple(prompt), 200)
 
 
+@pytest.mark.heavy
 def test_sampled_text_is_the_same_after_a_death(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     sampling = {"temperature": 1.0, "top_p": 0.9, "seed": 7, "frequency_penalty": 0.3}
@@ -515,6 +516,7 @@ def test_nothing_is_left_when_the_parent_is_killed(
 # -- weights laid out anew behind the first token -------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("copy", [False, True])
 def test_weights_are_laid_out_anew_in_the_middle_of_an_answer(
     copy: bool, demo_model: Make, tmp_path: Path, no_leaks: Path

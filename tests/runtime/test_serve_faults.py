@@ -226,6 +226,7 @@ def undisturbed(server: Server) -> str:
     return server.complete(prompt=LONG, max_tokens=COUNT, ignore_eos=True)
 
 
+@pytest.mark.heavy
 def test_sigterm_in_mid_stream_lets_it_end(model: Path) -> None:
     with served(model, "--model-name", "demo") as server:
         want = undisturbed(server)

@@ -154,6 +154,7 @@ def test_an_unknown_way_to_start_is_refused(made: Made, commands: Commands) -> N
     assert "maybe" in done.stderr
 
 
+@pytest.mark.heavy
 def test_an_image_for_the_next_start(made: Made, commands: Commands, tmp_path: Path) -> None:
     store = tmp_path / "store"
     asked = ("run", made.model, "--prompt-ids", PROMPT_IDS, "-n", 4, "--snapshot", store)

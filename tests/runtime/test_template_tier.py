@@ -186,6 +186,7 @@ def fresh_instead(replica: Replica, client: Client, tier: Tier) -> str:
     return why
 
 
+@pytest.mark.heavy
 def test_workers_start_fresh_when_the_template_dies_while_it_forks(alone: Tier) -> None:
     with resident(alone.model) as (_, said), Replica(alone.options("auto")) as replica:
         os.kill(int(str(said["pid"])), signal.SIGKILL)
@@ -193,6 +194,7 @@ def test_workers_start_fresh_when_the_template_dies_while_it_forks(alone: Tier) 
     assert "; template: " in why
 
 
+@pytest.mark.heavy
 def test_a_request_goes_on_fresh_when_its_template_dies(alone: Tier) -> None:
     with resident(alone.model) as (_, said), Replica(alone.options("auto")) as replica:
         client = ask(replica, PROMPT, 60)
@@ -204,6 +206,7 @@ def test_a_request_goes_on_fresh_when_its_template_dies(alone: Tier) -> None:
     assert "; template: " in why
 
 
+@pytest.mark.heavy
 def test_a_template_of_another_model_is_left_alone(
     alone: Tier, demo_model: Callable[..., Path]
 ) -> None:

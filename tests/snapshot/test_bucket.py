@@ -237,6 +237,7 @@ def test_that_a_bucket_is_there_can_be_asked_beforehand(
         open_store(PLACE).check_writable()
 
 
+@pytest.mark.heavy
 def test_what_is_not_allowed_is_said(
     store: Store, server: str, image: Path, into: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

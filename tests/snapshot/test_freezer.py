@@ -101,6 +101,7 @@ def test_no_secret_of_its_creator_is_in_the_image(criu: Criu, tmp_path: Path) ->
     assert not holds(tmp_path / "image", said)
 
 
+@pytest.mark.heavy
 def test_nor_in_that_of_the_real_worker(
     criu: Criu, demo_model: Callable[..., Path], tmp_path: Path
 ) -> None:

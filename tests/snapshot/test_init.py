@@ -107,6 +107,7 @@ def test_its_own_death_is_told_as_that_of_what_it_stands_for(started: Any) -> No
     assert init.kill() == -signal.SIGKILL
 
 
+@pytest.mark.heavy
 def test_what_has_just_died_is_told_by_how_it_died(started: Any, tmp_path: Path) -> None:
     """Whoever sees its pipe close may end it before its PID 1 has been told."""
     no_core = "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))"

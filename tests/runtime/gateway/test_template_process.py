@@ -38,6 +38,7 @@ def end(process: psutil.Process) -> None:
             time.sleep(0.001)
 
 
+@pytest.mark.heavy
 def test_a_template_that_loops_is_ended_and_the_next_one_runs(no_leaks: object) -> None:
     renderer = Renderer(deadline_s=1)
     try:

@@ -1,7 +1,7 @@
 """Whether CRIU runs on a machine, and takes a process along whose context is in host memory.
 
 It is called as for a worker: the process is dumped in a PID namespace of its own and made again in
-another one, and what knows of GPUs is the helper alone, which is outside (see `questions`).
+another one, has reserved as many addresses (which a dump has to look through), and what knows of GPUs is the helper alone, which is outside (see `questions`).
 """
 
 from __future__ import annotations
@@ -112,7 +112,13 @@ def _there_and_back(
     work.mkdir()
     started = time.perf_counter()
     said = freeze(
-        *(program, CODE, order(kind, ordinal), dict(os.environ), str(images)),
+        *(
+            program,
+            CODE,
+            order(kind, ordinal, roomy=kind != "plain"),
+            dict(os.environ),
+            str(images),
+        ),
         user=user,
         checkpoint=checkpoint,
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -135,16 +133,6 @@ def test_a_start_from_an_image_beside_a_fresh_one() -> None:
 
 
 # -- the rest -------------------------------------------------------------------------------------
-
-
-def test_what_a_process_has_of_the_gpus_files_is_seen() -> None:
-    code = "import sys; print(1, flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        process.kill()
 
 
 def test_each_file_of_the_tests_for_a_gpu_is_in_one_part() -> None:

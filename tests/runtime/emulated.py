@@ -149,9 +149,7 @@ def _start_threads(emulator: Any, count: int) -> None:
             libc.pthread_mutex_lock(mutex)
             for _ in range(count):
                 name = ctypes.c_ulong()
-                code = libc.pthread_create(
-                    ctypes.byref(name), None, libc.pthread_mutex_lock, mutex
-                )
+                code = libc.pthread_create(ctypes.byref(name), None, libc.pthread_mutex_lock, mutex)
                 assert code == 0, os.strerror(code)
         return really(device)
 

@@ -28,6 +28,7 @@ from coldframe.runtime.freezing import Freezing
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
+from coldframe.snapshot import reach
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.gpus import FOLDER
 from coldframe.snapshot.identity import Identity
@@ -190,6 +191,9 @@ def test_clones_decode_with_the_graphs_that_they_came_with(starts: Starts) -> No
         restored = spans(replica, "cuda_restore")
         assert {str(span.note).partition(":")[0] for span in restored} == workers
         assert {span.process for span in restored} == {"memory"}
+        # Nobody touches a clone that is about to change its user.
+        ran = {span.process: span.end_ns for span in spans(replica, "hooks")}
+        assert all(s.start_ns > ran[str(s.note).partition(":")[0]] for s in restored)
         count = len(starts.image.manifest["gpu"]["graphs"])
         assert spans(replica, "graph_restore")[0].note == f"{count} captured steps came back"
         for stage in ("graph_capture", "cuda_context", "attention_trial", "warmup", "imports"):
@@ -227,9 +231,7 @@ def test_clones_have_become_another_user_by_then(starts: Starts) -> None:
 
 
 @pytest.mark.parametrize("user", [None, Identity(0, 0, ())])
-def test_clones_that_stay_roots_have_no_way_to_more(
-    starts: Starts, user: Identity | None
-) -> None:
+def test_clones_that_stay_roots_have_no_way_to_more(starts: Starts, user: Identity | None) -> None:
     if os.geteuid() != 0:
         unavailable("this is about root's processes")
     with Replica(starts.options(user=user)) as replica:
@@ -488,6 +490,20 @@ def test_no_image_can_be_made(
         starts.is_right(starts.answer(replica, prompt_of(40, seed=9)), prompt_of(40, seed=9))
         assert replica.pids == before
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+
+def test_no_image_is_made_where_clones_would_be_out_of_reach(
+    starts: Starts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_CAP_SYS_PTRACE", 62)  # which nobody has
+    snapshot = SnapshotOptions("auto", str(tmp_path / "store"))
+    user = Identity(65532, 65532, ())
+    with Replica(starts.options(snapshot=snapshot, user=user, prefill=0, decode=0)) as replica:
+        replica.run_until(lambda: replica.sized)
+        freezing = Freezing(replica, snapshot)
+        freezing.follow()
+        assert isinstance(freezing.error, NoCheckpoint)
+        assert "may not reach workers of another user" in freezing.error.what
 
 
 def test_a_replica_that_starts_anew_meanwhile(starts: Starts, tmp_path: Path) -> None:

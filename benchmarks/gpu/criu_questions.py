@@ -1,7 +1,8 @@
 """Whether CRIU runs on a machine, and takes a process along whose context is in host memory.
 
-It is called as for a worker: the process is dumped in a PID namespace of its own and made again in
-another one, has reserved as many addresses (which a dump has to look through), and what knows of GPUs is the helper alone, which is outside (see `questions`).
+It is called as for a worker: the process has reserved as many addresses, which a dump has to look
+through; it is dumped in a PID namespace of its own and made again in another one, and what knows of
+GPUs is the helper alone, which is outside (see `questions`).
 """
 
 from __future__ import annotations

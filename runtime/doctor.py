@@ -29,6 +29,7 @@ from coldframe.runtime.side_process import ask
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.check import ENTRY as SNAPSHOTS
 from coldframe.snapshot.machine import cpu_here, torch_version
+from coldframe.snapshot.reach import may_reach_others
 
 __all__ = ["Finding", "add_arguments", "examine", "run"]
 
@@ -193,7 +194,8 @@ def _snapshots(root: Path) -> Finding:
 
 
 def _gpus(root: Path) -> Finding:
-    found = ask(GPUS, "GPUs") | {"kernel_module": _kernel_module(root)}
+    reaches = may_reach_others()
+    found = ask(GPUS, "GPUs") | {"kernel_module": _kernel_module(root), "reaches_others": reaches}
     error = found.pop("error")
     broken = [gpu["error"] for gpu in found["gpus"] if gpu["error"] is not None]
     if error is None and len(broken) == len(found["gpus"]) > 0:
@@ -208,6 +210,8 @@ def _gpus(root: Path) -> Finding:
         if calls["checkpoint"]
         else f"contexts stay on a GPU that rests: {calls['checkpoint_why']}",
     ]
+    if calls["checkpoint"] and not reaches:
+        says.append("but not those of workers that run as another user: CAP_SYS_PTRACE is missing")
     says += map(_gpu, found["gpus"])
     return Finding("gpus", "\n".join(says), found)
 

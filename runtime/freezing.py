@@ -28,7 +28,9 @@ from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener
 from coldframe.runtime.workforce import ending
 from coldframe.snapshot.freezer import freezing_environment
+from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.reach import check_reach
 
 __all__ = ["Freezing", "Trial"]
 
@@ -172,6 +174,13 @@ class Freezing:
         when it is warm would cost as much as what an image spares."""
         if self._device == CPU:
             self._send(order)
+            return
+        clones = self._replica.options.user or Identity.current()
+        try:
+            for helper in self._replica.memory_pids.values():
+                check_reach(helper, clones)
+        except ColdframeError as error:
+            self._end(error)
             return
 
         def probed(body: dict[str, Any]) -> None:

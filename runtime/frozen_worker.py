@@ -20,7 +20,7 @@ from coldframe.runtime.sizing import ModelFacts, StoredTensor
 from coldframe.runtime.worker import Warm
 from coldframe.runtime.worker_process import work
 from coldframe.snapshot.freeze import Wait, freeze_point, receive
-from coldframe.snapshot.privileges import shed
+from coldframe.snapshot.privileges import narrow, shed
 from coldframe.snapshot.wake import Wake
 
 __all__ = ["FREEZE", "freeze_order", "main", "room", "weights_room"]
@@ -92,8 +92,12 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         order = control.recv()
         if order is None:
             os._exit(0)
+        on_gpu = order.body["device"] != "cpu"
+        if on_gpu:
+            narrow()  # the driver's threads start with what this one has
         warm = _warm(order)
-        shed(parent=wait is not receive)
+        if not on_gpu:
+            shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
         _forget_standard_streams()
         state: dict[str, Any] = {"decode_steps": warm.decode_steps}

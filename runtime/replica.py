@@ -225,6 +225,11 @@ class Replica:
         return {**self._memories.pids, **workers}
 
     @property
+    def memory_pids(self) -> dict[str, int]:
+        """Those of them that are memory services."""
+        return self._memories.pids
+
+    @property
     def prefilled_by_decode(self) -> int:
         """Requests the rest of whose prompt was left to a decode worker, so far."""
         return self._router.prefilled_by_decode

@@ -1,8 +1,10 @@
 """Clones on a GPU whose contexts are on their way back.
 
-CRIU brings back a process whose context is in its host memory. The clone runs its hooks and hears
-what it is to be; meanwhile its GPU's memory service restores the context, and whatever the clone
-asks its driver waits for that. A clone whose context does not come back is of no use.
+CRIU brings back a process whose context is in its host memory. The clone runs its hooks, and says
+so with its first word. Not before that is its GPU's memory service to touch it: a change of user
+interrupts all of its threads, the driver's too, and for a moment it is closed to others. Then the
+service restores the context while the clone hears what it is to be, and weights come; whatever the
+clone asks its driver waits for that. A clone whose context does not come back is of no use.
 """
 
 from __future__ import annotations
@@ -37,12 +39,14 @@ class Thaws:
         self._order = order
         self._failed = failed
         self._since: dict[str, int] = {}
+        self._begun = set[str]()
 
     def begin(self, worker: WorkerProcess, device: str) -> None:
-        """A clone is there; where it was frozen on a GPU its context is to follow.
+        """A clone has run its hooks; where it was frozen on a GPU its context is to follow.
 
         Args:
-            worker: The clone.
+            worker: The clone. It may be told of twice: by its own word and as a process that is
+                there, in either order.
             device: The GPU that it is for.
         """
         manifest = None if worker.cloner is None else worker.cloner.manifest
@@ -50,8 +54,9 @@ class Thaws:
         if gpu is None:
             return
         name, pid = worker.name, worker.child.pid
-        if not pid:  # it has ended already, as is told next
-            return
+        if not worker.imported or not pid or name in self._begun:
+            return  # what is still missing follows
+        self._begun.add(name)
         self._since[name] = now()
         order = {"type": "restore", "name": name, "pid": pid}
         frozen = {"bytes": gpu["context_bytes"], "uuids": dict(gpu["gpus"])}
@@ -60,6 +65,7 @@ class Thaws:
     def forget(self, name: str) -> None:
         """A worker is gone."""
         self._since.pop(name, None)
+        self._begun.discard(name)
 
     def tick(self) -> None:
         """Gives up on contexts that take too long; to be called about once a second."""

@@ -1,6 +1,6 @@
 """What a clone on a GPU has from before it was frozen: a context, and what was made in it.
 
-The context is off the GPU while the clone is restored, and comes back beside its hooks
+The context is off the GPU while the clone is restored, and comes back behind its hooks
 (`thaws`): whatever asks the driver before that waits in its call. Then all that follows is as it
 was: kernels and libraries in the GPU's memory, a model over addresses that are reserved and have
 nothing behind them yet, and captured steps. Those hold for one plan, and for KV blocks of one size

@@ -241,10 +241,14 @@ class Workforce:
         )
 
     def _on_started(self, name: str) -> None:
-        """A clone is there; what it had on a GPU is to come back beside its hooks."""
+        """A clone is there."""
         worker = self.workers.get(name)
         if worker is not None:
-            self._thaws.begin(worker, self._launch.memory_of(worker.role).device)
+            self._thaw(worker)
+
+    def _thaw(self, worker: WorkerProcess) -> None:
+        """What a clone had on a GPU is to come back, as soon as its hooks have run."""
+        self._thaws.begin(worker, self._launch.memory_of(worker.role).device)
 
     def _not_thawed(self, name: str, error: ColdframeError) -> None:
         """A clone is not to have its context."""
@@ -378,6 +382,7 @@ class Workforce:
                 case "imported":
                     worker.imported = True
                     self._groups[worker.group].spoke(worker)
+                    self._thaw(worker)
                 case "broken":
                     error = ColdframeError.from_wire(message.body["error"])
                     if isinstance(error, MemoryServiceGone):

@@ -18,6 +18,7 @@ from coldframe.loader.process import spawn_python
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.init import Init, start_init
+from coldframe.snapshot.left_open import check_nothing_left_open
 from coldframe.snapshot.libraries import mapped_files
 from coldframe.snapshot.linux import set_last_pid
 from coldframe.snapshot.restoring import run
@@ -63,7 +64,8 @@ def freeze(
         where it is on a GPU, what `checkpoint` gave, as `checkpointed`.
 
     Raises:
-        SnapshotError: The worker could not be warmed, or CRIU could not write it.
+        SnapshotError: The worker could not be warmed, has files of the GPU's left, or CRIU could
+            not write it.
         ColdframeError: Its context could not be checkpointed.
     """
 
@@ -94,7 +96,9 @@ def _checkpoint(init: Init, checkpoint: Checkpoint | None) -> dict[str, Any]:
     pid = init.inside()
     if checkpoint is None or pid is None:
         raise SnapshotError("nobody can checkpoint the worker's context", got=f"process {pid}")
-    return checkpoint(pid)
+    checkpointed = checkpoint(pid)
+    check_nothing_left_open(pid)
+    return checkpointed
 
 
 def _freeze_here(

@@ -55,8 +55,9 @@ def freeze_point(
     Raises:
         SnapshotError: The process cannot be frozen; nothing was sent.
     """
-    hooks = Hooks.standard() if hooks is None else hooks
-    quiesce(control.fileno(), on_gpu=state.get("gpu") is not None)
+    on_gpu = state.get("gpu") is not None
+    hooks = Hooks.standard(on_gpu=on_gpu) if hooks is None else hooks
+    quiesce(control.fileno(), on_gpu=on_gpu)
     control.send({"type": "frozen", **state})
     control, message = wait(control)
     first_ns = monotonic_ns()

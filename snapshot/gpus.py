@@ -35,11 +35,15 @@ class Gpus(NamedTuple):
 
     @property
     def name(self) -> str | None:
-        """What they are called: one name where they are all of a kind, else each kind's.
+        """What they are called: each kind's name, and how many there are where it is not one.
+
+        A context comes back to as many of each as there were.
 
         Which of them a process takes for its first is settled by the driver's library alone.
         """
-        return ", ".join(sorted(set(self.names))) or None
+        each = {name: self.names.count(name) for name in sorted(self.names)}
+        told = (name if count == 1 else f"{count} x {name}" for name, count in each.items())
+        return ", ".join(told) or None
 
     @staticmethod
     def here() -> Gpus:

@@ -31,7 +31,7 @@ from typing import Any
 
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.snapshot.entropy import Generators
-from coldframe.snapshot.privileges import drop
+from coldframe.snapshot.privileges import become, drop
 from coldframe.snapshot.wake import Ran, Wake
 
 __all__ = ["ENTRY_POINTS", "Hook", "Hooks"]
@@ -49,11 +49,14 @@ class Hooks:
         self._hooks: dict[str, Hook] = {}
 
     @classmethod
-    def standard(cls) -> Hooks:
+    def standard(cls, *, on_gpu: bool = False) -> Hooks:
         """The built-in hooks, then those that installed packages register.
 
         To be called just before the freeze: the generators of random numbers are those found now,
         and log files are closed here, to be opened again in each clone.
+
+        Args:
+            on_gpu: Whether clones have threads of a driver's, and `narrow` was called before them.
 
         Raises:
             SnapshotError: A registered hook cannot be imported, or has a name that is taken.
@@ -65,7 +68,7 @@ class Hooks:
         hooks.register("environment", _environment)
         hooks.register("clock", _clock)
         hooks.register("inherited", lambda wake: wake.inherited.take())
-        hooks.register("identity", _identity)
+        hooks.register("identity", _identity_with_threads if on_gpu else _identity)
         hooks.register("threads", _threads)
         hooks.register("random", lambda _: generators.reseed())
         hooks.register("uuid", _uuid)
@@ -163,6 +166,12 @@ def _clock(wake: Wake) -> None:
 def _identity(wake: Wake) -> None:
     if wake.identity is not None:
         drop(wake.identity)
+
+
+def _identity_with_threads(wake: Wake) -> None:
+    """Where the process has threads of a driver's: libc has all of them change their user."""
+    if wake.identity is not None:
+        become(wake.identity, narrowed=True)
 
 
 def _threads(wake: Wake) -> None:

@@ -59,7 +59,8 @@ class Machine(NamedTuple):
         torch: Its version.
         coldframe: Our own version, and a hash of our sources.
         device: `cpu` or `cuda`.
-        gpu: The name of the GPUs; None on the CPU, and where none can be seen.
+        gpu: The names of the GPUs, with how many there are of each; None on the CPU, and where
+            none can be seen.
         driver: Of their driver's module in the kernel, its version; None likewise. The library
             that goes with it is one of those that an image maps.
         page_size: Bytes.

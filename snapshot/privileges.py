@@ -7,6 +7,12 @@ steps for a process that first has to open what only root may: `confine` while i
 and `become` when it has all that it needs. A clone, which has one thread and needs nothing, takes
 both at once (`drop`).
 
+A worker on a GPU has threads of the driver's when it is frozen, and so has each clone of it. It
+takes the first step before there is a driver (`narrow`), and a clone the second. Until then all its
+threads keep what a change of user takes, since each of them changes; the kernel takes that from a
+thread that leaves root. From one that stays root's nobody else can take it, so there the driver's
+threads have those two capabilities left; ours has none.
+
 What is left is less than any other process of that user has: there is no capability, nor a way to
 get one back by running a program.
 """
@@ -22,7 +28,7 @@ from coldframe.loader.errors import PlatformError
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.linux import in_user_namespace
 
-__all__ = ["become", "confine", "drop", "shed"]
+__all__ = ["become", "confine", "drop", "narrow", "shed"]
 
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -34,6 +40,8 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 5, 6, 7, 8
 _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h: two words of 32 capabilities each
 _LOW = (1 << 32) - 1
+_CHANGE = 1 << _CAP_SETGID | 1 << _CAP_SETUID
+"""What a thread needs to become another user's."""
 
 
 def confine(to: Identity | None = None) -> None:
@@ -48,9 +56,7 @@ def confine(to: Identity | None = None) -> None:
     Raises:
         PlatformError: There are several threads; or the kernel refused. The process must not go on.
     """
-    threads = os.listdir("/proc/self/task")
-    if len(threads) != 1:
-        raise _failure("privileges are dropped by one thread only", 1, len(threads))
+    _check_alone()
     libc = _libc()
     status = _status("self")
     bounded = _may(status, _CAP_SETPCAP)
@@ -65,13 +71,37 @@ def confine(to: Identity | None = None) -> None:
     _verify({"NoNewPrivs": 1, "CapInh": 0, "CapAmb": 0, **({"CapBnd": 0} if bounded else {})})
 
 
-def become(identity: Identity) -> None:
+def narrow() -> None:
+    """The first step for a process that is frozen with threads in it that are not ours.
+
+    They start with what is left now: nothing but what a change of user takes, and that only where
+    this is root's process, from whose threads the kernel takes it with the change.
+
+    Raises:
+        PlatformError: As `confine`.
+    """
+    _check_alone()
+    libc = _libc()
+    status = _status("self")
+    bounded = _may(status, _CAP_SETPCAP)
+    if bounded:
+        _bound(libc, 0)
+    kept = _CHANGE & status["CapPrm"] if status["Uid"][:3] == [0, 0, 0] else 0
+    _set_capabilities(libc, kept, kept)
+    _call(libc, "prctl(PR_SET_NO_NEW_PRIVS)", libc.prctl, _PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    rights = {"CapInh": 0, "CapPrm": kept, "CapEff": kept, "CapAmb": 0}
+    _verify({"NoNewPrivs": 1, **rights, **({"CapBnd": 0} if bounded else {})})
+
+
+def become(identity: Identity, *, narrowed: bool = False) -> None:
     """The second step: the process is that user's in all its threads, without capabilities.
 
     It is killed with its parent still, where it was to be and the caller is who asked for that.
 
     Args:
         identity: Whose it is to be; the user that it is already is fine, root too.
+        narrowed: Whether `narrow` was the first step. Then other threads of a process that stays
+            root's may have left what that has left them.
 
     Raises:
         PlatformError: The kernel refused, or some thread has rights left, as where `confine` was
@@ -92,7 +122,7 @@ def become(identity: Identity) -> None:
         wanted["CapBnd"] = 0
     if mapped_groups:
         wanted["Groups"] = sorted(set(identity.groups))
-    _verify(wanted)
+    _verify(wanted, spared=_CHANGE if narrowed and identity.uid == 0 else 0)
 
 
 def drop(identity: Identity) -> None:
@@ -126,6 +156,12 @@ def shed(*, parent: bool = False) -> None:
     if kept >> _CAP_SETPCAP & 1:
         _bound(libc, kept)
     _set_capabilities(libc, kept, kept)
+
+
+def _check_alone() -> None:
+    threads = os.listdir("/proc/self/task")
+    if len(threads) != 1:
+        raise _failure("privileges are dropped by one thread only", 1, len(threads))
 
 
 def _leaves_root(to: Identity, status: dict[str, Any]) -> bool:
@@ -193,13 +229,21 @@ def _death_signal(libc: ctypes.CDLL) -> int:
     return number.value
 
 
-def _verify(wanted: dict[str, object]) -> None:
-    """Whether the kernel says the same of every thread."""
+def _verify(wanted: dict[str, object], spared: int = 0) -> None:
+    """Whether the kernel says the same of every thread.
+
+    Args:
+        wanted: What it is to say, by field.
+        spared: Capabilities that other threads than this one may have.
+    """
+    own = os.path.basename(os.readlink("/proc/thread-self"))
     for thread in os.listdir("/proc/self/task"):
         try:
             status = _status(f"self/task/{thread}")
         except (FileNotFoundError, ProcessLookupError):  # it has ended
             continue
+        if thread != own:
+            status.update({name: status[name] & ~spared for name in ("CapPrm", "CapEff")})
         for field, expected in wanted.items():
             if status.get(field, 0) != expected:
                 raise _failure(f"{field} is not what it should be", expected, status.get(field))

@@ -19,6 +19,7 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import ColdframeError, NoCheckpoint
+from coldframe.snapshot.left_open import left_open
 
 __all__ = [
     "able",
@@ -32,7 +33,6 @@ __all__ = [
     "checkpoint_twice",
     "checkpoint_unmapped",
     "checkpoints",
-    "left_open",
     "thawed",
 ]
 
@@ -165,7 +165,7 @@ def _steps(
     if context is not None and free is not None:
         found[f"{which}MiB freed on the GPU"] = context.available() - free >> 20
     found[f"{which}MiB more in host memory"] = _resident(target.pid) - resident >> 20
-    found[f"{which}left open of /dev/nvidia*"] = left_open(target.pid)
+    found[f"{which}left open of /dev/nvidia*"] = ", ".join(left_open(target.pid)) or "nothing"
     return thawed(found, calls, target.pid, pairs, which)
 
 
@@ -195,24 +195,6 @@ def _step(found: dict[str, Any], name: str, call: Callable[[], None]) -> bool:
         return False
     found[name] = _seconds(started)
     return True
-
-
-def left_open(pid: int) -> str:
-    """What a process has of the GPU's device files: descriptors, and mappings."""
-    files = set[str]()
-    for link in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            name = str(link.readlink())
-        except OSError:  # closed meanwhile
-            continue
-        if name.startswith("/dev/nvidia"):
-            files.add(name)
-    mapped = set[str]()
-    for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
-        name = line.split(maxsplit=5)[-1]
-        if name.startswith("/dev/nvidia"):
-            mapped.add(f"{name}, mapped")
-    return ", ".join([*sorted(files), *sorted(mapped)]) or "nothing"
 
 
 def _resident(pid: int) -> int:

@@ -1,7 +1,8 @@
 """Whether CRIU runs on a machine, and takes a process along whose context is in host memory.
 
-It is called as for a worker: the process is dumped in a PID namespace of its own and made again in
-another one, and what knows of GPUs is the helper alone, which is outside (see `questions`).
+It is called as for a worker: the process has reserved as many addresses, which a dump has to look
+through; it is dumped in a PID namespace of its own and made again in another one, and what knows of
+GPUs is the helper alone, which is outside (see `questions`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.gpu.checkpoint_questions import able, left_open, thawed
+from coldframe.benchmarks.gpu.checkpoint_questions import able, thawed
 from coldframe.benchmarks.gpu.questions import up
 from coldframe.benchmarks.gpu.targets import CODE, heard, order
 from coldframe.loader.devices.checkpoint_calls import CheckpointCalls
@@ -20,6 +21,7 @@ from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.dumping import Checkpoint, freeze
 from coldframe.snapshot.init import Init
+from coldframe.snapshot.left_open import left_open
 from coldframe.snapshot.linux import detach_mounts, mount_tmpfs, own_mounts
 from coldframe.snapshot.manifest import Process
 from coldframe.snapshot.restoring import restore
@@ -81,7 +83,7 @@ def _made_again(kind: str, ordinal: int) -> dict[str, Any]:
             calls.lock(pid, _LOCK_S)
             calls.checkpoint(pid)
             found["checkpoint"] = _seconds(started)
-            found["left open of /dev/nvidia*"] = left_open(pid)
+            found["left open of /dev/nvidia*"] = ", ".join(left_open(pid)) or "nothing"
             return {}
 
         checkpoint = taken_off
@@ -111,7 +113,13 @@ def _there_and_back(
     work.mkdir()
     started = time.perf_counter()
     said = freeze(
-        *(program, CODE, order(kind, ordinal), dict(os.environ), str(images)),
+        *(
+            program,
+            CODE,
+            order(kind, ordinal, roomy=kind != "plain"),
+            dict(os.environ),
+            str(images),
+        ),
         user=user,
         checkpoint=checkpoint,
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from coldframe.benchmarks.gpu.questions import up
-from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Segment
+from coldframe.loader.arena import HUGE_PAGE, KV_BASE, SCRATCH_BASE, WEIGHTS_BASE, Segment, round_up
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, PlatformError
@@ -27,6 +27,8 @@ PIECE = 4 << 20
 CODE = "from coldframe.benchmarks.gpu.targets import main; main()"
 
 _SAYS_S = 60.0
+_SCRATCH = 64 << 30
+"""Addresses that a worker reserves for what it computes in, in bytes."""
 _WORD = b"here"
 
 
@@ -64,9 +66,15 @@ class Target:
         self.channel.close()
 
 
-def order(kind: str, ordinal: int) -> dict[str, Any]:
-    """The message that a target begins with; descriptors go beside it."""
-    return {"type": "order", "kind": kind, "ordinal": ordinal}
+def order(kind: str, ordinal: int, *, roomy: bool = False) -> dict[str, Any]:
+    """The message that a target begins with; descriptors go beside it.
+
+    Args:
+        kind: Which, of `TARGETS`.
+        ordinal: The GPU.
+        roomy: Whether it reserves as many addresses as a worker.
+    """
+    return {"type": "order", "kind": kind, "ordinal": ordinal, "roomy": roomy}
 
 
 def heard(channel: Channel) -> str:
@@ -101,10 +109,14 @@ def main() -> None:
     steps = TARGETS[kind](ordinal, list(wanted.fds))
     # As a worker says it at its freeze point.
     gpu, word = None if kind == "plain" else {"ordinal": ordinal}, "frozen"
+    reserved: list[DeviceReservation] = []
     while True:
         error: ColdframeError | None = None
         try:
             told = next(steps)
+            if wanted.body["roomy"] and word == "frozen":
+                reserved += _reserve(ordinal)
+                told += f"; {sum(place.size for place in reserved) >> 30} GiB of addresses reserved"
         except Exception as failure:  # noqa: BLE001 - what it cannot do any more is its answer
             told = f"{type(failure).__name__}: {failure}".splitlines()[0]
             error = PlatformError("a process has nothing to be frozen with", where=kind, got=told)
@@ -116,6 +128,19 @@ def main() -> None:
         if control.recv() is None:
             # Not through what torch and the driver do at exit: a lost context may hang there.
             os._exit(0)
+
+
+def _reserve(ordinal: int) -> list[DeviceReservation]:
+    """Addresses as a worker has them when it is frozen, with nothing behind them.
+
+    For weights and KV, that is as for a model that fills the GPU. Where something is in the way
+    they lie elsewhere: a dump takes as long.
+    """
+    context = up(ordinal)
+    _, total = context.memory()
+    half = round_up(total * 5 // 8, HUGE_PAGE)
+    wanted = ((half, WEIGHTS_BASE), (half, KV_BASE), (_SCRATCH, SCRATCH_BASE))
+    return [DeviceReservation(context, size, base) for size, base in wanted]
 
 
 def _plain(_: int, __: list[int]) -> Iterator[str]:

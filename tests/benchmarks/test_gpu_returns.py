@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 
 from coldframe.benchmarks.gpu import archived, resident, restored
-from coldframe.benchmarks.gpu.checkpoint_questions import left_open
 from coldframe.benchmarks.gpu.correctness import RETURNING, files_of
 from coldframe.benchmarks.gpu.decode import bandwidth, captures, together_rate
 from coldframe.benchmarks.gpu.replicas import Answer
@@ -136,17 +133,6 @@ def test_a_start_from_an_image_beside_a_fresh_one() -> None:
 
 
 # -- the rest -------------------------------------------------------------------------------------
-
-
-def test_what_a_process_has_of_the_gpus_files_is_seen() -> None:
-    code = "import sys; print(1, flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
-        assert process.stdout is not None
-        process.stdout.readline()
-        assert left_open(process.pid) == "nothing"
-        process.kill()
 
 
 def test_each_file_of_the_tests_for_a_gpu_is_in_one_part() -> None:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["emulate", "install", "replays"]
 
 _ROOT = str(Path(__file__).parents[2])
+_MUTEX = 64
+"""Bytes that are enough for one of libc's; as zeros it is free."""
 _FROZEN = 8
 """Steps that a worker captures which is to be frozen."""
 
@@ -71,6 +73,7 @@ def install(
     graphs: str | None = None,
     lose_at_capture: str | None = None,
     drivers: str | None = None,
+    threads: int = 0,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -91,6 +94,7 @@ def install(
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
         lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
         drivers: A directory, as `graphs`; what is captured are graphs of the driver.
+        threads: How many the driver has of its own, from the first context on.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -125,6 +129,31 @@ def install(
         _capture_steps(graphs, lose_at_capture)
     if drivers is not None:
         _capture_graphs(drivers)
+    if threads:
+        _start_threads(emulator, threads)
+
+
+def _start_threads(emulator: Any, count: int) -> None:
+    """Threads that Python knows nothing of. A checkpoint leaves them where they are."""
+    import ctypes
+
+    libc = ctypes.CDLL(None)
+    really = emulator.cuDevicePrimaryCtxRetain
+    started: list[Any] = []
+
+    def retain(device: Any) -> Any:
+        if not started:
+            # Held for good by whoever has the context. To wait for it no signal interrupts.
+            mutex = ctypes.create_string_buffer(_MUTEX)
+            started.append(mutex)
+            libc.pthread_mutex_lock(mutex)
+            for _ in range(count):
+                name = ctypes.c_ulong()
+                code = libc.pthread_create(ctypes.byref(name), None, libc.pthread_mutex_lock, mutex)
+                assert code == 0, os.strerror(code)
+        return really(device)
+
+    emulator.cuDevicePrimaryCtxRetain = retain
 
 
 def _slow_down(emulator: Any, name: str, seconds: float) -> None:

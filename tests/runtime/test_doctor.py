@@ -65,13 +65,17 @@ def test_nothing_of_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_gpus_that_can_be_used(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reaches", [True, False])
+def test_gpus_that_can_be_used(monkeypatch: pytest.MonkeyPatch, reaches: bool) -> None:
+    monkeypatch.setattr(doctor, "may_reach_others", lambda: reaches)
     broken = {**GPU, "device": "cuda:1", "error": LOST}
     found = with_gpus(monkeypatch, GPU, broken)
     assert found.error is None
-    first, contexts, one, other = found.says.splitlines()
+    first, contexts, *others, one, other = found.says.splitlines()
     assert "CUDA 13.0" in first
     assert contexts == "contexts can leave a GPU that rests"
+    assert ["CAP_SYS_PTRACE" in line for line in others] == ([] if reaches else [True])
+    assert found.facts["reaches_others"] is reaches
     assert one.startswith("cuda:0 A GPU: 75.2 GB of 85.9 GB free")
     assert "CUDA_ERROR_ECC_UNCORRECTABLE" in other
 

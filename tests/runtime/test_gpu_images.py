@@ -28,6 +28,7 @@ from coldframe.runtime.freezing import Freezing
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
+from coldframe.snapshot import reach
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.gpus import FOLDER
 from coldframe.snapshot.identity import Identity
@@ -35,12 +36,15 @@ from tests.runtime.emulated import emulate, replays
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.snapshots import eventually, left_behind
 from tests.snapshot.nvidia import kernel_says
+from tests.support import unavailable
 
 Make = Callable[..., Path]
 CUDA = "cuda:0"
 CONTEXT = 200 << 20
 """What the context of a worker takes that was frozen; those that start fresh take less."""
 SMALL = 16 << 20
+DRIVERS_THREADS = 2
+"""What the driver has in a worker that was frozen, and in its clones: not Python's."""
 PROMPT = prompt_of(64, seed=1)
 TOKENS = 12
 
@@ -62,7 +66,8 @@ class GpuImage(NamedTuple):
 
 
 def _frozen(graphs: Path) -> dict[str, Any]:
-    return {"graphs": str(graphs), "context_bytes": CONTEXT, "ledger": f"{graphs}-ledger"}
+    more = {"context_bytes": CONTEXT, "threads": DRIVERS_THREADS}
+    return {"graphs": str(graphs), "ledger": f"{graphs}-ledger", **more}
 
 
 def options(model: Path, runs: Path, **more: Any) -> ReplicaOptions:
@@ -186,6 +191,9 @@ def test_clones_decode_with_the_graphs_that_they_came_with(starts: Starts) -> No
         restored = spans(replica, "cuda_restore")
         assert {str(span.note).partition(":")[0] for span in restored} == workers
         assert {span.process for span in restored} == {"memory"}
+        # Nobody touches a clone that is about to change its user.
+        ran = {span.process: span.end_ns for span in spans(replica, "hooks")}
+        assert all(s.start_ns > ran[str(s.note).partition(":")[0]] for s in restored)
         count = len(starts.image.manifest["gpu"]["graphs"])
         assert spans(replica, "graph_restore")[0].note == f"{count} captured steps came back"
         for stage in ("graph_capture", "cuda_context", "attention_trial", "warmup", "imports"):
@@ -216,6 +224,44 @@ def test_clones_have_become_another_user_by_then(starts: Starts) -> None:
         assert replica.facts["snapshot"]["tier"] == "image"
         for name, pid in replica.pids.items():
             assert psutil.Process(pid).uids().real == (0 if name == "memory" else 65532)
+            if name != "memory":
+                uids = {status["Uid"] for status in rights(pid)}
+                assert uids == {"\t".join(["65532"] * 4)}
+                assert [has(status) for status in rights(pid)] == [0] * len(rights(pid))
+
+
+@pytest.mark.parametrize("user", [None, Identity(0, 0, ())])
+def test_clones_that_stay_roots_have_no_way_to_more(starts: Starts, user: Identity | None) -> None:
+    if os.geteuid() != 0:
+        unavailable("this is about root's processes")
+    with Replica(starts.options(user=user)) as replica:
+        starts.is_right(starts.answer(replica))
+        assert replica.facts["snapshot"]["tier"] == "image"
+        for name, pid in replica.pids.items():
+            if name == "memory":
+                continue
+            threads = rights(pid)
+            # The driver's have what each would have needed to become another user's.
+            kept = [has(status) for status in threads if has(status)]
+            assert kept == [1 << 6 | 1 << 7] * DRIVERS_THREADS
+            assert {int(status["CapBnd"], 16) for status in threads} == {0}
+            assert {status["NoNewPrivs"] for status in threads} == {"1"}
+
+
+def rights(pid: int) -> list[dict[str, str]]:
+    """What the kernel says of each thread of a process; its first thread's first."""
+    found = []
+    for thread in sorted(os.listdir(f"/proc/{pid}/task"), key=int):
+        lines = Path(f"/proc/{pid}/task/{thread}/status").read_text().splitlines()
+        pairs = (line.partition(":") for line in lines)
+        found.append({name: value.strip() for name, _, value in pairs})
+    assert len(found) > DRIVERS_THREADS
+    return found
+
+
+def has(status: dict[str, str]) -> int:
+    """The capabilities that a thread has, as bits."""
+    return int(status["CapPrm"], 16) | int(status["CapEff"], 16) | int(status["CapInh"], 16)
 
 
 def test_a_context_that_comes_late_is_waited_for(starts: Starts) -> None:
@@ -290,6 +336,7 @@ def test_one_image_for_two_gpus(
     ("says", "word"),
     [
         ({"names": ["Another GPU"]}, "gpu: expected Emulated GPU, got Another GPU"),
+        ({"names": ["Emulated GPU"] * 2}, "gpu: expected Emulated GPU, got 2 x Emulated GPU"),
         ({"driver": "580.1.3"}, "driver: expected 580.1.2, got 580.1.3"),
         (None, "gpu: expected Emulated GPU, got none"),
     ],
@@ -443,6 +490,20 @@ def test_no_image_can_be_made(
         starts.is_right(starts.answer(replica, prompt_of(40, seed=9)), prompt_of(40, seed=9))
         assert replica.pids == before
     assert [path for path in (tmp_path / "store").rglob("*") if path.is_file()] == []
+
+
+def test_no_image_is_made_where_clones_would_be_out_of_reach(
+    starts: Starts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reach, "_CAP_SYS_PTRACE", 62)  # which nobody has
+    snapshot = SnapshotOptions("auto", str(tmp_path / "store"))
+    user = Identity(65532, 65532, ())
+    with Replica(starts.options(snapshot=snapshot, user=user, prefill=0, decode=0)) as replica:
+        replica.run_until(lambda: replica.sized)
+        freezing = Freezing(replica, snapshot)
+        freezing.follow()
+        assert isinstance(freezing.error, NoCheckpoint)
+        assert "may not reach workers of another user" in freezing.error.what
 
 
 def test_a_replica_that_starts_anew_meanwhile(starts: Starts, tmp_path: Path) -> None:

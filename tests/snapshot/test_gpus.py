@@ -21,9 +21,9 @@ def test_what_the_kernels_module_says(
     kernel_says(tmp_path, ["NVIDIA H200", "NVIDIA H200"], "570.86.15", line)
     monkeypatch.setenv(FOLDER, str(tmp_path))
     assert Gpus.here() == Gpus("570.86.15", ("NVIDIA H200", "NVIDIA H200"))
-    assert Gpus.here().name == "NVIDIA H200"
+    assert Gpus.here().name == "2 x NVIDIA H200"
     kernel_says(tmp_path, ["NVIDIA T4"], "570.86.15", line)
-    assert Gpus.here().name == "NVIDIA H200, NVIDIA T4"
+    assert Gpus.here().name == "NVIDIA H200, NVIDIA T4"  # as the first became the other
     here = Machine.here(device="cuda")
     assert (here.gpu, here.driver) == ("NVIDIA H200, NVIDIA T4", "570.86.15")
     on_cpu = Machine.here()  # is not bound to a driver
@@ -45,6 +45,7 @@ def test_where_there_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     [
         ({"device": "cpu", "gpu": None, "driver": None}, "device"),
         ({"gpu": "NVIDIA T4"}, "gpu"),
+        ({"gpu": "2 x NVIDIA H200"}, "gpu"),
         ({"gpu": None}, "gpu"),
         ({"driver": "580.1.3"}, "driver"),
         ({"driver": None}, "driver"),

@@ -262,6 +262,57 @@ def test_who_may_not_become_another_is_told() -> None:
     assert "cannot set the groups" in str(stepped(f"{BECOME_NOBODY}; confine(user)"))
 
 
+# -- with threads of others', which start with what there is -------------------------------------
+
+
+NARROWED = "from coldframe.snapshot.privileges import narrow; narrow()"
+
+
+def narrowed(user: Identity, first: str = NARROWED) -> object:
+    """As `stepped`, where a worker is frozen with a driver's threads in it."""
+    return stepped(
+        f"{first}; become = __import__('functools').partial(become, narrowed=True)", user
+    )
+
+
+@pytest.mark.usefixtures("as_root")
+def test_who_leaves_root_leaves_nothing_to_threads_of_others() -> None:
+    result = narrowed(NOBODY)
+    assert isinstance(result, dict), result
+    groups = [str(group) for group in sorted(NOBODY.groups)]
+    ids = [[str(NOBODY.uid)] * 4, [str(NOBODY.gid)] * 4, groups]
+    assert result["every"] == [[*ids, *[["0" * 16]] * 5, ["1"]]] * 5
+    assert (result["dies_by"], result["dumpable"]) == (15, 1)
+
+
+@pytest.mark.usefixtures("as_root")
+def test_who_stays_root_leaves_them_a_change_of_user_and_nothing_else() -> None:
+    result = narrowed(Identity(0, 0, ()))
+    assert isinstance(result, dict), result
+    none, change = ["0" * 16], [f"{1 << 6 | 1 << 7:016x}"]
+    ids = [["0"] * 4, ["0"] * 4, []]
+    clean = [*ids, *[none] * 5, ["1"]]
+    # In /proc's order: inheritable, permitted, effective, bounding, ambient.
+    left = [*ids, none, change, change, none, none, ["1"]]
+    every = sorted(result["every"])
+    assert every == sorted([clean, clean, left, left, left])  # this one, and what it has started
+    # What is run has none of that, whoever runs it.
+    assert {line.split(":\t")[1] for line in result["ran"].splitlines() if "Cap" in line} == {
+        "0" * 16
+    }
+
+
+@pytest.mark.usefixtures("as_root")
+def test_threads_that_were_not_narrowed_are_an_error() -> None:
+    assert "is not what it should be" in str(narrowed(Identity(0, 0, ()), "pass"))
+    assert "is not what it should be" in str(narrowed(NOBODY, "pass"))
+
+
+def test_it_is_narrowed_by_one_thread() -> None:
+    first = "threading.Thread(target=done.wait, daemon=True).start()"
+    assert "by one thread only" in str(stepped(f"{first}; {NARROWED}"))
+
+
 def test_this_test_process_was_not_touched() -> None:
     assert drop.__module__ == "coldframe.snapshot.privileges"
     with open("/proc/self/status") as file:

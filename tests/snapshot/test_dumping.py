@@ -13,7 +13,8 @@ from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
 from tests.snapshot.tiny import frozen, until
 
-ON_A_GPU = "more = {'gpu': {'plan': 'p'}}"
+OWN = 3 << 20
+ON_A_GPU = f"more = {{'gpu': {{'plan': 'p'}}, 'own_bytes': {OWN}}}"
 DONE = {"bytes": 7, "uuids": {"GPU-1": "A GPU"}, "error": None}
 
 
@@ -24,7 +25,8 @@ class Helper:
         self.error = error
         self.workers: list[psutil.Process] = []
 
-    def __call__(self, pid: int) -> dict[str, Any]:
+    def __call__(self, pid: int, own_bytes: int) -> dict[str, Any]:
+        assert own_bytes == OWN
         worker = psutil.Process(pid)
         assert "tests.snapshot.tiny" in " ".join(worker.cmdline())
         assert worker.is_running()

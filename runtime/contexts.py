@@ -19,8 +19,8 @@ checkpointed at all, or two were lost on their way out, they stay, and the reaso
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from coldframe.loader.errors import (
     ColdframeError,
@@ -29,10 +29,10 @@ from coldframe.loader.errors import (
     NoCheckpoint,
     ReplicaError,
 )
-from coldframe.runtime.launch import WorkerProcess
+from coldframe.runtime.contexts_owner import ContextsOwner
 from coldframe.runtime.worker_context import Place, WorkerContext
 
-__all__ = ["Contexts", "ContextsOwner"]
+__all__ = ["Contexts"]
 
 _AGAIN_S = 0.25
 _PATIENCE_S = 30.0
@@ -42,35 +42,6 @@ _MOST_LOST = 2
 """Workers that are lost while they leave, until none is asked any more."""
 _SILENCE_S = 60.0
 """How long a memory service may take over one order, in seconds."""
-
-
-class ContextsOwner(Protocol):
-    """What has the workers, and knows their devices."""
-
-    @property
-    def workers(self) -> Mapping[str, WorkerProcess]:
-        """All that there are, by name."""
-        ...
-
-    def device_of(self, role: str) -> str:
-        """Where a role's workers compute."""
-        ...
-
-    def weights_left(self, role: str) -> bool:
-        """Whether the weights have left the device of a role's workers."""
-        ...
-
-    def to_worker(self, worker: str, message: dict[str, Any]) -> None: ...
-
-    def order(
-        self, role: str, message: dict[str, Any], done: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Has the memory service of a role's workers move a context; `done` gets its answer."""
-        ...
-
-    def bury(self, worker: str, why: str) -> None:
-        """Kills a worker, and starts another."""
-        ...
 
 
 class Contexts:

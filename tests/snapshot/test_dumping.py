@@ -52,7 +52,7 @@ def test_its_context_is_checkpointed_first(criu: Criu, tmp_path: Path) -> None:
     assert helper.gone
     theirs.close()
     # Nobody else has the other end any more, whatever is left of those who passed it on.
-    assert ours.wait_readable(5)
+    assert ours.wait_readable(20)
     assert ours.recv() is None
     ours.close()
 

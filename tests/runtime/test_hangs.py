@@ -177,8 +177,8 @@ IMPATIENT_WITH_THE_GATEWAY = {
     "coldframe.runtime.frontdesk._PING_S": 0.5,
 }
 IMPATIENT_S = 15.0
-"""Of which a stop counts two, and up to two more go by between a question and the look at its answer:
-the rest is what a loaded machine may take to have everybody go on."""
+"""Of which a stop counts two, and up to two more go by between a question and the look at its
+answer: the rest is what a loaded machine may take to have everybody go on."""
 IMPATIENT = {
     "coldframe.runtime.router.ACK_S": IMPATIENT_S,
     "coldframe.runtime.router.SILENCE_S": {"prefill": IMPATIENT_S, "decode": IMPATIENT_S},

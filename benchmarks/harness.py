@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from coldframe.benchmarks.within import run_within
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.residency import cached_bytes
@@ -78,6 +79,7 @@ def cold_start(
     prompt_ids: Sequence[int],
     tokens: int,
     environment: Mapping[str, str] | None = None,
+    limit_s: float | None = None,
 ) -> Any:
     """Runs `coldframe run` once, as a process of its own, and returns its JSON document.
 
@@ -87,9 +89,10 @@ def cold_start(
         prompt_ids: The prompt.
         tokens: How many to generate.
         environment: What to change in this process's; workers start fresh where it says nothing.
+        limit_s: How long it may take, in seconds.
 
     Raises:
-        PlatformError: It failed.
+        PlatformError: It failed, or was not done by then.
     """
     command = [
         *coldframe_command(),
@@ -105,7 +108,12 @@ def cold_start(
     ]
     changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **(environment or {})}
     changed["COLDFRAME_EXEC_NS"] = str(time.monotonic_ns())
-    done = subprocess.run(command, env=changed, capture_output=True, text=True, check=False)
+    try:
+        done = run_within(command, limit_s, changed)
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(
+            "a cold start did not end", where=" ".join(command), expected=f"within {limit_s:g} s"
+        ) from error
     if done.returncode:
         raise PlatformError("a cold start failed", where=" ".join(command), got=done.stderr.strip())
     return json.loads(done.stdout)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from typing import Any
+
 from coldframe.loader.wire import Channel
 
 __all__ = ["Connection"]
@@ -28,3 +31,44 @@ class Connection:
         self.busy = 0
         """What is written for it elsewhere than by itself: its blocks stay its own meanwhile."""
         self.waits_for_blocks = False
+        self._held: list[tuple[dict[str, Any], tuple[int, ...]]] | None = None
+
+    def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
+        """Sends a message, or keeps it with copies of its descriptors, where all is held back.
+
+        Raises:
+            ReplicaError: It cannot be sent.
+        """
+        if self._held is None:
+            self.channel.send(body, fds)
+        else:
+            self._held.append((body, tuple(os.dup(fd) for fd in fds)))
+
+    def hold(self) -> None:
+        """Nothing is sent from now on."""
+        self._held = self._held or []
+
+    def release(self) -> None:
+        """Sends what was held back, in its order, and all that follows at once.
+
+        Raises:
+            ReplicaError: It cannot be sent.
+        """
+        held, self._held = self._held or [], None
+        try:
+            for body, fds in held:
+                self.channel.send(body, fds)
+        finally:
+            _close(held)
+
+    def close(self) -> None:
+        """Closes the socket; what was held back is of no interest any more."""
+        held, self._held = self._held or [], None
+        _close(held)
+        self.channel.close()
+
+
+def _close(held: list[tuple[dict[str, Any], tuple[int, ...]]]) -> None:
+    for _, fds in held:
+        for fd in fds:
+            os.close(fd)

@@ -36,7 +36,7 @@ class Frozen:
     """A context that is in its process's host memory.
 
     Args:
-        bytes: What it took of the device, as far as that can be seen from outside.
+        bytes: What it takes of the device when it comes back, or somewhat more.
         uuids: What each GPU is called, by its UUID; the one that the process computes on first.
         seconds: How long it took to get there.
     """
@@ -49,7 +49,7 @@ class Frozen:
 class Contexts(Protocol):
     """What freezes and thaws; see `snapshot.cuda.Checkpoints`. For several threads."""
 
-    def freeze(self, pid: int, limit_s: float) -> Frozen: ...
+    def freeze(self, pid: int, limit_s: float, own_bytes: int) -> Frozen: ...
 
     def thaw(self, pid: int, frozen: Frozen) -> float: ...
 
@@ -69,6 +69,7 @@ class ContextDesk:
         owner: Whose orders count.
         send: Sends a message to a connection.
         post: Has something done by the loop; any thread may call it.
+        hold: Has what is sent to a worker, by its name, wait until it is called with False.
         device: The service's.
         recorder: Gets a span for each order.
         open_contexts: See `OpenContexts`; None where nobody has handed it in.
@@ -79,6 +80,7 @@ class ContextDesk:
         owner: Connection,
         send: Callable[..., None],
         post: Callable[[Callable[[], None]], None],
+        hold: Callable[[str, bool], None],
         device: Callable[[], Device],
         recorder: Recorder,
         open_contexts: OpenContexts | None,
@@ -86,6 +88,7 @@ class ContextDesk:
         self._owner = owner
         self._send = send
         self._post = post
+        self._hold = hold
         self._device = device
         self._recorder = recorder
         self._open_contexts = open_contexts
@@ -120,11 +123,15 @@ class ContextDesk:
 
         self._begin(connection, "probe", name, ask, {})
 
-    def on_checkpoint(self, connection: Connection, name: str, pid: int) -> None:
-        """Has a worker's context leave the device: answered by `checkpointed`."""
+    def on_checkpoint(self, connection: Connection, name: str, pid: int, own_bytes: int) -> None:
+        """Has a worker's context leave the device: answered by `checkpointed`.
+
+        Nothing is sent to the worker until that is over. It would map weights that come back, also
+        between the driver's lock and its checkpoint, which is refused then, or goes wrong.
+        """
 
         def freeze(contexts: Contexts) -> dict[str, Any]:
-            found = contexts.freeze(pid, LOCK_S)
+            found = contexts.freeze(pid, LOCK_S, own_bytes)
             return {"bytes": found.bytes, "uuids": dict(found.uuids), "seconds": found.seconds}
 
         nothing = {"bytes": 0, "uuids": {}, "seconds": 0.0}
@@ -150,6 +157,9 @@ class ContextDesk:
     ) -> None:
         if connection is not self._owner:
             raise ReplicaError("only the owner moves contexts", where=connection.key)
+
+        if order == "checkpoint":
+            self._hold(name, True)
 
         def run() -> None:
             started = now()
@@ -188,6 +198,8 @@ class ContextDesk:
         found: dict[str, Any],
         error: ColdframeError | None,
     ) -> None:
+        if order == "checkpoint":
+            self._hold(name, False)
         if order != "probe":
             said = f"{found['bytes']:,} bytes" if error is None else str(error)
             self._recorder.add(f"cuda_{order}", started, note=f"{name}: {said}")

@@ -106,7 +106,8 @@ class MemoryService:
             recorder,
         )
         self._contexts = ContextDesk(
-            self._owner, self._send, self._post, lambda: self._device, recorder, open_contexts
+            *(self._owner, self._send, self._post, self._hold, lambda: self._device),
+            *(recorder, open_contexts),
         )
         self._running = True
 
@@ -142,7 +143,7 @@ class MemoryService:
         if self._listener is not None:
             self._listener.close()
         for client in self._clients.values():
-            client.channel.close()
+            client.close()
 
     # -- the loop --------------------------------------------------------------------------------
 
@@ -198,7 +199,7 @@ class MemoryService:
             return
         client.gone = True
         self._selector.unregister(fd)
-        client.channel.close()
+        client.close()
         if client is self._owner:
             self._running = False
         self._kv.gone(client)
@@ -207,9 +208,17 @@ class MemoryService:
 
     def _send(self, client: Connection, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         try:
-            client.channel.send(body, fds)
+            client.send(body, fds)
         except ReplicaError:
             self._remove(client)
+
+    def _hold(self, name: str, held: bool) -> None:
+        """Holds back what is sent to a worker, or lets it go."""
+        for client in [client for client in self._attached() if client.name == name]:
+            try:
+                client.hold() if held else client.release()
+            except ReplicaError:
+                self._remove(client)
 
     def _post(self, action: Callable[[], None]) -> None:
         """Runs an action in the loop; for threads and signal handlers."""

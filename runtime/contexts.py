@@ -14,13 +14,13 @@ device's workers one leaves at a time, those that the next answer needs first la
 
 What goes wrong costs a worker at most, never an answer. One that could not be frozen stays as it
 was. One whose context is lost is killed, and its successor starts fresh. Where contexts cannot be
-checkpointed at all, they stay, and the reason is told once.
+checkpointed at all, or two were lost on their way out, they stay, and the reason is told once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 from coldframe.loader.errors import (
     ColdframeError,
@@ -29,46 +29,19 @@ from coldframe.loader.errors import (
     NoCheckpoint,
     ReplicaError,
 )
-from coldframe.runtime.launch import WorkerProcess
+from coldframe.runtime.contexts_owner import ContextsOwner
 from coldframe.runtime.worker_context import Place, WorkerContext
 
-__all__ = ["Contexts", "ContextsOwner"]
+__all__ = ["Contexts"]
 
 _AGAIN_S = 0.25
 _PATIENCE_S = 30.0
 """For how long the device's memory may be others' while a context is to come back, in seconds, and
 for how long a worker may hold on to what it is to let go of."""
+_MOST_LOST = 2
+"""Workers that are lost while they leave, until none is asked any more."""
 _SILENCE_S = 60.0
 """How long a memory service may take over one order, in seconds."""
-
-
-class ContextsOwner(Protocol):
-    """What has the workers, and knows their devices."""
-
-    @property
-    def workers(self) -> Mapping[str, WorkerProcess]:
-        """All that there are, by name."""
-        ...
-
-    def device_of(self, role: str) -> str:
-        """Where a role's workers compute."""
-        ...
-
-    def weights_left(self, role: str) -> bool:
-        """Whether the weights have left the device of a role's workers."""
-        ...
-
-    def to_worker(self, worker: str, message: dict[str, Any]) -> None: ...
-
-    def order(
-        self, role: str, message: dict[str, Any], done: Callable[[dict[str, Any]], None]
-    ) -> None:
-        """Has the memory service of a role's workers move a context; `done` gets its answer."""
-        ...
-
-    def bury(self, worker: str, why: str) -> None:
-        """Kills a worker, and starts another."""
-        ...
 
 
 class Contexts:
@@ -97,6 +70,7 @@ class Contexts:
         self._warn = warn
         self._away = False
         self._rests = 0
+        self._lost = 0
         self._numbers = 0
         self._known: dict[str, WorkerContext] = {}
         self._warned: set[str] = set()
@@ -225,10 +199,11 @@ class Contexts:
 
     # -- away ------------------------------------------------------------------------------------
 
-    def rested(self, worker: str, number: int) -> None:
-        """A worker has let go of all that it shares."""
+    def rested(self, worker: str, number: int, own_bytes: int) -> None:
+        """A worker has let go of all that it shares, and has so much of the device for itself."""
         context = self._known.get(worker)
         if context is not None and context.place == "asked" and context.number == number:
+            context.own_bytes = own_bytes
             context.goes("ready")
 
     def _take_off(self, context: WorkerContext) -> None:
@@ -236,6 +211,7 @@ class Contexts:
         context.goes("leaving", self._clock() + _SILENCE_S)
         worker = context.worker
         order = {"type": "checkpoint", "name": worker.name, "pid": worker.child.pid}
+        order["own_bytes"] = context.own_bytes
         self._owner.order(worker.role, order, lambda body: self._left(context, body))
 
     def _left(self, context: WorkerContext, body: dict[str, Any]) -> None:
@@ -259,8 +235,10 @@ class Contexts:
     def _stays(self, context: WorkerContext, error: ColdframeError) -> None:
         context.failed = self._rests
         context.goes("here")
-        if isinstance(error, NoCheckpoint | ContextPoisoned):
-            # Another one would fare no better, and be killed for it each time.
+        if isinstance(error, ContextPoisoned):
+            self._lost += 1
+        if isinstance(error, NoCheckpoint) or self._lost >= _MOST_LOST:
+            # Another one would fare no better. One that is lost may have been bad luck.
             self._give_up(str(error))
         if isinstance(error, ContextPoisoned):
             self._lose(context, str(error))

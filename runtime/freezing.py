@@ -210,7 +210,7 @@ class Freezing:
             self._replica.add_spans(message.body["spans"])
             match message.kind:
                 case "checkpoint":
-                    self._checkpoint(message.body["pid"])
+                    self._checkpoint(message.body["pid"], message.body["own_bytes"])
                 case "staged":
                     self._staged = True
                     self._try(message.body["manifest"])
@@ -228,7 +228,7 @@ class Freezing:
                 )
             )
 
-    def _checkpoint(self, pid: int) -> None:
+    def _checkpoint(self, pid: int, own_bytes: int) -> None:
         """Has the worker's context leave the GPU, by whoever has one of its own there."""
 
         def done(body: dict[str, Any]) -> None:
@@ -236,6 +236,7 @@ class Freezing:
                 self._send(body)
 
         order = {"type": "checkpoint", "name": f"freezing-{pid}", "pid": pid}
+        order["own_bytes"] = own_bytes
         self._replica.order("prefill", order, done)
 
     def _try(self, manifest: dict[str, Any]) -> None:

@@ -102,7 +102,7 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         _forget_standard_streams()
         state: dict[str, Any] = {"decode_steps": warm.decode_steps}
         if warm.gpu is not None:
-            state["gpu"] = warm.gpu.state()
+            state |= {"gpu": warm.gpu.state(), "own_bytes": warm.gpu.own_bytes}
         control, wake = freeze_point(control, state, wait)
     except Exception as error:  # noqa: BLE001 - whoever waits must hear of whatever it was
         if not isinstance(error, ColdframeError):

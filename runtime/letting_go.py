@@ -33,9 +33,11 @@ class LettingGo:
         """Answers, if that is due; to be called while nothing is computed."""
         if self._number is None or not self._worker.client.holds_nothing:
             return
-        from coldframe.runtime.engine.device import give_back
+        from coldframe.runtime.engine.device import give_back, reserved
 
         self._worker.model.settle()
         give_back(self._worker.model.device)  # or it would be kept in host memory instead
         number, self._number = self._number, None
-        self._worker.control.send({"type": "rested", "number": number})
+        own_bytes = reserved(self._worker.model.device) + self._worker.steps_bytes
+        told = {"type": "rested", "number": number, "own_bytes": own_bytes}
+        self._worker.control.send(told)

@@ -547,7 +547,8 @@ class Replica:
         elif message.kind == "saturation":
             self.facts["prefill_batch"] = {name: message.body[name] for name in _SATURATION}
         elif message.kind == "rested":
-            self.contexts.rested(worker.name, message.body["number"])
+            body = message.body
+            self.contexts.rested(worker.name, body["number"], body["own_bytes"])
             return
         self._router.on_message(worker.name, message.body)
 

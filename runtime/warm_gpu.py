@@ -16,6 +16,7 @@ from coldframe.loader.client import KvArena
 from coldframe.loader.devices import Device
 from coldframe.loader.plan import Plan
 from coldframe.loader.timeline import Recorder
+from coldframe.runtime.engine.device import reserved
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.graphs import StepGraphs
@@ -48,6 +49,12 @@ class WarmGpu:
     block_bytes: int
     blocks: int
     cuda: str
+
+    @property
+    def own_bytes(self) -> int:
+        """What this process has of the GPU for itself, besides the context."""
+        own = 0 if self.graphs is None else self.graphs.own_bytes
+        return reserved(self.model.device) + own
 
     def state(self) -> dict[str, Any]:
         """What the manifest is to say of it."""

@@ -136,6 +136,7 @@ class Worker:
         """Why the model and the graphs that a clone has there are of no use."""
         self._graph_store: str | None = None
         self._shelved: Shelved | None = None
+        self._steps: StepGraphs | None = None
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -353,8 +354,16 @@ class Worker:
 
     def step_graphs(self) -> StepGraphs | None:
         """The model's decode steps, to be captured; None where nothing captures them."""
-        if not self.graphs or self._attention is None:
-            return None
+        if self.graphs and self._attention is not None:
+            self._steps = self._find_steps()
+        return self._steps
+
+    @property
+    def steps_bytes(self) -> int:
+        """What captured steps have of the device besides torch's own."""
+        return 0 if self._steps is None else self._steps.own_bytes
+
+    def _find_steps(self) -> StepGraphs | None:
         from coldframe.runtime.graphing import graphs_for
 
         if self._gpu is None:

@@ -21,6 +21,7 @@ class WorkerContext:
         number: Of the last order to rest: an answer to another one is late.
         failed: In which rest it could not leave.
         must_come: Whether it was told to come back while it was leaving.
+        own_bytes: What it said that it has of the device for itself, when it let go of the rest.
         frozen: What the memory service said of it: bytes, and the GPUs' UUIDs.
         since: When it was first to come back, in seconds.
         due: Until when its place lasts, or when it is looked at again; None is for ever.
@@ -31,6 +32,7 @@ class WorkerContext:
     number: int = 0
     failed: int = 0
     must_come: bool = False
+    own_bytes: int = 0
     frozen: dict[str, Any] | None = None
     since: float = 0.0
     due: float | None = None

@@ -35,11 +35,15 @@ from coldframe.loader.errors import (
 )
 from coldframe.snapshot.gpu_pairs import KERNEL_GPUS, gpu_pairs, hidden_gpus
 
-__all__ = ["Checkpoints", "Frozen", "LOCK_S"]
+__all__ = ["CONTEXT_BYTES", "Checkpoints", "Frozen", "LOCK_S"]
 
-_HOST_BYTES = 1 << 30
-"""What the host must have left. How much a context takes shows when it has left the device; a
-process that is killed for memory meanwhile would take more with it than that one."""
+CONTEXT_BYTES = 512 << 20
+"""What a context takes of a GPU besides what its process has asked for: torch's kernels are most of
+it. Nobody can say it exactly, and it is better to say too much: who comes back to a GPU with too
+little left is lost."""
+_MARGIN = 1 << 30
+"""How much more than it says a process may have, and what the host must have left behind it: one
+that is killed for memory meanwhile would take more with it than itself."""
 _HOPELESS = ("CUDA_ERROR_NOT_SUPPORTED", "CUDA_ERROR_NOT_PERMITTED")
 """What the lock is refused with where none of this machine's processes can be frozen."""
 
@@ -81,12 +85,13 @@ class Checkpoints:
         seen = {self._calls.uuid(n): driver.device_name(n) for n in (own, *others)}
         return seen | {k: v for k, v in hidden_gpus(self._kernel_gpus).items() if k not in seen}
 
-    def freeze(self, pid: int, limit_s: float = LOCK_S) -> Frozen:
+    def freeze(self, pid: int, limit_s: float = LOCK_S, own_bytes: int = 0) -> Frozen:
         """Takes a process's context off the GPU.
 
         Args:
             pid: The process. It has let go of all memory that it shares.
             limit_s: How long what it is doing may take, in seconds.
+            own_bytes: What it says that it has of the GPU's memory for itself.
 
         Raises:
             NoCheckpoint: That cannot be done here; the process goes on.
@@ -96,7 +101,8 @@ class Checkpoints:
         """
         with self._turn:
             self._check_supported()
-            self._check_host()
+            said = own_bytes + CONTEXT_BYTES
+            self._check_host(said + _MARGIN)
             uuids = self.uuids()
             self._sweep()
             self._release(pid)  # what was frozen under that number is of no interest any more
@@ -108,9 +114,11 @@ class Checkpoints:
             except BaseException:
                 self._release(pid)
                 raise
-            taken = 0
+            measured = 0
             with suppress(DeviceError):  # it has left all the same
-                taken = max(0, self._context.available() - free)
+                measured = self._context.available() - free
+            # Others take memory of the GPU meanwhile, and give some back.
+            taken = max(said, min(measured, said + _MARGIN))
             return Frozen(taken, uuids, time.monotonic() - started)
 
     def _take_off(self, pid: int, limit_s: float) -> None:
@@ -237,13 +245,13 @@ class Checkpoints:
         if fd is not None:
             os.close(fd)
 
-    def _check_host(self) -> None:
+    def _check_host(self, wanted: int) -> None:
         left = self._available()
-        if left < _HOST_BYTES:
+        if left < wanted:
             raise DeviceError(
                 "the host has no memory for a context",
                 where=self._context.name,
-                expected=f"{_HOST_BYTES:,} bytes",
+                expected=f"{wanted:,} bytes",
                 got=f"{left:,} available",
                 hint="Give the container more memory, or leave contexts where they are "
                 "(--checkpoint off).",

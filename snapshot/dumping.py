@@ -29,9 +29,10 @@ _FIRST_PID = 1000
 WARM_S = 120.0
 """How long a worker may take to be warm, in seconds."""
 
-Checkpoint = Callable[[int], dict[str, Any]]
+Checkpoint = Callable[[int, int], dict[str, Any]]
 """Has the driver write a process's context to that process's memory, and says what came of it:
-`bytes` that it took of the GPU, and `uuids`, what each GPU is called by its UUID."""
+`bytes` that it takes of the GPU, and `uuids`, what each GPU is called by its UUID. Called with the
+process and what that says it has of the GPU for itself, in bytes."""
 
 
 def freeze(
@@ -81,7 +82,9 @@ def freeze(
                 case "failed":
                     raise ColdframeError.from_wire(message.body["error"])
                 case "warm":
-                    checkpointed = {"checkpointed": _checkpoint(init, checkpoint)}
+                    checkpointed = {
+                        "checkpointed": _checkpoint(init, checkpoint, message.body["own_bytes"])
+                    }
                     init.channel.send({"type": "checkpointed"})
                 case _:
                     said = message.body
@@ -92,11 +95,11 @@ def freeze(
     return {**said, **checkpointed}
 
 
-def _checkpoint(init: Init, checkpoint: Checkpoint | None) -> dict[str, Any]:
+def _checkpoint(init: Init, checkpoint: Checkpoint | None, own_bytes: int) -> dict[str, Any]:
     pid = init.inside()
     if checkpoint is None or pid is None:
         raise SnapshotError("nobody can checkpoint the worker's context", got=f"process {pid}")
-    checkpointed = checkpoint(pid)
+    checkpointed = checkpoint(pid, own_bytes)
     check_nothing_left_open(pid)
     return checkpointed
 
@@ -141,7 +144,7 @@ def _freeze_here(
         raise ColdframeError.from_wire(message.body["error"])
     libraries = mapped_files(child.pid)
     if message.body.get("gpu") is not None:
-        channel.send({"type": "warm"})
+        channel.send({"type": "warm", "own_bytes": message.body.get("own_bytes", 0)})
         if channel.recv() is None:
             os._exit(1)
     command = criu.dump_command(child.pid, images, "dump.log", inode, user=user)

@@ -45,7 +45,7 @@ def freeze_point(
     Args:
         control: The one socket that stays open.
         state: What whoever makes the image needs to know, as JSON values: `gpu`, where this has a
-            context on one.
+            context on one, and `own_bytes`, what it has of that for itself besides.
         wait: What blocks; a template forks in it.
         hooks: What to run after the restore; by default all that there are.
 

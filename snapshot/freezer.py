@@ -10,8 +10,8 @@ That takes a process with a context of its own, so whoever asked is asked to hav
 worker also needs a connection to the memory service: the one that comes with `freeze`.
 
 Messages in:  `freeze`, `checkpointed`, then `publish`.
-Messages out: `checkpoint` (of which PID), `staged` (the manifest), `published`, or `failed`; with
-each, `spans`.
+Messages out: `checkpoint` (of which PID, and what that has of the GPU), `staged` (the manifest),
+`published`, or `failed`; with each, `spans`.
 """
 
 from __future__ import annotations
@@ -149,9 +149,9 @@ class Freezer:
         self._recorder.add("snapshot_store", started)
         return manifest
 
-    def _checkpoint(self, pid: int) -> dict[str, Any]:
+    def _checkpoint(self, pid: int, own_bytes: int) -> dict[str, Any]:
         """Asks whoever asked for the image."""
-        self._say({"type": "checkpoint", "pid": pid})
+        self._say({"type": "checkpoint", "pid": pid, "own_bytes": own_bytes})
         message = self._channel.recv()
         if message is None or message.kind != "checkpointed":
             raise SnapshotError("the image was given up before its context was checkpointed")

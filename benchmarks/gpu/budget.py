@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -145,14 +146,26 @@ def _run(
 
 def _end(process: subprocess.Popen[bytes], by: signal.Signals) -> None:
     """Ends a part, and whatever is left of its session."""
-    try:
-        os.killpg(process.pid, by)
-    except ProcessLookupError:
+    left = _session(process.pid)
+    for pid in left:
+        with suppress(ProcessLookupError):
+            os.kill(pid, by)
+    if not left:
         return
     try:
         process.wait(_PATIENCE_S)
     except subprocess.TimeoutExpired:
         return  # the next signal is one that it cannot ignore
+
+
+def _session(number: int) -> list[int]:
+    """The processes of a session: some have groups of their own."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError, ValueError):
+            if os.getsid(pid := int(entry.name)) == number:
+                found.append(pid)
+    return found
 
 
 def _last_line(words: Path) -> str:

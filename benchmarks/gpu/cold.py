@@ -20,6 +20,8 @@ from coldframe.loader.errors import PlatformError
 
 __all__ = ["measure", "rows", "same_answers", "split", "start", "worker_ready_s"]
 
+_START_S = 60.0
+"""How long a start may take: less than the part that it is in."""
 _TOKENS = 8
 _WARM, _COLD = 3, 1
 _BEYOND_S = 0.3
@@ -63,6 +65,7 @@ def start(
             prompt_ids=PROMPT,
             tokens=_TOKENS,
             environment=environment,
+            limit_s=_START_S,
         )
     )
     if started["device"] != setting.device:

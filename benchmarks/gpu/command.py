@@ -1,4 +1,4 @@
-"""`make gpu`, `coldframe bench gpu`: what a machine with a GPU can tell in nine minutes.
+"""`make gpu`, `coldframe bench gpu`: what a machine with a GPU can tell in less than 560 s.
 
 Correctness first, then figures, each part within its own deadline. What has been found is written
 after every part, so that a run that is cut off leaves what it had. What is left out or fails is

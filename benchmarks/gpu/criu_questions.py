@@ -77,7 +77,7 @@ def _made_again(kind: str, ordinal: int) -> dict[str, Any]:
         context = up(ordinal)
         calls = able(context.driver)
 
-        def taken_off(pid: int) -> dict[str, Any]:
+        def taken_off(pid: int, _: int) -> dict[str, Any]:
             assert calls is not None
             started = time.perf_counter()
             calls.lock(pid, _LOCK_S)

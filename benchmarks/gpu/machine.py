@@ -16,6 +16,7 @@ from runpy import run_path
 
 from coldframe.benchmarks.gpu.report import Report, Setting
 from coldframe.benchmarks.harness import fingerprint
+from coldframe.benchmarks.within import run_within
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver import Driver
@@ -138,7 +139,7 @@ def _nvidia_smi(ordinal: int) -> dict[str, str]:
         return {"nvidia_smi": "there is none"}
     command = [tool, f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "-i", str(ordinal)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_ASK_S, check=False)
+        done = run_within(command, _ASK_S)
     except subprocess.TimeoutExpired:
         return {"nvidia_smi": f"no answer within {_ASK_S:.0f} s"}
     if done.returncode:

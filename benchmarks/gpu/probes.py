@@ -15,6 +15,7 @@ from typing import Any
 
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
+from coldframe.benchmarks.within import run_within
 
 __all__ = ["PROBES", "Probe", "answer", "ask_all", "measure"]
 
@@ -47,19 +48,23 @@ class Probe:
 PROBES = (
     Probe("what the driver can do", "driver_calls"),
     Probe("checkpoint of torch's context", "checkpoint_torch", module=_CHECKPOINT),
+    Probe(
+        "checkpoint of one that has let its imports go",
+        "checkpoint_unmapped",
+        module=_CHECKPOINT,
+    ),
+    Probe(
+        "checkpoint with memory of its own and a live graph over it",
+        "checkpoint_private",
+        module=_CHECKPOINT,
+    ),
     Probe("CRIU", "criu", module=_CRIU),
     Probe("CRIU with memory of the GPU", "criu_private", module=_CRIU),
     Probe("CRIU with torch's context", "criu_context", 40.0, module=_CRIU),
     Probe("the nodes of our captured steps", "nodes_of_ours", 30.0, module=_GRAPH),
     Probe("a capture in memory of ours", "memory_of_ours", module=_GRAPH),
     Probe("checkpoint by a fresh helper", "checkpoint_by_a_fresh_helper", module=_CHECKPOINT),
-    Probe(
-        "checkpoint of one that has let its imports go",
-        "checkpoint_unmapped",
-        module=_CHECKPOINT,
-    ),
-    Probe("checkpoint of one that has them mapped", "checkpoint_mapped", module=_CHECKPOINT),
-    Probe("checkpoint with memory of its own", "checkpoint_private", module=_CHECKPOINT),
+    Probe("checkpoint of one that has imports mapped", "checkpoint_mapped", module=_CHECKPOINT),
     Probe("checkpoint with locked host memory", "checkpoint_pinned", module=_CHECKPOINT),
     Probe("checkpoint with a captured graph", "checkpoint_graph", module=_CHECKPOINT),
     Probe("checkpoint of one process twice", "checkpoint_twice", module=_CHECKPOINT),
@@ -131,7 +136,7 @@ def answer(probe: Probe, device: str, seconds: float) -> Any:
         raise LeftOut("no time was left")
     command = [sys.executable, "-P", "-m", _QUESTIONS, probe.module, probe.name, device]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+        done = run_within(command, seconds)
     except subprocess.TimeoutExpired as error:
         raise LeftOut(f"no answer within {seconds:.3g} s") from error
     lines = done.stdout.splitlines()

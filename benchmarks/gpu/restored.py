@@ -19,6 +19,7 @@ from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.probes import Probe, answer
 from coldframe.benchmarks.gpu.report import Check, Report, Setting
 from coldframe.benchmarks.harness import Row, coldframe_command, evict_files, warm_page_cache
+from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError
 from coldframe.snapshot.store import open_store
 
@@ -32,6 +33,7 @@ ABLE = (
 
 _RUNS = 2
 _ABLE_S = 20.0
+_CREATE_S = 45.0
 _STAGES = (
     *("snapshot_check", "snapshot_read", "snapshot_restore", "cuda_restore", "hooks"),
     *("attach", "graph_restore", "graph_capture", "cuda_context", "imports"),
@@ -49,7 +51,7 @@ def measure(report: Report, setting: Setting) -> None:
         answer(probe, setting.device, _ABLE_S)
     model, store = Path(report.earlier.need(MODEL)), Path(setting.scratch, "images")
     started = time.monotonic()
-    create(model, store, setting.device)
+    create(model, store, setting.device, _CREATE_S)
     report.figure(Row("image: made", [time.monotonic() - started], "s"))
     manifests, _ = open_store(str(store)).manifests()
     report.figure(Row("image: of a worker", [manifests[0].image_bytes / 1e6], "MB"))
@@ -74,13 +76,14 @@ def measure(report: Report, setting: Setting) -> None:
     report.answer("and the same as fresh workers", "yes" if equal else "no")
 
 
-def create(model: Path, store: Path, device: str) -> dict[str, Any]:
+def create(model: Path, store: Path, device: str, seconds: float) -> dict[str, Any]:
     """Makes an image: the document of `snapshot create`.
 
     Args:
         model: The checkpoint's directory.
         store: Where it is put.
         device: What the worker computes on.
+        seconds: How long that may take.
 
     Raises:
         PlatformError: There is none.
@@ -89,7 +92,14 @@ def create(model: Path, store: Path, device: str) -> dict[str, Any]:
         *(*coldframe_command(), "snapshot", "create", str(model), "--device", device),
         *("--snapshot-store", str(store), "--json"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    try:
+        done = run_within(command, seconds)
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(
+            "an image was not made in time",
+            where=" ".join(command),
+            expected=f"within {seconds:.0f} s",
+        ) from error
     if done.returncode:
         said = done.stderr.strip() or f"exit status {done.returncode}"
         raise PlatformError("an image cannot be made", where=" ".join(command), got=said)

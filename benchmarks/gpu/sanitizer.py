@@ -11,6 +11,7 @@ from pathlib import Path
 from coldframe.benchmarks.gpu.replicas import PROMPT
 from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import coldframe_command
+from coldframe.benchmarks.within import run_within
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
 
 __all__ = ["errors_in", "measure"]
@@ -43,7 +44,7 @@ def measure(report: Report, setting: Setting) -> None:
     ]
     limit = setting.seconds - _SPARE_S
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+        done = run_within(command, limit)
     except subprocess.TimeoutExpired as error:
         raise LeftOut(f"the run under {_NAME} did not end within {limit:.0f} s") from error
     told = "\n".join(file.read_text(errors="replace") for file in sorted(log.iterdir()))

@@ -16,6 +16,7 @@ from typing import Any
 from coldframe.benchmarks.gpu.questions import up
 from coldframe.loader.arena import HUGE_PAGE, KV_BASE, SCRATCH_BASE, WEIGHTS_BASE, Segment, round_up
 from coldframe.loader.devices.context import Context
+from coldframe.loader.devices.graph_calls import GraphCalls
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.loader.process import Child, spawn_python
@@ -150,15 +151,38 @@ def _plain(_: int, __: list[int]) -> Iterator[str]:
 
 
 def _private(ordinal: int, _: list[int]) -> Iterator[str]:
-    """Memory in the way of an arena's that is nobody else's."""
+    """Memory in the way of an arena's that is nobody else's, and a graph that writes to it."""
     context = up(ordinal)
     scratch = DeviceReservation(context, PIECE, WEIGHTS_BASE)
     memory = context.driver.create(ordinal, PIECE, shareable=False)
     scratch.map(0, PIECE, memory, writable=True)
     context.driver.release(memory)
     put_word(context, scratch.address)
+    behind = scratch.address + PIECE // 2
+    writes = _writing(context, behind)
+    writes()
     yield f"at {scratch.address:#x}"
-    yield _same(_fetched(context, scratch.address), f"at {scratch.address:#x}")
+    there = _same(_fetched(context, scratch.address), f"at {scratch.address:#x}")
+    put_word(context, behind, bytes(len(_WORD)))
+    writes()
+    yield f"{there}; {_same(_fetched(context, behind), 'by the graph')}"
+
+
+def _writing(context: Context, address: int) -> Callable[[], None]:
+    """Launches a graph of one node, which writes the word to an address."""
+    calls, stream = GraphCalls(context.driver), context.driver.stream()
+    graph, node = calls.new_graph(), calls.api.CUDA_MEMSET_NODE_PARAMS()
+    node.dst = calls.api.CUdeviceptr(address)
+    node.value, node.elementSize = int.from_bytes(_WORD, "little"), len(_WORD)
+    node.width, node.height, node.pitch = 1, 1, len(_WORD)
+    calls.add_memset(graph, node, calls.context())
+    ready = calls.instantiate(graph)
+
+    def launch() -> None:
+        calls.launch(ready, stream)
+        context.driver.synchronize(stream)
+
+    return launch
 
 
 def _imported(ordinal: int, fds: list[int]) -> Iterator[str]:
@@ -252,11 +276,11 @@ TARGETS: dict[str, Callable[[int, list[int]], Iterator[str]]] = {
 }
 
 
-def put_word(context: Context, address: int) -> None:
+def put_word(context: Context, address: int, word: bytes = _WORD) -> None:
     """Writes what targets look for to the GPU's memory."""
-    source = ctypes.create_string_buffer(_WORD, len(_WORD))
+    source = ctypes.create_string_buffer(word, len(word))
     stream = context.driver.stream()
-    context.driver.copy_in(address, ctypes.addressof(source), len(_WORD), stream)
+    context.driver.copy_in(address, ctypes.addressof(source), len(word), stream)
     context.driver.synchronize(stream)
 
 

@@ -58,6 +58,11 @@ class Capturer(Protocol):
         ...
 
     @property
+    def own_bytes(self) -> int:
+        """What it has got of the device for steps, besides what torch counts as its own."""
+        ...
+
+    @property
     def note(self) -> str:
         """What there is to say of it; nothing, where all is as it should be."""
         ...
@@ -123,6 +128,10 @@ class CudaCapturer:
         if self._scratch is None or self._memory is None or not self._scratch.fixed:
             return None
         return self._scratch.address, self._scratch.used
+
+    @property
+    def own_bytes(self) -> int:
+        return 0 if self._scratch is None else self._scratch.grown
 
     @property
     def note(self) -> str:

@@ -16,7 +16,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-__all__ = ["fetch", "give_back", "send", "settle", "start", "stopwatch", "upload"]
+__all__ = ["fetch", "give_back", "reserved", "send", "settle", "start", "stopwatch", "upload"]
 
 
 def start(device: torch.device) -> None:
@@ -104,6 +104,11 @@ def give_back(device: torch.device) -> None:
     """Gives back what torch keeps of a device's memory without need, when nothing is to be done."""
     if _in_use(device):
         torch.cuda.empty_cache()
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes of a device's memory that torch has; none of a CPU's."""
+    return torch.cuda.memory_reserved(device) if _in_use(device) else 0
 
 
 def stopwatch(device: torch.device) -> Callable[[], float]:

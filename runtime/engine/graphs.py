@@ -96,6 +96,11 @@ class StepGraphs:
         """Address and length of what steps know of beside weights and KV; see `Capturer`."""
         return self._capturer.scratch
 
+    @property
+    def own_bytes(self) -> int:
+        """What they have of the device besides torch's; see `Capturer`."""
+        return self._capturer.own_bytes
+
     def report_to(self, recorder: Recorder) -> None:
         """Has spans go to another recorder, as in a process that was made of this one."""
         self._recorder = recorder

@@ -108,9 +108,13 @@ def test_each_ending_has_its_reason_and_keeps_what_was_found(
     assert (outcome.reason or "").startswith(reason)
 
 
-def test_a_part_that_hangs_is_ended_with_what_it_has_started(run: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("group", [None, 0])
+def test_a_part_that_hangs_is_ended_with_what_it_has_started(
+    run: Run, tmp_path: Path, group: int | None
+) -> None:
     hangs = f"""
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+sleeps = [sys.executable, "-c", "import time; time.sleep(1000)"]
+child = subprocess.Popen(sleeps, process_group={group})
 open({str(tmp_path / "child")!r}, "w").write(str(child.pid))
 time.sleep(1000)
 """

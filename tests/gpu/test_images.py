@@ -34,7 +34,7 @@ def store(model: Path, device: str, tmp_path_factory: pytest.TempPathFactory) ->
     except LeftOut as error:
         pytest.skip(str(error))
     place = tmp_path_factory.mktemp("store")
-    create(model, place, device)
+    create(model, place, device, 60.0)
     return place
 
 

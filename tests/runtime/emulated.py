@@ -113,6 +113,9 @@ def install(
         ledger=ledger,
     )
     emulator.dies_at, emulator.slow_s = dies_at, slow_s
+    from coldframe.snapshot import cuda
+
+    cuda.CONTEXT_BYTES = context_bytes  # which is known here
     for fault in (fail, fail_too):
         if fault is not None:
             emulator.fail(*fault)

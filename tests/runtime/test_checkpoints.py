@@ -181,6 +181,27 @@ def test_who_is_to_rest_on_its_way_back_turns_round(model: Path, no_leaks: Path,
         assert replica.pids == before
 
 
+def test_a_wake_between_the_order_and_the_lock_costs_nothing(
+    model: Path, no_leaks: Path, gpu: Gpu
+) -> None:
+    """Weights that come back are not mapped while a context leaves, which would be refused."""
+    gpu.emulate(slow=("cuCheckpointProcessLock", 0.3))
+    with on_gpu(model, no_leaks) as replica:
+        answered(replica, model)
+        wait_for(replica, lambda: all_up(replica))
+        before = replica.pids
+        for role in ("decode", "prefill"):
+            wait_for(replica, lambda: replica.idle)
+            (name,) = [name for name in replica.pids if name.startswith(role)]
+            to_place(replica, name, "leaving")
+            answered(replica, model)
+            wait_for(replica, lambda: set(replica.contexts.places.values()) == {"here"})
+        assert replica.pids == before
+        told = spans(replica, "cuda_checkpoint")
+        assert len(told) >= 2
+        assert all(note.endswith(f"{CONTEXT:,} bytes") for note in told), told
+
+
 def test_a_worker_that_comes_while_it_rests_leaves_too(
     model: Path, no_leaks: Path, gpu: Gpu
 ) -> None:

@@ -22,6 +22,7 @@ from coldframe.runtime.launch import WorkerProcess
 
 FULL = DeviceFull("the GPU has no room for a context that is to come back")
 POISONED = ContextPoisoned("freezing a context failed half-way")
+OWN = 7
 UUIDS = {"GPU-1": "A GPU"}
 
 
@@ -71,7 +72,7 @@ class Front:
     def rest(self, worker: str) -> None:
         """A worker answers the last order to rest."""
         number = [message["number"] for name, message in self.sent if name == worker][-1]
-        self.contexts.rested(worker, number)
+        self.contexts.rested(worker, number, OWN)
         self.contexts.step()
 
     def answer(self, error: ColdframeError | None = None) -> dict[str, Any]:
@@ -122,7 +123,8 @@ def test_there_and_back(front: Front) -> None:
     front.rest("prefill-0")
     front.rest("decode-1")
     assert front.places() == "leaving ready"
-    assert front.answer()["type"] == "checkpoint"
+    order = front.answer()
+    assert (order["type"], order["own_bytes"]) == ("checkpoint", OWN)
     assert contexts.leaving
     front.answer()
     assert (front.places(), contexts.left, contexts.leaving) == ("away away", True, False)
@@ -144,7 +146,7 @@ def test_of_those_that_may_leave_prefill_is_the_last(front: Front) -> None:
     front.contexts.leave()
     front.contexts.step()
     for worker in ("prefill-0", "decode-1"):
-        front.contexts.rested(worker, front.sent[worker == "decode-1"][1]["number"])
+        front.contexts.rested(worker, front.sent[worker == "decode-1"][1]["number"], OWN)
     front.contexts.step()
     assert front.places() == "ready leaving"
 
@@ -159,7 +161,7 @@ def test_a_wake_forgets_what_was_asked_and_its_answer_is_late(front: Front) -> N
     contexts.leave()
     contexts.step()
     number = front.sent[0][1]["number"]
-    contexts.rested("prefill-0", number)  # of the first time
+    contexts.rested("prefill-0", number, OWN)  # of the first time
     contexts.step()
     assert front.places() == "asked asked"
     assert front.orders == []
@@ -241,12 +243,12 @@ def test_who_could_not_leave_is_asked_the_next_time(front: Front) -> None:
     assert front.buried == []
 
 
-@pytest.mark.parametrize("error", [NoCheckpoint("the driver has no such call"), POISONED])
-def test_where_it_cannot_be_done_nobody_is_asked_again(front: Front, error: ColdframeError) -> None:
+def test_where_it_cannot_be_done_nobody_is_asked_again(front: Front) -> None:
+    error = NoCheckpoint("the driver has no such call")
     for _ in range(2):
         front.contexts.leave()
         front.contexts.step()
-        if front.orders or not front.contexts.why:
+        if not front.contexts.why:
             front.rest("prefill-0")
             front.answer(error)
         assert "asked" not in front.places()
@@ -255,7 +257,31 @@ def test_where_it_cannot_be_done_nobody_is_asked_again(front: Front, error: Cold
         assert front.contexts.status["why"] == str(error)
         front.contexts.come()
     assert len(front.warned) == 1
-    assert front.buried == (["prefill-0"] if error is POISONED else [])
+    assert front.buried == []
+
+
+def test_one_that_is_lost_may_have_been_bad_luck_and_two_are_the_end(front: Front) -> None:
+    front.contexts.leave()
+    front.contexts.step()
+    front.rest("prefill-0")
+    front.answer(POISONED)
+    assert (front.buried, front.contexts.why) == (["prefill-0"], None)
+    front.hire("prefill-2")
+    front.rest("decode-1")
+    front.answer()
+    assert front.places() == "asked away"
+    front.rest("prefill-2")
+    front.answer(POISONED)
+    assert front.buried == ["prefill-0", "prefill-2"]
+    assert front.contexts.why == str(POISONED)
+    front.hire("prefill-3")
+    front.contexts.step()
+    assert front.places() == "here away"
+    front.contexts.come()
+    front.answer()
+    front.contexts.leave()
+    front.contexts.step()
+    assert (front.places(), front.contexts.leaving) == ("here here", False)
 
 
 def test_what_fails_each_time_is_told_once(front: Front) -> None:
@@ -352,7 +378,7 @@ def test_nobody_is_left_behind_whatever_the_order() -> None:
                     front.answer(chance.choice(errors))
                 case "rested" if front.sent:
                     name, message = chance.choice(front.sent)
-                    front.contexts.rested(name, message["number"])
+                    front.contexts.rested(name, message["number"], OWN)
                 case "die" if chance.random() < 0.2:
                     del front.workers[chance.choice(list(front.workers))]
                 case "time":
@@ -363,7 +389,7 @@ def test_nobody_is_left_behind_whatever_the_order() -> None:
             front.contexts.step()
         for _ in range(20):  # quiet: each answers
             for name, message in list(front.sent):
-                front.contexts.rested(name, message["number"])
+                front.contexts.rested(name, message["number"], OWN)
             front.passes(0.3)
             while front.orders:
                 front.answer()

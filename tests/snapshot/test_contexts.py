@@ -12,6 +12,7 @@ import pytest
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull, NoCheckpoint
 from coldframe.loader.timeline import Span
 from coldframe.loader.wire import Channel
+from coldframe.snapshot import cuda
 from coldframe.snapshot.contexts import open_contexts
 from tests.loader.devices import emulated_checkpoint as states
 from tests.loader.devices.emulator import Emulator
@@ -35,7 +36,8 @@ def other(ledger: str) -> Iterator[Target]:
 
 
 @pytest.fixture
-def emulator(other: Target, ledger: str) -> Iterator[Emulator]:
+def emulator(other: Target, ledger: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulator]:
+    monkeypatch.setattr(cuda, "CONTEXT_BYTES", CONTEXT)  # which is known here
     emulator = Emulator(context_bytes=CONTEXT, ledger=ledger)
     yield emulator
     emulator.close()
@@ -56,6 +58,8 @@ def served(
 
 
 def order(served: Served, what: str, pid: int, **more: Any) -> None:
+    if what == "checkpoint":
+        more.setdefault("own_bytes", 0)
     served.owner.send({"type": what, "name": "w", "pid": pid, **more})
 
 
@@ -129,7 +133,7 @@ def test_the_loop_goes_on_meanwhile(served: Served, other: Target) -> None:
 
 def test_only_the_owner_orders_that(served: Served, other: Target) -> None:
     stranger = Channel.connect(served.path)
-    stranger.send({"type": "checkpoint", "name": "w", "pid": other.pid})
+    stranger.send({"type": "checkpoint", "name": "w", "pid": other.pid, "own_bytes": 0})
     assert stranger.recv(timeout=20) is None
     stranger.close()
     record = states.peek(other.pid)

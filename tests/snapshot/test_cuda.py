@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from coldframe.loader.errors import (
     NoCheckpoint,
     ReplicaError,
 )
+from coldframe.snapshot import cuda
 from coldframe.snapshot.cuda import Checkpoints, Frozen
 from tests.loader.devices import emulated_checkpoint as states
 from tests.loader.devices.emulator import GRANULARITY, Emulator
@@ -39,7 +41,8 @@ class Helper:
 
 
 @pytest.fixture
-def helper(tmp_path: Path) -> Iterator[Helper]:
+def helper(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Helper]:
+    monkeypatch.setattr(cuda, "CONTEXT_BYTES", CONTEXT)  # which is known here
     helper = Helper(tmp_path / "ledger", tmp_path / "gpus")
     before = len(os.listdir("/proc/self/fd"))
     yield helper
@@ -95,6 +98,52 @@ def test_memory_of_its_own_goes_with_the_context(helper: Helper, other: Target) 
     assert frozen.bytes == CONTEXT + GRANULARITY
     helper.checkpoints.thaw(other.pid, frozen)
     assert other.ask("unmap") == "unmap"
+
+
+@contextmanager
+def meanwhile(helper: Helper, event: Callable[[], object]) -> Iterator[None]:
+    """Something happens on the GPU while a context leaves it."""
+    really = helper.emulator.cuCheckpointProcessCheckpoint
+
+    def checkpoint(pid: int, args: object) -> object:
+        event()
+        return really(pid, args)
+
+    helper.emulator.cuCheckpointProcessCheckpoint = checkpoint
+    try:
+        yield
+    finally:
+        helper.emulator.cuCheckpointProcessCheckpoint = really
+
+
+def test_memory_that_others_give_back_meanwhile_is_hardly_counted(
+    helper: Helper, other: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "_MARGIN", 50 * MIB)
+    with target(**helper.emulated) as leaves, meanwhile(helper, leaves.kill):
+        frozen = helper.checkpoints.freeze(other.pid, 5)
+    assert frozen.bytes == CONTEXT + 50 * MIB  # and not two contexts
+    helper.checkpoints.thaw(other.pid, frozen)
+    assert other.ask("call") == "call"
+
+
+def test_memory_that_others_take_meanwhile_does_not_hide_what_it_needs(
+    helper: Helper, other: Target
+) -> None:
+    with ExitStack() as stack:
+        comes = target(**helper.emulated)
+        with meanwhile(helper, lambda: stack.enter_context(comes)):
+            frozen = helper.checkpoints.freeze(other.pid, 5, GRANULARITY)
+        assert frozen.bytes == CONTEXT + GRANULARITY
+        driver = helper.context.driver
+        left = helper.context.available() // GRANULARITY * GRANULARITY
+        taken = driver.create(0, left - CONTEXT)
+        with pytest.raises(DeviceFull):  # which is known before anything is lost
+            helper.checkpoints.thaw(other.pid, frozen)
+        assert state(other) == states.CHECKPOINTED
+        driver.release(taken)
+        helper.checkpoints.thaw(other.pid, frozen)
+        assert other.ask("call") == "call"
 
 
 @pytest.mark.parametrize("code", ["NOT_SUPPORTED", "NOT_PERMITTED"])
@@ -192,7 +241,7 @@ def test_too_little_room_that_only_the_driver_sees_is_the_end(
 def test_what_it_took_may_stay_unknown(helper: Helper, other: Target) -> None:
     helper.emulator.fail("cuMemGetInfo", 2, "CUDA_ERROR_INVALID_VALUE")
     frozen = helper.checkpoints.freeze(other.pid, 5)
-    assert (frozen.bytes, state(other)) == (0, states.CHECKPOINTED)
+    assert (frozen.bytes, state(other)) == (CONTEXT, states.CHECKPOINTED)
     helper.checkpoints.thaw(other.pid, frozen)
     assert other.ask("call") == "call"
 
@@ -207,9 +256,13 @@ def test_those_that_are_gone_are_let_go_of(helper: Helper, other: Target) -> Non
 
 
 def test_without_host_memory_nothing_is_touched(helper: Helper, other: Target) -> None:
-    checkpoints = Checkpoints(helper.context, available=lambda: 1 << 20)
+    enough = CONTEXT + 10 * MIB + (1 << 30)
+    left = iter((enough - 1, enough))
+    checkpoints = Checkpoints(helper.context, available=lambda: next(left))
     with pytest.raises(DeviceError, match="host has no memory"):
-        checkpoints.freeze(other.pid, 5)
+        checkpoints.freeze(other.pid, 5, 10 * MIB)
+    assert other.ask("call") == "call"
+    checkpoints.thaw(other.pid, checkpoints.freeze(other.pid, 5, 10 * MIB))
     checkpoints.close()
     assert other.ask("call") == "call"
 

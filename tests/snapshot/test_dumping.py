@@ -13,7 +13,8 @@ from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
 from tests.snapshot.tiny import frozen, until
 
-ON_A_GPU = "more = {'gpu': {'plan': 'p'}}"
+OWN = 3 << 20
+ON_A_GPU = f"more = {{'gpu': {{'plan': 'p'}}, 'own_bytes': {OWN}}}"
 DONE = {"bytes": 7, "uuids": {"GPU-1": "A GPU"}, "error": None}
 
 
@@ -24,7 +25,8 @@ class Helper:
         self.error = error
         self.workers: list[psutil.Process] = []
 
-    def __call__(self, pid: int) -> dict[str, Any]:
+    def __call__(self, pid: int, own_bytes: int) -> dict[str, Any]:
+        assert own_bytes == OWN
         worker = psutil.Process(pid)
         assert "tests.snapshot.tiny" in " ".join(worker.cmdline())
         assert worker.is_running()
@@ -50,7 +52,7 @@ def test_its_context_is_checkpointed_first(criu: Criu, tmp_path: Path) -> None:
     assert helper.gone
     theirs.close()
     # Nobody else has the other end any more, whatever is left of those who passed it on.
-    assert ours.wait_readable(5)
+    assert ours.wait_readable(20)
     assert ours.recv() is None
     ours.close()
 

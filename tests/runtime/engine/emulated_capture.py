@@ -52,6 +52,10 @@ class EmulatedCapturer:
     def scratch(self) -> tuple[int, int] | None:
         return self._scratch.address, self._scratch.used
 
+    @property
+    def own_bytes(self) -> int:
+        return self._scratch.grown
+
     def place(self, nbytes: int) -> Tensor:
         address = self._scratch.take(nbytes)
         self._scratch.fix()

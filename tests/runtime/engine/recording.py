@@ -140,6 +140,7 @@ class RecordingCapturer:
 
     note = ""
     scratch: tuple[int, int] | None = None
+    own_bytes = 0
 
     def __init__(
         self,

@@ -232,7 +232,7 @@ def test_a_step_of_decode_goes_up_and_down_once(spec: ModelSpec) -> None:
 class Capturer:
     """Writes nothing down: what is asked for within a capture, and a replay, is one call each."""
 
-    note, scratch = "", None
+    note, scratch, own_bytes = "", None, 0
 
     def __init__(self, traffic: Traffic) -> None:
         self.traffic = traffic

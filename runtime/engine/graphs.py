@@ -17,7 +17,7 @@ is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -27,8 +27,9 @@ from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.buckets import Bucket, bucket_for, buckets
 from coldframe.runtime.engine.capture import Captured, Capturer, Replay
 from coldframe.runtime.engine.fixed import FixedSteps
+from coldframe.runtime.engine.held import HeldSteps
 from coldframe.runtime.engine.model import Model
-from coldframe.runtime.engine.trial import as_refusal, try_padding, try_replay
+from coldframe.runtime.engine.trial import CAPTURED, REBUILT, Stopwatch, Trials, as_refusal
 from coldframe.runtime.engine.wanted import Wanted
 
 __all__ = ["MOST_GRAPHS", "StepGraphs"]
@@ -47,10 +48,12 @@ class StepGraphs:
         most: Sequences in the largest step.
         limit: Steps to be captured at most.
         recorder: Gets a span `graph_capture` for each.
+        stopwatch: Measures whether replays are worth it; None where time says nothing.
 
     Attributes:
         buckets: Those that are to be captured sooner or later, the smallest first.
         replayed: How many steps were replayed so far.
+        due: The bucket that the last step has called for.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepGraphs:
         most: int = 64,
         limit: int = MOST_GRAPHS,
         recorder: Recorder | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._model = model
         self._capturer = capturer
@@ -68,23 +72,25 @@ class StepGraphs:
         self._recorder = recorder
         self._weights = model.weights
         self._steps = FixedSteps(model, most)
+        self._trials = Trials(self._steps, model, stopwatch)
         every = buckets(most, self._steps.context_blocks, model.kv.blocks)
         self.buckets = tuple(bucket for bucket in every if self._steps.fits(bucket))[:limit]
         self.replayed = 0
         self._wanted = Wanted(self.buckets)
-        self._graphs: dict[Bucket, Captured] = {}
-        self._rebuilt: dict[Bucket, Replay] = {}
-        self._trusted: set[Bucket] = set()
-        self._due: Bucket | None = None
-        self._padded = False
-        """Whether a padded step was held against one that is not."""
+        self._held = HeldSteps()
+        self.due: Bucket | None = None
         self._stepped = False
         """Whether somebody has got a token since the weights came."""
 
     @property
     def captured(self) -> dict[Bucket, Captured]:
         """What was captured here, by bucket."""
-        return dict(self._graphs)
+        return dict(self._held.captured)
+
+    @property
+    def dropped(self) -> bool:
+        """See `HeldSteps`."""
+        return self._held.dropped
 
     @property
     def refused(self) -> dict[Bucket, DeviceError]:
@@ -99,6 +105,10 @@ class StepGraphs:
     def report_to(self, recorder: Recorder) -> None:
         """Has spans go to another recorder, as in a process that was made of this one."""
         self._recorder = recorder
+
+    def tell_trials(self, tell: Callable[[str], None]) -> None:
+        """Has somebody hear what is tried, before it is; see `Trials`."""
+        self._trials.tell = tell
 
     @property
     def places(self) -> tuple[int, int]:
@@ -122,14 +132,14 @@ class StepGraphs:
         bucket = self._bucket_of(chunks)
         if bucket is None:
             return self._model.forward(self._model.batch(chunks))
-        replay = self._rebuilt.get(bucket) or self._graphs.get(bucket)
+        replay = self._held.get(bucket)
         if replay is None:
             if not self._wanted.use(bucket) or not self._ready():
                 return self._model.forward(self._model.batch(chunks))
-            self._due = bucket
-        if not self._padded:
+            self.due = bucket
+        if not self._trials.trusts_padding(bucket):
             return self._try_padding(bucket, chunks)
-        if replay is not None and bucket not in self._trusted:
+        if replay is not None and bucket not in self._held.trusted:
             return self._try(bucket, replay, chunks)
         self._steps.fill(bucket, chunks)
         if replay is None:
@@ -145,27 +155,33 @@ class StepGraphs:
             return None
         blocks = max(chunk.start for chunk in chunks) // self._model.kv.block_tokens + 1
         bucket = bucket_for(len(chunks), blocks, self._most)
-        return bucket if bucket in self._wanted or bucket in self._rebuilt else None
+        return bucket if bucket in self._wanted or bucket in self._held.rebuilt else None
 
     def _try_padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Tensor:
         """The first step that is padded."""
-        self._padded = True
-        logits, complaint = try_padding(self._steps, bucket, self._model, chunks)
-        if complaint is not None:
+        logits, complaint = self._trials.padding(bucket, chunks)
+        if complaint is not None and self._trials.hopeless:
             self._close(complaint)
+        elif complaint is not None:
+            self._wanted.leave(bucket, complaint)
+            self._held.set_aside(bucket)
         return logits
 
     def _try(self, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]) -> Tensor:
         """A step that is captured and was never replayed."""
-        dtype = self._model.kv.dtype
-        logits, complaint = try_replay(self._steps, bucket, replay, chunks, dtype)
+        rebuilt = bucket in self._held.rebuilt
+        what = REBUILT if rebuilt else CAPTURED
+        logits, complaint, slow = self._trials.replay(what, bucket, replay, chunks)
         if complaint is None:
-            self._trusted.add(bucket)
-        elif self._rebuilt.pop(bucket, None) is None:
-            self._wanted.refuse(bucket, complaint)
-            self._graphs.pop(bucket).close()
-        else:  # it is captured here instead
+            self._held.trusted.add(bucket)
+            return logits
+        self._held.set_aside(bucket)
+        if slow:
+            self._wanted.leave(bucket, complaint)
+        elif rebuilt:  # it is captured here instead
             self._wanted.refused[bucket] = complaint
+        else:
+            self._wanted.refuse(bucket, complaint)
         return logits
 
     # -- captures --------------------------------------------------------------------------------
@@ -180,7 +196,7 @@ class StepGraphs:
             DeviceLost: The device broke.
         """
         self._follow_weights()
-        bucket, self._due = self._due, None
+        bucket, self.due = self.due, None
         if bucket is None or bucket not in self._missing():
             return False
         self._capture(bucket, "in use")
@@ -216,7 +232,7 @@ class StepGraphs:
         self._follow_weights()
         while (missing := self._missing()) and self._ready():
             self._capture(missing[0], "beforehand", warm=True)
-        return len(self._graphs)
+        return len(self._held.captured)
 
     def install(self, bucket: Bucket, replay: Replay, nbytes: int) -> None:
         """Takes a step that was captured elsewhere and rebuilt.
@@ -234,16 +250,18 @@ class StepGraphs:
             assert self._wanted.closed is not None
             raise self._wanted.closed
         self._capturer.reach(nbytes)
-        if bucket not in self._graphs:
-            self._rebuilt[bucket] = replay
+        if bucket in self._held.captured:
+            replay.close()
+        else:
+            self._held.rebuilt[bucket] = replay
 
     def weights_leave(self) -> None:
         """The weights leave, and come back to the same place: captures wait for a token again."""
         self._stepped = False
-        self._due = None
+        self.due = None
 
     def _missing(self) -> list[Bucket]:
-        return self._wanted.missing(self._graphs.keys() | self._rebuilt.keys())
+        return self._wanted.missing(self._held.buckets)
 
     def _capture(self, bucket: Bucket, why: str, *, warm: bool = False) -> None:
         """Captures a step, or keeps why it cannot be.
@@ -257,14 +275,16 @@ class StepGraphs:
         try:
             if warm:
                 self._steps.warm_up(bucket)
-            self._graphs[bucket] = self._capturer.capture(lambda: self._steps.run(bucket))
+            captured = self._capturer.capture(lambda: self._steps.run(bucket))
         except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             refusal = as_refusal(error, f"a decode step of {bucket}")
             self._wanted.refuse(bucket, refusal)
             notes = [f"{bucket} failed: {refusal.got}"]
         else:
+            self._held.captured[bucket] = captured
             self._wanted.succeeded()
-            notes = [f"{bucket}, {why}", f"{len(self._graphs)} so far", self._capturer.note]
+            count = len(self._held.captured)
+            notes = [f"{bucket}, {why}", f"{count} so far", self._capturer.note]
         if self._recorder is not None:
             self._recorder.add("graph_capture", started, note="; ".join(filter(None, notes)))
 
@@ -293,10 +313,6 @@ class StepGraphs:
     def drop(self) -> None:
         """Forgets all that is captured; what is still wanted is captured anew."""
         self._model.settle()
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
-        self._rebuilt.clear()
-        self._trusted.clear()
-        self._due = None
+        self._held.drop()
+        self.due = None
         self._capturer.drop()

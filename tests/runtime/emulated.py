@@ -145,9 +145,9 @@ def replays(graphs: Path) -> dict[int, int]:
 def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
     from coldframe.runtime import frozen_worker
-    from coldframe.runtime.worker import Worker
+    from coldframe.runtime.decode_steps import DecodeSteps
 
-    really, really_warm = Worker.step_graphs, frozen_worker._warm
+    really, really_warm = DecodeSteps.graphs, frozen_worker._warm
 
     def record() -> None:
         # Torch is there only now.
@@ -178,9 +178,9 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
         capturer = RecordingCapturer(replayed=replayed, capturing=capturing)
         graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
 
-    def step_graphs(worker: Worker) -> Any:
+    def step_graphs(steps: DecodeSteps) -> Any:
         record()
-        return really(worker)
+        return really(steps)
 
     def warm(order: Any) -> Any:
         from coldframe.runtime.lean_torch import import_torch
@@ -194,7 +194,7 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
         graphing.StepGraphs = few  # type: ignore[assignment,misc]
         return really_warm(order)
 
-    Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    DecodeSteps.graphs = step_graphs  # type: ignore[method-assign]
     frozen_worker._warm = warm
 
 
@@ -203,11 +203,11 @@ def _capture_graphs(counted: str) -> None:
 
     See `tests/runtime/engine/emulated_capture.py`.
     """
-    from coldframe.runtime.worker import Worker
+    from coldframe.runtime.decode_steps import DecodeSteps
 
-    really = Worker.step_graphs
+    really = DecodeSteps.graphs
 
-    def step_graphs(worker: Worker) -> Any:
+    def step_graphs(steps: DecodeSteps) -> Any:
         # Torch is there only now.
         from coldframe.loader.devices import open_device
         from coldframe.loader.devices.graph_calls import GraphCalls
@@ -225,10 +225,10 @@ def _capture_graphs(counted: str) -> None:
         def launcher(_: Any, driver: Any) -> Any:
             return lambda made: (count(b"r"), launch(GraphCalls(driver), made))
 
-        gpu: Any = open_device(worker.device)
+        gpu: Any = open_device(steps.worker.device)
         capturer = EmulatedCapturer(gpu, lambda: count(b"c"))
         graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
         graph_worker.launcher_for = launcher
-        return really(worker)
+        return really(steps)
 
-    Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    DecodeSteps.graphs = step_graphs  # type: ignore[method-assign]

@@ -166,7 +166,7 @@ def test_what_fails_on_the_way_is_captured(
     monkeypatch.setattr(KeptSteps, "_begin", begun)
     second.talk().check()
     assert any("CUDA_ERROR_NOT_SUPPORTED" in note for note in second.notes("graph_restore"))
-    captured, rebuilt = second.graphs.captured, second.graphs._rebuilt
+    captured, rebuilt = second.graphs.captured, second.graphs._held.rebuilt
     assert len(captured) + len(rebuilt) == len(archive.graphs)
     assert len(captured) > 1
 
@@ -183,7 +183,7 @@ def test_a_device_that_is_lost_on_the_way_is_no_reason_to_go_on(
         second.steps.between_steps()
     second.emulator.lose()
     with pytest.raises(DeviceLost):
-        second.steps.between_steps()
+        second.steps.while_idle()
 
 
 @pytest.mark.heavy

@@ -268,7 +268,7 @@ class Capturer:
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is padded and replayed is not held against anything, which takes a wait."""
     for name in ("try_padding", "try_replay"):
-        monkeypatch.setattr(graphs, name, lambda steps, *_: (steps.logits(3), None))
+        monkeypatch.setattr(trial, name, lambda steps, *_: (steps.logits(3), None))
 
 
 @pytest.mark.usefixtures("values", "trusted")

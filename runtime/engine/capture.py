@@ -154,7 +154,8 @@ class CudaCapturer:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if self._pool is None:
             self._pool = self._make_pool()
-            self._stock()
+            if self._memory is not None:
+                self._memory.stock(self._pool, self._device, self._stream)
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _no_collection(), torch.cuda.stream(self._stream):
@@ -198,12 +199,6 @@ class CudaCapturer:
         if self._memory is None:
             return torch.cuda.graph_pool_handle()
         return self._memory.pool()
-
-    def _stock(self) -> None:
-        """Has the pool take memory beforehand, for the stream of captures (see `TorchMemory`)."""
-        if self._memory is not None:
-            with torch.cuda.stream(self._stream):
-                self._memory.stock(self._pool, self._device)
 
     def _id(self) -> Any:
         return getattr(self._pool, "id", self._pool)

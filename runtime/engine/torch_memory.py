@@ -55,20 +55,21 @@ class TorchMemory:
         assert self._kind is not None
         return self._kind(self._allocator)
 
-    def stock(self, pool: Any, device: torch.device) -> None:
+    def stock(self, pool: Any, device: torch.device, stream: Any) -> None:
         """Has a pool take memory for most of what captures need, before the first of them.
 
         Nothing comes of it where this torch gives up a pool that is not in a capture.
 
         Args:
             pool: See `pool`. Nothing is in it yet.
-            device: Which GPU; its current stream is the one of the captures.
+            device: Which GPU.
+            stream: The one of the captures: torch keeps memory for each stream apart.
         """
         use = getattr(torch.cuda, "use_mem_pool", None)
         count = getattr(pool, "use_count", None)
         if use is None or count is None or count() < 1:
             return
-        with suppress(torch.OutOfMemoryError), use(pool, device):
+        with suppress(torch.OutOfMemoryError), torch.cuda.stream(stream), use(pool, device):
             # Small tensors and large ones come from segments of their own.
             pieces = [_SMALL] * _SMALL_PIECES + [_LARGE]
             made = [torch.empty(n, dtype=torch.uint8, device=device) for n in pieces]

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import scaled_dot_product_attention
 
 from coldframe.runtime import warmup
-from coldframe.runtime.engine import attention, graphs, sampling
+from coldframe.runtime.engine import attention, sampling, trial
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.device import fetch
 from coldframe.runtime.engine.graphs import StepGraphs

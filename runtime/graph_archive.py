@@ -120,7 +120,10 @@ class KeptSteps:
         try:
             if self._builder is None:
                 self._begin()
-            self._put_together(self._keys[self._pending.pop(0)])
+            settled = self._graphs.captured.keys() | self._graphs.refused.keys()
+            self._pending = [k for k in self._pending if self._keys[k] not in settled]
+            if self._pending:
+                self._put_together(self._keys[self._pending.pop(0)])
         except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             self._pending.clear()
             self._saved = self._rebuilt > 0  # what is of no use may be written over
@@ -187,8 +190,6 @@ class KeptSteps:
     def _put_together(self, bucket: Bucket) -> None:
         assert self._builder is not None
         assert self._stream is not None
-        if bucket in self._graphs.captured or bucket in self._graphs.refused:
-            return
         made = self._builder.build(_key(bucket), self._stream)
         if made is None:
             return

@@ -29,7 +29,7 @@ from coldframe.runtime.engine.capture import Captured, Capturer, Replay
 from coldframe.runtime.engine.fixed import FixedSteps
 from coldframe.runtime.engine.held import HeldSteps
 from coldframe.runtime.engine.model import Model
-from coldframe.runtime.engine.trial import CAPTURED, REBUILT, Stopwatch, Trials, as_refusal
+from coldframe.runtime.engine.trial import Stopwatch, Trials, as_refusal
 from coldframe.runtime.engine.wanted import Wanted
 
 __all__ = ["MOST_GRAPHS", "StepGraphs"]
@@ -72,12 +72,12 @@ class StepGraphs:
         self._recorder = recorder
         self._weights = model.weights
         self._steps = FixedSteps(model, most)
-        self._trials = Trials(self._steps, model, stopwatch)
         every = buckets(most, self._steps.context_blocks, model.kv.blocks)
         self.buckets = tuple(bucket for bucket in every if self._steps.fits(bucket))[:limit]
         self.replayed = 0
         self._wanted = Wanted(self.buckets)
         self._held = HeldSteps()
+        self._trials = Trials(self._steps, model, self._held, self._wanted, stopwatch)
         self.due: Bucket | None = None
         self._stepped = False
         """Whether somebody has got a token since the weights came."""
@@ -138,9 +138,12 @@ class StepGraphs:
                 return self._model.forward(self._model.batch(chunks))
             self.due = bucket
         if not self._trials.trusts_padding(bucket):
-            return self._try_padding(bucket, chunks)
+            logits = self._trials.padding(bucket, chunks)
+            if self._trials.hopeless:
+                self._close(self._wanted.refused[bucket])
+            return logits
         if replay is not None and bucket not in self._held.trusted:
-            return self._try(bucket, replay, chunks)
+            return self._trials.replay(bucket, replay, chunks)
         self._steps.fill(bucket, chunks)
         if replay is None:
             self._steps.run(bucket)
@@ -156,33 +159,6 @@ class StepGraphs:
         blocks = max(chunk.start for chunk in chunks) // self._model.kv.block_tokens + 1
         bucket = bucket_for(len(chunks), blocks, self._most)
         return bucket if bucket in self._wanted or bucket in self._held.rebuilt else None
-
-    def _try_padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Tensor:
-        """The first step that is padded."""
-        logits, complaint = self._trials.padding(bucket, chunks)
-        if complaint is not None and self._trials.hopeless:
-            self._close(complaint)
-        elif complaint is not None:
-            self._wanted.leave(bucket, complaint)
-            self._held.set_aside(bucket)
-        return logits
-
-    def _try(self, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]) -> Tensor:
-        """A step that is captured and was never replayed."""
-        rebuilt = bucket in self._held.rebuilt
-        what = REBUILT if rebuilt else CAPTURED
-        logits, complaint, slow = self._trials.replay(what, bucket, replay, chunks)
-        if complaint is None:
-            self._held.trusted.add(bucket)
-            return logits
-        self._held.set_aside(bucket)
-        if slow:
-            self._wanted.leave(bucket, complaint)
-        elif rebuilt:  # it is captured here instead
-            self._wanted.refused[bucket] = complaint
-        else:
-            self._wanted.refuse(bucket, complaint)
-        return logits
 
     # -- captures --------------------------------------------------------------------------------
 
@@ -250,6 +226,8 @@ class StepGraphs:
             assert self._wanted.closed is not None
             raise self._wanted.closed
         self._capturer.reach(nbytes)
+        if self.due == bucket:
+            self.due = None
         if bucket in self._held.captured:
             replay.close()
         else:

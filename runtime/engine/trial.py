@@ -28,7 +28,9 @@ from coldframe.runtime.engine.buckets import Bucket
 from coldframe.runtime.engine.capture import Replay
 from coldframe.runtime.engine.device_errors import as_device_error
 from coldframe.runtime.engine.fixed import FixedSteps
+from coldframe.runtime.engine.held import HeldSteps
 from coldframe.runtime.engine.model import Model
+from coldframe.runtime.engine.wanted import Wanted
 
 __all__ = ["CAPTURED", "REBUILT", "Stopwatch", "Trials", "as_refusal", "try_padding", "try_replay"]
 
@@ -58,6 +60,8 @@ class Trials:
     Args:
         steps: The padded steps.
         model: The model.
+        held: What is replayed; what is not right is set aside.
+        wanted: Is told of what is not to be captured, or not again.
         stopwatch: Measures what the device does; None where its time says nothing.
 
     Attributes:
@@ -66,10 +70,19 @@ class Trials:
         hopeless: Whether padding computes something else, for more than one bucket.
     """
 
-    def __init__(self, steps: FixedSteps, model: Model, stopwatch: Stopwatch | None) -> None:
+    def __init__(
+        self,
+        steps: FixedSteps,
+        model: Model,
+        held: HeldSteps,
+        wanted: Wanted,
+        stopwatch: Stopwatch | None,
+    ) -> None:
         self.tell: Callable[[str], None] = lambda what: None
         self._steps = steps
         self._model = model
+        self._held = held
+        self._wanted = wanted
         self._stopwatch = stopwatch
         self._padded: set[Bucket] = set()
         self._misfits = 0
@@ -82,39 +95,45 @@ class Trials:
         """Whether padded steps of a bucket are right: where one was not, each has to show it."""
         return bucket in self._padded or (bool(self._padded) and not self._misfits)
 
-    def padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> tuple[Tensor, DeviceError | None]:
-        """See `try_padding`."""
-
+    def padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Tensor:
+        """The logits of a step, and whether those of a padded one are the same."""
         with self._telling(CAPTURED):
             logits, complaint = try_padding(self._steps, bucket, self._model, chunks)
         if complaint is None:
             self._padded.add(bucket)
         else:
             self._misfits += 1
-        return logits, complaint
+            self._wanted.leave(bucket, complaint)
+            self._held.set_aside(bucket)
+        return logits
 
-    def replay(
-        self, what: str, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]
-    ) -> tuple[Tensor, DeviceError | None, bool]:
-        """See `try_replay`; where its logits are right, its time is taken, too.
+    def replay(self, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]) -> Tensor:
+        """The logits of a step, and whether its replay is right, and worth it.
 
         Args:
-            what: `REBUILT` or `CAPTURED`.
             bucket: Which step.
             replay: Does it again.
             chunks: What the step is to be.
 
-        Returns:
-            The logits, what is wrong with the replay, and whether that is its time alone.
+        Raises:
+            DeviceLost: The device broke.
         """
-
-        dtype = self._model.kv.dtype
-        with self._telling(what):
+        rebuilt, dtype, slow = bucket in self._held.rebuilt, self._model.kv.dtype, None
+        with self._telling(REBUILT if rebuilt else CAPTURED):
             logits, complaint = try_replay(self._steps, bucket, replay, chunks, dtype)
-            if complaint is not None or self._stopwatch is None:
-                return logits, complaint, False
-            complaint = self._slower(self._stopwatch, bucket, replay, chunks)
-            return logits, complaint, complaint is not None
+            if complaint is None and self._stopwatch is not None:
+                slow = self._slower(self._stopwatch, bucket, replay, chunks)
+        if complaint is None and slow is None:
+            self._held.trusted.add(bucket)
+            return logits
+        self._held.set_aside(bucket)
+        if slow is not None:
+            self._wanted.leave(bucket, slow)
+        elif complaint is not None and rebuilt:  # it is captured here instead
+            self._wanted.refused[bucket] = complaint
+        elif complaint is not None:
+            self._wanted.refuse(bucket, complaint)
+        return logits
 
     @torch.inference_mode()
     def _slower(

@@ -71,6 +71,7 @@ def install(
     graphs: str | None = None,
     lose_at_capture: str | None = None,
     drivers: str | None = None,
+    lose_at_replay: bool = False,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -91,6 +92,8 @@ def install(
         graphs: A directory: decode steps are captured, and what is replayed is counted there.
         lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
         drivers: A directory, as `graphs`; what is captured are graphs of the driver.
+        lose_at_replay: Whether each replay is the end of the GPU: with `drivers` only of what was
+            put together.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -122,9 +125,9 @@ def install(
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
-        _capture_steps(graphs, lose_at_capture)
+        _capture_steps(graphs, lose_at_capture, lose_at_replay)
     if drivers is not None:
-        _capture_graphs(drivers)
+        _capture_graphs(drivers, lose_at_replay)
 
 
 def _slow_down(emulator: Any, name: str, seconds: float) -> None:
@@ -142,7 +145,15 @@ def replays(graphs: Path) -> dict[int, int]:
     return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
 
 
-def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
+def _lost() -> Exception:
+    import torch
+
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    error.error_code = 700
+    return error
+
+
+def _capture_steps(graphs: str, lose_at_capture: str | None, lose_at_replay: bool) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
     from coldframe.runtime import frozen_worker
     from coldframe.runtime.decode_steps import DecodeSteps
@@ -161,6 +172,8 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
         def replayed() -> None:
             with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
                 file.write(b".")
+            if lose_at_replay:
+                raise _lost()
 
         def capturing() -> None:
             if lose_at_capture is None:
@@ -169,11 +182,7 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
                 os.close(os.open(lose_at_capture, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
-            import torch
-
-            error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-            error.error_code = 700
-            raise error
+            raise _lost()
 
         capturer = RecordingCapturer(replayed=replayed, capturing=capturing)
         graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
@@ -198,7 +207,7 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
     frozen_worker._warm = warm
 
 
-def _capture_graphs(counted: str) -> None:
+def _capture_graphs(counted: str, lose_at_replay: bool) -> None:
     """Has workers capture, and put together, graphs of the driver's.
 
     See `tests/runtime/engine/emulated_capture.py`.
@@ -223,7 +232,13 @@ def _capture_graphs(counted: str) -> None:
                 file.write(kind)
 
         def launcher(_: Any, driver: Any) -> Any:
-            return lambda made: (count(b"r"), launch(GraphCalls(driver), made))
+            def run(made: Any) -> None:
+                count(b"r")
+                if lose_at_replay:
+                    raise _lost()
+                launch(GraphCalls(driver), made)
+
+            return run
 
         gpu: Any = open_device(steps.worker.device)
         capturer = EmulatedCapturer(gpu, lambda: count(b"c"))

@@ -73,7 +73,7 @@ class Starts:
                     assert client.error is None
                     assert client.tokens == expected(self.model, tuple(prompt), 16)
                 wait_for(replica, lambda: bool(named(list(replica.spans), until)), 120)
-            return list(replica.spans)
+            return [*replica.spans, *replica.recorder.drain()]
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_a_step_that_loses_its_worker_costs_one_worker_and_the_archive(
     steps, before = len(named(first, "graph_capture")), set(replays(counted))
     archive = starts.archive
     emulate(monkeypatch, worker={"drivers": str(counted), "lose_at_replay": True})
-    second = starts.run("graph_trial")
+    second = starts.run("graph_capture")
     (note,) = named(second, "graph_trial")
     assert note.endswith("was lost when it first replayed a rebuilt step: its archive is removed")
     assert not archive.exists()

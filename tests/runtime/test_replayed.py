@@ -178,7 +178,9 @@ def test_a_replay_that_loses_its_worker_is_the_only_one(
             finish(replica, client := ask(replica, prompt, 30))
             check(model, (prompt, 30, client))
         assert len(set(replica.pids) - before) == 1
-        (note,) = [span.note or "" for span in replica.spans if span.name == "graph_trial"]
+        (note,) = [
+            span.note or "" for span in replica.recorder.drain() if span.name == "graph_trial"
+        ]
     assert "first replayed a captured step: steps are computed kernel by kernel" in note
     assert replayed(place) == 1
 

@@ -24,9 +24,9 @@ def run(worker: Worker) -> None:
 class _DecodeRole:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        graphs = worker.step_graphs()
-        self._kept = worker.kept_steps(graphs)
-        steps = worker.compiled if graphs is None else graphs
+        graphs = worker.steps.graphs()
+        self._kept = worker.steps.kept(graphs)
+        steps = worker.steps.compiled if graphs is None else graphs
         self._decoder = Decoder(worker.model, graphs=steps)
         self._pool = worker.kv_pool()
         self._seen: dict[str, int] = {}

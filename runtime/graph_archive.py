@@ -1,10 +1,10 @@
 """A decode worker's captured steps, kept for the next start, and had back from the last one.
 
 A start that finds an archive captures one step, as any start does, once somebody has had a token.
-That step's kernels lead to those of the others, which are put together from the archive: one behind
-each step that is made, and all the rest while nobody asks. What the archive has not, or what cannot
-be found here, is captured. Whatever comes from it is held against a computed step before anybody is
-answered by it, as what was captured is (`engine/trial.py`).
+That step's kernels lead to those of the others, which are put together from the archive: one
+between two steps now and then, and all the rest while nobody asks. What the archive has not, or
+what cannot be found here, is captured. Whatever comes from it is held against a computed step
+before anybody is answered by it, as what was captured is (`engine/trial.py`).
 
 A start that has found none saves what it has captured, once there is nothing left to capture and
 nobody to answer: the front gets the bytes and writes them (`graph_shelf.py`), since a worker may
@@ -35,6 +35,9 @@ __all__ = ["KeptSteps", "Launch"]
 _SCRATCH, _NUMBERS, _LOGITS = "scratch_bytes", "numbers", "logits"
 """What an archive notes beside its steps: how much of their own memory they compute in, and where
 they look for their numbers and leave their logits."""
+
+_EVERY = 8
+"""Steps of which at most one has another put together behind it: somebody waits for the next."""
 
 Launch = Callable[[Executable], None]
 """Runs a graph in the stream that steps are computed in."""
@@ -74,6 +77,7 @@ class KeptSteps:
         self._stream: Stream | None = None
         self._rebuilt = 0
         self._spent_ns = 0
+        self._steps = 0
         self._saver: GraphSaver | None = None
         self._added: set[Bucket] = set()
         self._saved = bool(self._pending)
@@ -83,11 +87,19 @@ class KeptSteps:
     # -- as `StepGraphs` has it ------------------------------------------------------------------
 
     def between_steps(self) -> bool:
-        """See `StepGraphs.between_steps`; a step is put together in place of a capture."""
-        if self._pending and self._graphs.captured:
-            self._restore_one()
-            return True
-        return self._graphs.between_steps()
+        """See `StepGraphs.between_steps`; now and then one is put together in place of that."""
+        due = self._graphs.due
+        kept = due is not None and _key(due) in self._pending
+        if not self._pending or not self._graphs.captured or (due is not None and not kept):
+            return self._graphs.between_steps()
+        self._steps += 1
+        if self._steps % _EVERY:
+            return False
+        if due is not None:  # the one in use first
+            self._pending.remove(_key(due))
+            self._pending.insert(0, _key(due))
+        self._restore_one()
+        return True
 
     def while_idle(self) -> bool:
         """See `StepGraphs.while_idle`; in the end what was captured is saved."""
@@ -108,7 +120,10 @@ class KeptSteps:
         try:
             if self._builder is None:
                 self._begin()
-            self._put_together(self._keys[self._pending.pop(0)])
+            settled = self._graphs.captured.keys() | self._graphs.refused.keys()
+            self._pending = [k for k in self._pending if self._keys[k] not in settled]
+            if self._pending:
+                self._put_together(self._keys[self._pending.pop(0)])
         except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             self._pending.clear()
             self._saved = self._rebuilt > 0  # what is of no use may be written over
@@ -143,6 +158,11 @@ class KeptSteps:
         Raises:
             DeviceError: Nothing that would hold in another process.
         """
+        if self._graphs.dropped:
+            raise DeviceError(
+                "steps were given up before, and lie otherwise in memory since",
+                hint="Steps are captured, and not kept.",
+            )
         scratch = self._graphs.scratch
         if scratch is None or scratch[0] != SCRATCH_BASE:
             raise DeviceError(
@@ -170,14 +190,12 @@ class KeptSteps:
     def _put_together(self, bucket: Bucket) -> None:
         assert self._builder is not None
         assert self._stream is not None
-        if bucket in self._graphs.captured:
-            return
         made = self._builder.build(_key(bucket), self._stream)
         if made is None:
             return
         try:
             self._context.driver.synchronize(self._stream)
-            replay = _Rebuilt(self._launch, made)
+            replay = _Rebuilt(self._launch, self._builder.destroy, made)
             self._graphs.install(bucket, replay, self._archive.notes[_SCRATCH])
         except BaseException:
             self._builder.destroy(made)
@@ -240,12 +258,16 @@ class KeptSteps:
 class _Rebuilt:
     """A step that was put together."""
 
-    def __init__(self, launch: Launch, made: Executable) -> None:
+    def __init__(self, launch: Launch, destroy: Launch, made: Executable) -> None:
         self._launch = launch
+        self._destroy = destroy
         self._made = made
 
     def replay(self) -> None:
         self._launch(self._made)
+
+    def close(self) -> None:
+        self._destroy(self._made)
 
 
 def _handles(graphs: StepGraphs, calls: GraphCalls) -> list[Graph]:

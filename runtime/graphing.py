@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from coldframe.loader.devices import open_device
 from coldframe.runtime.engine.capture import Capturer, CudaCapturer
 from coldframe.runtime.engine.decode import MOST
+from coldframe.runtime.engine.device import stopwatch
 from coldframe.runtime.engine.graphs import StepGraphs
 
 if TYPE_CHECKING:
@@ -32,7 +34,9 @@ def graphs_for(model: Model, device: str, recorder: Recorder | None = None) -> S
     capturer = capturer_for(model.device, device)
     if capturer is None:
         return None
-    return StepGraphs(model, capturer, most=MOST, recorder=recorder)
+    # Where the device is not one of torch's, its time is that of whatever stands for it.
+    watch = partial(stopwatch, model.device) if model.device.type == "cuda" else None
+    return StepGraphs(model, capturer, most=MOST, recorder=recorder, stopwatch=watch)
 
 
 def capturer_for(where: torch.device, device: str) -> Capturer | None:

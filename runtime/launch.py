@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from typing import TYPE_CHECKING
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import SnapshotError
@@ -24,6 +25,9 @@ from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.restorer_process import RestorerProcess
+
+if TYPE_CHECKING:
+    from coldframe.runtime.graph_shelf import Trial
 
 __all__ = ["Launch", "Memory", "WorkerProcess"]
 
@@ -94,6 +98,8 @@ class WorkerProcess:
         """Whether it knows what it is to be."""
         self.imported = False
         self.up = False
+        self.trying: Trial | None = None
+        """What it replays for the first time."""
         self.last_words: str | None = None
 
     @property

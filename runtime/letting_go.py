@@ -38,6 +38,6 @@ class LettingGo:
         self._worker.model.settle()
         give_back(self._worker.model.device)  # or it would be kept in host memory instead
         number, self._number = self._number, None
-        own_bytes = reserved(self._worker.model.device) + self._worker.steps_bytes
+        own_bytes = reserved(self._worker.model.device) + self._worker.steps.own_bytes
         told = {"type": "rested", "number": number, "own_bytes": own_bytes}
         self._worker.control.send(told)

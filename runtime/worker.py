@@ -13,7 +13,7 @@ Messages in:  `init` (with a connection to the memory service), then for a prefi
 `ack`; for a decode worker `handoff`; for both `cancel`, `rest`.
 Messages out: `imported`, `up`, `beat`, `tokens`, `handoff`, `ack`, `failed` (one request),
 `broken` (the worker), `spans`, `rested`, of a prefill worker `saturation`, and of a decode worker
-`graphs`.
+`graphs` and `trying` (see `DecodeSteps`).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.decode_steps import DecodeSteps
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.letting_go import LettingGo
 from coldframe.runtime.options import BLOCK_TOKENS
@@ -46,15 +47,12 @@ from coldframe.snapshot.privileges import become
 if TYPE_CHECKING:
     import torch
 
-    from coldframe.runtime.engine.compiled import Code, CompiledSteps
-    from coldframe.runtime.engine.graphs import StepGraphs
+    from coldframe.runtime.engine.compiled import Code
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.saturation import Saturation
     from coldframe.runtime.engine.sequence import Sequence
     from coldframe.runtime.engine.spec import ModelSpec
     from coldframe.runtime.engine.varlen import Finding
-    from coldframe.runtime.graph_archive import KeptSteps
-    from coldframe.runtime.graph_lookup import Shelved
     from coldframe.runtime.handoff import Job
     from coldframe.runtime.text import Tokenizer
     from coldframe.runtime.warm_gpu import WarmGpu
@@ -124,19 +122,14 @@ class Worker:
         self.overlap = True
         self.prefix_cache = True
         self.local_prefill = 0
-        self.graphs = False
-        self.compiled: CompiledSteps | None = None
         self._warm = warm
         self._user = user
         self._setup: _Setup | None = None
         self._shape: ModelSpec | None = None
-        self._attention: Finding | None = None
+        self.attention: Finding | None = None
+        """What was found for attention on a GPU."""
         self._gpu = None if warm is None else warm.gpu
-        self._misfit: str | None = None
-        """Why the model and the graphs that a clone has there are of no use."""
-        self._graph_store: str | None = None
-        self._shelved: Shelved | None = None
-        self._steps: StepGraphs | None = None
+        self.steps = DecodeSteps(self, warm)
         self._failure: ColdframeError | None = None
         self._told = threading.Event()
         self._prepared = threading.Event()
@@ -183,15 +176,13 @@ class Worker:
         self.plan, self.kv = setup.plan, setup.kv
         assert self.client.weights is not None
         self.spec.check(self.plan.placements)
-        if self._gpu is None:
-            self.model = self._make_model()
-        else:
-            self.model = self._take_model(self._gpu)
+        model = None
+        if self._gpu is not None:
+            self.attention = self._gpu.attention
+            model = self.steps.take_model(self._gpu)
+        self.model = model or self._make_model()
         self.recorder.add("kv_alloc", started, note="arenas as tensors")
-        if self.role == "decode" and self.graphs and self._attention and self._graph_store:
-            from coldframe.runtime.graph_worker import shelved_steps
-
-            self._shelved = shelved_steps(self, self._graph_store)
+        self.steps.look_up()
         if self._user is not None:
             os.chdir("/")  # another user may not be let in where this is, and need not be
             become(self._user)
@@ -199,8 +190,7 @@ class Worker:
         note = "but for the weights"
         if self.role == "prefill" and self.saturation is not None:
             note += f"; prefill in batches of {self.saturation.tokens} tokens"
-        self.compiled = self._compiled_steps()
-        if self.compiled is not None and self.compiled.in_use:
+        if self.steps.load_code():
             note += "; compiled decode step"
         self.recorder.add("ready", now(), note=note)
         self.report_spans()
@@ -221,17 +211,9 @@ class Worker:
         # That the tensors are not what the config says is rare.
         if self._shape is not None and self._shape.dtype != self.spec.dtype:
             self._find_attention(self.spec, cache.device)
-        if self._attention is not None:
-            model.varlen = self._attention.varlen
+        if self.attention is not None:
+            model.varlen = self.attention.varlen
         return model
-
-    def _take_model(self, gpu: WarmGpu) -> Model:
-        """The model that a clone has had before it was frozen, with its graphs; else another."""
-        started = now()
-        self._attention = gpu.attention
-        self._misfit = gpu.misfit(self.plan, self.kv)
-        gpu.settle_in(self.recorder, started, self._misfit)
-        return gpu.model if self._misfit is None else self._make_model()
 
     def _start_device(self, shape: ModelSpec) -> None:
         """What a GPU is asked for without an arena: its context, and a kernel for attention.
@@ -252,7 +234,7 @@ class Worker:
             with self.recorder.span("cuda_context"):
                 device.start(where)
         self._find_attention(shape, where)
-        if self.role == "decode" and self.graphs:
+        if self.steps.may_replay:
             import coldframe.runtime.graphing  # noqa: F401 - for the same reason, and here alone
 
     def _find_attention(self, spec: ModelSpec, where: torch.device) -> None:
@@ -260,7 +242,7 @@ class Worker:
 
         with self.recorder.span("attention_trial"):
             dtype = torch_dtypes()[spec.dtype]
-            self._attention = varlen.find(spec, dtype, where, block_tokens=BLOCK_TOKENS)
+            self.attention = varlen.find(spec, dtype, where, block_tokens=BLOCK_TOKENS)
 
     def _warm_up(self) -> None:
         """First uses of a GPU, as far as there is time for them before the first weights to use.
@@ -269,7 +251,7 @@ class Worker:
         has been used before. Where the weights are away, it is left to the first step after they
         have come back.
         """
-        if self._attention is None or self._gpu is not None:
+        if self.attention is None or self._gpu is not None:
             return
         from coldframe.runtime.warmup import ready_device
 
@@ -282,7 +264,7 @@ class Worker:
             tensors = tensors_of(self.plan, self.client.weights)
             ready_device(self.model, tensors, lambda: self.client.is_ready(needed))
         waits_for = f"stage_ready[{needed}]"
-        self.recorder.add("warmup", started, note=str(self._attention), waits_for=waits_for)
+        self.recorder.add("warmup", started, note=str(self.attention), waits_for=waits_for)
         self.report_spans()
 
     def _read(self) -> None:
@@ -322,9 +304,7 @@ class Worker:
         self.overlap = init["overlap"]
         self.prefix_cache = init["prefix_cache"]
         self.local_prefill = init["local_prefill"]
-        self.graphs = init["graphs"]
-        # What a clone has captured it has brought along.
-        self._graph_store = init["graph_store"] if warm is None else None
+        self.steps.told(init)
         if self.device != "cpu":
             self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
         self._told.set()
@@ -351,44 +331,6 @@ class Worker:
 
         found = None if self._warm is None or self.device != "cpu" else self._warm.saturation
         return found if found is not None and found.threads == torch.get_num_threads() else None
-
-    def step_graphs(self) -> StepGraphs | None:
-        """The model's decode steps, to be captured; None where nothing captures them."""
-        if self.graphs and self._attention is not None:
-            self._steps = self._find_steps()
-        return self._steps
-
-    @property
-    def steps_bytes(self) -> int:
-        """What captured steps have of the device besides torch's own."""
-        return 0 if self._steps is None else self._steps.own_bytes
-
-    def _find_steps(self) -> StepGraphs | None:
-        from coldframe.runtime.graphing import graphs_for
-
-        if self._gpu is None:
-            return graphs_for(self.model, self.device, self.recorder)
-        if self._misfit is None and self._gpu.graphs is not None:
-            return self._gpu.graphs
-        # What a clone calls its GPU need not be what the front does.
-        return graphs_for(self.model, self._gpu.device.name, self.recorder)
-
-    def kept_steps(self, graphs: StepGraphs | None) -> StepGraphs | KeptSteps | None:
-        """The same steps, with what is kept of them from one start to the next, if anything."""
-        if graphs is None or self._shelved is None:
-            return graphs
-        from coldframe.runtime.graph_worker import kept_steps
-
-        return kept_steps(graphs, self._shelved, self)
-
-    def _compiled_steps(self) -> CompiledSteps | None:
-        """The model's decode steps by the code that a clone came with; None where it has none."""
-        code = None if self._warm is None else self._warm.code
-        if code is None or not self.graphs or self.role != "decode":
-            return None
-        from coldframe.runtime.code_warmup import compiled_steps
-
-        return compiled_steps(self.model, code, self.recorder)
 
     # -- requests --------------------------------------------------------------------------------
 

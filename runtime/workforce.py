@@ -32,7 +32,7 @@ from coldframe.loader.errors import (
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.clones import Clones
-from coldframe.runtime.graph_shelf import GraphShelf
+from coldframe.runtime.graph_shelf import GraphShelf, Trial
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.router import Router
@@ -302,11 +302,9 @@ class Workforce:
                 self._owner.fail(_run_dir_gone(place.run_dir))
             return
         worker.told = True
-        self.send(
-            worker.name,
-            init_message(worker.name, worker.role, self._launch.options, model, self._shelf.root),
-            [memory.fileno()],
-        )
+        options = self._shelf.options(self._launch.options)
+        init = init_message(worker.name, worker.role, options, model, self._shelf.root)
+        self.send(worker.name, init, [memory.fileno()])
         memory.close()
         self._router.worker_added(worker.name, worker.role, worker.group, place.device)
 
@@ -361,6 +359,8 @@ class Workforce:
             return True
         if not isinstance(error, DeviceError) or isinstance(error, NoDevice):
             return False
+        if isinstance(error, DeviceLost) and worker.trying is not None:
+            return True  # the next does not try that
         if isinstance(error, DeviceLost):
             # What one process has lost may be there for the next: but not for one that was not even
             # let to it, nor where another has just lost it.
@@ -379,6 +379,8 @@ class Workforce:
                     self._owner.add_spans(message.body["spans"])
                 case "graphs":
                     self._shelf.take(message)
+                case "trying":
+                    worker.trying = Trial.of(message)
                 case "imported":
                     worker.imported = True
                     self._groups[worker.group].spoke(worker)
@@ -412,6 +414,8 @@ class Workforce:
             return
         code = self._reap(worker)
         end = why or worker.last_words or ending(code)
+        if worker.trying is not None:
+            self._shelf.lost(worker.name, worker.trying)
         if self._owner.died(worker, code):
             return
         if self._staffing.replace(worker):

@@ -99,11 +99,7 @@ class GraphStore:
         Raises:
             SnapshotError: See `write`; or it is none, or not called like one.
         """
-        path = os.path.join(self.root, name)
-        if not _NAME.fullmatch(name):
-            raise SnapshotError(
-                "this is no name of an archive of graphs", got=name, expected=_NAME.pattern
-            )
+        path = self._named(name)
         check(raw, path)
         try:
             _make(self.root)
@@ -117,6 +113,31 @@ class GraphStore:
             what = "an archive of graphs cannot be written"
             raise failed(what, path, error, len(raw)) from error
         return path
+
+    def remove(self, name: str) -> None:
+        """Gives up an archive that is of no use, if it is there.
+
+        Raises:
+            SnapshotError: It cannot be removed, or is not called like one.
+        """
+        path = self._named(name)
+        try:
+            folder = open_folder(self.root, None, strict=True)
+            try:
+                os.unlink(name, dir_fd=folder)
+            finally:
+                os.close(folder)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise failed("an archive of graphs cannot be removed", path, error) from error
+
+    def _named(self, name: str) -> str:
+        if not _NAME.fullmatch(name):
+            raise SnapshotError(
+                "this is no name of an archive of graphs", got=name, expected=_NAME.pattern
+            )
+        return os.path.join(self.root, name)
 
 
 def name_of(fingerprint: GraphFingerprint) -> str:

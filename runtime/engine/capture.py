@@ -32,6 +32,10 @@ class Replay(Protocol):
         """Queues all of it on the device's current stream, over the same memory as before."""
         ...
 
+    def close(self) -> None:
+        """Gives it up; it may not be under way."""
+        ...
+
 
 class Captured(Replay, Protocol):
     """One that was captured here."""
@@ -39,10 +43,6 @@ class Captured(Replay, Protocol):
     @property
     def handle(self) -> int | None:
         """The driver's name for it (CUgraph), where it has one."""
-        ...
-
-    def close(self) -> None:
-        """Gives it up; it may not be under way."""
         ...
 
 
@@ -118,8 +118,9 @@ class CudaCapturer:
         self._memory: TorchMemory | None = None
         self._pool: Any = None
         self._spoilt: list[Any] = []
-        """Pools of captures that failed: torch counts those as theirs for good, and ends the
-        process where such a pool is given up."""
+        """Captures that failed, and their pools. Torch counts a pool as such a capture's for good,
+        and ends the process where it is given up; and its allocators may go on asking the capture
+        which streams are its own."""
         self._stream: Any = None
         self._why = ""
 
@@ -162,6 +163,8 @@ class CudaCapturer:
             self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         if self._pool is None:
             self._pool = self._make_pool()
+            if self._memory is not None:
+                self._memory.stock(self._pool, self._device, self._stream)
         graph = torch.cuda.CUDAGraph(keep_graph=True)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with _no_collection(), torch.cuda.stream(self._stream):
@@ -222,7 +225,7 @@ class CudaCapturer:
         # would look for the capture at each allocation from now on.
         with suppress(Exception):
             torch._C._cuda_endAllocateToPool(self._device.index or 0, self._id())
-        self._spoilt.append(self._pool)
+        self._spoilt += [graph, self._pool]
         self._pool = self._stream = None
 
 
@@ -238,6 +241,9 @@ class _CudaGraph:
         self._graph.replay()
 
     def close(self) -> None:
+        # Recent torch clears the workspaces that cuBLAS has for the stream of captures with this.
+        # Nothing else uses them by then, as steps come one after the other and the pool keeps the
+        # memory; but what is captured later has others. So archives are taken before.
         self._graph.reset()
 
 

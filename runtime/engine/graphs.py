@@ -17,7 +17,7 @@ is kept.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -27,8 +27,9 @@ from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.buckets import Bucket, bucket_for, buckets
 from coldframe.runtime.engine.capture import Captured, Capturer, Replay
 from coldframe.runtime.engine.fixed import FixedSteps
+from coldframe.runtime.engine.held import HeldSteps
 from coldframe.runtime.engine.model import Model
-from coldframe.runtime.engine.trial import as_refusal, try_padding, try_replay
+from coldframe.runtime.engine.trial import Stopwatch, Trials, as_refusal
 from coldframe.runtime.engine.wanted import Wanted
 
 __all__ = ["MOST_GRAPHS", "StepGraphs"]
@@ -47,10 +48,12 @@ class StepGraphs:
         most: Sequences in the largest step.
         limit: Steps to be captured at most.
         recorder: Gets a span `graph_capture` for each.
+        stopwatch: Measures whether replays are worth it; None where time says nothing.
 
     Attributes:
         buckets: Those that are to be captured sooner or later, the smallest first.
         replayed: How many steps were replayed so far.
+        due: The bucket that the last step has called for.
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class StepGraphs:
         most: int = 64,
         limit: int = MOST_GRAPHS,
         recorder: Recorder | None = None,
+        stopwatch: Stopwatch | None = None,
     ) -> None:
         self._model = model
         self._capturer = capturer
@@ -72,19 +76,21 @@ class StepGraphs:
         self.buckets = tuple(bucket for bucket in every if self._steps.fits(bucket))[:limit]
         self.replayed = 0
         self._wanted = Wanted(self.buckets)
-        self._graphs: dict[Bucket, Captured] = {}
-        self._rebuilt: dict[Bucket, Replay] = {}
-        self._trusted: set[Bucket] = set()
-        self._due: Bucket | None = None
-        self._padded = False
-        """Whether a padded step was held against one that is not."""
+        self._held = HeldSteps()
+        self._trials = Trials(self._steps, model, self._held, self._wanted, stopwatch)
+        self.due: Bucket | None = None
         self._stepped = False
         """Whether somebody has got a token since the weights came."""
 
     @property
     def captured(self) -> dict[Bucket, Captured]:
         """What was captured here, by bucket."""
-        return dict(self._graphs)
+        return dict(self._held.captured)
+
+    @property
+    def dropped(self) -> bool:
+        """See `HeldSteps`."""
+        return self._held.dropped
 
     @property
     def refused(self) -> dict[Bucket, DeviceError]:
@@ -104,6 +110,10 @@ class StepGraphs:
     def report_to(self, recorder: Recorder) -> None:
         """Has spans go to another recorder, as in a process that was made of this one."""
         self._recorder = recorder
+
+    def tell_trials(self, tell: Callable[[str], None]) -> None:
+        """Has somebody hear what is tried, before it is; see `Trials`."""
+        self._trials.tell = tell
 
     @property
     def places(self) -> tuple[int, int]:
@@ -127,15 +137,18 @@ class StepGraphs:
         bucket = self._bucket_of(chunks)
         if bucket is None:
             return self._model.forward(self._model.batch(chunks))
-        replay = self._rebuilt.get(bucket) or self._graphs.get(bucket)
+        replay = self._held.get(bucket)
         if replay is None:
             if not self._wanted.use(bucket) or not self._ready():
                 return self._model.forward(self._model.batch(chunks))
-            self._due = bucket
-        if not self._padded:
-            return self._try_padding(bucket, chunks)
-        if replay is not None and bucket not in self._trusted:
-            return self._try(bucket, replay, chunks)
+            self.due = bucket
+        if not self._trials.trusts_padding(bucket):
+            logits = self._trials.padding(bucket, chunks)
+            if self._trials.hopeless:
+                self._close(self._wanted.refused[bucket])
+            return logits
+        if replay is not None and bucket not in self._held.trusted:
+            return self._trials.replay(bucket, replay, chunks)
         self._steps.fill(bucket, chunks)
         if replay is None:
             self._steps.run(bucket)
@@ -150,28 +163,7 @@ class StepGraphs:
             return None
         blocks = max(chunk.start for chunk in chunks) // self._model.kv.block_tokens + 1
         bucket = bucket_for(len(chunks), blocks, self._most)
-        return bucket if bucket in self._wanted or bucket in self._rebuilt else None
-
-    def _try_padding(self, bucket: Bucket, chunks: Sequence[Chunk]) -> Tensor:
-        """The first step that is padded."""
-        self._padded = True
-        logits, complaint = try_padding(self._steps, bucket, self._model, chunks)
-        if complaint is not None:
-            self._close(complaint)
-        return logits
-
-    def _try(self, bucket: Bucket, replay: Replay, chunks: Sequence[Chunk]) -> Tensor:
-        """A step that is captured and was never replayed."""
-        dtype = self._model.kv.dtype
-        logits, complaint = try_replay(self._steps, bucket, replay, chunks, dtype)
-        if complaint is None:
-            self._trusted.add(bucket)
-        elif self._rebuilt.pop(bucket, None) is None:
-            self._wanted.refuse(bucket, complaint)
-            self._graphs.pop(bucket).close()
-        else:  # it is captured here instead
-            self._wanted.refused[bucket] = complaint
-        return logits
+        return bucket if bucket in self._wanted or bucket in self._held.rebuilt else None
 
     # -- captures --------------------------------------------------------------------------------
 
@@ -185,7 +177,7 @@ class StepGraphs:
             DeviceLost: The device broke.
         """
         self._follow_weights()
-        bucket, self._due = self._due, None
+        bucket, self.due = self.due, None
         if bucket is None or bucket not in self._missing():
             return False
         self._capture(bucket, "in use")
@@ -221,7 +213,7 @@ class StepGraphs:
         self._follow_weights()
         while (missing := self._missing()) and self._ready():
             self._capture(missing[0], "beforehand", warm=True)
-        return len(self._graphs)
+        return len(self._held.captured)
 
     def install(self, bucket: Bucket, replay: Replay, nbytes: int) -> None:
         """Takes a step that was captured elsewhere and rebuilt.
@@ -239,16 +231,20 @@ class StepGraphs:
             assert self._wanted.closed is not None
             raise self._wanted.closed
         self._capturer.reach(nbytes)
-        if bucket not in self._graphs:
-            self._rebuilt[bucket] = replay
+        if self.due == bucket:
+            self.due = None
+        if bucket in self._held.captured:
+            replay.close()
+        else:
+            self._held.rebuilt[bucket] = replay
 
     def weights_leave(self) -> None:
         """The weights leave, and come back to the same place: captures wait for a token again."""
         self._stepped = False
-        self._due = None
+        self.due = None
 
     def _missing(self) -> list[Bucket]:
-        return self._wanted.missing(self._graphs.keys() | self._rebuilt.keys())
+        return self._wanted.missing(self._held.buckets)
 
     def _capture(self, bucket: Bucket, why: str, *, warm: bool = False) -> None:
         """Captures a step, or keeps why it cannot be.
@@ -262,14 +258,16 @@ class StepGraphs:
         try:
             if warm:
                 self._steps.warm_up(bucket)
-            self._graphs[bucket] = self._capturer.capture(lambda: self._steps.run(bucket))
+            captured = self._capturer.capture(lambda: self._steps.run(bucket))
         except Exception as error:  # noqa: BLE001 - whatever it fails of, steps go on
             refusal = as_refusal(error, f"a decode step of {bucket}")
             self._wanted.refuse(bucket, refusal)
             notes = [f"{bucket} failed: {refusal.got}"]
         else:
+            self._held.captured[bucket] = captured
             self._wanted.succeeded()
-            notes = [f"{bucket}, {why}", f"{len(self._graphs)} so far", self._capturer.note]
+            count = len(self._held.captured)
+            notes = [f"{bucket}, {why}", f"{count} so far", self._capturer.note]
         if self._recorder is not None:
             self._recorder.add("graph_capture", started, note="; ".join(filter(None, notes)))
 
@@ -298,10 +296,6 @@ class StepGraphs:
     def drop(self) -> None:
         """Forgets all that is captured; what is still wanted is captured anew."""
         self._model.settle()
-        for graph in self._graphs.values():
-            graph.close()
-        self._graphs.clear()
-        self._rebuilt.clear()
-        self._trusted.clear()
-        self._due = None
+        self._held.drop()
+        self.due = None
         self._capturer.drop()

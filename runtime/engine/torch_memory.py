@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -15,12 +16,16 @@ __all__ = ["TorchMemory"]
 _ALLOCATE = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 _FREE = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p)
 
+_SMALL, _SMALL_PIECES, _LARGE = 1 << 20, 16, 32 << 20
+"""What a pool is stocked with, in bytes: two of the small pieces share a segment of torch's."""
+
 
 class TorchMemory:
     """A worker's own memory as one of torch's allocators.
 
     Torch calls it while it holds its own lock, and Python's is taken then. So no other thread of
-    the process may make or free tensors of the GPU meanwhile.
+    the process may make or free tensors of the GPU meanwhile. None does; and a pool is stocked, so
+    that torch rarely has to call.
 
     Raises:
         DeviceError: This torch takes none from outside.
@@ -49,6 +54,26 @@ class TorchMemory:
         """A pool over it, whose `id` a capture takes."""
         assert self._kind is not None
         return self._kind(self._allocator)
+
+    def stock(self, pool: Any, device: torch.device, stream: Any) -> None:
+        """Has a pool take memory for most of what captures need, before the first of them.
+
+        Nothing comes of it where this torch gives up a pool that is not in a capture.
+
+        Args:
+            pool: See `pool`. Nothing is in it yet.
+            device: Which GPU.
+            stream: The one of the captures: torch keeps memory for each stream apart.
+        """
+        use = getattr(torch.cuda, "use_mem_pool", None)
+        count = getattr(pool, "use_count", None)
+        if use is None or count is None or count() < 1:
+            return
+        with suppress(torch.OutOfMemoryError), torch.cuda.stream(stream), use(pool, device):
+            # Small tensors and large ones come from segments of their own.
+            pieces = [_SMALL] * _SMALL_PIECES + [_LARGE]
+            made = [torch.empty(n, dtype=torch.uint8, device=device) for n in pieces]
+            del made
 
     def _allocate(self, nbytes: int, device: int, stream: int | None) -> int | None:
         """Called by torch, from its C++: what is raised here would be lost. None is no memory."""

@@ -60,6 +60,10 @@ class Wanted:
     def refuse(self, bucket: Bucket, why: DeviceError) -> None:
         """A step could not be captured, and is not tried again."""
         self._failures += 1
+        self.leave(bucket, why)
+
+    def leave(self, bucket: Bucket, why: DeviceError) -> None:
+        """A step is not worth a capture, which says nothing of the others."""
         self.refused[bucket] = why
         self._left.pop(bucket, None)
 

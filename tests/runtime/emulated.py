@@ -74,6 +74,7 @@ def install(
     lose_at_capture: str | None = None,
     drivers: str | None = None,
     threads: int = 0,
+    lose_at_replay: bool = False,
 ) -> None:
     """Puts emulated GPUs into this process.
 
@@ -95,6 +96,8 @@ def install(
         lose_at_capture: A file that is not there: the capture that makes it is the end of the GPU.
         drivers: A directory, as `graphs`; what is captured are graphs of the driver.
         threads: How many the driver has of its own, from the first context on.
+        lose_at_replay: Whether each replay is the end of the GPU: with `drivers` only of what was
+            put together.
     """
     from coldframe.loader.devices.driver import Driver
     from coldframe.loader.devices.vmm import DeviceReservation
@@ -129,9 +132,9 @@ def install(
     # As DLPack calls the host's memory, which is what this GPU's is.
     DeviceReservation.dlpack_device = property(lambda self: (1, 0))  # type: ignore[assignment]
     if graphs is not None:
-        _capture_steps(graphs, lose_at_capture)
+        _capture_steps(graphs, lose_at_capture, lose_at_replay)
     if drivers is not None:
-        _capture_graphs(drivers)
+        _capture_graphs(drivers, lose_at_replay)
     if threads:
         _start_threads(emulator, threads)
 
@@ -174,12 +177,20 @@ def replays(graphs: Path) -> dict[int, int]:
     return {int(file.name): file.stat().st_size for file in graphs.iterdir()}
 
 
-def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
+def _lost() -> Exception:
+    import torch
+
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    error.error_code = 700
+    return error
+
+
+def _capture_steps(graphs: str, lose_at_capture: str | None, lose_at_replay: bool) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
     from coldframe.runtime import frozen_worker
-    from coldframe.runtime.worker import Worker
+    from coldframe.runtime.decode_steps import DecodeSteps
 
-    really, really_warm = Worker.step_graphs, frozen_worker._warm
+    really, really_warm = DecodeSteps.graphs, frozen_worker._warm
 
     def record() -> None:
         # Torch is there only now.
@@ -193,6 +204,8 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
         def replayed() -> None:
             with open(os.path.join(graphs, str(os.getpid())), "ab") as file:
                 file.write(b".")
+            if lose_at_replay:
+                raise _lost()
 
         def capturing() -> None:
             if lose_at_capture is None:
@@ -201,18 +214,14 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
                 os.close(os.open(lose_at_capture, os.O_CREAT | os.O_EXCL))
             except FileExistsError:
                 return
-            import torch
-
-            error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
-            error.error_code = 700
-            raise error
+            raise _lost()
 
         capturer = RecordingCapturer(replayed=replayed, capturing=capturing)
         graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
 
-    def step_graphs(worker: Worker) -> Any:
+    def step_graphs(steps: DecodeSteps) -> Any:
         record()
-        return really(worker)
+        return really(steps)
 
     def warm(order: Any) -> Any:
         from coldframe.runtime.lean_torch import import_torch
@@ -226,20 +235,20 @@ def _capture_steps(graphs: str, lose_at_capture: str | None) -> None:
         graphing.StepGraphs = few  # type: ignore[assignment,misc]
         return really_warm(order)
 
-    Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    DecodeSteps.graphs = step_graphs  # type: ignore[method-assign]
     frozen_worker._warm = warm
 
 
-def _capture_graphs(counted: str) -> None:
+def _capture_graphs(counted: str, lose_at_replay: bool) -> None:
     """Has workers capture, and put together, graphs of the driver's.
 
     See `tests/runtime/engine/emulated_capture.py`.
     """
-    from coldframe.runtime.worker import Worker
+    from coldframe.runtime.decode_steps import DecodeSteps
 
-    really = Worker.step_graphs
+    really = DecodeSteps.graphs
 
-    def step_graphs(worker: Worker) -> Any:
+    def step_graphs(steps: DecodeSteps) -> Any:
         # Torch is there only now.
         from coldframe.loader.devices import open_device
         from coldframe.loader.devices.graph_calls import GraphCalls
@@ -255,12 +264,18 @@ def _capture_graphs(counted: str) -> None:
                 file.write(kind)
 
         def launcher(_: Any, driver: Any) -> Any:
-            return lambda made: (count(b"r"), launch(GraphCalls(driver), made))
+            def run(made: Any) -> None:
+                count(b"r")
+                if lose_at_replay:
+                    raise _lost()
+                launch(GraphCalls(driver), made)
 
-        gpu: Any = open_device(worker.device)
+            return run
+
+        gpu: Any = open_device(steps.worker.device)
         capturer = EmulatedCapturer(gpu, lambda: count(b"c"))
         graphing.capturer_for = lambda *_: capturer  # type: ignore[assignment]
         graph_worker.launcher_for = launcher
-        return really(worker)
+        return really(steps)
 
-    Worker.step_graphs = step_graphs  # type: ignore[method-assign]
+    DecodeSteps.graphs = step_graphs  # type: ignore[method-assign]

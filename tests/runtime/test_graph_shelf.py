@@ -11,8 +11,8 @@ import pytest
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Message
 from coldframe.runtime import graph_shelf
-from coldframe.runtime.graph_shelf import GraphShelf
-from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.graph_shelf import GraphShelf, Trial
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.snapshot.graph_file import encode
 from coldframe.snapshot.graph_store import GraphStore, name_of
 from tests.snapshot.test_graph_file import HERE, archive
@@ -103,3 +103,51 @@ def test_a_message_without_its_bytes_is_passed_over(tmp_path: Path) -> None:
     for fd in two:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(fd)
+
+
+def trying(what: str, name: str = name_of(HERE)) -> Trial | None:
+    return Trial.of(Message({"type": "trying", "what": what, "archive": name}, ()))
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_behind_a_worker_that_its_step_has_lost_the_archive_is_not_read(
+    tmp_path: Path, create: bool
+) -> None:
+    recorder, root = Recorder("front"), str(tmp_path / "graphs")
+    GraphStore(root).write(archive())
+    shelf = GraphShelf(SnapshotOptions("auto", str(tmp_path), create=create), recorder)
+    assert shelf.root == root
+    trial = trying("rebuilt")
+    assert trial is not None
+    for _ in range(2):  # another may have been at it, too
+        shelf.lost("decode-1", trial)
+    assert shelf.root is None
+    assert os.listdir(root) == ([] if create else [name_of(HERE)])
+    options = ReplicaOptions("model")
+    assert shelf.options(options) is options
+    first, _ = (span.note for span in recorder.drain())
+    assert first is not None
+    assert first.endswith("its archive is removed" if create else "its archive is left alone")
+
+
+def test_a_name_that_is_none_removes_nothing(tmp_path: Path) -> None:
+    recorder, other = Recorder("front"), tmp_path / "other"
+    other.touch()
+    (tmp_path / "graphs").mkdir()
+    shelf = GraphShelf(SnapshotOptions("auto", str(tmp_path), create=True), recorder)
+    trial = trying("rebuilt", "../other")
+    assert trial is not None
+    shelf.lost("decode-1", trial)
+    assert other.exists()
+    (span,) = recorder.drain()
+    assert "no name of an archive" in (span.note or "")
+
+
+def test_behind_a_worker_that_its_own_step_has_lost_none_is_replayed(tmp_path: Path) -> None:
+    shelf = GraphShelf(SnapshotOptions("auto", str(tmp_path), create=True), Recorder("front"))
+    trial = trying("captured")
+    assert trial == Trial(None)
+    assert trying("") is None
+    shelf.lost("decode-1", trial)
+    assert shelf.options(ReplicaOptions("model")) == ReplicaOptions("model", graphs=False)
+    assert shelf.root is not None

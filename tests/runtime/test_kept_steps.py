@@ -73,7 +73,7 @@ class Starts:
                     assert client.error is None
                     assert client.tokens == expected(self.model, tuple(prompt), 16)
                 wait_for(replica, lambda: bool(named(list(replica.spans), until)), 120)
-            return list(replica.spans)
+            return [*replica.spans, *replica.recorder.drain()]
 
 
 @pytest.fixture
@@ -157,6 +157,25 @@ def test_what_cannot_be_put_together_is_captured(
     assert note.startswith(f"{count - 2} steps in ")
     assert "1 not: " in note
     assert "CUDA_ERROR_NOT_SUPPORTED" in note
+
+
+def test_a_step_that_loses_its_worker_costs_one_worker_and_the_archive(
+    starts: Starts, counted: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        emulate(patch, worker={"drivers": str(counted)})
+        first = starts.run("graph_save")
+    steps, before = len(named(first, "graph_capture")), set(replays(counted))
+    archive = starts.archive
+    emulate(monkeypatch, worker={"drivers": str(counted), "lose_at_replay": True})
+    second = starts.run("graph_capture")
+    (note,) = named(second, "graph_trial")
+    assert note.endswith("was lost when it first replayed a rebuilt step: its archive is removed")
+    assert not archive.exists()
+    after = [(counted / str(pid)).read_bytes() for pid in set(replays(counted)) - before]
+    assert sum(text.count(b"r") for text in after) == 1  # and the next one captures
+    third = starts.run("graph_save")
+    assert len(named(third, "graph_capture")) == steps
 
 
 def test_nothing_is_kept_where_nothing_is_to_be(

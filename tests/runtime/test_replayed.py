@@ -165,6 +165,27 @@ def test_a_gpu_that_is_lost_in_a_capture_costs_a_worker(
 
 
 @pytest.mark.heavy
+def test_a_replay_that_loses_its_worker_is_the_only_one(
+    demo_model: Make, no_leaks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "graphs"
+    place.mkdir()
+    emulate(monkeypatch, worker={"graphs": str(place), "lose_at_replay": True})
+    model, prompt = demo_model("llama"), prompt_of(20)
+    with Replica(options(model, no_leaks)) as replica:
+        before = set(replica.pids)
+        for _ in range(3):
+            finish(replica, client := ask(replica, prompt, 30))
+            check(model, (prompt, 30, client))
+        assert len(set(replica.pids) - before) == 1
+        (note,) = [
+            span.note or "" for span in replica.recorder.drain() if span.name == "graph_trial"
+        ]
+    assert "first replayed a captured step: steps are computed kernel by kernel" in note
+    assert replayed(place) == 1
+
+
+@pytest.mark.heavy
 @pytest.mark.parametrize("family", ["mistral", "qwen3"])
 def test_whoever_comes_and_goes(
     demo_model: Make, no_leaks: Path, graphs: Path, family: str

@@ -44,7 +44,6 @@ def test_every_field_is_signed(field: str) -> None:
         "process": MANIFEST.process._replace(pid=8),
         "decode_steps": "others",
         "gpu": None,
-        "decode_steps": "compiled",
         "objects": MANIFEST.objects[::-1],
         "files": MANIFEST.files[1:],
         "oracle": Oracle((), (), ()),

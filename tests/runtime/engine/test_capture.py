@@ -246,6 +246,36 @@ def test_all_captures_share_a_pool_until_it_is_dropped(capturer: CudaCapturer, f
     assert capturer.scratch == (SCRATCH_BASE, 512 + 2 * MIB)
 
 
+def test_a_pool_is_stocked_before_the_first_capture(
+    capturer: CudaCapturer, fake: Torch, emulator: Emulator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch keeps what lies free in a pool, it then calls for little more."""
+    asked: list[int] = []
+
+    @contextmanager
+    def use(pool: Pool, device: torch.device) -> Iterator[None]:
+        fake.said.append("stock")
+        yield
+        fake.said.append("stocked")
+
+    def empty(nbytes: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == GPU
+        asked.append(nbytes)
+        return torch.zeros(1, dtype=dtype)
+
+    capturer.place(100)
+    fake.said.clear()
+    monkeypatch.setattr(torch.cuda, "use_mem_pool", use)
+    monkeypatch.setattr(Pool, "use_count", lambda self: 1, raising=False)
+    monkeypatch.setattr(torch, "empty", empty)
+    capturer.capture(lambda: None)
+    assert fake.said[:4] == ["on side", "stock", "stocked", "off"]
+    assert (max(asked), sum(asked)) == (32 * MIB, 48 * MIB)
+    fake.said.clear()
+    capturer.capture(lambda: None)
+    assert "stock" not in fake.said
+
+
 @pytest.mark.parametrize("fails", ["work", "end", "memory"])
 def test_behind_a_capture_that_failed_the_next_one_works(
     capturer: CudaCapturer, fake: Torch, fails: str
@@ -267,6 +297,8 @@ def test_behind_a_capture_that_failed_the_next_one_works(
     fake.fails, fake.piece = None, 2 * MIB
     fake.said.clear()
     # In a pool of its own, and the spoilt one is never given up: torch would not bear that.
+    gc.collect()
+    assert [type(kept).__name__ for kept in capturer._spoilt] == ["Graph", "Pool"]
     capturer.capture(lambda: None)
     assert "begin (0, 101)" in fake.said
     kept.replay()

@@ -20,6 +20,7 @@ from coldframe.runtime.engine.graphs import StepGraphs
 from coldframe.runtime.engine.model import Chunk
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.sequence import Sequence
+from coldframe.runtime.engine.trial import Stopwatch
 from coldframe.runtime.engine.varlen import WAYS, Varlen, Way
 from tests.runtime.engine.conftest import Pair, make_pair, make_reference, small_config
 from tests.runtime.engine.recording import Recording, RecordingCapturer
@@ -467,8 +468,34 @@ def test_a_kernel_that_takes_bounds_for_lengths_is_found_out(make: Make) -> None
     talking = talk(pair, 5, 40)
     go_on(talking, graphs, 5)
     assert capturer.made == []
+    assert list(graphs.refused) == [Bucket(2, 8)]
+    go_on(talking, graphs, 5, [0])
+    assert capturer.made == []
+    assert set(graphs.refused) == set(graphs.buckets)  # none is trusted behind the second
     (why,) = {refused.what for refused in graphs.refused.values()}
     assert why == "a padded decode step computes something else"
+    talking.check()
+
+
+def test_one_bucket_whose_padding_is_wrong_costs_no_other(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair, capturer = make(), RecordingCapturer()
+    really, wrong = FixedSteps.run, [Bucket(1, 8)]
+
+    def run(steps: FixedSteps, bucket: Bucket, *model: Any) -> None:
+        really(steps, bucket, *model)
+        if bucket in wrong:
+            steps.logits(1).mul_(2)
+
+    monkeypatch.setattr(FixedSteps, "run", run)
+    graphs = StepGraphs(pair.model, capturer, most=4)
+    talking = talk(pair, 5, 40)
+    go_on(talking, graphs, 4, [0])
+    go_on(talking, graphs, 4)
+    assert list(graphs.refused) == [Bucket(1, 8)]
+    assert list(graphs.captured) == [Bucket(2, 8)]
+    assert graphs.replayed == 1
     talking.check()
 
 
@@ -497,9 +524,79 @@ def test_a_capture_that_computes_something_else_is_found_out(
     break_it(capturer.made[0])
     go_on(talking, graphs, 6)
     assert graphs.replayed == 0
-    assert capturer.made[0].closed
     assert "computes something else" in str(graphs.refused[Bucket(1, 8)])
+    assert graphs.captured == {}
+    # What it is closed with is taken from others that are yet to be saved.
+    assert (capturer.made[0].closed, graphs.dropped) == (False, False)
+    graphs.drop()
+    assert (capturer.made[0].closed, graphs.dropped) == (True, True)
     talking.check()
+
+
+def watch(*seconds: float) -> Stopwatch:
+    """A stopwatch that gives these, one after the other: replays first, then what is eager."""
+    left = iter(seconds)
+    return lambda: lambda: next(left)
+
+
+def test_a_replay_that_is_slower_than_no_replay_is_refused(make: Make) -> None:
+    pair, capturer = make(), RecordingCapturer()
+    stopwatch = watch(2.0, 1.2, 1.0, 3.0, 1.05, 9.0, 2.0, 1.0)
+    graphs = StepGraphs(pair.model, capturer, most=4, stopwatch=stopwatch)
+    talking = talk(pair, 40, 7)
+    go_on(talking, graphs, 6, [0])
+    go_on(talking, graphs, 6, [0, 1])
+    assert list(graphs.captured) == [Bucket(2, 8)]
+    assert list(graphs.refused) == [Bucket(1, 8)]
+    why = graphs.refused[Bucket(1, 8)]
+    assert why.what == "a replayed step is slower than one kernel by kernel"
+    assert (why.expected, why.got) == ("at most 1.1 times 1000.000 ms", "1200.000 ms")
+    assert graphs.replayed == 6 - 3
+    go_on(talking, graphs, 3, [0])
+    assert len(capturer.made) == 2  # and it is not captured again
+    talking.check()
+
+
+def test_what_was_rebuilt_and_is_slow_is_not_captured_instead(make: Make) -> None:
+    pair = make()
+    graphs, here, captured = rebuilt(pair, watch(2.0, 2.0, 1.0, 1.0))
+    talking = talk(pair, 40)
+    go_on(talking, graphs, 6)
+    while graphs.while_idle():
+        pass
+    assert (here.made, graphs.replayed) == ([], 0)
+    assert list(graphs.refused) == [Bucket(1, 8)]
+    assert [made.closed for made in captured.made].count(True) == 1
+    talking.check()
+
+
+def test_whoever_watches_hears_what_is_tried_and_when_it_is_over(make: Make) -> None:
+    pair, told = make(), list[str]()
+    graphs, *_ = rebuilt(pair)
+    graphs.tell_trials(told.append)
+    talking = talk(pair, 5)
+    go_on(talking, graphs, 1)
+    assert told == ["captured", ""]  # of padding
+    with pytest.raises(RequestError):
+        graphs.forward([Chunk([7], 32, 32, [5])])
+    go_on(talking, graphs, 2)
+    assert told[2:] == ["rebuilt", ""] * 2
+    own = StepGraphs(pair.model, RecordingCapturer(), most=4)
+    told.clear()
+    own.tell_trials(told.append)
+    go_on(talking, own, 2)
+    own_replay = own.captured[Bucket(1, 8)]
+    error = torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+    error.error_code = 700
+
+    def lose() -> None:
+        raise error
+
+    assert isinstance(own_replay, Recording)
+    own_replay.replayed = lose
+    with pytest.raises(DeviceLost):
+        go_on(talking, own, 1)
+    assert told == ["captured", "", "captured"]
 
 
 # -- what was captured elsewhere -------------------------------------------------------------------
@@ -525,13 +622,15 @@ class Elsewhere(RecordingCapturer):
         self.reached = max(self.reached, nbytes)
 
 
-def rebuilt(pair: Pair) -> tuple[StepGraphs, Elsewhere, RecordingCapturer]:
+def rebuilt(
+    pair: Pair, stopwatch: Stopwatch | None = None
+) -> tuple[StepGraphs, Elsewhere, RecordingCapturer]:
     """Steps that one has captured, in the hands of another over the same memory."""
     captured = RecordingCapturer()
     first = StepGraphs(pair.model, captured, most=4)
     first.capture_all()
     here = Elsewhere(captured)
-    graphs = StepGraphs(pair.model, here, most=4)
+    graphs = StepGraphs(pair.model, here, most=4, stopwatch=stopwatch)
     for bucket, graph in first.captured.items():
         graphs.install(bucket, graph, 1 << 20)
     return graphs, here, captured

@@ -144,6 +144,36 @@ def test_what_one_start_has_saved_answers_in_the_next(begin: Begin, archive: Gra
     assert note.startswith(f"{len(archive.graphs) - 1} steps in ")
 
 
+def test_between_steps_one_is_put_together_now_and_then(
+    begin: Begin, archive: GraphArchive
+) -> None:
+    second = begin(archive)
+    talking, made = talk(second.pair, 5, 40), list[int]()
+    for step in range(2 + 3 * 8):
+        rows = [0, 1] if step >= 10 else [0]
+        talking.take(rows, second.graphs.forward(talking.chunks(rows)))
+        before = len(second.graphs._held.rebuilt)
+        second.steps.between_steps()
+        made.append(len(second.graphs._held.rebuilt) - before)
+    assert set(made) == {0, 1}
+    places = [step for step, count in enumerate(made) if count]
+    assert places == [9, 17, 25]
+    talking.check()
+
+
+def test_what_was_put_together_is_given_up_with_the_others(
+    begin: Begin, archive: GraphArchive
+) -> None:
+    second = begin(archive)
+    second.capturer.drop = lambda: None  # type: ignore[method-assign]
+    second.talk()
+    left = second.emulator.graphs_left()
+    rebuilt, captured = second.graphs._held.rebuilt, second.graphs.captured
+    assert len([name for name in left if "executable" in name]) == len(rebuilt) + len(captured)
+    second.graphs.drop()
+    assert second.emulator.graphs_left() == []
+
+
 def test_a_start_without_an_archive_says_why(begin: Begin) -> None:
     assert begin().notes("graph_restore") == ["none: there is none"]
 
@@ -166,7 +196,7 @@ def test_what_fails_on_the_way_is_captured(
     monkeypatch.setattr(KeptSteps, "_begin", begun)
     second.talk().check()
     assert any("CUDA_ERROR_NOT_SUPPORTED" in note for note in second.notes("graph_restore"))
-    captured, rebuilt = second.graphs.captured, second.graphs._rebuilt
+    captured, rebuilt = second.graphs.captured, second.graphs._held.rebuilt
     assert len(captured) + len(rebuilt) == len(archive.graphs)
     assert len(captured) > 1
 
@@ -183,7 +213,7 @@ def test_a_device_that_is_lost_on_the_way_is_no_reason_to_go_on(
         second.steps.between_steps()
     second.emulator.lose()
     with pytest.raises(DeviceLost):
-        second.steps.between_steps()
+        second.steps.while_idle()
 
 
 @pytest.mark.heavy

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import scaled_dot_product_attention
 
 from coldframe.runtime import warmup
-from coldframe.runtime.engine import attention, graphs, sampling
+from coldframe.runtime.engine import attention, sampling, trial
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.device import fetch
 from coldframe.runtime.engine.graphs import StepGraphs
@@ -268,7 +268,7 @@ class Capturer:
 def trusted(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is padded and replayed is not held against anything, which takes a wait."""
     for name in ("try_padding", "try_replay"):
-        monkeypatch.setattr(graphs, name, lambda steps, *_: (steps.logits(3), None))
+        monkeypatch.setattr(trial, name, lambda steps, *_: (steps.logits(3), None))
 
 
 @pytest.mark.usefixtures("values", "trusted")

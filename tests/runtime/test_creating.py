@@ -12,7 +12,7 @@ import pytest
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.runtime import compiling, creating
 from coldframe.runtime.code_notes import EAGERLY, could_be_compiled, eager_notice
-from coldframe.runtime.compiling import SEQUENCES, Compiling
+from coldframe.runtime.compiling import Compiling
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
@@ -63,7 +63,7 @@ def compilers() -> list[psutil.Process]:
 
 def left_in_cache(tmp_path: Path) -> list[Path]:
     root = tmp_path / "cache/coldframe/compiled"
-    return [path for path in root.iterdir() if path.name != "lock"]
+    return [path for path in root.glob("*") if path.name != "lock"]
 
 
 @pytest.mark.heavy
@@ -71,18 +71,18 @@ def left_in_cache(tmp_path: Path) -> list[Path]:
 def test_who_compiles_holds_no_room(
     model: Path, criu: Criu, no_leaks: Path, tmp_path: Path, way: str
 ) -> None:
-    idle_s = None if way == "room" else 0.0
+    idle_s = None if way == "room" else 1.0
     policy = IdlePolicy(idle_s, None if way == "parked" else 0.0)
     supervisor = supervised(model, no_leaks, tmp_path / "store", policy)
     try:
+        until(supervisor, lambda: bool(compilers()))
         if way == "room":
-            until(supervisor, lambda: bool(compilers()))
             assert supervisor.can_go
             supervisor.make_room()
         until(supervisor, lambda: supervisor.state in ("zero", "parked"))
         assert supervisor.state == ("parked" if way == "parked" else "zero")
         assert compilers() == []
-        assert way != "room" or left_in_cache(tmp_path) == []
+        assert left_in_cache(tmp_path) == []
     finally:
         close(supervisor)
 
@@ -104,7 +104,7 @@ def test_what_is_urgent_takes_what_there_is_and_is_bettered_once_it_can_be(
     supervisor = supervised(model, no_leaks, store, IdlePolicy())
     try:
         until(supervisor, lambda: bool(images()))
-        assert left_in_cache(tmp_path) == [] if (tmp_path / "cache").exists() else True
+        assert not (tmp_path / "cache").exists()  # nothing was compiled
     finally:
         close(supervisor)
     (steps,) = images()
@@ -115,11 +115,12 @@ def test_what_is_urgent_takes_what_there_is_and_is_bettered_once_it_can_be(
         until(supervisor, lambda: bool(compilers()))
         assert supervisor.can_go
         supervisor.make_room()
-        assert (supervisor.state, compilers()) == ("zero", [])
+        until(supervisor, lambda: supervisor.state == "zero")
+        assert compilers() == []
         supervisor.wake()
         until(supervisor, lambda: supervisor.state == "warm")
-        late = time.monotonic() + 0.5
-        until(supervisor, lambda: time.monotonic() > late)
+        for _ in range(10):
+            supervisor.step()
         assert compilers() == []  # once is enough
     finally:
         close(supervisor)
@@ -130,7 +131,6 @@ def test_which_code_could_still_be_there(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = ModelFacts(str(model))
-    assert SEQUENCES
     assert could_be_compiled(Compiling(facts, 2, str(tmp_path), 0).order)
     monkeypatch.setattr(compiling, "memory_available", lambda: 1 << 30)
     assert could_be_compiled(Compiling(facts, 2, str(tmp_path), 60).order)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.code_folder import CodeFolder
 from coldframe.runtime.code_loading import load_code
+from coldframe.runtime.code_notes import EAGERLY
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.compiled import Code, CompiledSteps
 from coldframe.runtime.engine.kv import KVCache
@@ -20,6 +20,7 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.warmup import dummy_weights
+from coldframe.snapshot.manifest import EAGER_FOR_NOW
 
 __all__ = ["compiled_steps", "ready_code"]
 
@@ -29,13 +30,14 @@ def ready_code(spec: ModelSpec, order: dict[str, Any]) -> tuple[Code | None, str
 
     Args:
         spec: The model's shape.
-        order: Where it is, or why there is none (see `Compiling.order`).
+        order: Where it is, or why there is none (see `Compiling.order`); `for_now` says that
+            there could be some.
 
     Returns:
         The code, or None, and for people how decode steps are computed.
     """
     if order["folder"] is None:
-        return None, f"eager; {order['why']}"
+        return None, f"{EAGER_FOR_NOW if order.get('for_now') else 'eager; '}{order['why']}"
     try:
         code = load_code(CodeFolder.read(order["folder"]))
     except ColdframeError as error:
@@ -55,9 +57,8 @@ def compiled_steps(model: Model, code: Code, recorder: Recorder) -> CompiledStep
     started = now()
 
     def tell(why: str) -> None:
-        why = f"decode steps are computed eagerly: {why}"
-        recorder.add("graph_restore", now(), note=why)
-        print(f"coldframe: {recorder.process}: {why}", file=sys.stderr, flush=True)
+        # The front says it behind the answer, which this would be in the middle of.
+        recorder.add("graph_restore", now(), note=f"{EAGERLY}{why}")
 
     steps = CompiledSteps(model, code, tell)
     if steps.in_use:

@@ -130,11 +130,13 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
         # Those that it would be used for: from the first that no smaller one has room for.
         ratios = trial.ratios(folder, {kept[-1].sequences + 1 if kept else 1, sequences})
         speedup = min(ratios)
-        said.append(f"{sequences}: {speedup:.2f} x eager")
+        counted = str(sequences) if said else f"{sequences} sequence{'s' * (sequences > 1)}"
+        said.append(f"{speedup:.2f}x ({counted})")
         if worth_keeping(ratios):
             kept.append(replace(files, speedup=speedup))
-    note = "compiled decode step, by sequences " if kept else "no faster than eager, by sequences "
-    folder = CodeFolder(place, shape, tuple(kept), note + ", ".join(said))
+    threads = f"{shape.threads} thread{'s' * (shape.threads > 1)}"
+    note = f"{'compiled' if kept else 'not fast enough'}; {', '.join(said)} the speed of eager"
+    folder = CodeFolder(place, shape, tuple(kept), f"{note}, {threads}")
     _remove_unused(folder)
     folder.write()
     return folder

@@ -59,13 +59,15 @@ class ImageInTheMaking:
 
     Args:
         replica: Its weights are in, and it is idle.
+        limit_s: How long compiling its decode step may take, in seconds; 0 takes what there is.
+        better: Whether there is an image, and only one with compiled steps is wanted.
     """
 
-    def __init__(self, replica: Replica) -> None:
+    def __init__(self, replica: Replica, limit_s: int = COMPILE_S, *, better: bool = False) -> None:
         self.outcome: dict[str, Any] | None = None
         """What `image_for_next_time` returns, once that is known."""
         self._freezing: Freezing | None = None
-        if not _wanted(replica):
+        if not _wanted(replica, better=better):
             self.outcome = {}
             return
         from coldframe.runtime.freezing import Freezing
@@ -73,10 +75,17 @@ class ImageInTheMaking:
         self._late = time.monotonic() + _LIMIT_S
         try:
             self._freezing = Freezing(
-                replica, replica.options.snapshot, code=_code(replica, COMPILE_S)
+                *(replica, replica.options.snapshot),
+                code=_code(replica, limit_s),
+                only_compiled=better,
             )
         except ColdframeError as error:
             self.outcome = {"not_created": str(error)}
+
+    @property
+    def compiling(self) -> bool:
+        """Whether its decode step is compiled, before anything is frozen."""
+        return self._freezing is not None and self._freezing.compiling
 
     def step(self) -> None:
         """Looks whether it is made, or takes too long."""
@@ -108,7 +117,9 @@ class NextImage:
         self._log = log
         self._image: ImageInTheMaking | None = None
         self._without = 0
-        """Starts for which there was none."""
+        """Starts for which there was none, since one was made."""
+        self._bettered = False
+        """Whether a better one was begun: once is enough."""
 
     @property
     def making(self) -> bool:
@@ -116,10 +127,19 @@ class NextImage:
         return self._image is not None and self._image.outcome is None
 
     @property
+    def holds(self) -> bool:
+        """Whether one is being made that will be there soon: the replica is not to rest yet.
+
+        What takes minutes is compiled as long as nothing else is to be done.
+        """
+        return self._image is not None and self.making and not self._image.compiling
+
+    @property
     def urgent(self) -> bool:
         """Whether it is not to be put off, nor left for another model's sake.
 
-        Where models take turns, none is ever left alone for long enough.
+        Where models take turns, none is ever left alone for long enough. Such a one takes what is
+        compiled already, and no longer than the freezing.
         """
         return self._without >= _TOO_MANY
 
@@ -136,11 +156,24 @@ class NextImage:
         """
         if self._image is None:
             if quiet_s > _QUIET_S or self.urgent:
-                self._image = ImageInTheMaking(replica)
+                self._begin(replica)
         elif self._image.outcome is None:
             self._image.step()
             if self._image.outcome:
                 self._log.info("image for the next start", **self._image.outcome)
+                if "created" in self._image.outcome:
+                    self._without = 0
+
+    def _begin(self, replica: Replica) -> None:
+        better = not self._bettered and replica.wants_compiled_image
+        self._bettered = self._bettered or better
+        limit_s = 0 if self.urgent else COMPILE_S
+        self._image = ImageInTheMaking(replica, limit_s, better=better)
+
+    def rest(self) -> None:
+        """The replica is about to rest: what is not made yet is given up, and tried again later."""
+        if self.making:
+            self.leave()
 
     def leave(self) -> None:
         """The replica is about to be ended."""
@@ -153,8 +186,8 @@ def _code(replica: Replica, limit_s: int) -> int | None:
     return limit_s if replica.options.graphs else None
 
 
-def _wanted(replica: Replica) -> bool:
-    if not replica.options.snapshot.create or not replica.wants_image:
+def _wanted(replica: Replica, *, better: bool = False) -> bool:
+    if not replica.options.snapshot.create or not (replica.wants_image or better):
         return False
     try:
         Criu.find()

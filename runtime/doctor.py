@@ -14,6 +14,8 @@ import json
 import mmap
 import os
 import re
+import shutil
+import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +36,7 @@ from coldframe.snapshot.reach import may_reach_others
 __all__ = ["Finding", "add_arguments", "examine", "run"]
 
 _SYS_IO_URING_SETUP = 425  # the same number on every architecture
+_SOON_S = 10.0
 _NEEDED = ("cpu", "memory", "torch")
 """What the CPU as a device takes."""
 
@@ -86,6 +89,7 @@ def examine(root: str | Path = "/") -> Iterator[Finding]:
         ("huge_pages", _huge_pages),
         ("io_uring", _io_uring),
         ("torch", _torch),
+        ("compiler", _compiler),
         ("snapshots", _snapshots),
         ("gpus", _gpus),
         ("auto", _auto),
@@ -181,6 +185,33 @@ def _io_uring(root: Path) -> Finding:
 def _torch(root: Path) -> Finding:
     version = torch_version()
     return Finding("torch", version, {"version": version})
+
+
+def _compiler(root: Path) -> Finding:
+    """Of C++: what compiles decode steps, when an image is made."""
+    name = os.environ.get("CXX", "g++")
+    path = shutil.which(name)
+    if path is None:
+        raise PlatformError(
+            "there is no C++ compiler: decode steps stay eager",
+            expected=name,
+            hint="Install one (make system), or name one in CXX; nothing else needs it.",
+        )
+    try:
+        done = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, errors="replace", timeout=_SOON_S
+        )
+        version = next(iter(done.stdout.splitlines()), "") if done.returncode == 0 else ""
+    except subprocess.TimeoutExpired:
+        version = ""
+    if not version:
+        raise PlatformError(
+            "the C++ compiler does not run: decode steps stay eager",
+            where=path,
+            hint="Install another one (make system), or name one in CXX; nothing else needs it.",
+        )
+    facts = {"path": path, "version": version}
+    return Finding("compiler", f"decode steps can be compiled: {version}", facts)
 
 
 def _snapshots(root: Path) -> Finding:

@@ -18,6 +18,7 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel
+from coldframe.runtime.code_notes import could_be_compiled
 from coldframe.runtime.compiling import Compiling
 from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.engine.params import SamplingParams
@@ -36,6 +37,8 @@ __all__ = ["Freezing", "Trial"]
 
 _MAIN = "from coldframe.snapshot.freezer import main; main(3, int(sys.argv[1]), first_ns)"
 _CLEAR_UP_S = 5.0
+_COMPILING = "compiling the decode step, once for this shape and CPU (--graphs off skips it)"
+_FREEZING = "freezing a worker"
 FREEZE_S = 600.0
 """How long an image may take to be in its store, in seconds; that may be beyond a network."""
 
@@ -48,6 +51,7 @@ class Freezing:
         snapshot: The store, and the key to sign with.
         compress: See `Store.put`.
         code: How long compiling its decode step may take, in seconds; None leaves it eager.
+        only_compiled: Whether there is no use for an image whose decode step is not compiled.
 
     Attributes:
         done: Whether it has come to its end, one or the other.
@@ -62,6 +66,7 @@ class Freezing:
         *,
         compress: str = "auto",
         code: int | None = None,
+        only_compiled: bool = False,
     ) -> None:
         self.done = False
         self.image: str | None = None
@@ -91,6 +96,7 @@ class Freezing:
             if code is None or self._device != CPU
             else Compiling(replica.model, replica.threads, replica.run_dir, code)
         )
+        self._only_compiled = only_compiled
         self._order = order
         self._go_on()
 
@@ -102,11 +108,18 @@ class Freezing:
     def _go_on(self) -> None:
         """Has the worker frozen, as soon as there is the code that it is to have."""
         code = self._code
-        if code is None or code.done:
-            worker = {**self._order["order"], **({} if code is None else {"code": code.order})}
-            self._send_order({**self._order, "order": worker})
-        else:
+        if code is not None and not code.done:
             self._replica.loop.watch(code.fileno(), self._on_compiled)
+            return
+        if self._only_compiled and (code is None or code.order["folder"] is None):
+            why = None if code is None else code.order["why"]
+            self._end(SnapshotError("there is no better image than the one that is there", got=why))
+            return
+        worker = self._order["order"]
+        if code is not None:
+            told = {**code.order, "for_now": could_be_compiled(code.order)}
+            worker = {**worker, "code": told}
+        self._send_order({**self._order, "order": worker})
 
     def _on_compiled(self) -> None:
         assert self._code is not None
@@ -116,21 +129,31 @@ class Freezing:
             self._replica.loop.unwatch(fd)
             self._go_on()
 
-    def follow(self, limit_s: float | None = None) -> None:
+    def follow(
+        self, limit_s: float | None = None, tell: Callable[[str], None] = lambda _: None
+    ) -> None:
         """Polls the replica until this is done, and gives it up where it hangs.
 
         Args:
-            limit_s: After how many seconds; None for `FREEZE_S`.
+            limit_s: After how many seconds, but for those that it compiles; None for `FREEZE_S`.
+            tell: Called with what is done next, for people.
 
         Raises:
             ColdframeError: The replica cannot go on.
         """
         limit_s = FREEZE_S if limit_s is None else limit_s
         late = time.monotonic() + limit_s
+        compiles = self.compiling
+        tell(_COMPILING if compiles else _FREEZING)
 
         def done() -> bool:
+            nonlocal late, compiles
             self.look()
-            if not self._staged and time.monotonic() > late:
+            if compiles and not self.compiling:
+                compiles, late = False, time.monotonic() + limit_s
+                if not self.done:
+                    tell(_FREEZING)
+            if not self._staged and not compiles and time.monotonic() > late:
                 self._end(SnapshotError("no image was made in time", expected=f"{limit_s:g} s"))
             return self.done
 

@@ -210,6 +210,11 @@ class Replica:
         return self._workforce.tiers.no_image
 
     @property
+    def wants_compiled_image(self) -> bool:
+        """Whether the image of this start is one that compiled decode steps would better."""
+        return self.options.graphs and self._workforce.tiers.eager_for_now
+
+    @property
     def run_dir(self) -> str:
         return self._launch.run_dir
 

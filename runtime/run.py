@@ -216,6 +216,11 @@ def run(args: argparse.Namespace) -> int:
                 for key, text in _SNAPSHOT_NEWS.items():
                     if snapshot.get(key) is not None and not args.json and not args.quiet:
                         print(f"coldframe: {text} {snapshot[key]}", file=sys.stderr)
+            from coldframe.runtime.code_notes import eager_notice
+
+            notice = eager_notice(replica.spans, args.model, replica.threads)
+            if notice is not None and not args.json and not args.quiet:
+                print(f"coldframe: {notice}", file=sys.stderr)
     except ColdframeError as error:
         if args.json:
             print(json.dumps(error.to_wire()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ from coldframe.runtime.creating import store_of
 from coldframe.runtime.device_choice import add_device_argument, choose_device, kind_of
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.run import MODEL_HELP, terminate
+from coldframe.runtime.run import MODEL_HELP, terminate, warn
 from coldframe.runtime.snapshot_flags import add_store_arguments, check_forkable, store_options
 from coldframe.runtime.units import human_bytes, human_seconds
 from coldframe.snapshot.machine import Machine
@@ -108,7 +109,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
         replica.run_until(lambda: replica.sized)
         code = COMPILE_S if args.graphs == "auto" else None
         freezing = Freezing(replica, snapshot, compress=args.compress, code=code)
-        freezing.follow()
+        freezing.follow(tell=_quiet if args.json else warn)
         if freezing.error is not None:
             raise freezing.error
         manifest = freezing.manifest
@@ -133,6 +134,10 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
         )
         print(f"decode steps: {document['decode_steps']}")
     return 0
+
+
+def _quiet(_: str) -> None:
+    """Says nothing: who reads JSON waits for the end."""
 
 
 def _template(args: argparse.Namespace, _: SnapshotOptions) -> int:
@@ -229,6 +234,8 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
                 "fits": refusal is None,
                 "why_not": refusal and str(refusal),
                 "signed": image.signature is not None,
+                "decode_steps": image.decode_steps,
+                "steps": _steps(image),
             }
         )
     if args.json:
@@ -238,12 +245,23 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     for row in rows:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(row["created"]))
         fits = "fits this machine" if row["fits"] else f"does not fit: {row['why_not']}"
-        print(f"{row['image']}  {made}  {human_bytes(row['bytes']):>9}  {row['model']}  {fits}")
+        size, steps = human_bytes(row["bytes"]), row["steps"]
+        print(f"{row['image']}  {made}  {size:>9}  {row['model']}  {steps}  {fits}")
     for item in skipped:
         print(f"coldframe: image {item.id} cannot be used: {item.why}", file=sys.stderr)
     if not rows:
         print(f"no images in {snapshot.store}", file=sys.stderr)
     return 0
+
+
+def _steps(image: Manifest) -> str:
+    """How clones of an image compute decode steps, in a word or two."""
+    if image.gpu is not None:
+        return "captured" if image.gpu.graphs else "eager"
+    if not image.decode_steps.startswith("compiled"):
+        return "eager"
+    threads = re.search(r"\d+ threads?\b", image.decode_steps)
+    return "compiled" if threads is None else f"compiled for {threads[0]}"
 
 
 def _remove(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:

@@ -456,7 +456,7 @@ class Supervisor:
         """
         if self.state != "warm":
             return self.state == "parked"
-        if self._image.making and self._image.urgent:
+        if self._image.holds and self._image.urgent:
             return False
         return self.idle or time.monotonic() - self._warm_since >= self._start_s
 
@@ -481,7 +481,7 @@ class Supervisor:
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
         replica = self.replica
-        if self._asks or self._image.making:
+        if self._asks or self._image.holds:
             self._idle_since = self._awake()
         park_s = self._policy.park_s
         if self.state == "warm" and self._idle_for(self._policy.idle_s):
@@ -503,6 +503,7 @@ class Supervisor:
         return seconds is not None and self._awake() - self._idle_since >= seconds
 
     def _park(self, replica: Replica) -> None:
+        self._image.rest()
         replica.park()
         self._quarters.park()
         self.state, self._rest, self._idle_since = "parked", None, self._awake()

@@ -16,6 +16,7 @@ from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.manifest import EAGER_FOR_NOW
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.places import KEY_DIGITS, images_are_there, templates
 from coldframe.snapshot.restorer_process import RestorerProcess
@@ -103,6 +104,14 @@ class Tiers:
     def remote(self) -> bool:
         """Whether images come over a network."""
         return "://" in self.options.store
+
+    @property
+    def eager_for_now(self) -> bool:
+        """Whether clones are of an image whose decode steps could be compiled, and are not."""
+        best = self.best
+        if best is None or best.tier != "image" or best.manifest is None:
+            return False
+        return str(best.manifest["decode_steps"]).startswith(EAGER_FOR_NOW)
 
     @property
     def best(self) -> Cloner | None:

@@ -28,7 +28,7 @@ __all__ = ["Machine", "coldframe_build", "cpu_here", "cpu_of", "torch_version"]
 # what it has made up, what only makes something faster, and mitigations are not among them.
 _X86 = re.compile(
     "(?:sse|ssse|avx|amx_|fma|bmi|sha|sm3|sm4|vaes|vpclmul|3dnow|mmx).*"
-    "|abm|adx|aes|cldemote|clflush|clflushopt|clwb|clzero|cmov|cmpccxadd|cx16|cx8|enqcmd|f16c"
+    "|abm|adx|aes|apx|cldemote|clflush|clflushopt|clwb|clzero|cmov|cmpccxadd|cx16|cx8|enqcmd|f16c"
     "|fsgsbase|fxsr|gfni|hle|lahf_lm|lwp|monitorx|movbe|movdir64b|movdiri|msr_imm|ospke|pclmulqdq"
     "|pni|popcnt|prefetchi|ptwrite|raoint|rdpid|rdpru|rdrand|rdseed|rdtscp|rtm|serialize|tbm"
     "|user_shstk|waitpkg|xop|xsave|xsavec|xsaveopt"

@@ -17,6 +17,7 @@ from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.model_key import ModelKey
 
 __all__ = [
+    "EAGER_FOR_NOW",
     "VERSION",
     "Arena",
     "Draft",
@@ -28,6 +29,9 @@ __all__ = [
 ]
 
 VERSION = 1
+EAGER_FOR_NOW = "eager for now; "
+"""What `decode_steps` begins with where nobody waited for compiled ones, or time or memory ran out:
+another image may be better."""
 
 _HASH = re.compile("[0-9a-f]{64}")
 _ID = re.compile("[0-9a-f]{32}")
@@ -145,7 +149,8 @@ class Draft(NamedTuple):
         machine: What it needs.
         arena: Where the process has reserved addresses.
         process: What was frozen.
-        decode_steps: How its clones compute decode steps, and why, for people.
+        decode_steps: How its clones compute decode steps, and why, for people; see
+            `EAGER_FOR_NOW`.
         gpu: What it had on a GPU; None where it had none.
     """
 

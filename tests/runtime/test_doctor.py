@@ -18,7 +18,8 @@ from coldframe.runtime.side_process import ask
 from tests.runtime.snapshots import COLDFRAME
 from tests.support import without_settings
 
-NAMES = ["cpu", "memory", "huge_pages", "io_uring", "torch", "snapshots", "gpus", "auto"]
+NAMES = ["cpu", "memory", "huge_pages", "io_uring", "torch", "compiler", "snapshots", "gpus"]
+NAMES.append("auto")
 GPU = {"device": "cuda:0", "name": "A GPU", "error": None, "free": 70 << 30, "total": 80 << 30}
 LOST = {"error": "DeviceLost", "what": "it broke", "got": "CUDA_ERROR_ECC_UNCORRECTABLE"}
 

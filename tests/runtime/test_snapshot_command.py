@@ -238,7 +238,7 @@ def test_what_is_there_is_listed(made: Made, commands: Commands, tmp_path: Path)
     done = commands.call("snapshot", "list", *store)
     (line,) = done.stdout.splitlines()
     assert line.startswith(made.image)
-    assert line.endswith(f"{made.model}  fits this machine")
+    assert line.endswith(f"{made.model}  eager  fits this machine")
     assert commands.call("snapshot", "list", made.model, *store).stdout == done.stdout
     assert commands.call("snapshot", "list", tmp_path, *store).stdout == ""
     empty = commands.call("snapshot", "list", "--snapshot-store", tmp_path / "none")

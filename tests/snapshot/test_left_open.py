@@ -74,7 +74,7 @@ def test_a_process_that_is_gone() -> None:
 def test_a_worker_that_has_some_is_not_dumped(
     criu: Criu, tmp_path: Path, devices: list[Path]
 ) -> None:
-    def checkpointed(_: int) -> dict[str, Any]:
+    def checkpointed(_: int, own_bytes: int) -> dict[str, Any]:
         return {"bytes": 7, "uuids": {"GPU-1": "A GPU"}, "error": None}
 
     prepare = f"more = {{'gpu': {{'plan': 'p'}}}}; kept = open({str(devices[0])!r})"

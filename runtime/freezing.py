@@ -48,6 +48,7 @@ class Freezing:
         snapshot: The store, and the key to sign with.
         compress: See `Store.put`.
         code: How long compiling its decode step may take, in seconds; None leaves it eager.
+        again: See `Compiling`.
 
     Attributes:
         done: Whether it has come to its end, one or the other.
@@ -62,6 +63,7 @@ class Freezing:
         *,
         compress: str = "auto",
         code: int | None = None,
+        again: bool = False,
     ) -> None:
         self.done = False
         self.image: str | None = None
@@ -89,7 +91,7 @@ class Freezing:
         self._code = (
             None
             if code is None or self._device != CPU
-            else Compiling(replica.model, replica.threads, replica.run_dir, code)
+            else Compiling(replica.model, replica.threads, replica.run_dir, code, again=again)
         )
         self._order = order
         self._go_on()

@@ -26,7 +26,6 @@ from coldframe.runtime.engine.code_shape import CodeShape
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.trial_plan import compile_bytes
 from coldframe.runtime.units import human_bytes
-from coldframe.snapshot.freezer import freezing_environment
 
 __all__ = ["COMPILE_S", "SEQUENCES", "Compiling"]
 
@@ -143,6 +142,8 @@ class Compiling:
             self._root = os.path.join(os.path.abspath(work), "compiled")
             self._writing = _folder_in(self._root)
         self._channel, theirs = Channel.pair()
+        from coldframe.snapshot.freezer import freezing_environment  # what only looks does without
+
         environment = {
             # What is compiled is run: nothing else of the environment has a say in it.
             **freezing_environment(threads),

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
-from statistics import median, quantiles
 
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import BLOCK_TOKENS
@@ -70,6 +69,8 @@ def more_pairs(ratios: Sequence[float], least: int, most: int) -> bool:
         return True
     if len(ratios) >= most:
         return False
+    from statistics import quantiles  # what asks for the memory alone does without it
+
     low, _, high = quantiles(ratios, n=4)
     return low < GAIN <= high
 
@@ -84,6 +85,8 @@ def keys_worth(ratios: Mapping[int, Sequence[Sequence[float]]]) -> tuple[int, fl
         The most keys up to which all are, 0 where none is; and how many times as fast a step is
         in the least favourable of those cases, or of the first where none is.
     """
+    from statistics import median
+
     keys, speedup = 0, 0.0
     for count, cases in ratios.items():
         least = min(map(median, cases))

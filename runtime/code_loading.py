@@ -19,6 +19,7 @@ import torch
 from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.code_folder import CodeFolder
 from coldframe.runtime.engine.compiled import Code, Runner, Sized
+from coldframe.runtime.units import first_line
 
 __all__ = ["load_code", "load_library"]
 
@@ -39,6 +40,7 @@ def load_code(folder: CodeFolder) -> Code:
             size.sequences,
             load_library(folder.bytes_of(size.layer)),
             load_library(folder.bytes_of(size.logits)),
+            size.keys,
         )
         for size in folder.sizes
     ]
@@ -66,7 +68,7 @@ def load_library(content: bytes) -> Runner:
     except (RuntimeError, OSError) as error:
         raise SnapshotError(
             "compiled code cannot be loaded",
-            got=str(error).splitlines()[0],
+            got=first_line(error),
             hint="Steps are computed eagerly.",
         ) from error
     finally:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from math import prod
-from statistics import median
 
 import torch
 from torch import Tensor
@@ -22,13 +19,15 @@ from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import torch_dtypes
+from coldframe.runtime.trial_plan import blocks_of, more_pairs, trial_keys, trial_spec
 
 __all__ = ["Trial"]
 
-_PAIRS = 15
-_BYTES = 128 << 20
-"""Of the weights that are measured with: more than a processor's caches hold."""
-_CONTEXTS = (96, 1024)
+_CASE_S = 5.0
+"""How long one case is measured, in seconds, when it has been three times."""
+_LEAST_PAIRS = 3
+_SLICE = 1 << 20
+"""Numbers that are made at once: in float32, as torch makes good ones in no other."""
 _DRIFT = {"F32": 1e-4, "F16": 0.01, "BF16": 0.06}
 """How far logits may be from eager's, in parts of the largest of them."""
 
@@ -45,55 +44,59 @@ class Trial:
     def __init__(self, spec: ModelSpec, shape: CodeShape, most: int) -> None:
         dtypes = torch_dtypes()
         dtype = dtypes[spec.dtype]
-        nbytes = dtype.itemsize * sum(map(prod, spec.layer_tensors(0).values()))
-        count = min(spec.layers, 1 + _BYTES // nbytes)
-        spec = replace(spec, layers=count, windows=spec.windows[:count])
+        spec = trial_spec(spec)
         random = torch.Generator().manual_seed(1)
         tensors = {}
         for name, size in spec.expected_tensors().items():
             of = dtypes[shape.vectors] if len(size) == 1 else dtype
             around = 1.0 if name.endswith("norm.weight") else 0.0
-            values = torch.randn(size, generator=random).mul_(0.02).add_(around)
-            tensors[name] = values.to(of)
-        self._contexts = sorted(
-            {max(1, min(context, spec.context_length - 2)) for context in _CONTEXTS}
-        )
-        self._each = -(-(self._contexts[-1] + 1) // BLOCK_TOKENS)
+            tensors[name] = _random(size, of, random, around, 0.02)
+        self._keys = trial_keys(spec)
+        self._each = blocks_of(spec)
         blocks = self._each * most
-        memory = torch.randn(
-            blocks * spec.kv_block_bytes(dtype.itemsize, BLOCK_TOKENS) // dtype.itemsize,
-            generator=random,
-        ).to(dtype)
+        count = blocks * spec.kv_block_bytes(dtype.itemsize, BLOCK_TOKENS) // dtype.itemsize
+        memory = _random((count,), dtype, random, 0.0, 1.0)
         self._model = Model(spec, tensors, KVCache(memory, spec, dtype, blocks, BLOCK_TOKENS))
 
-    def ratios(self, folder: CodeFolder, counts: Iterable[int]) -> list[float]:
-        """How many times as fast as eager a step is, in each case.
+    def ratios(self, folder: CodeFolder, counts: Iterable[int]) -> dict[int, list[list[float]]]:
+        """How many times as fast as eager a step is, measured several times in each case.
 
         Args:
             folder: With the code of one size.
             counts: Numbers of sequences to measure it with.
+
+        Returns:
+            By the number of keys that are looked at, ascending, for each number of sequences.
 
         Raises:
             PlatformError: What it computes is something else.
         """
         why: list[str] = []
         steps = CompiledSteps(self._model, load_code(folder), why.append)
-        ratios = []
-        for count in sorted(counts):
-            for context in self._contexts:
-                chunks = list(self._chunks(count, context))
-                pairs = []
-                for _ in range(_PAIRS):
-                    began = time.perf_counter()
-                    eager = self._model.forward(self._model.batch(chunks))
-                    between = time.perf_counter()
-                    compiled = steps.forward(chunks)
-                    pairs.append((between - began) / (time.perf_counter() - between))
-                    self._compare(eager, compiled)
-                ratios.append(median(pairs))
+        ratios = {
+            keys: [self._case(steps, count, keys, pairs) for count in sorted(counts)]
+            for keys, pairs in self._keys.items()
+        }
         if why:
             raise PlatformError("the compiled decode step does not run here", got=why[0])
         return ratios
+
+    def _case(
+        self, steps: CompiledSteps, count: int, keys: int, pairs: tuple[int, int]
+    ) -> list[float]:
+        chunks = list(self._chunks(count, keys - 1))
+        found: list[float] = []
+        started = time.perf_counter()
+        while more_pairs(found, *pairs):
+            began = time.perf_counter()
+            if len(found) >= _LEAST_PAIRS and began - started > _CASE_S:
+                break
+            eager = self._model.forward(self._model.batch(chunks))
+            between = time.perf_counter()
+            compiled = steps.forward(chunks)
+            found.append((between - began) / (time.perf_counter() - between))
+            self._compare(eager, compiled)
+        return found
 
     def _chunks(self, count: int, context: int) -> Iterator[Chunk]:
         for number in range(count):
@@ -110,3 +113,15 @@ class Trial:
                 expected=f"logits within {_DRIFT[self._model.spec.dtype]} of the largest",
                 got=f"{apart:.3g}",
             )
+
+
+def _random(
+    size: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, mean: float, sd: float
+) -> Tensor:
+    """Random numbers, which take hardly more memory while they are made than afterwards."""
+    made = torch.empty(size, dtype=dtype)
+    flat = made.view(-1)
+    for start in range(0, len(flat), _SLICE):
+        part = flat[start : start + _SLICE]
+        part.copy_(torch.randn(part.shape, generator=generator).mul_(sd).add_(mean))
+    return made

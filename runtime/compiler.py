@@ -13,30 +13,46 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
+import shlex
 import shutil
 import signal
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
 from coldframe.loader.process import die_with_parent
 from coldframe.loader.wire import Channel
-from coldframe.runtime.code_folder import CodeFile, CodeFolder, SizedFiles, cached
-from coldframe.runtime.engine.code_shape import CodeShape
+from coldframe.runtime.code_folder import (
+    CodeFile,
+    CodeFolder,
+    SizedFiles,
+    cached,
+    open_root,
+    write_private,
+)
+from coldframe.runtime.cxx import compiler_command, has_compiler
+from coldframe.runtime.engine.code_shape import LEAST_KEYS, MOST_KEYS, CodeShape
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.sizing import ModelFacts, StoredTensor
+from coldframe.runtime.trial_plan import keys_worth
+from coldframe.runtime.units import first_line
 
-__all__ = ["GAIN", "compile_size", "compile_steps", "main", "worth_keeping"]
-
-GAIN = 1.03
-"""How many times as fast as eager a step must be to be kept, in every case that is measured."""
+__all__ = ["compile_size", "compile_steps", "main"]
 
 _NICE = 19
 _FIRST_TO_DIE = "1000"
 _OLD_S = 3600
+_UNUSED_S = 30 * 24 * 3600
+_WAIT_S = 120.0
+"""How long another one may compile before this one gives up."""
+_LOOK_S = 0.1
+_LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+_KEY = re.compile("[0-9a-f]{32}")
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -55,13 +71,12 @@ def main(control_fd: int, parent: int) -> None:
     if message is None:
         return
     order = message.body
-    signal.signal(signal.SIGALRM, _end_of_time)
-    signal.alarm(order["limit_s"])
     try:
         _fill_cache(order)
         answer = {"type": "compiled"}
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
-        why = str(error) if isinstance(error, ColdframeError) else _first_line(error)
+        kind = type(error).__name__
+        why = str(error) if isinstance(error, ColdframeError) else f"{kind}: {first_line(error)}"
         answer = {"type": "failed", "why": why}
     with contextlib.suppress(ReplicaError):  # who asked is gone
         control.send(answer)
@@ -73,24 +88,61 @@ def _end_of_time(*_: object) -> None:
 
 def _fill_cache(order: dict[str, Any]) -> None:
     """Compiles what the cache does not have; one process at a time does."""
-    with open(os.path.join(order["root"], "lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with _locked(order["root"], _WAIT_S):
+        signal.signal(signal.SIGALRM, _end_of_time)
+        signal.alarm(order["limit_s"])
         _sweep(order["root"], order["writing"])
         place = os.path.join(order["root"], order["key"])
-        if cached(order["root"], order["key"]) is None:
+        if cached(order["root"], order["key"], order["since"]) is None:
             folder = os.path.join(order["writing"], "code")
             os.mkdir(folder, 0o700)
             compile_steps(order, folder, order["writing"])
-            shutil.rmtree(place, ignore_errors=True)  # where it is damaged
+            shutil.rmtree(place, ignore_errors=True)  # where it is damaged, or old
             os.rename(folder, place)
 
 
+@contextlib.contextmanager
+def _locked(root: str, wait_s: float) -> Iterator[None]:
+    """Has a folder for this process alone.
+
+    Raises:
+        SnapshotError: It is not one that may be trusted.
+        PlatformError: Another process has had it all the time.
+    """
+    folder = open_root(root)
+    try:
+        lock = os.open("lock", _LOCK, 0o600, dir_fd=folder)
+    finally:
+        os.close(folder)
+    try:
+        late = time.monotonic() + wait_s
+        while not _taken(lock):
+            if time.monotonic() >= late:
+                raise PlatformError(
+                    "another is being compiled", hint="Make the image again when that is done."
+                )
+            time.sleep(_LOOK_S)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _taken(lock: int) -> bool:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _sweep(root: str, own: str) -> None:
-    """Removes what those who were killed have left."""
+    """Removes what those who were killed have left, and what nobody has used for long."""
     for entry in os.scandir(root):
-        old = time.time() - entry.stat(follow_symlinks=False).st_mtime > _OLD_S
-        if entry.name.startswith(".writing-") and entry.path != own and old:
-            shutil.rmtree(entry.path, ignore_errors=True)
+        with contextlib.suppress(OSError):  # whose it is may be removing it
+            age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+            left = entry.name.startswith(".writing-") and entry.path != own and age > _OLD_S
+            if left or (_KEY.fullmatch(entry.name) and age > _UNUSED_S):
+                shutil.rmtree(entry.path, ignore_errors=True)
 
 
 def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
@@ -104,13 +156,13 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
     Raises:
         ColdframeError: It cannot be done here.
     """
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if not has_compiler():
         raise PlatformError(
             "there is no C++ compiler to compile the decode step with",
-            expected=compiler,
+            expected=compiler_command()[0],
             hint="Install one (make system), or leave it: steps are computed eagerly.",
         )
+    _as_one_word(work)
     warnings.simplefilter("ignore")
     tensors = {name: StoredTensor(dtype, shape) for name, dtype, shape in order["tensors"]}
     spec = ModelFacts(order["directory"], tensors).spec
@@ -129,11 +181,15 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
         folder = CodeFolder(place, shape, (files,), "")
         # Those that it would be used for: from the first that no smaller one has room for.
         ratios = trial.ratios(folder, {kept[-1].sequences + 1 if kept else 1, sequences})
-        speedup = min(ratios)
+        keys, speedup = keys_worth(ratios)
         counted = str(sequences) if said else f"{sequences} sequence{'s' * (sequences > 1)}"
         said.append(f"{speedup:.2f}x ({counted})")
-        if worth_keeping(ratios):
-            kept.append(replace(files, speedup=speedup))
+        if keys:
+            if keys < max(ratios):
+                said[-1] += f" up to {keys} tokens"
+            # Those of several sequences are padded to blocks.
+            keys = -(-keys // BLOCK_TOKENS) * BLOCK_TOKENS
+            kept.append(replace(files, speedup=speedup, keys=keys))
     threads = f"{shape.threads} thread{'s' * (shape.threads > 1)}"
     note = f"{'compiled' if kept else 'not fast enough'}; {', '.join(said)} the speed of eager"
     folder = CodeFolder(place, shape, tuple(kept), f"{note}, {threads}")
@@ -142,9 +198,14 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
     return folder
 
 
-def worth_keeping(ratios: Sequence[float]) -> bool:
-    """Whether a step is faster than eager in every case, by more than a measurement may err."""
-    return bool(ratios) and min(ratios) >= GAIN
+def _as_one_word(work: str) -> None:
+    """Puts a program in the place of a command of several words: torch takes no other."""
+    words = compiler_command()
+    if len(words) > 1:
+        path = os.path.join(work, "c++")
+        write_private(path, f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'.encode())
+        os.chmod(path, 0o700)
+        os.environ["CXX"] = path
 
 
 def compile_size(
@@ -161,7 +222,6 @@ def compile_size(
     """
     import torch
 
-    from coldframe.runtime.engine.compiled import LEAST_KEYS, MOST_KEYS
     from coldframe.runtime.engine.traced import TracedLayer, TracedLogits, layer_tensors
     from coldframe.runtime.engine.weights import Weights
     from coldframe.runtime.tensors import torch_dtypes
@@ -227,7 +287,8 @@ def _library(
             inputs,
             options={name: value for name, value in options.items() if name in known},
         )
-    shutil.copyfile(str(made), os.path.join(folder, name))
+    with open(str(made), "rb") as file:
+        write_private(os.path.join(folder, name), file.read())
     return CodeFile.of(folder, name)
 
 
@@ -236,8 +297,3 @@ def _remove_unused(folder: CodeFolder) -> None:
     for name in os.listdir(folder.path):
         if name not in used:
             os.unlink(os.path.join(folder.path, name))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"

@@ -7,11 +7,13 @@ ends by itself when its time is over. Whatever comes of it, the image is made.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import shutil
 import signal
 import tempfile
+import time
 from math import prod
 from typing import Any
 
@@ -19,9 +21,10 @@ from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.wire import Channel
-from coldframe.runtime.code_folder import cache_root, cached, key_of
+from coldframe.runtime.code_folder import cache_root, cached, key_of, open_root
 from coldframe.runtime.engine.code_shape import CodeShape
 from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.trial_plan import compile_bytes
 from coldframe.runtime.units import human_bytes
 
 __all__ = ["COMPILE_S", "SEQUENCES", "Compiling"]
@@ -32,7 +35,8 @@ COMPILE_S = 300
 """How long it may take, in seconds."""
 LEAST_BYTES = 64 << 20
 """Of a model's weights: a step that reads less takes a few milliseconds in any case."""
-_FREE_BYTES = 2 << 30
+_VERDICT_S = 24 * 3600
+"""How long it is taken for granted that a step is no faster than eager."""
 _MAIN = "from coldframe.runtime.compiler import main; main(3, int(sys.argv[1]))"
 
 
@@ -44,19 +48,23 @@ class Compiling:
         threads: That steps are computed with.
         work: A private directory, where the cache cannot be written.
         limit_s: How long it may take; with 0 there is only what is in the cache.
+        again: Whether a step that was found to be no faster than eager is measured again.
 
     Attributes:
         done: Whether there is nothing to wait for (any more).
         order: What a worker that is to be frozen is told of it: `folder`, or None, and `why`.
     """
 
-    def __init__(self, model: ModelFacts, threads: int, work: str, limit_s: int) -> None:
+    def __init__(
+        self, model: ModelFacts, threads: int, work: str, limit_s: int, *, again: bool = False
+    ) -> None:
         self.done = False
         self.order: dict[str, Any] = {"folder": None, "why": ""}
         self._channel: Channel | None = None
         self._child: Child | None = None
         self._writing: str | None = None
         self._limit_s = limit_s
+        self._since = time.time() - (0 if again else _VERDICT_S)
         try:
             shape = CodeShape.of_tensors(model.spec, model.tensors, threads)
             self._key = key_of(shape, SEQUENCES)
@@ -106,7 +114,7 @@ class Compiling:
             self._end("it was given up")
 
     def _found(self) -> bool:
-        folder = cached(self._root, self._key)
+        folder = cached(self._root, self._key, self._since)
         if folder is None:
             return False
         self._end(folder.note)
@@ -122,27 +130,27 @@ class Compiling:
             return f"not compiled: a model of {human_bytes(nbytes)} is fast enough"
         if not self._limit_s:
             return "not compiled: nobody waits for that here, `coldframe snapshot create` does"
-        free = memory_available()
-        if free < _FREE_BYTES:
-            return f"not compiled: that takes {human_bytes(_FREE_BYTES)}, {human_bytes(free)} free"
+        needed, free = compile_bytes(model.spec, max(SEQUENCES)), memory_available()
+        if free < needed:
+            return f"not compiled: that takes {human_bytes(needed)}, {human_bytes(free)} free"
         return None
 
     def _start(self, model: ModelFacts, threads: int, work: str) -> None:
         try:
-            os.makedirs(self._root, 0o700, exist_ok=True)
-            self._writing = tempfile.mkdtemp(prefix=".writing-", dir=self._root)
-        except OSError:  # then it is for this image alone
-            self._root = os.path.join(work, "compiled")
-            os.makedirs(self._root, 0o700, exist_ok=True)
-            self._writing = tempfile.mkdtemp(prefix=".writing-", dir=self._root)
+            self._writing = _folder_in(self._root)
+        except (OSError, ColdframeError):  # then it is for this image alone
+            self._root = os.path.join(os.path.abspath(work), "compiled")
+            self._writing = _folder_in(self._root)
         self._channel, theirs = Channel.pair()
+        from coldframe.snapshot.freezer import freezing_environment  # what only looks does without
+
         environment = {
-            **os.environ,
+            # What is compiled is run: nothing else of the environment has a say in it.
+            **freezing_environment(threads),
+            **({"CXX": os.environ["CXX"]} if "CXX" in os.environ else {}),
             # All that torch and the compiler leave lies here, and is removed with it.
             "TMPDIR": self._writing,
             "TORCHINDUCTOR_CACHE_DIR": os.path.join(self._writing, "inductor"),
-            "OMP_WAIT_POLICY": "PASSIVE",  # as workers wait
-            "OMP_NUM_THREADS": str(threads),
         }
         try:
             self._child = spawn_python(_MAIN, [str(os.getpid())], theirs.fileno(), environment)
@@ -158,6 +166,7 @@ class Compiling:
             "key": self._key,
             "writing": self._writing,
             "limit_s": self._limit_s,
+            "since": self._since,
         }
         self._channel.send(order)
 
@@ -168,10 +177,24 @@ class Compiling:
             self._channel.close()
             self._channel = None
         if self._child is not None:
-            if self._child.poll() is None:
-                os.killpg(self._child.pid, signal.SIGKILL)  # and the compiler that it runs
+            # The compiler that it runs outlives it; the group has its number until it is reaped.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._child.pid, signal.SIGKILL)
             self._child.wait()
             self._child = None
         if self._writing is not None:
             shutil.rmtree(self._writing, ignore_errors=True)
             self._writing = None
+
+
+def _folder_in(root: str) -> str:
+    """A new folder in one that nobody else may write to.
+
+    Raises:
+        OSError: It cannot be made.
+        SnapshotError: Others may.
+    """
+    if os.path.isabs(root):
+        os.makedirs(root, 0o700, exist_ok=True)
+    os.close(open_root(root))
+    return tempfile.mkdtemp(prefix=".writing-", dir=root)

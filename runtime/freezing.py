@@ -52,6 +52,7 @@ class Freezing:
         compress: See `Store.put`.
         code: How long compiling its decode step may take, in seconds; None leaves it eager.
         only_compiled: Whether there is no use for an image whose decode step is not compiled.
+        again: See `Compiling`.
 
     Attributes:
         done: Whether it has come to its end, one or the other.
@@ -67,6 +68,7 @@ class Freezing:
         compress: str = "auto",
         code: int | None = None,
         only_compiled: bool = False,
+        again: bool = False,
     ) -> None:
         self.done = False
         self.image: str | None = None
@@ -94,7 +96,7 @@ class Freezing:
         self._code = (
             None
             if code is None or self._device != CPU
-            else Compiling(replica.model, replica.threads, replica.run_dir, code)
+            else Compiling(replica.model, replica.threads, replica.run_dir, code, again=again)
         )
         self._only_compiled = only_compiled
         self._order = order

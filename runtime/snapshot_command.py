@@ -108,7 +108,7 @@ def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     with Replica(_options(args)) as replica:
         replica.run_until(lambda: replica.sized)
         code = COMPILE_S if args.graphs == "auto" else None
-        freezing = Freezing(replica, snapshot, compress=args.compress, code=code)
+        freezing = Freezing(replica, snapshot, compress=args.compress, code=code, again=True)
         freezing.follow(tell=_quiet if args.json else warn)
         if freezing.error is not None:
             raise freezing.error

@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
             got=threads,
             hint="Ask for at least 1.",
         )
-    with _model(args.model) as model:
+    with _model(args.model) as model, tempfile.TemporaryDirectory(prefix="coldframe-") as work:
+        # Where no cache can be written the code lies in `work`, until the template has loaded it.
         key = ModelKey.of(model.directory, model.tensors)
-        code = _code(model, threads) if args.graphs == "auto" else None
+        code = _code(model, threads, work) if args.graphs == "auto" else None
         order = freeze_order(model, weights_room(model), _kv_room(model), threads, code=code)
         template = Template(args.model, key, _CODE, order, freezing_environment(threads))
     try:
@@ -72,14 +73,13 @@ def run(args: argparse.Namespace) -> int:
         template.close()
 
 
-def _code(model: ModelFacts, threads: int) -> dict[str, Any]:
+def _code(model: ModelFacts, threads: int, work: str) -> dict[str, Any]:
     """The model's compiled decode steps, or why there are none."""
-    with tempfile.TemporaryDirectory(prefix="coldframe-") as work:
-        compiling = Compiling(model, threads, work, COMPILE_S)
-        try:
-            return compiling.wait()
-        finally:
-            compiling.close()
+    compiling = Compiling(model, threads, work, COMPILE_S)
+    try:
+        return compiling.wait()
+    finally:
+        compiling.close()
 
 
 @contextlib.contextmanager

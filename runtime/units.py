@@ -5,7 +5,14 @@ from __future__ import annotations
 import argparse
 import re
 
-__all__ = ["byte_count", "byte_count_or_none", "byte_rate", "human_bytes", "human_seconds"]
+__all__ = [
+    "byte_count",
+    "byte_count_or_none",
+    "byte_rate",
+    "first_line",
+    "human_bytes",
+    "human_seconds",
+]
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -35,6 +42,11 @@ def byte_count_or_none(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write 512MB or 4GiB")
     unit = match[2].lower()
     return int(float(match[1]) * (_BINARY[unit] if match[3] else _UNITS[unit]))
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as far as it fits on a line; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def byte_rate(text: str) -> float:

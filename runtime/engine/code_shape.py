@@ -9,7 +9,10 @@ from typing import Any
 from coldframe.loader.errors import UnsupportedModel
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 
-__all__ = ["CodeShape"]
+__all__ = ["LEAST_KEYS", "MOST_KEYS", "CodeShape"]
+
+LEAST_KEYS, MOST_KEYS = 2, 1 << 20
+"""How many keys a token may look at."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,16 +16,14 @@ import torch
 from torch import Tensor
 
 from coldframe.runtime.engine.batch import Batch, Chunk
-from coldframe.runtime.engine.code_shape import CodeShape
+from coldframe.runtime.engine.code_shape import LEAST_KEYS, MOST_KEYS, CodeShape
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.traced import layer_tensors, logits_tensors
 from coldframe.runtime.engine.weights import Weights
 from coldframe.runtime.tensors import torch_dtypes
+from coldframe.runtime.units import first_line
 
-__all__ = ["LEAST_KEYS", "MOST_KEYS", "Code", "CompiledSteps", "Runner", "Sized"]
-
-LEAST_KEYS, MOST_KEYS = 2, 1 << 20
-"""How many keys a token may look at."""
+__all__ = ["Code", "CompiledSteps", "Runner", "Sized"]
 
 
 class Runner(Protocol):
@@ -44,11 +42,13 @@ class Sized:
         sequences: How many; a step of fewer repeats its last one.
         layer: See `TracedLayer`.
         logits: See `TracedLogits`.
+        keys: How many keys a step may look at; beyond that eager ones may be faster.
     """
 
     sequences: int
     layer: Runner
     logits: Runner
+    keys: int = MOST_KEYS
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class CompiledSteps:
                 return self._step(batch, size)
             except RuntimeError as error:
                 # What it has written to the KV cache by then is what is now written again.
-                self._give_up(str(error).splitlines()[0])
+                self._give_up(first_line(error))
         return model.forward(batch)
 
     def _size(self, batch: Batch) -> Sized | None:
@@ -124,7 +124,7 @@ class CompiledSteps:
         if found is None:
             return None
         for window in self._model.windows:
-            if not LEAST_KEYS <= batch.single_reach(window).length <= MOST_KEYS:
+            if not LEAST_KEYS <= batch.single_reach(window).length <= found.keys:
                 return None
         return found if self._bind() else None
 

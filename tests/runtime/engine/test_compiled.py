@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -107,6 +108,24 @@ def test_other_steps_are_the_models(pair: MakePair, prompts: dict[int, list[int]
         wanted = both.model.forward(both.model.batch(chunks))
         assert torch.equal(steps.forward(chunks), wanted)
     assert calls(code) == {1: 0, 2: 0}
+
+
+def test_beyond_what_was_measured_steps_are_the_models(
+    pair: MakePair, prompts: dict[int, list[int]]
+) -> None:
+    both = pair("llama")
+    code = traced_code(both.spec, (1,))
+    code = replace(code, sizes=tuple(replace(size, keys=33) for size in code.sizes))
+    steps = CompiledSteps(both.model, code, refused)
+    prefill(both, [prompts[33]])
+    text = [*prompts[33], 5]
+    chunks = [both.chunk(text, 0, at, at) for at in (32, 33)]
+    chunks[0] = both.chunk(text[:33], 0, 32, 33)
+    for chunk in chunks:
+        eager = both.model.forward(both.model.batch([chunk]))
+        assert torch.allclose(steps.forward([chunk]), eager, atol=1e-4)
+    assert calls(code) == {1: 1}
+    assert steps.in_use
 
 
 @pytest.mark.parametrize("fails_at", [1, 2])

@@ -28,6 +28,7 @@ ALLOWED = {
     "loader/web/http.py": "Retry-After may be a date; patience, which has another clock, bounds it",
     "runtime/batch.py": "OpenAI's `created`",
     "runtime/compiler.py": AGES,
+    "runtime/compiling.py": AGES,
     "runtime/gateway/logs.py": FOR_PEOPLE,
     "runtime/gateway/openai/service.py": "OpenAI's `created`",
     "runtime/gateway/templates.py": "`strftime_now` of chat templates",

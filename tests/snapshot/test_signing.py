@@ -42,6 +42,7 @@ def test_every_field_is_signed(field: str) -> None:
         "machine": MANIFEST.machine._replace(kernel=(4, 0)),
         "arena": MANIFEST.arena._replace(kv=MANIFEST.arena.weights),
         "process": MANIFEST.process._replace(pid=8),
+        "decode_steps": "others",
         "gpu": None,
         "objects": MANIFEST.objects[::-1],
         "files": MANIFEST.files[1:],

@@ -183,10 +183,10 @@ def compile_steps(order: dict[str, Any], place: str, work: str) -> CodeFolder:
         ratios = trial.ratios(folder, {kept[-1].sequences + 1 if kept else 1, sequences})
         keys, speedup = keys_worth(ratios)
         counted = str(sequences) if said else f"{sequences} sequence{'s' * (sequences > 1)}"
+        if 0 < keys < max(ratios):
+            counted += f", up to {keys} tokens"
         said.append(f"{speedup:.2f}x ({counted})")
         if keys:
-            if keys < max(ratios):
-                said[-1] += f" up to {keys} tokens"
             # Those of several sequences are padded to blocks.
             keys = -(-keys // BLOCK_TOKENS) * BLOCK_TOKENS
             kept.append(replace(files, speedup=speedup, keys=keys))

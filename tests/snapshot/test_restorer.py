@@ -343,7 +343,7 @@ def refusal(cloner: Cloner) -> ColdframeError:
     return error
 
 
-def test_a_store_without_an_image_that_fits(tmp_path: Path) -> None:
+def test_a_store_without_an_image_that_fits(criu: Criu, tmp_path: Path) -> None:
     cloner = Cloner.spawn_restorer()
     cloner.prepare(wanted(tmp_path / "store", None, tmp_path))
     error = refusal(cloner)

@@ -21,6 +21,7 @@ from coldframe.loader.errors import (
     SnapshotError,
 )
 from coldframe.snapshot.cloner import Cloner
+from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.inherited import Inherited
 from coldframe.snapshot.wake import Wake

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system criu demo test test-heavy test-vllm lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -45,6 +45,15 @@ test: setup
 # What takes long: everything that can go wrong with a snapshot, and the benchmarks' own tests.
 test-heavy: setup
 	$(BIN)/python -m pytest -m heavy
+
+# With the real vLLM, in its environment: what it says on the way is not ours to mend.
+test-vllm: setup build/vllm/.tests
+	build/vllm/bin/python -m pytest -m vllm -o filterwarnings=default tests/runtime/integrations/vllm
+
+build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt
+	build/vllm/bin/python -m pip install --quiet --no-deps -e .
+	build/vllm/bin/python -m pip install --quiet -c constraints.txt lz4 xxhash pytest pytest-timeout hypothesis
+	touch $@
 
 # mypy sees the repository as the package it is installed as.
 build/types/coldframe:

@@ -1,0 +1,233 @@
+"""vLLM's engine in a process of its own, which a test asks over a socket and may kill.
+
+An engine leaves threads, sockets and a process group behind, and several of them cannot be had in
+one process one after the other: so no test has one in its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+"""Of a host. With the engine's core in the same process its insides can be looked at."""
+
+_ROOT = Path(__file__).parents[4]
+_START_S = 300.0
+_ANSWER_S = 110.0
+
+
+@dataclass
+class Answer:
+    """What a request has come to."""
+
+    tokens: list[int]
+    finish: str | None
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens, where they were asked for."""
+    kv_transfer_params: dict[str, Any] | None = None
+
+
+class HostError(Exception):
+    """The engine's process has raised something, or is gone."""
+
+
+class Host:
+    """An engine.
+
+    Args:
+        model: The checkpoint's directory.
+        engine: More arguments of vLLM's `EngineArgs`.
+        environment: More variables of its process.
+        log: A file that gets what it prints; by default it goes where this process' does.
+    """
+
+    def __init__(
+        self,
+        model: Path | str,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+        **engine: Any,
+    ) -> None:
+        ours, theirs = socket.socketpair()
+        output = None if log is None else log.open("ab")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            cwd=_ROOT,
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            pass_fds=[theirs.fileno()],
+            stdout=output,
+            stderr=output,
+        )
+        theirs.close()
+        self._connection = Connection(ours.detach())
+        try:
+            self.ask("start", {"model": str(model), **engine}, wait_s=_START_S)
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, what: str, *arguments: Any, wait_s: float = _ANSWER_S) -> Any:
+        """Has the process do something, and waits for what comes of it.
+
+        Raises:
+            HostError: It raised something, said nothing for so long, or died.
+        """
+        try:
+            self._connection.send((what, arguments))
+            if not self._connection.poll(wait_s):
+                raise HostError(f"no answer to {what!r} within {wait_s:g} s")
+            failed, value = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise HostError(f"the engine's process is gone: {self.process.poll()}") from error
+        if failed:
+            raise HostError(value)
+        return value
+
+    def add(
+        self,
+        request: str,
+        prompt: Sequence[int],
+        kv_transfer_params: Mapping[str, Any] | None = None,
+        **sampling: Any,
+    ) -> None:
+        """Gives it a request; greedy, where nothing else is said."""
+        self.ask("add", request, list(prompt), kv_transfer_params, sampling)
+
+    def run(self) -> dict[str, Answer]:
+        """Steps until all requests are over: what has come of each."""
+        return self.ask("run")
+
+    def generate(self, prompts: Sequence[Sequence[int]], **sampling: Any) -> list[Answer]:
+        """What comes of prompts that are given to it together."""
+        names = [f"generate-{index}" for index in range(len(prompts))]
+        for name, prompt in zip(names, prompts, strict=True):
+            self.add(name, prompt, **sampling)
+        answers = self.run()
+        return [answers[name] for name in names]
+
+    def call(self, function: Callable[..., Any], *arguments: Any, wait_s: float = _ANSWER_S) -> Any:
+        """Calls a function of a module's top level over there, with the `LLMEngine` first."""
+        where = (function.__module__, function.__qualname__)
+        return self.ask("call", *where, arguments, wait_s=wait_s)
+
+    def free_blocks(self) -> int:
+        """KV blocks that no request holds."""
+        return self.call(_free_blocks)
+
+    def kill(self) -> None:
+        """Ends it with no chance to say anything."""
+        self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        self._connection.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+
+@contextmanager
+def host(model: Path | str, **arguments: Any) -> Iterator[Host]:
+    """A `Host` that is closed afterwards."""
+    made = Host(model, **arguments)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _free_blocks(engine: Any) -> int:
+    scheduler = engine.engine_core.engine_core.scheduler
+    return scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
+
+
+class _Engine:
+    """The other side."""
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+
+    def start(self, arguments: dict[str, Any]) -> None:
+        from vllm import EngineArgs, LLMEngine
+
+        defaults = {"disable_log_stats": True, "enforce_eager": True, "max_model_len": 1024}
+        self._engine = LLMEngine.from_engine_args(EngineArgs(**{**defaults, **arguments}))
+
+    def add(
+        self,
+        request: str,
+        prompt: list[int],
+        kv_transfer_params: Mapping[str, Any] | None,
+        sampling: dict[str, Any],
+    ) -> None:
+        from vllm import SamplingParams
+
+        defaults: dict[str, Any] = {"temperature": 0.0, "max_tokens": 16, "detokenize": False}
+        params = SamplingParams(**{**defaults, **sampling})
+        if kv_transfer_params is not None:
+            params.extra_args = {"kv_transfer_params": dict(kv_transfer_params)}
+        self._engine.add_request(request, {"prompt_token_ids": prompt}, params)
+
+    def run(self) -> dict[str, Answer]:
+        answers = {}
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                if output.finished:
+                    answers[output.request_id] = _answer(output)
+        return answers
+
+    def abort(self, request: str) -> None:
+        self._engine.abort_request([request])
+
+    def call(self, module: str, name: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(importlib.import_module(module), name)(self._engine, *arguments)
+
+
+def _answer(output: Any) -> Answer:
+    made = output.outputs[0]
+    logprobs = [
+        step[token].logprob
+        for step, token in zip(made.logprobs or (), made.token_ids, strict=False)
+    ]
+    return Answer(list(made.token_ids), made.finish_reason, logprobs, output.kv_transfer_params)
+
+
+def _serve(connection: Connection) -> None:
+    engine = _Engine()
+    while True:
+        try:
+            what, arguments = connection.recv()
+        except EOFError:
+            return
+        try:
+            value = getattr(engine, what)(*arguments)
+        except Exception:  # noqa: BLE001 - the test is to see it
+            connection.send((True, traceback.format_exc()))
+        else:
+            connection.send((False, value))
+
+
+if __name__ == "__main__":
+    # Pickled here, an answer would be of `__main__`.
+    from tests.runtime.integrations.vllm import hosts
+
+    hosts._serve(Connection(int(sys.argv[1])))
+    os._exit(0)  # an engine's threads would keep it

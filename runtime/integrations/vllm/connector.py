@@ -90,7 +90,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
         super().__init__(vllm_config, role, kv_cache_config)
         transfer = vllm_config.kv_transfer_config
         extra = dict(transfer.kv_connector_extra_config)
-        layered = _layered(extra)
+        layered = _layered(extra, vllm_config.device_config.device_type)
         self.tally = KvTally()
         device = "cpu"
         if vllm_config.device_config.device_type == "cuda":
@@ -130,7 +130,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
-        return _layered(extra_config)
+        return _layered(extra_config, "cuda")
 
     def shutdown(self) -> None:
         for side in (self._schedule, self._worker):
@@ -268,8 +268,8 @@ def connectors(engine: Any) -> tuple[ColdframeConnector, ColdframeConnector | No
     return core.scheduler.connector, get_kv_transfer_group() if has_kv_transfer_group() else None
 
 
-def _layered(extra: dict[str, Any]) -> bool:
-    wanted = extra.get("load", LOADS[0])
+def _layered(extra: dict[str, Any], device: str) -> bool:
+    wanted = extra.get("load", LOADS[device != "cpu"])
     if wanted not in LOADS:
         raise RequestError(
             "no such way to load KV",

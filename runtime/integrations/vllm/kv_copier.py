@@ -81,7 +81,9 @@ class KvCopier:
         self._tally = tally
         device = layers[0].cache.device
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._any_done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="kv-copier", daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +16,8 @@ from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.tensors import tensor_over, torch_dtypes
 
 __all__ = ["KvPages", "checksum"]
+
+_GROWN_S = 5.0
 
 
 class KvPages:
@@ -47,6 +50,7 @@ class KvPages:
                 got=f"{kv.block_bytes:,} bytes",
             )
         memory = tensor_over(kv.reservation.address, kv.nbytes, kv.reservation.dlpack_device)
+        self._kv = kv
         self.device, self.dtype = memory.device, dtype
         self.token_bytes = needed // BLOCK_TOKENS
         self.layers, self.heads = layers, heads
@@ -65,10 +69,27 @@ class KvPages:
 
         Returns:
             `[end - start]` int64, on the arena's device.
+
+        Raises:
+            ArenaError: There is no memory behind one of them.
         """
+        self._wait_grown(max(blocks, default=0) + 1)
         positions = torch.arange(start, end)
         pages = torch.tensor(blocks, dtype=torch.int64)[positions // BLOCK_TOKENS]
         return (pages * self._page_rows + positions % BLOCK_TOKENS).to(self.device)
+
+    def _wait_grown(self, blocks: int) -> None:
+        """Waits until there is memory behind so many blocks: another process than this one may have
+        got them, and have heard of it first."""
+        deadline = time.monotonic() + _GROWN_S
+        while self._kv.grown < blocks * self._kv.block_bytes:
+            if time.monotonic() > deadline:
+                raise ArenaError(
+                    "the KV arena has not the memory of a block that was given out",
+                    expected=f"{blocks * self._kv.block_bytes:,} bytes",
+                    got=f"{self._kv.grown:,} bytes",
+                )
+            time.sleep(0.001)
 
     def read(self, layer: int, rows: Tensor, heads: slice) -> tuple[Tensor, Tensor]:
         """Keys and values of tokens in one layer.
@@ -105,5 +126,5 @@ def checksum(k: Tensor, v: Tensor) -> str:
     """xxh3 of 64 bits over a layer's keys, then its values, of all tokens in canonical form."""
     digest = xxhash.xxh3_64()
     for part in (k, v):
-        digest.update(part.contiguous().cpu().view(torch.uint8).numpy())
+        digest.update(part.contiguous().cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -163,7 +163,6 @@ class KvSchedule:
             most = tokens if job.params.max_tokens is None else _most_tokens(job, tokens)
             hold = self._holds.assign(job.request, job.attempt, most, opens=asked.opens)
             self._producers[request.request_id] = _Producer(asked, hold, request)
-            hold.why = self._unfit_now() or hold.why
 
     def _unfit_now(self) -> str | None:
         if self._unfit is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -317,3 +318,23 @@ def test_compiled_in_bfloat16(demo_model) -> None:
                 :16
             ] == expected
             native.wait_used(0)
+
+
+@pytest.mark.skipif(os.sched_getaffinity(0) < {0, 1}, reason="each rank has a core of its own")
+def test_ranks_share_a_request(demo_model, native: Native) -> None:
+    """Each has its heads: in KV that comes, and in KV that goes."""
+    config = transfer_config(native, "async", "recompute")
+    more = {"tensor_parallel_size": 2, "environment": {"VLLM_CPU_OMP_THREADS_BIND": "0|1"}}
+    with host(demo_model(), dtype="float32", kv_transfer_config=config, **more) as engine:
+        free, prompt = engine.free_blocks(), fresh(300)
+        asked = Asked(native, prompt)
+        asked.add(engine)
+        tokens = engine.run()[asked.name].tokens
+        assert tokens == plain(engine, asked.prompt)
+        native.open("ranks")
+        engine.add("ranks", prompt, produce(native.job("ranks", prompt)), max_tokens=1)
+        outcome = read_handed(engine.run()["ranks"].kv_transfer_params)
+        assert outcome is not None
+        assert outcome.handoff is not None, outcome.why
+        assert native.decode(outcome.handoff)[0][1:] == tokens
+        nothing_is_left(engine, native, free)

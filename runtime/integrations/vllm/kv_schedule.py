@@ -6,10 +6,7 @@ every rank has copied them, or the request is over and no rank copies any more. 
 was used, or was found lost, is vLLM's own from then on: when it is asked for again, as after a
 preemption, there is nothing more.
 
-A request to be handed on gets blocks of the arena at once. Its prompt is copied there by the steps
-that compute it, before they end, and published before the step's outputs leave the scheduler: so
-whoever is told of it by its output can claim its KV. vLLM asks for what the output is to say before
-it passes on what the workers report of the same step; so what is said is put right if need be.
+Requests that are to be handed on are the affair of `kv_outgoing`.
 """
 
 from __future__ import annotations
@@ -22,21 +19,19 @@ from typing import Any
 
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import ColdframeError
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import (
     Fingerprint,
     differences,
     kv_differences,
 )
 from coldframe.runtime.integrations.vllm.kv_holds import Hold, Holds, domain_of
-from coldframe.runtime.integrations.vllm.kv_step import Load, Report, Save, Step
+from coldframe.runtime.integrations.vllm.kv_outgoing import KvOutgoing
+from coldframe.runtime.integrations.vllm.kv_step import Load, Report, Step
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally
 from coldframe.runtime.integrations.vllm.transfer import (
     Consume,
-    Outcome,
     Produce,
     digest_of,
-    handed,
     parse,
 )
 
@@ -64,22 +59,6 @@ class _Consumer:
     """Ranks that have not said yet that they are done."""
     plan: Load | None = None
     over: bool = False
-
-
-@dataclass(eq=False, slots=True)
-class _Producer:
-    """A request whose KV is to be outside."""
-
-    asked: Produce
-    hold: Hold
-    request: Any
-    saved: int = 0
-    copying: int = 0
-    why: str | None = None
-    checksums: tuple[str, ...] = ()
-    over: bool = False
-    said: dict[str, Any] | None = None
-    """What its output says, where it was over before its last copy was reported."""
 
 
 class KvSchedule:
@@ -118,10 +97,11 @@ class KvSchedule:
         self._block_tokens = block_tokens
         self._holds = Holds(client, tally)
         self._consumers: dict[str, _Consumer] = {}
-        self._producers: dict[str, _Producer] = {}
+        self._outgoing = KvOutgoing(
+            *(client, self._holds, tally, fingerprint, self._unfit_now, ranks, block_tokens)
+        )
         self._step = Step()
         self._evict: Callable[[set[int]], None] = lambda _: None
-        self._table: Callable[[str], Iterable[int]] = lambda _: ()
 
     def close(self) -> None:
         self._holds.close()
@@ -135,7 +115,7 @@ class KvSchedule:
             table: The blocks of a request.
             evict: Makes blocks unknown to vLLM's prefix cache.
         """
-        self._table, self._evict = table, evict
+        self._outgoing.table, self._evict = table, evict
 
     # -- a request comes -------------------------------------------------------------------------
 
@@ -156,13 +136,11 @@ class KvSchedule:
             else:
                 self._tally.add("mismatched")
                 self._not_used(request.request_id, why)
+                self._free(asked)
             consumer = _Consumer(asked, hold, time.monotonic(), consumed=hold is None)
             self._consumers[request.request_id] = consumer
         elif isinstance(asked, Produce):
-            job, tokens = asked.job, request.num_prompt_tokens
-            most = tokens if job.params.max_tokens is None else _most_tokens(job, tokens)
-            hold = self._holds.assign(job.request, job.attempt, most, opens=asked.opens)
-            self._producers[request.request_id] = _Producer(asked, hold, request)
+            self._outgoing.came(request, asked)
 
     def _unfit_now(self) -> str | None:
         if self._unfit is not None:
@@ -177,18 +155,10 @@ class KvSchedule:
         if unfit is not None:
             return unfit
         mine = self._fingerprint()
-        if (asked.model, asked.kv_format) != (mine.model, mine.kv_format):
-            return _differ(
-                {
-                    name: both
-                    for name, both in {
-                        "model": (asked.model, mine.model),
-                        "kv_format": (asked.kv_format, mine.kv_format),
-                    }.items()
-                    if both[0] != both[1]
-                }
-            )
-        found = kv_differences(asked.made_by, mine) if asked.made_by is not None else {}
+        found = {"model": (asked.model, mine.model), "kv_format": (asked.kv_format, mine.kv_format)}
+        found = {name: both for name, both in found.items() if both[0] != both[1]}
+        if asked.made_by is not None:
+            found |= kv_differences(asked.made_by, mine)
         if asked.made_for is not None:
             found |= differences(asked.made_for, mine)
         if found:
@@ -197,6 +167,12 @@ class KvSchedule:
         if len(tokens) < asked.kv_tokens or digest_of(tokens) != asked.tokens:
             return "the KV is of other tokens"
         return None
+
+    def _free(self, asked: Consume) -> None:
+        """Sees that KV which is not used takes no room; a lease would end that later."""
+        if self._client.kv is not None and asked.domain == domain_of(self._client):
+            hold = self._holds.claim(asked.request, asked.attempt, asked.kv_tokens, asked.domain)
+            self._holds.let_go(hold)
 
     def _not_used(self, request: str, why: str) -> None:
         self._tally.add("recomputed", why=why)
@@ -263,31 +239,8 @@ class KvSchedule:
         """
         step, self._step = self._step, Step()
         step.idle = not scheduled
-        for name in [name for name in scheduled if name in self._producers]:
-            save = self._save(name, self._producers[name], scheduled[name])
-            if save is not None:
-                step.saves.append(save)
+        step.saves = self._outgoing.saves(scheduled)
         return step
-
-    def _save(self, name: str, producer: _Producer, tokens: int) -> Save | None:
-        hold, request = producer.hold, producer.request
-        if not hold.wait(_CLAIM_S) or hold.blocks is None or self._unfit_now() is not None:
-            return None
-        end = min(request.num_computed_tokens + tokens, request.num_prompt_tokens)
-        if end <= producer.saved:
-            return None
-        start, producer.saved = producer.saved, end
-        producer.copying += self._ranks
-        return Save(
-            name,
-            hold.request,
-            tuple(hold.blocks),
-            start,
-            end,
-            tuple(self._table(name)),
-            self._block_tokens,
-            sums=producer.asked.checksums and end == request.num_prompt_tokens,
-        )
 
     # -- the workers have said something ---------------------------------------------------------
 
@@ -295,7 +248,7 @@ class KvSchedule:
         """Takes what the ranks have done."""
         for name, why in report.failed.items():
             consumer = self._consumers.get(name)
-            if consumer is None or consumer.over:
+            if consumer is None or (consumer.over and self._recompute):
                 continue
             if self._recompute:
                 self._not_used(name, why)
@@ -314,23 +267,7 @@ class KvSchedule:
                 self._holds.let_go(consumer.hold)
                 if consumer.over:
                     del self._consumers[name]
-        for name, why in report.unsaved.items():
-            if name in self._producers:
-                self._producers[name].why = why
-        for name, checksums in report.checksums.items():
-            if name in self._producers:
-                self._producers[name].checksums = checksums
-        for name, count in report.saved.items():
-            producer = self._producers.get(name)
-            if producer is None:
-                continue
-            producer.copying -= count
-            if producer.copying <= 0 and producer.over:
-                if producer.said is not None:
-                    producer.said.update(handed(self._end(name, producer)))
-                else:
-                    del self._producers[name]
-                    self._holds.let_go(producer.hold)
+        self._outgoing.reported(report)
 
     # -- it is over ------------------------------------------------------------------------------
 
@@ -351,73 +288,7 @@ class KvSchedule:
                 del self._consumers[name]
                 if consumer.hold is not None:
                     self._holds.let_go(consumer.hold)
-        producer = self._producers.get(name)
-        if producer is None:
-            return None
-        producer.over = True
-        why = None if whole else "the request was cancelled"
-        if producer.copying <= 0 or why is not None:
-            return handed(self._end(name, producer, why))
-        # The step that has computed its last token has copied it; that will be reported in a
-        # moment. Till then nobody can claim it.
-        producer.said = handed(Outcome(None, None, "its KV was not copied to the end"))
-        return producer.said
-
-    def _end(self, name: str, producer: _Producer, why: str | None = None) -> Outcome:
-        """Hands a request on, or lets its blocks go."""
-        why = why or self._why_not(producer)
-        mine = self._fingerprint() if self._unfit_now() is None else None
-        if why is None and mine is not None:
-            handoff = self._handoff(producer, mine)
-            if self._holds.hand_over(producer.hold, _HAND_S):
-                self._tally.add("handed")
-                del self._producers[name]
-                return Outcome(handoff, mine, None, producer.checksums)
-            why = "the memory service is gone"
-        self._tally.add("not_handed", why=why)
-        if producer.copying <= 0:
-            del self._producers[name]
-            self._holds.let_go(producer.hold)
-        return Outcome(None, mine, why)
-
-    def _why_not(self, producer: _Producer) -> str | None:
-        request, job = producer.request, producer.asked.job
-        ids = [*(job.prompt_ids or request.prompt_token_ids), *job.generated_ids]
-        if self._unfit_now() is not None:
-            return self._unfit_now()
-        if producer.why is not None:
-            return producer.why
-        if producer.hold.blocks is None:
-            return producer.hold.why or "there were no blocks of the arena for it"
-        if list(request.prompt_token_ids) != ids:
-            return "its prompt is not the job's"
-        if producer.saved < request.num_prompt_tokens:
-            return "its KV was not copied to the end"
-        return None
-
-    def _handoff(self, producer: _Producer, mine: Fingerprint) -> Handoff:
-        request, job = producer.request, producer.asked.job
-        done = Job(
-            job.request,
-            job.attempt,
-            job.params,
-            prompt_ids=tuple(job.prompt_ids or request.prompt_token_ids),
-            generated_ids=(*job.generated_ids, *request.output_token_ids),
-        )
-        return Handoff(
-            done,
-            mine.model,
-            mine.kv_format,
-            tuple(producer.hold.blocks or ()),
-            request.num_prompt_tokens,
-            domain_of(self._client),
-        )
-
-
-def _most_tokens(job: Job, prompt_tokens: int) -> int:
-    """Tokens that can come to lie in a request's KV, wherever it goes on."""
-    assert job.params.max_tokens is not None
-    return prompt_tokens - len(job.generated_ids) + job.params.max_tokens - 1
+        return self._outgoing.over(request, whole=whole)
 
 
 def _differ(found: dict[str, tuple[Any, Any]]) -> str:

@@ -185,7 +185,6 @@ def test_what_does_not_fit_is_not_used(engine: Host, native: Native, what: str) 
     done = counts(engine)
     assert done["mismatched"] == before.get("mismatched", 0) + 1
     assert done["recomputed"] == before.get("recomputed", 0) + 1
-    native.release(asked.name)
     native.wait_used(0)
 
 
@@ -215,6 +214,16 @@ def test_kv_that_is_not_what_was_written(layered: Host, native: Native) -> None:
     assert done["recomputed"] == before.get("recomputed", 0) + 1
     assert done["loaded"] == before.get("loaded", 0) + 1
     nothing_is_left(layered, native, free)
+
+
+def test_kv_that_is_not_what_was_written_may_be_an_error(beside: Host, native: Native) -> None:
+    free = beside.free_blocks()
+    bad = Asked(native, fresh(300))
+    bad.params = consume(bad.handoff, "fast", checksums=checksums(native, bad))
+    native.poison(bad.name)
+    bad.add(beside)
+    assert beside.run()[bad.name].finish == "error"
+    nothing_is_left(beside, native, free)
 
 
 def test_a_preempted_request_is_vllms_own(engine: Host, native: Native) -> None:
@@ -271,11 +280,18 @@ def test_others_go_on_while_one_is_loaded(beside: Host, native: Native) -> None:
 
 
 def test_a_service_that_dies(demo_model) -> None:
-    """While KV is loaded, and before: the tokens are right, and requests go on to be served."""
+    """While KV is loaded, and before: the tokens are right, and requests go on to be served. So
+    they are where what comes beside steps is not what was written."""
     with native_of(demo_model()) as native:
         config = transfer_config(native, "async", "recompute")
         with host(demo_model(), dtype="float32", kv_transfer_config=config) as engine:
             free = engine.free_blocks()
+            bad = Asked(native, fresh(300))
+            bad.params = consume(bad.handoff, "fast", checksums=checksums(native, bad))
+            native.poison(bad.name)
+            bad.add(engine)
+            assert engine.run()[bad.name].tokens == plain(engine, bad.prompt)
+            nothing_is_left(engine, native, free)
             asked, late = Asked(native, fresh(300)), Asked(native, fresh(128))
             engine.call(hold_back)
             asked.add(engine)
@@ -286,7 +302,7 @@ def test_a_service_that_dies(demo_model) -> None:
             assert engine.run()[asked.name].tokens == plain(engine, asked.prompt)
             late.add(engine)
             assert engine.run()[late.name].tokens == plain(engine, late.prompt)
-            assert counts(engine)["recomputed"] == 1
+            assert counts(engine)["recomputed"] == 2
             assert engine.free_blocks() == free
 
 

@@ -103,7 +103,7 @@ def own_fingerprint(engine):
 
 def remembered(engine):
     schedule = sides(engine)[0]._schedule
-    return len(schedule._consumers), len(schedule._producers)
+    return len(schedule._consumers), len(schedule._outgoing)
 
 
 def forget(engine):

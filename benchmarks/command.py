@@ -29,6 +29,7 @@ BENCHMARKS = {
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
     "vllm-load": ("coldframe.benchmarks.vllm_load", "vLLM's weights from us and by its own loader"),
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
+    "vllm-handoff": ("coldframe.benchmarks.vllm_handoff", "KV from outside in vLLM, and out of it"),
 }
 
 _ON_DEVICE = {"prefix", "replay", "rest", "serve", "swap", "turns"}

@@ -45,9 +45,13 @@ class KvArena:
             assigned or claimed.
         block_bytes: Bytes of one block.
         blocks: How many there are.
+
+    Attributes:
+        grown: Bytes that have memory behind them here, from the start.
     """
 
     def __init__(self, reservation: Mapping, block_bytes: int, blocks: int) -> None:
+        self.grown = 0
         self.reservation = reservation
         self.block_bytes = block_bytes
         self.blocks = blocks
@@ -246,6 +250,15 @@ class MemoryClient:
 
     # -- KV --------------------------------------------------------------------------------------
 
+    def open(self, request: str) -> None:
+        """Brings a request to life that no gateway has opened; it ends with `release`, or with this
+        connection."""
+        self._channel.send({"type": "open", "request": request})
+
+    def release(self, request: str) -> None:
+        """Ends a request that was opened here; its blocks are freed once nobody holds them."""
+        self._channel.send({"type": "release", "request": request})
+
     @property
     def may_assign(self) -> bool:
         """Whether blocks that were refused may be there by now, so that it is worth asking."""
@@ -408,16 +421,19 @@ class MemoryClient:
             case "kv":
                 mapping = self._reserve(body["size"], KV_BASE)
                 try:
-                    self._attach(mapping, message.fds, body["segments"])
+                    grown = self._attach(mapping, message.fds, body["segments"])
                 except BaseException:
                     mapping.close()
                     raise
-                self.kv = KvArena(mapping, body["block_bytes"], body["blocks"])
+                kv = KvArena(mapping, body["block_bytes"], body["blocks"])
+                kv.grown, self.kv = grown, kv
             case "kv_grown":
                 assert self.kv is not None
-                self._attach(self.kv.reservation, message.fds, [body["segment"]])
+                segments = [body["segment"]]
+                self.kv.grown = self._attach(self.kv.reservation, message.fds, segments)
             case "kv_shrunk":
                 assert self.kv is not None
+                self.kv.grown = 0
                 self.kv.reservation.detach()
             case "failed":
                 self._error = ColdframeError.from_wire(body["error"])
@@ -436,13 +452,15 @@ class MemoryClient:
         return self._device.mapping(size, base, exact=True)
 
     @staticmethod
-    def _attach(mapping: Mapping, fds: Sequence[int], segments: Sequence[list[Any]]) -> None:
+    def _attach(mapping: Mapping, fds: Sequence[int], segments: Sequence[list[Any]]) -> int:
+        """Maps segments; returns where the last of them ends."""
         found = [Segment.from_wire(fd, data) for fd, data in zip(fds, segments, strict=True)]
         try:
             mapping.attach(found)
         finally:
             for fd in fds:
                 os.close(fd)
+        return max((segment.offset + segment.length for segment in found), default=0)
 
     def _collect(self, message: Message) -> bool:
         """Takes segments; whether these were the last of them."""

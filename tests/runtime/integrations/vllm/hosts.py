@@ -89,8 +89,19 @@ class Host:
         Raises:
             HostError: It raised something, said nothing for so long, or died.
         """
+        self.begin(what, *arguments)
+        return self.answer(what, wait_s)
+
+    def begin(self, what: str, *arguments: Any) -> None:
+        """Has the process do something; `answer` waits for it. One thing at a time."""
         try:
             self._connection.send((what, arguments))
+        except OSError as error:
+            raise HostError(f"the engine's process is gone: {self.process.poll()}") from error
+
+    def answer(self, what: str = "run", wait_s: float = _ANSWER_S) -> Any:
+        """What has come of what was begun; see `ask`."""
+        try:
             if not self._connection.poll(wait_s):
                 raise HostError(f"no answer to {what!r} within {wait_s:g} s")
             failed, value = self._connection.recv()

@@ -1,7 +1,8 @@
 """Prefill before all weights are in, inside vLLM: a model that is given out empty, behind gates.
 
-A thread fills it, stage by stage in the order of use, makes each stage ready as vLLM would have, and
-opens its gate (`gates`). Meanwhile vLLM goes on with its start, and takes requests.
+A thread fills it, stage by stage in the order of use (`filling`), has each stage post-processed as
+vLLM would have, and opens its gate (`gates`). Meanwhile vLLM goes on with its start, and takes
+requests.
 """
 
 from __future__ import annotations
@@ -9,14 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.client import STALL_S, MemoryClient
 from coldframe.loader.errors import CheckpointError, RequestError
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.runtime.integrations.vllm.gates import Gates
 from coldframe.runtime.integrations.vllm.staged import Staged
-from coldframe.runtime.tensors import tensors_of
+
+if TYPE_CHECKING:
+    from coldframe.runtime.integrations.vllm.filling import Filling
 
 __all__ = ["GatedLoad", "gated_load", "may_gate", "refusal"]
 
@@ -100,30 +104,38 @@ class GatedLoad:
 
     Args:
         staged: The model, made and empty.
-        client: The connection to the memory that has or gets the weights.
-        device: Where the model computes.
+        filling: What fills it.
+        client: Where its weights come in.
+        model_config: vLLM's of it.
+        device: Where it computes.
         stall_s: See `Gates`.
-
-    Raises:
-        ColdframeError: There is no plan to be had.
+        then: Called when it is whole, by the thread.
     """
 
     def __init__(
-        self, staged: Staged, client: MemoryClient, device: Any, *, stall_s: float = STALL_S
+        self,
+        staged: Staged,
+        filling: Filling,
+        client: MemoryClient,
+        model_config: Any,
+        device: Any,
+        *,
+        stall_s: float = STALL_S,
+        then: Callable[[], None] = lambda: None,
     ) -> None:
         self._staged = staged
-        self._client = client
+        self._filling = filling
         self._device = device
+        self._then = then
         self._recorder = Recorder("vllm")
         self._spans: list[Span] = []
-        self._plan, arena = client.wait_weights()
-        tensors = tensors_of(self._plan, arena)
-        self._tensors: list[list[tuple[str, Any]]] = [[] for _ in self._plan.stages]
-        for placement in self._plan.placements.values():
-            self._tensors[placement.stage].append((placement.name, tensors[placement.name]))
         self._opened = 0
         self.gates = Gates(
-            staged, lambda: client.progress[0], stall_s=stall_s, recorder=self._recorder
+            staged,
+            model_config,
+            lambda: client.progress[0],
+            stall_s=stall_s,
+            recorder=self._recorder,
         )
         self._thread = threading.Thread(target=self._run, name="gated-load", daemon=True)
         _loads[staged.model] = self
@@ -144,7 +156,7 @@ class GatedLoad:
         return self.gates.wait_all(seconds)
 
     def spans(self) -> tuple[Span, ...]:
-        """What has been done so far: `fill[STAGE]` from a stage's arrival on, and `gate[STAGE]`."""
+        """What was done so far: `fill[STAGE]`, from when it was waited for, and `gate[STAGE]`."""
         self._spans += self._recorder.drain()
         return tuple(self._spans)
 
@@ -156,66 +168,60 @@ class GatedLoad:
                 self._fill()
             else:
                 self._fill_on_stream()
+            _log.info("%s", self._filling.summary())
+            self._then()
         except BaseException as error:  # noqa: BLE001 - whoever waits at a gate must hear of it
             _log.error("The weights cannot be loaded: %s", error)
             self.gates.fail(error)
-        self._tensors = []
 
     def _fill_on_stream(self) -> None:
         import torch
 
+        torch.accelerator.set_device_index(self._device.index or 0)
         # Beside whatever computes.
         with torch.Stream(self._device):
             self._fill()
 
     def _fill(self) -> None:
-        import torch
-
-        told = True
-        with torch.no_grad():
-            for stage in self._plan.stages:
-                self._client.wait_stage(stage.index)
-                arrived = now()
-                loaded = self._staged.model.load_weights(iter(self._tensors[stage.index]))
-                if loaded is None:  # some models do not say
-                    told = False
-                else:
-                    self._staged.filled(loaded)
-                    self._open(arrived)
-            if not told:
-                self._staged.filled(self._staged.parameters)
-                self._open(arrived)
+        for stage in self._filling.stages:
+            started = now()
+            self._filling.fill(stage)
+            # That need not be the stage that opens: a tensor may come with a later one than the
+            # model's own names tell, as that of an embedding which is stored as the head.
+            while not self.gates.all_open and not self._missing():
+                self._open(started)
         if not self.gates.all_open:
             raise self._incomplete()
 
-    def _open(self, arrived: int) -> None:
-        """Opens, in their order, the stages of which nothing is missing.
+    def _missing(self) -> list[str]:
+        """Parameters of the next stage to open that nothing has come for."""
+        parameters = self._staged.parameters(self._opened)
+        return [name for name in parameters if not self._filling.has(name)]
 
-        That need not be the one that has just come: a tensor may come with a later one than the
-        model's own names tell, as that of an embedding which is stored as the head.
-        """
-        while not self.gates.all_open and not self._staged.missing(self._opened):
-            self._staged.finish(self._opened, self._device)
-            if self._device.type != "cpu":
-                # A stage opens when all that was queued for it is done: other streams need not
-                # know of this one.
-                self._stream().synchronize()
-            self._recorder.add(f"fill[{self._staged.names[self._opened]}]", arrived)
-            self.gates.open(self._opened)
-            self._opened += 1
+    def _open(self, started: int) -> None:
+        name = self._staged.names[self._opened]
+        self._filling.process(self._opened)
+        if self._opened == len(self._staged.names) - 1:
+            self._filling.finish()
+        if self._device.type != "cpu":
+            self._settle()
+        self._recorder.add(f"fill[{name}]", started)
+        self.gates.open(self._opened)
+        self._opened += 1
 
-    def _stream(self) -> Any:
+    def _settle(self) -> None:
+        """Waits until all that was queued for a stage is done, so that no other stream need."""
         import torch
 
-        return torch.accelerator.current_stream(self._device)
+        torch.accelerator.current_stream(self._device).synchronize()
 
     def _incomplete(self) -> CheckpointError:
-        missing = sorted(self._staged.missing(self._opened))
+        missing = self._missing()
         return CheckpointError(
             "the checkpoint lacks weights of the model",
             where=self._staged.names[self._opened],
             expected=", ".join(missing[:3]) + (", ..." if len(missing) > 3 else ""),
-            got="no such tensors",
+            got="no tensors for them",
         )
 
 

@@ -32,6 +32,7 @@ class Gates:
 
     Args:
         staged: The model by stages.
+        model_config: vLLM's of it.
         progress: Bytes of the weights that are in; it is asked by whoever waits.
         stall_s: How long a wait goes on in which neither a byte comes in nor a stage opens, in
             seconds. Twice that, in fact: who fills the stages gives up first, and knows why.
@@ -42,6 +43,7 @@ class Gates:
     def __init__(
         self,
         staged: Staged,
+        model_config: Any,
         progress: Callable[[], int],
         *,
         stall_s: float = STALL_S,
@@ -49,6 +51,7 @@ class Gates:
     ) -> None:
         self._staged = staged
         self._model = staged.model
+        self._model_config = model_config
         self._progress = progress
         self._stall_s = stall_s
         self._recorder = recorder or Recorder("vllm")
@@ -173,7 +176,7 @@ class Gates:
             return type(self._model).forward(self._model, *args, **kwargs)
         import torch
 
-        config = self._staged.model_config
+        config = self._model_config
         positions = kwargs["positions"] if "positions" in kwargs else args[1]
         shape = (positions.shape[-1], config.get_hidden_size())
         return torch.zeros(shape, dtype=config.dtype, device=positions.device)
@@ -181,7 +184,7 @@ class Gates:
     def _logits(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def gated(hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
             if self._rehearsing:
-                shape = (len(hidden_states), self._staged.model_config.get_vocab_size())
+                shape = (len(hidden_states), self._model_config.get_vocab_size())
                 return hidden_states.new_zeros(shape)
             self.wait(len(self._staged.names) - 1)
             return original(hidden_states, *args, **kwargs)

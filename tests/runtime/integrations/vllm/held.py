@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
+import json
 import re
 import threading
+from bisect import bisect_right
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from coldframe.loader.stages import stage_of_each
+
 _PIECE = 16 << 10
 
 
 class Held:
-    """Serves a directory on loopback.
+    """Serves a directory on loopback; what asks for a shard's header gets it.
 
     Args:
         model: The checkpoint.
-        may_pass: Bytes of weights that are sent before all further ones are held back.
+        upto: The last stage whose weights are sent; further ones are held back.
 
     Attributes:
         url: What to load from.
-        weights_bytes: Of its weight files.
+        stages: How many there are.
     """
 
-    def __init__(self, model: Path, may_pass: int = 0) -> None:
+    def __init__(self, model: Path, upto: int = -1) -> None:
         self.model = model
-        self.weights_bytes = sum(path.stat().st_size for path in model.glob("*.safetensors"))
-        self.passed = 0
         self.gone = False
-        self._limit: float = may_pass
+        self._upto = upto
+        self._begins = _begins(model)
+        self.stages = 1 + max(stage for found in self._begins.values() for _, stage in found)
         self._changed = threading.Condition()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -52,10 +56,10 @@ class Held:
         self._server.server_close()
         self._thread.join()
 
-    def release(self, may_pass: float = float("inf")) -> None:
-        """Lets so many bytes through in all."""
+    def release(self, upto: int | None = None) -> None:
+        """Lets the weights of stages up to this one through; all, where none is named."""
         with self._changed:
-            self._limit = may_pass
+            self._upto = self.stages if upto is None else upto
             self._changed.notify_all()
 
     def vanish(self) -> None:
@@ -64,12 +68,29 @@ class Held:
             self.gone = True
             self._changed.notify_all()
 
-    def may_send(self, nbytes: int) -> bool:
-        """Waits until bytes of weights may go; False where they never will."""
+    def may_send(self, shard: str, at: int) -> bool:
+        """Waits until a byte of weights may go; False where it never will."""
+        begins = self._begins[shard]
+        stage = begins[bisect_right(begins, (at, self.stages)) - 1][1]
         with self._changed:
-            self._changed.wait_for(lambda: self.gone or self.passed + nbytes <= self._limit)
-            self.passed += nbytes
+            self._changed.wait_for(lambda: self.gone or stage <= self._upto)
             return not self.gone
+
+
+def _begins(model: Path) -> dict[str, list[tuple[int, int]]]:
+    """Of each shard, where each tensor begins and its stage."""
+    places = {}
+    for path in model.glob("*.safetensors"):
+        data = path.read_bytes()
+        base = 8 + int.from_bytes(data[:8], "little")
+        for name, tensor in json.loads(data[8:base]).items():
+            if name != "__metadata__":
+                places[name] = path.name, base + tensor["data_offsets"][0]
+    stages, _ = stage_of_each(list(places), where=str(model))
+    found: dict[str, list[tuple[int, int]]] = {}
+    for name, (shard, begin) in places.items():
+        found.setdefault(shard, []).append((begin, stages[name]))
+    return {shard: sorted(begins) for shard, begins in found.items()}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -105,12 +126,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if not body:
             return
-        weights = 8 + int.from_bytes(data[:8], "little") if path.suffix == ".safetensors" else None
+        held_back = path.suffix == ".safetensors" and start > int.from_bytes(data[:8], "little")
         for at in range(start, end, _PIECE):
-            piece = data[at : min(at + _PIECE, end)]
-            # A shard's header is no weights: without it there would be no plan.
-            if weights is not None and at >= weights and not held.may_send(len(piece)):
+            if held_back and not held.may_send(path.name, at):
                 self.close_connection = True
                 return
-            self.wfile.write(piece)
-
+            self.wfile.write(data[at : min(at + _PIECE, end)])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from itertools import pairwise
 
 import pytest
 
+from coldframe.loader.stages import stage_names
 from tests.runtime.integrations.vllm.held import Held
 from tests.runtime.integrations.vllm.hosts import HostError, host
 
@@ -24,21 +26,19 @@ def gated(demo, source, **more):
 )
 def test_tokens_are_those_of_plain_vllm(demo_model, family, dtype):
     model = demo_model(family, dtype)
-    with Held(model) as source:
-        with gated(model, source, dtype=dtype) as engine:
-            # It is up, and most of its weights are not there.
-            assert not engine.call(_complete)
-            for number, prompt in enumerate(PROMPTS):
-                engine.add(str(number), prompt, max_tokens=12)
-            engine.begin("run")
-            for tenth in range(1, 11):
-                source.release(tenth / 10 * source.weights_bytes)
-                time.sleep(0.2)
-            source.release()
-            found = engine.answer()
-            spans = engine.call(_spans)
-            again = engine.generate(PROMPTS, max_tokens=12)
-            assert engine.call(_what_is_left) == []
+    with Held(model) as source, gated(model, source, dtype=dtype) as engine:
+        # It is up, and most of its weights are not there.
+        assert not engine.call(_complete)
+        for number, prompt in enumerate(PROMPTS):
+            engine.add(str(number), prompt, max_tokens=12)
+        engine.begin("run")
+        for stage in range(source.stages):
+            time.sleep(0.2)
+            source.release(stage)
+        found = engine.answer()
+        spans = engine.call(_spans)
+        again = engine.generate(PROMPTS, max_tokens=12)
+        assert engine.call(_what_is_left) == []
     with host(model, dtype=dtype) as engine:
         plain = engine.generate(PROMPTS, max_tokens=12)
     assert [found[str(number)] for number in range(3)] == plain
@@ -46,15 +46,15 @@ def test_tokens_are_those_of_plain_vllm(demo_model, family, dtype):
     # Layers were gone through while later ones were not even there.
     filled = {name[4:]: end for name, _, end in spans if name.startswith("fill")}
     passed = {name[4:]: end for name, _, end in spans if name.startswith("gate")}
-    assert len(filled) == 6
+    assert list(filled) == list(passed) == [f"[{name}]" for name in stage_names(4)]
     assert all(end >= filled[name] for name, end in passed.items())
-    assert passed["[embedding]"] < filled["[layer 0]"]
-    assert passed["[layer 1]"] < filled["[layer 3]"] <= filled["[head]"]
+    for name, later in pairwise(filled):
+        assert passed[name] < filled[later]
 
 
 def test_a_source_that_is_gone(demo_model):
     """A request that waits for weights ends with the reason, and so does each that comes later."""
-    with Held(demo_model(), may_pass=1_200_000) as source:
+    with Held(demo_model(), upto=2) as source:
         with gated(demo_model(), source, dtype="float32") as engine:
             engine.add("waits", PROMPTS[1])
             engine.begin("run")
@@ -69,14 +69,13 @@ def test_a_source_that_is_gone(demo_model):
 
 
 def test_a_memory_service_that_is_gone(demo_model):
-    with Held(demo_model()) as source:
-        with gated(demo_model(), source, dtype="float32") as engine:
-            engine.add("waits", PROMPTS[1])
-            engine.begin("run")
-            time.sleep(0.5)
-            engine_children(engine)[0].kill()
-            with pytest.raises(HostError, match="MemoryServiceGone"):
-                engine.answer(wait_s=20)
+    with Held(demo_model()) as source, gated(demo_model(), source, dtype="float32") as engine:
+        engine.add("waits", PROMPTS[1])
+        engine.begin("run")
+        time.sleep(0.5)
+        engine_children(engine)[0].kill()
+        with pytest.raises(HostError, match="MemoryServiceGone"):
+            engine.answer(wait_s=20)
 
 
 def engine_children(engine):
@@ -88,16 +87,15 @@ def engine_children(engine):
 
 def test_an_engine_that_ends_while_a_gate_waits(demo_model):
     """An interrupt reaches whoever waits at a gate, and nothing keeps the process."""
-    with Held(demo_model()) as source:
-        with gated(demo_model(), source, dtype="float32") as engine:
-            engine.add("waits", PROMPTS[1])
-            engine.begin("run")
-            time.sleep(0.5)
-            children = engine_children(engine)
-            engine.process.send_signal(2)
-            engine.process.wait(20)
-            for child in children:
-                child.wait(20)
+    with Held(demo_model()) as source, gated(demo_model(), source, dtype="float32") as engine:
+        engine.add("waits", PROMPTS[1])
+        engine.begin("run")
+        time.sleep(0.5)
+        children = engine_children(engine)
+        engine.process.send_signal(2)
+        engine.process.wait(20)
+        for child in children:
+            child.wait(20)
 
 
 def _load(engine):

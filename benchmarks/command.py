@@ -28,6 +28,7 @@ BENCHMARKS = {
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
+    "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
 _ON_DEVICE = {"prefix", "replay", "rest", "serve", "swap", "turns"}

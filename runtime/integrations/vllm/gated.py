@@ -109,7 +109,7 @@ class GatedLoad:
         model_config: vLLM's of it.
         device: Where it computes.
         stall_s: See `Gates`.
-        then: Called when it is whole, by the thread.
+        then: Called when it is whole, by the thread, while nothing of it is running.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class GatedLoad:
     @property
     def complete(self) -> bool:
         """Whether the model is whole, and the gates are gone."""
-        return self.gates.all_open
+        return self.gates.gone
 
     @property
     def error(self) -> BaseException | None:
@@ -168,8 +168,8 @@ class GatedLoad:
                 self._fill()
             else:
                 self._fill_on_stream()
+            self.gates.remove(self._then)
             _log.info("%s", self._filling.summary())
-            self._then()
         except BaseException as error:  # noqa: BLE001 - whoever waits at a gate must hear of it
             _log.error("The weights cannot be loaded: %s", error)
             self.gates.fail(error)

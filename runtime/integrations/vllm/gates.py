@@ -60,6 +60,7 @@ class Gates:
         self._passed: set[int] = set()
         self._error: BaseException | None = None
         self._rehearsing = False
+        self._running = threading.Lock()
         self._stand_ins: list[str] = []
         self._hooks = {
             stage: [
@@ -82,9 +83,25 @@ class Gates:
         with self._changed:
             self._open.add(stage)
             self._changed.notify_all()
-        if self.all_open:
+
+    def remove(self, then: Callable[[], None]) -> None:
+        """Takes away what is left of the gates, once all are open.
+
+        Args:
+            then: Called first, while nothing of the model is running: it may move weights.
+        """
+        with self._running:
+            then()
             for name in self._stand_ins:
                 delattr(self._model, name)
+            self._stand_ins.clear()
+        with self._changed:
+            self._changed.notify_all()
+
+    @property
+    def gone(self) -> bool:
+        """Whether the model is again as vLLM has made it."""
+        return self.all_open and not self._stand_ins
 
     def fail(self, error: BaseException) -> None:
         """Ends all waits, and those to come, with an error. What is open stays open."""
@@ -131,7 +148,7 @@ class Gates:
                 self._changed.wait(min(_LOOK_S, self._stall_s / 2))
 
     def wait_all(self, seconds: float | None = None) -> bool:
-        """Waits until all is open; whether it is.
+        """Waits until all gates are open and gone; whether they are.
 
         Args:
             seconds: How long at most; None is for as long as anything comes.
@@ -142,12 +159,11 @@ class Gates:
         if seconds is None:
             for stage in range(len(self._staged.names)):
                 self.wait(stage)
-            return True
         with self._changed:
-            self._changed.wait_for(lambda: self.all_open or self._error is not None, seconds)
-        if self._error is not None and not self.all_open:
+            self._changed.wait_for(lambda: self.gone or self._error is not None, seconds)
+        if self._error is not None and not self.gone:
             raise _raised(self._error)
-        return self.all_open
+        return self.gone
 
     # -- in the model ----------------------------------------------------------------------------
 
@@ -173,7 +189,8 @@ class Gates:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._rehearsing = _is_rehearsal()
         if not self._rehearsing:
-            return type(self._model).forward(self._model, *args, **kwargs)
+            with self._running:
+                return type(self._model).forward(self._model, *args, **kwargs)
         import torch
 
         config = self._model_config
@@ -187,7 +204,8 @@ class Gates:
                 shape = (len(hidden_states), self._model_config.get_vocab_size())
                 return hidden_states.new_zeros(shape)
             self.wait(len(self._staged.names) - 1)
-            return original(hidden_states, *args, **kwargs)
+            with self._running:
+                return original(hidden_states, *args, **kwargs)
 
         return gated
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -78,7 +79,8 @@ class ColdframeModelLoader(BaseModelLoader):
             if gated:
                 staged = Staged(model, filling.stages)
                 if may_gate(self.settings.gated, staged.unfit()):
-                    GatedLoad(staged, filling, client, model_config, device)
+                    then = partial(self._let_go, filling)
+                    GatedLoad(staged, filling, client, model_config, device, then=then)
                     return model.eval()
             self._fill(filling)
             started = time.perf_counter()

@@ -19,7 +19,7 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.slices import WHOLE, Rank
 from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
 from coldframe.runtime.integrations.vllm.filling import Filling
-from coldframe.runtime.integrations.vllm.gated import GatedLoad, may_gate, refusal
+from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load, may_gate, refusal
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 from coldframe.runtime.integrations.vllm.staged import Staged
 
@@ -55,6 +55,8 @@ class ColdframeModelLoader(BaseModelLoader):
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Fills a model's parameters, in the order in which the weights come in."""
+        if load := gated_load(model):
+            load.wait()
         filling = self.open(model, model_config, _device_of(model))
         self._fill(filling)
 

@@ -21,12 +21,16 @@ from typing import Any
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "VLLM_CACHE_ROOT": str(Path(__file__).parents[4] / "build" / "vllm-cache"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Of a host. With the engine's core in the same process its insides can be looked at."""
+"""Of a host. With the engine's core in the same process its insides can be looked at.
+
+The cache outlives the tests: without it vLLM starts a process to look at each kind of model.
+"""
 
 _ROOT = Path(__file__).parents[4]
 _START_S = 300.0

@@ -53,6 +53,7 @@ def _in_steps(model, dtype):
     """What comes of prompts that are there before any weights, which then come one by one."""
     with Held(model) as source, gated(model, source, dtype=dtype) as engine:
         assert not engine.call(_complete)
+        assert engine.call(_rehearse) == (7, 7, True)
         for number, prompt in enumerate(PROMPTS):
             engine.add(str(number), prompt, max_tokens=12)
         engine.begin("run")
@@ -160,6 +161,17 @@ def _load(engine):
 def _model(engine):
     executor = engine.engine_core.engine_core.model_executor
     return executor.driver_worker.worker.model_runner.model
+
+
+def _rehearse(engine):
+    """A run of nobody's, as there are while an engine starts: it waits for nothing."""
+    import torch
+
+    model = _model(engine)
+    executor = engine.engine_core.engine_core.model_executor
+    hidden, _ = executor.driver_worker.worker.model_runner._dummy_run(7)
+    logits = model.compute_logits(hidden)
+    return len(hidden), len(logits), not torch.count_nonzero(hidden) and not logits.any()
 
 
 def _complete(engine):

@@ -30,6 +30,7 @@ BENCHMARKS = {
     "vllm-load": ("coldframe.benchmarks.vllm_load", "vLLM's weights from us and by its own loader"),
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
     "vllm-handoff": ("coldframe.benchmarks.vllm_handoff", "KV from outside in vLLM, and out of it"),
+    "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
 _ON_DEVICE = {"prefix", "replay", "rest", "serve", "swap", "turns"}

@@ -245,6 +245,15 @@ class Filling:
 
     # -- what has become of it -------------------------------------------------------------------
 
+    def has(self, parameter: str) -> bool:
+        """Whether a parameter has got its weights, or part of them, as far as the model says.
+
+        Where it does not say, nothing has before all of it was filled.
+        """
+        fate = self.fates.get(parameter)
+        told = self._loaded is not None and parameter in self._loaded
+        return told or (fate is not None and fate.loaded)
+
     def _why_apart(self, name: str, parameter: torch.nn.Parameter) -> Reason | None:
         if not self._alias:
             return "as asked"

@@ -36,12 +36,15 @@ class LoadSettings:
         options: Further fields of `LoadOptions`.
         alias: `on` where vLLM's parameters are to be the arena itself, `off` where they are to be
             copies, `auto` where whatever measures best is to be done.
+        gated: Whether the engine starts before the weights are in: true, false, or `auto` for
+            where that is safe.
     """
 
     memory_service: str | None
     source: str | None
     options: dict[str, Any]
     alias: str = "auto"
+    gated: str | bool = "auto"
 
     @staticmethod
     def parse(extra: Mapping[str, object], *, others: bool = False) -> LoadSettings:
@@ -65,6 +68,7 @@ class LoadSettings:
                 values[key] = KEYS[key](key, value)
         service, source = values.pop("memory_service", None), values.pop("source", None)
         alias = values.pop("alias", "auto")
+        gated = values.pop("gated", "auto")
         if service is not None and (source is not None or values):
             key = "source" if source is not None else next(iter(values))
             raise RequestError(
@@ -74,7 +78,7 @@ class LoadSettings:
                 got="both",
                 hint="Leave out either; with `source` the loader starts a service of its own.",
             )
-        return LoadSettings(service, source, values, alias)
+        return LoadSettings(service, source, values, alias, gated)
 
     def load_options(self, model: str, rank: Rank = WHOLE, device: str = "cpu") -> LoadOptions:
         """What a memory service of this process' own is to load.
@@ -165,11 +169,20 @@ def _quantity(of_text: Callable[[str], float], example: str) -> Callable[[str, o
     return parse
 
 
+def _auto_or_flag(key: str, value: object) -> str | bool:
+    if value == "auto":
+        return "auto"
+    if not isinstance(value, bool):
+        raise _refused(key, "auto, true or false", value)
+    return value
+
+
 KEYS: dict[str, Callable[[str, object], Any]] = {
     "memory_service": _text,
     "source": _text,
     "sources": _texts,
     "alias": _one_of(*ALIAS),
+    "gated": _auto_or_flag,
     "layout": _one_of(*Layout),
     "copy": _flag,
     "verify": _flag,

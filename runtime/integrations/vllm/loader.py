@@ -6,6 +6,7 @@ import gc
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,9 @@ from coldframe.loader.plan import Plan
 from coldframe.loader.slices import WHOLE, Rank
 from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
 from coldframe.runtime.integrations.vllm.filling import Filling
+from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load, may_gate, refusal
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
+from coldframe.runtime.integrations.vllm.staged import Staged
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -54,6 +57,8 @@ class ColdframeModelLoader(BaseModelLoader):
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Fills a model's parameters, in the order in which the weights come in."""
+        if load := gated_load(model):
+            load.wait()
         filling = self.open(model, model_config, _device_of(model))
         self._fill(filling)
 
@@ -62,18 +67,27 @@ class ColdframeModelLoader(BaseModelLoader):
     ) -> torch.nn.Module:
         """Makes a model, fills it and has it post-processed.
 
+        Where that may be (`gated`) it is given out empty, behind gates that open as it is filled.
+
         Raises:
             ColdframeError: Its weights cannot be had, or do not fit it.
         """
+        gated = may_gate(self.settings.gated, refusal(vllm_config))
         # The bytes first: they come in while the model is made.
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
         with ThreadPoolExecutor(1) as beside:
             connected = beside.submit(self.connect, model_config, device)
             with set_default_torch_dtype(model_config.dtype), device:
                 model = self.create_model(vllm_config, model_config, prefix)
-            connected.result()
+            client = connected.result()
         with set_default_torch_dtype(model_config.dtype):
             filling = self.open(model, model_config, device)
+            if gated:
+                staged = Staged(model, filling.stages)
+                if may_gate(self.settings.gated, staged.unfit()):
+                    then = partial(self._let_go, filling)
+                    GatedLoad(staged, filling, client, model_config, device, then=then)
+                    return model.eval()
             self._fill(filling)
             started = time.perf_counter()
             filling.process_all()

@@ -21,12 +21,16 @@ from typing import Any
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "VLLM_CACHE_ROOT": str(Path(__file__).parents[4] / "build" / "vllm-cache"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_NO_USAGE_STATS": "1",
 }
-"""Of a host. With the engine's core in the same process its insides can be looked at."""
+"""Of a host. With the engine's core in the same process its insides can be looked at.
+
+The cache outlives the tests: without it vLLM starts a process to look at each kind of model.
+"""
 
 _ROOT = Path(__file__).parents[4]
 _START_S = 300.0
@@ -89,8 +93,19 @@ class Host:
         Raises:
             HostError: It raised something, said nothing for so long, or died.
         """
+        self.begin(what, *arguments)
+        return self.answer(what, wait_s)
+
+    def begin(self, what: str, *arguments: Any) -> None:
+        """Has the process do something; `answer` waits for it. One thing at a time."""
         try:
             self._connection.send((what, arguments))
+        except OSError as error:
+            raise HostError(f"the engine's process is gone: {self.process.poll()}") from error
+
+    def answer(self, what: str = "run", wait_s: float = _ANSWER_S) -> Any:
+        """What has come of what was begun; see `ask`."""
+        try:
             if not self._connection.poll(wait_s):
                 raise HostError(f"no answer to {what!r} within {wait_s:g} s")
             failed, value = self._connection.recv()

@@ -5,6 +5,10 @@ are the replica's. Two rules make it safe to kill any worker at any moment. A to
 it has the index that is due and comes from the attempt that is current, so none is sent twice.
 And a request is given out again only after its former worker is dead.
 
+Decode workers are of two engines. Where there is a vLLM engine beside native workers, these decode
+until it is up, and again when it is gone; what they have in hand then stays with them, or is told
+to move (`move`).
+
 What is given to a worker stays there. So where others may come to help, prompts wait here beyond
 what a worker has to do for a while (`share`), in the order in which they came.
 """
@@ -25,9 +29,10 @@ __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
 ACK_S = 30.0
 """How long a worker that is up may take to acknowledge a hand-off, in seconds."""
-SILENCE_S = {"prefill": 300.0, "decode": 60.0}
+SILENCE_S = {"prefill": 300.0, "decode": 60.0, "vllm": 300.0}
 """How long a worker with requests may go without a word, in seconds. A decode worker speaks with
-every step, a prefill worker between any two layers, and a layer over a long prompt takes time."""
+every step, a prefill worker between any two layers, and a layer over a long prompt takes time. A
+step of vLLM's may compute a whole prompt again, or compile kernels for it."""
 MOST_ATTEMPTS = 4
 """How many workers may die under a request before it is given up."""
 
@@ -73,6 +78,7 @@ class _Worker:
     group: str = ""
     domain: str = ""
     """Whose KV it reaches: that of its device."""
+    engine: str = "native"
     up: bool = False
     heard: float = 0.0
     leaving: bool = False
@@ -174,7 +180,14 @@ class Router:
 
     # -- workers ---------------------------------------------------------------------------------
 
-    def worker_added(self, worker: str, role: str, group: str = "", domain: str = "") -> None:
+    def worker_added(
+        self,
+        worker: str,
+        role: str,
+        group: str = "",
+        domain: str = "",
+        engine: str = "native",
+    ) -> None:
         """A worker was started; what waits for its role is given to it at once.
 
         Args:
@@ -182,8 +195,9 @@ class Router:
             role: `prefill` or `decode`.
             group: Whose requests it takes.
             domain: Workers of the same one reach the same KV.
+            engine: `native` or `vllm`.
         """
-        self._workers[worker] = _Worker(role, group, domain, heard=self._clock())
+        self._workers[worker] = _Worker(role, group, domain, engine, heard=self._clock())
         self._give_out()
 
     def retire(self, worker: str) -> None:
@@ -194,6 +208,23 @@ class Router:
         """A worker that was to go stays after all."""
         self._workers[worker].leaving = False
         self._give_out()
+
+    def move(self, worker: str) -> int:
+        """Has a decode worker give back what it decodes, as far as any engine answers it alike.
+
+        It goes on with all that it cannot give back, and so does a request that ends meanwhile.
+
+        Returns:
+            How many requests it was asked for.
+        """
+        theirs = [
+            request
+            for request, found in self._requests.items()
+            if found.worker == worker and found.acked and found.job.params.moves
+        ]
+        for request in theirs:
+            self._transport.to_worker(worker, {"type": "move", "request": request})
+        return len(theirs)
 
     def is_leaving(self, worker: str) -> bool:
         state = self._workers.get(worker)
@@ -272,7 +303,8 @@ class Router:
             if state is None or not state.up:
                 continue
             unanswered = state.role == "decode" and not found.acked
-            if now - state.heard > (ACK_S if unanswered else SILENCE_S[state.role]):
+            silence = SILENCE_S["vllm" if state.engine == "vllm" else state.role]
+            if now - state.heard > (ACK_S if unanswered else silence):
                 hung.add(found.worker)
         for worker in hung:
             if worker is not None:
@@ -318,7 +350,11 @@ class Router:
             for name, state in self._workers.items()
             if (state.role, state.group) == (found.role, found.group) and not state.leaving
         ]
-        # One that is up comes first whatever its load: the other may take a while.
+        # One that is up comes first whatever its load: the other may take a while. And a vLLM
+        # engine that is not takes longer than any native worker.
+        engines = [[n for n in names if self._workers[n].engine == e] for e in ("vllm", "native")]
+        if engines[0] and engines[1]:
+            names = [n for n in engines[0] if self._workers[n].up] or engines[1]
         names = [name for name in names if self._workers[name].up] or names
         if not names:
             return None
@@ -399,7 +435,8 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
-        self.prefilled_by_decode += not handoff.whole
+        if self._workers[worker].role == "prefill":
+            self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)
 

@@ -248,8 +248,8 @@ class Launch:
         One for prefill at once, and with it a vLLM engine that alone decodes; beside native workers
         that is started later (`bridge`). The one for decode, and all that the front does next, keep
         off the cores until the memory service has asked for the first byte: on a small machine they
-        would only take turns with it. Where they are clones, which are there in no time, they keep off
-        until prefill waits for weights or has its first token. So do further ones of each role.
+        would only take turns with it. Where they are clones, which are there in no time, they keep
+        off until prefill waits for weights or has its first token. So do further ones of each role.
         """
         vllm = self.options.vllm
         scales = {

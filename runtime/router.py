@@ -97,9 +97,14 @@ class _Request:
     """The prefill worker that renews the lease until the `ack`."""
 
     @property
+    def engine(self) -> str | None:
+        """The only engine that serves it, prefill and all; None where each does."""
+        return self.job.params.needs
+
+    @property
     def role(self) -> str:
         """Of the workers that it needs next."""
-        return "prefill" if self.handoff is None else "decode"
+        return "prefill" if self.handoff is None and self.engine is None else "decode"
 
 
 class Router:
@@ -210,9 +215,10 @@ class Router:
         self._give_out()
 
     def move(self, worker: str) -> int:
-        """Has a decode worker give back what it decodes, as far as any engine answers it alike.
+        """Has a native decode worker give back what it decodes, for another engine to go on.
 
-        It goes on with all that it cannot give back, and so does a request that ends meanwhile.
+        What is drawn depends on seed and position alone, in either engine. The worker keeps what
+        it cannot give back, and what ends meanwhile.
 
         Returns:
             How many requests it was asked for.
@@ -220,7 +226,7 @@ class Router:
         theirs = [
             request
             for request, found in self._requests.items()
-            if found.worker == worker and found.acked and found.job.params.moves
+            if found.worker == worker and found.acked and found.handoff is not None
         ]
         for request in theirs:
             self._transport.to_worker(worker, {"type": "move", "request": request})
@@ -318,10 +324,10 @@ class Router:
         if not waiting:
             return
         loads = self._loads()
-        full: set[tuple[str, str]] = set()
+        full: set[tuple[str, str, str | None]] = set()
         for request in waiting:
             found = self._requests[request]
-            wanted = (found.role, found.group)
+            wanted = (found.role, found.group, found.engine)
             worker = None if wanted in full else self._choose(found, loads)
             if worker is None:
                 full.add(wanted)  # whoever came later does not pass
@@ -348,7 +354,9 @@ class Router:
         names = [
             name
             for name, state in self._workers.items()
-            if (state.role, state.group) == (found.role, found.group) and not state.leaving
+            if (state.role, state.group) == (found.role, found.group)
+            and not state.leaving
+            and found.engine in (None, state.engine)
         ]
         # One that is up comes first whatever its load: the other may take a while. And a vLLM
         # engine that is not takes longer than any native worker.
@@ -359,7 +367,7 @@ class Router:
         if not names:
             return None
         best = min(names, key=lambda name: loads[name] + self._missing(found, name))
-        if found.handoff is None and self.share is not None and loads[best]:
+        if found.role == "prefill" and self.share is not None and loads[best]:
             return best if loads[best] + self._work(found) <= self.share else None
         return best
 
@@ -384,8 +392,10 @@ class Router:
         if found.handoff is not None:
             return blocks_of(len(found.handoff.job.prompt_ids or ()) + generated)
         if job.prompt_ids is None:
-            return self._gauge.guess(job.prompt or "") + generated
-        return max(1, len(job.prompt_ids) + generated)
+            tokens = self._gauge.guess(job.prompt or "") + generated
+        else:
+            tokens = max(1, len(job.prompt_ids) + generated)
+        return tokens if found.role == "prefill" else blocks_of(tokens)
 
     def _advance_attempt(self, found: _Request) -> None:
         """Makes the request's job or hand-off say all that the client has seen."""

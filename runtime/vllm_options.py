@@ -49,8 +49,7 @@ class VllmOptions:
         python: The interpreter that has vLLM, and this package.
         device: Where it computes; None for where the replica does.
         alone: Whether nobody else decodes. Else native workers do until it is up.
-        move: Whether what native workers decode then moves over, as far as its answer cannot
-            change by that.
+        move: Whether what native workers decode then moves over, with its KV.
         kv_bytes: Memory of its own for KV; None takes what the native KV has.
         args: More arguments of its `EngineArgs`.
     """
@@ -76,7 +75,7 @@ def add_vllm_arguments(parser: Parser) -> None:
         choices=("stay", "move"),
         default="stay",
         help="with --decode native,vllm: what native workers decode when vLLM is up stays with "
-        "them, or moves, too, where its answer cannot change by that (stay)",
+        "them to its end, or moves over with its KV (stay)",
     )
     flag(
         "--vllm-kv",

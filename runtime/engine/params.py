@@ -79,15 +79,6 @@ class SamplingParams:
             or self.presence_penalty
         )
 
-    @property
-    def moves(self) -> bool:
-        """Whether another engine goes on with the very tokens that this one would have drawn.
-
-        Engines round otherwise, which shows where tokens are nearly as likely; but the draw is the
-        same. What a penalty takes off depends on all tokens so far, which both know.
-        """
-        return self.temperature == 0 and not self.changes_logits
-
     def with_seed(self) -> SamplingParams:
         """These parameters with a seed, drawn from the system's randomness where there is none.
 

@@ -2,15 +2,16 @@
 
 Text, stop strings and the end of an answer stay ours (`runtime/engine/sequence.py`): vLLM gets
 token ids and the ids that end, and gives token ids. Seeds, penalties and biases are our sampler's
-(`sampler`), so that it draws what the native engine would, wherever the answer was cut; requests for
-which any draw is as good, and greedy ones without any of that, vLLM samples itself.
+(`sampler`), so that it draws what the native engine would, wherever the answer was cut; requests
+for which any draw is as good, and greedy ones without any of that, vLLM samples itself.
 
 Neither torch nor vLLM is imported before it is needed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
@@ -31,6 +32,7 @@ __all__ = [
     "mode_of",
     "own_way",
     "refusal",
+    "refusing",
     "sampled",
 ]
 
@@ -89,12 +91,10 @@ class Asked:
 
         arguments = dict(self.sampling, output_kind=RequestOutputKind.DELTA)
         structured = arguments.pop("structured_outputs", None)
-        try:
+        with refusing():
             if structured is not None:
                 arguments["structured_outputs"] = StructuredOutputsParams(**structured)
             return Theirs(**arguments)
-        except (ValueError, TypeError) as error:
-            raise refusal(error) from error
 
 
 def ask(
@@ -203,12 +203,27 @@ def sampled(params: SamplingParams, token: int, logprobs: Mapping[int, Any] | No
     return Sampled(token, float(logprobs[token].logprob), finite)
 
 
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Around vLLM's `SamplingParams` and `add_request`: what they do not take is the client's.
+
+    Raises:
+        RequestError: vLLM does not take the request.
+    """
+    from vllm.exceptions import VLLMValidationError  # no ValueError
+
+    try:
+        yield
+    except (VLLMValidationError, ValueError, TypeError) as error:
+        raise refusal(error) from error
+
+
 def refusal(error: Exception) -> RequestError:
     """What a client is told of a request that vLLM does not take."""
     return RequestError(
         "vLLM does not take this request",
         got=str(error)[:500],
-        hint="Change the request; of a schema or a grammar its engine may not know every part.",
+        hint="Of a schema or a grammar its engine may not know every part.",
     )
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from coldframe.loader.client import MemoryClient
+from coldframe.loader.devices import open_device
 from coldframe.loader.errors import (
     ColdframeError,
     MemoryServiceGone,
@@ -187,7 +188,7 @@ def _attached(
         if key not in _made:
             memory = None if settings.memory_service is not None else OwnMemory(options)
             try:
-                client = _connect(settings.memory_service or memory.path)  # type: ignore[union-attr]
+                client = _connect(memory.path if memory else str(settings.memory_service), device)
             except BaseException:
                 if memory is not None:
                     memory.close()
@@ -199,7 +200,7 @@ def _attached(
     return client, memory
 
 
-def _connect(path: str) -> MemoryClient:
+def _connect(path: str, device: str) -> MemoryClient:
     try:
         channel = Channel.connect(path)
     except ReplicaError as error:
@@ -210,4 +211,8 @@ def _connect(path: str) -> MemoryClient:
             got=error.got,
             hint="Start the replica first, or name a `source` to load from.",
         ) from error
-    return MemoryClient(channel, f"vllm-{os.getpid()}")
+    try:
+        return MemoryClient(channel, f"vllm-{os.getpid()}", device=open_device(device))
+    except BaseException:
+        channel.close()
+        raise

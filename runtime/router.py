@@ -93,6 +93,8 @@ class _Request:
     handoff: Handoff | None = None
     worker: str | None = None
     acked: bool = False
+    elsewhere: bool = False
+    """Whether its last tokens were made in KV that no other worker reaches."""
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
 
@@ -405,10 +407,11 @@ class Router:
             prompt = found.handoff.job.prompt_ids
             assert prompt is not None
             kv_tokens = found.handoff.kv_tokens
-            if len(generated) > len(found.handoff.job.generated_ids):
+            if len(generated) > len(found.handoff.job.generated_ids) and not found.elsewhere:
                 kv_tokens = len(prompt) + len(generated) - 1
             found.job = replace(found.job, prompt=None, prompt_ids=prompt)
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
+        found.elsewhere = False
 
     def _token(self, worker: str, item: list[Any]) -> None:
         request, attempt, index, token, text, finish, logprob, top, *counts = item
@@ -417,7 +420,12 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
-        if found.handoff is not None and found.handoff.domain != self._workers[worker].domain:
+        found.elsewhere = self._workers[worker].engine == "vllm"  # with KV of its own
+        if (
+            found.handoff is not None
+            and not found.elsewhere
+            and found.handoff.domain != self._workers[worker].domain
+        ):
             # It was brought there, or computed again.
             found.handoff = replace(found.handoff, domain=self._workers[worker].domain)
         if index == 0 and found.job.prompt is not None:
@@ -445,6 +453,7 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
+        found.elsewhere = False
         if self._workers[worker].role == "prefill":
             self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.

@@ -6,9 +6,11 @@ and between two steps nothing of it runs. It is given token ids and gives token 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
+from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, RequestError
@@ -19,10 +21,11 @@ from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusal
 if TYPE_CHECKING:
     from vllm import LLMEngine
 
-__all__ = ["Engine", "Made", "engine_arguments", "start_engine"]
+__all__ = ["Engine", "Made", "engine_arguments", "start_engine", "untouched_zeros"]
 
 _CONNECTOR = "coldframe.runtime.integrations.vllm.connector"
 _MOST_REQUESTS = 256
+_LARGE = 1 << 20
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -145,7 +148,7 @@ def _timed(executor: type[Any], recorder: Recorder) -> type[Any]:
                 super()._init_executor()
 
         def initialize_from_config(self, *arguments: Any, **named: Any) -> Any:
-            with recorder.span("vllm_kv"):
+            with recorder.span("vllm_kv"), untouched_zeros():
                 return super().initialize_from_config(*arguments, **named)
 
         def compile_or_warm_up_model(self) -> Any:
@@ -153,6 +156,33 @@ def _timed(executor: type[Any], recorder: Recorder) -> type[Any]:
                 return super().compile_or_warm_up_model()
 
     return Timed
+
+
+@contextmanager
+def untouched_zeros() -> Iterator[None]:
+    """Large CPU tensors of zeros are pages that nobody has touched, while the context lasts.
+
+    Torch writes each of their bytes, which for a gigabyte of KV takes seconds, and memory that
+    requests may never need. The kernel's own zeros cost nothing before they are used.
+    """
+    import torch
+
+    zeros = torch.zeros
+
+    def lazily(*size: Any, **named: Any) -> Any:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = named.get("dtype") or torch.get_default_dtype()
+        nbytes = shape.numel() * dtype.itemsize
+        elsewhere = torch.device(named.get("device") or "cpu").type != "cpu"
+        if elsewhere or nbytes < _LARGE or set(named) - {"dtype", "device"}:
+            return zeros(*size, **named)
+        return torch.frombuffer(mmap(-1, nbytes), dtype=dtype).view(shape)
+
+    torch.zeros = lazily
+    try:
+        yield
+    finally:
+        torch.zeros = zeros
 
 
 class Engine:

@@ -99,6 +99,7 @@ class VllmWorker(Worker):
         try:
             import torch
             import vllm
+            from vllm import EngineArgs, LLMEngine  # noqa: F401 - it imports what is asked of it
         except ImportError as error:
             raise RequestError(
                 "this Python has no vLLM that can be imported",

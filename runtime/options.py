@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coldframe.loader.errors import DeviceError
+from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
@@ -112,6 +112,7 @@ class ReplicaOptions:
 
     Raises:
         DeviceError: Some are to be on the CPU and some on a GPU.
+        RequestError: Weights are to be laid out anew under a vLLM engine.
     """
 
     model: str
@@ -159,6 +160,13 @@ class ReplicaOptions:
                 expected="cpu, or GPUs alone",
                 got=", ".join(wanted.values()),
                 hint="Name the CPU or GPUs for all of them, or leave them out.",
+            )
+        if self.vllm is not None and self.realign:
+            raise RequestError(
+                "weights that vLLM uses where they are cannot be laid out anew",
+                where="--realign",
+                got="--decode with vllm",
+                hint="Take --layout aligned: they lie so from the start.",
             )
 
     @property

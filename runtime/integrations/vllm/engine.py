@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
@@ -112,15 +111,11 @@ def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) 
             got=", ".join(unknown),
             hint="See the arguments of vllm.EngineArgs in the version that is installed.",
         )
-    transfer = (
-        None
-        if find_spec(_CONNECTOR) is None
-        else KVTransferConfig(
-            kv_connector="ColdframeConnector",
-            kv_connector_module_path=_CONNECTOR,
-            kv_role="kv_both",
-            kv_load_failure_policy="recompute",
-        )
+    transfer = KVTransferConfig(
+        kv_connector="ColdframeConnector",
+        kv_connector_module_path=_CONNECTOR,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
     )
     try:
         with recorder.span("vllm_config"):
@@ -136,6 +131,11 @@ def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) 
         raise
     except Exception as error:
         raise _why_not(error) from error
+    from coldframe.runtime.integrations.vllm.connector import connectors
+
+    for connector in connectors(engine):
+        if connector is not None:
+            connector.tally.recorder = recorder
     return engine
 
 

@@ -38,8 +38,8 @@ from coldframe.snapshot.privileges import become, confine
 
 __all__ = ["VllmWorker", "main"]
 
-_NICE = 10
-"""Of the thread that starts the engine: it gets a tenth of what those get who answer."""
+_NICE = 5
+"""Of the thread that starts the engine: it gets a third of what those get who answer."""
 _VLLM_BLOCK = 128
 """Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
 

@@ -37,7 +37,7 @@ from coldframe.loader.location import parse_location
 from coldframe.loader.opening import origins_of
 from coldframe.loader.pieces import PIECE_BYTES
 from coldframe.loader.placing import Placer
-from coldframe.loader.plan import Extent, Layout, Plan
+from coldframe.loader.plan import Extent, Layout, Plan, Rank
 from coldframe.loader.realign import move
 from coldframe.loader.sources.base import SEALED, Origin, Source
 from coldframe.loader.sources.file import FileSource
@@ -206,7 +206,8 @@ class Load:
         self._companions.bring(opened.origin, config, stay=not self._from_cache)
         local = opened.origin.path is not None
         with self._recorder.span("plan"):
-            self.plan = Plan.build(opened.checkpoint, layout=self._layout(local))
+            rank = Rank(options.rank, options.ranks)
+            self.plan = Plan.build(opened.checkpoint, layout=self._layout(local), rank=rank)
             mapped = local and self._may_map(opened.checkpoint)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
         if mapped:

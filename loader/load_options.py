@@ -27,6 +27,8 @@ class LoadOptions:
         device: Where the weights go, as `devices.open_device` takes it.
         beside: The socket of another device's memory service, to take weights and KV from; None
             loads them.
+        rank: The tensor-parallel rank whose slices are loaded, from 0.
+        ranks: How many of them there are; 1 loads all of the model.
     """
 
     model: str
@@ -42,6 +44,8 @@ class LoadOptions:
     peer_token: str | None = None
     device: str = "cpu"
     beside: str | None = None
+    rank: int = 0
+    ranks: int = 1
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

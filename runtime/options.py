@@ -9,6 +9,7 @@ from coldframe.loader.errors import DeviceError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.vllm_options import VllmOptions
 from coldframe.snapshot.identity import Identity
 
 __all__ = ["BLOCK_TOKENS", "ReplicaOptions", "ScalingOptions", "SnapshotOptions", "model_name"]
@@ -82,7 +83,8 @@ class ReplicaOptions:
             load with workers that are up.
         prefill: How many prefill workers: a number, or the bounds between which there are as many
             as there is work for.
-        decode: How many decode workers, likewise.
+        decode: How many decode workers, likewise; none where vLLM alone decodes.
+        vllm: A vLLM engine that decodes, too; None for none.
         scaling: What calls for more of them, and what for fewer.
         pin: Give prefill one half of the cores and decode the other.
         kv_bytes: KV memory of each device; None lets the replica choose.
@@ -126,6 +128,7 @@ class ReplicaOptions:
     hold_load: bool = False
     prefill: int | Scale = 1
     decode: int | Scale = 1
+    vllm: VllmOptions | None = None
     scaling: ScalingOptions = ScalingOptions()
     pin: bool = False
     kv_bytes: int | None = None
@@ -146,7 +149,9 @@ class ReplicaOptions:
 
     def __post_init__(self) -> None:
         wanted = {"--device": self.device}
-        wanted |= {f"--{role}": self.device_of(role) for role in self.scales}
+        for role in self.scales:
+            flag = "--decode vllm" if role == "vllm" else f"--{role}"
+            wanted[flag] = self.device_of(role)
         if len({device == CPU for device in wanted.values()}) > 1:
             raise DeviceError(
                 "a replica is on GPUs or on the CPU: neither can use the other's memory",
@@ -159,7 +164,10 @@ class ReplicaOptions:
     @property
     def scales(self) -> dict[str, Scale]:
         """The bounds of each role's workers; the first token needs the first of them."""
-        return {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+        found = {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+        if self.vllm is not None:
+            found["vllm"] = Scale(1, 1, self.vllm.device)
+        return found
 
     def on_cpu(self, why: str) -> ReplicaOptions:
         """The same without a GPU, and why."""
@@ -171,6 +179,7 @@ class ReplicaOptions:
             fall_back=False,
             prefill=bounds["prefill"],
             decode=bounds["decode"],
+            vllm=self.vllm and replace(self.vllm, device=None),
         )
 
     def device_of(self, role: str) -> str:
@@ -187,7 +196,7 @@ class ReplicaOptions:
     @property
     def devices(self) -> tuple[str, ...]:
         """The devices that have the weights and KV: first that of prefill."""
-        return tuple(dict.fromkeys(self.device_of(role) for role in ("prefill", "decode")))
+        return tuple(dict.fromkeys(self.device_of(role) for role in self.scales))
 
 
 def model_name(model: str) -> str:

@@ -104,7 +104,9 @@ class Replica:
         )
         selector = self.loop.selector
         self._workforce = Workforce(
-            *(self._launch, selector, self._router, self.recorder, self._memories.order), self
+            *(self._launch, selector, self._router, self.recorder, self._memories.order),
+            self,
+            self._warn,
         )
         self.contexts = Contexts(self, self._clock, self._warn, options.contexts_stay)
         """Whether the workers' contexts are on the device."""
@@ -196,6 +198,16 @@ class Replica:
     def answered(self) -> bool:
         """Whether a token has been made."""
         return self._answered
+
+    @property
+    def calm(self) -> bool:
+        """Whether no first token has to wait for what is started now."""
+        return self._answered or (self.loaded and self._router.open_requests == 0)
+
+    @property
+    def bridging(self) -> bool:
+        """Whether a vLLM engine that is to take decode over is still on its first start."""
+        return self._workforce.bridge.pending
 
     @property
     def load_s(self) -> float:

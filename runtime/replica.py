@@ -202,7 +202,7 @@ class Replica:
     @property
     def calm(self) -> bool:
         """Whether no first token has to wait for what is started now."""
-        return self._answered or (self.loaded and self._router.open_requests == 0)
+        return self._answered or (self.loaded and not self._router.native_requests)
 
     @property
     def bridging(self) -> bool:

@@ -134,6 +134,11 @@ class Router:
     def open_requests(self) -> int:
         return len(self._requests)
 
+    @property
+    def native_requests(self) -> int:
+        """Those that native workers serve; the others wait for another engine."""
+        return sum(found.engine is None for found in self._requests.values())
+
     def load(self, role: str) -> int:
         """What the workers of a role have to do, and what waits for them.
 

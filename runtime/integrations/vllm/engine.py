@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, RequestError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusal
+from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -216,10 +216,8 @@ class Engine:
         self._numbers += 1
         name = f"{request}-{self._numbers}"
         prompt = {"prompt_token_ids": asked.prompt_token_ids}
-        try:
+        with refusing():
             self.engine.add_request(name, prompt, asked.sampling_params())
-        except ValueError as error:  # vLLM's own errors about requests are such
-            raise refusal(error) from error
         self._names[request] = name
 
     def remove(self, request: str) -> None:

@@ -48,6 +48,9 @@ ENGINE: Mapping[str, Any] = MappingProxyType(
         "max_logprobs": MAX_LOGPROBS,
         # What a checkpoint asks for where a request does not is put in at the gateway.
         "generation_config": "vllm",
+        # One grammar engine serves all requests of a vLLM; where vLLM chooses by the request, the
+        # first one decides for those behind it. And a model that may, writes blanks without end.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
 )
 """What the engine has to be started with, of vLLM's `EngineArgs`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +13,7 @@ import pytest
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.params import (
     ENGINE,
@@ -21,12 +24,15 @@ from coldframe.runtime.integrations.vllm.params import (
 )
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
+from coldframe.runtime.text import Tokenizer
 from tests.runtime.helpers import Client, finish, prompt_of
 from tests.runtime.integrations.vllm.hosts import Host, host
 
 pytestmark = pytest.mark.vllm
 
 COUNT = 20
+EOS = (1, 3)
+"""The demo model's."""
 PROMPT = tuple(prompt_of(40))
 ASKED: Mapping[str, dict[str, Any]] = {
     "greedy": {"logprobs": 3},
@@ -76,7 +82,7 @@ def engine(demo_model: Callable[..., Path]) -> Iterator[Host]:
 def _answers(engine: Any, jobs: list[Job], one_by_one: bool = False) -> dict[str, list[Any]]:
     """In the engine's process: what comes of jobs that are given to it together."""
     made: dict[str, list[Any]] = {job.request: [] for job in jobs}
-    asked = {job.request: ask(job, (2,)) for job in jobs}
+    asked = {job.request: ask(job, EOS) for job in jobs}
     waiting = list(jobs)
     while waiting or engine.has_unfinished_requests():
         for job in waiting[: 1 if one_by_one else None]:
@@ -157,6 +163,92 @@ def test_who_asks_for_no_seed_is_vllms(engine: Host) -> None:
 def test_a_bad_request_to_the_sampler_harms_nobody(engine: Host) -> None:
     assert "extra_args['coldframe']" in engine.call(_refused)
     assert len(engine.generate([PROMPT], max_tokens=3)[0].tokens) == 3
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"enum": ["ada", "bob"]}, "old": {"type": "boolean"}},
+    "required": ["name", "old"],
+    "additionalProperties": False,
+}
+FORMS = {
+    "json": Structure("json", json.dumps(SCHEMA)),
+    "choice": Structure("choice", '["yes", "no"]'),
+    "regex": Structure("regex", "[ab]{3}-[0-9]{2}"),
+    "grammar": Structure("grammar", 'root ::= "x" ("y" | "z") "."'),
+}
+
+
+def test_answers_have_the_form_that_is_asked_for(
+    engine: Host, demo_model: Callable[..., Path]
+) -> None:
+    """Also drawn at random by our sampler, and begun anew behind any of its tokens."""
+    tokenizer = Tokenizer.load(demo_model())
+    jobs = [
+        Job(
+            f"{name}-{kind}", 0, SamplingParams(max_tokens=60, structured=form, **how), None, PROMPT
+        )
+        for name, form in FORMS.items()
+        for kind, how in (("greedy", {}), ("seeded", {"temperature": 1.5, "seed": 3}))
+    ]
+    got = engine.call(_answers, jobs)
+    for request, answer in got.items():
+        *made, end = tokens(answer)
+        assert end in EOS, f"{request} did not end: {tokenizer.decode(tokens(answer))!r}"
+        text = tokenizer.decode(made)
+        match request.split("-")[0]:
+            case "json":
+                jsonschema_valid(json.loads(text))
+            case "choice":
+                assert text in ("yes", "no")
+            case "regex":
+                assert re.fullmatch("[ab]{3}-[0-9]{2}", text)
+            case "grammar":
+                assert text in ("xy.", "xz.")
+    again, expected = [], {}
+    for job in jobs:
+        whole = tokens(got[job.request])
+        for cut in range(1, len(whole), 3):
+            request = f"{job.request}-{cut}"
+            again.append(replace(job, request=request, generated_ids=tuple(whole[:cut])))
+            expected[request] = whole[cut:]
+    begun = engine.call(_answers, again)
+    assert {request: tokens(answer) for request, answer in begun.items()} == expected
+
+
+def jsonschema_valid(value: Any) -> None:
+    assert set(value) == {"name", "old"}
+    assert value["name"] in ("ada", "bob")
+    assert isinstance(value["old"], bool)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        Structure("regex", "(["),
+        Structure("grammar", "root ::= missing"),
+        Structure("json", '{"type": "no such type"}'),
+    ],
+)
+def test_a_form_without_sense_is_the_clients_mistake(engine: Host, form: Structure) -> None:
+    params = SamplingParams(max_tokens=9, structured=form)
+    told = engine.call(_what_is_wrong, Job("wrong", 0, params, None, PROMPT))
+    assert "vLLM does not take this request" in told
+    assert len(engine.generate([PROMPT], max_tokens=3)[0].tokens) == 3
+
+
+def _what_is_wrong(engine: Any, job: Job) -> str:
+    try:
+        with refusing():
+            asked = ask(job, EOS)
+            prompt = {"prompt_token_ids": asked.prompt_token_ids}
+            engine.add_request(job.request, prompt, asked.sampling_params())
+    except RequestError as error:
+        return str(error)
+    made = []
+    while engine.has_unfinished_requests():
+        made += [(output.outputs[0].finish_reason, output.finished) for output in engine.step()]
+    return f"it was taken: {made}"
 
 
 def _refused(engine: Any) -> str:

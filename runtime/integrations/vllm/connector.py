@@ -157,7 +157,13 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
         spec = groups.kv_cache_groups[0].kv_cache_spec
         kernel_tokens = groups.num_blocks * spec.block_size // layers[0].cache.shape[0]
         self._worker = KvWorker(
-            self._pages, layers, heads, model.get_head_size(), kernel_tokens, self.tally
+            self._pages,
+            layers,
+            heads,
+            model.get_head_size(),
+            model.dtype,
+            kernel_tokens,
+            self.tally,
         )
 
     def _pages(self) -> KvPages:

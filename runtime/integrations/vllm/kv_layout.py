@@ -87,7 +87,9 @@ class KvLayout:
         return found.reshape(-1, *places.shape[1:])
 
 
-def learn(write: Write, cache: Tensor, heads: int, dim: int, tokens: int) -> KvLayout:
+def learn(
+    write: Write, cache: Tensor, heads: int, dim: int, tokens: int, dtype: torch.dtype
+) -> KvLayout:
     """Finds out how a backend lays out its blocks.
 
     Args:
@@ -96,6 +98,7 @@ def learn(write: Write, cache: Tensor, heads: int, dim: int, tokens: int) -> KvL
             is not touched.
         heads, dim: Of the keys and values it gets.
         tokens: In a block.
+        dtype: Of keys and values; the cache may be of another.
 
     Raises:
         ReplicaError: It does not hold them as they are written.
@@ -106,7 +109,8 @@ def learn(write: Write, cache: Tensor, heads: int, dim: int, tokens: int) -> KvL
     power = 1
     while power <= numbers:
         digits = every // power % _DIGITS
-        found = _written(write, cache, (digits + 1).view(2, tokens, heads, dim))
+        made = (digits + 1).view(2, tokens, heads, dim).to(dtype)
+        found = _written(write, cache, made)
         names += (found.round().to(torch.int64) - 1).clamp(min=-1) * power
         # What no digit was written to has no name: it stays below zero, whatever is added.
         names[found == 0] = -(1 << 60)
@@ -118,7 +122,7 @@ def learn(write: Write, cache: Tensor, heads: int, dim: int, tokens: int) -> KvL
     places[names[held]] = held
     found = places.view(2, tokens, heads, dim)
     layout = KvLayout(found, (_view(found[0]), _view(found[1])))
-    _try_out(write, cache, layout)
+    _try_out(write, cache, layout, dtype)
     return layout
 
 
@@ -136,7 +140,7 @@ def _written(write: Write, cache: Tensor, numbers: Tensor) -> Tensor:
     scratch = _scratch(cache)
     tokens = numbers.shape[1]
     slots = torch.arange(tokens, 2 * tokens, device=cache.device)
-    k, v = numbers.to(cache.dtype).unbind()
+    k, v = numbers.unbind()
     write(k.contiguous(), v.contiguous(), scratch, slots)
     if bool((scratch[0] != 0).any()):
         raise _refused(cache, "a slot's numbers in the slot's own block", "numbers in another one")
@@ -179,7 +183,7 @@ def _radix(along: list[int]) -> list[tuple[int, int]] | None:
     return [*rest, (run, stride)]
 
 
-def _try_out(write: Write, cache: Tensor, layout: KvLayout) -> None:
+def _try_out(write: Write, cache: Tensor, layout: KvLayout, dtype: torch.dtype) -> None:
     """Writes random numbers and reads them back.
 
     Raises:
@@ -187,7 +191,7 @@ def _try_out(write: Write, cache: Tensor, layout: KvLayout) -> None:
     """
     generator = torch.Generator().manual_seed(1)
     shape = tuple(layout.places.shape)
-    drawn = torch.randn((2, *shape), generator=generator).to(cache.device, cache.dtype)
+    drawn = torch.randn((2, *shape), generator=generator).to(cache.device, dtype)
     scratch = _scratch(cache)
     tokens = layout.block_tokens
     keys, values = (drawn[:, i].reshape(-1, *shape[2:]).contiguous() for i in (0, 1))

@@ -30,7 +30,15 @@ class KvPages:
 
     def __init__(self, kv: KvArena, fingerprint: Fingerprint) -> None:
         layers, heads, dim = fingerprint.layers, fingerprint.kv_heads, fingerprint.head_dim
-        dtype = torch_dtypes()[fingerprint.kv_dtype]
+        dtypes = torch_dtypes()
+        if fingerprint.kv_dtype not in dtypes:
+            raise ArenaError(
+                "KV of this dtype does not travel",
+                expected=", ".join(dtypes),
+                got=fingerprint.kv_dtype,
+                hint="Take the model's own dtype for the KV cache (--kv-cache-dtype auto).",
+            )
+        dtype = dtypes[fingerprint.kv_dtype]
         needed = layers * 2 * BLOCK_TOKENS * heads * dim * dtype.itemsize
         if kv.block_bytes != needed:
             raise ArenaError(

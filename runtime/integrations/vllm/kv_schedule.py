@@ -7,7 +7,9 @@ was used, or was found lost, is vLLM's own from then on: when it is asked for ag
 preemption, there is nothing more.
 
 A request to be handed on gets blocks of the arena at once. Its prompt is copied there by the steps
-that compute it, before they end: so when its output comes whoever is told of it can claim its KV.
+that compute it, before they end, and published before the step's outputs leave the scheduler: so
+whoever is told of it by its output can claim its KV. vLLM asks for what the output is to say before
+it passes on what the workers report of the same step; so what is said is put right if need be.
 """
 
 from __future__ import annotations
@@ -76,6 +78,8 @@ class _Producer:
     why: str | None = None
     checksums: tuple[str, ...] = ()
     over: bool = False
+    said: dict[str, Any] | None = None
+    """What its output says, where it was over before its last copy was reported."""
 
 
 class KvSchedule:
@@ -323,8 +327,11 @@ class KvSchedule:
                 continue
             producer.copying -= count
             if producer.copying <= 0 and producer.over:
-                self._holds.let_go(producer.hold)
-                del self._producers[name]
+                if producer.said is not None:
+                    producer.said.update(handed(self._end(name, producer)))
+                else:
+                    del self._producers[name]
+                    self._holds.let_go(producer.hold)
 
     # -- it is over ------------------------------------------------------------------------------
 
@@ -346,30 +353,37 @@ class KvSchedule:
                 if consumer.hold is not None:
                     self._holds.let_go(consumer.hold)
         producer = self._producers.get(name)
-        return None if producer is None else handed(self._hand_over(name, producer, whole))
-
-    def _hand_over(self, name: str, producer: _Producer, whole: bool) -> Outcome:
+        if producer is None:
+            return None
         producer.over = True
+        why = None if whole else "the request was cancelled"
+        if producer.copying <= 0 or why is not None:
+            return handed(self._end(name, producer, why))
+        # The step that has computed its last token has copied it; that will be reported in a
+        # moment. Till then nobody can claim it.
+        producer.said = handed(Outcome(None, None, "its KV was not copied to the end"))
+        return producer.said
+
+    def _end(self, name: str, producer: _Producer, why: str | None = None) -> Outcome:
+        """Hands a request on, or lets its blocks go."""
+        why = why or self._why_not(producer)
         mine = self._fingerprint() if self._unfit_now() is None else None
-        outcome = Outcome(None, mine, self._why_not(producer, whole))
-        if outcome.why is None and mine is not None:
+        if why is None and mine is not None:
             handoff = self._handoff(producer, mine)
             if self._holds.hand_over(producer.hold, _HAND_S):
                 self._tally.add("handed")
                 del self._producers[name]
                 return Outcome(handoff, mine, None, producer.checksums)
-            outcome = Outcome(None, mine, "the memory service is gone")
-        self._tally.add("not_handed", why=outcome.why)
+            why = "the memory service is gone"
+        self._tally.add("not_handed", why=why)
         if producer.copying <= 0:
             del self._producers[name]
             self._holds.let_go(producer.hold)
-        return outcome
+        return Outcome(None, mine, why)
 
-    def _why_not(self, producer: _Producer, whole: bool) -> str | None:
+    def _why_not(self, producer: _Producer) -> str | None:
         request, job = producer.request, producer.asked.job
         ids = [*(job.prompt_ids or request.prompt_token_ids), *job.generated_ids]
-        if not whole:
-            return "the request was cancelled"
         if self._unfit_now() is not None:
             return self._unfit_now()
         if producer.why is not None:
@@ -378,7 +392,7 @@ class KvSchedule:
             return producer.hold.why or "there were no blocks of the arena for it"
         if list(request.prompt_token_ids) != ids:
             return "its prompt is not the job's"
-        if producer.saved < request.num_prompt_tokens or producer.copying > 0:
+        if producer.saved < request.num_prompt_tokens:
             return "its KV was not copied to the end"
         return None
 

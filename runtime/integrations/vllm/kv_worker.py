@@ -28,6 +28,7 @@ class KvWorker:
         layers: vLLM's that have KV on this rank.
         heads: The KV heads that this rank has.
         dim: Numbers in one.
+        dtype: Of keys and values as the model computes them.
         block_tokens: Tokens in a block of its cache, as its kernels see it.
         tally: Counts.
     """
@@ -38,6 +39,7 @@ class KvWorker:
         layers: Sequence[Layer],
         heads: slice,
         dim: int,
+        dtype: torch.dtype,
         block_tokens: int,
         tally: KvTally,
     ) -> None:
@@ -45,6 +47,7 @@ class KvWorker:
         self._layers = layers
         self._heads = heads
         self._dim = dim
+        self._dtype = dtype
         self._block_tokens = block_tokens
         self._tally = tally
         self._pages: KvPages | None = None
@@ -137,7 +140,7 @@ class KvWorker:
 
     def _copy_out(self, save: Save) -> None:
         started = now()
-        pages, layout = self.pages(), self.layout()
+        layout, pages = self.layout(), self.pages()
         span = layout.block_tokens
         # A block of the scheduler's may be several of the kernels'.
         parts = save.block_tokens // span
@@ -172,7 +175,10 @@ class KvWorker:
             heads = self._heads.stop - self._heads.start
             layer = self._layers[0]
             try:
-                self._layout = learn(layer.write, layer.cache, heads, self._dim, self._block_tokens)
+                self._layout = learn(
+                    *(layer.write, layer.cache, heads, self._dim, self._block_tokens),
+                    dtype=self._dtype,
+                )
             except ColdframeError as error:
                 self._layout = error
         if isinstance(self._layout, ColdframeError):

@@ -195,6 +195,17 @@ class ReplicaOptions:
         return self.scales[role].device or self.device
 
     @property
+    def layout_to_load(self) -> str | None:
+        """How the weights are to lie in memory; None leaves it to the memory service.
+
+        On a GPU vLLM computes with the weights where they are, if they lie as it wants them. On a
+        CPU it packs them anew in any case.
+        """
+        if self.layout is None and self.vllm is not None and self.device != CPU:
+            return "aligned"
+        return self.layout
+
+    @property
     def contexts_stay(self) -> str | None:
         """Why no context leaves its device, where that is clear without a try."""
         if self.device_of("prefill") == CPU:

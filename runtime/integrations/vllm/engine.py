@@ -201,6 +201,10 @@ class Engine:
     def __len__(self) -> int:
         return len(self._names)
 
+    def sharing(self) -> str:
+        """What of its weights is the arena itself, and why what else is not; in words."""
+        return "; ".join(dict.fromkeys(self.engine.apply_model(_sharing)))
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something, be it only to let go of what was aborted."""
@@ -240,6 +244,13 @@ class Engine:
                 over = completion.finish_reason or "abort"
             made.append(Made(request, completion.token_ids, completion.logprobs, over))
         return made
+
+
+def _sharing(model: Any) -> str:
+    from coldframe.runtime.integrations.vllm.loader import FILLED
+
+    filling = getattr(model, FILLED, None)
+    return "nothing is known of its weights" if filling is None else str(filling.summary())
 
 
 def _why_not(error: Exception) -> ColdframeError:

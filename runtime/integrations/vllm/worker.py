@@ -151,7 +151,8 @@ class VllmWorker(Worker):
             self._init["args"],
         )
         self.engine = Engine(start_engine(arguments, self.device, self.recorder))
-        self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV"
+        self._sharing = self.engine.sharing()
+        self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV; {self._sharing}"
         # What is done between steps, of which vLLM knows nothing.
         self.model = cast(Any, _Resting(torch.device(self.device)))
 
@@ -196,6 +197,15 @@ class VllmWorker(Worker):
                 requests.step()
             else:
                 self.client.check_stalled()
+
+    def let_go(self) -> bool:
+        """As `Worker.let_go`. What vLLM has copied does not leave; that is said in the timeline."""
+        lets_go = super().let_go()
+        if lets_go:
+            note = f"{self._sharing}; KV of vLLM's own stays"
+            self.recorder.add("vllm_lets_go", now(), note=note)
+            self.report_spans()
+        return lets_go
 
     def knows(self, handoff: Handoff) -> bool:
         """Whether a hand-off's KV is that of this model, as this worker would find it."""

@@ -265,8 +265,8 @@ def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = Non
         worker.boot(first_ns)
         worker.serve()
     except ColdframeError as error:
-        if not isinstance(error, MemoryServiceGone):
-            traceback.print_exc()
+        if error.__cause__ is not None and not isinstance(error, MemoryServiceGone):
+            traceback.print_exc()  # vLLM's own, which says where
         control.send({"type": "broken", "error": error.to_wire()})
     except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
         traceback.print_exc()

@@ -7,7 +7,8 @@ Two things, each against what it is to be like:
                    alone with weights and loader of its own, as many threads and the same prompts
 
 Of a batch counts the time in which all of it is decoded: from when each request has some tokens to
-when the first one ends. Both sides are taken in turns, since machines have moods.
+when the first one ends. Both sides are taken in turns, since machines have moods; where others use
+the machine meanwhile, the processor time of the two engines says more than the clock.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     warm_page_cache(args.model)
     prompts = [[*_PROMPT, 5 + number] for number in range(args.batch)]
     alone, beside = _cold_starts(args)
-    ours, plain = _batches(args, prompts)
+    (ours, ours_cpu), (plain, plain_cpu) = _batches(args, prompts)
     rows = [
         Row("native decode: TTFT", alone, "s"),
         Row("bridge decode: TTFT", beside, "s"),
@@ -89,6 +90,9 @@ def run(args: argparse.Namespace) -> int:
         Row(f"replica, batch {args.batch}: decode", ours, "tok/s"),
         Row(f"vLLM alone, batch {args.batch}: decode", plain, "tok/s"),
         Row("replica / vLLM alone", _ratios(ours, plain), "ratio", _DECODE, at_least=True),
+        Row("replica's engine: processor time a token", ours_cpu, "s"),
+        Row("vLLM alone: processor time a token", plain_cpu, "s"),
+        Row("replica's engine / vLLM alone, processor time", _ratios(ours_cpu, plain_cpu), "ratio"),
     ]
     more = {"model": str(args.model), "runs": args.runs, "threads": cpu_count()}
     print_rows(rows, more, table=not args.json)
@@ -112,13 +116,20 @@ def _cold_starts(args: argparse.Namespace) -> tuple[list[float], list[float]]:
     return found
 
 
-def _batches(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[list[float], list[float]]:
-    """Tokens a second of batches: of a replica whose engine has taken over, and of vLLM alone."""
+def _batches(
+    args: argparse.Namespace, prompts: list[list[int]]
+) -> tuple[tuple[list[float], list[float]], tuple[list[float], list[float]]]:
+    """Of a replica whose engine has taken over, and of vLLM alone, batch by batch.
+
+    Returns:
+        Of each, tokens a second, and seconds of processor time of the engine's process a token.
+    """
     from coldframe.runtime.replica import Replica
 
     vllm = VllmOptions(args.vllm_python, kv_bytes=args.vllm_kv)
     options = ReplicaOptions(str(args.model), vllm=vllm)
-    found: tuple[list[float], list[float]] = ([], [])
+    speeds: tuple[list[float], list[float]] = ([], [])
+    processor: tuple[list[float], list[float]] = ([], [])
     with _Plain(args, prompts) as plain, Replica(options) as replica:
 
         def batch() -> list[tuple[float, str]]:
@@ -132,11 +143,21 @@ def _batches(args: argparse.Namespace, prompts: list[list[int]]) -> tuple[list[f
             raise PlatformError("vLLM did not come up", expected=f"within {_START_S:g} s")
         for number in range(-1, args.runs):
             print(f"batch {number + 1} of {args.runs}", file=sys.stderr)
-            for measure, speeds in ((batch, found[0]), (plain.batch, found[1])):
+            (engine,) = (pid for name, pid in replica.pids.items() if name.startswith("vllm"))
+            for side, (pid, measure) in enumerate(((engine, batch), (plain.pid, plain.batch))):
+                before = _processor_s(pid)
                 speed = _speed(measure(), args.batch, args.tokens)
                 if number >= 0:  # the first one warms up
-                    speeds.append(speed)
-    return found
+                    speeds[side].append(speed)
+                    used = _processor_s(pid) - before
+                    processor[side].append(used / (args.batch * args.tokens))
+    return (speeds[0], processor[0]), (speeds[1], processor[1])
+
+
+def _processor_s(pid: int) -> float:
+    """Processor time of all threads of a process so far, in seconds."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 class _Client:
@@ -215,6 +236,10 @@ class _Plain:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     def batch(self) -> list[tuple[float, str]]:
         """As `_answers`."""

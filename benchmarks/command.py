@@ -28,6 +28,7 @@ BENCHMARKS = {
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
     "vllm-load": ("coldframe.benchmarks.vllm_load", "vLLM's weights from us and by its own loader"),
+    "vllm-bridge": ("coldframe.benchmarks.vllm_bridge", "native decode until vLLM takes over"),
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
     "vllm-handoff": ("coldframe.benchmarks.vllm_handoff", "KV from outside in vLLM, and out of it"),
     "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),

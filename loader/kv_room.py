@@ -23,11 +23,15 @@ class KvRoom:
         reserve: Bytes of it for contexts and workspaces of processes that are not up yet; at most
             a quarter of the device.
         part: Of the device's memory, what KV may take at most.
+        others: Bytes of the device that another engine takes for KV of its own.
+        split: So many engines have as much KV each.
     """
 
     share: float = 0.9
     reserve: int = 0
     part: float = 1.0
+    others: int = 0
+    split: int = 1
 
     def nbytes(self, total: int, free: int, coming: int) -> int:
         """How much KV there may be, which may be none at all.
@@ -38,7 +42,8 @@ class KvRoom:
             coming: Bytes of weights that are to come still.
         """
         kept = round((1.0 - self.share) * total) + min(self.reserve, total // 4)
-        return max(0, min(round(self.part * total), free - coming - kept))
+        room = min(round(self.part * total), free - coming - kept - self.others)
+        return max(0, room // self.split)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

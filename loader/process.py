@@ -72,8 +72,9 @@ def spawn_python(
     *,
     site_packages: bool = True,
     session: bool = False,
+    executable: str | None = None,
 ) -> Child:
-    """Starts this interpreter on a line of code, with one inherited descriptor (number 3).
+    """Starts an interpreter on a line of code, with one inherited descriptor (number 3).
 
     Standard input is /dev/null, so that nothing steals the terminal's; standard output goes to
     standard error, so that an answer on it stays whole. The child is in a process group of its
@@ -87,12 +88,17 @@ def spawn_python(
         site_packages: Whether it can import installed packages. One that needs none starts in
             half the time without them.
         session: Whether it leads a session of its own instead of a process group alone.
+        executable: Which interpreter; by default this one.
+
+    Raises:
+        PlatformError: It cannot be started.
     """
+    executable = executable or sys.executable
     # What is imported stays, so the collector would only walk it again and again; a process
     # switches it on when it is up (`collect_garbage`).
     prologue = "import time; first_ns = time.monotonic_ns(); import gc, sys; gc.disable(); "
     # -P: a module in the working directory must not stand in for one of ours.
-    argv = [sys.executable, "-P"]
+    argv = [executable, "-P"]
     if not site_packages:
         # Without the site module nothing knows where this package is installed, so say it.
         argv.append("-S")
@@ -114,12 +120,12 @@ def spawn_python(
     spawned = monotonic_ns()
     try:
         if session:
-            pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions, setsid=True)
+            pid = os.posix_spawn(executable, argv, env, file_actions=actions, setsid=True)
         else:
-            pid = os.posix_spawn(sys.executable, argv, env, file_actions=actions, setpgroup=0)
+            pid = os.posix_spawn(executable, argv, env, file_actions=actions, setpgroup=0)
     except OSError as error:
         raise PlatformError(
-            "cannot start a process", where=sys.executable, got=error.strerror
+            "cannot start a process", where=executable, got=error.strerror
         ) from error
     finally:
         os.close(moved)

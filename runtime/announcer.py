@@ -51,7 +51,7 @@ class Announcer:
         for name, model in self._fleet:
             if model.known and self._read.get(name) is not model.model:
                 try:
-                    self._introduce(name, model.model, send)
+                    self._introduce(name, model.model, send, vllm=model.has_vllm)
                 except ColdframeError as wrong:
                     model.give_up(wrong)
             state = model.load_state()
@@ -65,7 +65,12 @@ class Announcer:
                 send({"type": "state", "model": name, **body})
 
     def _introduce(
-        self, name: str, model: ModelFacts, send: Callable[[dict[str, Any]], None]
+        self,
+        name: str,
+        model: ModelFacts,
+        send: Callable[[dict[str, Any]], None],
+        *,
+        vllm: bool,
     ) -> None:
         """Tells what a model is, as soon as its config is there.
 
@@ -82,6 +87,7 @@ class Announcer:
             model.spec.context_length,
             model.spec.vocab_size,
             self._chat_template,
+            vllm=vllm,
         ).to_wire()
         if card != self._cards.get(name):
             self._cards[name] = card

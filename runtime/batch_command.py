@@ -202,6 +202,7 @@ class _Run:
                 replica.spec.context_length,
                 replica.spec.vocab_size,
                 args.chat_template,
+                vllm=replica.options.vllm is not None,
             )
             startup = Startup(recorder, self._exec_ns)
             batch = Batch(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import Handoff
+from coldframe.runtime.handoff import RENEW_S, Handoff, Job
 from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
@@ -38,6 +40,9 @@ class _DecodeRole:
         self._behind: dict[str, int] = {}
         """Since when each request is here whose KV is not whole yet. Only then is it published:
         nobody may take it to be whole before."""
+        self._moved: set[str] = set()
+        """Requests given back for another engine: their leases are renewed until that has them."""
+        self._renew_at = 0.0
 
     def run(self) -> None:
         while True:
@@ -88,13 +93,24 @@ class _DecodeRole:
             if not self._pool.may_take or not self._admit(handoff):
                 break
             del self._waiting[handoff.job.request]
+        self._renew()
         for message in self._worker.messages(block=block):
             came = True
             if message.kind == "handoff":
                 self._take(Handoff.from_wire(message.body["handoff"]))
             elif message.kind == "cancel":
                 self._cancel(message.body["request"])
+            elif message.kind == "move":
+                self._move(message.body["request"])
+            elif message.kind == "ack":
+                self._moved.discard(message.body["request"])
         return came
+
+    def _renew(self) -> None:
+        if self._moved and time.monotonic() >= self._renew_at:
+            self._renew_at = time.monotonic() + RENEW_S
+            for request in self._moved:
+                self._worker.client.renew(request)
 
     def _take(self, handoff: Handoff) -> None:
         job = handoff.job
@@ -149,7 +165,38 @@ class _DecodeRole:
             self._worker.recorder.add("prefill", since, note="between decode steps")
             self._worker.report_spans()
 
+    def _move(self, request: str) -> None:
+        """Gives a request back with its KV, for another engine to go on with it.
+
+        One whose KV is not whole stays: whoever had it next would compute the rest no sooner.
+        """
+        if request in self._waiting or request in self._behind:
+            return
+        sequence = self._decoder.remove(request)
+        if sequence is None:
+            return
+        self._seen.pop(request, None)  # it may come back in the same attempt
+        self._pool.hand_over(sequence)
+        self._moved.add(request)
+        job = Job(
+            request,
+            sequence.attempt,
+            sequence.params,
+            prompt_ids=sequence.prompt_ids,
+            generated_ids=tuple(sequence.generated_ids),
+        )
+        handoff = Handoff(
+            job,
+            self._worker.plan.fingerprint,
+            kv_format(self._worker.spec.dtype),
+            tuple(sequence.blocks),
+            sequence.kv_tokens,
+            self._worker.device,
+        )
+        self._worker.control.send({"type": "handoff", "handoff": handoff.to_wire()})
+
     def _cancel(self, request: str) -> None:
+        self._moved.discard(request)
         self._waiting.pop(request, None)
         self._seen.pop(request, None)
         sequence = self._decoder.remove(request)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from coldframe.loader.awake import AwakeClock
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
@@ -162,6 +162,8 @@ class FrontDesk:
         try:
             params = SamplingParams.from_wire(body["params"])
             params.validate(model.model.spec.vocab_size)
+            if params.needs == "vllm" and not model.has_vllm:
+                raise _no_vllm()
             listener = _Listener(self, number)
             request = model.submit(
                 params,
@@ -199,6 +201,14 @@ class FrontDesk:
         self._requests.pop(number, None)
         self.flush()
         self.send({"type": "failed", "id": number, "error": error.to_wire()})
+
+
+def _no_vllm() -> RequestError:
+    return RequestError(
+        "only vLLM can serve this, and the replica has none",
+        where="structured",
+        hint="Start the server with --decode native,vllm.",
+    )
 
 
 def _number(value: object) -> int:

@@ -14,7 +14,8 @@ The protocol, with the front's router between the workers:
     router   tells the prefill worker, which stops renewing the lease
 
 Where the receiver dies before its `ack`, the router sends the same hand-off to another with the
-next attempt. Where it dies later, the router adds the tokens it has seen, and does the same.
+next attempt. A decode worker that is to give a request to another engine (`move`) is a sender like
+a prefill worker. Where it dies later, the router adds the tokens it has seen, and does the same.
 Where the KV is gone, whoever gets the request computes it again from the ids. A token that the
 router has seen says that all before it is in the KV.
 """
@@ -27,9 +28,11 @@ from typing import Any
 from coldframe.loader.errors import ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 
-__all__ = ["Handoff", "Job", "VERSION"]
+__all__ = ["Handoff", "Job", "RENEW_S", "VERSION"]
 
 VERSION = 3
+RENEW_S = 5.0
+"""How often a sender renews the leases of what was not acknowledged yet, in seconds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,8 +35,29 @@ _WORKER = (
     "from coldframe.runtime.worker_process import main; "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
+_VLLM_WORKER = (
+    "from coldframe.runtime.integrations.vllm.worker import main; "
+    "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
+)
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
+_VLLM_ENVIRONMENT = {
+    # One process: its core shares the weights' and the KV's addresses with whoever asks it.
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    # All that it reads is there, and it is to ask nobody.
+    "HF_HUB_OFFLINE": "1",
+    # What it says on the way is for those who look into it; the replica's log has the rest.
+    "VLLM_LOGGING_LEVEL": "WARNING",
+}
+_NOT_FOR_VLLM = (
+    # What is set for our own workers' sake, and decides what vLLM finds and may compile.
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "TORCH_DISABLE_NATIVE_JIT",
+    # It would win over the size that it is given.
+    "VLLM_CPU_KVCACHE_SPACE",
+)
 
 
 class Memory:
@@ -211,7 +232,7 @@ class Launch:
                 "copy": options.copy,
                 "verify": options.verify,
                 "throttle": options.throttle,
-                "layout": options.layout,
+                "layout": options.layout_to_load,
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
                 "serve_peers": options.serve_peers,
@@ -224,20 +245,25 @@ class Launch:
     def start_workers(self) -> None:
         """Starts the workers that the first token needs; the others are to follow (`later`).
 
-        One for prefill at once. The one for decode, and all that the front does next, keep off the
-        cores until the memory service has asked for the first byte: on a small machine they would
-        only take turns with it. Where they are clones, which are there in no time, they keep off
-        until prefill waits for weights or has its first token. So do further ones of each role.
+        One for prefill at once, and with it a vLLM engine that alone decodes; beside native workers
+        that is started later (`bridge`). The one for decode, and all that the front does next, keep
+        off the cores until the memory service has asked for the first byte: on a small machine they
+        would only take turns with it. Where they are clones, which are there in no time, they keep
+        off until prefill waits for weights or has its first token. So do further ones of each role.
         """
-        first = [role for role, scale in self.options.scales.items() if scale.least]
-        self.later = [
-            role for role, scale in self.options.scales.items() for _ in range(scale.least - 1)
-        ]
+        vllm = self.options.vllm
+        scales = {
+            role: scale
+            for role, scale in self.options.scales.items()
+            if role != "vllm" or (vllm is not None and vllm.alone)
+        }
+        first = [role for role, scale in scales.items() if scale.least]
+        self.later = [role for role, scale in scales.items() for _ in range(scale.least - 1)]
         try:
             for role in first:
                 if role == "decode" and not self.options.hold_load:
                     self.memories[0].channel.wait_readable(_FIRST_BYTE_S)
-                if self.workers and self.tiers.best is not None:
+                if self.workers and self.tiers.best is not None and role != "vllm":
                     self.later.insert(0, role)
                 else:
                     self.workers.append(self.start_worker(role))
@@ -268,7 +294,7 @@ class Launch:
         """Starts one worker that will have the given role, in the best way that is left.
 
         Args:
-            role: `prefill` or `decode`.
+            role: `prefill` or `decode`, or `vllm`, which starts fresh.
             tiers: Which ways there are; by default those of the replica.
             group: It takes requests of that group alone.
 
@@ -279,8 +305,8 @@ class Launch:
         tiers = tiers or self.tiers
         name = f"{role}-{self._names}"
         self._names += 1
-        cloner = tiers.best
-        if cloner is None and tiers.options.mode == "require":
+        cloner = None if role == "vllm" else tiers.best
+        if cloner is None and role != "vllm" and tiers.options.mode == "require":
             raise SnapshotError(
                 "a worker cannot be a clone",
                 where=self.options.model,
@@ -295,6 +321,10 @@ class Launch:
             if cloner is not None:
                 threads, environment = self.threads_of(role), self._environment(role)
                 child = tiers.clone(cloner, name, (ours, theirs), threads, environment)
+            elif role == "vllm":
+                arguments = [str(started), *self._identity()]
+                child = self._spawn_vllm(arguments, theirs.fileno())
+                self._recorder.add("process_spawn", started, note=name)
             else:
                 arguments = [str(started), *self._identity()]
                 child = spawn_python(_WORKER, arguments, theirs.fileno(), self._environment(role))
@@ -306,6 +336,14 @@ class Launch:
             theirs.close()
         return WorkerProcess(name, role, child, ours, cloner, group)
 
+    def _spawn_vllm(self, arguments: list[str], fd: int) -> Child:
+        vllm = self.options.vllm
+        assert vllm is not None
+        environment = {**_VLLM_ENVIRONMENT, **self._environment("vllm")}
+        for name in _NOT_FOR_VLLM:
+            environment.pop(name, None)
+        return spawn_python(_VLLM_WORKER, arguments, fd, environment, executable=vllm.python)
+
     @property
     def threads(self) -> int:
         """Threads of a worker's kernels, where all cores are everybody's."""
@@ -313,7 +351,7 @@ class Launch:
 
     def threads_of(self, role: str) -> int:
         """Threads of a worker's kernels."""
-        cores = self._cores.get(role)
+        cores = self._cores.get("decode" if role == "vllm" else role)
         if cores is None or self.options.threads is not None:
             return self.threads
         # Its cores, and of a quota that is less than they are the same part.
@@ -328,7 +366,7 @@ class Launch:
         threads = str(self.threads_of(role))
         return {
             **without_secrets(),
-            CORES: to_environment(self._cores.get(role, ())),
+            CORES: to_environment(self._cores.get("decode" if role == "vllm" else role, ())),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             # Threads that wait must sleep: spinning ones take the cores that the other workers,

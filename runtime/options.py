@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coldframe.loader.errors import DeviceError
+from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.vllm_options import VllmOptions
 from coldframe.snapshot.identity import Identity
 
 __all__ = ["BLOCK_TOKENS", "ReplicaOptions", "ScalingOptions", "SnapshotOptions", "model_name"]
@@ -82,7 +83,8 @@ class ReplicaOptions:
             load with workers that are up.
         prefill: How many prefill workers: a number, or the bounds between which there are as many
             as there is work for.
-        decode: How many decode workers, likewise.
+        decode: How many decode workers, likewise; none where vLLM alone decodes.
+        vllm: A vLLM engine that decodes, too; None for none.
         scaling: What calls for more of them, and what for fewer.
         pin: Give prefill one half of the cores and decode the other.
         kv_bytes: KV memory of each device; None lets the replica choose.
@@ -110,6 +112,7 @@ class ReplicaOptions:
 
     Raises:
         DeviceError: Some are to be on the CPU and some on a GPU.
+        RequestError: Weights are to be laid out anew under a vLLM engine.
     """
 
     model: str
@@ -126,6 +129,7 @@ class ReplicaOptions:
     hold_load: bool = False
     prefill: int | Scale = 1
     decode: int | Scale = 1
+    vllm: VllmOptions | None = None
     scaling: ScalingOptions = ScalingOptions()
     pin: bool = False
     kv_bytes: int | None = None
@@ -146,7 +150,9 @@ class ReplicaOptions:
 
     def __post_init__(self) -> None:
         wanted = {"--device": self.device}
-        wanted |= {f"--{role}": self.device_of(role) for role in self.scales}
+        for role in self.scales:
+            flag = "--decode vllm" if role == "vllm" else f"--{role}"
+            wanted[flag] = self.device_of(role)
         if len({device == CPU for device in wanted.values()}) > 1:
             raise DeviceError(
                 "a replica is on GPUs or on the CPU: neither can use the other's memory",
@@ -155,11 +161,21 @@ class ReplicaOptions:
                 got=", ".join(wanted.values()),
                 hint="Name the CPU or GPUs for all of them, or leave them out.",
             )
+        if self.vllm is not None and self.realign:
+            raise RequestError(
+                "weights that vLLM uses where they are cannot be laid out anew",
+                where="--realign",
+                got="--decode with vllm",
+                hint="Take --layout aligned: they lie so from the start.",
+            )
 
     @property
     def scales(self) -> dict[str, Scale]:
         """The bounds of each role's workers; the first token needs the first of them."""
-        return {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+        found = {"prefill": Scale.of(self.prefill), "decode": Scale.of(self.decode)}
+        if self.vllm is not None:
+            found["vllm"] = Scale(1, 1, self.vllm.device)
+        return found
 
     def on_cpu(self, why: str) -> ReplicaOptions:
         """The same without a GPU, and why."""
@@ -171,11 +187,23 @@ class ReplicaOptions:
             fall_back=False,
             prefill=bounds["prefill"],
             decode=bounds["decode"],
+            vllm=self.vllm and replace(self.vllm, device=None),
         )
 
     def device_of(self, role: str) -> str:
         """Where a role's workers compute."""
         return self.scales[role].device or self.device
+
+    @property
+    def layout_to_load(self) -> str | None:
+        """How the weights are to lie in memory; None leaves it to the memory service.
+
+        On a GPU vLLM computes with the weights where they are, if they lie as it wants them. On a
+        CPU it packs them anew in any case.
+        """
+        if self.layout is None and self.vllm is not None and self.device != CPU:
+            return "aligned"
+        return self.layout
 
     @property
     def contexts_stay(self) -> str | None:
@@ -187,7 +215,7 @@ class ReplicaOptions:
     @property
     def devices(self) -> tuple[str, ...]:
         """The devices that have the weights and KV: first that of prefill."""
-        return tuple(dict.fromkeys(self.device_of(role) for role in ("prefill", "decode")))
+        return tuple(dict.fromkeys(self.device_of(role) for role in self.scales))
 
 
 def model_name(model: str) -> str:

@@ -12,7 +12,7 @@ from coldframe.loader.wire import Message
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.saturation import Saturation, SaturationProbe
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.handoff import RENEW_S, Handoff, Job
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prompts import bounded, token_ids
 from coldframe.runtime.underway import Underway
@@ -20,7 +20,6 @@ from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
 
-_RENEW_S = 5.0
 _CALM_S = 2.0
 """How long nobody must have asked before something is measured, in seconds."""
 _LONG_TEXT = 32 << 10
@@ -118,7 +117,7 @@ class _PrefillRole:
 
     def _receive(self, *, block: bool) -> None:
         if time.monotonic() >= self._renew_at:
-            self._renew_at = time.monotonic() + _RENEW_S
+            self._renew_at = time.monotonic() + RENEW_S
             for request in self._handed:
                 self._client.renew(request)
         for message in self._worker.messages(block=block):

@@ -17,7 +17,7 @@ from typing import Any
 
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Channel, Message
@@ -104,7 +104,9 @@ class Replica:
         )
         selector = self.loop.selector
         self._workforce = Workforce(
-            *(self._launch, selector, self._router, self.recorder, self._memories.order), self
+            *(self._launch, selector, self._router, self.recorder, self._memories.order),
+            self,
+            self._warn,
         )
         self.contexts = Contexts(self, self._clock, self._warn, options.contexts_stay)
         """Whether the workers' contexts are on the device."""
@@ -198,6 +200,16 @@ class Replica:
         return self._answered
 
     @property
+    def calm(self) -> bool:
+        """Whether no first token has to wait for what is started now."""
+        return self._answered or (self.loaded and not self._router.native_requests)
+
+    @property
+    def bridging(self) -> bool:
+        """Whether a vLLM engine that is to take decode over is still on its first start."""
+        return self._workforce.bridge.pending
+
+    @property
     def load_s(self) -> float:
         """How long the weights have been coming, or took, in seconds."""
         if self._load_started_ns is None:
@@ -273,6 +285,12 @@ class Replica:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:
             raise ReplicaError("the model's config is not there yet", hint="Wait until `known`.")
+        if params.needs == "vllm" and self.options.vllm is None:
+            raise RequestError(
+                "only a vLLM engine serves this",
+                where="structured",
+                hint="Start the replica with --decode vllm or --decode native,vllm.",
+            )
         self.wake()
         request = self._new_request()
         go = partial(

@@ -5,6 +5,10 @@ are the replica's. Two rules make it safe to kill any worker at any moment. A to
 it has the index that is due and comes from the attempt that is current, so none is sent twice.
 And a request is given out again only after its former worker is dead.
 
+Decode workers are of two engines. Where there is a vLLM engine beside native workers, these decode
+until it is up, and again when it is gone; what they have in hand then stays with them, or is told
+to move (`move`).
+
 What is given to a worker stays there. So where others may come to help, prompts wait here beyond
 what a worker has to do for a while (`share`), in the order in which they came.
 """
@@ -25,9 +29,12 @@ __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
 ACK_S = 30.0
 """How long a worker that is up may take to acknowledge a hand-off, in seconds."""
-SILENCE_S = {"prefill": 300.0, "decode": 60.0}
+VLLM_ACK_S = 120.0
+"""The same for vLLM: one step of it may compute thousands of tokens of other prompts."""
+SILENCE_S = {"prefill": 300.0, "decode": 60.0, "vllm": 300.0}
 """How long a worker with requests may go without a word, in seconds. A decode worker speaks with
-every step, a prefill worker between any two layers, and a layer over a long prompt takes time."""
+every step, a prefill worker between any two layers, and a layer over a long prompt takes time. A
+step of vLLM's may compute a whole prompt again, or compile kernels for it."""
 MOST_ATTEMPTS = 4
 """How many workers may die under a request before it is given up."""
 
@@ -73,6 +80,7 @@ class _Worker:
     group: str = ""
     domain: str = ""
     """Whose KV it reaches: that of its device."""
+    engine: str = "native"
     up: bool = False
     heard: float = 0.0
     leaving: bool = False
@@ -87,13 +95,20 @@ class _Request:
     handoff: Handoff | None = None
     worker: str | None = None
     acked: bool = False
+    elsewhere: bool = False
+    """Whether its last tokens were made in KV that no other worker reaches."""
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
 
     @property
+    def engine(self) -> str | None:
+        """The only engine that serves it, prefill and all; None where each does."""
+        return self.job.params.needs
+
+    @property
     def role(self) -> str:
         """Of the workers that it needs next."""
-        return "prefill" if self.handoff is None else "decode"
+        return "prefill" if self.handoff is None and self.engine is None else "decode"
 
 
 class Router:
@@ -118,6 +133,11 @@ class Router:
     @property
     def open_requests(self) -> int:
         return len(self._requests)
+
+    @property
+    def native_requests(self) -> int:
+        """Those that native workers serve; the others wait for another engine."""
+        return sum(found.engine is None for found in self._requests.values())
 
     def load(self, role: str) -> int:
         """What the workers of a role have to do, and what waits for them.
@@ -174,7 +194,14 @@ class Router:
 
     # -- workers ---------------------------------------------------------------------------------
 
-    def worker_added(self, worker: str, role: str, group: str = "", domain: str = "") -> None:
+    def worker_added(
+        self,
+        worker: str,
+        role: str,
+        group: str = "",
+        domain: str = "",
+        engine: str = "native",
+    ) -> None:
         """A worker was started; what waits for its role is given to it at once.
 
         Args:
@@ -182,8 +209,9 @@ class Router:
             role: `prefill` or `decode`.
             group: Whose requests it takes.
             domain: Workers of the same one reach the same KV.
+            engine: `native` or `vllm`.
         """
-        self._workers[worker] = _Worker(role, group, domain, heard=self._clock())
+        self._workers[worker] = _Worker(role, group, domain, engine, heard=self._clock())
         self._give_out()
 
     def retire(self, worker: str) -> None:
@@ -194,6 +222,24 @@ class Router:
         """A worker that was to go stays after all."""
         self._workers[worker].leaving = False
         self._give_out()
+
+    def move(self, worker: str) -> int:
+        """Has a native decode worker give back what it decodes, for another engine to go on.
+
+        What is drawn depends on seed and position alone, in either engine. The worker keeps what
+        it cannot give back, and what ends meanwhile.
+
+        Returns:
+            How many requests it was asked for.
+        """
+        theirs = [
+            request
+            for request, found in self._requests.items()
+            if found.worker == worker and found.acked and found.handoff is not None
+        ]
+        for request in theirs:
+            self._transport.to_worker(worker, {"type": "move", "request": request})
+        return len(theirs)
 
     def is_leaving(self, worker: str) -> bool:
         state = self._workers.get(worker)
@@ -272,7 +318,10 @@ class Router:
             if state is None or not state.up:
                 continue
             unanswered = state.role == "decode" and not found.acked
-            if now - state.heard > (ACK_S if unanswered else SILENCE_S[state.role]):
+            vllm = state.engine == "vllm"
+            silence = SILENCE_S["vllm" if vllm else state.role]
+            patience = VLLM_ACK_S if vllm else ACK_S
+            if now - state.heard > (patience if unanswered else silence):
                 hung.add(found.worker)
         for worker in hung:
             if worker is not None:
@@ -286,10 +335,10 @@ class Router:
         if not waiting:
             return
         loads = self._loads()
-        full: set[tuple[str, str]] = set()
+        full: set[tuple[str, str, str | None]] = set()
         for request in waiting:
             found = self._requests[request]
-            wanted = (found.role, found.group)
+            wanted = (found.role, found.group, found.engine)
             worker = None if wanted in full else self._choose(found, loads)
             if worker is None:
                 full.add(wanted)  # whoever came later does not pass
@@ -316,14 +365,20 @@ class Router:
         names = [
             name
             for name, state in self._workers.items()
-            if (state.role, state.group) == (found.role, found.group) and not state.leaving
+            if (state.role, state.group) == (found.role, found.group)
+            and not state.leaving
+            and found.engine in (None, state.engine)
         ]
-        # One that is up comes first whatever its load: the other may take a while.
+        # One that is up comes first whatever its load: the other may take a while. And a vLLM
+        # engine that is not takes longer than any native worker.
+        engines = [[n for n in names if self._workers[n].engine == e] for e in ("vllm", "native")]
+        if engines[0] and engines[1]:
+            names = [n for n in engines[0] if self._workers[n].up] or engines[1]
         names = [name for name in names if self._workers[name].up] or names
         if not names:
             return None
         best = min(names, key=lambda name: loads[name] + self._missing(found, name))
-        if found.handoff is None and self.share is not None and loads[best]:
+        if found.role == "prefill" and self.share is not None and loads[best]:
             return best if loads[best] + self._work(found) <= self.share else None
         return best
 
@@ -348,8 +403,10 @@ class Router:
         if found.handoff is not None:
             return blocks_of(len(found.handoff.job.prompt_ids or ()) + generated)
         if job.prompt_ids is None:
-            return self._gauge.guess(job.prompt or "") + generated
-        return max(1, len(job.prompt_ids) + generated)
+            tokens = self._gauge.guess(job.prompt or "") + generated
+        else:
+            tokens = max(1, len(job.prompt_ids) + generated)
+        return tokens if found.role == "prefill" else blocks_of(tokens)
 
     def _advance_attempt(self, found: _Request) -> None:
         """Makes the request's job or hand-off say all that the client has seen."""
@@ -359,10 +416,11 @@ class Router:
             prompt = found.handoff.job.prompt_ids
             assert prompt is not None
             kv_tokens = found.handoff.kv_tokens
-            if len(generated) > len(found.handoff.job.generated_ids):
+            if len(generated) > len(found.handoff.job.generated_ids) and not found.elsewhere:
                 kv_tokens = len(prompt) + len(generated) - 1
             found.job = replace(found.job, prompt=None, prompt_ids=prompt)
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
+        found.elsewhere = False
 
     def _token(self, worker: str, item: list[Any]) -> None:
         request, attempt, index, token, text, finish, logprob, top, *counts = item
@@ -371,7 +429,12 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
-        if found.handoff is not None and found.handoff.domain != self._workers[worker].domain:
+        found.elsewhere = self._workers[worker].engine == "vllm"  # with KV of its own
+        if (
+            found.handoff is not None
+            and not found.elsewhere
+            and found.handoff.domain != self._workers[worker].domain
+        ):
             # It was brought there, or computed again.
             found.handoff = replace(found.handoff, domain=self._workers[worker].domain)
         if index == 0 and found.job.prompt is not None:
@@ -399,7 +462,9 @@ class Router:
             self._transport.to_worker(worker, {"type": "ack", "request": job.request})
             return
         found.handoff, found.sender, found.worker = handoff, worker, None
-        self.prefilled_by_decode += not handoff.whole
+        found.elsewhere = False
+        if self._workers[worker].role == "prefill":
+            self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)
 

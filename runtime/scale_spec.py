@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.device_choice import parse_device
 
-__all__ = ["MOST_WORKERS", "Scale"]
+__all__ = ["MOST_WORKERS", "DecodeSpec", "Scale"]
 
 MOST_WORKERS = 256
 """Of one role in one replica: a number with a digit too many shall not fill the machine."""
+_VLLM = re.compile(r"vllm(?:@(.*))?", re.DOTALL)
+_NATIVE = "native"
 _SPEC = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:@(.*))?", re.DOTALL)
 
 
@@ -70,3 +72,59 @@ class Scale:
             )
         device = None if match[3] is None else parse_device(match[3], where)
         return cls(least, most, device)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSpec:
+    """Who decodes.
+
+    Args:
+        native: The bounds of the native workers; None where there are none.
+        vllm: Whether there is a vLLM engine. Beside native workers it takes their place once it
+            is up.
+        vllm_device: Where that computes; None for where the replica does.
+    """
+
+    native: Scale | None
+    vllm: bool = False
+    vllm_device: str | None = None
+
+    @property
+    def scale(self) -> Scale:
+        """The bounds of the native workers, where there are none as well."""
+        return self.native or Scale(0, 0, self.vllm_device)
+
+    @classmethod
+    def parse(cls, text: str, where: str = "--decode") -> DecodeSpec:
+        """Reads what `Scale` does, `vllm`, `vllm@cuda:0`, or both as `native,vllm` or `1-4,vllm`.
+
+        Args:
+            text: What to read.
+            where: Whose it is, for the error.
+
+        Raises:
+            RequestError: It is no such text, or says nothing that can be.
+        """
+        native: Scale | None = None
+        vllm: re.Match[str] | None = None
+        for part in text.split(","):
+            engine = _VLLM.fullmatch(part.strip())
+            if (vllm if engine else native) is not None:
+                raise _no_engines(text, where)
+            if engine is not None:
+                vllm = engine
+            else:
+                native = Scale() if part.strip() == _NATIVE else Scale.parse(part, where)
+        if vllm is None:
+            return cls(native)
+        return cls(native, True, None if vllm[1] is None else parse_device(vllm[1], where))
+
+
+def _no_engines(text: str, where: str) -> RequestError:
+    return RequestError(
+        "this does not say who decodes",
+        where=where,
+        expected="native workers, a vLLM engine, or one of each",
+        got=repr(text),
+        hint="Write 2, 1-4, vllm, vllm@cuda:0 or native,vllm.",
+    )

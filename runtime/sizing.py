@@ -6,6 +6,7 @@ How much memory a GPU has is not known here: there the memory service decides (`
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
@@ -116,8 +117,14 @@ class KvSize(NamedTuple):
         if wanted is not None:
             return cls(*kv_blocks(spec, wanted, available=wanted))  # the device itself will say no
         block = spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
-        reserve = context_bytes(options, device or options.devices[0])
-        return cls(block, None, KvRoom(reserve=reserve, part=options.kv_part))
+        device = device or options.devices[0]
+        reserve = context_bytes(options, device)
+        room = KvRoom(reserve=reserve, part=options.kv_part)
+        if options.vllm is not None and options.device_of("vllm") == device:
+            # It has KV of its own: as much as this is, where nobody says otherwise.
+            own = options.vllm.kv_bytes
+            room = replace(room, others=own or 0, split=2 if own is None else 1)
+        return cls(block, None, room)
 
 
 def context_bytes(options: ReplicaOptions, device: str) -> int:

@@ -49,6 +49,7 @@ class Staffing:
         recorder: Gets a span for each change.
         options: The bounds, and what calls for more.
         clock: Monotonic seconds.
+        stands_in_for: Whether an engine does the work of a role's workers, so that none is wanted.
     """
 
     def __init__(
@@ -58,8 +59,11 @@ class Staffing:
         recorder: Recorder,
         options: ReplicaOptions,
         clock: Callable[[], float] = time.monotonic,
+        stands_in_for: Callable[[str], bool] = lambda _: False,
     ) -> None:
         self._employer = employer
+        self._stands_in_for = stands_in_for
+        self._roles = list(options.scales)
         self._router = router
         self._recorder = recorder
         scaling = options.scaling
@@ -85,6 +89,8 @@ class Staffing:
         if not self._going:
             return
         for role, scaler in self._scalers.items():
+            if self._stands_in_for(role):
+                continue
             staying = [w for w in self._of(role) if not self._router.is_leaving(w.name)]
             load = self._router.load(role)
             wanted = scaler.wanted(load, len(staying))
@@ -107,9 +113,11 @@ class Staffing:
         may be what there is no room for.
         """
         scaler = self._scalers.get(dead.role)
+        if not dead.group and self._router.is_leaving(dead.name):
+            return True
         if scaler is None or dead.group:
             return False
-        if self._router.is_leaving(dead.name) or self._keep(dead.role):
+        if self._keep(dead.role):
             return True
         others = [worker for worker in self._of(dead.role) if worker.up]
         if self._going and not dead.up and len(others) >= scaler.scale.least:
@@ -120,7 +128,7 @@ class Staffing:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By role: how many workers start, are up, and are to go."""
-        found = {role: {"starting": 0, "up": 0, "leaving": 0} for role in ("prefill", "decode")}
+        found = {role: {"starting": 0, "up": 0, "leaving": 0} for role in self._roles}
         for role, counts in found.items():
             for worker in self._of(role):
                 leaving = self._router.is_leaving(worker.name)

@@ -44,7 +44,7 @@ class StartLog:
         if self.open:
             self._take(replica)
             late = self.first_token_ns is not None and now() - self.first_token_ns > _SPANS_NS
-            if late and replica.loaded:
+            if late and replica.loaded and not replica.bridging:
                 self.close()
         else:
             # Every request to come has spans, too.

@@ -152,6 +152,11 @@ class Supervisor:
     # -- requests --------------------------------------------------------------------------------
 
     @property
+    def has_vllm(self) -> bool:
+        """Whether its replica has a vLLM engine, which serves what the native one does not."""
+        return self._options.vllm is not None
+
+    @property
     def known(self) -> bool:
         """Whether the model's config has been read."""
         return self._quarters.known

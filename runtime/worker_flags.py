@@ -11,7 +11,8 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.device_choice import add_device_argument, choose_device
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, ScalingOptions
-from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.scale_spec import DecodeSpec, Scale
+from coldframe.runtime.vllm_options import add_vllm_arguments, vllm_options
 
 __all__ = ["add_worker_arguments", "worker_options"]
 
@@ -20,13 +21,21 @@ def add_worker_arguments(parser: Parser) -> None:
     """The flags that say which workers there are to be."""
     add_device_argument(parser)
     flag = partial(parser.flag, group=parser.add_argument_group("workers"))
-    for role in ("prefill", "decode"):
+    for role, engines, more in (
+        ("prefill", "", ""),
+        (
+            "decode",
+            "|vllm|native,vllm",
+            "; vllm has a vLLM engine decode, native,vllm once that is up",
+        ),
+    ):
         flag(
             f"--{role}",
-            metavar="N|MIN-MAX",
+            metavar=f"N|MIN-MAX{engines}",
             default="1",
             help=f"how many {role} workers: so many, or as many between two numbers as there is "
-            "work for; where, behind an @, as 1-4@cuda:0, also each role on a GPU of its own (1)",
+            "work for; where, behind an @, as 1-4@cuda:0, also each role on a GPU of its own"
+            f"{more} (1)",
         )
     flag(
         "--prefill-share",
@@ -75,6 +84,7 @@ def add_worker_arguments(parser: Parser) -> None:
         help="whether the workers' contexts leave a GPU while the model is parked: where the "
         "driver can do that, or never (auto)",
     )
+    add_vllm_arguments(parser)
 
 
 def worker_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,10 +107,13 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
             expected="at least 0",
             got=args.local_prefill,
         )
-    scales = {role: Scale.parse(getattr(args, role), f"--{role}") for role in ("prefill", "decode")}
-    choice = choose_device(args.device, (scale.device for scale in scales.values()))
+    prefill, decode = Scale.parse(args.prefill, "--prefill"), DecodeSpec.parse(args.decode)
+    named = (prefill.device, decode.scale.device, decode.vllm_device)
+    choice = choose_device(args.device, named)
     return {
-        **scales,
+        "prefill": prefill,
+        "decode": decode.scale,
+        "vllm": vllm_options(args, decode, getattr(args, "snapshot", None) or "off"),
         "device": choice.device,
         "device_why": choice.why,
         "fall_back": choice.fall_back,

@@ -31,6 +31,7 @@ from coldframe.loader.errors import (
 )
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.bridge import Bridge
 from coldframe.runtime.clones import Clones
 from coldframe.runtime.graph_shelf import GraphShelf, Trial
 from coldframe.runtime.launch import Launch, WorkerProcess
@@ -45,7 +46,8 @@ __all__ = ["Owner", "Workforce", "ending", "init_message"]
 
 _CRASHES = 6
 _CRASH_WINDOW_S = 60.0
-_START_S = 300.0
+_START_S = {"prefill": 300.0, "decode": 300.0, "vllm": 900.0}
+"""How long a worker may take to be up, in seconds: vLLM may compile the model first."""
 _SEND_TIMEOUT_S = 10
 _PUT_OFF_NS = 1_000_000_000
 
@@ -56,6 +58,11 @@ class Owner(Protocol):
     @property
     def answered(self) -> bool:
         """Whether a token has been made."""
+        ...
+
+    @property
+    def calm(self) -> bool:
+        """Whether no first token has to wait for what is started now."""
         ...
 
     @property
@@ -96,6 +103,7 @@ class Workforce:
         recorder: Gets a span for each clone that was lost.
         order: Has a memory service move contexts, of clones on a GPU; see `Memories.order`.
         owner: The replica.
+        warn: Told why there is no vLLM engine, where one is wanted.
     """
 
     def __init__(
@@ -106,6 +114,7 @@ class Workforce:
         recorder: Recorder,
         order: Order,
         owner: Owner,
+        warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.workers: dict[str, WorkerProcess] = {}
         self._launch = launch
@@ -126,7 +135,10 @@ class Workforce:
         self._groups: dict[str, Clones] = {}
         self._groups[""] = self._follow(launch.tiers, self._start_instead)
         self._shelf = GraphShelf(launch.options.snapshot, recorder)
-        self._staffing = Staffing(self, router, recorder, launch.options)
+        self.bridge = Bridge(self, router, recorder, launch.options, warn)
+        self._staffing = Staffing(
+            *(self, router, recorder, launch.options), stands_in_for=self.bridge.stands_in_for
+        )
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
@@ -172,6 +184,7 @@ class Workforce:
                 self.start(role)
         except ColdframeError as error:
             self._owner.fail(error)
+        self.bridge.tick(calm=self._owner.calm)
 
     def adopt(self, worker: WorkerProcess) -> None:
         """Takes over a worker that was started."""
@@ -306,7 +319,8 @@ class Workforce:
         init = init_message(worker.name, worker.role, options, model, self._shelf.root)
         self.send(worker.name, init, [memory.fileno()])
         memory.close()
-        self._router.worker_added(worker.name, worker.role, worker.group, place.device)
+        role, engine = ("decode", "vllm") if worker.role == "vllm" else (worker.role, "native")
+        self._router.worker_added(worker.name, role, worker.group, place.device, engine)
 
     # -- while they live -------------------------------------------------------------------------
 
@@ -346,17 +360,21 @@ class Workforce:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:
             self.start_rest()
-        late = now() - int(_START_S * 1e9)
         for worker in list(self.workers.values()):
+            patience_s = _START_S[worker.role]
+            late = now() - int(patience_s * 1e9)
             if not worker.up and max(worker.child.spawned_ns, started_ns) < late:
-                self._bury(worker, f"it was not up after {_START_S:g} s")
+                self._bury(worker, f"it was not up after {patience_s:g} s")
         if not self._launch.later:
             self._staffing.tick()
+            self.bridge.tick(calm=self._owner.calm)
 
     def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
         """Whether what broke a worker need not break the next."""
         if isinstance(error, ReplicaError) or worker.restoring:
             return True
+        if worker.role == "vllm" and self.bridge.wanted:
+            return True  # nor does it break those who decode without it
         if not isinstance(error, DeviceError) or isinstance(error, NoDevice):
             return False
         if isinstance(error, DeviceLost) and worker.trying is not None:
@@ -402,6 +420,8 @@ class Workforce:
                     elif kind == "tokens" and not worker.group:
                         self._staffing.begin()
                     self._owner.heard(worker, message)
+                    if kind == "up":
+                        self.bridge.is_up(worker)
         if ended and worker.name in self.workers:
             self._bury(worker, None)
 
@@ -417,6 +437,8 @@ class Workforce:
         if worker.trying is not None:
             self._shelf.lost(worker.name, worker.trying)
         if self._owner.died(worker, code):
+            return
+        if self._bury_engine(worker, end):
             return
         if self._staffing.replace(worker):
             self._router.worker_gone(worker.name, end)
@@ -437,6 +459,16 @@ class Workforce:
             return
         self._start_instead(worker, SnapshotError(end))
         self._router.worker_gone(worker.name, end)
+
+    def _bury_engine(self, worker: WorkerProcess, why: str) -> bool:
+        """Whether a dead worker was an engine beside native workers, which go on without it."""
+        try:
+            if not self.bridge.died(worker, why):
+                return False
+        except ColdframeError as error:  # there is no native worker to be had, either
+            self._owner.fail(error)
+        self._router.worker_gone(worker.name, why)
+        return True
 
     def _bury_clone(self, worker: WorkerProcess, why: str | None) -> None:
         clones = self._groups[worker.group]
@@ -468,9 +500,11 @@ def init_message(
     graph_store: str | None = None,
 ) -> dict[str, Any]:
     """What a worker is told to be; a connection to the memory service goes beside it."""
+    vllm = options.vllm if role == "vllm" else None
     return {
         "type": "init",
         "name": name,
+        **({} if vllm is None else {"kv_bytes": vllm.kv_bytes, "args": dict(vllm.args)}),
         "role": role,
         "parent": os.getpid(),
         "model": model.directory,
@@ -483,6 +517,7 @@ def init_message(
         "graph_store": graph_store,
         "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
+        **({} if vllm is None else {"kv_bytes": vllm.kv_bytes, "args": dict(vllm.args)}),
     }
 
 

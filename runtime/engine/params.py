@@ -7,9 +7,10 @@ import secrets
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.engine.structure import Structure
 
 __all__ = ["MAX_LOGPROBS", "MAX_STOP_LENGTH", "MAX_STOPS", "SamplingParams"]
 
@@ -42,6 +43,8 @@ class SamplingParams:
         stop_token_ids: Tokens that end the request, besides the model's own.
         ignore_eos: Go on after the model's end-of-text tokens.
         logprobs: Report log-probabilities, with those of this many likeliest tokens; None for none.
+        drawn: Whether nobody asked for the seed, so that any other draw would be as good.
+        structured: What form the answer must have; None for any.
     """
 
     temperature: float = 0.0
@@ -58,6 +61,13 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    drawn: bool = False
+    structured: Structure | None = None
+
+    @property
+    def needs(self) -> Literal["vllm"] | None:
+        """The engine that alone can serve this; None where any can."""
+        return None if self.structured is None else "vllm"
 
     @property
     def changes_logits(self) -> bool:
@@ -75,7 +85,9 @@ class SamplingParams:
         Call it once, where the request enters: every worker that the request passes through must
         draw with the same seed.
         """
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(63))
+        if self.seed is not None:
+            return self
+        return replace(self, seed=secrets.randbits(63), drawn=True)
 
     def validate(self, vocab_size: int) -> None:
         """Check types and ranges.
@@ -99,8 +111,11 @@ class SamplingParams:
             _integer("max_tokens", self.max_tokens, 1)
         if self.logprobs is not None:
             _integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if not isinstance(self.ignore_eos, bool):
-            raise _error("ignore_eos", "true or false", self.ignore_eos)
+        for name in ("ignore_eos", "drawn"):
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, "true or false", getattr(self, name))
+        if self.structured is not None:
+            self.structured.validate()
         self._validate_stops(vocab_size)
         if not isinstance(self.logit_bias, Mapping):
             raise _error("logit_bias", "an object from token ids to numbers", self.logit_bias)
@@ -126,6 +141,7 @@ class SamplingParams:
         wire["logit_bias"] = {str(token): bias for token, bias in self.logit_bias.items()}
         wire["stop"] = list(self.stop)
         wire["stop_token_ids"] = list(self.stop_token_ids)
+        wire["structured"] = None if self.structured is None else self.structured.to_wire()
         return wire
 
     @staticmethod
@@ -149,6 +165,8 @@ class SamplingParams:
                 values[name] = tuple(values[name])
         if "logit_bias" in values:
             values["logit_bias"] = _bias_from_wire(values["logit_bias"])
+        if values.get("structured") is not None:
+            values["structured"] = Structure.from_wire(values["structured"])
         return SamplingParams(**values)
 
 

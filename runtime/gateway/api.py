@@ -107,6 +107,7 @@ class ModelCard:
         chat_template: Jinja source, where it has one.
         special_tokens: `bos_token`, `eos_token` and the like, for the template.
         defaults: What the checkpoint's generation_config says: `temperature`, `top_p`, ...
+        vllm: Whether its replica has a vLLM engine, which serves what the native one does not.
     """
 
     name: str
@@ -116,6 +117,7 @@ class ModelCard:
     chat_template: str | None = None
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    vllm: bool = False
 
     def to_wire(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.__slots__}

@@ -40,6 +40,8 @@ def read_card(
     context_length: int,
     vocab_size: int,
     chat_template_file: str | None = None,
+    *,
+    vllm: bool = False,
 ) -> ModelCard:
     """Reads a model's card.
 
@@ -49,6 +51,7 @@ def read_card(
         context_length: Tokens of prompt and answer together, at most.
         vocab_size: Token ids.
         chat_template_file: The operator's own template, in place of the checkpoint's.
+        vllm: Whether its replica has a vLLM engine.
 
     Raises:
         CheckpointError: One of the files is not what it should be.
@@ -72,6 +75,7 @@ def read_card(
         chat_template=template,
         special_tokens=_special_tokens(directory, tokenizer),
         defaults=_defaults(directory),
+        vllm=vllm,
     )
 
 

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from hypothesis import HealthCheck, given, seed, settings
 
+from coldframe.runtime.gateway.openai.forms import FIELDS
 from coldframe.runtime.gateway.openapi import openapi
 from coldframe.runtime.gateway.platforms.table import PROFILES
 from coldframe.runtime.gateway.routes import add_routes
@@ -28,6 +29,7 @@ OPENAI = ("POST /v1/completions", "POST /v1/chat/completions", "POST /invoke")
 """Whose bodies the document knows in full."""
 NOT_SAID = (
     "best_of",  # not more than n
+    *FIELDS,  # where there is a vLLM engine
     "logit_bias",  # the vocabulary is the model's
     "max_completion_tokens",  # together with the prompt
     "max_tokens",

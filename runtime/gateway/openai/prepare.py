@@ -9,6 +9,7 @@ from typing import Any, Literal
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.api import ApiError, Generation, ModelCard
+from coldframe.runtime.gateway.openai.forms import structure_of
 from coldframe.runtime.gateway.openai.messages import template_variables
 from coldframe.runtime.gateway.openai.problems import invalid, missing
 from coldframe.runtime.gateway.openai.prompts import Prompt, read_prompts, too_long
@@ -65,12 +66,18 @@ def prepare_completion(body: object, card: ModelCard) -> Prepared:
         ApiError: The body is wrong, or asks for what is not supported.
     """
     fields = as_object(body)
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, vllm=card.vllm)
     request = read(CompletionRequest, fields)
     if request.prompt is None:
         raise missing("prompt")
     _check_best_of(request)
-    params = choices(request, card, max_tokens=_COMPLETION_TOKENS, logprobs=request.logprobs)
+    params = choices(
+        request,
+        card,
+        max_tokens=_COMPLETION_TOKENS,
+        logprobs=request.logprobs,
+        structured=structure_of(fields),
+    )
     prompts = read_prompts(request.prompt, card)
     if len(prompts) * len(params) > MAX_SEQUENCES:
         expected = f"at most {MAX_SEQUENCES} sequences, n times the prompts"
@@ -90,10 +97,11 @@ def prepare_chat(body: object, card: ModelCard, render: Render) -> Prepared:
         ApiError: The body is wrong, asks for what is not supported, or does not fit the template.
     """
     fields = as_object(body)
-    refuse_unsupported(fields)
+    refuse_unsupported(fields, vllm=card.vllm)
     request = read(ChatRequest, fields)
     logprobs = _top_logprobs(request)
-    params = choices(request, card, max_tokens=None, logprobs=logprobs)
+    structured = structure_of(fields)
+    params = choices(request, card, max_tokens=None, logprobs=logprobs, structured=structured)
     if card.chat_template is None:
         message = (
             f"The model {card.name} has no chat template: send its prompt to /v1/completions, "

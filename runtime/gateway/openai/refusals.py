@@ -8,7 +8,7 @@ models are hints, and ignored.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coldframe.runtime.engine.params import MAX_LOGPROBS
@@ -18,6 +18,8 @@ __all__ = ["REFUSALS", "Refusal", "refuse_unsupported", "unsupported"]
 
 _VLLM = "the vLLM engine can"
 """For the end of a sentence about what the native engine does not do."""
+_SERVED = f"{_VLLM}: start the server with --decode native,vllm"
+"""The same, where that one serves it here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,18 +30,21 @@ class Refusal:
         what: What it asks for.
         harmless: The values that ask for nothing, besides null.
         hint: Who can, or what to do instead.
+        vllm: Whether it is served where the replica has a vLLM engine.
     """
 
     what: str
     harmless: tuple[Any, ...] = ()
     hint: str = _VLLM
+    vllm: bool = False
 
     def sentence(self) -> str:
         """What a client is told."""
         return f"{self.what} is not supported here" + (f"; {self.hint}." if self.hint else ".")
 
 
-_STRUCTURED = Refusal("Structured output")
+_STRUCTURED = Refusal("Structured output", hint=_SERVED, vllm=True)
+_BACKEND = Refusal("Choosing how structured output is made", hint="leave it to the server")
 
 REFUSALS: Mapping[str, Refusal] = {
     "allowed_token_ids": Refusal("Restricting the vocabulary", hint="see logit_bias"),
@@ -55,18 +60,18 @@ REFUSALS: Mapping[str, Refusal] = {
     "function_call": Refusal("Function calling", ("none",)),
     "functions": Refusal("Function calling", ([],)),
     "guided_choice": _STRUCTURED,
-    "guided_decoding_backend": _STRUCTURED,
+    "guided_decoding_backend": _BACKEND,
     "guided_grammar": _STRUCTURED,
     "guided_json": _STRUCTURED,
     "guided_regex": _STRUCTURED,
-    "guided_whitespace_pattern": _STRUCTURED,
+    "guided_whitespace_pattern": _BACKEND,
     "include_stop_str_in_output": Refusal("A stop string in the answer", (False,)),
     "logits_processors": Refusal("A logits processor", ([],), hint="nothing is run for a request"),
     "min_tokens": Refusal("A least number of tokens", (0,)),
     "modalities": Refusal("An answer other than text", (["text"],), hint=""),
     "prompt_embeds": Refusal("A prompt of embeddings"),
     "prompt_logprobs": Refusal("Reporting log-probabilities of the prompt"),
-    "response_format": Refusal("Structured output", ({"type": "text"},)),
+    "response_format": replace(_STRUCTURED, harmless=({"type": "text"},)),
     "skip_special_tokens": Refusal("Showing special tokens in the answer", (True,)),
     "structured_outputs": _STRUCTURED,
     "suffix": Refusal("Filling in before a suffix", ("",), hint="send the text before it alone"),
@@ -79,16 +84,19 @@ REFUSALS: Mapping[str, Refusal] = {
 """Most are asked of one kind of request only; asked of the other, they are not meant otherwise."""
 
 
-def refuse_unsupported(body: Mapping[str, Any]) -> None:
+def refuse_unsupported(body: Mapping[str, Any], *, vllm: bool = False) -> None:
     """Refuse a body that asks for what there is not.
 
     Args:
         body: The request.
+        vllm: Whether the replica has a vLLM engine.
 
     Raises:
         ApiError: 400, code `unsupported`.
     """
     for name, refusal in REFUSALS.items():
+        if refusal.vllm and vllm:
+            continue
         value = body.get(name)
         if value is not None and not any(_same(value, good) for good in refusal.harmless):
             raise unsupported(name, refusal)

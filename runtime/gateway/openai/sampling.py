@@ -12,6 +12,7 @@ from typing import Any
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import MAX_STOPS, SamplingParams
+from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.gateway.api import ApiError, ModelCard
 from coldframe.runtime.gateway.openai.problems import (
     check_text,
@@ -34,7 +35,12 @@ _DEFAULTS: Mapping[str, float] = MappingProxyType(
 
 
 def choices(
-    request: Request, card: ModelCard, *, max_tokens: int | None, logprobs: int | None
+    request: Request,
+    card: ModelCard,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    structured: Structure | None = None,
 ) -> tuple[SamplingParams, ...]:
     """The parameters of each choice; they differ in the seed, where one is given.
 
@@ -43,6 +49,7 @@ def choices(
         card: The model.
         max_tokens: Where the request says none; None for what the context leaves.
         logprobs: As SamplingParams has it.
+        structured: What form the answer must have.
 
     Raises:
         ApiError: A field is out of range.
@@ -59,6 +66,7 @@ def choices(
         stop_token_ids=tuple(request.stop_token_ids or ()),
         ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
+        structured=structured,
     )
     try:
         params.validate(card.vocab_size)

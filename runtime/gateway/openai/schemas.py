@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from coldframe.runtime.engine.params import MAX_STOP_LENGTH, MAX_STOPS
+from coldframe.runtime.engine.structure import MAX_SPEC
+from coldframe.runtime.gateway.openai.forms import MAX_CHOICES
 from coldframe.runtime.gateway.openai.messages import MAX_KWARGS, MAX_PARTS
 from coldframe.runtime.gateway.openai.refusals import REFUSALS
 from coldframe.runtime.gateway.openai.requests import MAX_BIASES, MAX_NAME, MAX_SEQUENCES
@@ -44,6 +46,41 @@ _STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 _PART = _object({"type": {"const": "text"}, "text": _TEXT})
 _CONTENT = [_TEXT, _array(_PART, MAX_PARTS)]
 _NAME = {"name": _or_null({"type": "string", "minLength": 1, "maxLength": MAX_NAME})}
+
+_JSON_SCHEMA = {"anyOf": [{"type": "object"}, {"type": "string", "minLength": 1}]}
+_SPEC = {"type": "string", "minLength": 1, "maxLength": MAX_SPEC}
+_STRUCTURES: Mapping[str, Any] = {
+    "json": _JSON_SCHEMA,
+    "regex": _SPEC,
+    "choice": _array(_SPEC, MAX_CHOICES),
+    "grammar": _SPEC,
+}
+_FORMS: Mapping[str, Any] = {
+    "response_format": {
+        "anyOf": [
+            _object({"type": {"enum": ["text", "json_object"]}}),
+            _object(
+                {
+                    "type": {"const": "json_schema"},
+                    "json_schema": _object({}, {"schema": _or_null(_JSON_SCHEMA)}),
+                }
+            ),
+        ]
+    },
+    "structured_outputs": {
+        "type": "object",
+        "properties": {
+            **{
+                name: {"anyOf": [schema, {"enum": [None, False]}]}
+                for name, schema in _STRUCTURES.items()
+            },
+            "json_object": _or_null({"type": "boolean"}),
+        },
+        "additionalProperties": {"enum": [None, False]},
+    },
+    **{f"guided_{name}": schema for name, schema in _STRUCTURES.items()},
+}
+"""What is served where there is a vLLM engine."""
 
 _FIELDS: Mapping[str, Any] = {
     "prompt": {
@@ -97,6 +134,9 @@ _EXAMPLES: Mapping[bool, Any] = {
 }
 
 
+_WHERE_VLLM = "Served where the model's replica has a vLLM engine, and refused where it has none."
+
+
 def complete(schema: dict[str, Any], *, chat: bool) -> None:
     """Put into a request's schema what pydantic has left out.
 
@@ -111,6 +151,9 @@ def complete(schema: dict[str, Any], *, chat: bool) -> None:
             bounds = {key: fields[name][key] for key in ("maxItems",) if key in fields[name]}
             fields[name] = {**content, **bounds, **keep}
     for name, refusal in REFUSALS.items():
+        if name in _FORMS:
+            fields[name] = {**_or_null(_FORMS[name]), "description": _WHERE_VLLM}
+            continue
         fields[name] = {
             "enum": [None, *refusal.harmless],
             "description": refusal.sentence(),

@@ -18,7 +18,7 @@ from coldframe.runtime.gateway.openai.requests import ChatRequest, CompletionReq
 from coldframe.runtime.gateway.openai.service import model, models
 from tests.runtime.gateway.openai.conftest import TEMPLATE, fill_in
 
-CARD = ModelCard("demo", 1, 256, 1000, TEMPLATE, {"bos_token": "<s>"})
+CARD = ModelCard("demo", 1, 256, 1000, TEMPLATE, {"bos_token": "<s>"}, vllm=True)
 SCHEMAS = {"completion": CompletionRequest, "chat": ChatRequest}
 BODIES: dict[str, dict[str, Any]] = {
     "completion": {"prompt": "Hi"},

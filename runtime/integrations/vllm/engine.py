@@ -1,0 +1,267 @@
+"""vLLM's engine in this process, as a worker of a replica uses it: requests in, tokens out.
+
+One process has all of it, core and model included: it shares one connection to the memory service,
+and between two steps nothing of it runs. It is given token ids and gives token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from mmap import mmap
+from typing import TYPE_CHECKING, Any
+
+from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, RequestError
+from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+
+__all__ = ["Engine", "Made", "engine_arguments", "start_engine", "untouched_zeros"]
+
+_CONNECTOR = "coldframe.runtime.integrations.vllm.connector"
+_MOST_REQUESTS = 256
+_LARGE = 1 << 20
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """What a step has made for one request.
+
+    Args:
+        request: Its name.
+        tokens: Token ids, in order.
+        logprobs: Of each, vLLM's `Logprob`s by token id; None where none were asked for.
+        over: Whether there is no more to come: `stop`, `length`, or why else.
+    """
+
+    request: str
+    tokens: Sequence[int]
+    logprobs: Sequence[Mapping[int, Any]] | None
+    over: str | None = None
+
+
+def engine_arguments(
+    model: str,
+    device: str,
+    dtype: str,
+    context: int,
+    kv_bytes: int,
+    more: Mapping[str, Any],
+    *,
+    structured: bool = True,
+) -> dict[str, Any]:
+    """Arguments of vLLM's `EngineArgs` for an engine that decodes for a replica.
+
+    Args:
+        model: The directory with the model's config and tokenizer; the weights may be elsewhere.
+        device: Where it computes.
+        dtype: Of weights and KV, as in `ModelSpec`.
+        context: The longest sequence, in tokens.
+        kv_bytes: Memory for its KV.
+        more: What the command line says; wins over what is no matter of correctness.
+        structured: Whether it is to serve grammars, for which it needs the tokenizer.
+    """
+    arguments: dict[str, Any] = {
+        "max_num_seqs": _MOST_REQUESTS,
+        "max_model_len": context,
+        "dtype": _DTYPES[dtype],
+        # On a CPU compiling takes longer than a cold start may, and wins little.
+        "enforce_eager": device == CPU,
+        "skip_tokenizer_init": not structured,
+        # Of the model's towers but the text's, nothing is asked.
+        "limit_mm_per_prompt": {},
+        **more,
+        **ENGINE,
+        "model": model,
+        "load_format": "coldframe",
+        "kv_cache_memory_bytes": kv_bytes,
+        "disable_log_stats": True,
+    }
+    return arguments
+
+
+def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) -> LLMEngine:
+    """Starts an engine; returns when it can answer.
+
+    Args:
+        arguments: See `engine_arguments`.
+        device: Where it computes.
+        recorder: Gets a span for each of its stages.
+
+    Raises:
+        RequestError: vLLM does not know an argument, or does not take its value.
+        DeviceFull: There is not so much memory.
+        ReplicaError: It does not start for any other reason.
+    """
+    import torch
+    from vllm import EngineArgs, LLMEngine
+    from vllm.config import KVTransferConfig
+    from vllm.v1.executor.abstract import Executor
+
+    unknown = sorted(set(arguments) - {field.name for field in fields(EngineArgs)})
+    if unknown:
+        raise RequestError(
+            "vLLM knows no such argument",
+            where="--vllm-args",
+            got=", ".join(unknown),
+            hint="See the arguments of vllm.EngineArgs in the version that is installed.",
+        )
+    transfer = KVTransferConfig(
+        kv_connector="ColdframeConnector",
+        kv_connector_module_path=_CONNECTOR,
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
+    try:
+        with recorder.span("vllm_config"):
+            config = EngineArgs(**arguments, kv_transfer_config=transfer).create_engine_config()
+        if device != CPU:
+            # One that is not the first is told by its number here, as the memory service has it.
+            config.device_config.device = torch.device(device)
+        started = now()
+        executor = _timed(Executor.get_class(config), recorder)
+        engine = LLMEngine(config, executor, log_stats=False)
+        recorder.add("vllm_engine", started, note="all of it, but for its config")
+    except ColdframeError:
+        raise
+    except Exception as error:
+        raise _why_not(error) from error
+    from coldframe.runtime.integrations.vllm.connector import connectors
+
+    for connector in connectors(engine):
+        if connector is not None:
+            connector.tally.recorder = recorder
+    return engine
+
+
+def _timed(executor: type[Any], recorder: Recorder) -> type[Any]:
+    """An executor that says what of its start takes how long."""
+
+    class Timed(executor):
+        def _init_executor(self) -> None:
+            with recorder.span("vllm_weights"):
+                super()._init_executor()
+
+        def initialize_from_config(self, *arguments: Any, **named: Any) -> Any:
+            with recorder.span("vllm_kv"), untouched_zeros():
+                return super().initialize_from_config(*arguments, **named)
+
+        def compile_or_warm_up_model(self) -> Any:
+            with recorder.span("vllm_warmup"):
+                return super().compile_or_warm_up_model()
+
+    return Timed
+
+
+@contextmanager
+def untouched_zeros() -> Iterator[None]:
+    """Large CPU tensors of zeros are pages that nobody has touched, while the context lasts.
+
+    Torch writes each of their bytes, which for a gigabyte of KV takes seconds, and memory that
+    requests may never need. The kernel's own zeros cost nothing before they are used.
+    """
+    import torch
+
+    zeros = torch.zeros
+
+    def lazily(*size: Any, **named: Any) -> Any:
+        shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
+        dtype = named.get("dtype") or torch.get_default_dtype()
+        nbytes = shape.numel() * dtype.itemsize
+        elsewhere = torch.device(named.get("device") or "cpu").type != "cpu"
+        if elsewhere or nbytes < _LARGE or set(named) - {"dtype", "device"}:
+            return zeros(*size, **named)
+        return torch.frombuffer(mmap(-1, nbytes), dtype=dtype).view(shape)
+
+    torch.zeros = lazily
+    try:
+        yield
+    finally:
+        torch.zeros = zeros
+
+
+class Engine:
+    """Requests of a replica in an engine.
+
+    Args:
+        engine: The engine. Nobody else may give it requests.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self.engine = engine
+        self._names: dict[str, str] = {}
+        """Of each request here, what the engine calls it."""
+        self._numbers = 0
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def sharing(self) -> str:
+        """What of its weights is the arena itself, and why what else is not; in words."""
+        return "; ".join(dict.fromkeys(self.engine.apply_model(_sharing)))
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do something, be it only to let go of what was aborted."""
+        return bool(self._names) or self.engine.has_unfinished_requests()
+
+    def add(self, request: str, asked: Asked) -> None:
+        """Takes a request.
+
+        Raises:
+            RequestError: The engine does not take it: it is too long, for instance.
+        """
+        # A name of its own for each try: what of the last one is still under way is not this one.
+        self._numbers += 1
+        name = f"{request}-{self._numbers}"
+        prompt = {"prompt_token_ids": asked.prompt_token_ids}
+        with refusing():
+            self.engine.add_request(name, prompt, asked.sampling_params())
+        self._names[request] = name
+
+    def remove(self, request: str) -> None:
+        """Forgets a request, where it is here, and all that it holds."""
+        name = self._names.pop(request, None)
+        if name is not None:
+            self.engine.abort_request([name])
+
+    def step(self) -> list[Made]:
+        """Computes a step: what came of it for the requests that are still here."""
+        made = []
+        for output in self.engine.step():
+            request = output.request_id.rpartition("-")[0]
+            if self._names.get(request) != output.request_id:
+                continue  # of a try that is over
+            completion = output.outputs[0]
+            over = None
+            if output.finished:
+                del self._names[request]
+                over = completion.finish_reason or "abort"
+            made.append(Made(request, completion.token_ids, completion.logprobs, over))
+        return made
+
+
+def _sharing(model: Any) -> str:
+    from coldframe.runtime.integrations.vllm.loader import FILLED
+
+    filling = getattr(model, FILLED, None)
+    return "nothing is known of its weights" if filling is None else str(filling.summary())
+
+
+def _why_not(error: Exception) -> ColdframeError:
+    text = str(error)
+    if "memory" in text.lower():
+        return DeviceFull(
+            "there is not memory enough for vLLM",
+            where="--vllm-kv",
+            got=text[:1000],
+            hint="Give its KV less, or the replica's own (--kv-memory).",
+        )
+    if isinstance(error, ValueError | TypeError | NotImplementedError):
+        return RequestError("vLLM does not start so", where="--vllm-args", got=text[:1000])
+    return ReplicaError("vLLM does not start", got=f"{type(error).__name__}: {text[:1000]}")

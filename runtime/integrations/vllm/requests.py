@@ -1,0 +1,135 @@
+"""The requests in a vLLM worker: from hand-offs to tokens, as a client is to get them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from coldframe.loader.errors import ReplicaError, RequestError
+from coldframe.runtime.engine.sequence import Emission, Sequence
+from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.integrations.vllm.engine import Engine, Made
+from coldframe.runtime.integrations.vllm.params import ask, sampled
+from coldframe.runtime.integrations.vllm.transfer import consume
+
+if TYPE_CHECKING:
+    from coldframe.runtime.integrations.vllm.worker import VllmWorker
+
+__all__ = ["Requests"]
+
+
+class Requests:
+    """What is under way in one engine.
+
+    Args:
+        worker: Says what comes of it.
+        engine: Computes it.
+        context: The longest sequence that the engine takes, in tokens.
+    """
+
+    def __init__(self, worker: VllmWorker, engine: Engine, context: int) -> None:
+        self._worker = worker
+        self._engine = engine
+        self._context = context
+        self._running: dict[str, _Running] = {}
+        self._seen: dict[str, int] = {}
+        """The latest attempt of each request that was taken here."""
+
+    def take(self, job: Job, handoff: Handoff | None = None) -> None:
+        """Takes a request, once for each attempt, and says so in any case.
+
+        Args:
+            job: The request.
+            handoff: Its KV, as far as that is there; None where all is to be computed here.
+        """
+        if self._seen.get(job.request, -1) < job.attempt:
+            self.cancel(job.request)
+            try:
+                self._add(job, handoff)
+            except RequestError as error:
+                self._worker.refuse(job, error)
+            else:
+                self._seen[job.request] = job.attempt
+        # Behind the engine's own taking: from then on it holds the KV, and no lease runs.
+        ack = {"type": "ack", "request": job.request, "attempt": job.attempt}
+        self._worker.control.send(ack)
+
+    def cancel(self, request: str) -> None:
+        """Forgets a request, where it is here."""
+        self._engine.remove(request)
+        self._running.pop(request, None)
+        self._seen.pop(request, None)
+
+    def step(self) -> None:
+        """Computes a step, and sends what it has made."""
+        items = []
+        for made in self._engine.step():
+            running = self._running.get(made.request)
+            if running is not None:
+                items += [emission.to_wire() for emission in self._emissions(running, made)]
+        if items:
+            self._worker.control.send({"type": "tokens", "items": items})
+            self._worker.report_spans()
+
+    def _add(self, job: Job, handoff: Handoff | None) -> None:
+        if handoff is None:
+            job = self._worker.job_of(job)
+        assert job.prompt_ids is not None
+        sequence = self._worker.sequence(job, job.prompt_ids)
+        if sequence.most_tokens + 1 > self._context:
+            raise RequestError(
+                "the request needs more KV than vLLM has",
+                where="prompt",
+                expected=f"at most {self._context} tokens",
+                got=f"{sequence.most_tokens + 1} tokens of prompt and answer",
+                hint="Ask for fewer tokens or give it more with --vllm-kv.",
+            )
+        if handoff is not None and self._worker.knows(handoff):
+            sequence.cached_tokens = min(handoff.kv_tokens, len(job.prompt_ids))
+            asked = ask(
+                job,
+                self._worker.spec.eos_token_ids,
+                kv_transfer_params=consume(handoff, "fast"),
+                mode="fast",
+            )
+        else:
+            asked = ask(job, self._worker.spec.eos_token_ids)
+        self._engine.add(job.request, asked)
+        self._running[job.request] = _Running(job, sequence, asked.known)
+
+    def _emissions(self, running: _Running, made: Made) -> list[Emission]:
+        """What a client gets of what a step has made for its request."""
+        job, sequence, found = running.job, running.sequence, []
+        for place, token in enumerate(made.tokens):
+            if running.known:
+                running.known -= 1
+                continue
+            logprobs: Any = made.logprobs[place] if made.logprobs else None
+            found.append(sequence.accept(sampled(job.params, token, logprobs)))
+            if found[-1].finish is not None:
+                self.cancel(job.request)  # by a stop string, which the engine does not know
+                return found
+        if made.over is not None:
+            self._running.pop(job.request)
+            self._seen.pop(job.request, None)
+            if made.over == "length" and found:
+                found[-1] = replace(found[-1], finish="length")
+            else:
+                why = f"it ended with {made.over!r}"
+                self._worker.refuse(job, ReplicaError("vLLM gave a request up", got=why))
+        return found
+
+
+class _Running:
+    """A request in the engine.
+
+    Args:
+        job: It, as it came.
+        sequence: Makes its text, and knows when it is over.
+        known: So many tokens are made once more that the client has already.
+    """
+
+    def __init__(self, job: Job, sequence: Sequence, known: int) -> None:
+        self.job = job
+        self.sequence = sequence
+        self.known = known

@@ -1,0 +1,235 @@
+"""Replicas whose decode vLLM takes over, in real processes, and whatever dies meanwhile."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from coldframe.loader.errors import ReplicaError
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.vllm_options import VllmOptions
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+Make = Callable[..., Path]
+Wish = dict[str, object]
+
+# Of the first one's answer, two tokens at place 143 are as likely as each other but for rounding.
+PROMPTS = [prompt_of(20 + 13 * seed, seed=seed) for seed in range(8)]
+START_S = 120.0
+"""An engine may take so long to start, beside whatever else this machine does."""
+
+
+def options(model: Path, runs: Path, *, alone: bool = False, move: bool = False) -> ReplicaOptions:
+    vllm = VllmOptions(alone=alone, move=move, kv_bytes=64 << 20)
+    return ReplicaOptions(
+        model=str(model),
+        run_dir=str(runs),
+        decode=0 if alone else 1,
+        vllm=vllm,
+        kv_bytes=64 << 20,
+        threads=1,
+    )
+
+
+def spans(replica: Replica) -> list[str]:
+    replica.spans += replica.recorder.drain()
+    return [span.name for span in replica.spans]
+
+
+def pid_of(replica: Replica, role: str) -> int:
+    (pid,) = (pid for name, pid in replica.pids.items() if name.startswith(role))
+    return pid
+
+
+def workers_of(replica: Replica, *clients: Client) -> set[str]:
+    """Who has these requests now, by role."""
+    open_ones = replica._router._requests
+    found = (open_ones[c.request].worker for c in clients if c.request in open_ones)
+    return {name.partition("-")[0] for name in found if name}
+
+
+def vllm_is_up(replica: Replica) -> None:
+    wait_for(replica, lambda: replica.staff["vllm"]["up"] == 1, START_S)
+
+
+def nothing_held(replica: Replica) -> None:
+    """No KV block is a request's, neither here nor over there."""
+
+    def free() -> bool:
+        replica.ask_usage()
+        return replica.usage.get("kv_used") == 0
+
+    wait_for(replica, free, 10)
+
+
+@pytest.fixture(scope="module")
+def model(demo_model: Make) -> Path:
+    return demo_model()
+
+
+@pytest.fixture(scope="module")
+def native_answers(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[Wish, Client]]:
+    """What else a client may ask for, and what the native workers answer."""
+    runs = tmp_path_factory.mktemp("r")
+    with Replica(ReplicaOptions(model=str(model), run_dir=str(runs), threads=1)) as replica:
+        plain = ask(replica, PROMPTS[2], 24)
+        finish(replica, plain)
+        wishes: list[Wish] = [
+            {"stop": (plain.text[len(plain.text) // 2 :][:3],)},
+            {"stop_token_ids": (plain.tokens[7],)},
+            {"logprobs": 3},
+            {"repetition_penalty": 1.3, "frequency_penalty": 0.4},
+            {"temperature": 0.9, "seed": 7},
+            {"temperature": 1.2, "seed": 8, "top_k": 30, "top_p": 0.9, "presence_penalty": 0.5},
+            {"logit_bias": {plain.tokens[0]: -100.0}},
+        ]
+        clients = [ask(replica, PROMPTS[2], 24, **wish) for wish in wishes]
+        finish(replica, *clients)
+    return list(zip(wishes, clients, strict=True))
+
+
+def test_vllm_takes_decode_over_and_gives_it_back(
+    model: Path, native_answers: list[tuple[Wish, Client]], no_leaks: Path
+) -> None:
+    with Replica(options(model, no_leaks)) as replica:
+        first = ask(replica, PROMPTS[0], 24)
+        finish(replica, first)
+        assert first.tokens == expected(model, tuple(PROMPTS[0]), 24)
+        assert replica.staff["vllm"]["up"] == 0  # the first answer has waited for none of it
+        stays = ask(replica, PROMPTS[1], 400)
+        wait_for(replica, lambda: len(stays.events) > 4)
+        native = pid_of(replica, "decode")
+        os.kill(native, signal.SIGSTOP)
+        vllm_is_up(replica)
+        wait_for(replica, lambda: "takeover" in spans(replica))
+        taken = [ask(replica, prompt, 32) for prompt in PROMPTS]
+        wait_for(replica, lambda: workers_of(replica, *taken) == {"vllm"})
+        finish(replica, *taken)
+        for prompt, client in zip(PROMPTS, taken, strict=True):
+            assert client.tokens == expected(model, tuple(prompt), 32)
+        assert workers_of(replica, stays) == {"decode"}
+        os.kill(native, signal.SIGCONT)
+        finish(replica, stays)
+        assert stays.tokens == expected(model, tuple(PROMPTS[1]), 400)
+        wait_for(replica, lambda: not any(n.startswith("decode") for n in replica.pids))
+        nothing_held(replica)
+        _asked_for_more(replica, native_answers)
+        _cancelled(replica)
+        _killed(replica, model)
+
+
+def _asked_for_more(replica: Replica, native_answers: list[tuple[Wish, Client]]) -> None:
+    for wish, ours in native_answers:
+        theirs = ask(replica, PROMPTS[2], 24, **wish)
+        finish(replica, theirs)
+        assert (theirs.tokens, theirs.text) == (ours.tokens, ours.text), wish
+        assert theirs.events[-1].finish == ours.events[-1].finish
+        for mine, its in zip(ours.events, theirs.events, strict=True):
+            assert [token for token, _ in its.top] == [token for token, _ in mine.top]
+            assert its.spellings == mine.spellings
+            assert its.logprob == pytest.approx(mine.logprob, abs=1e-3)
+    one = ask(replica, PROMPTS[3], 1)
+    finish(replica, one)
+    assert one.tokens == expected(Path(replica.options.model), tuple(PROMPTS[3]), 1)
+
+
+def _cancelled(replica: Replica) -> None:
+    clients = [ask(replica, prompt, 200) for prompt in PROMPTS]
+    wait_for(replica, lambda: all(len(client.events) > 2 for client in clients))
+    for client in clients[1:]:
+        replica.cancel(client.request)
+    seen = [len(client.events) for client in clients]
+    finish(replica, clients[0])
+    assert [len(client.events) for client in clients[1:]] == seen[1:]
+    nothing_held(replica)
+
+
+def _killed(replica: Replica, model: Path) -> None:
+    # Prefill, of which nothing is needed any more once a request is handed over.
+    clients = [ask(replica, prompt, 60) for prompt in PROMPTS[:3]]
+    wait_for(replica, lambda: all(len(client.events) > 2 for client in clients))
+    os.kill(pid_of(replica, "prefill"), signal.SIGKILL)
+    finish(replica, *clients)
+    # The engine: native workers go on, and another engine takes over from them.
+    clients += [ask(replica, prompt, 60) for prompt in PROMPTS[:3]]
+    wait_for(replica, lambda: all(len(client.events) > 2 for client in clients))
+    os.kill(pid_of(replica, "vllm"), signal.SIGKILL)
+    finish(replica, *clients)
+    assert replica.error is None
+    for prompt, client in zip(PROMPTS[:3] * 2, clients, strict=True):
+        assert client.tokens == expected(model, tuple(prompt), 60)
+    assert replica.staff["decode"]["up"] == 1
+    assert "vllm_failed" in spans(replica)
+    nothing_held(replica)
+
+
+def test_what_is_under_way_moves_with_its_kv(model: Path, no_leaks: Path) -> None:
+    with Replica(options(model, no_leaks, move=True)) as replica:
+        clients = [ask(replica, prompt, 120) for prompt in PROMPTS[:4]]
+        wait_for(replica, lambda: all(len(client.events) > 4 for client in clients))
+        native = pid_of(replica, "decode")
+        os.kill(native, signal.SIGSTOP)
+        vllm_is_up(replica)
+        wait_for(replica, lambda: "takeover" in spans(replica))
+        assert workers_of(replica, *clients) == {"decode"}
+        os.kill(native, signal.SIGCONT)
+        wait_for(replica, lambda: workers_of(replica, *clients) == {"vllm"})
+        finish(replica, *clients)
+        for prompt, client in zip(PROMPTS[:4], clients, strict=True):
+            assert client.tokens == expected(model, tuple(prompt), 120)
+        assert spans(replica).count("kv_load") == len(clients)
+        wait_for(replica, lambda: not any(n.startswith("decode") for n in replica.pids))
+        nothing_held(replica)
+        # With the memory service all ends, and says so.
+        late = ask(replica, PROMPTS[0], 300)
+        wait_for(replica, lambda: len(late.events) > 2)
+        os.kill(replica.memory_pids["memory"], signal.SIGKILL)
+        wait_for(replica, lambda: late.done)
+        assert isinstance(late.error, ReplicaError)
+
+
+def test_an_engine_that_does_not_come_up_costs_nothing(model: Path, no_leaks: Path) -> None:
+    warnings: list[str] = []
+    asked = options(model, no_leaks)
+    broken = VllmOptions(kv_bytes=64 << 20, args=(("no_such_argument", 1),))
+    asked = ReplicaOptions(
+        model=asked.model, run_dir=asked.run_dir, vllm=broken, kv_bytes=64 << 20, threads=1
+    )
+    with Replica(asked, warn=warnings.append) as replica:
+        client = ask(replica, PROMPTS[0], 8)
+        finish(replica, client)
+        wait_for(replica, lambda: bool(warnings), START_S)
+        assert "no_such_argument" in warnings[0]
+        assert "vllm_failed" in spans(replica)
+        again = ask(replica, PROMPTS[0], 8)
+        finish(replica, again)
+        assert again.tokens == client.tokens == expected(model, tuple(PROMPTS[0]), 8)
+        assert replica.error is None
+
+
+def test_vllm_alone_decodes(model: Path, no_leaks: Path) -> None:
+    with Replica(options(model, no_leaks, alone=True)) as replica:
+        clients = [ask(replica, prompt, 24) for prompt in PROMPTS]
+        wait_for(replica, lambda: all(client.events for client in clients))
+        began = time.monotonic()
+        assert replica.staff["vllm"]["up"] == 0  # prefill is native
+        finish(replica, *clients, seconds=START_S)
+        assert time.monotonic() > began
+        for prompt, client in zip(PROMPTS, clients, strict=True):
+            assert client.tokens == expected(model, tuple(prompt), 24)
+        os.kill(pid_of(replica, "vllm"), signal.SIGKILL)
+        client = ask(replica, PROMPTS[0], 24)
+        finish(replica, client, seconds=START_S)
+        assert client.tokens == expected(model, tuple(PROMPTS[0]), 24)
+        assert spans(replica).count("kv_load") > len(clients)
+        nothing_held(replica)

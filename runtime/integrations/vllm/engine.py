@@ -86,13 +86,16 @@ def engine_arguments(
     return arguments
 
 
-def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) -> LLMEngine:
+def start_engine(
+    arguments: Mapping[str, Any], device: str, recorder: Recorder, *, takes_kv: bool = True
+) -> LLMEngine:
     """Starts an engine; returns when it can answer.
 
     Args:
         arguments: See `engine_arguments`.
         device: Where it computes.
         recorder: Gets a span for each of its stages.
+        takes_kv: Whether requests may come with KV that native workers have made.
 
     Raises:
         RequestError: vLLM does not know an argument, or does not take its value.
@@ -114,7 +117,7 @@ def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) 
         )
     transfer = (
         None
-        if find_spec(_CONNECTOR) is None
+        if not takes_kv or find_spec(_CONNECTOR) is None
         else KVTransferConfig(
             kv_connector="ColdframeConnector",
             kv_connector_module_path=_CONNECTOR,

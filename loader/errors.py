@@ -146,7 +146,8 @@ class UnsupportedModel(CheckpointError):
     """A sound checkpoint that the native engine does not run."""
 
     default_hint = (
-        "The engine runs dense Llama, Mistral, Qwen2 and Qwen3 models; there is no other yet."
+        "The engine runs dense Llama, Mistral, Qwen2 and Qwen3 models; vLLM may serve this one "
+        "(--decode vllm)."
     )
 
 

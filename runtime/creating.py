@@ -189,6 +189,8 @@ def _code(replica: Replica, limit_s: int) -> int | None:
 def _wanted(replica: Replica, *, better: bool = False) -> bool:
     if not replica.options.snapshot.create or not (replica.wants_image or better):
         return False
+    if not replica.spec.native:  # an image holds native workers
+        return False
     try:
         Criu.find()
     except ColdframeError:

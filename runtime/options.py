@@ -213,6 +213,11 @@ class ReplicaOptions:
         return "--checkpoint off" if self.checkpoint == "off" else None
 
     @property
+    def vllm_alone(self) -> bool:
+        """Whether vLLM decodes, and nobody else."""
+        return self.vllm is not None and self.vllm.alone
+
+    @property
     def devices(self) -> tuple[str, ...]:
         """The devices that have the weights and KV: first that of prefill."""
         return tuple(dict.fromkeys(self.device_of(role) for role in self.scales))

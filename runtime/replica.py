@@ -477,6 +477,8 @@ class Replica:
         if self._model is not None:
             return
         self._model = model
+        if not model.spec.native:
+            self._workforce.leave_all_to_vllm()
         self._memories.size_kv(model, self.options)
         self._router.reopen()
         self.memory_listens()
@@ -497,7 +499,7 @@ class Replica:
         if tensors is not None:
             stored = {name: StoredTensor(dtype, shape) for name, dtype, shape in tensors}
         try:
-            self._take_facts(ModelFacts(path, stored))
+            self._take_facts(ModelFacts(path, stored, vllm=self.options.vllm_alone))
         except ColdframeError as error:
             self.fail(error)
 

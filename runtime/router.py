@@ -91,6 +91,8 @@ class _Request:
     job: Job
     listener: Listener
     group: str = ""
+    engine: str | None = None
+    """The only one that serves it, prefill and all; None where each does."""
     generated: list[int] = field(default_factory=list)
     handoff: Handoff | None = None
     worker: str | None = None
@@ -99,11 +101,6 @@ class _Request:
     """Whether its last tokens were made in KV that no other worker reaches."""
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
-
-    @property
-    def engine(self) -> str | None:
-        """The only engine that serves it, prefill and all; None where each does."""
-        return self.job.params.needs
 
     @property
     def role(self) -> str:
@@ -127,6 +124,7 @@ class Router:
         self._gauge = TextGauge()
         self.share: int | None = None
         """Prompt tokens that a prefill worker may have to compute; None gives it all there is."""
+        self._only: str | None = None
         self.prefilled_by_decode = 0
         """Requests the rest of whose prompt was left to a decode worker, so far."""
 
@@ -166,8 +164,16 @@ class Router:
         """Takes a request; it waits where there is no worker of its group yet."""
         seeded = params.with_seed()
         job = Job(request, 0, seeded, prompt, prompt_ids, add_special=add_special)
-        self._requests[request] = _Request(job, listener, group)
+        engine = params.needs or self._only
+        self._requests[request] = _Request(job, listener, group, engine)
         self._transport.to_memory({"type": "open", "request": request})
+        self._give_out()
+
+    def leave_all_to(self, engine: str) -> None:
+        """One engine serves all requests from now on, and those that have come, prefill and all."""
+        self._only = engine
+        for found in self._requests.values():
+            found.engine = engine
         self._give_out()
 
     def cancel(self, request: str) -> None:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
-from coldframe.loader.errors import CheckpointError, DeviceError
+from coldframe.loader.errors import CheckpointError, DeviceError, UnsupportedModel
 from coldframe.loader.kv_room import KvRoom
 from coldframe.loader.location import Directory, parse_location
 from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.engine.foreign import foreign_spec
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 
@@ -42,13 +43,21 @@ class ModelFacts:
     Args:
         directory: Where its config lies, and its weights unless `tensors` says what is in them.
         tensors: The stored tensors by name, where their headers are elsewhere.
+        vllm: Whether vLLM alone decodes: then it may be a model that the native engine does not
+            run, and vLLM serves all of it.
 
     Raises:
         CheckpointError: It is not sound, or not a model that the engine runs.
         SourceError: It cannot be read.
     """
 
-    def __init__(self, directory: str, tensors: Mapping[str, TensorLike] | None = None) -> None:
+    def __init__(
+        self,
+        directory: str,
+        tensors: Mapping[str, TensorLike] | None = None,
+        *,
+        vllm: bool = False,
+    ) -> None:
         self.directory = directory
         self.weights_bytes: int | None = None
         """What the weights take; None where their headers are elsewhere."""
@@ -62,7 +71,12 @@ class ModelFacts:
         self.tensors: Mapping[str, TensorLike] = tensors
         self.generation: dict[str, Any] = read_generation_config(directory)
         try:
-            self.spec = ModelSpec.from_config(self.config, tensors, self.generation)
+            try:
+                self.spec = ModelSpec.from_config(self.config, tensors, self.generation)
+            except UnsupportedModel:
+                if not vllm:
+                    raise
+                self.spec = foreign_spec(self.config, self.generation)
         except CheckpointError as error:
             error.where = f"{directory}: {error.where}"
             raise
@@ -76,7 +90,9 @@ def facts_at_hand(options: ReplicaOptions) -> ModelFacts | None:
         SourceError: It cannot be read.
     """
     place = None if options.sources else parse_location(options.model)
-    return ModelFacts(options.model) if isinstance(place, Directory) else None
+    if not isinstance(place, Directory):
+        return None
+    return ModelFacts(options.model, vllm=options.vllm_alone)
 
 
 class StoredTensor(NamedTuple):
@@ -111,6 +127,9 @@ class KvSize(NamedTuple):
         Raises:
             DeviceError: It holds not one block, or is more than there is.
         """
+        if not spec.native:
+            # vLLM has KV of its own, and nobody else any. A memory service has a block at least.
+            return cls(spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS), 1)
         wanted = options.kv_bytes
         if options.device == CPU:
             return cls(*kv_blocks(spec, wanted))

@@ -77,6 +77,10 @@ class Staffing:
         # A start with other processes, whose first token is still to come.
         router.share = None
 
+    def forget(self, role: str) -> None:
+        """There are to be no workers of a role, whatever there is to do."""
+        self._scalers.pop(role, None)
+
     def begin(self) -> None:
         """The first token is out: from now on there are as many workers as there is work for."""
         if not self._going:

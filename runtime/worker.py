@@ -291,7 +291,7 @@ class Worker:
                 self.inbox.put(message)
 
     def _prepare(self, message: Message) -> None:
-        from coldframe.runtime.engine.spec import ModelSpec
+        from coldframe.runtime.engine.foreign import read_spec
         from coldframe.runtime.text import Tokenizer
 
         init, (memory_fd,) = message
@@ -306,7 +306,7 @@ class Worker:
         self.local_prefill = init["local_prefill"]
         self.steps.told(init)
         if self.device != "cpu":
-            self._shape = ModelSpec.from_config(init["config"], generation=init["generation"])
+            self._shape = read_spec(init)
         self._told.set()
         client = MemoryClient(
             Channel.from_fd(memory_fd),
@@ -321,7 +321,7 @@ class Worker:
         else:
             tokenizer = warm.tokenizer
         plan, _, kv = client.wait_arenas()
-        spec = ModelSpec.from_config(init["config"], plan.placements, init["generation"])
+        spec = read_spec(init, plan.placements)
         self._setup = _Setup(client, spec, tokenizer, plan, kv, init["parent"])
 
     @property

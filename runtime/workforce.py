@@ -130,6 +130,8 @@ class Workforce:
         self._memories: set[str] = set()
         """The memory services that workers can be connected to."""
         self._closed = False
+        self._vllm_alone = False
+        """Whether native workers are of no use."""
         self._on_trial: dict[str, Callable[[ColdframeError], None]] = {}
         """Whom to tell of each group that it is gone."""
         self._groups: dict[str, Clones] = {}
@@ -194,7 +196,25 @@ class Workforce:
         self._selector.register(
             worker.channel.fileno(), selectors.EVENT_READ, lambda: self._on_message(worker)
         )
+        if self._vllm_alone:
+            self._end_native(worker)
         self._tell_all()
+
+    def leave_all_to_vllm(self) -> None:
+        """The model is one that native workers do not run: they go, and vLLM serves all requests.
+
+        What a model is, is known when they have been started already, as nearly all models need.
+        """
+        self._vllm_alone = True
+        self._launch.later = [role for role in self._launch.later if role == "vllm"]
+        self._staffing.forget("prefill")
+        self._router.leave_all_to("vllm")
+        for worker in list(self.workers.values()):
+            self._end_native(worker)
+
+    def _end_native(self, worker: WorkerProcess) -> None:
+        if worker.role != "vllm":
+            self._remove(worker, "the native engine does not run this model")
 
     def tell(self, model: ModelFacts, memories: Collection[str]) -> None:
         """What there is to serve is known, and these memory services listen."""
@@ -513,6 +533,7 @@ def init_message(
         "overlap": options.overlap,
         "prefix_cache": options.prefix_cache,
         "local_prefill": options.local_prefill,
+        "native": model.spec.native,
         "graphs": options.graphs,
         "graph_store": graph_store,
         "device": options.device_of(role),

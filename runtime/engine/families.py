@@ -77,7 +77,6 @@ def family_of(fields: Fields) -> str:
             where="config.json: architectures" if names else "config.json: model_type",
             expected=supported,
             got=", ".join(names) or kind,
-            hint="There is no other engine yet.",
         )
     return family
 

@@ -40,12 +40,15 @@ class TensorLike(Protocol):
     def dtype(self) -> str: ...
 
 
+FOREIGN = "foreign"
+
+
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A dense decoder's shape; see `from_config`.
 
     Attributes:
-        family: `llama`, `mistral`, `qwen2` or `qwen3`.
+        family: `llama`, `mistral`, `qwen2` or `qwen3`; `FOREIGN` for what is not run here.
         dtype: Safetensors name of the dtype that weights are stored and computed in.
         heads: Query heads; `kv_heads` divides it.
         attention_bias: Biases on q, k and v.
@@ -151,6 +154,11 @@ class ModelSpec:
         )
         spec.check(tensors)
         return spec
+
+    @property
+    def native(self) -> bool:
+        """Whether the native engine runs it; see `foreign`."""
+        return self.family != FOREIGN
 
     @property
     def dtype_bytes(self) -> int:

@@ -33,11 +33,14 @@ NOT_SAID = (
     "logit_bias",  # the vocabulary is the model's
     "max_completion_tokens",  # together with the prompt
     "max_tokens",
+    "messages",  # whose calls have JSON in them
     "n",  # times the prompts
     "prompt",  # the vocabulary, and together with the answer
     "stop_token_ids",
     "stream",  # at /invoke of one sequence only
     "stream_options",  # only with stream
+    "tool_choice",  # only with tools, of which it names one
+    "tools",  # each once, where the template knows of them
     "top_logprobs",  # only with logprobs
 )
 """Fields whose bounds depend on another field or on the model; a schema does not say that."""

@@ -13,6 +13,7 @@ from typing import Any
 from coldframe.runtime.gateway.api import ApiError, ModelCard, Piece
 from coldframe.runtime.gateway.openai.logprobs import Columns, chat_entry
 from coldframe.runtime.gateway.openai.prepare import Prepared
+from coldframe.runtime.gateway.openai.tool_calls import Call, CallReader
 
 __all__ = ["Chunks", "Document", "document", "fingerprint"]
 
@@ -83,6 +84,8 @@ class Chunks:
         self._usage = _Usage(prepared)
         self._begun: set[int] = set()
         self._columns = [Columns() for _ in prepared.generations]
+        use = prepared.tools
+        self._readers = [CallReader(use) for _ in prepared.generations] if use else []
 
     def of(self, piece: Piece) -> list[dict[str, Any]]:
         """The chunks that a piece makes: often one, sometimes none."""
@@ -92,11 +95,17 @@ class Chunks:
             self._begun.add(index)
             made.append(self._chunk(index, {"role": "assistant", "content": ""}))
         logprobs = self._logprobs(piece)
-        if piece.text or logprobs is not None:
-            content = {"content": piece.text} if self._chat else piece.text
+        text, finish, calls = piece.text, piece.finish, []
+        if self._readers:
+            text, finish, calls = _called(self._readers[index], piece)
+        if text or logprobs is not None:
+            content = {"content": text} if self._chat else text
             made.append(self._chunk(index, content, logprobs))
-        if piece.finish is not None:
-            made.append(self._chunk(index, {} if self._chat else "", finish=piece.finish))
+        for place, call in calls:
+            delta = {"tool_calls": [{"index": place, **call.to_openai()}]}
+            made.append(self._chunk(index, delta))
+        if finish is not None:
+            made.append(self._chunk(index, {} if self._chat else "", finish=finish))
         return made
 
     def last(self) -> dict[str, Any] | None:
@@ -127,6 +136,17 @@ class Chunks:
             "finish_reason": finish,
         }
         return {**self._head, "choices": [choice]}
+
+
+def _called(reader: CallReader, piece: Piece) -> tuple[str, str | None, list[tuple[int, Call]]]:
+    """What a piece of an answer that may call tools adds: text, end, calls and their places."""
+    first = reader.calls
+    text, calls = reader.push(piece.text)
+    finish = piece.finish
+    if finish is not None:
+        rest, last, finish = reader.end(finish)
+        text, calls = text + rest, calls + last
+    return text, finish, list(enumerate(calls, first))
 
 
 def document(
@@ -183,10 +203,16 @@ class _Choice:
         self._wants_logprobs = prepared.logprobs
         self._entries: list[dict[str, Any]] = []
         self._columns = Columns()
+        self._reader = CallReader(prepared.tools) if prepared.tools else None
+        self._calls: list[Call] = []
 
     def add(self, piece: Piece) -> None:
-        self._texts.append(piece.text)
-        self._finish = piece.finish
+        if self._reader is None:
+            text, self._finish = piece.text, piece.finish
+        else:
+            text, self._finish, calls = _called(self._reader, piece)
+            self._calls += (call for _, call in calls)
+        self._texts.append(text)
         if self._wants_logprobs:
             entry = chat_entry(piece) if self._chat else self._columns.entry(piece)
             if entry is not None:
@@ -196,7 +222,10 @@ class _Choice:
         if self._finish is None:
             raise ApiError(500, "The answer has no end.", kind="server_error", code="model_error")
         text = "".join(self._texts)
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self._calls:
+            message["content"] = text or None
+            message["tool_calls"] = [call.to_openai() for call in self._calls]
         return {
             "index": index,
             "message" if self._chat else "text": message if self._chat else text,

@@ -7,6 +7,7 @@ get `system`.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -15,14 +16,15 @@ from coldframe.runtime.gateway.api import ModelCard
 from coldframe.runtime.gateway.openai.problems import check_text, invalid, missing, wrong_type
 from coldframe.runtime.gateway.openai.refusals import Refusal, unsupported
 from coldframe.runtime.gateway.openai.requests import MAX_NAME, ChatRequest
+from coldframe.runtime.gateway.openai.tools import MAX_TOOLS
 
 __all__ = ["MAX_KWARGS", "MAX_PARTS", "template_variables"]
 
 MAX_PARTS = 1024
 MAX_KWARGS = 32
 
-_ROLES = ("system", "developer", "user", "assistant")
-_TOOLS = Refusal("Tool calling")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_FUNCTIONS = Refusal("Function calling", hint="use tools")
 _NOT_TEXT = Refusal("A content part other than text")
 _RESERVED = ("messages", "tools", "documents", "add_generation_prompt")
 
@@ -53,28 +55,69 @@ def template_variables(request: ChatRequest, card: ModelCard, template: str) -> 
     }
 
 
-def _message(message: object, path: str) -> dict[str, str]:
+def _message(message: object, path: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise wrong_type(path, "an object", message)
     role = message.get("role")
     if role is None:
         raise missing(f"{path}.role")
-    if role in ("tool", "function"):
-        raise unsupported(f"{path}.role", _TOOLS)
+    if role == "function":
+        raise unsupported(f"{path}.role", _FUNCTIONS)
     if role not in _ROLES:
         raise invalid(f"{path}.role", f"one of {', '.join(_ROLES)}", role)
     for name, refusal in _MESSAGE_REFUSALS.items():
         if message.get(name):
             raise unsupported(f"{path}.{name}", refusal)
-    result = {"role": role, "content": _content(message, role, f"{path}.content")}
+    result: dict[str, Any] = {
+        "role": role,
+        "content": _content(message, role, f"{path}.content"),
+    }
+    if message.get("tool_calls"):
+        if role != "assistant":
+            raise invalid(f"{path}.tool_calls", "calls of the assistant alone", role)
+        result["tool_calls"] = _calls(message["tool_calls"], f"{path}.tool_calls")
+    if role == "tool":
+        if message.get("tool_call_id") is None:
+            raise missing(f"{path}.tool_call_id")
+        result["tool_call_id"] = _name(message.get("tool_call_id"), f"{path}.tool_call_id")
     if message.get("name") is not None:
         result["name"] = _name(message["name"], f"{path}.name")
     return result
 
 
+def _calls(calls: object, path: str) -> list[dict[str, Any]]:
+    """The calls of an earlier answer, their arguments as objects: so templates expect them."""
+    if not isinstance(calls, list):
+        raise wrong_type(path, "an array", calls)
+    if len(calls) > MAX_TOOLS:
+        raise invalid(path, f"at most {MAX_TOOLS} calls", calls)
+    found = []
+    for place, call in enumerate(calls):
+        here = f"{path}[{place}]"
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
+            raise wrong_type(here, "an object with a function", call)
+        if call.get("type", "function") != "function":
+            raise invalid(f"{here}.type", "function", call["type"])
+        name = _name(call["function"].get("name"), f"{here}.function.name")
+        where = f"{here}.function.arguments"
+        try:
+            arguments = json.loads(check_text(where, call["function"].get("arguments")))
+        except (ValueError, RecursionError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise invalid(where, "a JSON object as text", call["function"].get("arguments"))
+        entry: dict[str, Any] = {
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        if call.get("id") is not None:
+            entry["id"] = _name(call["id"], f"{here}.id")
+        found.append(entry)
+    return found
+
+
 _MESSAGE_REFUSALS = {
-    "tool_calls": _TOOLS,
-    "function_call": Refusal("Function calling"),
+    "function_call": _FUNCTIONS,
     "audio": Refusal("Audio", hint=""),
 }
 

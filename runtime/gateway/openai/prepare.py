@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from coldframe.loader.errors import ColdframeError
@@ -23,6 +23,7 @@ from coldframe.runtime.gateway.openai.requests import (
     read,
 )
 from coldframe.runtime.gateway.openai.sampling import choices
+from coldframe.runtime.gateway.openai.tools import ToolUse, tool_use
 
 __all__ = ["Kind", "Prepared", "Render", "prepare_chat", "prepare_completion"]
 
@@ -45,6 +46,7 @@ class Prepared:
         stream: Whether the answer goes out piece by piece.
         include_usage: Whether a stream ends with the numbers of tokens.
         logprobs: Whether the answer has log-probabilities.
+        tools: What tools a chat's answer may call.
     """
 
     kind: Kind
@@ -53,6 +55,7 @@ class Prepared:
     stream: bool
     include_usage: bool
     logprobs: bool
+    tools: ToolUse | None = None
 
 
 def prepare_completion(body: object, card: ModelCard) -> Prepared:
@@ -97,10 +100,14 @@ def prepare_chat(body: object, card: ModelCard, render: Render) -> Prepared:
         ApiError: The body is wrong, asks for what is not supported, or does not fit the template.
     """
     fields = as_object(body)
-    refuse_unsupported(fields, vllm=card.vllm)
+    refuse_unsupported(fields, vllm=card.vllm, chat=True)
     request = read(ChatRequest, fields)
     logprobs = _top_logprobs(request)
-    structured = structure_of(fields)
+    structured, tools = structure_of(fields), tool_use(fields, card)
+    if tools is not None and tools.structure is not None:
+        if structured is not None:
+            raise invalid("tool_choice", "no other form of the answer", fields["tool_choice"])
+        structured = tools.structure
     params = choices(request, card, max_tokens=None, logprobs=logprobs, structured=structured)
     if card.chat_template is None:
         message = (
@@ -109,11 +116,13 @@ def prepare_chat(body: object, card: ModelCard, render: Render) -> Prepared:
         )
         raise ApiError(400, message, param="messages", code="no_chat_template")
     variables = template_variables(request, card, card.chat_template)
+    if tools is not None:
+        variables["tools"] = list(tools.tools)
     try:
         prompt = render(card.chat_template, variables)
     except ColdframeError as error:
         raise ApiError.of(error) from error
-    return _prepared("chat", request, (prompt,), params, card)
+    return replace(_prepared("chat", request, (prompt,), params, card), tools=tools)
 
 
 def _check_best_of(request: CompletionRequest) -> None:

@@ -46,6 +46,8 @@ class Refusal:
 _STRUCTURED = Refusal("Structured output", hint=_SERVED, vllm=True)
 _BACKEND = Refusal("Choosing how structured output is made", hint="leave it to the server")
 
+_TOOLS_ELSEWHERE = Refusal("Tool calling", ("none",), hint="send it to /v1/chat/completions")
+
 REFUSALS: Mapping[str, Refusal] = {
     "allowed_token_ids": Refusal("Restricting the vocabulary", hint="see logit_bias"),
     "audio": Refusal("Audio", hint=""),
@@ -75,8 +77,8 @@ REFUSALS: Mapping[str, Refusal] = {
     "skip_special_tokens": Refusal("Showing special tokens in the answer", (True,)),
     "structured_outputs": _STRUCTURED,
     "suffix": Refusal("Filling in before a suffix", ("",), hint="send the text before it alone"),
-    "tool_choice": Refusal("Tool calling", ("none",)),
-    "tools": Refusal("Tool calling", ([],)),
+    "tool_choice": _TOOLS_ELSEWHERE,
+    "tools": replace(_TOOLS_ELSEWHERE, harmless=([],)),
     "truncate_prompt_tokens": Refusal("Cutting the prompt", hint="send a shorter one"),
     "use_beam_search": Refusal("Beam search", (False,)),
     "web_search_options": Refusal("Web search", hint=""),
@@ -84,18 +86,19 @@ REFUSALS: Mapping[str, Refusal] = {
 """Most are asked of one kind of request only; asked of the other, they are not meant otherwise."""
 
 
-def refuse_unsupported(body: Mapping[str, Any], *, vllm: bool = False) -> None:
+def refuse_unsupported(body: Mapping[str, Any], *, vllm: bool = False, chat: bool = False) -> None:
     """Refuse a body that asks for what there is not.
 
     Args:
         body: The request.
         vllm: Whether the replica has a vLLM engine.
+        chat: Whether it is a chat, which may offer tools.
 
     Raises:
         ApiError: 400, code `unsupported`.
     """
     for name, refusal in REFUSALS.items():
-        if refusal.vllm and vllm:
+        if (refusal.vllm and vllm) or (chat and name in ("tools", "tool_choice")):
             continue
         value = body.get(name)
         if value is not None and not any(_same(value, good) for good in refusal.harmless):

@@ -14,6 +14,7 @@ from coldframe.runtime.gateway.openai.forms import MAX_CHOICES
 from coldframe.runtime.gateway.openai.messages import MAX_KWARGS, MAX_PARTS
 from coldframe.runtime.gateway.openai.refusals import REFUSALS
 from coldframe.runtime.gateway.openai.requests import MAX_BIASES, MAX_NAME, MAX_SEQUENCES
+from coldframe.runtime.gateway.openai.tools import MAX_TOOLS, TOOL_CHOICES
 
 __all__ = ["CHAT_ANSWER", "COMPLETION_ANSWER", "ERROR", "MODEL", "MODELS", "complete"]
 
@@ -82,6 +83,28 @@ _FORMS: Mapping[str, Any] = {
 }
 """What is served where there is a vLLM engine."""
 
+_FUNCTION = _object(
+    {"name": {"type": "string", "pattern": "^[A-Za-z0-9_.-]{1,64}$"}},
+    {"parameters": _or_null({"type": "object"})},
+)
+_TOOLS: Mapping[str, Any] = {
+    "tools": _array(
+        _object({"type": {"const": "function"}, "function": _FUNCTION}), MAX_TOOLS, least=0
+    ),
+    "tool_choice": {
+        "anyOf": [
+            {"enum": list(TOOL_CHOICES)},
+            _object({"type": {"const": "function"}, "function": _object({"name": _TEXT})}),
+        ]
+    },
+    "parallel_tool_calls": {"type": "boolean"},
+}
+"""Of a chat. Having the model call a tool takes a vLLM engine, offering it some does not."""
+_CALL = _object(
+    {"function": _object({"name": _TEXT, "arguments": _TEXT})},
+    {"type": {"const": "function"}, "id": _or_null(_TEXT)},
+)
+
 _FIELDS: Mapping[str, Any] = {
     "prompt": {
         "anyOf": [
@@ -112,7 +135,25 @@ _FIELDS: Mapping[str, Any] = {
                 ),
                 _object(
                     {"role": {"const": "assistant"}},
-                    {"content": {"anyOf": [*_CONTENT, _NULL]}, **_NAME},
+                    {
+                        "content": {"anyOf": [*_CONTENT, _NULL]},
+                        "tool_calls": {
+                            "anyOf": [
+                                _array(_CALL, MAX_TOOLS, least=0),
+                                # Which ask for nothing.
+                                {"enum": [None, False, 0, "", {}]},
+                            ]
+                        },
+                        **_NAME,
+                    },
+                ),
+                _object(
+                    {
+                        "role": {"const": "tool"},
+                        "content": {"anyOf": _CONTENT},
+                        "tool_call_id": {"type": "string", "minLength": 1, "maxLength": MAX_NAME},
+                    },
+                    _NAME,
                 ),
             ]
         }
@@ -154,10 +195,14 @@ def complete(schema: dict[str, Any], *, chat: bool) -> None:
         if name in _FORMS:
             fields[name] = {**_or_null(_FORMS[name]), "description": _WHERE_VLLM}
             continue
+        if chat and name in _TOOLS:
+            continue
         fields[name] = {
             "enum": [None, *refusal.harmless],
             "description": refusal.sentence(),
         }
+    if chat:
+        fields.update({name: _or_null(each) for name, each in _TOOLS.items()})
     schema["examples"] = [_EXAMPLES[chat]]
 
 
@@ -169,7 +214,7 @@ _USAGE = _object(
         "total_tokens": _ID,
     },
 )
-_FINISH = {"enum": ["stop", "length"]}
+_FINISH = {"enum": ["stop", "length", "tool_calls"]}
 _LIKELY = {
     "token": _TEXT,
     "logprob": _NUMBER,
@@ -213,7 +258,14 @@ COMPLETION_ANSWER = _answer(
 CHAT_ANSWER = _answer(
     "chat.completion",
     {
-        "message": _object({"role": {"const": "assistant"}, "content": _TEXT, "refusal": _NULL}),
+        "message": _object(
+            {"role": {"const": "assistant"}, "content": _or_null(_TEXT), "refusal": _NULL},
+            {
+                "tool_calls": _array(
+                    _object({"id": _TEXT, "type": {"const": "function"}, **_CALL["properties"]})
+                )
+            },
+        ),
         "logprobs": _or_null(
             _object(
                 {

@@ -85,13 +85,16 @@ def engine_arguments(
     return arguments
 
 
-def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) -> LLMEngine:
+def start_engine(
+    arguments: Mapping[str, Any], device: str, recorder: Recorder, *, takes_kv: bool = True
+) -> LLMEngine:
     """Starts an engine; returns when it can answer.
 
     Args:
         arguments: See `engine_arguments`.
         device: Where it computes.
         recorder: Gets a span for each of its stages.
+        takes_kv: Whether requests may come with KV that native workers have made.
 
     Raises:
         RequestError: vLLM does not know an argument, or does not take its value.
@@ -111,11 +114,15 @@ def start_engine(arguments: Mapping[str, Any], device: str, recorder: Recorder) 
             got=", ".join(unknown),
             hint="See the arguments of vllm.EngineArgs in the version that is installed.",
         )
-    transfer = KVTransferConfig(
-        kv_connector="ColdframeConnector",
-        kv_connector_module_path=_CONNECTOR,
-        kv_role="kv_both",
-        kv_load_failure_policy="recompute",
+    transfer = (
+        KVTransferConfig(
+            kv_connector="ColdframeConnector",
+            kv_connector_module_path=_CONNECTOR,
+            kv_role="kv_both",
+            kv_load_failure_policy="recompute",
+        )
+        if takes_kv
+        else None
     )
     try:
         with recorder.span("vllm_config"):

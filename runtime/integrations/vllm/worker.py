@@ -40,6 +40,10 @@ __all__ = ["VllmWorker", "main"]
 
 _NICE = 5
 """Of the thread that starts the engine: it gets a third of what those get who answer."""
+_MOST_KV = 4 << 30
+"""For a model of whose KV nothing is known here, in bytes."""
+_VLLM_DECIDES = -1
+"""As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
 _VLLM_BLOCK = 128
 """Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
 
@@ -134,8 +138,10 @@ class VllmWorker(Worker):
         kv_bytes = self._kv_bytes()
         per_token = self.spec.kv_block_bytes(self.spec.dtype_bytes, 1)
         # What one sequence may need, and what of a block lies empty behind it.
-        self.context = min(self.spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
-        if self.context < 1:
+        context = min(self.spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
+        if not self.spec.native:
+            context = _VLLM_DECIDES
+        elif context < 1:
             raise RequestError(
                 "vLLM's KV holds not one block",
                 where="--vllm-kv",
@@ -146,11 +152,13 @@ class VllmWorker(Worker):
             self._init["model"],
             self.device,
             self.spec.dtype,
-            self.context,
+            context,
             kv_bytes,
             self._init["args"],
         )
-        self.engine = Engine(start_engine(arguments, self.device, self.recorder))
+        engine = start_engine(arguments, self.device, self.recorder, takes_kv=self.spec.native)
+        self.context = engine.model_config.max_model_len
+        self.engine = Engine(engine)
         self._sharing = self.engine.sharing()
         self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV; {self._sharing}"
         # What is done between steps, of which vLLM knows nothing.
@@ -161,6 +169,14 @@ class VllmWorker(Worker):
         wanted: int | None = self._init["kv_bytes"]
         if wanted is not None:
             return wanted
+        if not self.spec.native:
+            if self.device != CPU:
+                raise RequestError(
+                    "vLLM is to be told how much KV it may have for this model",
+                    where="--vllm-kv",
+                    hint="Give it a size, as --vllm-kv 8GiB.",
+                )
+            return min(_MOST_KV, memory_available() // 4)
         if self.device == CPU:
             # It is taken as it is touched, but vLLM takes none that is not there now.
             return min(self.kv.nbytes, memory_available() // 4)

@@ -113,7 +113,31 @@ def test_what_it_may_not(chat: Any, refusal: Any, kwargs: Any) -> None:
         ({"role": 5, "content": "x"}, "messages[1].role", "invalid_value"),
         ({"role": "robot", "content": "x"}, "messages[1].role", "invalid_value"),
         ({"role": ["user"], "content": "x"}, "messages[1].role", "invalid_value"),
-        ({"role": "tool", "content": "x"}, "messages[1].role", "unsupported"),
+        (
+            {"role": "tool", "content": "x"},
+            "messages[1].tool_call_id",
+            "missing_required_parameter",
+        ),
+        (
+            {"role": "tool", "tool_call_id": "1"},
+            "messages[1].content",
+            "missing_required_parameter",
+        ),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{}]},
+            "messages[1].tool_calls",
+            "invalid_value",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[1]"}}]},
+            "messages[1].tool_calls[0].function.arguments",
+            "invalid_value",
+        ),
+        (
+            {"role": "assistant", "tool_calls": [{"function": {"arguments": "{}"}}]},
+            "messages[1].tool_calls[0].function.name",
+            "invalid_type",
+        ),
         ({"role": "function", "name": "f", "content": "x"}, "messages[1].role", "unsupported"),
         ({"role": "user"}, "messages[1].content", "missing_required_parameter"),
         ({"role": "user", "content": None}, "messages[1].content", "invalid_type"),
@@ -126,8 +150,8 @@ def test_what_it_may_not(chat: Any, refusal: Any, kwargs: Any) -> None:
         ({"role": "user", "content": "x", "name": ""}, "messages[1].name", "invalid_value"),
         (
             {"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]},
-            "messages[1].tool_calls",
-            "unsupported",
+            "messages[1].tool_calls[0]",
+            "invalid_type",
         ),
         (
             {"role": "assistant", "content": "x", "function_call": {"name": "f"}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,12 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
+from coldframe.loader.errors import UnsupportedModel
+from coldframe.runtime.engine.structure import Structure
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.vllm_options import VllmOptions
+from tests.runtime.helpers import ask, expected, finish, prompt_of
 from tests.runtime.serving import Server, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(200)]
@@ -86,3 +93,66 @@ def test_a_schema_without_sense_is_refused_and_others_go_on(client: OpenAI) -> N
     answer = client.completions.create(model=MODEL, prompt="Hello", max_tokens=4, temperature=0)
     assert answer.usage is not None
     assert answer.usage.completion_tokens == 4
+
+
+# -- models that the native engine does not run ----------------------------------------------------
+
+
+def foreign(base: Path, target: Path, kind: str) -> Path:
+    """A tiny model of a family that is not ours, of random weights, with the demo's tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 32, "max_position_embeddings": 512}
+    more: dict[str, Any] = {
+        "qwen3_moe": {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "intermediate_size": 96,
+        },
+        "gemma2": {"intermediate_size": 96, "query_pre_attn_scalar": 32},
+    }[kind]
+    vocab = json.loads((base / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(3)
+    config = AutoConfig.for_model(
+        kind, vocab_size=vocab, eos_token_id=1, bos_token_id=0, pad_token_id=1, **sizes, **more
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0, 0.15)
+    model.save_pretrained(target)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(base / name, target)
+    return target
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2"])
+def test_other_models_are_served_wholly_by_vllm(
+    demo_model: Make, tmp_path: Path, no_leaks: Path, kind: str
+) -> None:
+    model = foreign(demo_model(), tmp_path / kind, kind)
+    with pytest.raises(UnsupportedModel, match="--decode vllm"):
+        Replica(ReplicaOptions(model=str(model), run_dir=str(no_leaks))).close()
+    options = ReplicaOptions(
+        model=str(model),
+        run_dir=str(no_leaks),
+        decode=0,
+        vllm=VllmOptions(alone=True, kv_bytes=64 << 20),
+        threads=1,
+    )
+    prompts = [prompt_of(20 + 30 * seed, seed=seed) for seed in range(3)]
+    with Replica(options) as replica:
+        clients = [ask(replica, prompt, 12) for prompt in prompts]
+        seeded = [ask(replica, prompts[0], 12, temperature=1.0, seed=seed) for seed in (4, 4, 5)]
+        formed = ask(replica, prompts[0], 40, structured=Structure("choice", '["yes", "no"]'))
+        finish(replica, *clients, *seeded, formed, seconds=150)
+        assert {name.partition("-")[0] for name in replica.pids} == {"memory", "vllm"}
+        assert not replica.spec.native
+        for prompt, client in zip(prompts, clients, strict=True):
+            assert client.tokens == expected(model, tuple(prompt), 12)
+        assert seeded[0].tokens == seeded[1].tokens != seeded[2].tokens
+        assert formed.text in ("yes", "no")

@@ -119,6 +119,8 @@ def _engine(order: Mapping[str, Any]) -> Any:
     _no_semaphores()
     import torch
 
+    # vLLM's attention uses AMX's tiles and leaves it to others to ask the kernel for them.
+    torch.cpu._init_amx()
     set_num_threads = torch.set_num_threads
     from vllm import EngineArgs, LLMEngine
 

@@ -228,8 +228,8 @@ class EngineClone:
             path = {"PATH": os.environ.get("PATH", os.defpath)}
             env = {**path, **ENVIRONMENT, **(environment or {})}
             wake = Wake.message(name, env, threads, run_dir, started, identity)
-            self._channel.send(wake, [stderr])
             self._await_restore()
+            self._channel.send(wake, [stderr])
             self.woken = self._said("woken", _RESTORE_S)
         except BaseException:
             self.close()

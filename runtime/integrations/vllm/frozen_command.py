@@ -97,5 +97,5 @@ def _arguments(text: str | None) -> dict[str, Any]:
     if text is None:
         return {}
     return parse_object(
-        text.encode(), where="--engine-args", hint='Such as \'{"max_model_len": 4096}\'.'
+        text.encode(), where="--engine-args", hint="Such as '{\"max_model_len\": 4096}'."
     )

@@ -15,7 +15,7 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.extents import MAX_GAP, Extent, Run, coalesce
 from coldframe.loader.layouts import Item, Layout, pack
-from coldframe.loader.slices import WHOLE, Rank, cut
+from coldframe.loader.slices import WHOLE, Rank, begin_of, cut
 from coldframe.loader.stages import stage_names, stage_of_each, unused
 
 __all__ = ["MAX_GAP", "Extent", "Layout", "Placement", "Plan", "Rank", "Run", "Stage"]
@@ -34,6 +34,8 @@ class Placement:
         arena_offset: Where its first byte is, from the start of the arena.
         nbytes: Its size in bytes.
         stage: The index of the stage that brings it.
+        whole: The dimensions of the tensor that this is a slice of; empty where it is no slice.
+        begin: How many rows, columns and so on of that lie before the slice.
     """
 
     name: str
@@ -42,6 +44,8 @@ class Placement:
     arena_offset: int
     nbytes: int
     stage: int
+    whole: tuple[int, ...] = ()
+    begin: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,10 +127,13 @@ class Plan:
         by_use = sorted(parts, key=lambda p: stage_of[p.name])
         items = [Item(p.name, p.dtype, p.nbytes) for p in by_use]
         offsets, shard_bases, arena_bytes = pack(layout, checkpoint, items)
-        placements = {
-            p.name: Placement(p.name, p.dtype, p.shape, offsets[p.name], p.nbytes, stage_of[p.name])
-            for p in by_use
-        }
+        placements = {}
+        for p in by_use:
+            tensor = checkpoint.tensors[p.name]
+            slice_of = () if p.shape == tensor.shape else (tensor.shape, begin_of(tensor, p))
+            placements[p.name] = Placement(
+                *(p.name, p.dtype, p.shape, offsets[p.name], p.nbytes, stage_of[p.name]), *slice_of
+            )
         extents = coalesce(parts, stage_of, offsets, max_gap, mirror=layout is Layout.FILE)
         stages = _stages(stage_names(layers), extents)
         plan = Plan(
@@ -177,7 +184,10 @@ class Plan:
                 for stage in self.stages
             ],
             "placements": [
-                [p.name, p.dtype, list(p.shape), p.arena_offset, p.nbytes, p.stage]
+                [
+                    *(p.name, p.dtype, list(p.shape), p.arena_offset, p.nbytes, p.stage),
+                    *([list(p.whole), list(p.begin)] if p.whole else []),
+                ]
                 for p in self.placements.values()
             ],
             "skipped": list(self.skipped),
@@ -209,8 +219,9 @@ class Plan:
             )
             stages.append(Stage(index, name, extents, sum(e.length for e in extents)))
         placements = {
-            name: Placement(name, dtype, tuple(shape), *rest)
-            for name, dtype, shape, *rest in data["placements"]
+            name: Placement(name, dtype, tuple(shape), *rest, *map(tuple, slice_of))
+            for name, dtype, shape, *numbers in data["placements"]
+            for rest, slice_of in [(numbers[:3], numbers[3:])]
         }
         return Plan(
             Layout(data["layout"]),

@@ -30,7 +30,7 @@ from coldframe.loader.errors import CheckpointError, ColdframeError
 from coldframe.loader.header import DTYPE_BITS, TensorInfo
 from coldframe.loader.strict_json import describe
 
-__all__ = ["WHOLE", "Part", "Rank", "cut"]
+__all__ = ["WHOLE", "Part", "Rank", "begin_of", "cut"]
 
 _VOCAB_PADDING = 64  # rows; vLLM's DEFAULT_VOCAB_PADDING_SIZE
 
@@ -128,6 +128,16 @@ def cut(checkpoint: Checkpoint, tensors: Iterable[TensorInfo], rank: Rank) -> li
         return [_whole(tensor) for tensor in tensors]
     cutter = _Cutter(checkpoint, rank)
     return [cutter.part(tensor) for tensor in tensors]
+
+
+def begin_of(tensor: TensorInfo, part: Part) -> tuple[int, ...]:
+    """How many rows, columns and so on of a tensor lie before a part of it."""
+    before = (part.offset - tensor.offset) * 8 // DTYPE_BITS[tensor.dtype]
+    begin: list[int] = []
+    for size in reversed(tensor.shape):
+        begin.append(before % max(size, 1) if len(begin) + 1 < len(tensor.shape) else before)
+        before //= max(size, 1)
+    return tuple(reversed(begin))
 
 
 class _Cutter:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from coldframe.loader.errors import CheckpointError
 
-__all__ = ["EMBEDDING", "stage_names", "stage_of_each", "unused"]
+__all__ = ["EMBEDDING", "is_embedding", "layer_of", "stage_names", "stage_of_each", "unused"]
 
 EMBEDDING = 0  # stage i + 1 is layer i, and the head is the last
 
@@ -30,6 +30,17 @@ def unused(names: Iterable[str]) -> tuple[str, ...]:
     in either case.
     """
     return tuple(name for name in names if _ROTARY_BUFFER.search(name))
+
+
+def layer_of(name: str) -> int | None:
+    """The number of the layer that a name is of, or None."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a name outside the layers is one of the embedding's."""
+    return _EMBEDDING.search(name) is not None
 
 
 def stage_of_each(names: list[str], *, where: str) -> tuple[dict[str, int], int]:

@@ -84,7 +84,9 @@ class LoadSettings:
             rank: Whose slices.
             device: Where the weights go, where nothing else was said.
         """
-        layout = self.options.get("layout", Layout.ALIGNED if rank != WHOLE else None)
+        # As in their files q, k and v are apart, and what vLLM has of them as one is a copy.
+        aligned = rank != WHOLE or self.alias == "on"
+        layout = self.options.get("layout", Layout.ALIGNED if aligned else None)
         return LoadOptions(
             model=self.source or model,
             **{"device": device, "cache_bytes": _CACHE_BYTES, **self.options, "layout": layout},

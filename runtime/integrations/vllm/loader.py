@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+import time
 from typing import TYPE_CHECKING, Any
 
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
+from vllm.utils.torch_utils import set_default_torch_dtype
 
 from coldframe.loader.client import MemoryClient
-from coldframe.runtime.integrations.vllm.attached import attach
+from coldframe.loader.errors import RequestError
+from coldframe.loader.plan import Plan
+from coldframe.loader.slices import WHOLE, Rank
+from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
+from coldframe.runtime.integrations.vllm.filling import Filling
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
-from coldframe.runtime.tensors import tensors_of
 
 if TYPE_CHECKING:
-    import torch
-    from vllm.config import ModelConfig
+    from vllm.config import ModelConfig, VllmConfig
     from vllm.config.load import LoadConfig
 
-__all__ = ["ColdframeModelLoader"]
+__all__ = ["ColdframeModelLoader", "FILLED"]
+
+FILLED = "coldframe_filling"
+"""The attribute of a loaded model that has its `Filling`: what became of each parameter."""
+
+_logger = init_logger("vllm.coldframe")
 
 
 class ColdframeModelLoader(BaseModelLoader):
@@ -40,16 +52,101 @@ class ColdframeModelLoader(BaseModelLoader):
 
     def load_weights(self, model: Any, model_config: ModelConfig) -> None:
         """Fills a model's parameters, in the order in which the weights come in."""
-        client = attach(self._extra, model=model_config.model)
-        model.load_weights(weights_in_order(client))
+        filling = self.open(model, model_config, _device_of(model))
+        self._fill(filling)
+
+    def load_model(
+        self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
+    ) -> torch.nn.Module:
+        """Makes a model, fills it and has it post-processed.
+
+        Raises:
+            ColdframeError: Its weights cannot be had, or do not fit it.
+        """
+        # The bytes first: they come in while the model is made.
+        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        self.connect(model_config, device)
+        with set_default_torch_dtype(model_config.dtype):
+            with device:
+                model = self.create_model(vllm_config, model_config, prefix)
+            filling = self.open(model, model_config, device)
+            self._fill(filling)
+            started = time.perf_counter()
+            filling.process_all()
+            self._let_go(filling)
+            gc.collect()
+            torch.accelerator.empty_cache()
+            _logger.info_once("Post-processing took %.2f seconds", time.perf_counter() - started)
+        return model.eval()
+
+    def connect(self, model_config: ModelConfig, device: torch.device) -> MemoryClient:
+        """The connection to where this process' weights come in; they are on their way then.
+
+        Raises:
+            RequestError: What is there is for another tensor-parallel rank.
+            ColdframeError: See `attached.attach`.
+        """
+        rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+        model = model_config.model_weights or model_config.model
+        return attach(self._extra, model=model, rank=rank, device=_name_of(device))
+
+    def open(self, model: Any, model_config: ModelConfig, device: torch.device) -> Filling:
+        """A model that is to be filled.
+
+        Raises:
+            RequestError: What is in the arena is for another tensor-parallel rank.
+            ColdframeError: Its weights will not come.
+        """
+        client = self.connect(model_config, device)
+        _check_rank(client.wait_weights()[0])
+        alias = self.settings.alias
+        filling = Filling(
+            model,
+            model_config,
+            client,
+            alias=alias != "off",
+            packed=alias != "on",
+            device=device,
+        )
+        setattr(model, FILLED, filling)
+        return filling
+
+    def _let_go(self, filling: Filling) -> None:
+        """Ends a memory service of our own that nobody else has anything of.
+
+        Where vLLM computes with packed copies, the arena would be a second one of the weights.
+        """
+        shared = own_memory(filling.client) is None or "serve_peers" in self.settings.options
+        if self.settings.alias != "on" and filling.device.type == "cpu" and not shared:
+            filling.leave_arena()
+            release(filling.client)
+
+    def _fill(self, filling: Filling) -> None:
+        started = time.perf_counter()
+        filling.fill_all()
+        filling.check_complete()
+        _logger.info_once("Loading weights took %.2f seconds", time.perf_counter() - started)
+        _logger.info("%s", filling.summary())
 
 
-def weights_in_order(client: MemoryClient) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights by name, as views of the arena, each as soon as its stage is in."""
-    plan, arena = client.wait_weights()
-    tensors = tensors_of(plan, arena)
-    for stage in plan.stages:
-        client.wait_stage(stage.index)
-        for placement in plan.placements.values():
-            if placement.stage == stage.index:
-                yield placement.name, tensors[placement.name]
+def _check_rank(plan: Plan) -> None:
+    here = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
+    if plan.rank not in (WHOLE, here):
+        raise RequestError(
+            "the memory service has the slices of another tensor-parallel rank",
+            expected=f"rank {here.index} of {here.ranks}, or the whole model",
+            got=f"rank {plan.rank.index} of {plan.rank.ranks}",
+            hint="Give vLLM a service of the whole model, or a `source`.",
+        )
+
+
+def _device_of(model: torch.nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _name_of(device: torch.device) -> str:
+    """As the loader's devices are named."""
+    if device.type == "cpu":
+        return "cpu"
+    index = torch.accelerator.current_device_index() if device.index is None else device.index
+    return f"{device.type}:{index}"

@@ -63,7 +63,9 @@ class OwnMemory:
         # All that it says must be read, or it would wait for us.
         self._reader = threading.Thread(target=self._read, name="own-memory", daemon=True)
         self._reader.start()
-        if not self._listening.wait(_LISTENING_S) or self._ended.is_set():
+        # A small model may have been loaded already.
+        started = self._listening.wait(_LISTENING_S)
+        if not started or (self._ended.is_set() and self._said is None):
             self.close()
             raise ReplicaError("the memory service did not start", where=self.path)
 

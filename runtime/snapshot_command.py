@@ -59,6 +59,17 @@ def add_arguments(parser: Parser) -> None:
         help="have decode steps in the image: captured on a GPU, compiled where that is faster on "
         "a CPU (auto), or not",
     )
+    parser.flag(
+        "--engine",
+        choices=["native", "vllm"],
+        default="native",
+        help="whose worker is frozen: our own, or vLLM's engine, in the interpreter that has it",
+    )
+    parser.flag(
+        "--engine-args",
+        metavar="JSON",
+        help="with --engine vllm: arguments of vLLM's EngineArgs; clones are of use with the same",
+    )
     add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
@@ -98,6 +109,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
+    if args.engine == "vllm":
+        from coldframe.runtime.integrations.vllm.frozen_command import create
+
+        return create(args, snapshot)
     from coldframe.runtime.compiling import COMPILE_S
     from coldframe.runtime.creating import prune
     from coldframe.runtime.freezing import Freezing
@@ -158,15 +173,23 @@ def _verify(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
             hint="See which there are: coldframe snapshot list.",
         )
     results: list[dict[str, Any]] = []
-    with Replica(_options(args)) as replica:
-        replica.run_until(lambda: replica.sized)
-        for image in images:
-            error = _verified(replica, snapshot, image)
-            results.append(
-                {"image": image.id, "ok": error is None, "error": error and error.to_wire()}
-            )
-            if not args.json:
-                print(f"{image.id}  {'ok' if error is None else error}", flush=True)
+
+    def tell(image: Manifest, error: ColdframeError | None) -> None:
+        results.append({"image": image.id, "ok": error is None, "error": error and error.to_wire()})
+        if not args.json:
+            print(f"{image.id}  {'ok' if error is None else error}", flush=True)
+
+    ours = [image for image in images if image.engine is None]
+    if ours:
+        with Replica(_options(args)) as replica:
+            replica.run_until(lambda: replica.sized)
+            for image in ours:
+                tell(image, _verified(replica, snapshot, image))
+    for image in images:
+        if image.engine is not None:
+            from coldframe.runtime.integrations.vllm.frozen_command import verify
+
+            tell(image, verify(args, snapshot, image))
     if args.json:
         print(json.dumps({"images": results}))
     return 0 if all(result["ok"] for result in results) else 1
@@ -228,6 +251,7 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
                 "image": image.id,
                 "model": image.name,
                 "device": image.machine.device,
+                "engine": "native" if image.engine is None else image.engine.name,
                 "created": image.created,
                 "bytes": image.image_bytes,
                 "stored_bytes": image.stored_bytes,
@@ -255,7 +279,9 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
 
 
 def _steps(image: Manifest) -> str:
-    """How clones of an image compute decode steps, in a word or two."""
+    """How clones of an image compute decode steps, in a word or two; or whose they are."""
+    if image.engine is not None:
+        return image.engine.name
     if image.gpu is not None:
         return "captured" if image.gpu.graphs else "eager"
     if not image.decode_steps.startswith("compiled"):

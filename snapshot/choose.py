@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.fields import Refusal
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Manifest
@@ -42,6 +43,7 @@ def choose(
     *,
     model: ModelKey | None,
     name: str,
+    engine: EngineKey | None = None,
     exclude: frozenset[str] = frozenset(),
 ) -> Choice:
     """Chooses the newest image that fits.
@@ -52,15 +54,20 @@ def choose(
         model: What the model is. None where its files are not here yet: then the name decides, and
             whoever gets the files has to compare.
         name: The MODEL, as it was written.
+        engine: Whose engine clones are to be of; None for our own workers.
         exclude: Ids of images that are not to be used, since they have failed.
     """
     refusals: list[tuple[str, Refusal]] = []
     for manifest in manifests:
+        if (manifest.engine and manifest.engine.name) != (engine and engine.name):
+            continue  # another engine, of which nobody has asked
         refusal = None if model is None else manifest.model.refusal(model)
         if manifest.name != name and (refusal is not None or model is None):
             continue  # another model
         if refusal is None:
             refusal = manifest.machine.refusal(here)
+        if refusal is None and manifest.engine is not None and engine is not None:
+            refusal = manifest.engine.refusal(engine)
         image = manifest.id
         if refusal is None and image in exclude:
             refusal = Refusal("image", "one that can be restored", "one that has just failed")

@@ -26,6 +26,7 @@ from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.dumping import freeze
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.gpu_image import GpuImage
 from coldframe.snapshot.gpus import FOLDER
 from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts
@@ -136,6 +137,7 @@ class Freezer:
                 os.close(fd)
         self._recorder.add("snapshot_freeze", started)
         started = now()
+        engine = wanted.get("engine")
         draft = Draft(
             wanted["name"],
             ModelKey.from_json(wanted["model"]),
@@ -144,6 +146,7 @@ class Freezer:
             Process(said["pid"], said["control_inode"], criu.version, user),
             said.get("decode_steps", ""),
             _on_gpu(said),
+            None if engine is None else EngineKey.from_json(engine),
         )
         manifest = store.put(images, draft, compress=wanted["compress"], finish=self._prove)
         self._recorder.add("snapshot_store", started)

@@ -33,6 +33,7 @@ from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.snapshot.entropy import Generators
 from coldframe.snapshot.privileges import become, drop
 from coldframe.snapshot.wake import Ran, Wake
+from coldframe.snapshot.xstate import ask_for, granted
 
 __all__ = ["ENTRY_POINTS", "Hook", "Hooks"]
 
@@ -64,11 +65,13 @@ class Hooks:
         hooks = cls()
         generators = Generators()
         log_files = _close_log_files()
+        registers = granted()
         hooks.register("stderr", _stderr)
         hooks.register("environment", _environment)
         hooks.register("clock", _clock)
         hooks.register("inherited", lambda wake: wake.inherited.take())
         hooks.register("identity", _identity_with_threads if on_gpu else _identity)
+        hooks.register("registers", lambda _: ask_for(registers))
         hooks.register("threads", _threads)
         hooks.register("random", lambda _: generators.reseed())
         hooks.register("uuid", _uuid)

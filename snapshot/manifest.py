@@ -10,6 +10,7 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.fields import Fields, parse
 from coldframe.snapshot.gpu_image import GpuImage
 from coldframe.snapshot.image_files import ImageFile, StoredObject, check_files
@@ -152,6 +153,7 @@ class Draft(NamedTuple):
         decode_steps: How its clones compute decode steps, and why, for people; see
             `EAGER_FOR_NOW`.
         gpu: What it had on a GPU; None where it had none.
+        engine: Whose engine it is of; None for a worker of our own.
     """
 
     name: str
@@ -161,6 +163,7 @@ class Draft(NamedTuple):
     process: Process
     decode_steps: str = ""
     gpu: GpuImage | None = None
+    engine: EngineKey | None = None
 
 
 class Manifest(NamedTuple):
@@ -168,7 +171,7 @@ class Manifest(NamedTuple):
 
     Attributes:
         created: When it was made, in seconds since 1970.
-        name: As `Draft` has it, like the next five.
+        name: As `Draft` has it, like the next seven.
         objects: What is in the store.
         files: What the image consists of, in the order of their names.
         oracle: What it must answer; None where nobody has asked.
@@ -183,6 +186,7 @@ class Manifest(NamedTuple):
     process: Process
     decode_steps: str
     gpu: GpuImage | None
+    engine: EngineKey | None
     objects: tuple[StoredObject, ...]
     files: tuple[ImageFile, ...]
     oracle: Oracle | None = None
@@ -246,6 +250,7 @@ class Manifest(NamedTuple):
             "process": self.process.to_json(),
             "decode_steps": self.decode_steps,
             "gpu": None if self.gpu is None else self.gpu.to_json(),
+            "engine": None if self.engine is None else self.engine.to_json(),
             "objects": [item.to_json() for item in self.objects],
             "files": [file.to_json() for file in self.files],
             "oracle": None if self.oracle is None else self.oracle.to_json(),
@@ -276,6 +281,7 @@ class Manifest(NamedTuple):
             Process.from_json(fields.child("process")),
             fields.text("decode_steps"),
             None if fields.absent("gpu") else GpuImage.from_json(fields.child("gpu")),
+            None if fields.absent("engine") else EngineKey.from_json(fields.child("engine")),
             tuple(map(StoredObject.from_json, fields.children("objects"))),
             tuple(map(ImageFile.from_json, fields.children("files"))),
             None if fields.absent("oracle") else Oracle.from_json(fields.child("oracle")),

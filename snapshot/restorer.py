@@ -24,6 +24,7 @@ from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.snapshot.choose import choose
 from coldframe.snapshot.criu import Criu
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.init import Init
 from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts
 from coldframe.snapshot.machine import Machine
@@ -75,7 +76,8 @@ class ImageSource:
             wanted: `store`, `name` and `directory` (the model; null where its files are not here),
                 `manifest` (one that is not published yet, or null), `hash`
                 (whether to check what is read), `key_file`, `work` (a directory for this process),
-                `device` (`cpu` or `cuda`, whose images alone will do).
+                `device` (`cpu` or `cuda`, whose images alone will do), `engine` (an `EngineKey`;
+                null or not there for our own workers).
         """
         if self._criu is None:
             raise self._why or SnapshotError("there is no CRIU to use")
@@ -167,12 +169,14 @@ class ImageSource:
         if wanted["manifest"] is not None:
             return Manifest.from_json(wanted["manifest"])
         directory = wanted["directory"]
+        engine = wanted.get("engine")
         manifests, skipped = store.manifests()
         choice = choose(
             manifests,
             Machine.here(device=wanted["device"]),
             model=None if directory is None else ModelKey.of(directory),
             name=wanted["name"],
+            engine=None if engine is None else EngineKey.from_json(engine),
             exclude=frozenset(exclude),
         )
         if choice.manifest is None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 
 from coldframe.snapshot.choose import choose
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey
@@ -10,6 +11,7 @@ from tests.snapshot.images import MACHINE, MODEL, draft
 from tests.snapshot.test_manifest import MANIFEST
 
 OTHER = MODEL._replace(tensors="e" * 64)
+VLLM = EngineKey("vllm", "vllm 0.32.0 01234567", '{"max_model_len": 1024}')
 
 
 def image(
@@ -75,3 +77,26 @@ def test_why_names_the_field(field: str) -> None:
     found = image(1)
     why = choose([found], here, model=MODEL, name="org/model").why
     assert why == f"image {found.id[:8]}: {field}: expected {getattr(MACHINE, field)}, got other"
+
+
+def test_an_image_of_another_engine_is_not_for_our_workers_nor_the_other_way() -> None:
+    ours = image(2)
+    theirs = image(3)._replace(engine=VLLM)
+    found = [theirs, ours]
+    assert choose(found, MACHINE, model=MODEL, name="org/model").manifest == ours
+    assert choose(found, MACHINE, model=MODEL, name="org/model", engine=VLLM).manifest == theirs
+    assert choose([theirs], MACHINE, model=MODEL, name="org/model") == (None, ())
+    assert choose([ours], MACHINE, model=MODEL, name="org/model", engine=VLLM) == (None, ())
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("build", "vllm 0.33.0 89abcdef"), ("arguments", "{}")]
+)
+def test_an_engine_of_another_build_or_with_other_arguments_is_refused(
+    field: str, value: str
+) -> None:
+    other = image(1)._replace(engine=VLLM._replace(**{field: value}))
+    choice = choose([other], MACHINE, model=MODEL, name="org/model", engine=VLLM)
+    assert choice.manifest is None
+    ((_, refusal),) = choice.refusals
+    assert refusal == (f"engine.{field}", value, getattr(VLLM, field))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldframe.loader.errors import SnapshotError
+from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.gpu_image import GpuImage
 from coldframe.snapshot.image_files import PIECE_BYTES, ImageFile, StoredObject
 from coldframe.snapshot.libraries import Library
@@ -25,9 +26,10 @@ MACHINE_WITH_FILES = MACHINE._replace(
 GPU = GpuImage(
     "13.0", (("GPU-1", "H200"), ("GPU-2", "T4")), 1 << 29, "f" * 32, 1 << 20, 64, ((1, 8), (8, 16))
 )
+ENGINE = EngineKey("vllm", "vllm 0.32.0 01234567", '{"max_model_len": 1024}')
 MANIFEST = Manifest(
     1700000000.5,
-    *draft(machine=MACHINE_WITH_FILES)._replace(gpu=GPU),
+    *draft(machine=MACHINE_WITH_FILES)._replace(gpu=GPU, engine=ENGINE),
     objects=(
         StoredObject("3" * 64, "lz4", PIECE_BYTES + 5, PIECES),
         StoredObject("4" * 64, "raw", 7, ((7, "5" * 64),)),
@@ -62,7 +64,7 @@ PATHS = list(paths_in(MANIFEST.to_json()))
 def test_a_manifest_comes_back_as_it_was() -> None:
     assert Manifest.decode(MANIFEST.encode()) == MANIFEST
     assert Manifest.from_json(json.loads(json.dumps(MANIFEST.to_json()))) == MANIFEST
-    plain = MANIFEST._replace(oracle=None, signature=None, machine=MACHINE)
+    plain = MANIFEST._replace(oracle=None, signature=None, machine=MACHINE, engine=None)
     assert Manifest.decode(plain.encode()) == plain
     assert MANIFEST.image_bytes == PIECE_BYTES + 5 + 7
     assert MANIFEST.stored_bytes == 2107

@@ -44,6 +44,7 @@ def test_every_field_is_signed(field: str) -> None:
         "process": MANIFEST.process._replace(pid=8),
         "decode_steps": "others",
         "gpu": None,
+        "engine": None,
         "objects": MANIFEST.objects[::-1],
         "files": MANIFEST.files[1:],
         "oracle": Oracle((), (), ()),

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import now
 from coldframe.runtime.integrations.vllm.kv_copier import KvCopier, Layer, LoadJob
 from coldframe.runtime.integrations.vllm.kv_layout import KvLayout, learn
@@ -181,6 +181,8 @@ class KvWorker:
                 )
             except ColdframeError as error:
                 self._layout = error
+            except Exception as error:  # noqa: BLE001 - requests are served all the same
+                self._layout = ReplicaError("vLLM's KV cache cannot be tried out", got=repr(error))
         if isinstance(self._layout, ColdframeError):
             raise self._layout
         return self._layout

@@ -27,7 +27,7 @@ from tests.runtime.integrations.vllm.transfers import (
     transfer_config,
 )
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 MOST = 17
 LENGTHS = (1, 40, 128, 300)

@@ -15,6 +15,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.devices import open_device
@@ -26,13 +27,18 @@ from coldframe.loader.errors import (
     SourceNotFound,
 )
 from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.plan import Layout
 from coldframe.loader.process import remove_run_dir
+from coldframe.loader.residency import cached_bytes
 from coldframe.loader.slices import WHOLE, Rank
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 
 __all__ = ["OwnMemory", "attach", "own_memory", "provide", "release"]
 
+_MOSTLY = 0.9
+"""The share of files in the page cache from which on they are mapped: `load.Load`'s."""
 _LISTENING_S = 30.0
 """How long a memory service's interpreter may take to start, in seconds."""
 
@@ -58,12 +64,13 @@ class OwnMemory:
         self._said: Message | None = None
         self._ended = threading.Event()
         self._listening = threading.Event()
+        self._gone = False
         self.path = os.path.join(self._process.run_dir, "memory.sock")
         self._owner.send({"type": "load", **options.to_wire()})
         # All that it says must be read, or it would wait for us.
         self._reader = threading.Thread(target=self._read, name="own-memory", daemon=True)
         self._reader.start()
-        if not self._listening.wait(_LISTENING_S) or self._ended.is_set():
+        if not self._listening.wait(_LISTENING_S) or self._gone:
             self.close()
             raise ReplicaError("the memory service did not start", where=self.path)
 
@@ -101,6 +108,7 @@ class OwnMemory:
                     self._ended.set()
         except (ColdframeError, OSError):
             pass
+        self._gone = True
         self._ended.set()
         self._listening.set()
 
@@ -190,7 +198,7 @@ def _attached(
                 hint="Name a memory service's socket, or a place to load from.",
             )
         if key not in _made:
-            memory = None if settings.memory_service is not None else OwnMemory(options)
+            memory = None if settings.memory_service is not None else OwnMemory(_fitting(options))
             try:
                 client = _connect(memory.path if memory else str(settings.memory_service), device)
             except BaseException:
@@ -202,6 +210,27 @@ def _attached(
     if isinstance(client.error, MemoryServiceGone):
         raise client.error
     return client, memory
+
+
+def _fitting(options: LoadOptions) -> LoadOptions:
+    """The same, laid out so that vLLM finds most of its parameters in one piece.
+
+    Files in the page cache are mapped where they lie, which is faster still; what is streamed can
+    as well be put where vLLM wants it.
+    """
+    location = parse_location(options.model)
+    if options.layout is not None or options.sources or not isinstance(location, Directory):
+        return options
+    size = cached = 0
+    for path in Path(location.path).glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                length = os.fstat(file.fileno()).st_size
+                size, cached = size + length, cached + cached_bytes(file.fileno(), 0, length)
+        except OSError:
+            return options  # whoever loads it says what is wrong
+    streamed = options.copy or options.throttle is not None or cached < _MOSTLY * size
+    return replace(options, layout=Layout.ALIGNED) if streamed else options
 
 
 def _connect(path: str, device: str) -> MemoryClient:

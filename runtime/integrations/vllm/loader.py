@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -73,10 +75,12 @@ class ColdframeModelLoader(BaseModelLoader):
         gated = may_gate(self.settings.gated, refusal(vllm_config))
         # The bytes first: they come in while the model is made.
         device = torch.device(self.load_config.device or vllm_config.device_config.device)
-        client = self.connect(model_config, device)
-        with set_default_torch_dtype(model_config.dtype):
-            with device:
+        with ThreadPoolExecutor(1) as beside:
+            connected = beside.submit(self.connect, model_config, device)
+            with set_default_torch_dtype(model_config.dtype), device:
                 model = self.create_model(vllm_config, model_config, prefix)
+            client = connected.result()
+        with set_default_torch_dtype(model_config.dtype):
             filling = self.open(model, model_config, device)
             if gated:
                 staged = Staged(model, filling.stages)
@@ -101,8 +105,9 @@ class ColdframeModelLoader(BaseModelLoader):
             ColdframeError: See `attached.attach`.
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        model = model_config.model_weights or model_config.model
-        return attach(self._extra, model=model, rank=rank, device=_name_of(device))
+        return attach(
+            self._extra, model=_place_of(model_config), rank=rank, device=_name_of(device)
+        )
 
     def open(self, model: Any, model_config: ModelConfig, device: torch.device) -> Filling:
         """A model that is to be filled.
@@ -152,6 +157,14 @@ def _check_rank(plan: Plan) -> None:
             got=f"rank {plan.rank.index} of {plan.rank.ranks}",
             hint="Give vLLM a service of the whole model, or a `source`.",
         )
+
+
+def _place_of(model_config: ModelConfig) -> str:
+    """Where the model is that vLLM was given, as the loader writes it."""
+    place: str = model_config.model_weights or model_config.model
+    if model_config.revision is None or "://" in place or os.path.isdir(place):
+        return place
+    return f"{place}@{model_config.revision}"
 
 
 def _device_of(model: torch.nn.Module) -> torch.device:

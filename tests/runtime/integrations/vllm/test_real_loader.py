@@ -78,7 +78,7 @@ def test_copies_from_weights_that_lie_as_in_their_files(model, plain):
 
 def test_another_model_than_vllm_s(model, demo_model, tmp_path):
     log = tmp_path / "log"
-    extra = {"source": str(demo_model("llama"))}
+    extra = {"source": str(demo_model("llama")), "gated": False}
     with pytest.raises(HostError) as caught:
         Host(
             model,
@@ -93,7 +93,7 @@ def test_another_model_than_vllm_s(model, demo_model, tmp_path):
 
 def test_a_service_that_dies_in_mid_load(model, tmp_path):
     with memory_of(model, throttle=100e3) as memory:
-        extra = {"memory_service": memory.path}
+        extra = {"memory_service": memory.path, "gated": False}
         killer = threading.Thread(target=_kill_when_connected, args=(memory.pid, memory.path))
         killer.start()
         with pytest.raises(HostError, match="MemoryServiceGone"):

@@ -12,12 +12,13 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from coldframe.loader.errors import UnsupportedModel
+from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.vllm_options import VllmOptions
 from tests.runtime.gateway.chat_templates import TEMPLATES
-from tests.runtime.helpers import ask, expected, finish, prompt_of
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of
 from tests.runtime.serving import Server, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(200)]
@@ -178,7 +179,9 @@ def test_other_models_are_served_wholly_by_vllm(
     with Replica(options) as replica:
         clients = [ask(replica, prompt, 12) for prompt in prompts]
         seeded = [ask(replica, prompts[0], 12, temperature=1.0, seed=seed) for seed in (4, 4, 5)]
-        formed = ask(replica, prompts[0], 40, structured=Structure("choice", '["yes", "no"]'))
+        formed = Client()
+        form = SamplingParams(max_tokens=40, structured=Structure("choice", '["yes", "no"]'))
+        replica.submit(form, formed, prompt_ids=tuple(prompts[0]))
         finish(replica, *clients, *seeded, formed, seconds=150)
         assert {name.partition("-")[0] for name in replica.pids} == {"memory", "vllm"}
         assert not replica.spec.native

@@ -27,6 +27,7 @@ BENCHMARKS = {
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
+    "vllm-bridge": ("coldframe.benchmarks.vllm_bridge", "native decode until vLLM takes over"),
     "turns": ("coldframe.benchmarks.turns", "a chat's next turn while a long prompt is prefilled"),
 }
 

@@ -246,6 +246,15 @@ class MemoryClient:
 
     # -- KV --------------------------------------------------------------------------------------
 
+    def open(self, request: str) -> None:
+        """Brings a request to life that no gateway has opened; it ends with `release`, or with this
+        connection."""
+        self._channel.send({"type": "open", "request": request})
+
+    def release(self, request: str) -> None:
+        """Ends a request that was opened here; its blocks are freed once nobody holds them."""
+        self._channel.send({"type": "release", "request": request})
+
     @property
     def may_assign(self) -> bool:
         """Whether blocks that were refused may be there by now, so that it is worth asking."""

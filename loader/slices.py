@@ -133,7 +133,7 @@ def cut(checkpoint: Checkpoint, tensors: Iterable[TensorInfo], rank: Rank) -> li
 def begin_of(tensor: TensorInfo, part: Part) -> tuple[int, ...]:
     """How many rows, columns and so on of a tensor lie before a part of it."""
     before = (part.offset - tensor.offset) * 8 // DTYPE_BITS[tensor.dtype]
-    begin = []
+    begin: list[int] = []
     for size in reversed(tensor.shape):
         begin.append(before % max(size, 1) if len(begin) + 1 < len(tensor.shape) else before)
         before //= max(size, 1)

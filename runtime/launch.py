@@ -232,7 +232,7 @@ class Launch:
                 "copy": options.copy,
                 "verify": options.verify,
                 "throttle": options.throttle,
-                "layout": options.layout,
+                "layout": options.layout_to_load,
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
                 "serve_peers": options.serve_peers,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from coldframe.loader.errors import DeviceError
+from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
@@ -112,6 +112,7 @@ class ReplicaOptions:
 
     Raises:
         DeviceError: Some are to be on the CPU and some on a GPU.
+        RequestError: Weights are to be laid out anew under a vLLM engine.
     """
 
     model: str
@@ -160,6 +161,13 @@ class ReplicaOptions:
                 got=", ".join(wanted.values()),
                 hint="Name the CPU or GPUs for all of them, or leave them out.",
             )
+        if self.vllm is not None and self.realign:
+            raise RequestError(
+                "weights that vLLM uses where they are cannot be laid out anew",
+                where="--realign",
+                got="--decode with vllm",
+                hint="Take --layout aligned: they lie so from the start.",
+            )
 
     @property
     def scales(self) -> dict[str, Scale]:
@@ -185,6 +193,17 @@ class ReplicaOptions:
     def device_of(self, role: str) -> str:
         """Where a role's workers compute."""
         return self.scales[role].device or self.device
+
+    @property
+    def layout_to_load(self) -> str | None:
+        """How the weights are to lie in memory; None leaves it to the memory service.
+
+        On a GPU vLLM computes with the weights where they are, if they lie as it wants them. On a
+        CPU it packs them anew in any case.
+        """
+        if self.layout is None and self.vllm is not None and self.device != CPU:
+            return "aligned"
+        return self.layout
 
     @property
     def contexts_stay(self) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.board import BoardView
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Channel, Message
@@ -285,6 +285,12 @@ class Replica:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:
             raise ReplicaError("the model's config is not there yet", hint="Wait until `known`.")
+        if params.needs == "vllm" and self.options.vllm is None:
+            raise RequestError(
+                "only a vLLM engine serves this",
+                where="structured",
+                hint="Start the replica with --decode vllm or --decode native,vllm.",
+            )
         self.wake()
         request = self._new_request()
         go = partial(

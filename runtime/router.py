@@ -29,6 +29,8 @@ __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
 ACK_S = 30.0
 """How long a worker that is up may take to acknowledge a hand-off, in seconds."""
+VLLM_ACK_S = 120.0
+"""The same for vLLM: one step of it may compute thousands of tokens of other prompts."""
 SILENCE_S = {"prefill": 300.0, "decode": 60.0, "vllm": 300.0}
 """How long a worker with requests may go without a word, in seconds. A decode worker speaks with
 every step, a prefill worker between any two layers, and a layer over a long prompt takes time. A
@@ -322,8 +324,10 @@ class Router:
             if state is None or not state.up:
                 continue
             unanswered = state.role == "decode" and not found.acked
-            silence = SILENCE_S["vllm" if state.engine == "vllm" else state.role]
-            if now - state.heard > (ACK_S if unanswered else silence):
+            vllm = state.engine == "vllm"
+            silence = SILENCE_S["vllm" if vllm else state.role]
+            patience = VLLM_ACK_S if vllm else ACK_S
+            if now - state.heard > (patience if unanswered else silence):
                 hung.add(found.worker)
         for worker in hung:
             if worker is not None:

@@ -136,8 +136,6 @@ def vllm_options(
             got="--decode with vllm",
             hint="Take --snapshot auto: the native workers are clones then.",
         )
-    if args.vllm_kv is not None and args.vllm_kv <= 0:
-        raise RequestError("there must be some", where="--vllm-kv", got=args.vllm_kv)
     return VllmOptions(
         _interpreter(args.vllm_python),
         spec.vllm_device,

@@ -126,7 +126,7 @@ class _Target:
     noted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
 
-class Copies(TorchDispatchMode):
+class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes copies from an arena into a model's parameters; of this thread, while it is entered.
 
     Args:
@@ -143,7 +143,7 @@ class Copies(TorchDispatchMode):
         parameters: Mapping[str, torch.nn.Parameter],
         keep_apart: Callable[[str, torch.nn.Parameter], Reason | None],
     ) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._plan = plan
         self._memory = memory
         self._keep_apart = keep_apart

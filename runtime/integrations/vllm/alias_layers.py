@@ -8,6 +8,8 @@ compute with them where they lie.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.functional import linear
 from vllm.model_executor.layers.layernorm import LayerNorm, RMSNorm
@@ -29,7 +31,7 @@ _METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 class InPlace(UnquantizedEmbeddingMethod):
     """An embedding or a head that needs no packed copy of its weight."""
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         layer.cpu_linear = linear
 
 
@@ -55,11 +57,11 @@ def why_apart(modules: list[torch.nn.Module]) -> Reason | None:
     return None
 
 
-def keep_in_place(module: torch.nn.Module, *, packed: bool) -> None:
+def keep_in_place(module: Any, *, packed: bool) -> None:
     """Spares a layer the packing of its weights; to be called before it is post-processed.
 
     Args:
-        module: A layer on the CPU.
+        module: A layer on the CPU whose weight is in the arena.
         packed: Whether layers that compute with packed weights are to have them all the same.
     """
     if isinstance(module, VocabParallelEmbedding):

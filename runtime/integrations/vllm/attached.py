@@ -26,11 +26,12 @@ from coldframe.loader.errors import (
     SourceNotFound,
 )
 from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.process import remove_run_dir
 from coldframe.loader.slices import WHOLE, Rank
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 
-__all__ = ["OwnMemory", "attach", "detach", "own_memory", "provide"]
+__all__ = ["OwnMemory", "attach", "own_memory", "provide", "release"]
 
 _LISTENING_S = 30.0
 """How long a memory service's interpreter may take to start, in seconds."""
@@ -85,6 +86,7 @@ class OwnMemory:
         self._reader.join()
         self._owner.close()
         self._process.child.wait()
+        remove_run_dir(self._process.run_dir)  # killed, it could not
         os.close(self._process.lock)
 
     def _read(self) -> None:
@@ -151,16 +153,18 @@ def own_memory(client: MemoryClient) -> OwnMemory | None:
     return next((memory for made, memory in _made.values() if made is client), None)
 
 
-def detach() -> None:
-    """Ends the connections that were made here, and the services behind them; for tests."""
-    global _provided
+def release(client: MemoryClient) -> None:
+    """Ends a connection that was made here, and the service behind it where that is our own.
+
+    Nothing of this process may look at the arena any more.
+    """
     with _lock:
-        _provided = None
-        for client, memory in _made.values():
-            client.close()
-            if memory is not None:
-                memory.close()
-        _made.clear()
+        for key, (made, memory) in list(_made.items()):
+            if made is client:
+                del _made[key]
+                client.close()
+                if memory is not None:
+                    memory.close()
 
 
 def _attached(

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from importlib.util import find_spec
 from mmap import mmap
 from typing import TYPE_CHECKING, Any
 
@@ -116,14 +115,14 @@ def start_engine(
             hint="See the arguments of vllm.EngineArgs in the version that is installed.",
         )
     transfer = (
-        None
-        if not takes_kv or find_spec(_CONNECTOR) is None
-        else KVTransferConfig(
+        KVTransferConfig(
             kv_connector="ColdframeConnector",
             kv_connector_module_path=_CONNECTOR,
             kv_role="kv_both",
             kv_load_failure_policy="recompute",
         )
+        if takes_kv
+        else None
     )
     try:
         with recorder.span("vllm_config"):
@@ -139,6 +138,11 @@ def start_engine(
         raise
     except Exception as error:
         raise _why_not(error) from error
+    from coldframe.runtime.integrations.vllm.connector import connectors
+
+    for connector in connectors(engine):
+        if connector is not None:
+            connector.tally.recorder = recorder
     return engine
 
 
@@ -204,6 +208,10 @@ class Engine:
     def __len__(self) -> int:
         return len(self._names)
 
+    def sharing(self) -> str:
+        """What of its weights is the arena itself, and why what else is not; in words."""
+        return "; ".join(dict.fromkeys(self.engine.apply_model(_sharing)))
+
     @property
     def busy(self) -> bool:
         """Whether a step would do something, be it only to let go of what was aborted."""
@@ -243,6 +251,13 @@ class Engine:
                 over = completion.finish_reason or "abort"
             made.append(Made(request, completion.token_ids, completion.logprobs, over))
         return made
+
+
+def _sharing(model: Any) -> str:
+    from coldframe.runtime.integrations.vllm.loader import FILLED
+
+    filling = getattr(model, FILLED, None)
+    return "nothing is known of its weights" if filling is None else str(filling.summary())
 
 
 def _why_not(error: Exception) -> ColdframeError:

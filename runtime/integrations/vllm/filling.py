@@ -48,6 +48,8 @@ class Filling:
         device: Where the model is.
 
     Attributes:
+        client: As given.
+        device: As given.
         stages: All of them, in the order in which they come in.
 
     Raises:
@@ -66,8 +68,8 @@ class Filling:
     ) -> None:
         self._model = model
         self._config = model_config
-        self._client = client
-        self._device = device
+        self.client = client
+        self.device = device
         self._alias = alias
         self._in_place = alias and device.type == "cpu"
         self._packed = packed
@@ -103,7 +105,7 @@ class Filling:
             ColdframeError: They will not come.
             CheckpointError: They do not fit the model.
         """
-        self._client.wait_stage(stage)
+        self.client.wait_stage(stage)
         with self._one:
             self._load(self._stage(stage))
 
@@ -119,7 +121,7 @@ class Filling:
 
     def _in_order(self) -> Iterator[tuple[str, torch.Tensor]]:
         for stage in self.stages:
-            self._client.wait_stage(stage)
+            self.client.wait_stage(stage)
             yield from self._stage(stage)
             # While the next stage is on its way, this one's copies are made.
             self._copies.settle()
@@ -190,7 +192,7 @@ class Filling:
         """
         for module in self._modules[stage]:
             self._prepare(module)
-            process_weights_after_loading(module, self._config, self._device)
+            process_weights_after_loading(module, self._config, self.device)
 
     def finish(self) -> None:
         """What vLLM does with the model as a whole, once all stages are processed."""
@@ -201,12 +203,15 @@ class Filling:
     def process_all(self) -> None:
         """Post-processes the whole model as vLLM does it."""
         self._prepare(self._model)
-        process_weights_after_loading(self._model, self._config, self._device)
+        process_weights_after_loading(self._model, self._config, self.device)
 
     def _prepare(self, root: torch.nn.Module) -> None:
         if self._in_place:
+            laid = {fate.address for fate in self.fates.values()}
             for module in root.modules():
-                keep_in_place(module, packed=self._packed)
+                weight = getattr(module, "weight", None)
+                if isinstance(weight, torch.Tensor) and weight.data_ptr() in laid:
+                    keep_in_place(module, packed=self._packed)
 
     def _modules_by_stage(self) -> list[list[torch.nn.Module]]:
         """Of each stage the modules to post-process, none of them within another one."""
@@ -225,6 +230,18 @@ class Filling:
             covered.add(name)
             found[stage].append(module)
         return found
+
+    def leave_arena(self) -> None:
+        """Copies what is left of the arena in the model, so that nobody need keep it."""
+        within = range(self._arena.address, self._arena.address + self._arena.size)
+        for name, modules in self._owners.items():
+            for module in modules[:1]:
+                parameter = getattr(module, name.rpartition(".")[2])
+                if parameter is not None and parameter.data_ptr() in within:
+                    parameter.data = parameter.data.clone()
+        for fate in self.fates.values():
+            if fate.address is not None:
+                fate.address, fate.why = None, "the arena is not shared"
 
     # -- what has become of it -------------------------------------------------------------------
 

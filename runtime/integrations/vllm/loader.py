@@ -16,7 +16,7 @@ from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import RequestError
 from coldframe.loader.plan import Plan
 from coldframe.loader.slices import WHOLE, Rank
-from coldframe.runtime.integrations.vllm.attached import attach
+from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
 from coldframe.runtime.integrations.vllm.filling import Filling
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 
@@ -73,6 +73,7 @@ class ColdframeModelLoader(BaseModelLoader):
             self._fill(filling)
             started = time.perf_counter()
             filling.process_all()
+            self._let_go(filling)
             gc.collect()
             torch.accelerator.empty_cache()
             _logger.info_once("Post-processing took %.2f seconds", time.perf_counter() - started)
@@ -109,6 +110,16 @@ class ColdframeModelLoader(BaseModelLoader):
         )
         setattr(model, FILLED, filling)
         return filling
+
+    def _let_go(self, filling: Filling) -> None:
+        """Ends a memory service of our own that nobody else has anything of.
+
+        Where vLLM computes with packed copies, the arena would be a second one of the weights.
+        """
+        shared = own_memory(filling.client) is None or "serve_peers" in self.settings.options
+        if self.settings.alias != "on" and filling.device.type == "cpu" and not shared:
+            filling.leave_arena()
+            release(filling.client)
 
     def _fill(self, filling: Filling) -> None:
         started = time.perf_counter()

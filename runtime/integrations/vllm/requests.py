@@ -69,6 +69,7 @@ class Requests:
                 items += [emission.to_wire() for emission in self._emissions(running, made)]
         if items:
             self._worker.control.send({"type": "tokens", "items": items})
+            self._worker.report_spans()
 
     def _add(self, job: Job, handoff: Handoff | None) -> None:
         if handoff is None:

@@ -1,7 +1,7 @@
 """What a request says to vLLM of its KV: where it comes from, and that it is to be handed on.
 
-vLLM passes a request's `kv_transfer_params`, a dict of JSON values, on to its KV connector. Ours has
-one key, `coldframe`, whose value is one of these, by its `do`:
+vLLM passes a request's `kv_transfer_params`, a dict of JSON values, on to its KV connector. Ours
+has one key, `coldframe`, whose value is one of these, by its `do`:
 
     consume    the request's KV is in the arena under (request, attempt): claim and copy it
     produce    once the request is over its KV is to be in the arena, for whoever takes it next

@@ -38,8 +38,8 @@ from coldframe.snapshot.privileges import become, confine
 
 __all__ = ["VllmWorker", "main"]
 
-_NICE = 10
-"""Of the thread that starts the engine: it gets a tenth of what those get who answer."""
+_NICE = 5
+"""Of the thread that starts the engine: it gets a third of what those get who answer."""
 _MOST_KV = 4 << 30
 """For a model of whose KV nothing is known here, in bytes."""
 _VLLM_DECIDES = -1
@@ -159,7 +159,8 @@ class VllmWorker(Worker):
         engine = start_engine(arguments, self.device, self.recorder, takes_kv=self.spec.native)
         self.context = engine.model_config.max_model_len
         self.engine = Engine(engine)
-        self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV"
+        self._sharing = self.engine.sharing()
+        self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV; {self._sharing}"
         # What is done between steps, of which vLLM knows nothing.
         self.model = cast(Any, _Resting(torch.device(self.device)))
 
@@ -212,6 +213,15 @@ class VllmWorker(Worker):
                 requests.step()
             else:
                 self.client.check_stalled()
+
+    def let_go(self) -> bool:
+        """As `Worker.let_go`. What vLLM has copied does not leave; that is said in the timeline."""
+        lets_go = super().let_go()
+        if lets_go:
+            note = f"{self._sharing}; KV of vLLM's own stays"
+            self.recorder.add("vllm_lets_go", now(), note=note)
+            self.report_spans()
+        return lets_go
 
     def knows(self, handoff: Handoff) -> bool:
         """Whether a hand-off's KV is that of this model, as this worker would find it."""
@@ -271,8 +281,8 @@ def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = Non
         worker.boot(first_ns)
         worker.serve()
     except ColdframeError as error:
-        if not isinstance(error, MemoryServiceGone):
-            traceback.print_exc()
+        if error.__cause__ is not None and not isinstance(error, MemoryServiceGone):
+            traceback.print_exc()  # vLLM's own, which says where
         control.send({"type": "broken", "error": error.to_wire()})
     except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
         traceback.print_exc()

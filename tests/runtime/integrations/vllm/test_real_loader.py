@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
+
+import psutil
 import pytest
 
-from tests.runtime.integrations.vllm.hosts import host
+from tests.runtime.integrations.vllm.hosts import Host, HostError, host
+from tests.runtime.integrations.vllm.memories import children, memory_of, placed
 
 pytestmark = pytest.mark.vllm
 
@@ -12,12 +19,95 @@ PROMPTS = [[5, 6, 7], [8, 9], list(range(20, 60))]
 
 
 @pytest.fixture(scope="module")
-def plain(demo_model):
-    """What vLLM's own loader makes of the demo model."""
-    with host(demo_model(), dtype="float32") as engine:
+def model(demo_model):
+    """With biases, and a head that is tied to the embedding."""
+    return demo_model("qwen2")
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    """What vLLM's own loader makes of the model."""
+    with host(model, dtype="float32") as engine:
         return engine.generate(PROMPTS, max_tokens=12)
 
 
-def test_the_model_that_vllm_was_given(demo_model, plain):
-    with host(demo_model(), dtype="float32", load_format="coldframe") as engine:
+def test_vllm_alone_in_its_three_processes(model, plain):
+    """As `vllm serve` has it: the core is another process, which the loader runs in."""
+    processes = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with host(model, dtype="float32", load_format="coldframe", environment=processes) as engine:
         assert engine.generate(PROMPTS, max_tokens=12) == plain
+        family = psutil.Process(engine.process.pid).children(recursive=True)
+        # Where vLLM computes with packed copies of its own, nothing of ours is left behind.
+        assert not [p for p in family if "coldframe.loader.service" in " ".join(p.cmdline())]
+
+
+def test_the_weights_are_there_once_for_all(model, plain):
+    with memory_of(model, layout="aligned") as memory:
+        extra = {"memory_service": memory.path, "alias": "on"}
+        with host(
+            model, dtype="float32", load_format="coldframe", model_loader_extra_config=extra
+        ) as engine:
+            assert engine.generate(PROMPTS, max_tokens=12) == plain
+            found = engine.call(placed)
+            assert found["apart"] == {}
+            assert found["outside"] == []
+            assert found["noted"]
+            assert found["packed"] == []
+            # The service has written the pages; this process has read all of them, and no more.
+            assert found["shared"] >= found["weights"]
+            assert found["private"] == 0
+            assert engine.call(children) == 0
+
+
+def test_copies_from_weights_that_lie_as_in_their_files(model, plain):
+    with memory_of(model, layout="file") as memory:
+        extra = {"memory_service": memory.path, "alias": "off"}
+        with host(
+            model, dtype="float32", load_format="coldframe", model_loader_extra_config=extra
+        ) as engine:
+            assert engine.generate(PROMPTS, max_tokens=12) == plain
+            found = engine.call(placed)
+            assert set(found["apart"].values()) == {"as asked"}
+            assert len(found["outside"]) > 1
+
+
+def test_another_model_than_vllm_s(model, demo_model, tmp_path):
+    log = tmp_path / "log"
+    extra = {"source": str(demo_model("llama"))}
+    with pytest.raises(HostError) as caught:
+        Host(
+            model,
+            dtype="float32",
+            load_format="coldframe",
+            model_loader_extra_config=extra,
+            log=log,
+        )
+    assert "CheckpointError: the weights do not fit the model" in str(caught.value)
+    assert "one and the same model" in str(caught.value)
+
+
+def test_a_service_that_dies_in_mid_load(model, tmp_path):
+    with memory_of(model, throttle=100e3) as memory:
+        extra = {"memory_service": memory.path}
+        killer = threading.Thread(target=_kill_when_connected, args=(memory.pid, memory.path))
+        killer.start()
+        with pytest.raises(HostError, match="MemoryServiceGone"):
+            Host(
+                model,
+                load_format="coldframe",
+                model_loader_extra_config=extra,
+                log=tmp_path / "log",
+            )
+        killer.join()
+
+
+def _kill_when_connected(pid: int, path: str) -> None:
+    """Kills the service a moment after somebody has connected to it."""
+    service = psutil.Process(pid)
+    deadline = time.monotonic() + 100
+    # The listening socket has that name, and so has each connection to it.
+    while [c.laddr for c in service.net_connections("unix")].count(path) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(0.5)
+    os.kill(pid, signal.SIGKILL)

@@ -1,0 +1,79 @@
+"""`coldframe serve` and `coldframe run` with vLLM beside native workers: the real commands."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.runtime.serving import COLDFRAME, Server, greedy, ids_of, served, together
+from tests.runtime.snapshots import eventually, left_behind
+from tests.support import without_settings
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
+
+Make = Callable[..., Path]
+
+BRIDGE = ("--decode", "native,vllm", "--vllm-kv", "64MiB", "--kv-memory", "64MiB")
+TEXTS = [f"Once upon a time there were {number} of them" for number in range(8)]
+START_S = 180.0
+
+
+def stages(server: Server) -> list[str]:
+    timeline = server.get("/startup").json()["timeline"]
+    return [stage["name"] for stage in (timeline or {}).get("stages", [])]
+
+
+def test_a_server_whose_decode_is_taken_over(demo_model: Make) -> None:
+    model = demo_model()
+    answers = [greedy(model, ids_of(model, text), 16) for text in TEXTS]
+
+    def all_at_once(server: Server) -> list[str]:
+        asks = [
+            lambda text=text: server.complete(prompt=text, max_tokens=16, ignore_eos=True)
+            for text in TEXTS
+        ]
+        return together(asks)
+
+    with served(model, *BRIDGE) as server:
+        server.ready()
+        assert all_at_once(server) == answers
+        eventually(lambda: "takeover" in stages(server), seconds=START_S)
+        found = stages(server)
+        for name in ("vllm_config", "vllm_weights", "vllm_kv", "vllm_warmup"):
+            assert name in found
+        assert all_at_once(server) == answers
+        whole = server.post(
+            "/v1/completions",
+            {"prompt": TEXTS[0], "max_tokens": 5, "temperature": 0, "ignore_eos": True},
+        ).json()
+        prompt = len(ids_of(model, TEXTS[0]))
+        assert whole["usage"]["prompt_tokens"] == prompt
+        assert whole["usage"]["completion_tokens"] == 5
+        assert whole["choices"][0]["finish_reason"] == "length"
+        # Parked on a CPU the workers stay, and go on; at zero nothing is left of any.
+        server.post("/sleep?level=1", {})
+        assert all_at_once(server) == answers
+        server.post("/sleep?level=2", {})
+        eventually(lambda: server.get("/startup").json()["state"] == "zero")
+        assert all_at_once(server) == answers
+
+
+def test_one_answer_with_vllm_alone(demo_model: Make, no_leaks: Path) -> None:
+    model = demo_model()
+    command = [
+        *(COLDFRAME, "run", str(model), "--snapshot", "off", "--decode", "vllm"),
+        *("--vllm-kv", "64MiB", "-p", TEXTS[0], "-n", "12", "--ignore-eos", "--json"),
+    ]
+    environment = without_settings() | {"COLDFRAME_RUN_DIR": str(no_leaks)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=START_S, check=True
+    )
+    document: dict[str, Any] = json.loads(done.stdout)
+    assert document["text"] == greedy(model, ids_of(model, TEXTS[0]), 12)
+    assert "vllm_weights" in [stage["name"] for stage in document["stages"]]
+    assert left_behind(no_leaks) == []

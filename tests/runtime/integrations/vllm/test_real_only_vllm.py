@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,16 +162,25 @@ def foreign(base: Path, target: Path, kind: str) -> Path:
     return target
 
 
+@pytest.fixture
+def runs() -> Iterator[Path]:
+    """A folder for run directories; beside the server above, nothing is to be left in it."""
+    made = Path(tempfile.mkdtemp(prefix="cf-"))  # a socket's path is short
+    yield made
+    assert list(made.iterdir()) == []
+    made.rmdir()
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2"])
 def test_other_models_are_served_wholly_by_vllm(
-    demo_model: Make, tmp_path: Path, no_leaks: Path, kind: str
+    demo_model: Make, tmp_path: Path, runs: Path, kind: str
 ) -> None:
     model = foreign(demo_model(), tmp_path / kind, kind)
     with pytest.raises(UnsupportedModel, match="--decode vllm"):
-        Replica(ReplicaOptions(model=str(model), run_dir=str(no_leaks))).close()
+        Replica(ReplicaOptions(model=str(model), run_dir=str(runs))).close()
     options = ReplicaOptions(
         model=str(model),
-        run_dir=str(no_leaks),
+        run_dir=str(runs),
         decode=0,
         vllm=VllmOptions(alone=True, kv_bytes=64 << 20),
         threads=1,

@@ -95,7 +95,8 @@ class Chunks:
             self._begun.add(index)
             made.append(self._chunk(index, {"role": "assistant", "content": ""}))
         logprobs = self._logprobs(piece)
-        text, finish, calls = piece.text, piece.finish, []
+        calls: list[tuple[int, Call]] = []
+        text, finish = piece.text, piece.finish
         if self._readers:
             text, finish, calls = _called(self._readers[index], piece)
         if text or logprobs is not None:

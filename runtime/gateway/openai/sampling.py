@@ -64,7 +64,8 @@ def choices(
         max_tokens=wanted or max_tokens,
         stop=_stops(request.stop),
         stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=bool(request.ignore_eos),
+        # What has a form ends with it.
+        ignore_eos=bool(request.ignore_eos) and structured is None,
         logprobs=logprobs,
         structured=structured,
     )

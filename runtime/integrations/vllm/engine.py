@@ -179,6 +179,8 @@ def untouched_zeros() -> Iterator[None]:
     def lazily(*size: Any, **named: Any) -> Any:
         shape = torch.Size(size[0] if len(size) == 1 and not isinstance(size[0], int) else size)
         dtype = named.get("dtype") or torch.get_default_dtype()
+        if not isinstance(dtype, torch.dtype):  # Python's own bool, say
+            return zeros(*size, **named)
         nbytes = shape.numel() * dtype.itemsize
         elsewhere = torch.device(named.get("device") or "cpu").type != "cpu"
         if elsewhere or nbytes < _LARGE or set(named) - {"dtype", "device"}:

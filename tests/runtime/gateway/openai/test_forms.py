@@ -105,6 +105,12 @@ def test_what_is_no_form(
     assert (error.status, error.param) == (400, param)
 
 
+def test_what_has_a_form_ends_with_it(kinds: dict[str, Ready]) -> None:
+    ready = kinds["chat"](ignore_eos=True, guided_regex="a+")
+    assert not ready.generations[0].params.ignore_eos
+    assert kinds["chat"](ignore_eos=True).generations[0].params.ignore_eos
+
+
 def test_without_vllm_the_error_says_how_to_have_it(chat: Ready, refusal: Any) -> None:
     error = refusal(chat, response_format={"type": "json_object"})
     assert (error.param, error.code) == ("response_format", "unsupported")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from coldframe.loader.errors import UnsupportedModel
+from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.vllm_options import VllmOptions
-from tests.runtime.helpers import ask, expected, finish, prompt_of
+from tests.runtime.gateway.chat_templates import TEMPLATES
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of
 from tests.runtime.serving import Server, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(200)]
@@ -35,9 +38,12 @@ FLAGS = ("--vllm-kv", "64MiB", "--kv-memory", "64MiB", "--threads", "1")
 
 
 @pytest.fixture(scope="module")
-def bridged(demo_model: Make) -> Iterator[Server]:
-    """A server whose vLLM starts behind the first token."""
-    with served(demo_model(), "--decode", "native,vllm", *FLAGS) as server:
+def bridged(demo_model: Make, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server whose vLLM starts behind the first token, and whose template knows of tools."""
+    template = tmp_path_factory.mktemp("t") / "template.jinja"
+    template.write_text(TEMPLATES["qwen-3"])
+    flags = ("--decode", "native,vllm", "--chat-template", template, *FLAGS)
+    with served(demo_model(), *flags) as server:
         yield server
 
 
@@ -68,6 +74,32 @@ def test_it_streams_and_repeats_itself(client: OpenAI) -> None:
     text = "".join(piece.choices[0].delta.content or "" for piece in pieces)
     assert text == whole
     json.loads(text)
+
+
+TOOL: Any = {"type": "function", "function": {"name": "greet", "parameters": SCHEMA}}
+
+
+def test_tools_that_have_to_be_called(client: OpenAI) -> None:
+    asked: Any = {"model": MODEL, "messages": HELLO, "tools": [TOOL], "temperature": 0.9, "seed": 2}
+    required = {**asked, "tool_choice": "required", "parallel_tool_calls": False}
+    choice = client.chat.completions.create(**required).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.content is None
+    (call,) = choice.message.tool_calls or ()
+    assert call.type == "function"
+    assert call.function.name == "greet"
+    assert set(json.loads(call.function.arguments)) == {"name", "old"}
+    named = {**asked, "tool_choice": {"type": "function", "function": {"name": "greet"}}}
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(**named, stream=True)
+    ]
+    (streamed,) = (call for delta in deltas for call in delta.tool_calls or ())
+    assert streamed.function is not None
+    assert json.loads(streamed.function.arguments or "")["name"] in ("ada", "bob")
+    assert not any(delta.content for delta in deltas)
+    # Whether to call one is the model's to choose, in either engine; this one writes no such words.
+    free = client.chat.completions.create(**asked, tool_choice="auto", max_tokens=8).choices[0]
+    assert (free.finish_reason, free.message.tool_calls) == ("length", None)
 
 
 def test_completions_and_vllms_own_fields(client: OpenAI) -> None:
@@ -130,16 +162,25 @@ def foreign(base: Path, target: Path, kind: str) -> Path:
     return target
 
 
+@pytest.fixture
+def runs() -> Iterator[Path]:
+    """A folder for run directories; beside the server above, nothing is to be left in it."""
+    made = Path(tempfile.mkdtemp(prefix="cf-"))  # a socket's path is short
+    yield made
+    assert list(made.iterdir()) == []
+    made.rmdir()
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2"])
 def test_other_models_are_served_wholly_by_vllm(
-    demo_model: Make, tmp_path: Path, no_leaks: Path, kind: str
+    demo_model: Make, tmp_path: Path, runs: Path, kind: str
 ) -> None:
     model = foreign(demo_model(), tmp_path / kind, kind)
     with pytest.raises(UnsupportedModel, match="--decode vllm"):
-        Replica(ReplicaOptions(model=str(model), run_dir=str(no_leaks))).close()
+        Replica(ReplicaOptions(model=str(model), run_dir=str(runs))).close()
     options = ReplicaOptions(
         model=str(model),
-        run_dir=str(no_leaks),
+        run_dir=str(runs),
         decode=0,
         vllm=VllmOptions(alone=True, kv_bytes=64 << 20),
         threads=1,
@@ -148,7 +189,9 @@ def test_other_models_are_served_wholly_by_vllm(
     with Replica(options) as replica:
         clients = [ask(replica, prompt, 12) for prompt in prompts]
         seeded = [ask(replica, prompts[0], 12, temperature=1.0, seed=seed) for seed in (4, 4, 5)]
-        formed = ask(replica, prompts[0], 40, structured=Structure("choice", '["yes", "no"]'))
+        formed = Client()
+        form = SamplingParams(max_tokens=40, structured=Structure("choice", '["yes", "no"]'))
+        replica.submit(form, formed, prompt_ids=tuple(prompts[0]))
         finish(replica, *clients, *seeded, formed, seconds=150)
         assert {name.partition("-")[0] for name in replica.pids} == {"memory", "vllm"}
         assert not replica.spec.native

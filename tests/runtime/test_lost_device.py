@@ -100,7 +100,9 @@ def test_who_is_replaced(
 ) -> None:
     owner = SimpleNamespace(answered=answered)
     workforce = cast(Workforce, SimpleNamespace(_owner=owner, _device_lost_at=-math.inf))
-    worker = cast(WorkerProcess, SimpleNamespace(up=up, restoring=False, trying=None))
+    worker = cast(
+        WorkerProcess, SimpleNamespace(role="decode", up=up, restoring=False, trying=None)
+    )
     assert Workforce._is_its_own(workforce, kind("it broke"), worker) == its_own
     if kind is DeviceLost:  # two of them are no chance
         assert not Workforce._is_its_own(workforce, kind("it broke"), worker)

@@ -55,6 +55,7 @@ class _Consumer:
     asked: Consume
     hold: Hold | None
     since: float
+    request: Any
     asked_for: bool = False
     """Whether a step has waited for its claim."""
     consumed: bool = False
@@ -148,7 +149,7 @@ class KvSchedule:
                 self._not_used(request.request_id, why)
                 if named_well:
                     self._free(asked)
-            consumer = _Consumer(asked, hold, time.monotonic(), consumed=hold is None)
+            consumer = _Consumer(asked, hold, time.monotonic(), request, consumed=hold is None)
             self._consumers[request.request_id] = consumer
         elif isinstance(asked, Produce):
             self._outgoing.came(request, asked)
@@ -275,6 +276,7 @@ class KvSchedule:
                 continue
             if self._recompute:
                 self._not_used(name, why)
+                _computed_here(consumer.request, consumer.local)
                 if consumer.plan is not None and consumer.plan.waits:
                     # vLLM knows them by the tokens that they were to hold, and nobody else may
                     # find them before they do.
@@ -320,6 +322,16 @@ def _of_other_tokens(asked: Consume, request: Any) -> str | None:
     if len(tokens) != asked.kv_tokens or digest_of(tokens) != asked.tokens:
         return "the KV is of other tokens"
     return None
+
+
+def _computed_here(request: Any, cached: int) -> None:
+    """Takes it back that tokens came from outside: vLLM tells clients so with the first output."""
+    if request.prefill_stats is not None:
+        request.prefill_stats.set(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_local_cached_tokens=cached,
+            num_external_cached_tokens=0,
+        )
 
 
 def _differ(found: dict[str, tuple[Any, Any]]) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 from coldframe.benchmarks.harness import Row, print_rows
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 
 __all__ = ["add_arguments", "run"]
 
@@ -24,11 +25,9 @@ _TIMES = 1.5
 _MOST_S = 600
 _CODE = "import sys; from coldframe.runtime.integrations.vllm.kv_trial import main; "
 _ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
+    **ENGINE_ENVIRONMENT,
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
 }
 
 

@@ -24,18 +24,13 @@ from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.load_options import LoadOptions
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 
 __all__ = ["add_arguments", "run"]
 
 _START_S = 300.0
 _LOADED_S = 300.0
-_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
+_ENVIRONMENT = {**ENGINE_ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE": "1"}
 
 _SPEEDS = ("prefill", "decode")
 

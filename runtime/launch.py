@@ -21,6 +21,7 @@ from coldframe.loader.wire import Channel
 from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
@@ -41,16 +42,6 @@ _VLLM_WORKER = (
 )
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
-_VLLM_ENVIRONMENT = {
-    # One process: its core shares the weights' and the KV's addresses with whoever asks it.
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_NO_USAGE_STATS": "1",
-    "DO_NOT_TRACK": "1",
-    # All that it reads is there, and it is to ask nobody.
-    "HF_HUB_OFFLINE": "1",
-    # What it says on the way is for those who look into it; the replica's log has the rest.
-    "VLLM_LOGGING_LEVEL": "WARNING",
-}
 _NOT_FOR_VLLM = (
     # What is set for our own workers' sake, and decides what vLLM finds and may compile.
     "TORCH_DEVICE_BACKEND_AUTOLOAD",
@@ -339,7 +330,7 @@ class Launch:
     def _spawn_vllm(self, arguments: list[str], fd: int) -> Child:
         vllm = self.options.vllm
         assert vllm is not None
-        environment = {**_VLLM_ENVIRONMENT, **self._environment("vllm")}
+        environment = {**ENGINE_ENVIRONMENT, **self._environment("vllm")}
         for name in _NOT_FOR_VLLM:
             environment.pop(name, None)
         return spawn_python(_VLLM_WORKER, arguments, fd, environment, executable=vllm.python)

@@ -2,6 +2,8 @@
 
     python -m coldframe.runtime.integrations.vllm.cold_start JSON
 
+It is here and not with the benchmarks since vLLM is imported by its integration alone.
+
 The argument has `engine`, arguments of vLLM's `EngineArgs`; `prompt`, token ids; and `tokens`, how
 many to make. What comes of it is a line of JSON on standard output, with seconds since the exec
 that `COLDFRAME_EXEC_NS` says.
@@ -15,11 +17,8 @@ import sys
 from typing import Any
 
 from coldframe.loader.timeline import now, process_start_ns
-from coldframe.runtime.integrations.vllm.lean import (
-    LEAN_ENVIRONMENT,
-    collected_late,
-    look_at_model_here,
-)
+from coldframe.runtime.integrations.vllm.environment import LEAN_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.lean import collected_late, look_at_model_here
 
 __all__ = ["main"]
 

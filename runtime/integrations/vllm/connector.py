@@ -22,6 +22,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from vllm.config import get_layers_from_vllm_config
 from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -92,10 +93,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
         extra = dict(transfer.kv_connector_extra_config)
         layered = _layered(extra, vllm_config.device_config.device_type)
         self.tally = KvTally()
-        device = "cpu"
-        if vllm_config.device_config.device_type == "cuda":
-            device = f"cuda:{vllm_config.parallel_config.rank}"
-        self._client: MemoryClient = attach(extra, device=device)
+        self._client: MemoryClient = attach(extra, device=_device_of(vllm_config))
         self._fingerprint: Fingerprint | None = None
         self._worker: KvWorker | None = None
         self._schedule: KvSchedule | None = None
@@ -278,6 +276,21 @@ def _layered(extra: dict[str, Any], device: str) -> bool:
             got=wanted,
         )
     return bool(wanted == LOADS[0])
+
+
+def _device_of(vllm_config: Any) -> str:
+    """Where this process maps the arena, if nobody has done so in it.
+
+    A worker's device is current when its connector is made, whatever its rank is on other machines.
+    A scheduler in a process of its own has none yet, and takes the first that it sees.
+    """
+    device = torch.device(vllm_config.device_config.device or vllm_config.device_config.device_type)
+    if device.type == "cpu":
+        return "cpu"
+    index = device.index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    return f"{device.type}:{index}"
 
 
 def _unfit(vllm_config: Any, kv_cache_config: Any) -> str | None:

@@ -37,12 +37,14 @@ class Made:
         tokens: Token ids, in order.
         logprobs: Of each, vLLM's `Logprob`s by token id; None where none were asked for.
         over: Whether there is no more to come: `stop`, `length`, or why else.
+        cached: Tokens of its prompt that there was KV of when the engine began with it.
     """
 
     request: str
     tokens: Sequence[int]
     logprobs: Sequence[Mapping[int, Any]] | None
     over: str | None = None
+    cached: int = 0
 
 
 def engine_arguments(
@@ -251,7 +253,8 @@ class Engine:
             if output.finished:
                 del self._names[request]
                 over = completion.finish_reason or "abort"
-            made.append(Made(request, completion.token_ids, completion.logprobs, over))
+            cached = output.num_cached_tokens or 0
+            made.append(Made(request, completion.token_ids, completion.logprobs, over, cached))
         return made
 
 

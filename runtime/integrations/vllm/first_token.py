@@ -1,5 +1,8 @@
 """The first token of a request that was prefilled elsewhere: taken as it is, or drawn once more.
 
+For those who use the KV connector with vLLM's own sampler; which way is right for a request says
+`transfer.mode_of`. In a replica both engines draw alike, and all hand-offs go the fast way.
+
 *Fast*: the token that prefill has drawn is appended to the prompt, and vLLM computes what follows.
 That is exact for greedy decoding. Where an answer depends on what of it is prompt and what was
 generated (penalties), or on how often a request's random numbers were drawn, it is not.
@@ -16,18 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.integrations.vllm.transfer import Mode, consume, prompt_of
 
-__all__ = ["FirstToken", "FirstTokens", "wanted_mode"]
-
-
-def wanted_mode(params: SamplingParams) -> Mode:
-    """The mode in which a request's tokens are those that one engine alone would have drawn."""
-    greedy = params.temperature == 0 and not params.changes_logits
-    return "fast" if greedy else "exact"
+__all__ = ["FirstToken", "FirstTokens"]
 
 
 @dataclass(slots=True)

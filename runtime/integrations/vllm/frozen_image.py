@@ -21,6 +21,7 @@ from coldframe.loader.process import make_run_dir, remove_run_dir, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.frozen_worker import room
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 from coldframe.runtime.integrations.vllm.frozen import FREEZE
 from coldframe.runtime.integrations.vllm.frozen_limits import engine_arguments
 from coldframe.runtime.options import SnapshotOptions
@@ -34,15 +35,7 @@ from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.wake import Wake
 
-__all__ = ["ENVIRONMENT", "EngineClone", "EngineImage", "cloner_of"]
-
-ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""What an engine's process has of its environment besides; a clone's has to have it, too."""
+__all__ = ["EngineClone", "EngineImage", "cloner_of"]
 
 PACKAGES = ("vllm", "transformers", "tokenizers")
 
@@ -175,7 +168,7 @@ class EngineImage:
                 "arguments": arguments,
                 "arenas": [weights, kv],
             },
-            "environment": {**freezing_environment(self.threads), **ENVIRONMENT},
+            "environment": {**freezing_environment(self.threads), **ENGINE_ENVIRONMENT},
             "device": "cpu",
             "name": name,
             "model": ModelKey.of(self.model, tensors).to_json(),
@@ -196,7 +189,7 @@ class EngineClone:
         name: Its name in log and timeline.
         threads: How many threads it computes with.
         run_dir: The replica's run directory.
-        environment: Its environment besides `ENVIRONMENT`.
+        environment: Its environment besides `ENGINE_ENVIRONMENT`.
         identity: Whose process it becomes.
         stderr: A descriptor for its standard error; by default this process's.
 
@@ -226,7 +219,7 @@ class EngineClone:
         theirs.close()
         try:
             path = {"PATH": os.environ.get("PATH", os.defpath)}
-            env = {**path, **ENVIRONMENT, **(environment or {})}
+            env = {**path, **ENGINE_ENVIRONMENT, **(environment or {})}
             wake = Wake.message(name, env, threads, run_dir, started, identity)
             self._await_restore()
             self._channel.send(wake, [stderr])

@@ -8,7 +8,6 @@ stream wait, not itself.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from coldframe.loader.timeline import now
 from coldframe.runtime.integrations.vllm.kv_pages import KvPages, checksum
 from coldframe.runtime.integrations.vllm.kv_step import Load
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally, Loaded
+from coldframe.runtime.integrations.vllm.kv_thread import LateThread
 
 __all__ = ["KvCopier", "Layer", "LoadJob"]
 
@@ -86,8 +86,7 @@ class KvCopier:
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._jobs: queue.SimpleQueue[LoadJob | None] = queue.SimpleQueue()
         self._any_done = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kv-copier", daemon=True)
-        self._thread.start()
+        self._thread = LateThread(self._run, "kv-copier")
 
     def close(self) -> None:
         """Ends the thread, after what it was given."""
@@ -99,6 +98,7 @@ class KvCopier:
         job = LoadJob(loads, {layer.name: threading.Event() for layer in self._layers})
         if self._stream is not None:
             job.begun = torch.cuda.current_stream(self._device).record_event()
+        self._thread.start()
         self._jobs.put(job)
         return job
 
@@ -118,7 +118,6 @@ class KvCopier:
         self._any_done.clear()
 
     def _run(self) -> None:
-        _roam()
         with torch.inference_mode():
             while (job := self._jobs.get()) is not None:
                 started = now()
@@ -179,19 +178,3 @@ class KvCopier:
                 found = checksum(*pages.read(layer, rows, slice(0, pages.heads)))
                 if found != load.checksums[layer]:
                     job.failed[load.request] = f"the KV of layer {layer} is not what was written"
-
-
-def _roam() -> None:
-    """Lets this thread run wherever one of the process may.
-
-    vLLM binds the threads that compute to cores, and a thread that they start would share one with
-    the one that has started it.
-    """
-    allowed: set[int] = set()
-    for task in os.listdir("/proc/self/task"):
-        try:
-            allowed |= os.sched_getaffinity(int(task))
-        except OSError:
-            continue
-    if allowed:
-        os.sched_setaffinity(0, allowed)

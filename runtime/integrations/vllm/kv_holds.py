@@ -9,6 +9,7 @@ Attempts at one request have the same blocks. They are let go with the last of t
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
 import time
@@ -19,9 +20,12 @@ from dataclasses import dataclass, field
 from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally
+from coldframe.runtime.integrations.vllm.kv_thread import LateThread
 from coldframe.runtime.options import BLOCK_TOKENS
 
 __all__ = ["Hold", "Holds", "domain_of"]
+
+_log = logging.getLogger(__name__)
 
 _AGAIN_S = 0.02
 """How soon blocks are asked for again that were not to be had, in seconds."""
@@ -73,14 +77,17 @@ class Holds:
         self._ending: deque[tuple[float, str]] = deque()
         """Requests that were opened here and handed over, and when they end."""
         self._asked: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="kv-holds", daemon=True)
-        self._thread.start()
+        self._thread = LateThread(self._run, "kv-holds")
 
     def close(self) -> None:
         """Ends the thread, after all that it was asked. What is held stays so until the process
         ends."""
         self._asked.put(None)
         self._thread.join(5.0)
+
+    def _ask(self, action: Callable[[], None]) -> None:
+        self._thread.start()
+        self._asked.put(action)
 
     def claim(self, request: str, attempt: int, kv_tokens: int, domain: str) -> Hold:
         """Claims the KV of a request that was handed over.
@@ -92,7 +99,7 @@ class Holds:
             domain: The device that has it. From another one it is brought here.
         """
         hold = Hold(request, attempt)
-        self._asked.put(lambda: self._claim(hold, kv_tokens, domain))
+        self._ask(lambda: self._claim(hold, kv_tokens, domain))
         return hold
 
     def assign(self, request: str, attempt: int, tokens: int, *, opens: bool) -> Hold:
@@ -108,7 +115,7 @@ class Holds:
         """
         hold = Hold(request, attempt)
         count = max(1, -(-tokens // BLOCK_TOKENS))
-        self._asked.put(lambda: self._begin_assign(hold, count, opens))
+        self._ask(lambda: self._begin_assign(hold, count, opens))
         return hold
 
     def let_go(self, hold: Hold) -> None:
@@ -116,7 +123,7 @@ class Holds:
 
         Nobody here may read or write them any more. Any number of times.
         """
-        self._asked.put(lambda: self._let_go(hold))
+        self._ask(lambda: self._let_go(hold))
 
     def hand_over(self, hold: Hold, timeout_s: float) -> bool:
         """Publishes what was written and lets the blocks go, for another worker to claim.
@@ -131,7 +138,7 @@ class Holds:
             handed.append(self._hand_over(hold))
             done.set()
 
-        self._asked.put(hand)
+        self._ask(hand)
         return done.wait(timeout_s) and handed[0]
 
     # -- the thread ------------------------------------------------------------------------------
@@ -166,8 +173,8 @@ class Holds:
             hold.blocks = self._claimed(hold, kv_tokens, domain)
             if hold.blocks is None:
                 hold.why = "the KV is not there any more"
-        except ColdframeError as error:
-            hold.why = error.what
+        except Exception as error:  # noqa: BLE001 - see `_reason`
+            hold.why = _reason(error)
         if hold.blocks is not None:
             self._users.setdefault(hold.request, set()).add(hold)
             self._tally.add("claimed")
@@ -185,8 +192,8 @@ class Holds:
             try:
                 self._client.open(hold.request)
                 self._opened.add(hold.request)
-            except ColdframeError as error:
-                hold.why = error.what
+            except Exception as error:  # noqa: BLE001 - see `_reason`
+                hold.why = _reason(error)
                 hold._settled.set()
                 return
 
@@ -196,8 +203,8 @@ class Holds:
                 return True
             try:
                 got = self._client.assign(hold.request, hold.attempt, count)
-            except ColdframeError as error:
-                hold.why = error.what
+            except Exception as error:  # noqa: BLE001 - see `_reason`
+                hold.why = _reason(error)
                 return True
             if got is None:
                 return False
@@ -252,9 +259,21 @@ class Holds:
     def _tell(say: Callable[[], None]) -> bool:
         try:
             say()
-        except ColdframeError:
-            return False  # the ledger is gone, and with it what it knew
+        except Exception as error:  # noqa: BLE001 - see `_reason`
+            _reason(error)
+            return False  # as a rule the ledger is gone, and with it what it knew
         return True
+
+
+def _reason(error: Exception) -> str:
+    """What a request is told that cannot have its blocks.
+
+    Whatever goes wrong with one request, the thread goes on: nobody else would answer the others.
+    """
+    if isinstance(error, ColdframeError):
+        return error.what
+    _log.error("coldframe: the KV of a request is given up", exc_info=error)
+    return f"the memory service's answer could not be used ({error!r})"
 
 
 def domain_of(client: MemoryClient) -> str:

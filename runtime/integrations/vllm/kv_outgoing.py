@@ -8,6 +8,7 @@ it passes on what the workers report of the same step; so what is said is put ri
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -23,9 +24,10 @@ from coldframe.runtime.integrations.vllm.transfer import Outcome, Produce, hande
 __all__ = ["KvOutgoing"]
 
 _ROOM_S = 0.05
-"""How long the first step of a request waits for blocks of the arena, in seconds."""
+"""How long a step waits for blocks of the arena, for all who begin with it, in seconds."""
 _HAND_S = 5.0
 _NO_ROOM = "there were no blocks of the arena for it"
+_NO_PLACE = "vLLM keeps no KV of some of its tokens"
 
 
 @dataclass(eq=False, slots=True)
@@ -97,21 +99,27 @@ class KvOutgoing:
             scheduled: How many tokens of which requests it computes.
         """
         found = []
+        until = time.monotonic() + _ROOM_S
         for name in [name for name in scheduled if name in self._producers]:
-            save = self._save(name, self._producers[name], scheduled[name])
+            save = self._save(name, self._producers[name], scheduled[name], until)
             if save is not None:
                 found.append(save)
         return found
 
-    def _save(self, name: str, producer: _Producer, tokens: int) -> Save | None:
+    def _save(self, name: str, producer: _Producer, tokens: int, until: float) -> Save | None:
         hold, request = producer.hold, producer.request
-        if producer.why is None and not hold.wait(_ROOM_S):
+        if producer.why is None and not hold.wait(max(0.0, until - time.monotonic())):
             self._holds.let_go(hold)
             producer.why = _NO_ROOM
         if producer.why is not None or hold.blocks is None or self._unfit() is not None:
             return None
         end = min(request.num_computed_tokens + tokens, request.num_prompt_tokens)
         if end <= producer.saved:
+            return None
+        table, size = tuple(self.table(name)), self._block_tokens
+        if -1 in table[producer.saved // size : -(-end // size)]:
+            # A sliding window has left them behind: found in the prefix cache, say.
+            producer.why = _NO_PLACE
             return None
         start, producer.saved = producer.saved, end
         producer.copying += self._ranks
@@ -121,8 +129,8 @@ class KvOutgoing:
             tuple(hold.blocks),
             start,
             end,
-            tuple(self.table(name)),
-            self._block_tokens,
+            table,
+            size,
             sums=producer.asked.checksums and end == request.num_prompt_tokens,
         )
 

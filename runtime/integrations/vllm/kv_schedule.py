@@ -40,10 +40,12 @@ __all__ = ["KvSchedule"]
 _log = logging.getLogger(__name__)
 
 _CLAIM_S = 0.05
-"""How long the scheduler waits for the ledger's answer before it goes on with others."""
+"""How long a step waits for the ledger's answers, to all who come with it, while nothing else is to
+be done."""
+_BUSY_S = 0.002
+"""And while others decode: all of them wait. An answer takes less than that as a rule."""
 _PATIENCE_S = 20.0
 """After how long KV that cannot be claimed is given up."""
-_HAND_S = 5.0
 
 
 @dataclass(eq=False, slots=True)
@@ -53,6 +55,9 @@ class _Consumer:
     asked: Consume
     hold: Hold | None
     since: float
+    request: Any
+    asked_for: bool = False
+    """Whether a step has waited for its claim."""
     consumed: bool = False
     local: int = 0
     copying: int = 0
@@ -101,6 +106,10 @@ class KvSchedule:
             *(client, self._holds, tally, fingerprint, self._unfit_now, ranks, block_tokens)
         )
         self._step = Step()
+        self._idle = True
+        """Whether the last step had nothing to compute."""
+        self._waits_s = _CLAIM_S
+        """How long the next step may still wait."""
         self._evict: Callable[[set[int]], None] = lambda _: None
 
     def close(self) -> None:
@@ -127,7 +136,9 @@ class KvSchedule:
             self._not_used(request.request_id, error.what)
             return
         if isinstance(asked, Consume):
-            why = self._unusable(asked, request)
+            why = _of_other_tokens(asked, request)
+            named_well = why is None
+            why = why or self._unusable(asked)
             hold = None
             if why is None:
                 hold = self._holds.claim(
@@ -136,8 +147,9 @@ class KvSchedule:
             else:
                 self._tally.add("mismatched")
                 self._not_used(request.request_id, why)
-                self._free(asked)
-            consumer = _Consumer(asked, hold, time.monotonic(), consumed=hold is None)
+                if named_well:
+                    self._free(asked)
+            consumer = _Consumer(asked, hold, time.monotonic(), request, consumed=hold is None)
             self._consumers[request.request_id] = consumer
         elif isinstance(asked, Produce):
             self._outgoing.came(request, asked)
@@ -149,7 +161,7 @@ class KvSchedule:
             return "the memory service has no KV arena"
         return None
 
-    def _unusable(self, asked: Consume, request: Any) -> str | None:
+    def _unusable(self, asked: Consume) -> str | None:
         """Why a request's KV must not be used here, if so."""
         unfit = self._unfit_now()
         if unfit is not None:
@@ -161,15 +173,13 @@ class KvSchedule:
             found |= kv_differences(asked.made_by, mine)
         if asked.made_for is not None:
             found |= differences(asked.made_for, mine)
-        if found:
-            return _differ(found)
-        tokens = list(request.prompt_token_ids or ())[: asked.kv_tokens]
-        if len(tokens) < asked.kv_tokens or digest_of(tokens) != asked.tokens:
-            return "the KV is of other tokens"
-        return None
+        return _differ(found) if found else None
 
     def _free(self, asked: Consume) -> None:
-        """Sees that KV which is not used takes no room; a lease would end that later."""
+        """Sees that KV which is not used takes no room; a lease would end that later.
+
+        Never that of other tokens: it may be another request's, which waits for it.
+        """
         if self._client.kv is not None and asked.domain == domain_of(self._client):
             hold = self._holds.claim(asked.request, asked.attempt, asked.kv_tokens, asked.domain)
             self._holds.let_go(hold)
@@ -187,7 +197,7 @@ class KvSchedule:
         if consumer is None or consumer.consumed or consumer.hold is None:
             return 0, False
         hold = consumer.hold
-        if not hold.wait(_CLAIM_S):
+        if not self._answered(consumer, hold):
             if time.monotonic() - consumer.since < _PATIENCE_S:
                 return None, False
             hold.why = "the memory service does not answer"
@@ -202,6 +212,19 @@ class KvSchedule:
             return 0, False
         consumer.local = local
         return count, not self._layered
+
+    def _answered(self, consumer: _Consumer, hold: Hold) -> bool:
+        """Whether it is known what has become of a claim; waits for that, but never for long."""
+        if hold.settled:
+            return True
+        # Once is enough while others decode: the next step asks again.
+        if self._waits_s <= 0 or (consumer.asked_for and not self._idle):
+            return False
+        consumer.asked_for = True
+        began = time.monotonic()
+        settled = hold.wait(self._waits_s)
+        self._waits_s -= time.monotonic() - began
+        return settled
 
     def placed(self, request: Any, table: tuple[int, ...], external: int) -> None:
         """vLLM has blocks for a request, and takes so many tokens from outside."""
@@ -238,7 +261,8 @@ class KvSchedule:
             scheduled: How many tokens of which requests it computes.
         """
         step, self._step = self._step, Step()
-        step.idle = not scheduled
+        step.idle = self._idle = not scheduled
+        self._waits_s = _CLAIM_S if step.idle else _BUSY_S
         step.saves = self._outgoing.saves(scheduled)
         return step
 
@@ -252,6 +276,7 @@ class KvSchedule:
                 continue
             if self._recompute:
                 self._not_used(name, why)
+                _computed_here(consumer.request, consumer.local)
                 if consumer.plan is not None and consumer.plan.waits:
                     # vLLM knows them by the tokens that they were to hold, and nobody else may
                     # find them before they do.
@@ -289,6 +314,24 @@ class KvSchedule:
                 if consumer.hold is not None:
                     self._holds.let_go(consumer.hold)
         return self._outgoing.over(request, whole=whole)
+
+
+def _of_other_tokens(asked: Consume, request: Any) -> str | None:
+    """Why what a request says of its KV cannot be true, if so."""
+    tokens = list(request.prompt_token_ids or ())[: max(0, asked.kv_tokens)]
+    if len(tokens) != asked.kv_tokens or digest_of(tokens) != asked.tokens:
+        return "the KV is of other tokens"
+    return None
+
+
+def _computed_here(request: Any, cached: int) -> None:
+    """Takes it back that tokens came from outside: vLLM tells clients so with the first output."""
+    if request.prefill_stats is not None:
+        request.prefill_stats.set(
+            num_prompt_tokens=request.num_prompt_tokens,
+            num_local_cached_tokens=cached,
+            num_external_cached_tokens=0,
+        )
 
 
 def _differ(found: dict[str, tuple[Any, Any]]) -> str:

@@ -4,7 +4,8 @@ One engine with the connector, its arena in a memory service of its own. A promp
 handed on; then the engine takes it over as if from another, nothing found of it in its own cache.
 Beside each such run, in turn: a plain copy of as many bytes, and the same prompt without KV.
 
-It prints one JSON document, in milliseconds.
+It prints one JSON document, in milliseconds. It is here and not with the benchmarks since vLLM is
+imported by its integration alone.
 """
 
 from __future__ import annotations
@@ -36,6 +37,8 @@ __all__ = ["main"]
 
 _ANSWER = 8
 _BLOCKS = 128
+_LISTENING_S = 30.0
+"""How long the memory service may take to start, in seconds."""
 
 
 class _Trial:
@@ -152,7 +155,10 @@ def main(arguments: list[str]) -> None:
             {"type": "kv", "block_bytes": size, "blocks": _BLOCKS, "lease_s": 30.0}
         )
         path = launch.memories[0].path
+        deadline = time.monotonic() + _LISTENING_S
         while not os.path.exists(path):
+            if time.monotonic() > deadline:
+                raise ReplicaError("the memory service did not start", where=path)
             time.sleep(0.01)
         trial = _Trial(wanted.model, path, wanted.load)
         draw = random.Random(7)

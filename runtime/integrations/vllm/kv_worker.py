@@ -134,8 +134,9 @@ class KvWorker:
         try:
             with torch.inference_mode():
                 self._copy_out(save)
-        except ColdframeError as error:
-            self._report.unsaved[save.request] = str(error)
+        except Exception as error:  # noqa: BLE001 - it is answered all the same, and not handed on
+            known = isinstance(error, ColdframeError)
+            self._report.unsaved[save.request] = str(error) if known else repr(error)
         self._report.saved[save.request] += 1
 
     def _copy_out(self, save: Save) -> None:

@@ -14,17 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-__all__ = ["LEAN_ENVIRONMENT", "collected_late", "lean_engine_args", "look_at_model_here"]
-
-LEAN_ENVIRONMENT = {
-    "HF_HUB_OFFLINE": "1",  # the model is a directory
-    "TRANSFORMERS_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # a second process would import everything again
-    "VLLM_LOGGING_LEVEL": "WARNING",
-    "VLLM_NO_USAGE_STATS": "1",  # a thread that asks subprocesses about the machine
-    "VLLM_PLUGINS": "coldframe",  # of all that are installed
-}
-"""What to set for the process; what its user has set goes first."""
+__all__ = ["collected_late", "lean_engine_args", "look_at_model_here"]
 
 
 def lean_engine_args(model: str, kv_bytes: int, **more: Any) -> dict[str, Any]:

@@ -14,22 +14,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import MAX_LOGPROBS, SamplingParams
 from coldframe.runtime.handoff import Job
+from coldframe.runtime.integrations.vllm.transfer import Mode, mode_of
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.sampling import Sampled
 
 __all__ = [
     "ENGINE",
-    "ENVIRONMENT",
     "Asked",
-    "Mode",
     "ask",
-    "mode_of",
     "own_way",
     "refusal",
     "refusing",
@@ -55,14 +53,7 @@ ENGINE: Mapping[str, Any] = MappingProxyType(
 )
 """What the engine has to be started with, of vLLM's `EngineArgs`."""
 
-ENVIRONMENT: Mapping[str, str] = MappingProxyType({"VLLM_USE_V2_MODEL_RUNNER": "0"})
-"""Variables of its process: vLLM's newer runner has another interface for logits processors."""
-
 VERSION = 1
-
-Mode = Literal["fast", "exact"]
-"""Where a part of the answer is there already: `fast` has it stand behind the prompt, `exact` has
-vLLM make the same tokens again, which it then counts as answer itself."""
 
 _LEAST_TEMPERATURE, _MOST_TEMPERATURE = 0.01, 2.0
 """What vLLM takes; it would change what is less, and refuse what is more."""
@@ -113,7 +104,8 @@ def ask(
         job: The request, with the prompt's ids and a number of tokens to generate.
         eos_ids: The model's own end-of-text tokens.
         kv_transfer_params: For the KV connector.
-        mode: How vLLM gets the part of the answer that is there; `mode_of` by default.
+        mode: How vLLM gets the part of the answer that is there; by default `mode_of` for our
+            sampler. *Exact*, it draws all of that part again.
 
     Returns:
         vLLM ends where `Sequence.accept` does, but for stop strings, which it does not know.
@@ -132,7 +124,7 @@ def ask(
             expected=f"fewer than {params.max_tokens} tokens",
             got=len(made),
         )
-    exact = (mode or mode_of(params)) == "exact"
+    exact = (mode or mode_of(params, shared_sampler=True)) == "exact"
     known = made if exact else ()
     sampling: dict[str, Any] = {
         "max_tokens": params.max_tokens if exact else left,
@@ -163,15 +155,6 @@ def ask(
     if extra:
         sampling["extra_args"] = extra
     return Asked([*prompt, *(() if exact else made)], sampling, len(known))
-
-
-def mode_of(params: SamplingParams) -> Mode:
-    """How vLLM gets the part of an answer that is there, where nobody says.
-
-    A grammar begins with the answer, so it has to see all of it. Nothing else has to: our sampler
-    is told which tokens of vLLM's prompt are the answer's.
-    """
-    return "fast" if params.structured is None else "exact"
 
 
 def own_way(params: SamplingParams) -> bool:

@@ -85,7 +85,7 @@ class Requests:
                 hint="Ask for fewer tokens or give it more with --vllm-kv.",
             )
         if handoff is not None and self._worker.knows(handoff):
-            sequence.cached_tokens = min(handoff.kv_tokens, len(job.prompt_ids))
+            # Both engines draw alike, and what has a grammar is never handed over.
             asked = ask(
                 job,
                 self._worker.spec.eos_token_ids,
@@ -100,6 +100,7 @@ class Requests:
     def _emissions(self, running: _Running, made: Made) -> list[Emission]:
         """What a client gets of what a step has made for its request."""
         job, sequence, found = running.job, running.sequence, []
+        sequence.cached_tokens = min(made.cached, len(sequence.prompt_ids))
         for place, token in enumerate(made.tokens):
             if running.known:
                 running.known -= 1

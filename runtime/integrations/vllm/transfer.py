@@ -21,6 +21,7 @@ from hashlib import blake2b
 from typing import Any, Literal
 
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 
@@ -34,6 +35,7 @@ __all__ = [
     "consume",
     "digest_of",
     "handed",
+    "mode_of",
     "parse",
     "produce",
     "prompt_of",
@@ -44,9 +46,10 @@ KEY = "coldframe"
 VERSION = 1
 
 Mode = Literal["fast", "exact"]
-"""*Fast*: all tokens so far are the prompt, the next one is computed. *Exact*: the last token that
-prefill has drawn is left out, so that vLLM draws it again, in its own way, from the same KV; see
-`first_token`."""
+"""How vLLM gets the part of an answer that is there. *Fast*: it stands behind the prompt, and the
+next token is computed. *Exact*: vLLM draws again what prefill has drawn, in its own way, and counts
+it as answer itself; of a hand-off the last token is left out of the prompt, and there is KV of all
+that stands before it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +213,24 @@ def prompt_of(handoff: Handoff, mode: Mode) -> list[int]:
         raise RequestError("a hand-off without its prompt's tokens", where=job.request)
     ids = [*job.prompt_ids, *job.generated_ids]
     return ids[:-1] if mode == "exact" and job.generated_ids else ids
+
+
+def mode_of(params: SamplingParams, *, shared_sampler: bool) -> Mode:
+    """The mode in which a request's tokens are those that one engine alone would have drawn.
+
+    A grammar begins with the answer, so it has to see all of it. Our sampler need not: it is told
+    which tokens of vLLM's prompt are the answer's, and draws by their positions. To vLLM's own what
+    stands in the prompt is no answer; so where it counts tokens (penalties), or draws, all of the
+    answer must be its own.
+
+    Args:
+        params: The request's.
+        shared_sampler: Whether vLLM draws with our sampler (`sampler`), as in a replica.
+    """
+    if params.structured is not None:
+        return "exact"
+    greedy = params.temperature == 0 and not params.changes_logits
+    return "fast" if shared_sampler or greedy else "exact"
 
 
 def produce(job: Job, *, opens: bool = False, checksums: bool = False) -> dict[str, Any]:

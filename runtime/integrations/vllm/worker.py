@@ -29,7 +29,7 @@ from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.cores import CORES, keep_to
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.handoff import Handoff, Job
-from coldframe.runtime.integrations.vllm.params import ENVIRONMENT
+from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import kv_format
 from coldframe.runtime.worker import Worker
@@ -99,7 +99,7 @@ class VllmWorker(Worker):
         collect_garbage()
 
     def _start(self, since_ns: int) -> None:
-        os.environ.update(ENVIRONMENT)
+        os.environ.update(SAMPLER_ENVIRONMENT)
         try:
             import torch
             import vllm
@@ -121,6 +121,7 @@ class VllmWorker(Worker):
             engine_arguments,
             start_engine,
         )
+        from coldframe.runtime.integrations.vllm.lean import look_at_model_here
 
         self.recorder.add("imports", since_ns)
         self.control.send({"type": "imported"})
@@ -156,6 +157,8 @@ class VllmWorker(Worker):
             kv_bytes,
             self._init["args"],
         )
+        if self.spec.native:
+            look_at_model_here(self._init["model"])
         engine = start_engine(arguments, self.device, self.recorder, takes_kv=self.spec.native)
         self.context = engine.model_config.max_model_len
         self.engine = Engine(engine)

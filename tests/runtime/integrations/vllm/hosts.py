@@ -46,6 +46,8 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     """Of the tokens, where they were asked for."""
     kv_transfer_params: dict[str, Any] | None = None
+    cached: int = 0
+    """Tokens of the prompt that it had KV of when it began."""
 
 
 class HostError(Exception):
@@ -222,7 +224,13 @@ def _answer(output: Any) -> Answer:
         step[token].logprob
         for step, token in zip(made.logprobs or (), made.token_ids, strict=False)
     ]
-    return Answer(list(made.token_ids), made.finish_reason, logprobs, output.kv_transfer_params)
+    return Answer(
+        list(made.token_ids),
+        made.finish_reason,
+        logprobs,
+        output.kv_transfer_params,
+        output.num_cached_tokens or 0,
+    )
 
 
 def _serve(connection: Connection) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -117,3 +119,50 @@ def test_what_nobody_comes_for_is_freed(native: Native, holds: Holds) -> None:
     assert holds.hand_over(hold, 5)
     assert native.used() == 2
     native.wait_used(0)  # by the lease
+
+
+def test_what_nobody_has_thought_of_ends_nothing(
+    native: Native, holds: Holds, client: MemoryClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native.prefill("r", helpers.prompt_of(40))
+
+    def broken(*_: object) -> None:
+        raise ValueError("an answer without sense")
+
+    with monkeypatch.context() as patch:
+        for name in ("claim", "open", "assign", "finish", "publish"):
+            patch.setattr(client, name, broken)
+        asked = [
+            holds.claim("r", 0, 40, "cpu"),
+            holds.assign("new", 0, 40, opens=True),
+            holds.assign("newer", 0, 40, opens=False),
+        ]
+        for hold in asked:
+            assert hold.wait(5)
+            assert hold.blocks is None
+            assert "an answer without sense" in str(hold.why)
+    hold = holds.claim("r", 1, 40, "cpu")
+    assert hold.wait(5)
+    with monkeypatch.context() as patch:
+        patch.setattr(client, "publish", broken)
+        assert not holds.hand_over(hold, 5)
+    assert holds.claim("nobody", 0, 40, "cpu").wait(5)  # the thread goes on
+
+
+def test_the_thread_has_the_priority_of_who_asks(client: MemoryClient) -> None:
+    made: list[Holds] = []
+
+    def start() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        made.append(Holds(client, KvTally()))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    thread.join()
+    (holds,) = made
+    assert holds.claim("nobody", 0, 40, "cpu").wait(5)
+    (found,) = [each for each in threading.enumerate() if each.name == "kv-holds"]
+    assert found.native_id is not None
+    mine = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+    assert os.getpriority(os.PRIO_PROCESS, found.native_id) == mine
+    holds.close()

@@ -10,7 +10,8 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.handoff import Job
-from coldframe.runtime.integrations.vllm.params import ask, mode_of, own_way, sampled
+from coldframe.runtime.integrations.vllm.params import ask, own_way, sampled
+from coldframe.runtime.integrations.vllm.transfer import mode_of
 
 PROMPT, EOS = (11, 12, 13), (2,)
 
@@ -93,7 +94,7 @@ def test_a_drawn_seed_is_known_to_be_one() -> None:
     wire = SamplingParams(structured=Structure("json_object")).with_seed().to_wire()
     assert SamplingParams.from_wire(wire).to_wire() == wire
     assert SamplingParams.from_wire(wire).needs == "vllm"
-    assert mode_of(SamplingParams.from_wire(wire)) == "exact"
+    assert mode_of(SamplingParams.from_wire(wire), shared_sampler=True) == "exact"
 
 
 def test_ends_are_the_requests_and_the_models() -> None:

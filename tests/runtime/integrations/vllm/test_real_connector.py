@@ -185,6 +185,9 @@ def test_what_does_not_fit_is_not_used(engine: Host, native: Native, what: str) 
     done = counts(engine)
     assert done["mismatched"] == before.get("mismatched", 0) + 1
     assert done["recomputed"] == before.get("recomputed", 0) + 1
+    if what == "tokens":  # it may be another's
+        assert native.used() == len(asked.handoff.blocks)
+        native.release(asked.name)
     native.wait_used(0)
 
 
@@ -202,12 +205,16 @@ def test_kv_that_is_not_what_was_written(layered: Host, native: Native) -> None:
     asked = Asked(native, fresh(300))
     asked.params = consume(asked.handoff, "fast", checksums=checksums(native, asked))
     asked.add(layered)
-    assert layered.run()[asked.name].tokens == plain(layered, asked.prompt)
+    answer = layered.run()[asked.name]
+    assert answer.tokens == plain(layered, asked.prompt)
+    assert answer.cached == 300
     bad = Asked(native, fresh(300))
     bad.params = consume(bad.handoff, "fast", checksums=checksums(native, bad))
     native.poison(bad.name)
     bad.add(layered)
-    assert layered.run()[bad.name].tokens == plain(layered, bad.prompt)
+    answer = layered.run()[bad.name]
+    assert answer.tokens == plain(layered, bad.prompt)
+    assert answer.cached == 0  # it was not known at the beginning
     # Nobody finds in vLLM's prefix cache what was refused.
     assert layered.generate([bad.prompt])[0].tokens == plain(layered, bad.prompt)
     done = counts(layered)

@@ -15,13 +15,8 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.handoff import Job
-from coldframe.runtime.integrations.vllm.params import (
-    ENGINE,
-    ENVIRONMENT,
-    ask,
-    refusing,
-    sampled,
-)
+from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.params import ENGINE, ask, refusing, sampled
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.text import Tokenizer
@@ -75,7 +70,7 @@ def native(
 
 @pytest.fixture(scope="module")
 def engine(demo_model: Callable[..., Path]) -> Iterator[Host]:
-    with host(demo_model(), environment=ENVIRONMENT, dtype="float32", **ENGINE) as made:
+    with host(demo_model(), environment=SAMPLER_ENVIRONMENT, dtype="float32", **ENGINE) as made:
         yield made
 
 

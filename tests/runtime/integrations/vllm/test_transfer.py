@@ -10,6 +10,7 @@ import pytest
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import (
     Fingerprint,
@@ -18,7 +19,7 @@ from coldframe.runtime.integrations.vllm.fingerprint import (
     native,
     rope_facts,
 )
-from coldframe.runtime.integrations.vllm.first_token import FirstToken, FirstTokens, wanted_mode
+from coldframe.runtime.integrations.vllm.first_token import FirstToken, FirstTokens
 from coldframe.runtime.integrations.vllm.transfer import (
     KEY,
     Consume,
@@ -27,6 +28,7 @@ from coldframe.runtime.integrations.vllm.transfer import (
     consume,
     digest_of,
     handed,
+    mode_of,
     parse,
     produce,
     prompt_of,
@@ -164,10 +166,13 @@ def test_the_native_engine_has_one_too(demo_model) -> None:
         ({"temperature": 0.7, "seed": 1}, "exact"),
         ({"frequency_penalty": 0.5}, "exact"),
         ({"logit_bias": {3: 1.0}}, "exact"),
+        ({"structured": Structure("json_object")}, "exact"),
     ],
 )
 def test_the_mode_follows_the_sampling(params, mode) -> None:
-    assert wanted_mode(SamplingParams(**params)) == mode
+    assert mode_of(SamplingParams(**params), shared_sampler=False) == mode
+    ours = "exact" if "structured" in params else "fast"
+    assert mode_of(SamplingParams(**params), shared_sampler=True) == ours
 
 
 def test_fast_takes_all_that_comes() -> None:

@@ -1,0 +1,37 @@
+"""Variables of a process with an engine of vLLM's in it, as all of ours have them.
+
+Without torch and vLLM: whoever starts such a process sets them before it imports anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["ENGINE_ENVIRONMENT", "LEAN_ENVIRONMENT", "SAMPLER_ENVIRONMENT"]
+
+ENGINE_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        # One process: its core shares the weights' and the KV's addresses with whoever asks it, and
+        # a second one would import everything again.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        # A thread that asks subprocesses about the machine.
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        # All that it reads is there, and it is to ask nobody.
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        # What it says on the way is for those who look into it.
+        "VLLM_LOGGING_LEVEL": "WARNING",
+    }
+)
+"""Of any of them; what its user has set goes first."""
+
+SAMPLER_ENVIRONMENT: Mapping[str, str] = MappingProxyType({"VLLM_USE_V2_MODEL_RUNNER": "0"})
+"""Where it draws with our sampler, whatever its user has set: vLLM's newer runner has another
+interface for logits processors."""
+
+LEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {**ENGINE_ENVIRONMENT, "VLLM_PLUGINS": "coldframe"}
+)
+"""Of one that is to start as soon as can be: of all plug-ins that are installed, ours alone."""

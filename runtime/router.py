@@ -286,7 +286,9 @@ class Router:
         theirs = [
             request
             for request, found in self._requests.items()
-            if found.worker == worker and found.acked and found.handoff is not None
+            if found.worker == worker
+            and found.acked
+            and found.handoff is not None
             and not self._is_long(found)
         ]
         for request in theirs:
@@ -466,7 +468,7 @@ class Router:
     def _give(self, found: _Request, worker: str) -> None:
         found.worker, found.acked = worker, False
         if found.handoff is None:
-            message = {"type": "job", "job": found.job.to_wire()}
+            message: dict[str, Any] = {"type": "job", "job": found.job.to_wire()}
             if found.role == "prefill" and self.longest is not None:
                 message["context"] = self.longest
         else:

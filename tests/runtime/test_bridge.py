@@ -47,7 +47,7 @@ class House:
         self.killed: list[str] = []
         self.recorder = Recorder("front")
         self.room = True
-        self._names = 0
+        self._names = self._asked = 0
         options = ReplicaOptions(
             "m",
             decode=Scale(0, 0) if alone else Scale(natives, natives + 1),
@@ -119,7 +119,8 @@ class House:
         return worker
 
     def ask(self, count: int = 100, **params: Any) -> tuple[str, Client]:
-        client, request = Client(), f"r{len(self.sent)}"
+        self._asked += 1
+        client, request = Client(), f"r{self._asked}"
         self.router.submit(
             request, SamplingParams(max_tokens=count, **params), client, prompt_ids=PROMPT
         )
@@ -383,7 +384,7 @@ def test_who_waits_for_what_does_not_start_is_told_and_has_it_tried_at_once_befo
     assert client.error is None
     house.bridge.tick(calm=True)  # not in so many seconds, since somebody waits
     (second,) = house.of("vllm")
-    late, told = house.ask(structured=Structure("json_object"))
+    _, told = house.ask(structured=Structure("json_object"))
     house.die(second)
     assert isinstance(client.error, ReplicaError)  # two have died under it
     assert told.error is None

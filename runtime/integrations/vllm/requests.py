@@ -75,12 +75,13 @@ class Requests:
     def _add(self, job: Job, handoff: Handoff | None) -> None:
         if handoff is None:
             job = self._worker.job_of(job)
-        assert job.prompt_ids is not None
+        ids = job.prompt_ids
+        assert ids is not None
         # What was given here before anybody knew what fits: the client has a token already.
-        job = bounded(job, len(job.prompt_ids), self._context)
-        sequence = self._worker.sequence(job, job.prompt_ids)
+        job = bounded(job, len(ids), self._context)
+        sequence = self._worker.sequence(job, ids)
         if handoff is not None and self._worker.knows(handoff):
-            sequence.cached_tokens = min(handoff.kv_tokens, len(job.prompt_ids))
+            sequence.cached_tokens = min(handoff.kv_tokens, len(ids))
             asked = ask(
                 job,
                 self._worker.spec.eos_token_ids,

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from coldframe.loader.errors import ColdframeError
+from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.launch import WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
@@ -43,6 +43,10 @@ class Employer(Protocol):
         Raises:
             ColdframeError: It cannot be started.
         """
+        ...
+
+    def end(self, worker: WorkerProcess, why: str) -> None:
+        """Ends a worker; what it has goes elsewhere."""
         ...
 
 
@@ -87,28 +91,77 @@ class Bridge:
         self._not_before = 0.0
         self._up_at = 0.0
         self._started_ns = 0
+        self._hurried = False
+        """Whether a request has cut this wait for the next start short already."""
+        router.natives_help = self.wanted
 
     def tick(self, *, calm: bool) -> None:
         """Starts an engine where one is due; to be called about once a second.
 
         Args:
-            calm: Whether no first token has to wait for what is started now.
+            calm: Whether no first token has to wait for what is started now, and the replica is
+                not at rest or about to be.
         """
-        if not self.wanted or not calm or self._clock() < self._not_before:
+        if not self.wanted:
             return
         if any(worker.role == "vllm" for worker in self._employer.workers.values()):
+            if self.decodes:
+                self._have_natives_go()
             return
+        if self._clock() < self._not_before and not self._is_urgent():
+            return
+        if not calm:
+            return
+        self._hurried = self._clock() < self._not_before
         self._started_ns = now()
         try:
             self._employer.start("vllm")
         except ColdframeError as error:
             self._failed(str(error))
 
+    def _is_urgent(self) -> bool:
+        """Whether a request waits for an engine, and nobody has had one started out of turn.
+
+        Where somebody has, in vain, those that wait are told: the next start may be minutes away.
+        """
+        if not self._router.waits_for("vllm"):
+            return False
+        if not self._hurried:
+            return True
+        self._router.refuse_waiting(
+            "vllm",
+            ReplicaError(
+                "only vLLM serves this, and it does not start at the moment",
+                where="vllm",
+                got=self.why,
+                hint=f"It is tried again in {self._not_before - self._clock():.0f} s.",
+            ),
+        )
+        return False
+
+    def _have_natives_go(self) -> None:
+        """Native workers that have come up meanwhile are to go, but for what vLLM cannot take."""
+        natives = self._native_workers()
+        if self._router.too_long_for_vllm and not natives:
+            try:
+                self._employer.start("decode")
+            except ColdframeError as error:
+                self._warn(f"no native worker for what is too long for vLLM: {error}")
+        for native in natives:
+            if native.up and not self._router.is_leaving(native.name):
+                self._router.retire(native.name)
+
+    def rest(self) -> None:
+        """Nobody is to be served for a while: an engine that is not up yet is ended."""
+        for worker in list(self._employer.workers.values()):
+            if self.wanted and worker.role == "vllm" and not worker.up:
+                self._employer.end(worker, "the replica is at rest")
+
     def is_up(self, worker: WorkerProcess) -> None:
         """An engine is up: decode is its from now on."""
         if not self.wanted or worker.role != "vllm":
             return
-        self.decodes, self.pending, self.why = True, False, None
+        self.decodes, self.pending, self.why, self._hurried = True, False, None, False
         self._up_at = self._clock()
         moved = stay = 0
         for native in self._native_workers():
@@ -133,6 +186,7 @@ class Bridge:
         if self.decodes and self._clock() - self._up_at > _PROVEN_S:
             self._again_s = AGAIN_S
         self.decodes = False
+        self._router.retire(worker.name)  # it is still there, and gets nothing more
         self._failed(why)
         natives = self._native_workers()
         for native in natives:

@@ -91,6 +91,8 @@ class Fleet:
     def drain(self) -> None:
         """Starts nothing any more that nobody has asked for."""
         self._pool = 0
+        for model in self._models.values():
+            model.ends = True
 
     def close(self) -> None:
         """Ends all processes; requests get no word of it."""

@@ -55,6 +55,8 @@ class _PrefillRole:
         """Requests that are queued or computed here."""
         self._cancelled: set[str] = set()
         self._renew_at = 0.0
+        self._context = worker.spec.context_length
+        """The longest sequence that it and those who decode take, in tokens."""
         self._probe: SaturationProbe | None = None
         self._calm_since: float | None = None
         """Since when nobody has asked; None before the first token."""
@@ -122,6 +124,8 @@ class _PrefillRole:
                 self._client.renew(request)
         for message in self._worker.messages(block=block):
             if message.kind == "job":
+                native = self._worker.spec.context_length
+                self._context = min(native, message.body.get("context", native))
                 self._take(Job.from_wire(message.body["job"]))
             elif message.kind == _TOKENISED:
                 self._line_up(*message.body["outcome"])
@@ -159,7 +163,8 @@ class _PrefillRole:
         try:
             if error is not None:
                 raise error
-            job = bounded(self._worker, job, len(ids))
+            room = self._worker.kv.blocks * BLOCK_TOKENS
+            job = bounded(job, len(ids), self._context, room)
             self._queue.append((job, self._worker.sequence(job, ids)))
         except RequestError as wrong:
             self._leave(job.request)

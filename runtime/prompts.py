@@ -6,7 +6,6 @@ from dataclasses import replace
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.handoff import Job
-from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.worker import Worker
 
 __all__ = ["bounded", "token_ids"]
@@ -48,28 +47,38 @@ def token_ids(worker: Worker, job: Job, *, in_background: bool = False) -> tuple
     return ids
 
 
-def bounded(worker: Worker, job: Job, prompt_tokens: int) -> Job:
-    """The job with a number of tokens to generate that the model's context has room for.
+def bounded(job: Job, prompt_tokens: int, context: int, room: int | None = None) -> Job:
+    """The job with a number of tokens to generate that the context has room for.
 
-    Where none was asked for it is what there is room for, up to a limit: a request gets at its
-    start all the KV that it can come to need, and a whole context for each would let few in.
+    Where none was asked for it is what there is room for, up to a limit. What has a token already
+    is not refused any more: its answer ends at the context.
+
+    Args:
+        job: The request.
+        prompt_tokens: Of its prompt.
+        context: The longest sequence that can be served, in tokens.
+        room: Tokens in all KV of an engine that gives a request at its start all the KV that it
+            can come to need, where a whole context for each would let few in; None where KV is
+            given as it is filled.
 
     Raises:
         RequestError: There is no room.
     """
-    left = worker.spec.context_length - prompt_tokens
+    left = context - prompt_tokens
     wanted = job.params.max_tokens
+    if wanted is not None and wanted > left > len(job.generated_ids) > 0:
+        return replace(job, params=replace(job.params, max_tokens=left))
     if left < (wanted or 1):
         raise RequestError(
             "prompt and answer do not fit the model's context",
             where="prompt",
-            expected=f"at most {worker.spec.context_length} tokens",
+            expected=f"at most {context} tokens",
             got=f"{prompt_tokens} of prompt + {wanted or 1} to generate",
             hint="Shorten the prompt or ask for fewer tokens.",
         )
     if wanted is not None:
         return job
-    room = worker.kv.blocks * BLOCK_TOKENS
-    share = max(room // _SHARES, min(_FEW, room - prompt_tokens), 1)
-    params = replace(job.params, max_tokens=min(left, share, _MOST_UNASKED))
-    return replace(job, params=params)
+    most = min(left, _MOST_UNASKED)
+    if room is not None:
+        most = min(most, max(room // _SHARES, min(_FEW, room - prompt_tokens), 1))
+    return replace(job, params=replace(job.params, max_tokens=most))

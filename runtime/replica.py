@@ -97,6 +97,9 @@ class Replica:
         self._loaded_ns: int | None = None
         self._answered = False
         self._settled = False
+        self.resigned = False
+        """Whether it is at rest, or is to be as soon as it has nothing to do: nothing is started
+        that is not needed for what is open."""
         self._model: ModelFacts | None = None
         self._launch = launch or Launch(self.options, self.recorder)
         self._memories = Memories(
@@ -202,6 +205,8 @@ class Replica:
     @property
     def calm(self) -> bool:
         """Whether no first token has to wait for what is started now."""
+        if self.resigned and not self._router.waits_for("vllm"):
+            return False
         return self._answered or (self.loaded and not self._router.native_requests)
 
     @property
@@ -335,6 +340,8 @@ class Replica:
         That is the memory of all KV, and of the weights where they can be kept elsewhere; then
         that of the workers' contexts, where they can be checkpointed.
         """
+        self.resigned = True
+        self._workforce.rest()
         self.to_memory({"type": "discard"})
         self.resting.park()
         self.contexts.leave()
@@ -345,6 +352,7 @@ class Replica:
 
     def wake(self) -> None:
         """Has contexts and weights come back, before somebody asks."""
+        self.resigned = False
         self.contexts.come()  # first: they are small, and nothing runs without them
         self.resting.wake()
 

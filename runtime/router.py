@@ -37,6 +37,9 @@ every step, a prefill worker between any two layers, and a layer over a long pro
 step of vLLM's may compute a whole prompt again, or compile kernels for it."""
 MOST_ATTEMPTS = 4
 """How many workers may die under a request before it is given up."""
+MOST_STARTS = 2
+"""The same where one engine alone serves a request, and has made no token of it: its grammar may
+be what kills it, and each engine takes long to start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +87,8 @@ class _Worker:
     up: bool = False
     heard: float = 0.0
     leaving: bool = False
+    context: int | None = None
+    """The longest sequence that it takes, in tokens; None where it takes what prefill lets in."""
 
 
 @dataclass(slots=True)
@@ -107,6 +112,18 @@ class _Request:
         """Of the workers that it needs next."""
         return "prefill" if self.handoff is None and self.engine is None else "decode"
 
+    @property
+    def most_attempts(self) -> int:
+        """How many workers may die under it."""
+        return MOST_ATTEMPTS if self.engine is None or self.generated else MOST_STARTS
+
+    @property
+    def most_tokens(self) -> int:
+        """Tokens that prompt and answer may come to; 0 before that is known."""
+        if self.handoff is None:
+            return 0
+        return len(self.handoff.job.prompt_ids or ()) + (self.job.params.max_tokens or 0)
+
 
 class Router:
     """Requests and workers.
@@ -124,6 +141,10 @@ class Router:
         self._gauge = TextGauge()
         self.share: int | None = None
         """Prompt tokens that a prefill worker may have to compute; None gives it all there is."""
+        self.longest: int | None = None
+        """Tokens in the longest sequence that vLLM takes, where nobody else decodes."""
+        self.natives_help = False
+        """Whether native workers can be had for what vLLM has no room for."""
         self._only: str | None = None
         self.prefilled_by_decode = 0
         """Requests the rest of whose prompt was left to a decode worker, so far."""
@@ -137,15 +158,23 @@ class Router:
         """Those that native workers serve; the others wait for another engine."""
         return sum(found.engine is None for found in self._requests.values())
 
+    @property
+    def too_long_for_vllm(self) -> bool:
+        """Whether a request waits for a native decode worker, since vLLM has no room for it."""
+        return any(r.worker is None and self._is_long(r) for r in self._requests.values())
+
     def load(self, role: str) -> int:
         """What the workers of a role have to do, and what waits for them.
 
         Returns:
             For prefill the prompt tokens that are not computed yet, as far as they are known; for
-            decode the KV blocks of its requests.
+            decode the KV blocks of its requests. What one engine alone serves is no native
+            worker's and does not count.
         """
         return sum(
-            self._work(r) for r in self._requests.values() if (r.role, r.group) == (role, "")
+            self._work(r)
+            for r in self._requests.values()
+            if (r.role, r.group, r.engine) == (role, "", None)
         )
 
     # -- requests --------------------------------------------------------------------------------
@@ -193,6 +222,18 @@ class Router:
             self._end(request)
             found.listener.on_error(error)
 
+    def waits_for(self, engine: str) -> bool:
+        """Whether a request that this engine alone serves has no worker."""
+        return any(r.worker is None and r.engine == engine for r in self._requests.values())
+
+    def refuse_waiting(self, engine: str, error: ColdframeError) -> None:
+        """Ends the requests that wait for an engine, which there is none of, without a token."""
+        for request, found in list(self._requests.items()):
+            waits = found.worker is None and found.engine == engine and not found.generated
+            if waits and request in self._requests:  # a listener may cancel others meanwhile
+                self._end(request)
+                found.listener.on_error(error)
+
     def reopen(self) -> None:
         """Tells a memory service that is another one than before which requests there are."""
         for request in self._requests:
@@ -222,18 +263,22 @@ class Router:
 
     def retire(self, worker: str) -> None:
         """A worker gets no more requests: it is to go when it has none (`is_free`)."""
-        self._workers[worker].leaving = True
+        state = self._workers.get(worker)
+        if state is not None:  # else it has not been told yet what it is to be
+            state.leaving = True
 
     def retain(self, worker: str) -> None:
         """A worker that was to go stays after all."""
-        self._workers[worker].leaving = False
-        self._give_out()
+        state = self._workers.get(worker)
+        if state is not None:
+            state.leaving = False
+            self._give_out()
 
     def move(self, worker: str) -> int:
         """Has a native decode worker give back what it decodes, for another engine to go on.
 
         What is drawn depends on seed and position alone, in either engine. The worker keeps what
-        it cannot give back, and what ends meanwhile.
+        it cannot give back, what is too long for the other engine, and what ends meanwhile.
 
         Returns:
             How many requests it was asked for.
@@ -241,7 +286,10 @@ class Router:
         theirs = [
             request
             for request, found in self._requests.items()
-            if found.worker == worker and found.acked and found.handoff is not None
+            if found.worker == worker
+            and found.acked
+            and found.handoff is not None
+            and not self._is_long(found)
         ]
         for request in theirs:
             self._transport.to_worker(worker, {"type": "move", "request": request})
@@ -276,14 +324,14 @@ class Router:
             self._advance_attempt(found)
         for request, found in theirs.items():
             # A listener may cancel others.
-            if found.job.attempt < MOST_ATTEMPTS or request not in self._requests:
+            if found.job.attempt < found.most_attempts or request not in self._requests:
                 continue
             self._end(request)
             found.listener.on_error(
                 ReplicaError(
                     "workers die under this request again and again",
                     where=request,
-                    expected=f"fewer than {MOST_ATTEMPTS} deaths",
+                    expected=f"fewer than {found.most_attempts} deaths",
                     got=why,
                     hint="What they said last is on standard error.",
                 )
@@ -298,7 +346,9 @@ class Router:
         state.heard = self._clock()
         match body["type"]:
             case "up":
-                state.up = True
+                state.up, state.context = True, body.get("context")
+                if state.engine == "vllm" and not self.natives_help:
+                    self.longest = state.context
                 self._give_out()
             case "tokens":
                 before = len(self._requests)
@@ -341,10 +391,10 @@ class Router:
         if not waiting:
             return
         loads = self._loads()
-        full: set[tuple[str, str, str | None]] = set()
+        full: set[tuple[str, str, str | None, bool]] = set()
         for request in waiting:
             found = self._requests[request]
-            wanted = (found.role, found.group, found.engine)
+            wanted = (found.role, found.group, found.engine, self._is_long(found))
             worker = None if wanted in full else self._choose(found, loads)
             if worker is None:
                 full.add(wanted)  # whoever came later does not pass
@@ -372,9 +422,14 @@ class Router:
             name
             for name, state in self._workers.items()
             if (state.role, state.group) == (found.role, found.group)
-            and not state.leaving
             and found.engine in (None, state.engine)
         ]
+        if self._is_long(found):
+            # A native worker that is about to go stays for it.
+            able = [name for name in names if self._workers[name].engine == "native"]
+            names = [name for name in able if not self._workers[name].leaving] or able
+        else:
+            names = [name for name in names if not self._workers[name].leaving]
         # One that is up comes first whatever its load: the other may take a while. And a vLLM
         # engine that is not takes longer than any native worker.
         engines = [[n for n in names if self._workers[n].engine == e] for e in ("vllm", "native")]
@@ -388,6 +443,21 @@ class Router:
             return best if loads[best] + self._work(found) <= self.share else None
         return best
 
+    def _is_long(self, found: _Request) -> bool:
+        """Whether vLLM is up and has no room for a request, which native workers decode then."""
+        if not self.natives_help or found.handoff is None or found.engine is not None:
+            return False
+        engines = [
+            state
+            for state in self._workers.values()
+            if (state.engine, state.group) == ("vllm", found.group)
+            and (state.up and not state.leaving)
+        ]
+        most = found.most_tokens
+        return bool(engines) and all(
+            state.context is not None and most > state.context for state in engines
+        )
+
     def _missing(self, found: _Request, worker: str) -> int:
         """What of a request's KV a worker does not reach, in blocks."""
         handoff = found.handoff
@@ -398,7 +468,9 @@ class Router:
     def _give(self, found: _Request, worker: str) -> None:
         found.worker, found.acked = worker, False
         if found.handoff is None:
-            message = {"type": "job", "job": found.job.to_wire()}
+            message: dict[str, Any] = {"type": "job", "job": found.job.to_wire()}
+            if found.role == "prefill" and self.longest is not None:
+                message["context"] = self.longest
         else:
             message = {"type": "handoff", "handoff": found.handoff.to_wire()}
         self._transport.to_worker(worker, message)

@@ -143,6 +143,8 @@ class Supervisor:
         self.count = FrontCount(devices=options.devices)
         self.start_log = StartLog(now() if began_ns is None else began_ns, recorder)
         self.replica: Replica | None = None
+        self.ends = False
+        """Whether all is to end, once those that ask have their answers."""
         self._on_demand = began_ns is None
         self._called = not self._on_demand
         """Whether it is to start also where nobody asks it."""
@@ -272,6 +274,7 @@ class Supervisor:
     def tick(self) -> None:
         """Has the replica take note of what has happened; to be called after each poll."""
         if self.replica is not None:
+            self.replica.resigned = self.ends or self.state in ("draining", "parked")
             self.replica.step()
             if self.state == "parked" and self.replica.resting.left:
                 # Before others find that it has left, and too little.

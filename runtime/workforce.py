@@ -33,6 +33,7 @@ from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.bridge import Bridge
 from coldframe.runtime.clones import Clones
+from coldframe.runtime.comebacks import Comebacks
 from coldframe.runtime.graph_shelf import GraphShelf, Trial
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
@@ -138,6 +139,11 @@ class Workforce:
         self._groups[""] = self._follow(launch.tiers, self._start_instead)
         self._shelf = GraphShelf(launch.options.snapshot, recorder)
         self.bridge = Bridge(self, router, recorder, launch.options, warn)
+        vllm = launch.options.vllm
+        self._comebacks = Comebacks(self, wanted=vllm is not None and vllm.alone)
+        # Until it is up, and says what its KV has room for.
+        asked = dict(vllm.args).get("max_model_len") if vllm is not None and vllm.alone else None
+        router.longest = asked if type(asked) is int and asked > 0 else None
         self._staffing = Staffing(
             *(self, router, recorder, launch.options), stands_in_for=self.bridge.stands_in_for
         )
@@ -388,6 +394,13 @@ class Workforce:
         if not self._launch.later:
             self._staffing.tick()
             self.bridge.tick(calm=self._owner.calm)
+            error = self._comebacks.tick()
+            if error is not None:
+                self._owner.fail(error)
+
+    def rest(self) -> None:
+        """Nobody is to be served for a while: what is only about to be of use is ended."""
+        self.bridge.rest()
 
     def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
         """Whether what broke a worker need not break the next."""
@@ -481,11 +494,14 @@ class Workforce:
         self._router.worker_gone(worker.name, end)
 
     def _bury_engine(self, worker: WorkerProcess, why: str) -> bool:
-        """Whether a dead worker was an engine beside native workers, which go on without it."""
+        """Whether it is settled what comes of an engine's death.
+
+        Beside native workers these go on without it; alone, one that was not up is tried later.
+        """
         try:
-            if not self.bridge.died(worker, why):
+            if not self.bridge.died(worker, why) and not self._comebacks.died(worker, why):
                 return False
-        except ColdframeError as error:  # there is no native worker to be had, either
+        except ColdframeError as error:  # nobody is to be had who decodes
             self._owner.fail(error)
         self._router.worker_gone(worker.name, why)
         return True
@@ -524,7 +540,6 @@ def init_message(
     return {
         "type": "init",
         "name": name,
-        **({} if vllm is None else {"kv_bytes": vllm.kv_bytes, "args": dict(vllm.args)}),
         "role": role,
         "parent": os.getpid(),
         "model": model.directory,

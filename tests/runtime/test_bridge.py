@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import pytest
 
-from coldframe.loader.errors import ColdframeError, PlatformError
+from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.bridge import AGAIN_S, Bridge
 from coldframe.runtime.engine.params import SamplingParams
@@ -47,7 +47,7 @@ class House:
         self.killed: list[str] = []
         self.recorder = Recorder("front")
         self.room = True
-        self._names = 0
+        self._names = self._asked = 0
         options = ReplicaOptions(
             "m",
             decode=Scale(0, 0) if alone else Scale(natives, natives + 1),
@@ -85,13 +85,14 @@ class House:
         return worker
 
     def end(self, worker: WorkerProcess, why: str) -> None:
-        assert self.router.is_free(worker.name)
+        assert self.router.is_free(worker.name) or not worker.up
         del self.workers[worker.name]
         self.router.worker_gone(worker.name)
 
-    def come_up(self, worker: WorkerProcess) -> None:
+    def come_up(self, worker: WorkerProcess, context: int | None = None) -> None:
         worker.up = True
-        self.router.on_message(worker.name, {"type": "up"})
+        known = {} if context is None else {"context": context}
+        self.router.on_message(worker.name, {"type": "up", **known})
         self.bridge.is_up(worker)
 
     def die(self, worker: WorkerProcess) -> None:
@@ -110,15 +111,16 @@ class House:
     def of(self, role: str) -> list[WorkerProcess]:
         return [worker for worker in self.workers.values() if worker.role == role]
 
-    def engine(self) -> WorkerProcess:
+    def engine(self, context: int | None = None) -> WorkerProcess:
         """One that is up."""
         self.seconds(1)
         (worker,) = self.of("vllm")
-        self.come_up(worker)
+        self.come_up(worker, context)
         return worker
 
     def ask(self, count: int = 100, **params: Any) -> tuple[str, Client]:
-        client, request = Client(), f"r{len(self.sent)}"
+        self._asked += 1
+        client, request = Client(), f"r{self._asked}"
         self.router.submit(
             request, SamplingParams(max_tokens=count, **params), client, prompt_ids=PROMPT
         )
@@ -321,3 +323,128 @@ def test_it_may_be_silent_for_as_long_as_a_prompt_takes(acked: bool) -> None:
     house.now += 2
     house.router.tick()
     assert house.killed == [engine.name]
+
+
+def test_what_vllm_has_no_room_for_stays_with_native_workers() -> None:
+    house = House(move=True)
+    (native,) = house.of("decode")
+    long, _ = house.prefilled(count=100)
+    short, _ = house.prefilled(count=50)
+    for request in (long, short):
+        house.acknowledge(request)
+    engine = house.engine(context=len(PROMPT) + 99)
+    told = [m["request"] for _, m in house.sent if m["type"] == "move"]
+    assert told == [short]
+    assert house.router.is_leaving(native.name)
+    late, _ = house.prefilled(count=100)
+    fits, _ = house.prefilled(count=99)
+    assert house.holder(late) == native.name  # it is to go, and stays for that
+    assert house.holder(fits) == engine.name
+    for request in (long, short, late):
+        house.router.cancel(request)
+    house.seconds(2)
+    assert house.of("decode") == []
+    another, client = house.prefilled(count=100)
+    beside, _ = house.prefilled(count=99)
+    assert house.holder(another) == "None"
+    assert house.holder(beside) == engine.name  # it does not stand behind the long one
+    house.seconds(2)
+    (native,) = house.of("decode")
+    assert house.holder(another) == native.name
+    house.come_up(native)
+    house.seconds(2)
+    assert house.router.is_leaving(native.name)
+    assert house.of("decode") == [native]
+    house.acknowledge(another)
+    house.token(native.name, another, 1)
+    assert client.indices == [0, 1]
+    house.router.cancel(another)
+    house.seconds(2)
+    assert house.of("decode") == []
+
+
+def test_alone_it_says_to_prefill_how_long_a_request_may_be() -> None:
+    house = House(alone=True)
+    engine = house.start("vllm")
+    house.come_up(engine, context=64)
+    request, _ = house.ask()
+    assert house.sent[-1][1]["context"] == 64
+    house.token("prefill-0", request, 0)
+    house.hand_over("prefill-0", request)
+    assert house.holder(request) == engine.name  # there is nobody else, and it ends it earlier
+
+
+def test_who_waits_for_what_does_not_start_is_told_and_has_it_tried_at_once_before() -> None:
+    house = House()
+    house.seconds(1)
+    request, client = house.ask(structured=Structure("json_object"))
+    (first,) = house.of("vllm")
+    assert house.holder(request) == first.name
+    house.die(first)
+    assert client.error is None
+    house.bridge.tick(calm=True)  # not in so many seconds, since somebody waits
+    (second,) = house.of("vllm")
+    _, told = house.ask(structured=Structure("json_object"))
+    house.die(second)
+    assert isinstance(client.error, ReplicaError)  # two have died under it
+    assert told.error is None
+    house.bridge.tick(calm=False)
+    assert house.of("vllm") == []
+    assert isinstance(told.error, ReplicaError)
+    assert "killed" in str(told.error)
+    _, later = house.ask(structured=Structure("json_object"))
+    house.bridge.tick(calm=True)
+    assert later.error is not None
+    native, served = house.prefilled()
+    assert house.holder(native).startswith("decode")
+    assert served.error is None
+    house.seconds(2 * AGAIN_S)
+    (third,) = house.of("vllm")
+    house.come_up(third)
+    again, _ = house.ask(structured=Structure("json_object"))
+    assert house.holder(again) == third.name
+
+
+def test_what_only_vllm_serves_calls_for_no_native_workers() -> None:
+    house = House()
+    for _ in range(5):
+        house.ask(structured=Structure("json_object"))
+    assert house.router.load("decode") == 0
+    assert house.router.load("prefill") == 0
+
+
+def test_one_that_is_not_up_does_not_outlive_the_rest() -> None:
+    house = House()
+    house.seconds(1)
+    assert len(house.of("vllm")) == 1
+    house.bridge.rest()
+    assert house.of("vllm") == []
+    house.bridge.tick(calm=False)
+    assert house.of("vllm") == []
+    engine = house.engine()
+    house.bridge.rest()
+    assert house.of("vllm") == [engine]  # that one serves
+
+
+def test_a_native_worker_that_comes_up_behind_the_engine_goes() -> None:
+    house = House()
+    late = WorkerProcess("decode-late", "decode", cast(Any, None), cast(Any, None))
+    house.workers[late.name] = late  # it has not been told yet what it is to be
+    house.engine()
+    house.router.worker_added(late.name, "decode", "", "cpu", "native")
+    house.come_up(late)
+    house.seconds(2)
+    assert house.of("decode") == []
+
+
+def test_a_dead_engine_gets_nothing_from_those_who_come_back() -> None:
+    house = House()
+    stays, _ = house.prefilled()
+    house.acknowledge(stays)
+    engine = house.engine()
+    waiting = house.prefilled()[0]
+    del house.workers[engine.name]  # nothing can be sent to it any more
+    house.bridge.died(engine, "killed")
+    house.router.worker_gone(engine.name)
+    (native,) = house.of("decode")
+    assert house.holder(waiting) == native.name

@@ -11,6 +11,7 @@ from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.engine import Engine, Made
 from coldframe.runtime.integrations.vllm.params import ask, sampled
 from coldframe.runtime.integrations.vllm.transfer import consume
+from coldframe.runtime.prompts import bounded
 
 if TYPE_CHECKING:
     from coldframe.runtime.integrations.vllm.worker import VllmWorker
@@ -74,16 +75,11 @@ class Requests:
     def _add(self, job: Job, handoff: Handoff | None) -> None:
         if handoff is None:
             job = self._worker.job_of(job)
-        assert job.prompt_ids is not None
-        sequence = self._worker.sequence(job, job.prompt_ids)
-        if sequence.most_tokens + 1 > self._context:
-            raise RequestError(
-                "the request needs more KV than vLLM has",
-                where="prompt",
-                expected=f"at most {self._context} tokens",
-                got=f"{sequence.most_tokens + 1} tokens of prompt and answer",
-                hint="Ask for fewer tokens or give it more with --vllm-kv.",
-            )
+        ids = job.prompt_ids
+        assert ids is not None
+        # What was given here before anybody knew what fits: the client has a token already.
+        job = bounded(job, len(ids), self._context)
+        sequence = self._worker.sequence(job, ids)
         if handoff is not None and self._worker.knows(handoff):
             # Both engines draw alike, and what has a grammar is never handed over.
             asked = ask(

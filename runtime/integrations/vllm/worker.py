@@ -30,7 +30,6 @@ from coldframe.runtime.cores import CORES, keep_to
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
-from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import kv_format
 from coldframe.runtime.worker import Worker
 from coldframe.snapshot.identity import Identity
@@ -95,7 +94,7 @@ class VllmWorker(Worker):
             die_with_parent(self._setup.parent)
         self.recorder.add("ready", now(), note=self._note)
         self.report_spans()
-        self.control.send({"type": "up"})
+        self.control.send({"type": "up", "context": self.context})
         collect_garbage()
 
     def _start(self, since_ns: int) -> None:
@@ -240,12 +239,8 @@ class VllmWorker(Worker):
         from coldframe.runtime.prompts import bounded, token_ids
 
         ids = token_ids(self, job)
-        return replace(bounded(self, job, len(ids)), prompt=None, prompt_ids=ids)
-
-    @property
-    def kv_tokens(self) -> int:
-        """Tokens that fit the replica's own KV."""
-        return self.kv.blocks * BLOCK_TOKENS
+        # vLLM gives KV as it is filled, and its context is what its KV has room for.
+        return replace(bounded(job, len(ids), self.context), prompt=None, prompt_ids=ids)
 
 
 class _Resting:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from coldframe.runtime.engine.structure import MAX_SPEC, Structure
 from coldframe.runtime.gateway.api import ModelCard
+from coldframe.runtime.gateway.openai.bounds import check_schema
 from coldframe.runtime.gateway.openai.problems import check_text, invalid, missing, wrong_type
 from coldframe.runtime.gateway.openai.refusals import Refusal, unsupported
 
@@ -25,6 +26,10 @@ __all__ = ["MAX_TOOLS", "TOOL_CHOICES", "Format", "ToolUse", "tool_use"]
 MAX_TOOLS = 128
 TOOL_CHOICES = ("none", "auto", "required")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""A schema's keywords for schemas by name."""
+_VALUES = ("const", "default", "enum", "examples")
+"""Those for values, in which nothing is a reference."""
 _FORMS = "none, auto, required, or an object that names a function"
 
 Format = Literal["hermes", "named", "array"]
@@ -85,6 +90,8 @@ def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
         return ToolUse(tuple(tools), "hermes")
     if not card.vllm:
         raise unsupported("tool_choice", _NO_VLLM)
+    schemas = functions if wanted == "required" else {wanted: functions[wanted]}
+    check_schema(list(schemas.values()), "tools")
     if wanted == "required":
         return ToolUse(tuple(tools), "array", None, _structure(_any_of(functions, parallel)))
     return ToolUse(tuple(tools), "named", wanted, _structure(functions[wanted]))
@@ -148,17 +155,40 @@ def _choice(choice: object, functions: Mapping[str, Any]) -> str:
 
 
 def _any_of(functions: Mapping[str, dict[str, Any]], parallel: bool | None) -> dict[str, Any]:
+    """An array of calls. What a function's schema refers to is counted from its own top, so each
+    is whole under the root's `$defs`, and its references go there."""
+    places = {name: f"f{place}" for place, name in enumerate(functions)}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
+            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{place}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, schema in functions.items()
+        for name, place in places.items()
     ]
     schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
-    return schema | ({"maxItems": 1} if parallel is False else {})
+    moved = {place: _moved(functions[name], f"#/$defs/{place}") for name, place in places.items()}
+    return schema | ({"maxItems": 1} if parallel is False else {}) | {"$defs": moved}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema, or a list of such, to stand at another place of a document than its root."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):  # the names are anybody's
+            found[key] = {name: _moved(each, to) for name, each in value.items()}
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
+            found[key] = to + value[1:]
+        elif key == "$id":  # references would be counted from there
+            continue
+        else:
+            found[key] = value if key in _VALUES else _moved(value, to)
+    return found
 
 
 def _structure(schema: dict[str, Any]) -> Structure:

@@ -10,6 +10,7 @@ from typing import Any
 import jsonschema_rs
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from coldframe.runtime.gateway.api import ModelCard, Piece
 from coldframe.runtime.gateway.openai import schemas
@@ -116,6 +117,55 @@ def test_a_call_that_ends_the_answer_needs_no_last_tag(asking: Ready, model: Mod
     choice = answers(asking(), model, f"<tool_call>{CALL}", 4)
     assert choice.message.content is None
     assert len(choice.message.tool_calls) == 1
+
+
+class Place(BaseModel):
+    city: str
+    near: list[Place] = []
+
+
+class Trip(BaseModel):
+    start: Place
+    stops: list[Place]
+
+
+def test_functions_whose_parameters_refer_to_parts_of_themselves(asking: Ready) -> None:
+    own = {"type": "object", "properties": {"a": {"type": "integer"}, "next": {"$ref": "#"}}}
+    told = {"const": {"$ref": "#/$defs/Place"}}
+    odd = {"$id": "x:y", "properties": {"a": told, "default": {"$ref": "#/properties/a"}}}
+    offered = {"go": Trip.model_json_schema(), "at": Place.model_json_schema(), "b": own, "c": odd}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in offered.items()
+    ]
+    structure = asking(tools=tools, tool_choice="required").generations[0].params.structured
+    assert structure is not None
+    validator = jsonschema_rs.validator_for(structure.value())
+    ulm = {"city": "Ulm", "near": [{"city": "Blaubeuren"}]}
+    for name, parameters, good in (
+        ("go", {"start": ulm, "stops": [ulm]}, True),
+        ("go", {"start": ulm, "stops": [{"near": []}]}, False),
+        ("at", ulm, True),
+        ("at", {"city": "Ulm", "near": [{}]}, False),
+        ("b", {"next": {"next": {"a": 1}}}, True),
+        ("b", {"next": {"next": {"a": "1"}}}, False),
+        ("c", {"default": told["const"]}, True),
+        ("c", {"default": {"$ref": "#/$defs/f3/$defs/Place"}}, False),
+    ):
+        assert validator.is_valid([{"name": name, "parameters": parameters}]) is good, (name, good)
+
+
+def test_no_schema_of_a_tool_holds_up_the_engine(asking: Ready, refusal: Any) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"type": "array", "items": schema}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    tools = [{"type": "function", "function": function}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        error = refusal(asking, tools=tools, tool_choice=choice)
+        assert (error.status, error.param) == (400, "tools")
+        assert "64" in error.message
+    assert asking(tools=tools).tools is not None  # to the template it is text
 
 
 @pytest.mark.parametrize("size", [1, 1000])

@@ -21,9 +21,13 @@ from coldframe.runtime.gateway.openai.bounds import check_schema
 from coldframe.runtime.gateway.openai.problems import check_text, invalid, missing, wrong_type
 from coldframe.runtime.gateway.openai.refusals import Refusal, unsupported
 
-__all__ = ["MAX_TOOLS", "TOOL_CHOICES", "Format", "ToolUse", "tool_use"]
+__all__ = ["CLOSE", "MAX_TOOLS", "OPEN", "TOOL_CHOICES", "Format", "ToolUse", "tool_use"]
 
 MAX_TOOLS = 128
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+"""What a call stands between."""
+_OTHER_FORMATS = ("<function=", "<arg_key>")
+"""What templates have that teach other calls between the same tags: Qwen3-Coder's, GLM-4.5's."""
 TOOL_CHOICES = ("none", "auto", "required")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
@@ -38,7 +42,7 @@ the one function alone, `array` as a JSON array of names and parameters."""
 
 _NO_FORMAT = Refusal(
     "Tool calling with this model's chat template",
-    hint="it teaches the model no format of calls that is known here: <tool_call>",
+    hint="it teaches no format of calls that is known here: JSON between <tool_call> tags",
 )
 _NO_VLLM = Refusal(
     "Having the model call a tool", hint="the vLLM engine can: start with --decode native,vllm"
@@ -54,12 +58,14 @@ class ToolUse:
         format: How calls stand in the answer.
         name: The function that is to be called, where that is said.
         structure: What form the answer must have for it.
+        stop: The text that ends the answer, where a first call is to be the last.
     """
 
     tools: tuple[dict[str, Any], ...]
     format: Format
     name: str | None = None
     structure: Structure | None = None
+    stop: str | None = None
 
 
 def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
@@ -85,9 +91,9 @@ def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
     if wanted == "none":
         return None
     if wanted == "auto":
-        if card.chat_template is None or "<tool_call>" not in card.chat_template:
+        if not _teaches_calls(card.chat_template or ""):
             raise unsupported("tools", _NO_FORMAT)
-        return ToolUse(tuple(tools), "hermes")
+        return ToolUse(tuple(tools), "hermes", stop=CLOSE if parallel is False else None)
     if not card.vllm:
         raise unsupported("tool_choice", _NO_VLLM)
     schemas = functions if wanted == "required" else {wanted: functions[wanted]}
@@ -95,6 +101,10 @@ def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
     if wanted == "required":
         return ToolUse(tuple(tools), "array", None, _structure(_any_of(functions, parallel)))
     return ToolUse(tuple(tools), "named", wanted, _structure(functions[wanted]))
+
+
+def _teaches_calls(template: str) -> bool:
+    return OPEN in template and not any(other in template for other in _OTHER_FORMATS)
 
 
 def _functions(tools: object) -> dict[str, dict[str, Any]]:

@@ -127,7 +127,7 @@ def _arguments(given: object, where: str) -> dict[str, Any]:
 
 _MESSAGE_REFUSALS = {
     "function_call": _FUNCTIONS,
-    "audio": Refusal("Audio", hint=""),
+    "audio": Refusal("Audio"),
 }
 
 

@@ -17,6 +17,10 @@ from coldframe.runtime.engine.spec import FOREIGN, ModelSpec, TensorLike
 
 __all__ = ["foreign_spec", "read_spec"]
 
+_VOCABULARY = ("vocab_size", "n_vocab", "padded_vocab_size")
+_CONTEXT = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "seq_length")
+"""The names by which configs say it, the first of them that a config has."""
+
 
 def read_spec(
     init: Mapping[str, Any], tensors: Mapping[str, TensorLike] | None = None
@@ -52,8 +56,8 @@ def foreign_spec(
     nested = config.get("text_config")
     text = nested if isinstance(nested, Mapping) else {}
     fields = Fields({**config, **text}, "config.json")
-    vocab = fields.positive("vocab_size")
-    context = fields.positive("max_position_embeddings")
+    vocab = _first(fields, _VOCABULARY)
+    context = _first(fields, _CONTEXT)
     layers = fields.positive("num_hidden_layers", default=1)
     hidden = fields.positive("hidden_size", default=1)
     heads = fields.positive("num_attention_heads", default=1)
@@ -81,6 +85,11 @@ def foreign_spec(
         bos_token_id=None,
         eos_token_ids=ends or fields.token_ids("eos_token_id", vocab),
     )
+
+
+def _first(fields: Fields, names: tuple[str, ...]) -> int:
+    """The number by one of its names; where there is none, the error has the commonest."""
+    return fields.positive(next((name for name in names if fields.get(name) is not None), names[0]))
 
 
 def _or(fields: Fields, name: str, default: int) -> int:

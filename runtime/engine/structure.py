@@ -37,7 +37,9 @@ class Structure:
     spec: str = ""
 
     def validate(self) -> None:
-        """Check types and sizes; whether a schema or a grammar means anything is the engine's.
+        """Check types and sizes, and nothing that takes reading the text: this runs on the front's
+        event loop, once for each choice. What the text means is the gateway's to check, and the
+        engine's, which refuses what is none (`value`).
 
         Raises:
             RequestError: It is no structure.
@@ -49,14 +51,21 @@ class Structure:
         if bool(self.spec) == (self.kind == "json_object"):
             expected = "nothing" if self.kind == "json_object" else "text"
             raise _error("structured.spec", expected, self.spec)
-        if self.kind == "json" and not isinstance(self._parsed(), dict):
-            raise _error("structured.spec", "a JSON schema, which is an object", self.spec)
-        if self.kind == "choice" and not _texts(self._parsed()):
-            raise _error("structured.spec", "a JSON array of texts", self.spec)
 
     def value(self) -> Any:
-        """What is meant: a schema or the texts parsed, the others as they are."""
-        return json.loads(self.spec) if self.kind in ("json", "choice") else self.spec
+        """What is meant: a schema or the texts parsed, the others as they are.
+
+        Raises:
+            RequestError: The text is none of its kind.
+        """
+        if self.kind not in ("json", "choice"):
+            return self.spec
+        value = self._parsed()
+        if self.kind == "json" and not isinstance(value, dict):
+            raise _error("structured.spec", "a JSON schema, which is an object", self.spec)
+        if self.kind == "choice" and not _texts(value):
+            raise _error("structured.spec", "a JSON array of texts", self.spec)
+        return value
 
     def to_wire(self) -> dict[str, str]:
         return {"kind": self.kind, "spec": self.spec}

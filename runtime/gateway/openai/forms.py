@@ -14,6 +14,7 @@ from typing import Any
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.structure import MAX_SPEC, Structure
+from coldframe.runtime.gateway.openai.bounds import check_grammar, check_regex, check_schema
 from coldframe.runtime.gateway.openai.problems import (
     check_text,
     invalid,
@@ -121,8 +122,14 @@ def _of_kind(kind: str, value: object, where: str) -> Structure:
                 raise invalid(where, f"1 to {MAX_CHOICES} strings", value)
             texts = [_text(each, f"{where}[{i}]") for i, each in enumerate(value)]
             return Structure("choice", json.dumps(texts))
-        case "regex" | "grammar":
-            return Structure(kind, _text(value, where))
+        case "regex":
+            expression = _text(value, where)
+            check_regex(expression, where)
+            return Structure("regex", expression)
+        case "grammar":
+            grammar = _text(value, where)
+            check_grammar(grammar, where)
+            return Structure("grammar", grammar)
     raise AssertionError(kind)
 
 
@@ -135,6 +142,7 @@ def _schema(value: object, where: str) -> str:
             raise invalid(where, "a JSON schema", value) from None
     if not isinstance(value, dict):
         raise wrong_type(where, "an object, which is a JSON schema", value)
+    check_schema(value, where)
     try:
         text = json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     except (ValueError, RecursionError):

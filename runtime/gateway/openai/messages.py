@@ -100,12 +100,7 @@ def _calls(calls: object, path: str) -> list[dict[str, Any]]:
             raise invalid(f"{here}.type", "function", call["type"])
         name = _name(call["function"].get("name"), f"{here}.function.name")
         where = f"{here}.function.arguments"
-        try:
-            arguments = json.loads(check_text(where, call["function"].get("arguments")))
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            raise invalid(where, "a JSON object as text", call["function"].get("arguments"))
+        arguments = _arguments(call["function"].get("arguments"), where)
         entry: dict[str, Any] = {
             "type": "function",
             "function": {"name": name, "arguments": arguments},
@@ -116,9 +111,23 @@ def _calls(calls: object, path: str) -> list[dict[str, Any]]:
     return found
 
 
+def _arguments(given: object, where: str) -> dict[str, Any]:
+    if given is None or given == "":  # so some clients say that there are none
+        return {}
+    try:
+        arguments = json.loads(check_text(where, given))
+        # The template's process takes Unicode text, and JSON can say what is none.
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise invalid(where, "a JSON object as text", given)
+    return arguments
+
+
 _MESSAGE_REFUSALS = {
     "function_call": _FUNCTIONS,
-    "audio": Refusal("Audio", hint=""),
+    "audio": Refusal("Audio"),
 }
 
 

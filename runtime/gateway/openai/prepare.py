@@ -104,11 +104,19 @@ def prepare_chat(body: object, card: ModelCard, render: Render) -> Prepared:
     request = read(ChatRequest, fields)
     logprobs = _top_logprobs(request)
     structured, tools = structure_of(fields), tool_use(fields, card)
-    if tools is not None and tools.structure is not None:
-        if structured is not None:
-            raise invalid("tool_choice", "no other form of the answer", fields["tool_choice"])
+    if tools is not None:
+        if structured is not None:  # which would leave no room for a call
+            name = "tool_choice" if fields.get("tool_choice") is not None else "tools"
+            raise invalid(name, "no other form of the answer beside tools", fields[name])
         structured = tools.structure
-    params = choices(request, card, max_tokens=None, logprobs=logprobs, structured=structured)
+    params = choices(
+        request,
+        card,
+        max_tokens=None,
+        logprobs=logprobs,
+        structured=structured,
+        stop=None if tools is None else tools.stop,
+    )
     if card.chat_template is None:
         message = (
             f"The model {card.name} has no chat template: send its prompt to /v1/completions, "

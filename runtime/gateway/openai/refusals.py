@@ -1,4 +1,4 @@
-"""What a request may ask for that nothing here does: a table, and the error that names who can.
+"""What a request may ask for that is not done here: a table, and the error, with who or what can.
 
 To ignore one of these would be to answer another question than the one asked. Values that change
 nothing are let through: clients send them without meaning it. Fields in neither this table nor the
@@ -16,10 +16,7 @@ from coldframe.runtime.gateway.api import ApiError
 
 __all__ = ["REFUSALS", "Refusal", "refuse_unsupported", "unsupported"]
 
-_VLLM = "the vLLM engine can"
-"""For the end of a sentence about what the native engine does not do."""
-_SERVED = f"{_VLLM}: start the server with --decode native,vllm"
-"""The same, where that one serves it here."""
+_SERVED = "the vLLM engine can: start the server with --decode native,vllm"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +26,13 @@ class Refusal:
     Args:
         what: What it asks for.
         harmless: The values that ask for nothing, besides null.
-        hint: Who can, or what to do instead.
+        hint: What can, or what to do instead; empty where there is neither.
         vllm: Whether it is served where the replica has a vLLM engine.
     """
 
     what: str
     harmless: tuple[Any, ...] = ()
-    hint: str = _VLLM
+    hint: str = ""
     vllm: bool = False
 
     def sentence(self) -> str:
@@ -50,7 +47,7 @@ _TOOLS_ELSEWHERE = Refusal("Tool calling", ("none",), hint="send it to /v1/chat/
 
 REFUSALS: Mapping[str, Refusal] = {
     "allowed_token_ids": Refusal("Restricting the vocabulary", hint="see logit_bias"),
-    "audio": Refusal("Audio", hint=""),
+    "audio": Refusal("Audio"),
     "bad_words": Refusal("Banning words", ([],)),
     "chat_template": Refusal(
         "A chat template in a request",
@@ -59,8 +56,8 @@ REFUSALS: Mapping[str, Refusal] = {
     "continue_final_message": Refusal("Continuing the last message", (False,)),
     "documents": Refusal("Retrieval by the template", ([],), hint="put the texts in a message"),
     "echo": Refusal("Echoing the prompt", (False,)),
-    "function_call": Refusal("Function calling", ("none",)),
-    "functions": Refusal("Function calling", ([],)),
+    "function_call": Refusal("Function calling", ("none",), hint="use tool_choice"),
+    "functions": Refusal("Function calling", ([],), hint="use tools"),
     "guided_choice": _STRUCTURED,
     "guided_decoding_backend": _BACKEND,
     "guided_grammar": _STRUCTURED,
@@ -70,7 +67,7 @@ REFUSALS: Mapping[str, Refusal] = {
     "include_stop_str_in_output": Refusal("A stop string in the answer", (False,)),
     "logits_processors": Refusal("A logits processor", ([],), hint="nothing is run for a request"),
     "min_tokens": Refusal("A least number of tokens", (0,)),
-    "modalities": Refusal("An answer other than text", (["text"],), hint=""),
+    "modalities": Refusal("An answer other than text", (["text"],)),
     "prompt_embeds": Refusal("A prompt of embeddings"),
     "prompt_logprobs": Refusal("Reporting log-probabilities of the prompt"),
     "response_format": replace(_STRUCTURED, harmless=({"type": "text"},)),
@@ -81,7 +78,7 @@ REFUSALS: Mapping[str, Refusal] = {
     "tools": replace(_TOOLS_ELSEWHERE, harmless=([],)),
     "truncate_prompt_tokens": Refusal("Cutting the prompt", hint="send a shorter one"),
     "use_beam_search": Refusal("Beam search", (False,)),
-    "web_search_options": Refusal("Web search", hint=""),
+    "web_search_options": Refusal("Web search"),
 }
 """Most are asked of one kind of request only; asked of the other, they are not meant otherwise."""
 

@@ -41,6 +41,7 @@ def choices(
     max_tokens: int | None,
     logprobs: int | None,
     structured: Structure | None = None,
+    stop: str | None = None,
 ) -> tuple[SamplingParams, ...]:
     """The parameters of each choice; they differ in the seed, where one is given.
 
@@ -50,10 +51,13 @@ def choices(
         max_tokens: Where the request says none; None for what the context leaves.
         logprobs: As SamplingParams has it.
         structured: What form the answer must have.
+        stop: A text that ends the answer, besides the request's own.
 
     Raises:
         ApiError: A field is out of range.
     """
+    if request.ignore_eos and structured is not None:  # what has a form ends with it
+        raise invalid("ignore_eos", "false beside a form of the answer", True)
     wanted = request.max_completion_tokens or request.max_tokens
     params = SamplingParams(
         **{name: _value(request, card, name) for name in _DEFAULTS},
@@ -62,10 +66,9 @@ def choices(
         logit_bias=_bias(request.logit_bias),
         seed=request.seed,
         max_tokens=wanted or max_tokens,
-        stop=_stops(request.stop),
+        stop=_stops(request.stop) + (() if stop is None else (stop,)),
         stop_token_ids=tuple(request.stop_token_ids or ()),
-        # What has a form ends with it.
-        ignore_eos=bool(request.ignore_eos) and structured is None,
+        ignore_eos=bool(request.ignore_eos),
         logprobs=logprobs,
         structured=structured,
     )

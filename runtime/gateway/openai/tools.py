@@ -17,14 +17,23 @@ from typing import Any, Literal
 
 from coldframe.runtime.engine.structure import MAX_SPEC, Structure
 from coldframe.runtime.gateway.api import ModelCard
+from coldframe.runtime.gateway.openai.bounds import check_schema
 from coldframe.runtime.gateway.openai.problems import check_text, invalid, missing, wrong_type
 from coldframe.runtime.gateway.openai.refusals import Refusal, unsupported
 
-__all__ = ["MAX_TOOLS", "TOOL_CHOICES", "Format", "ToolUse", "tool_use"]
+__all__ = ["CLOSE", "MAX_TOOLS", "OPEN", "TOOL_CHOICES", "Format", "ToolUse", "tool_use"]
 
 MAX_TOOLS = 128
+OPEN, CLOSE = "<tool_call>", "</tool_call>"
+"""What a call stands between."""
+_OTHER_FORMATS = ("<function=", "<arg_key>")
+"""What templates have that teach other calls between the same tags: Qwen3-Coder's, GLM-4.5's."""
 TOOL_CHOICES = ("none", "auto", "required")
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_BY_NAME = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+"""A schema's keywords for schemas by name."""
+_VALUES = ("const", "default", "enum", "examples")
+"""Those for values, in which nothing is a reference."""
 _FORMS = "none, auto, required, or an object that names a function"
 
 Format = Literal["hermes", "named", "array"]
@@ -33,7 +42,7 @@ the one function alone, `array` as a JSON array of names and parameters."""
 
 _NO_FORMAT = Refusal(
     "Tool calling with this model's chat template",
-    hint="it teaches the model no format of calls that is known here: <tool_call>",
+    hint="it teaches no format of calls that is known here: JSON between <tool_call> tags",
 )
 _NO_VLLM = Refusal(
     "Having the model call a tool", hint="the vLLM engine can: start with --decode native,vllm"
@@ -49,12 +58,14 @@ class ToolUse:
         format: How calls stand in the answer.
         name: The function that is to be called, where that is said.
         structure: What form the answer must have for it.
+        stop: The text that ends the answer, where a first call is to be the last.
     """
 
     tools: tuple[dict[str, Any], ...]
     format: Format
     name: str | None = None
     structure: Structure | None = None
+    stop: str | None = None
 
 
 def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
@@ -80,14 +91,20 @@ def tool_use(body: Mapping[str, Any], card: ModelCard) -> ToolUse | None:
     if wanted == "none":
         return None
     if wanted == "auto":
-        if card.chat_template is None or "<tool_call>" not in card.chat_template:
+        if not _teaches_calls(card.chat_template or ""):
             raise unsupported("tools", _NO_FORMAT)
-        return ToolUse(tuple(tools), "hermes")
+        return ToolUse(tuple(tools), "hermes", stop=CLOSE if parallel is False else None)
     if not card.vllm:
         raise unsupported("tool_choice", _NO_VLLM)
+    schemas = functions if wanted == "required" else {wanted: functions[wanted]}
+    check_schema(list(schemas.values()), "tools")
     if wanted == "required":
         return ToolUse(tuple(tools), "array", None, _structure(_any_of(functions, parallel)))
     return ToolUse(tuple(tools), "named", wanted, _structure(functions[wanted]))
+
+
+def _teaches_calls(template: str) -> bool:
+    return OPEN in template and not any(other in template for other in _OTHER_FORMATS)
 
 
 def _functions(tools: object) -> dict[str, dict[str, Any]]:
@@ -148,17 +165,40 @@ def _choice(choice: object, functions: Mapping[str, Any]) -> str:
 
 
 def _any_of(functions: Mapping[str, dict[str, Any]], parallel: bool | None) -> dict[str, Any]:
+    """An array of calls. What a function's schema refers to is counted from its own top, so each
+    is whole under the root's `$defs`, and its references go there."""
+    places = {name: f"f{place}" for place, name in enumerate(functions)}
     calls = [
         {
             "type": "object",
-            "properties": {"name": {"const": name}, "parameters": schema},
+            "properties": {"name": {"const": name}, "parameters": {"$ref": f"#/$defs/{place}"}},
             "required": ["name", "parameters"],
             "additionalProperties": False,
         }
-        for name, schema in functions.items()
+        for name, place in places.items()
     ]
     schema: dict[str, Any] = {"type": "array", "items": {"anyOf": calls}, "minItems": 1}
-    return schema | ({"maxItems": 1} if parallel is False else {})
+    moved = {place: _moved(functions[name], f"#/$defs/{place}") for name, place in places.items()}
+    return schema | ({"maxItems": 1} if parallel is False else {}) | {"$defs": moved}
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """A schema, or a list of such, to stand at another place of a document than its root."""
+    if isinstance(schema, list):
+        return [_moved(each, to) for each in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):  # the names are anybody's
+            found[key] = {name: _moved(each, to) for name, each in value.items()}
+        elif key == "$ref" and isinstance(value, str) and (value == "#" or value[:2] == "#/"):
+            found[key] = to + value[1:]
+        elif key == "$id":  # references would be counted from there
+            continue
+        else:
+            found[key] = value if key in _VALUES else _moved(value, to)
+    return found
 
 
 def _structure(schema: dict[str, Any]) -> Structure:

@@ -111,7 +111,7 @@ def ask(
         vLLM ends where `Sequence.accept` does, but for stop strings, which it does not know.
 
     Raises:
-        RequestError: There is nothing left to generate.
+        RequestError: There is nothing left to generate, or the form of the answer is none.
     """
     params, prompt, made = job.params, job.prompt_ids, job.generated_ids
     if prompt is None or params.max_tokens is None:

@@ -105,9 +105,10 @@ def test_what_is_no_form(
     assert (error.status, error.param) == (400, param)
 
 
-def test_what_has_a_form_ends_with_it(kinds: dict[str, Ready]) -> None:
-    ready = kinds["chat"](ignore_eos=True, guided_regex="a+")
-    assert not ready.generations[0].params.ignore_eos
+def test_what_has_a_form_ends_with_it(kinds: dict[str, Ready], refusal: Any) -> None:
+    error = refusal(kinds["chat"], ignore_eos=True, guided_regex="a+")
+    assert (error.status, error.param) == (400, "ignore_eos")
+    assert not kinds["chat"](ignore_eos=False, guided_regex="a+").generations[0].params.ignore_eos
     assert kinds["chat"](ignore_eos=True).generations[0].params.ignore_eos
 
 

@@ -1,4 +1,4 @@
-"""What nothing here does is refused, and the error names who can."""
+"""What is not done here is refused, and the error says what can, where something can."""
 
 from __future__ import annotations
 
@@ -67,9 +67,12 @@ def test_what_asks_for_nothing(completion: Any, chat: Any, name: str) -> None:
         assert chat(**{name: value}) == chat()
 
 
-@pytest.mark.parametrize("name", ["functions", "response_format", "guided_json"])
-def test_the_error_names_who_can(chat: Any, refusal: Any, name: str) -> None:
-    assert "the vLLM engine can" in refusal(chat, **{name: ASKED[name][0]}).message
+@pytest.mark.parametrize("name", sorted(ASKED))
+def test_vllm_is_named_where_it_serves_the_field_here(
+    completion: Any, refusal: Any, name: str
+) -> None:
+    told = refusal(completion, **{name: ASKED[name][0]}).message
+    assert ("the vLLM engine can" in told) is REFUSALS[name].vllm
 
 
 def test_best_of(completion: Any, refusal: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,17 +11,22 @@ from typing import Any
 import jsonschema_rs
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from coldframe.runtime.gateway.api import ModelCard, Piece
 from coldframe.runtime.gateway.openai import schemas
 from coldframe.runtime.gateway.openai.answers import Chunks, document
 from coldframe.runtime.gateway.openai.prepare import Prepared, prepare_chat
+from coldframe.runtime.gateway.openai.tool_calls import CallReader
 from tests.runtime.gateway.chat_templates import TEMPLATES, TOOLS
 from tests.runtime.gateway.openai.conftest import fill_in
 
 Ready = Callable[..., Prepared]
 CITY = TOOLS[0]["function"]["parameters"]
 CALL = '{"name": "get_weather", "arguments": {"city": "Köln"}}'
+CALLED = "messages[0].tool_calls[0].function.arguments"
+SURROGATE = {"function": {"name": "f", "arguments": '{"a": "\\ud800"}'}}
+LIST = {"name": "f", "arguments": "[]"}
 NAMED = {"type": "function", "function": {"name": "get_weather"}}
 
 
@@ -102,6 +108,13 @@ def test_calls_beside_text(asking: Ready, model: ModelCard, size: int) -> None:
         "a <tool_cal",
         "<tool_call>not json</tool_call> and on",
         '<tool_call>{"arguments": {}}</tool_call>',
+        '<tool_call>{"name": "", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": null}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": ["a"]}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": "Ulm"}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": "\\ud800"}}</tool_call>',
+        "<tool_call></tool_call></tool_call><tool_call>",
         '<tool_call>{"name": "get_weather", "arg',
     ],
 )
@@ -116,6 +129,113 @@ def test_a_call_that_ends_the_answer_needs_no_last_tag(asking: Ready, model: Mod
     choice = answers(asking(), model, f"<tool_call>{CALL}", 4)
     assert choice.message.content is None
     assert len(choice.message.tool_calls) == 1
+
+
+class Place(BaseModel):
+    city: str
+    near: list[Place] = []
+
+
+class Trip(BaseModel):
+    start: Place
+    stops: list[Place]
+
+
+def test_functions_whose_parameters_refer_to_parts_of_themselves(asking: Ready) -> None:
+    own = {"type": "object", "properties": {"a": {"type": "integer"}, "next": {"$ref": "#"}}}
+    told = {"const": {"$ref": "#/$defs/Place"}}
+    odd = {"$id": "x:y", "properties": {"a": told, "default": {"$ref": "#/properties/a"}}}
+    offered = {"go": Trip.model_json_schema(), "at": Place.model_json_schema(), "b": own, "c": odd}
+    tools = [
+        {"type": "function", "function": {"name": name, "parameters": schema}}
+        for name, schema in offered.items()
+    ]
+    structure = asking(tools=tools, tool_choice="required").generations[0].params.structured
+    assert structure is not None
+    validator = jsonschema_rs.validator_for(structure.value())
+    ulm = {"city": "Ulm", "near": [{"city": "Blaubeuren"}]}
+    for name, parameters, good in (
+        ("go", {"start": ulm, "stops": [ulm]}, True),
+        ("go", {"start": ulm, "stops": [{"near": []}]}, False),
+        ("at", ulm, True),
+        ("at", {"city": "Ulm", "near": [{}]}, False),
+        ("b", {"next": {"next": {"a": 1}}}, True),
+        ("b", {"next": {"next": {"a": "1"}}}, False),
+        ("c", {"default": told["const"]}, True),
+        ("c", {"default": {"$ref": "#/$defs/f3/$defs/Place"}}, False),
+    ):
+        assert validator.is_valid([{"name": name, "parameters": parameters}]) is good, (name, good)
+
+
+def test_no_schema_of_a_tool_holds_up_the_engine(asking: Ready, refusal: Any) -> None:
+    schema: dict[str, Any] = {}
+    for _ in range(100):
+        schema = {"type": "array", "items": schema}
+    function = {"name": "f", "parameters": {"type": "object", "properties": {"a": schema}}}
+    tools = [{"type": "function", "function": function}]
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        error = refusal(asking, tools=tools, tool_choice=choice)
+        assert (error.status, error.param) == (400, "tools")
+        assert "64" in error.message
+    assert asking(tools=tools).tools is not None  # to the template it is text
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ('{"name": "f"}', {}),
+        ('{"name": "f", "parameters": {"a": 1}}', {"a": 1}),
+        ('{"name": "f", "arguments": "{\\"a\\": 1}"}', {"a": 1}),
+        ('{"name": "f", "arguments": {"a": "/tool_call"}}', {"a": "/tool_call"}),
+    ],
+)
+def test_what_was_called_may_come_back(
+    asking: Ready, model: ModelCard, written: str, arguments: Any, size: int
+) -> None:
+    choice = answers(asking(), model, f"<tool_call>\n{written}\n</tool_call>", size)
+    (call,) = choice.message.tool_calls
+    assert json.loads(call.function.arguments) == arguments
+    told = choice.message.model_dump(exclude_none=True)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        told,
+        {"role": "tool", "tool_call_id": call.id, "content": "x"},
+    ]
+    again = str(asking(messages=messages).generations[0].prompt)
+    assert json.dumps({"name": "f", "arguments": arguments}) in again
+
+
+def test_a_long_call_is_searched_once(asking: Ready) -> None:
+    use = asking().tools
+    assert use is not None
+    reader = CallReader(use)
+    reader.push("<tool_call>")
+    began = time.process_time()
+    for _ in range(60_000):  # of which each would have been searched from the beginning
+        assert reader.push("x" * 20) == ("", [])
+    text, calls = reader.push("</tool_call>")
+    assert time.process_time() - began < 5
+    assert (len(text), calls) == (23 + 20 * 60_000, [])
+
+
+def test_one_call_alone_ends_the_answer(asking: Ready, model: ModelCard) -> None:
+    ready = asking(parallel_tool_calls=False, stop=["###"])
+    assert ready.generations[0].params.stop == ("###", "</tool_call>")
+    assert asking(parallel_tool_calls=True).generations[0].params.stop == ()
+    choice = answers(ready, model, f"<tool_call>\n{CALL}\n", 5)  # what a stop leaves
+    assert len(choice.message.tool_calls) == 1
+    assert (choice.message.content, choice.finish_reason) == (None, "tool_calls")
+
+
+@pytest.mark.parametrize("taught", ["<function=name>", "<arg_key>key</arg_key>"])
+def test_templates_of_other_calls_between_the_same_tags(
+    model: ModelCard, refusal: Any, taught: str
+) -> None:
+    other = replace(model, chat_template=f"<tool_call>{taught}</tool_call>{TEMPLATES['qwen-3']}")
+    body = {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS}
+    error = refusal(lambda: prepare_chat(body, other, fill_in))
+    assert (error.param, error.code) == ("tools", "unsupported")
 
 
 @pytest.mark.parametrize("size", [1, 1000])
@@ -143,6 +263,19 @@ def test_a_function_by_its_name(asking: Ready, model: ModelCard) -> None:
     choice = answers(ready, model, '{"city": "Ulm"}', 2)
     assert choice.message.tool_calls[0].function.arguments == '{"city": "Ulm"}'
     assert choice.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("nothing", ["", None, "{}"])
+def test_a_call_without_arguments(asking: Ready, nothing: str | None) -> None:
+    calls = [{"id": "1", "function": {"name": "now", "arguments": nothing}}]
+    messages = [
+        {"role": "user", "content": "When?"},
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "now"},
+    ]
+    assert '{"name": "now", "arguments": {}}' in str(
+        asking(messages=messages).generations[0].prompt
+    )
 
 
 def test_what_was_called_before_goes_to_the_template(asking: Ready) -> None:
@@ -177,6 +310,11 @@ def test_what_was_called_before_goes_to_the_template(asking: Ready) -> None:
         ({"tools": None, "tool_choice": "auto"}, "tool_choice"),
         ({"parallel_tool_calls": 1}, "parallel_tool_calls"),
         ({"tool_choice": NAMED, "response_format": {"type": "json_object"}}, "tool_choice"),
+        ({"tool_choice": "auto", "guided_regex": "a"}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "tools"),
+        ({"tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"messages": [{"role": "assistant", "tool_calls": [SURROGATE]}]}, CALLED),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": LIST}]}]}, CALLED),
     ],
 )
 def test_what_is_wrong(asking: Ready, refusal: Any, more: Any, param: str) -> None:

@@ -144,4 +144,11 @@ def test_logprobs_are_told_as_the_native_engine_tells_them() -> None:
 )
 def test_what_is_no_form(kind: str, spec: object) -> None:
     with pytest.raises(RequestError):
-        SamplingParams(structured=Structure(kind, spec)).validate(10)  # type: ignore[arg-type]
+        checked_and_asked(Structure(kind, spec))  # type: ignore[arg-type]
+
+
+def checked_and_asked(structure: Structure) -> None:
+    """Checks a form at once, and then as vLLM's parameters are made of it."""
+    asking = job(structured=structure)
+    asking.params.validate(20)
+    ask(asking, EOS)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,9 @@ _MOSTLY = 0.9
 """The share of files in the page cache from which on they are mapped: `load.Load`'s."""
 _LISTENING_S = 30.0
 """How long a memory service's interpreter may take to start, in seconds."""
+_ENDING_S = 10.0
+"""How long it may take to end when it is told to, in seconds."""
+_LOOK_S = 0.01
 
 
 class OwnMemory:
@@ -88,11 +92,14 @@ class OwnMemory:
         return {} if said is None else said.body
 
     def close(self) -> None:
-        """Ends it, and waits until it has."""
+        """Ends it, and waits until it has; it is killed where it does not end by itself."""
         self._owner.hang_up()
+        late = time.monotonic() + _ENDING_S
+        while self._process.child.poll() is None and time.monotonic() < late:
+            time.sleep(_LOOK_S)
+        self._process.child.kill()
         self._reader.join()
         self._owner.close()
-        self._process.child.wait()
         remove_run_dir(self._process.run_dir)  # killed, it could not
         os.close(self._process.lock)
 
@@ -167,12 +174,13 @@ def release(client: MemoryClient) -> None:
     Nothing of this process may look at the arena any more.
     """
     with _lock:
-        for key, (made, memory) in list(_made.items()):
-            if made is client:
-                del _made[key]
-                client.close()
-                if memory is not None:
-                    memory.close()
+        keys = [key for key, (made, _) in _made.items() if made is client]
+        ended = [_made.pop(key)[1] for key in keys]
+    # Beside the lock: that may take seconds, and others attach to other memory meanwhile.
+    for memory in ended:
+        client.close()
+        if memory is not None:
+            memory.close()
 
 
 def _attached(

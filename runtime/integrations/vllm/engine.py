@@ -6,6 +6,7 @@ and between two steps nothing of it runs. It is given token ids and gives token 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -25,6 +26,15 @@ __all__ = ["Engine", "Made", "engine_arguments", "start_engine", "untouched_zero
 _CONNECTOR = "coldframe.runtime.integrations.vllm.connector"
 _MOST_REQUESTS = 256
 _LARGE = 1 << 20
+_TOO_LITTLE = re.compile(
+    "out of memory"  # a device's, from whichever process of vLLM's
+    "|can't allocate memory"  # torch's on the host
+    "|No available memory for the cache blocks"
+    "|larger than the available KV cache memory"
+    "|Free memory on device .* is less than"
+    "|Available memory on node .* is less than"
+)
+"""How it is said that there is too little memory, where no type says so."""
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
@@ -54,8 +64,6 @@ def engine_arguments(
     context: int,
     kv_bytes: int,
     more: Mapping[str, Any],
-    *,
-    structured: bool = True,
 ) -> dict[str, Any]:
     """Arguments of vLLM's `EngineArgs` for an engine that decodes for a replica.
 
@@ -66,7 +74,6 @@ def engine_arguments(
         context: The longest sequence, in tokens.
         kv_bytes: Memory for its KV.
         more: What the command line says; wins over what is no matter of correctness.
-        structured: Whether it is to serve grammars, for which it needs the tokenizer.
     """
     arguments: dict[str, Any] = {
         "max_num_seqs": _MOST_REQUESTS,
@@ -74,13 +81,14 @@ def engine_arguments(
         "dtype": _DTYPES[dtype],
         # On a CPU compiling takes longer than a cold start may, and wins little.
         "enforce_eager": device == CPU,
-        "skip_tokenizer_init": not structured,
-        # Of the model's towers but the text's, nothing is asked.
-        "limit_mm_per_prompt": {},
+        "skip_tokenizer_init": False,  # grammars need it
         **more,
         **ENGINE,
         "model": model,
         "load_format": "coldframe",
+        # Prefill in mid-load is the native worker's. An engine that is up takes the load over, and
+        # it is not to do so before it can compute.
+        "model_loader_extra_config": {"gated": False},
         "kv_cache_memory_bytes": kv_bytes,
         "disable_log_stats": True,
     }
@@ -218,8 +226,12 @@ class Engine:
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do something, be it only to let go of what was aborted."""
-        return bool(self._names) or self.engine.has_unfinished_requests()
+        """Whether a step would do something, be it only to let go of what was aborted.
+
+        What copies KV for a request that is over is no request of the engine's, but of its
+        scheduler's, whose blocks it holds.
+        """
+        return bool(self._names) or self.engine.engine_core.engine_core.scheduler.has_requests()
 
     def add(self, request: str, asked: Asked) -> None:
         """Takes a request.
@@ -266,8 +278,10 @@ def _sharing(model: Any) -> str:
 
 
 def _why_not(error: Exception) -> ColdframeError:
+    import torch
+
     text = str(error)
-    if "memory" in text.lower():
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or _TOO_LITTLE.search(text):
         return DeviceFull(
             "there is not memory enough for vLLM",
             where="--vllm-kv",

@@ -12,6 +12,8 @@ must see all of their weights in one go, and no post-processing.
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -32,7 +34,23 @@ from coldframe.runtime.integrations.vllm.alias_layers import keep_in_place, owne
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
 
-__all__ = ["Filling"]
+__all__ = ["Filling", "import_post_processing"]
+
+_LATE = (
+    "vllm.model_executor.layers.quantization.online.fp8",
+    "vllm.model_executor.layers.quantization.online.moe_base",
+)
+
+
+def import_post_processing() -> None:
+    """Imports what vLLM's post-processing does when it is first called.
+
+    For those who call it in another thread than that in which the engine goes on with its start:
+    two threads that import parts of one another's packages may find them half made.
+    """
+    for name in _LATE:
+        with contextlib.suppress(ImportError):  # another vLLM has them elsewhere
+            importlib.import_module(name)
 
 
 class Filling:

@@ -20,6 +20,7 @@ from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.integrations.vllm import frozen_limits, frozen_memory
 from coldframe.runtime.integrations.vllm.attached import provide
 from coldframe.runtime.integrations.vllm.frozen_groups import begin_groups, end_groups
+from coldframe.runtime.integrations.vllm.plugin import ask_for_tiles
 from coldframe.snapshot.freeze import freeze_point
 from coldframe.snapshot.hooks import Hooks
 from coldframe.snapshot.privileges import shed
@@ -72,7 +73,7 @@ def serve(control: Channel, wake: Wake, engine: Any, reserved: tuple[Reservation
     """A clone's own life, as a worker that does what its front says, one thing after the other.
 
     Messages in:  `load` (`load_format`, `extra`; a connection to a memory service may go beside
-                  it), `ask` (`prompt_ids`, `max_tokens`).
+                  it), once; `ask` (`prompt_ids`, `max_tokens`).
     Messages out: `woken`, `loaded`, `answered` (`token_ids`, `logprobs`), or `failed`.
 
     Args:
@@ -88,6 +89,7 @@ def serve(control: Channel, wake: Wake, engine: Any, reserved: tuple[Reservation
         try:
             match message.kind:
                 case "load":
+                    frozen_memory.check_empty(engine)
                     _provide(message, wake.name, reserved)
                     frozen_memory.fill(engine, body["load_format"], body["extra"])
                     said: dict[str, Any] = {"type": "loaded"}
@@ -119,8 +121,7 @@ def _engine(order: Mapping[str, Any]) -> Any:
     _no_semaphores()
     import torch
 
-    # vLLM's attention uses AMX's tiles and leaves it to others to ask the kernel for them.
-    torch.cpu._init_amx()
+    ask_for_tiles()
     set_num_threads = torch.set_num_threads
     from vllm import EngineArgs, LLMEngine
 

@@ -17,7 +17,7 @@ from typing import Any
 from coldframe.loader.arena import round_up
 from coldframe.loader.errors import SnapshotError
 
-__all__ = ["EMPTY", "fill", "forget", "model_of", "register_empty"]
+__all__ = ["EMPTY", "check_empty", "fill", "forget", "model_of", "register_empty"]
 
 EMPTY = "coldframe-empty"
 """The load format of an engine without weights."""
@@ -58,6 +58,23 @@ def register_empty() -> None:
     register_model_loader(EMPTY)(EmptyLoader)
 
 
+def check_empty(engine: Any) -> None:
+    """Refuses an engine that has, or may have, weights already.
+
+    Raises:
+        SnapshotError: A load has begun before.
+    """
+    load_format = engine.vllm_config.load_config.load_format
+    if load_format != EMPTY:
+        raise SnapshotError(
+            "a clone gets its weights once",
+            where="load",
+            expected="an engine without weights",
+            got=f"one that has been loaded by {load_format}",
+            hint="Its layers may be packed by now; take another clone.",
+        )
+
+
 def fill(engine: Any, load_format: str, extra: Mapping[str, object]) -> None:
     """Has one of vLLM's loaders load the weights into an engine without.
 
@@ -66,23 +83,29 @@ def fill(engine: Any, load_format: str, extra: Mapping[str, object]) -> None:
         load_format: The loader's name.
         extra: Its `model_loader_extra_config`.
 
+    Returns when they are in, whether or not the loader gives the model out before.
+
     Raises:
         SnapshotError: The loader makes a model of its own.
+        ColdframeError: The weights cannot be had.
     """
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader import get_model_loader
 
+    from coldframe.runtime.integrations.vllm.gated import gated_load
+
     config, model = engine.vllm_config, model_of(engine)
-    # What is frozen says the empty format: nobody is to find that there later.
-    config.load_config = replace(
+    load_config = replace(
         config.load_config, load_format=load_format, model_loader_extra_config=dict(extra)
     )
-    runner = _runner_of(engine)
-    runner.load_config = config.load_config
-    loader = get_model_loader(config.load_config)
+    loader = get_model_loader(load_config)
+    # What is frozen says the empty format: nobody is to find that there later.
+    config.load_config = _runner_of(engine).load_config = load_config
     loader.create_model = lambda *_, **__: model
     with set_current_vllm_config(config):
         loaded = loader.load_model(vllm_config=config, model_config=config.model_config)
+        if load := gated_load(loaded):
+            load.wait()
     if loaded is not model:
         raise SnapshotError(
             "the loader does not fill in the model that it is given",

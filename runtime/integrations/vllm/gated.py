@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +25,8 @@ __all__ = ["GatedLoad", "gated_load", "may_gate", "refusal"]
 
 _log = logging.getLogger("vllm.coldframe")
 
-_loads: weakref.WeakKeyDictionary[Any, GatedLoad] = weakref.WeakKeyDictionary()
+_LOAD = "coldframe_gated_load"
+"""The attribute of a model that has its `GatedLoad`."""
 
 
 def refusal(vllm_config: Any) -> str | None:
@@ -107,7 +107,7 @@ class GatedLoad:
         filling: What fills it.
         client: Where its weights come in.
         model_config: vLLM's of it.
-        device: Where it computes.
+        device: Where it computes; with its number, where it is not the CPU.
         stall_s: See `Gates`.
         then: Called when it is whole, by the thread, while nothing of it is running.
     """
@@ -138,7 +138,9 @@ class GatedLoad:
             recorder=self._recorder,
         )
         self._thread = threading.Thread(target=self._run, name="gated-load", daemon=True)
-        _loads[staged.model] = self
+        setattr(staged.model, _LOAD, self)
+        # The model is being made by what is queued here; it is filled on a stream of its own.
+        self._made: Any = None if device.type == "cpu" else _event_on(device)
         self._thread.start()
 
     @property
@@ -163,6 +165,8 @@ class GatedLoad:
     # -- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
+        # Torch's default dtype is left alone: it is the whole process', and by now another thread
+        # computes. Post-processing of plain weights (`Staged.unfit`) does not look at it.
         try:
             if self._device.type == "cpu":
                 self._fill()
@@ -177,9 +181,11 @@ class GatedLoad:
     def _fill_on_stream(self) -> None:
         import torch
 
-        torch.accelerator.set_device_index(self._device.index or 0)
-        # Beside whatever computes.
-        with torch.Stream(self._device):
+        torch.accelerator.set_device_index(self._device.index)
+        # Beside whatever computes, and behind what makes the parameters.
+        stream = torch.Stream(self._device)
+        stream.wait_event(self._made)
+        with stream:
             self._fill()
 
     def _fill(self) -> None:
@@ -227,4 +233,11 @@ class GatedLoad:
 
 def gated_load(model: Any) -> GatedLoad | None:
     """The load behind whose gates a model was given out, or None where it was loaded before."""
-    return _loads.get(model)
+    return getattr(model, _LOAD, None)
+
+
+def _event_on(device: Any) -> Any:
+    """What comes when all that is queued on a device's current stream is done."""
+    import torch
+
+    return torch.accelerator.current_stream(device).record_event()

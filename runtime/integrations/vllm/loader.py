@@ -20,7 +20,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.loader.plan import Plan
 from coldframe.loader.slices import WHOLE, Rank
 from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
-from coldframe.runtime.integrations.vllm.filling import Filling
+from coldframe.runtime.integrations.vllm.filling import Filling, import_post_processing
 from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load, may_gate, refusal
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 from coldframe.runtime.integrations.vllm.staged import Staged
@@ -74,11 +74,13 @@ class ColdframeModelLoader(BaseModelLoader):
         """
         gated = may_gate(self.settings.gated, refusal(vllm_config))
         # The bytes first: they come in while the model is made.
-        device = torch.device(self.load_config.device or vllm_config.device_config.device)
+        device = _indexed(torch.device(self.load_config.device or vllm_config.device_config.device))
         with ThreadPoolExecutor(1) as beside:
             connected = beside.submit(self.connect, model_config, device)
             with set_default_torch_dtype(model_config.dtype), device:
                 model = self.create_model(vllm_config, model_config, prefix)
+            if gated:
+                import_post_processing()
             client = connected.result()
         with set_default_torch_dtype(model_config.dtype):
             filling = self.open(model, model_config, device)
@@ -171,9 +173,17 @@ def _device_of(model: torch.nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
+def _indexed(device: torch.device) -> torch.device:
+    """The same with its number, for other threads: which device is the current one is a thread's.
+
+    Args:
+        device: The caller's; without a number it is the one that is current in the caller's thread.
+    """
+    if device.type == "cpu" or device.index is not None:
+        return device
+    return torch.device(device.type, torch.accelerator.current_device_index())
+
+
 def _name_of(device: torch.device) -> str:
     """As the loader's devices are named."""
-    if device.type == "cpu":
-        return "cpu"
-    index = torch.accelerator.current_device_index() if device.index is None else device.index
-    return f"{device.type}:{index}"
+    return "cpu" if device.type == "cpu" else f"{device.type}:{device.index}"

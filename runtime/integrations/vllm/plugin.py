@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["LOAD_FORMAT", "register"]
+import contextlib
+
+__all__ = ["LOAD_FORMAT", "ask_for_tiles", "register"]
 
 LOAD_FORMAT = "coldframe"
 
@@ -19,7 +21,23 @@ def register() -> None:
     # vLLM warns of a second registration.
     if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not ColdframeModelLoader:
         register_model_loader(LOAD_FORMAT)(ColdframeModelLoader)
+    ask_for_tiles()
     _register_connector()
+
+
+def ask_for_tiles() -> None:
+    """Asks the kernel for AMX's tiles, where the CPU has them; once is enough for a process.
+
+    vLLM's attention uses them and leaves it to others to ask. oneDNN does with its first product of
+    matrices; a short first prompt, or one before which nothing was computed, may come without it,
+    and the process would die of an illegal instruction.
+    """
+    import torch
+
+    ask = getattr(torch.cpu, "_init_amx", None)  # not torch's to promise
+    if ask is not None:
+        with contextlib.suppress(RuntimeError):
+            ask()
 
 
 def _register_connector() -> None:

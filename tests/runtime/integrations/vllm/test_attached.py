@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
 
@@ -36,6 +37,18 @@ def test_a_service_of_its_own_shared_by_all_who_ask(demo_model):
     assert attach({**source, "mode": "exact"}) is client
     assert attach({}) is client  # a connector that was told nothing
     assert own_memory(client).report(30)["type"] == "loaded"
+
+
+def test_a_service_that_does_not_end_is_killed(demo_model, monkeypatch):
+    monkeypatch.setattr(attached, "_ENDING_S", 0.5)
+    client = attach({"source": str(demo_model())})
+    client.wait_weights()
+    memory = own_memory(client)
+    assert memory.report(30)["type"] == "loaded"
+    os.kill(memory.pid, signal.SIGSTOP)
+    release(client)
+    with pytest.raises(ProcessLookupError):
+        os.kill(memory.pid, 0)
 
 
 def test_another_model_has_another_service(demo_model):

@@ -22,6 +22,7 @@ from tests.runtime.integrations.vllm.hosts import Host, host
 from tests.runtime.integrations.vllm.prefills import Native
 from tests.runtime.integrations.vllm.transfers import (
     Asked,
+    cancel_while_loaded,
     checksums,
     counts,
     forget,
@@ -271,6 +272,14 @@ def test_cancelled_while_it_is_loaded(beside: Host, native: Native) -> None:
     after = Asked(native, fresh(128))
     after.add(beside)
     assert beside.run()[after.name].tokens == plain(beside, after.prompt)
+
+
+def test_an_idle_worker_lets_go_of_what_was_cancelled(beside: Host, native: Native) -> None:
+    """The last request is gone; its blocks are not, and it takes further steps to free them."""
+    free = beside.free_blocks()
+    asked = Asked(native, fresh(128))
+    beside.call(cancel_while_loaded, asked.handoff.job, asked.params)
+    nothing_is_left(beside, native, free)
 
 
 def test_others_go_on_while_one_is_loaded(beside: Host, native: Native) -> None:

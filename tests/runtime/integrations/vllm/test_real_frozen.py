@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +27,7 @@ from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.store import open_store
+from tests.runtime.integrations.vllm.held import Held
 from tests.runtime.integrations.vllm.hosts import host
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
@@ -162,6 +164,21 @@ def test_clones_answer_as_a_fresh_engine_does(
     three = clone("three")
     three.load("coldframe", {"source": str(other_weights(model, tmp_path / "other"))})
     assert [three.ask(prompt, TOKENS)["token_ids"] for prompt in PROMPTS] != wanted
+
+
+def test_a_clone_is_loaded_when_its_weights_are_in_and_once(
+    made: Made, clone: Callable[..., EngineClone]
+) -> None:
+    late = clone("late")
+    with Held(Path(made.engine.model), upto=1) as source:
+        timer = threading.Timer(2.0, source.release)
+        timer.start()
+        assert late.load("coldframe", {"source": source.url}) >= 1.5
+        timer.join()
+    assert len(late.ask(PROMPTS[0], TOKENS)["token_ids"]) == TOKENS
+    with pytest.raises(SnapshotError, match="once"):
+        late.load("auto")
+    assert len(late.ask(PROMPTS[0], TOKENS)["token_ids"]) == TOKENS
 
 
 def test_the_image_has_no_weights_no_kv_and_no_secrets(made: Made, tmp_path: Path) -> None:

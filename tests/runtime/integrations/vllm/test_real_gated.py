@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -30,8 +32,8 @@ def plain(demo_model):
         return engine.generate(PROMPTS, max_tokens=12)
 
 
-def test_tokens_are_those_of_plain_vllm(demo_model, plain):
-    spans, found, again = _in_steps(demo_model(), "float32")
+def test_tokens_are_those_of_plain_vllm(demo_model, plain, tmp_path):
+    spans, found, again = _in_steps(demo_model(), "float32", tmp_path / "reached")
     assert found == again == plain
     # Each layer was gone through while the next one was not even there.
     filled = {name[4:]: end for name, _, end in spans if name.startswith("fill")}
@@ -42,23 +44,32 @@ def test_tokens_are_those_of_plain_vllm(demo_model, plain):
         assert passed[name] < filled[later]
 
 
-def test_a_tied_head_and_packed_weights(demo_model):
+def test_a_tied_head_and_packed_weights(demo_model, tmp_path):
     model = demo_model("qwen3", "bfloat16")
-    _, found, again = _in_steps(model, "bfloat16")
+    _, found, again = _in_steps(model, "bfloat16", tmp_path / "reached")
     with host(model, dtype="bfloat16") as engine:
         assert found == again == engine.generate(PROMPTS, max_tokens=12)
 
 
-def _in_steps(model, dtype):
-    """What comes of prompts that are there before any weights, which then come one by one."""
+def _in_steps(model, dtype, reached):
+    """What comes of prompts that are there before any weights, which then come stage by stage.
+
+    Each comes when the first pass waits for it; `reached` is a file's path, for what is known of
+    the pass.
+    """
     with Held(model) as source, gated(model, source, dtype=dtype) as engine:
         assert not engine.call(_complete)
         assert engine.call(_rehearse) == (7, 7, True)
+        assert engine.call(_tiles) == ("amx_tile" in Path("/proc/cpuinfo").read_text())
+        engine.call(_watch, str(reached))
         for number, prompt in enumerate(PROMPTS):
             engine.add(str(number), prompt, max_tokens=12)
         engine.begin("run")
         for stage in range(source.stages):
-            time.sleep(0.3)
+            deadline = time.monotonic() + 30
+            while reached.stat().st_size <= stage:
+                assert time.monotonic() < deadline, f"nothing has reached stage {stage}"
+                time.sleep(0.02)
             source.release(stage)
         answers = engine.answer()
         again = engine.generate(PROMPTS, max_tokens=12)
@@ -161,6 +172,27 @@ def _load(engine):
 def _model(engine):
     executor = engine.engine_core.engine_core.model_executor
     return executor.driver_worker.worker.model_runner.model
+
+
+def _tiles(engine):
+    """Whether this process may use AMX, with nothing computed yet."""
+    from coldframe.snapshot.xstate import granted
+
+    return bool(granted() >> 18 & 1)
+
+
+def _watch(engine, path):
+    """From now on a file has a byte for each gate that a pass is through, or waits at."""
+    gates = _load(engine).gates
+
+    def watch():
+        while not gates.gone:
+            waits = len(gates._changed._waiters) > 0
+            Path(path).write_bytes(b"." * (len(gates._passed) + waits))
+            time.sleep(0.02)
+
+    Path(path).touch()
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _rehearse(engine):

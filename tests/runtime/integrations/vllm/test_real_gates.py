@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
+from types import SimpleNamespace
 
 import pytest
 
@@ -48,6 +51,14 @@ def shut(model, **more):
     return Gates(Staged(model, range(4)), None, lambda: 0, **more)
 
 
+def until(there, seconds=10):
+    """Waits until something is so."""
+    late = time.monotonic() + seconds
+    while not there():
+        assert time.monotonic() < late
+        time.sleep(0.01)
+
+
 def started(model):
     """A pass through the model in a thread, and what comes of it."""
     found = []
@@ -71,7 +82,8 @@ def test_each_stage_is_waited_for_and_nothing_is_left(model):
     gates = shut(model)
     thread, found = started(model)
     for stage, reached in enumerate([0, 1, 2, 2]):
-        time.sleep(0.1)
+        until(lambda reached=reached: len(model.reached) == reached)
+        time.sleep(0.05)  # were there no gate, it would get on
         assert len(model.reached) == reached
         assert not found
         gates.open(stage)
@@ -112,7 +124,7 @@ def test_weights_are_not_moved_under_a_pass(model):
     for stage in range(3):
         gates.open(stage)
     thread, found = started(model)  # waits before the norm, within forward
-    time.sleep(0.1)
+    until(gates._running.locked)
     moved = []
     remover = threading.Thread(target=gates.remove, args=[lambda: moved.append(bool(found))])
     remover.start()
@@ -122,6 +134,42 @@ def test_weights_are_not_moved_under_a_pass(model):
     thread.join(10)
     remover.join(10)
     assert moved
+
+
+class Filled:
+    """What fills a model that has its weights already."""
+
+    stages = range(4)
+
+    def has(self, parameter):
+        return True
+
+    def fill(self, stage):
+        pass
+
+    process = fill
+
+    def finish(self):
+        pass
+
+    def summary(self):
+        return "nothing"
+
+
+def test_a_load_is_known_by_its_model_alone(model):
+    from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load
+    from coldframe.runtime.integrations.vllm.staged import Staged
+
+    assert gated_load(model) is None
+    client = SimpleNamespace(progress=(0, 0))
+    made = GatedLoad(Staged(model, range(4)), Filled(), client, None, torch.device("cpu"))
+    assert gated_load(model) is made
+    assert made.wait(10)
+    made._thread.join(10)
+    known = weakref.ref(made)
+    del made, model.coldframe_gated_load
+    gc.collect()
+    assert known() is None
 
 
 @pytest.mark.parametrize("stages", [3, 5])

@@ -138,6 +138,29 @@ def settle(engine):
     raise AssertionError("a request is never over")
 
 
+def cancel_while_loaded(engine, job, kv_transfer_params):
+    """As a worker: takes a request, forgets it while its KV comes, and steps while it is busy."""
+    from coldframe.runtime.integrations.vllm.engine import Engine
+    from coldframe.runtime.integrations.vllm.params import ask
+
+    worker = Engine(engine)
+    hold_back(engine)
+    worker.add(job.request, ask(job, (), kv_transfer_params=kv_transfer_params, mode="fast"))
+    for _ in range(3):
+        worker.step()
+    worker.remove(job.request)
+    for _ in range(3):
+        worker.step()
+    assert not len(worker)
+    assert worker.busy
+    let_through(engine)
+    for _ in range(10_000):
+        if not worker.busy:
+            return
+        assert not worker.step()
+    raise AssertionError("it is busy for ever")
+
+
 def run_one(engine, request):
     for _ in range(10_000):
         for output in engine.step():

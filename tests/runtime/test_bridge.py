@@ -18,7 +18,7 @@ from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import SILENCE_S, VLLM_ACK_S, Router, TokenEvent
 from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.staffing import Staffing
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 
 PROMPT = (1, 2, 3)
 

@@ -13,7 +13,7 @@ import pytest
 from coldframe.loader.errors import ReplicaError
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]

@@ -11,7 +11,7 @@ from coldframe.runtime import vllm_options
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.integrations.vllm.params import ENGINE
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.run import add_replica_arguments, replica_options
+from coldframe.runtime.run import add_replica_arguments, for_one_answer, replica_options
 from coldframe.runtime.scale_spec import DecodeSpec, Scale
 
 THERE = ("--vllm-python", sys.executable)
@@ -112,6 +112,22 @@ def test_the_environment_may_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = options()
     assert found.vllm is not None
     assert (found.vllm.python, found.vllm.args) == (sys.executable, (("max_num_seqs", 4),))
+
+
+def test_one_answer_has_no_engine_beside_it_unless_the_command_line_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = "native,vllm"
+    asked = options("--decode", both, *THERE)
+    assert for_one_answer(asked, both) is asked
+    monkeypatch.setenv("COLDFRAME_DECODE", both)
+    found = for_one_answer(options(*THERE), both)
+    assert found.vllm is None
+    assert found.scales["decode"] == Scale(1, 1)
+    alone = options("--decode", "vllm", *THERE)
+    assert for_one_answer(alone, "vllm") is alone
+    monkeypatch.setenv("COLDFRAME_DECODE", "vllm")
+    assert for_one_answer(alone, "vllm") is alone
 
 
 @pytest.mark.parametrize(

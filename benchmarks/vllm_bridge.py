@@ -30,7 +30,7 @@ from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import TokenEvent
 from coldframe.runtime.units import byte_count
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 
 __all__ = ["add_arguments", "run"]
 

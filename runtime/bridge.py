@@ -14,6 +14,7 @@ does not come up, or dies, is tried again ever later.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Protocol
 
@@ -80,6 +81,9 @@ class Bridge:
         """Whether the engine is up, and gets all that is handed over."""
         self.why: str | None = None
         """Why there is none at the moment, where that is no start."""
+        self.counts: Counter[str] = Counter()
+        """How often one took decode over (`takeover`), died (`died`), and never came up
+        (`failed_start`)."""
         self._employer = employer
         self._router = router
         self._recorder = recorder
@@ -117,6 +121,7 @@ class Bridge:
         try:
             self._employer.start("vllm")
         except ColdframeError as error:
+            self.counts["failed_start"] += 1
             self._failed(str(error))
 
     def _is_urgent(self) -> bool:
@@ -162,6 +167,7 @@ class Bridge:
         if not self.wanted or worker.role != "vllm":
             return
         self.decodes, self.pending, self.why, self._hurried = True, False, None, False
+        self.counts["takeover"] += 1
         self._up_at = self._clock()
         moved = stay = 0
         for native in self._native_workers():
@@ -185,6 +191,7 @@ class Bridge:
             return False
         if self.decodes and self._clock() - self._up_at > _PROVEN_S:
             self._again_s = AGAIN_S
+        self.counts["died" if self.decodes else "failed_start"] += 1
         self.decodes = False
         self._router.retire(worker.name)  # it is still there, and gets nothing more
         self._failed(why)

@@ -11,10 +11,12 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+
+if TYPE_CHECKING:
+    from coldframe.runtime.flags import Parser
 
 __all__ = [
     "AUTO",

@@ -46,6 +46,7 @@ class FrontCount:
         self._by_decode_before = 0
         self._stored_before: Counter[str] = Counter()
         self._faults_before: Counter[str] = Counter()
+        self._vllm_before: Counter[str] = Counter()
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
 
     def step(self, replica: Replica | None, *, idle: bool, parked: bool = False) -> None:
@@ -76,6 +77,7 @@ class FrontCount:
         self._by_decode_before += replica.prefilled_by_decode
         self._stored_before = self._stored(replica.usage, now=False)
         self._faults_before += replica.faults.counts
+        self._vllm_before += replica.bridge.counts
         self._replica, self._answered = None, False
         self._busy.enter("zero")
 
@@ -112,6 +114,8 @@ class FrontCount:
             parked_s=self._busy.parked_s,
             device_s=self._busy.by_device,
             device_faults=self._faults_before + (replica.faults.counts if replica else Counter()),
+            workers={} if replica is None else replica.staff,
+            vllm_events=self._vllm_before + (replica.bridge.counts if replica else Counter()),
             contexts_away_bytes=(away or {}).get("bytes", 0),
             memory={name: kinds for name, kinds in found.items() if kinds},
         )

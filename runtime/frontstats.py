@@ -56,6 +56,9 @@ class FrontStats:
             and while it was held and none was (`idle`).
         device_faults: How often a GPU was `lost`, and how often the CPU has stood in for one that
             could not be used (`fallback`).
+        workers: By role: how many start (`starting`), are `up`, and are to go (`leaving`).
+        vllm_events: How often a vLLM engine took decode over (`takeover`), never came up
+            (`failed_start`), and `died` while it decoded, beside native workers.
         contexts_away_bytes: What the workers' contexts took of a GPU that they have left for now.
         memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
             told with one model only.
@@ -78,6 +81,8 @@ class FrontStats:
     parked_s: float = 0.0
     device_s: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     device_faults: Mapping[str, int] = field(default_factory=dict)
+    workers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    vllm_events: Mapping[str, int] = field(default_factory=dict)
     contexts_away_bytes: int = 0
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 

@@ -236,8 +236,8 @@ class Launch:
     def start_workers(self) -> None:
         """Starts the workers that the first token needs; the others are to follow (`later`).
 
-        One for prefill at once, and with it a vLLM engine that alone decodes; beside native workers
-        that is started later (`bridge`). The one for decode, and all that the front does next, keep
+        One for prefill at once. The one for decode, or a vLLM engine that alone decodes (beside
+        native workers that is started later, see `bridge`), and all that the front does next, keep
         off the cores until the memory service has asked for the first byte: on a small machine they
         would only take turns with it. Where they are clones, which are there in no time, they keep
         off until prefill waits for weights or has its first token. So do further ones of each role.
@@ -252,7 +252,7 @@ class Launch:
         self.later = [role for role, scale in scales.items() for _ in range(scale.least - 1)]
         try:
             for role in first:
-                if role == "decode" and not self.options.hold_load:
+                if role != "prefill" and not self.options.hold_load:
                     self.memories[0].channel.wait_readable(_FIRST_BYTE_S)
                 if self.workers and self.tiers.best is not None and role != "vllm":
                     self.later.insert(0, role)

@@ -9,13 +9,23 @@ from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.identity import Identity
 
 __all__ = ["BLOCK_TOKENS", "ReplicaOptions", "ScalingOptions", "SnapshotOptions", "model_name"]
 
 BLOCK_TOKENS = 32
 """Tokens in a KV block; the same in all processes of a replica."""
+_OF_A_GPU = (
+    "attention_backend",
+    "attention_config",
+    "compilation_config",
+    "cudagraph_capture_sizes",
+    "enforce_eager",
+    "kv_cache_dtype",
+    "max_cudagraph_capture_size",
+)
+"""Arguments of vLLM's that are about a device's kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +190,11 @@ class ReplicaOptions:
     def on_cpu(self, why: str) -> ReplicaOptions:
         """The same without a GPU, and why."""
         bounds = {role: replace(scale, device=None) for role, scale in self.scales.items()}
+        vllm = self.vllm
+        if vllm is not None and self.device_of("vllm") != CPU:
+            # What was said of a GPU's memory and kernels says nothing of this one's.
+            args = tuple(item for item in vllm.args if item[0] not in _OF_A_GPU)
+            vllm = replace(vllm, device=None, kv_bytes=None, args=args)
         return replace(
             self,
             device="cpu",
@@ -187,7 +202,7 @@ class ReplicaOptions:
             fall_back=False,
             prefill=bounds["prefill"],
             decode=bounds["decode"],
-            vllm=self.vllm and replace(self.vllm, device=None),
+            vllm=vllm,
         )
 
     def device_of(self, role: str) -> str:

@@ -21,6 +21,7 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.wire import Channel, Message
+from coldframe.runtime.bridge import Bridge
 from coldframe.runtime.contexts import Contexts
 from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.engine.params import SamplingParams
@@ -213,6 +214,11 @@ class Replica:
     def bridging(self) -> bool:
         """Whether a vLLM engine that is to take decode over is still on its first start."""
         return self._workforce.bridge.pending
+
+    @property
+    def bridge(self) -> Bridge:
+        """Who decodes where there is a vLLM engine beside native workers."""
+        return self._workforce.bridge
 
     @property
     def load_s(self) -> float:

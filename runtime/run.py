@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import signal
 import sys
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from coldframe.runtime.replica import Replica
     from coldframe.runtime.router import TokenEvent
 
-__all__ = ["add_arguments", "run", "terminate", "warn"]
+__all__ = ["add_arguments", "for_one_answer", "run", "terminate", "warn"]
 
 _SPANS_NS = 1_000_000_000
 _SNAPSHOT_NEWS = {
@@ -159,6 +161,21 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
     )
 
 
+def for_one_answer(options: ReplicaOptions, decode: str) -> ReplicaOptions:
+    """The same without a vLLM engine beside native workers, where only the environment names it.
+
+    It would start behind the first token of a single answer and mostly be up behind the last one.
+
+    Args:
+        options: What was asked for.
+        decode: What `--decode` is, or else its twin in the environment.
+    """
+    bridge = options.vllm is not None and not options.vllm.alone
+    if bridge and os.environ.get("COLDFRAME_DECODE") == decode:
+        return replace(options, vllm=None)
+    return options
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs the command.
 
@@ -173,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows what it can
     try:
-        options = replica_options(args)
+        options = for_one_answer(replica_options(args), args.decode)
         launch = Launch(options, recorder, args.memory, args.restorer)
         launch.start_workers()
         imported = now()

@@ -12,6 +12,8 @@ __all__ = ["StartLog"]
 
 _SPANS_NS = 2_000_000_000
 """How long after the first token spans of the start may still come."""
+_BRIDGE = ("takeover", "vllm_failed")
+"""The front's spans of a vLLM engine."""
 
 
 class StartLog:
@@ -31,25 +33,37 @@ class StartLog:
         self._spans: list[Span] = []
         self._facts: dict[str, Any] = {}
         self._told: dict[str, Any] | None = None
+        self._late = False
+        """Whether only a vLLM engine is still on its way."""
+        self.decode: dict[str, str | None] | None = None
+        """Who decodes, and why not vLLM where it should; None where no vLLM is wanted."""
 
     @property
     def first_token_s(self) -> float:
         """How long the first token has been waited for, or was, in seconds."""
         return ((self.first_token_ns or now()) - self.began_ns) / 1e9
 
-    def step(self, replica: Replica) -> None:
-        """Takes note of what there is; to be called after each poll."""
+    def step(self, replica: Replica) -> bool:
+        """Takes note of what there is; to be called after each poll.
+
+        Returns:
+            Whether decode has changed hands between native workers and vLLM.
+        """
         if self.first_token_ns is None and replica.answered:
             self.first_token_ns = now()
         if self.open:
             self._take(replica)
             late = self.first_token_ns is not None and now() - self.first_token_ns > _SPANS_NS
-            if late and replica.loaded and not replica.bridging:
+            self._late = late and replica.loaded
+            if self._late and not replica.bridging:
                 self.close()
         else:
             # Every request to come has spans, too.
             self._recorder.drain()
             replica.spans.clear()
+        before, self.decode = self.decode, _decode(replica)
+        engines = [None if told is None else told["engine"] for told in (before, self.decode)]
+        return before is not None and engines[0] != engines[1]
 
     def close(self) -> None:
         """Takes no more: the start is over."""
@@ -73,9 +87,27 @@ class StartLog:
                 "load_mode": facts.get("mode"),
                 "verified": facts.get("verified"),
             }
-        return self._told
+        return {**self._told, "decode": self.decode}  # which goes on after the start
 
     def _take(self, replica: Replica) -> None:
         self._facts = replica.facts
-        self._spans += [*self._recorder.drain(), *replica.spans]
+        spans = [*self._recorder.drain(), *replica.spans]
         replica.spans.clear()
+        # An engine's first start may take minutes, and each request meanwhile has spans, too.
+        self._spans += filter(_of_vllm, spans) if self._late else spans
+
+
+def _of_vllm(span: Span) -> bool:
+    """Whether a span is one of a vLLM engine's start, or of the front for it."""
+    if span.process.startswith("vllm"):
+        return not span.name.startswith("kv_load")
+    spawned = span.name == "process_spawn" and (span.note or "").startswith("vllm")
+    return spawned or span.name in _BRIDGE
+
+
+def _decode(replica: Replica) -> dict[str, str | None] | None:
+    if replica.options.vllm is None:
+        return None
+    bridge = replica.bridge
+    by_vllm = replica.options.vllm.alone or bridge.decodes
+    return {"engine": "vllm" if by_vllm else "native", "why": bridge.why}

@@ -304,7 +304,8 @@ class Supervisor:
     def _step(self, replica: Replica) -> None:
         if not self._has_settled(replica):
             return
-        self.start_log.step(replica)
+        if self.start_log.step(replica):
+            self._log.info("decode", **(self.start_log.decode or {}))
         if self.state == "warm" and not replica.loaded:
             self.state, self._first = "starting", FirstToken()  # it had to start over
         if replica.known and self.state in ("starting", "warm"):

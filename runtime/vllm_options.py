@@ -9,7 +9,6 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -18,13 +17,15 @@ from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.scale_spec import DecodeSpec
 from coldframe.runtime.units import byte_count
+from coldframe.runtime.vllm_spec import VllmOptions
 
-__all__ = ["VllmOptions", "add_vllm_arguments", "vllm_options"]
+__all__ = ["add_vllm_arguments", "vllm_options"]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OURS = {
     "model": "MODEL says that.",
     "tokenizer": "It is the model's.",
+    "dtype": "It is the checkpoint's: weights and KV are those of the native workers.",
     "load_format": "The weights are coldframe's.",
     "model_loader_extra_config": "The weights are coldframe's.",
     "kv_transfer_config": "The KV comes from coldframe's prefill.",
@@ -32,34 +33,19 @@ _OURS = {
     "gpu_memory_utilization": "Use --vllm-kv: the memory is shared with the other workers.",
     "logits_processors": "Sampling is coldframe's, so that all engines draw the same tokens.",
     "logprobs_mode": "Log-probabilities are those of the native workers.",
+    "max_logprobs": "There are as many as native workers give.",
+    "structured_outputs_config": "Grammars are xgrammar's, without blanks of the model's choice.",
+    "speculative_config": "Tokens are drawn one by one, by their seed and position.",
     "generation_config": "Each request comes with all that it asks for.",
     "async_scheduling": "Requests come and go between two steps.",
     "disable_log_stats": "The replica has metrics of its own.",
+    "tensor_parallel_size": "Its ranks would be processes without a connection to the memory.",
+    "distributed_executor_backend": "One process has the whole engine, and the weights with it.",
+    "worker_cls": "One process has the whole engine, and its worker is vLLM's own.",
     "data_parallel_size": "Start one replica for each.",
     "pipeline_parallel_size": "One process has the whole engine.",
 }
 """Arguments of vLLM's that are not to be given, and what to do instead."""
-
-
-@dataclass(frozen=True, slots=True)
-class VllmOptions:
-    """A vLLM engine among a replica's workers.
-
-    Args:
-        python: The interpreter that has vLLM, and this package.
-        device: Where it computes; None for where the replica does.
-        alone: Whether nobody else decodes. Else native workers do until it is up.
-        move: Whether what native workers decode then moves over, with its KV.
-        kv_bytes: Memory of its own for KV; None takes what the native KV has.
-        args: More arguments of its `EngineArgs`.
-    """
-
-    python: str = sys.executable
-    device: str | None = None
-    alone: bool = False
-    move: bool = False
-    kv_bytes: int | None = None
-    args: tuple[tuple[str, Any], ...] = ()
 
 
 def add_vllm_arguments(parser: Parser) -> None:

@@ -27,6 +27,7 @@ PREFIX = "coldframe_"
 _OPENMETRICS = "application/openmetrics-text"
 _TIERS = ("image", "template", "fresh")
 _FAULTS = ("lost", "fallback")
+_VLLM = ("takeover", "failed_start", "died")
 
 _Labels = Mapping[tuple[str, ...], float]
 
@@ -229,6 +230,23 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         "How often a GPU was lost, and how often the CPU has stood in for one (fallback).",
         ["model", "kind"],
         _each(stats, lambda told: {kind: told.device_faults.get(kind, 0) for kind in _FAULTS}),
+    )
+    yield _gauge(
+        "workers",
+        "Workers by role, and whether they start, are up, or are to go (leaving).",
+        ["model", "role", "state"],
+        {
+            (model, role, state): count
+            for model, told in stats.items()
+            for role, states in told.workers.items()
+            for state, count in states.items()
+        },
+    )
+    yield _counter(
+        "vllm_events",
+        "How often vLLM took decode over from native workers, did not come up, and died.",
+        ["model", "event"],
+        _each(stats, lambda told: {event: told.vllm_events.get(event, 0) for event in _VLLM}),
     )
     yield _gauge(
         "process_memory_bytes",

@@ -12,6 +12,8 @@
       "device_why": why there, where nobody has named it, or null,
       "contexts": of the workers, while parked on a GPU: {"away": 2, "of": 2, "bytes" they took,
         "seconds" that it took, "why" they stay, or null}; else null,
+      "decode": {"engine": "native" | "vllm", which decodes now, "why" not vLLM, or null}, where it
+        is to; else, and at zero, null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
@@ -63,6 +65,7 @@ class Startup(TypedDict):
     device: str | None
     device_why: str | None
     contexts: Mapping[str, Any] | None
+    decode: Mapping[str, Any] | None
     error: Mapping[str, Any] | None
     failures: int
     queue: Queue
@@ -87,6 +90,7 @@ def startup_document(
     running: int,
     waiting: int,
     timeline: Mapping[str, Any] | None,
+    decode: Mapping[str, Any] | None = None,
 ) -> Startup:
     """The document.
 
@@ -96,6 +100,7 @@ def startup_document(
         running: Sequences with the workers.
         waiting: Sequences that wait for them.
         timeline: What the front answered, or None where it did not.
+        decode: Likewise, of who decodes.
     """
     loading = state.phase == "starting"
     return {
@@ -110,6 +115,7 @@ def startup_document(
         "device": state.device,
         "device_why": state.device_why,
         "contexts": state.contexts,
+        "decode": None if state.phase == "zero" else decode,
         "error": state.error,
         "failures": state.failures,
         "queue": {"running": running, "waiting": waiting},

@@ -54,7 +54,8 @@ class Status:
 
     async def startup(self, request: Request) -> Response:
         model = self._engine.pick(request.query_params.get("model"))
-        return JsonResponse(self._document(model, (await model.ask("startup"))["timeline"]))
+        told = await model.ask("startup")
+        return JsonResponse(self._document(model, told["timeline"], told.get("decode")))
 
     async def metrics(self, request: Request) -> Response:
         from coldframe.runtime.frontstats import FrontStats
@@ -79,13 +80,19 @@ class Status:
             return Response(status_code=304, headers=dict(page.headers))
         return Response(page.body, headers=dict(page.headers))
 
-    def _document(self, model: ServedModel, timeline: Mapping[str, Any] | None) -> Startup:
+    def _document(
+        self,
+        model: ServedModel,
+        timeline: Mapping[str, Any] | None,
+        decode: Mapping[str, Any] | None = None,
+    ) -> Startup:
         document = startup_document(
             model.name,
             model.state,
             running=model.line.running,
             waiting=model.line.waiting,
             timeline=timeline,
+            decode=decode,
         )
         if len(self._engine.models) > 1:
             document["models"] = self._models()

@@ -18,7 +18,7 @@ from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import SILENCE_S, VLLM_ACK_S, Router, TokenEvent
 from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.staffing import Staffing
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 
 PROMPT = (1, 2, 3)
 
@@ -243,6 +243,7 @@ def test_when_it_dies_native_workers_are_back_and_it_is_tried_ever_later() -> No
         waits.append(waited)
         house.die(house.of("vllm")[0])
     assert waits == [AGAIN_S * 2**n for n in range(4)]
+    assert house.bridge.counts == {"takeover": 1, "died": 1, "failed_start": 4}
 
 
 def test_a_native_worker_that_was_to_go_stays_when_it_dies() -> None:
@@ -274,6 +275,7 @@ def test_one_that_cannot_be_started_is_none() -> None:
     house.seconds(1)
     assert "no process is left" in house.warnings[0]
     assert house.bridge.why is not None
+    assert house.bridge.counts == {"failed_start": 1}
     assert not house.bridge.pending
     house.room = True
     house.seconds(AGAIN_S)

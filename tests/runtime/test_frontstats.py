@@ -178,6 +178,8 @@ def test_the_numbers_travel_as_json() -> None:
         critical={"imports": 0.1},
         device_s={"cuda:0": {"used": 1.5, "idle": 0.5}},
         device_faults={"lost": 1},
+        workers={"vllm": {"starting": 1}},
+        vllm_events={"failed_start": 1},
         memory={"memory": {"anon": 1, "shmem": 2}},
     )
     assert FrontStats.from_wire(json.loads(json.dumps(stats.to_wire()))) == stats

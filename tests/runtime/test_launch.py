@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.process import Child
+from coldframe.loader.process import Child, spawn_python
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
+from coldframe.runtime.vllm_spec import VllmOptions
 
 
 def test_it_is_closed_once(no_leaks: Path) -> None:
@@ -49,3 +50,32 @@ def test_a_worker_compiles_no_kernels(no_leaks: Path, monkeypatch: pytest.Monkey
     launch.close()
     names = ("TORCH_DISABLE_NATIVE_JIT", "TORCH_CUDNN_SDPA_DEPRIORITIZED")
     assert [given[0][name] for name in names] == ["1", "1"]
+
+
+def test_an_engine_keeps_off_the_cores_until_the_first_byte_is_asked_for(
+    no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order: list[str] = []
+
+    def refuse(code: str, *_: object, **__: object) -> Child:
+        order.append("vllm" if "vllm" in code else "native")
+        if order[-1] == "vllm":
+            raise PlatformError("none is needed here")
+        return spawn_python("input()", (), 0, {})
+
+    def wait(*_: object) -> bool:
+        order.append("wait")
+        return True
+
+    monkeypatch.setattr("coldframe.runtime.launch.spawn_python", refuse)
+    monkeypatch.setattr("coldframe.loader.wire.Channel.wait_readable", wait)
+    alone = VllmOptions(alone=True)
+    for hold, expected in ((True, ["native", "vllm"]), (False, ["native", "wait", "vllm"])):
+        order.clear()
+        options = ReplicaOptions(
+            "/none", decode=0, vllm=alone, hold_load=hold, run_dir=str(no_leaks)
+        )
+        launch = Launch(options, Recorder("front"))
+        with pytest.raises(PlatformError, match="none is needed"):
+            launch.start_workers()
+        assert order == expected

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import pytest
 from coldframe.loader.errors import ColdframeError, DeviceError, PlatformError, RequestError
 from coldframe.runtime import vllm_options
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.integrations.vllm.params import ENGINE
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.run import add_replica_arguments, replica_options
+from coldframe.runtime.run import add_replica_arguments, for_one_answer, replica_options
 from coldframe.runtime.scale_spec import DecodeSpec, Scale
 
 THERE = ("--vllm-python", sys.executable)
@@ -89,7 +91,13 @@ def test_what_is_said_of_an_engine() -> None:
     }
     assert found.devices == ("cuda:0", "cuda:1")
     assert found.layout_to_load == "aligned"
-    assert found.on_cpu("no driver").devices == ("cpu",)
+    cpu = found.on_cpu("no driver")
+    assert cpu.devices == ("cpu",)
+    assert cpu.vllm is not None
+    # What was said of the GPU's memory and kernels is gone with it.
+    assert cpu.vllm.kv_bytes is None
+    assert dict(cpu.vllm.args) == {"max_num_seqs": 16, "quantization": "fp8"}
+    assert cpu.vllm.move
     alone = options("--decode", "vllm", *THERE)
     assert alone.vllm is not None
     assert alone.vllm.alone
@@ -104,6 +112,22 @@ def test_the_environment_may_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
     found = options()
     assert found.vllm is not None
     assert (found.vllm.python, found.vllm.args) == (sys.executable, (("max_num_seqs", 4),))
+
+
+def test_one_answer_has_no_engine_beside_it_unless_the_command_line_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    both = "native,vllm"
+    asked = options("--decode", both, *THERE)
+    assert for_one_answer(asked, both) is asked
+    monkeypatch.setenv("COLDFRAME_DECODE", both)
+    found = for_one_answer(options(*THERE), both)
+    assert found.vllm is None
+    assert found.scales["decode"] == Scale(1, 1)
+    alone = options("--decode", "vllm", *THERE)
+    assert for_one_answer(alone, "vllm") is alone
+    monkeypatch.setenv("COLDFRAME_DECODE", "vllm")
+    assert for_one_answer(alone, "vllm") is alone
 
 
 @pytest.mark.parametrize(
@@ -123,6 +147,8 @@ def test_the_environment_may_say_it(monkeypatch: pytest.MonkeyPatch) -> None:
             for argument in (
                 *("model=m", "load-format=auto", "kv_cache_memory_bytes=1", "a", "=1", "A=1"),
                 *("a=1 a=2", "a='1", "logits_processors=x", "pipeline_parallel_size=2"),
+                *("tensor-parallel-size=2", "dtype=float16", "worker_cls=x.Y"),
+                *("distributed_executor_backend=mp", "speculative_config={}"),
             )
         ),
     ],
@@ -133,6 +159,23 @@ def test_what_cannot_be_is_refused(
     with pytest.raises(kind) as raised:
         options(*arguments)
     assert where is None or raised.value.where == where
+
+
+def test_what_the_engine_is_started_with_is_never_overwritten_in_silence() -> None:
+    for name in ENGINE:
+        with pytest.raises(RequestError) as raised:
+            options("--decode", "vllm", "--vllm-args", f"{name}=1", *THERE)
+        assert raised.value.hint
+
+
+def test_no_process_imports_flags_for_what_a_replica_is() -> None:
+    """Each worker imports it, before its first token."""
+    code = (
+        "import sys; import coldframe.runtime.options, coldframe.runtime.scale_spec; "
+        "print(sorted({'argparse', 'shlex', 'coldframe.runtime.flags'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, check=True)
+    assert done.stdout.decode().strip() == "[]"
 
 
 def test_this_python_has_no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

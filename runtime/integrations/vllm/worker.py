@@ -39,6 +39,8 @@ __all__ = ["VllmWorker", "main"]
 
 _NICE = 5
 """Of the thread that starts the engine: it gets a third of what those get who answer."""
+_OOM_SCORE = 500
+"""Of -1000 to 1000, in thousandths of all memory: so much more than it has it seems to have."""
 _MOST_KV = 4 << 30
 """For a model of whose KV nothing is known here, in bytes."""
 _VLLM_DECIDES = -1
@@ -268,6 +270,7 @@ def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = Non
     control = Channel.from_fd(control_fd)
     role = "vllm"
     try:
+        _go_first()
         identity = None
         if user is not None:
             import json
@@ -288,6 +291,17 @@ def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = Non
     finally:
         # Not through the interpreter's end: vLLM's threads would keep it.
         os._exit(1)
+
+
+def _go_first() -> None:
+    """Where memory runs out the kernel ends this process, and not those who answer without it."""
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as file:
+            if int(file.read()) < _OOM_SCORE:
+                file.seek(0)
+                file.write(str(_OOM_SCORE))
+    except OSError as error:  # a container may have it read-only
+        print(f"coldframe: the kernel was not told what to end first: {error}", file=sys.stderr)
 
 
 def _typed(error: Exception, role: str) -> ColdframeError:

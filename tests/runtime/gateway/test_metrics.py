@@ -45,6 +45,8 @@ FRONT = FrontStats(
     zero_s=100.0,
     device_s={"cuda:0": {"used": 7.0, "idle": 1.0}, "cpu": {"used": 20.0, "idle": 5.0}},
     device_faults={"fallback": 1},
+    workers={"decode": {"up": 0, "leaving": 1}, "vllm": {"up": 1}},
+    vllm_events={"takeover": 2, "died": 1},
     memory={"memory": {"anon": 11, "shmem": 22}, "gateway": {"anon": 33}},
 )
 
@@ -242,6 +244,10 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "device_seconds_total", model="m", device="cuda:0", state="used") == 7
     assert one(found, "device_faults_total", model="m", kind="fallback") == 1
     assert one(found, "device_faults_total", model="m", kind="lost") == 0
+    assert one(found, "workers", model="m", role="decode", state="leaving") == 1
+    assert one(found, "workers", model="m", role="vllm", state="up") == 1
+    assert one(found, "vllm_events_total", model="m", event="takeover") == 2
+    assert one(found, "vllm_events_total", model="m", event="failed_start") == 0
     assert one(found, "process_memory_bytes", model="m", process="memory", kind="shmem") == 22
 
 

@@ -115,12 +115,16 @@ def test_the_document_says_when_the_weights_will_be_in() -> None:
         "device": None,
         "device_why": None,
         "contexts": None,
+        "decode": None,
         "error": None,
         "failures": 0,
         "queue": {"running": 0, "waiting": 3},
         "timeline": None,
     }
     assert a_document(READY)["eta_s"] is None
+    by_vllm = {"engine": "vllm", "why": None}
+    assert a_document(READY, decode=by_vllm)["decode"] == by_vllm
+    assert a_document(LoadState("zero"), decode=by_vllm)["decode"] is None
     nothing_yet = a_document(LoadState())
     assert (nothing_yet["rate"], nothing_yet["eta_s"]) == (None, None)
 

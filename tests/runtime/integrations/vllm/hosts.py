@@ -82,6 +82,8 @@ class Host:
             stderr=output,
         )
         theirs.close()
+        if output is not None:
+            output.close()  # the child has its own
         self._connection = Connection(ours.detach())
         try:
             self.ask("start", {"model": str(model), **engine}, wait_s=_START_S)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import pytest
 from coldframe.loader.errors import ReplicaError
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.router import SILENCE_S
+from coldframe.runtime.vllm_spec import VllmOptions
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -98,6 +98,13 @@ def native_answers(
     return list(zip(wishes, clients, strict=True))
 
 
+@pytest.fixture
+def _silence_is_borne(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A native worker that is stopped while an engine starts is not taken for dead."""
+    monkeypatch.setitem(SILENCE_S, "decode", 2 * START_S)
+
+
+@pytest.mark.usefixtures("_silence_is_borne")
 def test_vllm_takes_decode_over_and_gives_it_back(
     model: Path, native_answers: list[tuple[Wish, Client]], no_leaks: Path
 ) -> None:
@@ -173,6 +180,7 @@ def _killed(replica: Replica, model: Path) -> None:
     nothing_held(replica)
 
 
+@pytest.mark.usefixtures("_silence_is_borne")
 def test_what_is_under_way_moves_with_its_kv(model: Path, no_leaks: Path) -> None:
     with Replica(options(model, no_leaks, move=True)) as replica:
         clients = [ask(replica, prompt, 120) for prompt in PROMPTS[:4]]
@@ -221,10 +229,8 @@ def test_vllm_alone_decodes(model: Path, no_leaks: Path) -> None:
     with Replica(options(model, no_leaks, alone=True)) as replica:
         clients = [ask(replica, prompt, 24) for prompt in PROMPTS]
         wait_for(replica, lambda: all(client.events for client in clients))
-        began = time.monotonic()
         assert replica.staff["vllm"]["up"] == 0  # prefill is native
         finish(replica, *clients, seconds=START_S)
-        assert time.monotonic() > began
         for prompt, client in zip(PROMPTS, clients, strict=True):
             assert client.tokens == expected(model, tuple(prompt), 24)
         os.kill(pid_of(replica, "vllm"), signal.SIGKILL)

@@ -46,6 +46,10 @@ def test_a_server_whose_decode_is_taken_over(demo_model: Make) -> None:
         found = stages(server)
         for name in ("vllm_config", "vllm_weights", "vllm_kv", "vllm_warmup"):
             assert name in found
+        assert server.get("/startup").json()["decode"] == {"engine": "vllm", "why": None}
+        metrics = server.metrics()
+        assert metrics["coldframe_vllm_events_total{takeover}"] == 1
+        assert metrics["coldframe_workers{vllm,up}"] == 1
         assert all_at_once(server) == answers
         whole = server.post(
             "/v1/completions",

@@ -17,7 +17,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_options import VllmOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 from tests.runtime.gateway.chat_templates import TEMPLATES
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of
 from tests.runtime.serving import Server, served

@@ -1,0 +1,81 @@
+"""What a start's log takes, and what it tells of who decodes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from coldframe.loader.timeline import Recorder, Span, now
+from coldframe.runtime import startlog
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.startlog import StartLog
+from coldframe.runtime.vllm_spec import VllmOptions
+
+
+def replica(vllm: VllmOptions | None) -> Any:
+    """What a log looks at of a replica that is loaded and has answered."""
+    return SimpleNamespace(
+        answered=True,
+        loaded=True,
+        bridging=vllm is not None,
+        bridge=SimpleNamespace(decodes=False, why=None),
+        options=SimpleNamespace(vllm=vllm),
+        facts={},
+        spans=[],
+    )
+
+
+def names(log: StartLog) -> list[str]:
+    return [span.name for span in log.timeline().spans]
+
+
+def test_while_an_engine_starts_requests_are_not_collected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder = Recorder("front")
+    log, there = StartLog(now(), recorder), replica(VllmOptions())
+    there.spans.append(Span("prefill[0]", "prefill-0", 1, 2))
+    assert not log.step(cast(Replica, there))
+    assert names(log) == ["prefill[0]"]
+    monkeypatch.setattr(startlog, "_SPANS_NS", -1)
+    log.step(cast(Replica, there))
+    assert log.open
+    for _ in range(100):
+        there.spans += [Span("prefill[1]", "prefill-0", 3, 4), Span("decode", "decode-1", 4, 5)]
+        log.step(cast(Replica, there))
+        assert there.spans == []
+    recorder.add("process_spawn", 3, 4, note="vllm-2")
+    recorder.add("process_spawn", 3, 4, note="decode-3")
+    there.spans.append(Span("vllm_config", "vllm-2", 5, 6))
+    log.step(cast(Replica, there))
+    recorder.add("takeover", 7)
+    there.bridge.decodes, there.bridging = True, False
+    assert log.step(cast(Replica, there))
+    assert not log.open
+    assert names(log) == ["prefill[0]", "process_spawn", "vllm_config", "takeover"]
+
+
+def test_who_decodes_is_told_after_the_start_too() -> None:
+    log, there = StartLog(now(), Recorder("front")), replica(VllmOptions())
+    assert log.document()["decode"] is None
+    log.step(cast(Replica, there))
+    assert log.document()["decode"] == {"engine": "native", "why": None}
+    there.bridge.decodes = True
+    assert log.step(cast(Replica, there))
+    assert not log.step(cast(Replica, there))
+    log.close()
+    assert log.document()["decode"] == {"engine": "vllm", "why": None}
+    there.bridge.decodes, there.bridge.why = False, "it was killed"
+    assert log.step(cast(Replica, there))
+    assert log.document()["decode"] == {"engine": "native", "why": "it was killed"}
+
+
+def test_without_an_engine_nothing_is_said_of_it() -> None:
+    log, there = StartLog(now(), Recorder("front")), replica(None)
+    assert not log.step(cast(Replica, there))
+    assert log.document()["decode"] is None
+    alone = StartLog(now(), Recorder("front"))
+    assert not alone.step(cast(Replica, replica(VllmOptions(alone=True))))
+    assert alone.document()["decode"] == {"engine": "vllm", "why": None}

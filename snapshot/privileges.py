@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -40,6 +41,8 @@ _PR_CAP_AMBIENT_CLEAR_ALL = 4
 _CAP_KILL, _CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 5, 6, 7, 8
 _CAPABILITY_VERSION_3 = 0x20080522  # linux/capability.h: two words of 32 capabilities each
 _LOW = (1 << 32) - 1
+_ENDING_S = 5.0
+"""How long a thread of a low priority may take from its last line to its end, in seconds."""
 _CHANGE = 1 << _CAP_SETGID | 1 << _CAP_SETUID
 """What a thread needs to become another user's."""
 
@@ -238,15 +241,28 @@ def _verify(wanted: dict[str, object], spared: int = 0) -> None:
     """
     own = os.path.basename(os.readlink("/proc/thread-self"))
     for thread in os.listdir("/proc/self/task"):
-        try:
-            status = _status(f"self/task/{thread}")
-        except (FileNotFoundError, ProcessLookupError):  # it has ended
-            continue
-        if thread != own:
-            status.update({name: status[name] & ~spared for name in ("CapPrm", "CapEff")})
-        for field, expected in wanted.items():
-            if status.get(field, 0) != expected:
-                raise _failure(f"{field} is not what it should be", expected, status.get(field))
+        deadline = time.monotonic() + _ENDING_S
+        while (wrong := _wrong(thread, wanted, 0 if thread == own else spared)) is not None:
+            # libc leaves a thread as it is that runs no code any more, and is about to be gone.
+            if thread == own or time.monotonic() > deadline:
+                field, expected, got = wrong
+                raise _failure(f"{field} is not what it should be", expected, got)
+            time.sleep(0.001)
+
+
+def _wrong(
+    thread: str, wanted: dict[str, object], spared: int
+) -> tuple[str, object, object] | None:
+    """A field of which the kernel says something else of a thread, what it should be and is."""
+    try:
+        status = _status(f"self/task/{thread}")
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return None
+    status.update({name: status[name] & ~spared for name in ("CapPrm", "CapEff")})
+    for field, expected in wanted.items():
+        if status.get(field, 0) != expected:
+            return field, expected, status.get(field)
+    return None
 
 
 def _may(status: dict[str, Any], capability: int) -> bool:

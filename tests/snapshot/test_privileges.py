@@ -317,3 +317,33 @@ def test_this_test_process_was_not_touched() -> None:
     assert drop.__module__ == "coldframe.snapshot.privileges"
     with open("/proc/self/status") as file:
         assert "NoNewPrivs:\t0" in file.read()
+
+
+ENDING = """
+import os, threading
+from coldframe.loader.errors import PlatformError
+from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.privileges import become, confine
+who = Identity(65534, 65534, (12,))
+confine(who)
+for _ in range(100):
+    child = os.fork()
+    if not child:
+        for _ in range(8):
+            threading.Thread(target=lambda: None).start()
+        try:
+            become(who)
+        except PlatformError as error:
+            print(error, flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.usefixtures("as_root")
+def test_a_thread_that_is_about_to_be_gone_is_none() -> None:
+    # libc does not change the user of one that has run its last line.
+    done = subprocess.run(
+        [sys.executable, "-c", ENDING], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == ""

@@ -46,7 +46,7 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     """Of the tokens, where they were asked for."""
     kv_transfer_params: dict[str, Any] | None = None
-    cached: int = 0
+    cached: int = field(default=0, compare=False)
     """Tokens of the prompt that it had KV of when it began."""
 
 

@@ -58,7 +58,14 @@ def close(supervisor: Supervisor) -> None:
 
 def compilers() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return [c for c in children if any("runtime.compiler" in part for part in c.cmdline())]
+    return [c for c in children if any("runtime.compiler" in part for part in command_of(c))]
+
+
+def command_of(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.NoSuchProcess:  # it has ended since it was found
+        return []
 
 
 def left_in_cache(tmp_path: Path) -> list[Path]:

@@ -8,7 +8,7 @@ from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import RENEW_S, Handoff, Job
+from coldframe.runtime.handoff import RENEW_S, Handoff
 from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
@@ -178,22 +178,7 @@ class _DecodeRole:
         self._seen.pop(request, None)  # it may come back in the same attempt
         self._pool.hand_over(sequence)
         self._moved.add(request)
-        job = Job(
-            request,
-            sequence.attempt,
-            sequence.params,
-            prompt_ids=sequence.prompt_ids,
-            generated_ids=tuple(sequence.generated_ids),
-        )
-        handoff = Handoff(
-            job,
-            self._worker.plan.fingerprint,
-            kv_format(self._worker.spec.dtype),
-            tuple(sequence.blocks),
-            sequence.kv_tokens,
-            self._worker.device,
-        )
-        self._worker.control.send({"type": "handoff", "handoff": handoff.to_wire()})
+        self._worker.give_on(sequence)
 
     def _cancel(self, request: str) -> None:
         self._moved.discard(request)

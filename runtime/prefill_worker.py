@@ -12,11 +12,11 @@ from coldframe.loader.wire import Message
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.saturation import Saturation, SaturationProbe
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import RENEW_S, Handoff, Job
+from coldframe.runtime.handoff import RENEW_S, Job
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prompts import bounded, token_ids
 from coldframe.runtime.underway import Underway
-from coldframe.runtime.worker import Worker, kv_format
+from coldframe.runtime.worker import Worker
 
 __all__ = ["run"]
 
@@ -251,19 +251,4 @@ class _PrefillRole:
         # From here on the decode worker may take the blocks; the lease keeps them until then.
         self._pool.hand_over(sequence)
         self._handed[request] = sequence.left - 1
-        job = Job(
-            request,
-            sequence.attempt,
-            sequence.params,
-            prompt_ids=sequence.prompt_ids,
-            generated_ids=tuple(sequence.generated_ids),
-        )
-        handoff = Handoff(
-            job,
-            self._worker.plan.fingerprint,
-            kv_format(self._worker.spec.dtype),
-            tuple(sequence.blocks),
-            sequence.kv_tokens,
-            self._worker.device,
-        )
-        self._worker.control.send({"type": "handoff", "handoff": handoff.to_wire()})
+        self._worker.give_on(sequence)

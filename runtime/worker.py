@@ -36,6 +36,7 @@ from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.decode_steps import DecodeSteps
+from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.kvpool import KvPool
 from coldframe.runtime.letting_go import LettingGo
 from coldframe.runtime.options import BLOCK_TOKENS
@@ -358,6 +359,25 @@ class Worker:
             TextStream(self.tokenizer, prompt_ids, job.params.stop),
             self.spec.eos_token_ids,
         )
+
+    def give_on(self, sequence: Sequence) -> None:
+        """Tells the front of a request that another worker is to go on with."""
+        job = Job(
+            sequence.request,
+            sequence.attempt,
+            sequence.params,
+            prompt_ids=sequence.prompt_ids,
+            generated_ids=tuple(sequence.generated_ids),
+        )
+        handoff = Handoff(
+            job,
+            self.plan.fingerprint,
+            kv_format(self.spec.dtype),
+            tuple(sequence.blocks),
+            sequence.kv_tokens,
+            self.device,
+        )
+        self.control.send({"type": "handoff", "handoff": handoff.to_wire()})
 
     def refuse(self, job: Job, error: ColdframeError) -> None:
         """Tells the front that one request has failed here."""

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from coldframe.loader.errors import DeviceFull, ReplicaError, RequestError
 from coldframe.runtime.integrations.vllm.engine import _why_not, engine_arguments
-
-torch = pytest.importorskip("torch")
 
 
 def test_a_replicas_engine_has_no_gates() -> None:

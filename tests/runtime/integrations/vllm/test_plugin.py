@@ -6,10 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-pytest.importorskip("torch")
-
 TILES = 1 << 18
 _ROOT = Path(__file__).parents[4]
 _CODE = """

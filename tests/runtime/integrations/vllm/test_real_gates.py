@@ -9,12 +9,11 @@ import weakref
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from coldframe.loader.errors import ReplicaError, SourceChanged
 
 pytestmark = pytest.mark.vllm
-
-torch = pytest.importorskip("torch")
 
 
 class Model(torch.nn.Module):

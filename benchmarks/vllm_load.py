@@ -153,6 +153,8 @@ def _start(args: argparse.Namespace, extra: dict[str, Any] | None, place: str) -
 def _engine(args: argparse.Namespace, extra: dict[str, Any] | None) -> dict[str, Any]:
     arguments: dict[str, Any] = {"dtype": args.dtype}
     if extra is not None:
+        # Behind gates nobody waits for weights, and there would be nothing to measure here.
+        extra = {"gated": False, **extra}
         arguments |= {"load_format": "coldframe", "model_loader_extra_config": extra}
     command = [str(args.vllm_python), "-W", "ignore", "-c", _START]
     done = subprocess.run(

@@ -14,6 +14,7 @@ the whole one; any other look at it is refused before it reads what is not there
 
 from __future__ import annotations
 
+import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -119,9 +120,13 @@ class Fate:
 
 @dataclass(slots=True)
 class _Target:
-    """A parameter, and the copies into it that have been noted."""
+    """A parameter, and the copies into it that have been noted.
 
-    parameter: torch.nn.Parameter
+    It is not kept alive: where vLLM packs a layer's weights and drops what it has packed, that
+    memory is to be free, and not when all layers are packed.
+    """
+
+    parameter: weakref.ref[torch.nn.Parameter]
     fate: Fate
     noted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
 
@@ -152,14 +157,15 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._showing: tuple[int, int, int, str] | None = None
         self._changed: dict[int, _Target] = {}
         self.fates: dict[str, Fate] = {}
-        self._targets: list[_Target] = []
+        starts: list[tuple[int, _Target]] = []
         for name, parameter in parameters.items():
             fate = Fate(name, parameter.numel() * parameter.element_size())
             self.fates[name] = fate
             if fate.nbytes and not parameter.is_meta:
-                self._targets.append(_Target(parameter, fate))
-        self._targets.sort(key=lambda target: target.parameter.data_ptr())
-        self._starts = [target.parameter.data_ptr() for target in self._targets]
+                starts.append((parameter.data_ptr(), _Target(weakref.ref(parameter), fate)))
+        starts.sort(key=lambda pair: pair[0])
+        self._starts = [start for start, _ in starts]
+        self._targets = [target for _, target in starts]
 
     def show(self, shown: Shown) -> torch.Tensor:
         """The tensor for vLLM's loaders, which may look at it until the next one is shown."""
@@ -252,7 +258,8 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         target = self._targets[at]
         # What was a parameter's memory before it was laid over the arena is anybody's by now.
-        gone = target.fate.address is not None
+        replaced = target.parameter() is None and not target.noted
+        gone = replaced or target.fate.address is not None
         return None if gone or address >= self._starts[at] + target.fate.nbytes else target
 
     # -- what becomes of it ----------------------------------------------------------------------
@@ -260,18 +267,22 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _settle(self, target: _Target) -> None:
         if not target.noted:
             return
-        why = target.fate.why or self._keep_apart(target.fate.name, target.parameter)
+        parameter = target.parameter()
+        if parameter is None:
+            # The loader has put another one in its place, which may be the same memory.
+            self._copy(target, "replaced")
+            return
+        why = target.fate.why or self._keep_apart(target.fate.name, parameter)
         if why is None:
-            found = self._one_run(target)
+            found = self._one_run(target, parameter)
             if isinstance(found, int):
-                self._lay_over(target, found)
+                self._lay_over(target, parameter, found)
                 return
             why = found
         self._copy(target, why)
 
-    def _one_run(self, target: _Target) -> int | Reason:
+    def _one_run(self, target: _Target, parameter: torch.nn.Parameter) -> int | Reason:
         """Where the bytes of a whole parameter lie one behind another, or why they do not."""
-        parameter = target.parameter
         base = parameter.data_ptr()
         if not parameter.is_contiguous():
             return "strided"
@@ -292,8 +303,8 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return "unaligned"
         return base + shift
 
-    def _lay_over(self, target: _Target, address: int) -> None:
-        parameter, fate = target.parameter, target.fate
+    def _lay_over(self, target: _Target, parameter: torch.nn.Parameter, address: int) -> None:
+        fate = target.fate
         flat = tensor_over(address, fate.nbytes, self._memory.dlpack_device)
         parameter.data = flat.view(parameter.dtype).view(parameter.shape)
         fate.address = address

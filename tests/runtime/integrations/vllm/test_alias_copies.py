@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -100,6 +101,31 @@ def test_padding_is_filled_behind_the_copy(arena, copying):
     assert copies.fates["p"].why == "padded"
     assert torch.equal(parameter[:rows], expected)
     assert (parameter[rows:] == 0).all()
+
+
+def test_what_vllm_has_dropped_is_free(arena, copying):
+    """Packed layers have parameters of their own; what was packed is not to be there as well."""
+    name = "model.embed_tokens.weight"
+    parameter, copies = copying(*tensors_of(*arena)[name].shape, apart="as asked")
+    memory = weakref.ref(parameter.untyped_storage())
+    with copies:
+        parameter.data.copy_(copies.show(_shown(arena, name)))
+    copies.settle()
+    assert memory() is not None
+    del parameter
+    assert memory() is None
+
+
+def test_a_parameter_that_is_replaced_in_mid_load_has_its_weights(arena, copying):
+    name = "model.embed_tokens.weight"
+    expected = tensors_of(*arena)[name]
+    parameter, copies = copying(*expected.shape)
+    with copies:
+        parameter.data.copy_(copies.show(_shown(arena, name)))
+        parameter = torch.nn.Parameter(parameter.data, requires_grad=False)
+    copies.settle()
+    assert torch.equal(parameter, expected)
+    assert copies.fates["p"].why == "replaced"
 
 
 def test_nothing_writes_to_the_arena(arena, copying):

@@ -27,14 +27,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from coldframe.loader.errors import CheckpointError
 from coldframe.loader.plan import Placement, Plan
+from coldframe.runtime.integrations.vllm.plain_copies import copy_all, span_of
 from coldframe.runtime.tensors import Memory, tensor_over, torch_dtypes
 
-__all__ = ["Copies", "Fate", "Reason", "Shown", "shown_tensor", "span_of"]
+__all__ = ["Copies", "Fate", "Reason", "Shown", "shown_tensor"]
 
 Reason = str
 """Why a parameter is a copy, in a few words."""
 
 _COPY = torch.ops.aten.copy_.default
+_Noted = list[tuple[torch.Tensor, torch.Tensor]]
+"""Copies that are to be done: where to, and what."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,15 +85,6 @@ def torch_dtypes_all() -> dict[str, torch.dtype]:
     return {**torch_dtypes(), **more}
 
 
-def span_of(tensor: torch.Tensor) -> tuple[int, int]:
-    """The addresses from a tensor's first byte to behind its last."""
-    if tensor.numel() == 0:
-        return tensor.data_ptr(), tensor.data_ptr()
-    pairs = zip(tensor.shape, tensor.stride(), strict=True)
-    reach = 1 + sum((size - 1) * stride for size, stride in pairs)
-    return tensor.data_ptr(), tensor.data_ptr() + reach * tensor.element_size()
-
-
 def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
     strides, step = [], 1
     for size in reversed(shape):
@@ -128,7 +122,7 @@ class _Target:
 
     parameter: weakref.ref[torch.nn.Parameter]
     fate: Fate
-    noted: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    noted: _Noted = field(default_factory=list)
 
 
 class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -179,9 +173,9 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def settle(self) -> None:
         """Makes aliases of the parameters that can be, and does the noted copies of all others."""
         with self._unwatched():
-            for target in self._changed.values():
-                self._settle(target)
+            left = [pair for target in self._changed.values() for pair in self._settle(target)]
             self._changed.clear()
+            copy_all(left)
 
     # -- what the loaders do ---------------------------------------------------------------------
 
@@ -216,7 +210,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._check(func, tensor)
         target = self._target_of(tensor)
         if target is not None and tensor.numel():
-            self._copy(target, _why_done(func, args))
+            copy_all(self._take(target, _why_done(func, args)))
             target.fate.loaded = True
 
     def _refuse_write(self, func: Any, args: Any) -> None:
@@ -264,22 +258,22 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # -- what becomes of it ----------------------------------------------------------------------
 
-    def _settle(self, target: _Target) -> None:
+    def _settle(self, target: _Target) -> _Noted:
+        """Makes an alias of a parameter, or else says what is to be copied."""
         if not target.noted:
-            return
+            return []
         parameter = target.parameter()
         if parameter is None:
             # The loader has put another one in its place, which may be the same memory.
-            self._copy(target, "replaced")
-            return
+            return self._take(target, "replaced")
         why = target.fate.why or self._keep_apart(target.fate.name, parameter)
         if why is None:
             found = self._one_run(target, parameter)
             if isinstance(found, int):
                 self._lay_over(target, parameter, found)
-                return
+                return []
             why = found
-        self._copy(target, why)
+        return self._take(target, why)
 
     def _one_run(self, target: _Target, parameter: torch.nn.Parameter) -> int | Reason:
         """Where the bytes of a whole parameter lie one behind another, or why they do not."""
@@ -310,11 +304,10 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fate.address = address
         target.noted.clear()
 
-    def _copy(self, target: _Target, why: Reason) -> None:
+    def _take(self, target: _Target, why: Reason) -> _Noted:
         target.fate.why = target.fate.why or why
         noted, target.noted = target.noted, []
-        for into, source in noted:
-            into.copy_(source)
+        return noted
 
     @contextmanager
     def _unwatched(self) -> Iterator[None]:

@@ -168,14 +168,14 @@ class VllmWorker(Worker):
         """The engine that a clone came with, and its weights.
 
         Raises:
-            SnapshotError: It has more KV than there is memory for.
+            SnapshotError: It has more KV than there is memory for, and nobody has asked for that.
         """
         from coldframe.runtime.integrations.vllm.connector import connectors
         from coldframe.runtime.integrations.vllm.frozen_memory import fill
 
         # It is taken as it is touched, and the weights, packed, are still to come.
         kv_bytes, most = _kv_bytes_of(engine), memory_available() // 2
-        if kv_bytes > most:
+        if kv_bytes > most and self._init["kv_bytes"] is None:
             raise SnapshotError(
                 "the engine of this image has more KV than there is memory for",
                 where="vLLM's KV",

@@ -82,8 +82,8 @@ class Bridge:
         self.why: str | None = None
         """Why there is none at the moment, where that is no start."""
         self.counts: Counter[str] = Counter()
-        """How often one took decode over (`takeover`), died (`died`), and never came up
-        (`failed_start`)."""
+        """How often one took decode over (`takeover`), died (`died`), never came up
+        (`failed_start`), and was a `clone` when it came up."""
         self._employer = employer
         self._router = router
         self._recorder = recorder
@@ -164,7 +164,11 @@ class Bridge:
 
     def is_up(self, worker: WorkerProcess) -> None:
         """An engine is up: decode is its from now on."""
-        if not self.wanted or worker.role != "vllm":
+        if worker.role != "vllm":
+            return
+        if worker.cloner is not None:
+            self.counts["clone"] += 1
+        if not self.wanted:
             return
         self.decodes, self.pending, self.why, self._hurried = True, False, None, False
         self.counts["takeover"] += 1

@@ -19,10 +19,8 @@ from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.model_key import ModelKey
 
-__all__ = ["FETCH_S", "RESTORE_S", "Clones"]
+__all__ = ["FETCH_S", "Clones"]
 
-RESTORE_S = 5.0
-"""How long a clone may take to be there, in seconds: longer than a worker that starts fresh."""
 FETCH_S = 20.0
 """How long an image may take to come over a network, in seconds."""
 _LAST_WORDS_NS = 500_000_000
@@ -80,7 +78,7 @@ class Clones:
             self._pending[worker.name] = (worker.cloner, worker.child.spawned_ns)
 
     def spoke(self, worker: WorkerProcess) -> None:
-        """A worker has said its first word."""
+        """A worker has said its first word, or is not waited for any more."""
         self._pending.pop(worker.name, None)
 
     def may_go_on(self, worker: WorkerProcess, model: ModelFacts) -> bool:
@@ -133,7 +131,7 @@ class Clones:
         """Gives up on clones that take too long; to be called about once a second."""
         for name, (cloner, asked_ns) in list(self._pending.items()):
             remote = cloner.image is None and cloner.tier == "image" and self.tiers.remote
-            limit_s = FETCH_S if remote else RESTORE_S
+            limit_s = max(FETCH_S if remote else 0.0, self.tiers.restore_s)
             since_ns = max(asked_ns, self._prepared.get(cloner, 0))
             if now() - since_ns < limit_s * 1e9 or name not in self._pending:
                 continue

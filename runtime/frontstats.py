@@ -58,7 +58,8 @@ class FrontStats:
             could not be used (`fallback`).
         workers: By role: how many start (`starting`), are `up`, and are to go (`leaving`).
         vllm_events: How often a vLLM engine took decode over (`takeover`), never came up
-            (`failed_start`), and `died` while it decoded, beside native workers.
+            (`failed_start`), and `died` while it decoded, beside native workers; and how often one
+            that came up was a `clone`.
         contexts_away_bytes: What the workers' contexts took of a GPU that they have left for now.
         memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
             told with one model only.

@@ -23,7 +23,15 @@ from coldframe.snapshot.freeze import Wait, freeze_point, receive
 from coldframe.snapshot.privileges import narrow, shed
 from coldframe.snapshot.wake import Wake
 
-__all__ = ["FREEZE", "freeze_order", "main", "room", "weights_room"]
+__all__ = [
+    "FREEZE",
+    "awake",
+    "forget_standard_streams",
+    "freeze_order",
+    "main",
+    "room",
+    "weights_room",
+]
 
 FREEZE = "from coldframe.runtime.frozen_worker import main; main(3)"
 """The line of Python that such a worker runs."""
@@ -99,7 +107,7 @@ def main(control_fd: int, wait: Wait = receive) -> None:
         if not on_gpu:
             shed(parent=wait is not receive)
         os.chdir("/")  # which is there wherever a clone wakes up
-        _forget_standard_streams()
+        forget_standard_streams()
         state: dict[str, Any] = {"decode_steps": warm.decode_steps}
         if warm.gpu is not None:
             state |= {"gpu": warm.gpu.state(), "own_bytes": warm.gpu.own_bytes}
@@ -161,15 +169,21 @@ def _warm(message: Message) -> Warm:
 
 def _wake(control: Channel, wake: Wake, warm: Warm) -> NoReturn:
     """The clone's own life."""
+    recorder, since_ns = awake(wake)
+    work(control, recorder, warm, since_ns)
+
+
+def awake(wake: Wake) -> tuple[Recorder, int]:
+    """A recorder with the spans of a clone's start so far, and when the last of them ended."""
     recorder = Recorder(wake.name)
     recorder.add("snapshot_restore", wake.started_ns + clock_shift_ns(), wake.first_ns)
     last = wake.ran[-1].end_ns
     slowest = max(wake.ran, key=lambda ran: ran.end_ns - ran.start_ns)
     recorder.add("hooks", wake.first_ns, last, note=f"longest: {slowest.name}")
-    work(control, recorder, warm, last)
+    return recorder, last
 
 
-def _forget_standard_streams() -> None:
+def forget_standard_streams() -> None:
     """Lets go of whatever the creator's terminal or log is."""
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,7 +21,8 @@ from coldframe.loader.wire import Channel
 from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
+from coldframe.runtime.integrations.vllm.frozen_key import asked_for
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
@@ -37,18 +38,11 @@ _WORKER = (
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _VLLM_WORKER = (
-    "from coldframe.runtime.integrations.vllm.worker import main; "
+    "from coldframe.runtime.integrations.vllm.worker_process import main; "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
-_NOT_FOR_VLLM = (
-    # What is set for our own workers' sake, and decides what vLLM finds and may compile.
-    "TORCH_DEVICE_BACKEND_AUTOLOAD",
-    "TORCH_DISABLE_NATIVE_JIT",
-    # It would win over the size that it is given.
-    "VLLM_CPU_KVCACHE_SPACE",
-)
 
 
 class Memory:
@@ -155,6 +149,7 @@ class Launch:
         self.workers: list[WorkerProcess] = []
         self.later: list[str] = []
         """The roles of workers that are still to be started."""
+        self._engine_tiers: Tiers | None = None
         self._cores: dict[str, tuple[int, ...]] = {}
         if options.pin:
             halves = split_cores(os.sched_getaffinity(0))
@@ -169,6 +164,8 @@ class Launch:
                 if not options.hold_load:
                     self._load_into(self.memories[-1])
             self.tiers = self.open_tiers(options.snapshot, restorer)
+            if options.vllm is not None and options.snapshot.mode == "require":
+                _ = self.engine_tiers  # that there is no such image is to be told at the start
         except BaseException:
             self.close()
             raise
@@ -183,6 +180,8 @@ class Launch:
         self.workers.clear()
         if hasattr(self, "tiers"):
             self.tiers.close()
+        if self._engine_tiers is not None:
+            self._engine_tiers.close()
         deadline = time.monotonic() + _MEMORY_END_S
         for memory in reversed(self.memories):  # those first that take what another one has
             memory.end()
@@ -271,40 +270,59 @@ class Launch:
             snapshot: Which ones.
             restorer: A process that restores images and waits to be told what.
         """
-        options = self.options
-        location = parse_location(options.model)
-        local = isinstance(location, Directory) and not options.sources
-        directory = location.path if isinstance(location, Directory) and local else None
+        if _of_engine(snapshot) or self.options.vllm_serves_all:
+            snapshot = SnapshotOptions()
         return Tiers(
-            *(snapshot, options.model, directory, self.run_dir, restorer),
-            user=options.user,
-            device=options.device,
+            *(snapshot, self.options.model, self._directory, self.run_dir, restorer),
+            user=self.options.user,
+            device=self.options.device,
         )
+
+    @property
+    def engine_tiers(self) -> Tiers:
+        """The ways to start a vLLM engine, got ready by who first asks for them.
+
+        That reads an image of some hundred megabytes, for which no first token is to wait.
+        """
+        if self._engine_tiers is None:
+            vllm, snapshot = self.options.vllm, self.options.snapshot
+            assert vllm is not None
+            if snapshot.manifest is not None and not _of_engine(snapshot):
+                snapshot = SnapshotOptions()
+            self._engine_tiers = Tiers(
+                *(snapshot, self.options.model, self._directory, self.run_dir),
+                user=self.options.user,
+                device=self.options.device_of("vllm"),
+                engine=asked_for(dict(vllm.args), vllm.kv_bytes),
+                python=vllm.python,
+            )
+        return self._engine_tiers
+
+    @property
+    def _directory(self) -> str | None:
+        """Where the model's files are, if they are here."""
+        location = parse_location(self.options.model)
+        here = isinstance(location, Directory) and not self.options.sources
+        return location.path if isinstance(location, Directory) and here else None
 
     def start_worker(self, role: str, tiers: Tiers | None = None, group: str = "") -> WorkerProcess:
         """Starts one worker that will have the given role, in the best way that is left.
 
         Args:
-            role: `prefill` or `decode`, or `vllm`, which starts fresh.
-            tiers: Which ways there are; by default those of the replica.
+            role: `prefill` or `decode`, or `vllm`.
+            tiers: Which ways there are; by default those of the replica for such workers.
             group: It takes requests of that group alone.
 
         Raises:
             PlatformError: It cannot be started.
             SnapshotError: It cannot be a clone, and nothing else is wanted.
         """
-        tiers = tiers or self.tiers
+        tiers = tiers or (self.engine_tiers if role == "vllm" else self.tiers)
         name = f"{role}-{self._names}"
         self._names += 1
-        cloner = None if role == "vllm" else tiers.best
-        if cloner is None and role != "vllm" and tiers.options.mode == "require":
-            raise SnapshotError(
-                "a worker cannot be a clone",
-                where=self.options.model,
-                expected="an image that fits, and CRIU",
-                got="; ".join(tiers.why),
-                hint="Make an image with `coldframe snapshot create`, or take --snapshot auto.",
-            )
+        cloner = tiers.best
+        if cloner is None and tiers.options.mode == "require":
+            raise self.no_clone(role, tiers)
         ours, theirs = Channel.pair()
         started = now()
         child: Child | CloneChild
@@ -313,8 +331,12 @@ class Launch:
                 threads, environment = self.threads_of(role), self._environment(role)
                 child = tiers.clone(cloner, name, (ours, theirs), threads, environment)
             elif role == "vllm":
+                assert self.options.vllm is not None
                 arguments = [str(started), *self._identity()]
-                child = self._spawn_vllm(arguments, theirs.fileno())
+                child = spawn_python(
+                    *(_VLLM_WORKER, arguments, theirs.fileno(), self._environment(role)),
+                    executable=self.options.vllm.python,
+                )
                 self._recorder.add("process_spawn", started, note=name)
             else:
                 arguments = [str(started), *self._identity()]
@@ -327,13 +349,17 @@ class Launch:
             theirs.close()
         return WorkerProcess(name, role, child, ours, cloner, group)
 
-    def _spawn_vllm(self, arguments: list[str], fd: int) -> Child:
-        vllm = self.options.vllm
-        assert vllm is not None
-        environment = {**ENGINE_ENVIRONMENT, **self._environment("vllm")}
-        for name in _NOT_FOR_VLLM:
-            environment.pop(name, None)
-        return spawn_python(_VLLM_WORKER, arguments, fd, environment, executable=vllm.python)
+    def no_clone(self, role: str, tiers: Tiers) -> SnapshotError:
+        """That a worker of a role was to be a clone, and is none."""
+        engine = " --engine vllm" if role == "vllm" else ""
+        return SnapshotError(
+            "a worker cannot be a clone",
+            where=self.options.model if role != "vllm" else f"{self.options.model} in vLLM",
+            expected="an image that fits, and CRIU",
+            got="; ".join(tiers.why),
+            hint=f"Make an image with `coldframe snapshot create{engine}`, or take "
+            "--snapshot auto.",
+        )
 
     @property
     def threads(self) -> int:
@@ -354,10 +380,16 @@ class Launch:
         return [] if user is None else [json.dumps(user.to_wire())]
 
     def _environment(self, role: str) -> dict[str, str]:
+        if role == "vllm":
+            found = {**ENGINE_ENVIRONMENT, **self._environment_of_ours("decode")}
+            return {name: value for name, value in found.items() if name not in NOT_FOR_VLLM}
+        return self._environment_of_ours(role)
+
+    def _environment_of_ours(self, role: str) -> dict[str, str]:
         threads = str(self.threads_of(role))
         return {
             **without_secrets(),
-            CORES: to_environment(self._cores.get("decode" if role == "vllm" else role, ())),
+            CORES: to_environment(self._cores.get(role, ())),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             # Threads that wait must sleep: spinning ones take the cores that the other workers,
@@ -371,3 +403,8 @@ class Launch:
             # why that is not wanted says `engine/device.py`.
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }
+
+
+def _of_engine(snapshot: SnapshotOptions) -> bool:
+    """Whether the one image that is to be used is of an engine that is not ours."""
+    return snapshot.manifest is not None and snapshot.manifest["engine"] is not None

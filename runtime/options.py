@@ -43,6 +43,7 @@ class SnapshotOptions:
         max_bytes: What all images may take together; looked at when one is made.
         max_age_s: How long ago an image may have been used last, in seconds; likewise.
         manifest: An image that is not published yet, to be used and no other.
+        image: The id of an image, likewise; it has to fit.
     """
 
     mode: str = "off"
@@ -54,6 +55,7 @@ class SnapshotOptions:
     max_bytes: int = 10 << 30
     max_age_s: float = 30 * 86_400.0
     manifest: dict[str, Any] | None = None
+    image: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +233,11 @@ class ReplicaOptions:
     def vllm_alone(self) -> bool:
         """Whether vLLM decodes, and nobody else."""
         return self.vllm is not None and self.vllm.alone
+
+    @property
+    def vllm_serves_all(self) -> bool:
+        """Whether there is nobody but vLLM, so that it computes prompts, too."""
+        return self.vllm_alone and self.scales["prefill"].most == 0
 
     @property
     def devices(self) -> tuple[str, ...]:

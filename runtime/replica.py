@@ -94,7 +94,8 @@ class Replica:
         }
         """What the memory service said of the load: `mode`, `why`, `verified`, `weights_bytes`.
         Beside it `device` and `device_why`, on a GPU `gpu` with its `name`, `total` and `free`
-        bytes (of several the smallest), `snapshot`, and `prefill_batch`, once it is measured."""
+        bytes (of several the smallest), `snapshot`, with `engine` for a vLLM engine, and
+        `prefill_batch`, once it is measured."""
         self._loaded_ns: int | None = None
         self._answered = False
         self._settled = False
@@ -491,7 +492,7 @@ class Replica:
         if self._model is not None:
             return
         self._model = model
-        if not model.spec.native:
+        if not model.spec.native or self.options.vllm_serves_all:
             self._workforce.leave_all_to_vllm()
         self._memories.size_kv(model, self.options)
         self._router.reopen()
@@ -569,6 +570,14 @@ class Replica:
         tiers = self._workforce.tiers
         found = self.facts.setdefault("snapshot", {"tier": None, "image": None})
         found |= {"why": "; ".join(tiers.why) or None, "failed": tiers.failed}
+        if worker.role == "vllm":
+            tiers, cloner = self._workforce.engine_tiers, worker.cloner
+            found["engine"] = {
+                "tier": "fresh" if cloner is None else cloner.tier,
+                "image": None if cloner is None else cloner.image,
+                "why": "; ".join(tiers.why) or None,
+                "failed": tiers.failed,
+            }
         if worker.role == "prefill":
             cloner = worker.cloner
             found["tier"] = "fresh" if cloner is None else cloner.tier

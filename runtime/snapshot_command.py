@@ -22,6 +22,7 @@ from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.run import MODEL_HELP, terminate, warn
 from coldframe.runtime.snapshot_flags import add_store_arguments, check_forkable, store_options
 from coldframe.runtime.units import human_bytes, human_seconds
+from coldframe.runtime.vllm_options import add_engine_arguments
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["add_arguments", "run"]
 
+_OF_INTERPRETER = ("python", "executable", "torch", "coldframe")
 _ACTIONS = ("create", "verify", "list", "remove", "template")
 
 
@@ -63,13 +65,9 @@ def add_arguments(parser: Parser) -> None:
         "--engine",
         choices=["native", "vllm"],
         default="native",
-        help="whose worker is frozen: our own, or vLLM's engine, in the interpreter that has it",
+        help="whose worker is frozen: our own, or vLLM's engine, as --decode vllm has one",
     )
-    parser.flag(
-        "--engine-args",
-        metavar="JSON",
-        help="with --engine vllm: arguments of vLLM's EngineArgs; clones are of use with the same",
-    )
+    add_engine_arguments(parser, parser.add_argument_group("with --engine vllm"))
     add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
@@ -245,7 +243,7 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     here = {kind: Machine.here(device=kind) for kind in {i.machine.device for i in images}}
     rows: list[dict[str, Any]] = []
     for image in images:
-        refusal = image.machine.refusal(here[image.machine.device])
+        refusal = image.machine.refusal(_compared(image, here[image.machine.device]))
         rows.append(
             {
                 "image": image.id,
@@ -276,6 +274,18 @@ def _list(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
     if not rows:
         print(f"no images in {snapshot.store}", file=sys.stderr)
     return 0
+
+
+def _compared(image: Manifest, here: Machine) -> Machine:
+    """This machine, as far as it is to be held against an image's.
+
+    An engine may have an interpreter of its own, with packages of its own; what those are that
+    interpreter will look at.
+    """
+    if image.engine is None:
+        return here
+    theirs = {name: getattr(image.machine, name) for name in _OF_INTERPRETER}
+    return here._replace(**theirs)
 
 
 def _steps(image: Manifest) -> str:

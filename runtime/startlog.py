@@ -36,7 +36,8 @@ class StartLog:
         self._late = False
         """Whether only a vLLM engine is still on its way."""
         self.decode: dict[str, str | None] | None = None
-        """Who decodes, and why not vLLM where it should; None where no vLLM is wanted."""
+        """Who decodes, why not vLLM where it should, how that has come up, and why as no clone;
+        None where no vLLM is wanted."""
 
     @property
     def first_token_s(self) -> float:
@@ -101,8 +102,10 @@ def _of_vllm(span: Span) -> bool:
     """Whether a span is one of a vLLM engine's start, or of the front for it."""
     if span.process.startswith("vllm"):
         return not span.name.startswith("kv_load")
-    spawned = span.name == "process_spawn" and (span.note or "").startswith("vllm")
-    return spawned or span.name in _BRIDGE
+    if span.process == "snapshot":
+        return True  # by now nobody else is restored
+    started = span.name in ("process_spawn", "snapshot_restore")
+    return (started and (span.note or "").startswith("vllm")) or span.name in _BRIDGE
 
 
 def _decode(replica: Replica) -> dict[str, str | None] | None:
@@ -110,4 +113,10 @@ def _decode(replica: Replica) -> dict[str, str | None] | None:
         return None
     bridge = replica.bridge
     by_vllm = replica.options.vllm.alone or bridge.decodes
-    return {"engine": "vllm" if by_vllm else "native", "why": bridge.why}
+    engine = replica.facts.get("snapshot", {}).get("engine", {})
+    return {
+        "engine": "vllm" if by_vllm else "native",
+        "why": bridge.why,
+        "tier": engine.get("tier"),
+        "no_clone": engine.get("why"),
+    }

@@ -1,13 +1,16 @@
 """How a worker comes to be: a clone of an image, a fork of a resident template, or fresh.
 
 The tiers are tried in that order. One that fails is not tried again by this replica: the worker
-starts fresh, at once, and why is kept for the timeline.
+starts fresh, at once, and why is kept for the timeline. An engine that is not ours has ways of its
+own: images of that engine, restored by the interpreter that has it, and no template.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Mapping
+from typing import Any
 
 from coldframe.loader.errors import ColdframeError, NoImage, ReplicaError
 from coldframe.loader.timeline import clock_shift_ns, now
@@ -24,6 +27,10 @@ from coldframe.snapshot.wake import Wake
 
 __all__ = ["Tiers"]
 
+RESTORE_S = 5.0
+"""How long a clone may take to be there, in seconds: longer than a worker that starts fresh."""
+ENGINE_S = 15.0
+"""And one of an engine that takes ten seconds and more."""
 _WAKE_S = 10
 
 
@@ -38,13 +45,16 @@ class Tiers:
         restorer: One that was started before it was known what it is for.
         user: Whom clones run as; None takes whoever this is.
         device: Where workers compute. On a GPU none is a fork: it would be without the context
-            that its parent has.
+            that its parent has; and no engine is a clone.
+        engine: Whose workers, where they are not ours; see `EngineKey.here`.
+        python: The interpreter that has that engine.
 
     Attributes:
         cloners: Those who make clones, the best first.
         no_image: Whether there is none that fits.
         failed: What is wrong with those that there are.
         why: Why there are no clones, or none any more: one reason for each tier that dropped out.
+        restore_s: How long a clone may take to be there, in seconds.
     """
 
     def __init__(
@@ -56,8 +66,11 @@ class Tiers:
         restorer: RestorerProcess | None = None,
         user: Identity | None = None,
         device: str = CPU,
+        engine: Mapping[str, Any] | None = None,
+        python: str | None = None,
     ) -> None:
         self.options = options
+        self.restore_s = RESTORE_S if engine is None else ENGINE_S
         self.directory = directory
         self.why: list[str] = []
         self.no_image = False
@@ -69,15 +82,17 @@ class Tiers:
         on_gpu = device != CPU
         if options.mode == "off":
             self.why.append("snapshots are off")
+        elif engine is not None and on_gpu:
+            self.why.append(f"no image holds what an engine has on {device}")
         elif options.manifest is not None or images_are_there(options.store):
-            self.cloners.append(Cloner.of(restorer or RestorerProcess()))
+            self.cloners.append(Cloner.of(restorer or RestorerProcess(python)))
             restorer = None
         else:
             self.why.append(f"no image in {options.store}")
             self.no_image = True
         if restorer is not None:
             restorer.close()
-        if options.mode != "off" and options.manifest is None:
+        if options.mode != "off" and options.manifest is None and engine is None:
             for path in self._templates():
                 if on_gpu:
                     self.why.append(f"template: a fork has nothing of a context on {device}")
@@ -97,6 +112,8 @@ class Tiers:
                     "key_file": options.key_file,
                     "work": run_dir,
                     "device": kind_of(device),
+                    "engine": engine,
+                    "image": options.image,
                 }
             )
 

@@ -19,7 +19,13 @@ from coldframe.runtime.scale_spec import DecodeSpec
 from coldframe.runtime.units import byte_count
 from coldframe.runtime.vllm_spec import VllmOptions
 
-__all__ = ["add_vllm_arguments", "vllm_options"]
+__all__ = [
+    "add_engine_arguments",
+    "add_vllm_arguments",
+    "engine_settings",
+    "interpreter",
+    "vllm_options",
+]
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 _OURS = {
@@ -50,24 +56,32 @@ _OURS = {
 
 def add_vllm_arguments(parser: Parser) -> None:
     """The flags that are of use where vLLM decodes (`--decode vllm`, `--decode native,vllm`)."""
-    flag = partial(parser.flag, group=parser.add_argument_group("vLLM (--decode vllm)"))
+    group = parser.add_argument_group("vLLM (--decode vllm)")
+    parser.flag(
+        "--bridge",
+        choices=("stay", "move"),
+        default="stay",
+        group=group,
+        help="with --decode native,vllm: what native workers decode when vLLM is up stays with "
+        "them to its end, or moves over with its KV (stay)",
+    )
+    add_engine_arguments(parser, group)
+
+
+def add_engine_arguments(parser: Parser, group: Any) -> None:
+    """Those of them that say what the engine is."""
+    flag = partial(parser.flag, group=group)
     flag(
         "--vllm-python",
         metavar="PATH",
         help="the Python that has vLLM and coldframe (this one, where it has vLLM)",
     )
     flag(
-        "--bridge",
-        choices=("stay", "move"),
-        default="stay",
-        help="with --decode native,vllm: what native workers decode when vLLM is up stays with "
-        "them to its end, or moves over with its KV (stay)",
-    )
-    flag(
         "--vllm-kv",
         metavar="SIZE",
         type=byte_count,
-        help="memory of its own for vLLM's KV, as 2GiB (what the replica's own KV has)",
+        help="memory of its own for vLLM's KV, as 2GiB (what the replica's own KV has; of a clone "
+        "what its image has)",
     )
     flag(
         "--vllm-args",
@@ -77,15 +91,12 @@ def add_vllm_arguments(parser: Parser) -> None:
     )
 
 
-def vllm_options(
-    args: argparse.Namespace, spec: DecodeSpec, snapshot_mode: str = "off"
-) -> VllmOptions | None:
+def vllm_options(args: argparse.Namespace, spec: DecodeSpec) -> VllmOptions | None:
     """What the flags stand for; None where vLLM decodes nothing.
 
     Args:
         args: The command line.
         spec: Who decodes.
-        snapshot_mode: How other workers start; see `SnapshotOptions`.
 
     Raises:
         RequestError: Flags do not go together, or there is no vLLM.
@@ -115,20 +126,13 @@ def vllm_options(
             expected="--decode native,vllm",
             got="--decode vllm",
         )
-    if snapshot_mode == "require":
-        raise RequestError(
-            "a vLLM engine is not a clone",
-            where="--snapshot require",
-            got="--decode with vllm",
-            hint="Take --snapshot auto: the native workers are clones then.",
-        )
     return VllmOptions(
-        _interpreter(args.vllm_python),
+        interpreter(args.vllm_python),
         spec.vllm_device,
         spec.native is None,
         args.bridge == "move",
         args.vllm_kv,
-        _engine_arguments(args.vllm_args or ()),
+        engine_settings(args.vllm_args or ()),
     )
 
 
@@ -136,13 +140,22 @@ def _from_environment(name: str) -> bool:
     return "COLDFRAME_" + name.upper() in os.environ
 
 
-def _interpreter(wanted: str | None) -> str:
-    """The interpreter's path; that it has vLLM shows here only of this one."""
+def interpreter(wanted: str | None, where: str = "--decode") -> str:
+    """The interpreter's path; that it has vLLM shows here only of this one.
+
+    Args:
+        wanted: What `--vllm-python` says.
+        where: Who wants it, for the error.
+
+    Raises:
+        RequestError: None is named, and this one has no vLLM.
+        PlatformError: There is no such interpreter.
+    """
     if not wanted:
         if find_spec("vllm") is None:
             raise RequestError(
-                "vLLM is to decode, and this Python has none",
-                where="--decode",
+                "vLLM is wanted, and this Python has none",
+                where=where,
                 got=sys.executable,
                 hint="Install it here (pip install 'coldframe[vllm]'), or name the Python that "
                 "has it and coldframe with --vllm-python.",
@@ -160,7 +173,12 @@ def _interpreter(wanted: str | None) -> str:
     return path
 
 
-def _engine_arguments(given: Iterable[str]) -> tuple[tuple[str, Any], ...]:
+def engine_settings(given: Iterable[str]) -> tuple[tuple[str, Any], ...]:
+    """What `--vllm-args` stands for.
+
+    Raises:
+        RequestError: Something in it is no argument, or none that the user may set.
+    """
     found: dict[str, Any] = {}
     for text in given:
         try:

@@ -113,7 +113,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "prefill": prefill,
         "decode": decode.scale,
-        "vllm": vllm_options(args, decode, getattr(args, "snapshot", None) or "off"),
+        "vllm": vllm_options(args, decode),
         "device": choice.device,
         "device_why": choice.why,
         "fall_back": choice.fall_back,

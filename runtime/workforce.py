@@ -137,6 +137,8 @@ class Workforce:
         """Whom to tell of each group that it is gone."""
         self._groups: dict[str, Clones] = {}
         self._groups[""] = self._follow(launch.tiers, self._start_instead)
+        self._engines: Clones | None = None
+        """Those of vLLM engines, once there may be one."""
         self._shelf = GraphShelf(launch.options.snapshot, recorder)
         self.bridge = Bridge(self, router, recorder, launch.options, warn)
         vllm = launch.options.vllm
@@ -158,17 +160,22 @@ class Workforce:
         """The ways to start a worker that are left."""
         return self._groups[""].tiers
 
+    @property
+    def engine_tiers(self) -> Tiers:
+        """The ways to start a vLLM engine that are left."""
+        return self._launch.engine_tiers
+
     def close(self) -> list[str]:
         """Ends all of them: their names."""
         self._closed = True
-        for clones in self._groups.values():
+        for clones in self._all_clones():
             clones.end_idle()
         names = list(self.workers)
         for worker in self.workers.values():
             self._selector.unregister(worker.channel.fileno())
             worker.end()
         self.workers.clear()
-        for clones in self._groups.values():
+        for clones in self._all_clones():
             clones.close()
         for lost in list(self._on_trial.values()):
             lost(ReplicaError("all processes of the replica were ended"))
@@ -196,7 +203,7 @@ class Workforce:
 
     def adopt(self, worker: WorkerProcess) -> None:
         """Takes over a worker that was started."""
-        self._groups[worker.group].added(worker)
+        self._clones_of(worker).added(worker)
         worker.channel.set_send_timeout(_SEND_TIMEOUT_S)
         self.workers[worker.name] = worker
         self._selector.register(
@@ -256,7 +263,8 @@ class Workforce:
         """Has workers that start otherwise take the places of all clones."""
         for cloner in self.tiers.cloners:
             self.tiers.drop(cloner, error)
-        for worker in [w for w in self.workers.values() if w.cloner is not None and not w.group]:
+        natives = [worker for worker in self.workers.values() if worker.role != "vllm"]
+        for worker in [w for w in natives if w.cloner is not None and not w.group]:
             self._note(worker, error)
             self._remove(worker, str(error))
             self._start_instead(worker, error)
@@ -279,6 +287,18 @@ class Workforce:
             spans=self._owner.add_spans,
         )
 
+    def _clones_of(self, worker: WorkerProcess) -> Clones:
+        """Among which clones a worker is, if it is one."""
+        return self._engine_clones() if worker.role == "vllm" else self._groups[worker.group]
+
+    def _engine_clones(self) -> Clones:
+        if self._engines is None:
+            self._engines = self._follow(self._launch.engine_tiers, self._start_instead)
+        return self._engines
+
+    def _all_clones(self) -> list[Clones]:
+        return [*self._groups.values(), *([] if self._engines is None else [self._engines])]
+
     def _on_started(self, name: str) -> None:
         """A clone is there."""
         worker = self.workers.get(name)
@@ -293,7 +313,7 @@ class Workforce:
         """A clone is not to have its context."""
         worker = self.workers.get(name)
         if worker is not None:
-            self._groups[worker.group].failed(worker, error)
+            self._clones_of(worker).failed(worker, error)
 
     def _lost(
         self,
@@ -327,7 +347,7 @@ class Workforce:
         for worker in list(self.workers.values()):
             if worker.told or self._launch.memory_of(worker.role).name not in self._memories:
                 continue
-            if self._groups[worker.group].may_go_on(worker, model):
+            if self._clones_of(worker).may_go_on(worker, model):
                 self._tell(worker, model)
 
     def _tell(self, worker: WorkerProcess, model: ModelFacts) -> None:
@@ -370,7 +390,7 @@ class Workforce:
 
     def catch_up(self) -> None:
         """Handles what was heard of clones while something else was waited for."""
-        for clones in list(self._groups.values()):
+        for clones in self._all_clones():
             clones.catch_up()
 
     def tick(self, started_ns: int | None) -> None:
@@ -379,8 +399,9 @@ class Workforce:
         Args:
             started_ns: When there was something to start for; None while there is not.
         """
-        for clones in list(self._groups.values()):
+        for clones in self._all_clones():
             clones.tick()
+        self._check_engines()
         self._thaws.tick()
         if started_ns is None:
             return
@@ -397,6 +418,15 @@ class Workforce:
             error = self._comebacks.tick()
             if error is not None:
                 self._owner.fail(error)
+
+    def _check_engines(self) -> None:
+        """Where nothing but a clone is wanted, the replica fails as soon as there can be none."""
+        options = self._launch.options
+        if options.vllm is None or options.snapshot.mode != "require":
+            return
+        tiers = self._engine_clones().tiers
+        if tiers.best is None and self._owner.error is None:
+            self._owner.fail(self._launch.no_clone("vllm", tiers))
 
     def rest(self) -> None:
         """Nobody is to be served for a while: what is only about to be of use is ended."""
@@ -434,7 +464,7 @@ class Workforce:
                     worker.trying = Trial.of(message)
                 case "imported":
                     worker.imported = True
-                    self._groups[worker.group].spoke(worker)
+                    self._clones_of(worker).spoke(worker)
                     self._thaw(worker)
                 case "broken":
                     error = ColdframeError.from_wire(message.body["error"])
@@ -507,7 +537,7 @@ class Workforce:
         return True
 
     def _bury_clone(self, worker: WorkerProcess, why: str | None) -> None:
-        clones = self._groups[worker.group]
+        clones = self._clones_of(worker)
         if why is None and worker.last_words is None:
             clones.wait_for_end(worker)
         code = worker.child.kill()
@@ -522,6 +552,7 @@ class Workforce:
 
     def _reap(self, worker: WorkerProcess) -> int:
         del self.workers[worker.name]
+        self._clones_of(worker).spoke(worker)
         self._thaws.forget(worker.name)
         self._selector.unregister(worker.channel.fileno())
         worker.channel.close()

@@ -2,7 +2,10 @@
 
 An engine of somebody else's is frozen with all that its arguments have made of it. So unlike our
 own workers, which learn after the restore what they are to be, its clones are of use only to
-whoever would have started one with the same arguments.
+whoever would have started one with the same arguments. Sizes are another matter: a clone brings
+along those of its image, and says so; an image is passed over where another size is asked for.
+
+A key is made by the interpreter that would run the engine, which need not be the front's.
 """
 
 from __future__ import annotations
@@ -10,14 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.packages import add_site_packages
 from coldframe.snapshot.fields import Fields, Refusal
 
 __all__ = ["EngineKey"]
+
+_SIZES = re.compile(r'\{("[a-z_]+": -?[0-9]+(, )?)*\}')
 
 
 class EngineKey(NamedTuple):
@@ -26,34 +33,61 @@ class EngineKey(NamedTuple):
     Attributes:
         name: Such as `vllm`.
         build: The versions of its packages, and a hash of what was installed of each.
-        arguments: What it was started with, but for the model, as JSON with sorted keys.
+        arguments: What it was told that makes a difference to what it answers, as JSON with
+            sorted keys.
+        sizes: Its sizes, as JSON with sorted keys. Of one that is looked for, those that were
+            asked for.
     """
 
     name: str
     build: str
     arguments: str
+    sizes: str = "{}"
 
     @staticmethod
-    def of(name: str, packages: Sequence[str], arguments: Mapping[str, object]) -> EngineKey:
+    def of(
+        name: str,
+        packages: Sequence[str],
+        arguments: Mapping[str, object],
+        sizes: Mapping[str, int] | None = None,
+    ) -> EngineKey:
         """The key of an engine that this interpreter would run.
 
         Args:
             name: The engine's.
             packages: Distributions whose files make it what it is.
-            arguments: What it is started with, as JSON values.
+            arguments: What it is told, as JSON values.
+            sizes: Those of an image, or those that are asked for.
 
         Raises:
             PlatformError: A package is not installed here.
         """
+        add_site_packages()
         build = ", ".join(_installed(package) for package in packages)
-        return EngineKey(name, build, json.dumps(arguments, sort_keys=True))
+        told, sized = (json.dumps(each, sort_keys=True) for each in (arguments, sizes or {}))
+        return EngineKey(name, build, told, sized)
+
+    @staticmethod
+    def here(wanted: Mapping[str, Any]) -> EngineKey:
+        """The key of what another process asks this one for: the arguments of `of`, by name.
+
+        Raises:
+            PlatformError: A package is not installed here.
+        """
+        return EngineKey.of(
+            wanted["name"], wanted["packages"], wanted["arguments"], wanted["sizes"]
+        )
 
     def refusal(self, here: EngineKey) -> Refusal | None:
-        """What this engine has that another has not, if anything."""
-        for field in EngineKey._fields:
+        """What this engine has that one which is looked for has not, if anything."""
+        for field in ("name", "build", "arguments"):
             expected, got = getattr(self, field), getattr(here, field)
             if expected != got:
                 return Refusal(f"engine.{field}", expected, got)
+        sizes = json.loads(self.sizes)
+        for name, asked in json.loads(here.sizes).items():
+            if sizes.get(name) != asked:
+                return Refusal(f"engine.{name}", str(sizes.get(name)), str(asked))
         return None
 
     @staticmethod
@@ -64,7 +98,12 @@ class EngineKey(NamedTuple):
             SnapshotError: A field is wrong.
         """
         fields = Fields.of(value, "an engine")
-        key = EngineKey(fields.text("name"), fields.text("build"), fields.text("arguments"))
+        key = EngineKey(
+            fields.text("name"),
+            fields.text("build"),
+            fields.text("arguments"),
+            fields.text("sizes", _SIZES),
+        )
         fields.end()
         return key
 
@@ -96,7 +135,7 @@ def _installed(package: str) -> str:
             "a package is not installed for this interpreter",
             where=sys.executable,
             expected=package,
-            hint="Run the command with the interpreter that has it.",
+            hint="Name the interpreter that has it.",
         )
     return ", ".join(found)
 

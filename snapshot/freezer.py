@@ -107,6 +107,8 @@ class Freezer:
         key_file = wanted["key_file"]
         store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
         store.check_writable()  # before anybody has warmed up for nothing
+        engine = wanted.get("engine")
+        key = None if engine is None else EngineKey.here(engine)
         user = own_mounts()
         criu.check(user=user)
         machine = Machine.here(device=wanted["device"])
@@ -137,7 +139,6 @@ class Freezer:
                 os.close(fd)
         self._recorder.add("snapshot_freeze", started)
         started = now()
-        engine = wanted.get("engine")
         draft = Draft(
             wanted["name"],
             ModelKey.from_json(wanted["model"]),
@@ -146,7 +147,7 @@ class Freezer:
             Process(said["pid"], said["control_inode"], criu.version, user),
             said.get("decode_steps", ""),
             _on_gpu(said),
-            None if engine is None else EngineKey.from_json(engine),
+            key,
         )
         manifest = store.put(images, draft, compress=wanted["compress"], finish=self._prove)
         self._recorder.add("snapshot_store", started)

@@ -76,8 +76,9 @@ class ImageSource:
             wanted: `store`, `name` and `directory` (the model; null where its files are not here),
                 `manifest` (one that is not published yet, or null), `hash`
                 (whether to check what is read), `key_file`, `work` (a directory for this process),
-                `device` (`cpu` or `cuda`, whose images alone will do), `engine` (an `EngineKey`;
-                null or not there for our own workers).
+                `device` (`cpu` or `cuda`, whose images alone will do), `engine` (see
+                `EngineKey.here`; null or not there for our own workers), `image` (the id of the
+                only one that will do; null or not there for any).
         """
         if self._criu is None:
             raise self._why or SnapshotError("there is no CRIU to use")
@@ -171,12 +172,14 @@ class ImageSource:
         directory = wanted["directory"]
         engine = wanted.get("engine")
         manifests, skipped = store.manifests()
+        if (only := wanted.get("image")) is not None:
+            manifests = [manifest for manifest in manifests if manifest.id == only]
         choice = choose(
             manifests,
             Machine.here(device=wanted["device"]),
             model=None if directory is None else ModelKey.of(directory),
             name=wanted["name"],
-            engine=None if engine is None else EngineKey.from_json(engine),
+            engine=None if engine is None else EngineKey.here(engine),
             exclude=frozenset(exclude),
         )
         if choice.manifest is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 from time import monotonic_ns
 
 from coldframe.loader.process import Child, spawn_python
@@ -16,11 +17,17 @@ _MAIN = "from coldframe.snapshot.restorer import main; main(3, int(sys.argv[1]),
 class RestorerProcess:
     """A process that restores images, and has not been told yet which.
 
+    Args:
+        executable: The interpreter of those that were frozen; by default this one. What an image
+            must fit is looked at there.
+
     Raises:
         PlatformError: It cannot be started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, executable: str | None = None) -> None:
+        # Another one has packages of its own, and this package among them.
+        own = executable is None or executable == sys.executable
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.child: Child = spawn_python(
@@ -28,7 +35,8 @@ class RestorerProcess:
                 [str(monotonic_ns())],
                 theirs.fileno(),
                 dict(os.environ),
-                site_packages=False,
+                site_packages=not own,
+                executable=executable,
             )
         except BaseException:
             ours.close()

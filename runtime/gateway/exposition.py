@@ -27,7 +27,7 @@ PREFIX = "coldframe_"
 _OPENMETRICS = "application/openmetrics-text"
 _TIERS = ("image", "template", "fresh")
 _FAULTS = ("lost", "fallback")
-_VLLM = ("takeover", "failed_start", "died")
+_VLLM = ("takeover", "failed_start", "died", "clone")
 
 _Labels = Mapping[tuple[str, ...], float]
 
@@ -244,7 +244,8 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
     )
     yield _counter(
         "vllm_events",
-        "How often vLLM took decode over from native workers, did not come up, and died.",
+        "How often vLLM took decode over from native workers, did not come up, died, and was a "
+        "clone when it came up.",
         ["model", "event"],
         _each(stats, lambda told: {event: told.vllm_events.get(event, 0) for event in _VLLM}),
     )

@@ -12,8 +12,9 @@
       "device_why": why there, where nobody has named it, or null,
       "contexts": of the workers, while parked on a GPU: {"away": 2, "of": 2, "bytes" they took,
         "seconds" that it took, "why" they stay, or null}; else null,
-      "decode": {"engine": "native" | "vllm", which decodes now, "why" not vLLM, or null}, where it
-        is to; else, and at zero, null,
+      "decode": {"engine": "native" | "vllm", which decodes now, "why" not vLLM, or null, its
+        "tier": "image" | "fresh" | null, "no_clone": why it is none, or null}, where vLLM is to;
+        else, and at zero, null,
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},

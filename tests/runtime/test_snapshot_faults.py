@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from coldframe.loader.errors import ReplicaError, SnapshotError
-from coldframe.runtime import clones
+from coldframe.runtime import tiers
 from coldframe.runtime.freezing import Freezing
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
@@ -290,7 +290,7 @@ def test_a_restore_that_hangs_is_given_up(
     monkeypatch: pytest.MonkeyPatch,
     where: str,
 ) -> None:
-    monkeypatch.setattr(clones, "RESTORE_S", 0.3)
+    monkeypatch.setattr(tiers, "RESTORE_S", 0.3)
     monkeypatch.setenv("COLDFRAME_RUN_DIR", str(commands.runs))
     if where == "criu":
         path = wrapped(criu, tmp_path / "criu", "restore", "sleep 100")

@@ -27,6 +27,11 @@ def replica(vllm: VllmOptions | None) -> Any:
     )
 
 
+def told(engine: str, why: str | None = None) -> dict[str, str | None]:
+    """Who decodes, before any engine has come up."""
+    return {"engine": engine, "why": why, "tier": None, "no_clone": None}
+
+
 def names(log: StartLog) -> list[str]:
     return [span.name for span in log.timeline().spans]
 
@@ -61,15 +66,15 @@ def test_who_decodes_is_told_after_the_start_too() -> None:
     log, there = StartLog(now(), Recorder("front")), replica(VllmOptions())
     assert log.document()["decode"] is None
     log.step(cast(Replica, there))
-    assert log.document()["decode"] == {"engine": "native", "why": None}
+    assert log.document()["decode"] == told("native")
     there.bridge.decodes = True
     assert log.step(cast(Replica, there))
     assert not log.step(cast(Replica, there))
     log.close()
-    assert log.document()["decode"] == {"engine": "vllm", "why": None}
+    assert log.document()["decode"] == told("vllm")
     there.bridge.decodes, there.bridge.why = False, "it was killed"
     assert log.step(cast(Replica, there))
-    assert log.document()["decode"] == {"engine": "native", "why": "it was killed"}
+    assert log.document()["decode"] == told("native", "it was killed")
 
 
 def test_without_an_engine_nothing_is_said_of_it() -> None:
@@ -78,4 +83,4 @@ def test_without_an_engine_nothing_is_said_of_it() -> None:
     assert log.document()["decode"] is None
     alone = StartLog(now(), Recorder("front"))
     assert not alone.step(cast(Replica, replica(VllmOptions(alone=True))))
-    assert alone.document()["decode"] == {"engine": "vllm", "why": None}
+    assert alone.document()["decode"] == told("vllm")

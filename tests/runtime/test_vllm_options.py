@@ -138,7 +138,6 @@ def test_one_answer_has_no_engine_beside_it_unless_the_command_line_says_so(
         (("--vllm-args", "a=1"), RequestError, "--vllm-args"),
         (("--bridge", "move"), RequestError, "--bridge"),
         (("--decode", "vllm", "--bridge", "move", *THERE), RequestError, "--bridge"),
-        (("--decode", "vllm", "--snapshot", "require", *THERE), RequestError, "--snapshot require"),
         (("--decode", "vllm", "--realign", *THERE), RequestError, "--realign"),
         (("--decode", "vllm", "--vllm-python", "/no/python"), PlatformError, "--vllm-python"),
         (("--decode", "vllm@cuda:0", "--device", "cpu", *THERE), DeviceError, None),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.errors import PlatformError
+from coldframe.loader.errors import PlatformError, SnapshotError
 from coldframe.snapshot.engine_key import EngineKey
 
 
@@ -35,3 +35,20 @@ def test_it_tells_what_is_installed(installed: Path) -> None:
 def test_a_package_that_is_not_there_is_named(installed: Path) -> None:
     with pytest.raises(PlatformError, match="engine_y"):
         EngineKey.of("x", ["engine_x", "engine_y"], {})
+
+
+def test_sizes_are_an_images_own_unless_others_are_asked_for(installed: Path) -> None:
+    key = EngineKey.of("x", ["engine_x"], {}, {"context": 64, "kv": -1})
+    assert EngineKey.from_json(key.to_json()) == key
+    assert key.refusal(EngineKey.of("x", ["engine_x"], {})) is None
+    assert key.refusal(EngineKey.of("x", ["engine_x"], {}, {"context": 64})) is None
+    refusal = key.refusal(EngineKey.of("x", ["engine_x"], {}, {"context": 65, "kv": -1}))
+    assert refusal == ("engine.context", "64", "65")
+    refusal = key.refusal(EngineKey.of("x", ["engine_x"], {}, {"other": 1}))
+    assert refusal == ("engine.other", "None", "1")
+
+
+@pytest.mark.parametrize("sizes", ["", "[1]", '{"a": "b"}', '{"a": 1}x', '{"A": 1}'])
+def test_sizes_that_are_none_are_refused(sizes: str) -> None:
+    with pytest.raises(SnapshotError, match="sizes"):
+        EngineKey.from_json({"name": "x", "build": "", "arguments": "{}", "sizes": sizes})

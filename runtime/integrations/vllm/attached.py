@@ -14,8 +14,9 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 from coldframe.loader.client import MemoryClient
@@ -36,7 +37,7 @@ from coldframe.loader.slices import WHOLE, Rank
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 
-__all__ = ["OwnMemory", "attach", "own_memory", "provide", "release"]
+__all__ = ["OwnMemory", "attach", "attach_late", "expect", "own_memory", "provide", "release"]
 
 _MOSTLY = 0.9
 """The share of files in the page cache from which on they are mapped: `load.Load`'s."""
@@ -121,6 +122,7 @@ class OwnMemory:
 
 
 _provided: MemoryClient | None = None
+_expected = False
 _made: dict[object, tuple[MemoryClient, OwnMemory | None]] = {}
 _lock = threading.Lock()
 
@@ -133,6 +135,28 @@ def provide(client: MemoryClient) -> None:
     """
     global _provided
     _provided = client
+
+
+def expect() -> None:
+    """Somebody will `provide` a connection, before anything is asked of one."""
+    global _expected
+    _expected = True
+
+
+def attach_late(extra: Mapping[str, object], *, device: str = "cpu") -> Callable[[], MemoryClient]:
+    """What gives this process' connection; made now, unless one is only expected.
+
+    Args:
+        extra: As `attach` has it.
+        device: Likewise.
+
+    Raises:
+        ColdframeError: As `attach`, which is also what the function raises that is given.
+    """
+    if not _expected:
+        client = attach(extra, device=device)
+        return lambda: client
+    return cache(lambda: attach(extra, device=device))
 
 
 def attach(

@@ -38,9 +38,9 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.request import RequestStatus
 
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.client import KvArena, MemoryClient
+from coldframe.loader.client import KvArena
 from coldframe.loader.errors import ArenaError, ColdframeError, RequestError
-from coldframe.runtime.integrations.vllm.attached import attach
+from coldframe.runtime.integrations.vllm.attached import attach_late
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint, of_engine
 from coldframe.runtime.integrations.vllm.kv_copier import Layer
 from coldframe.runtime.integrations.vllm.kv_pages import KvPages
@@ -93,7 +93,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
         extra = dict(transfer.kv_connector_extra_config)
         layered = _layered(extra, vllm_config.device_config.device_type)
         self.tally = KvTally()
-        self._client: MemoryClient = attach(extra, device=_device_of(vllm_config))
+        self._client = attach_late(extra, device=_device_of(vllm_config))
         self._fingerprint: Fingerprint | None = None
         self._worker: KvWorker | None = None
         self._schedule: KvSchedule | None = None
@@ -119,7 +119,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
             ReplicaError: The memory service is gone.
         """
         if self._fingerprint is None:
-            plan, _ = self._client.wait_weights()
+            plan, _ = self._client().wait_weights()
             model = _model_of(self._vllm_config, plan.fingerprint)
             layers = get_layers_from_vllm_config(self._vllm_config, Attention)
             names = {layer.get_attn_backend().get_name() for layer in layers.values()}
@@ -165,7 +165,7 @@ class ColdframeConnector(KVConnectorBase_V1, SupportsHMA):
         )
 
     def _pages(self) -> KvPages:
-        kv: KvArena | None = self._client.kv
+        kv: KvArena | None = self._client().kv
         if kv is None:
             raise ArenaError("the memory service has no KV arena")
         return KvPages(kv, self.fingerprint)

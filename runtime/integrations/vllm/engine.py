@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from mmap import mmap
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, RequestError
@@ -21,11 +21,24 @@ from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
 if TYPE_CHECKING:
     from vllm import LLMEngine
 
-__all__ = ["Engine", "Made", "engine_arguments", "start_engine", "untouched_zeros"]
+    from coldframe.runtime.engine.spec import ModelSpec
+
+__all__ = [
+    "Engine",
+    "Made",
+    "engine_arguments",
+    "longest_sequence",
+    "start_engine",
+    "untouched_zeros",
+]
 
 _CONNECTOR = "coldframe.runtime.integrations.vllm.connector"
 _MOST_REQUESTS = 256
 _LARGE = 1 << 20
+_VLLM_DECIDES = -1
+"""As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
+_VLLM_BLOCK = 128
+"""Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
 _TOO_LITTLE = re.compile(
     "out of memory"  # a device's, from whichever process of vLLM's
     "|can't allocate memory"  # torch's on the host
@@ -55,6 +68,27 @@ class Made:
     logprobs: Sequence[Mapping[int, Any]] | None
     over: str | None = None
     cached: int = 0
+
+
+def longest_sequence(spec: ModelSpec, kv_bytes: int) -> int:
+    """How long a sequence may be where vLLM has so much KV, as `engine_arguments` takes it.
+
+    Raises:
+        RequestError: Not one fits.
+    """
+    if not spec.native:
+        return _VLLM_DECIDES
+    per_token = spec.kv_block_bytes(spec.dtype_bytes, 1)
+    # What one sequence may need, and what of a block lies empty behind it.
+    context = min(spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
+    if context < 1:
+        raise RequestError(
+            "vLLM's KV holds not one block",
+            where="--vllm-kv",
+            expected=f"more than {2 * _VLLM_BLOCK * per_token:,} bytes",
+            got=f"{kv_bytes:,}",
+        )
+    return context
 
 
 def engine_arguments(
@@ -195,7 +229,9 @@ def untouched_zeros() -> Iterator[None]:
         elsewhere = torch.device(named.get("device") or "cpu").type != "cpu"
         if elsewhere or nbytes < _LARGE or set(named) - {"dtype", "device"}:
             return zeros(*size, **named)
-        return torch.frombuffer(mmap(-1, nbytes), dtype=dtype).view(shape)
+        # Private: shared memory cannot be in an image.
+        memory = mmap(-1, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS)
+        return torch.frombuffer(memory, dtype=dtype).view(shape)
 
     torch.zeros = lazily
     try:

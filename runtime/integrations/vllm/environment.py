@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-__all__ = ["ENGINE_ENVIRONMENT", "LEAN_ENVIRONMENT", "SAMPLER_ENVIRONMENT"]
+__all__ = ["ENGINE_ENVIRONMENT", "LEAN_ENVIRONMENT", "NOT_FOR_VLLM", "SAMPLER_ENVIRONMENT"]
 
 ENGINE_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {
@@ -35,3 +35,12 @@ LEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {**ENGINE_ENVIRONMENT, "VLLM_PLUGINS": "coldframe"}
 )
 """Of one that is to start as soon as can be: of all plug-ins that are installed, ours alone."""
+
+NOT_FOR_VLLM = (
+    # What is set for our own workers' sake, and decides what vLLM finds and may compile.
+    "TORCH_DEVICE_BACKEND_AUTOLOAD",
+    "TORCH_DISABLE_NATIVE_JIT",
+    # It would win over the size that it is given.
+    "VLLM_CPU_KVCACHE_SPACE",
+)
+"""What an engine of a replica's does not get of its environment."""

@@ -5,39 +5,43 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import replace
-from typing import Any
 
-from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.errors import ColdframeError, RequestError, SnapshotError
+from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.loader.location import Directory, parse_location
-from coldframe.loader.strict_json import parse_object
 from coldframe.runtime.creating import prune
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
+from coldframe.runtime.integrations.vllm.frozen_key import told
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.runtime.units import human_bytes, human_seconds
-from coldframe.snapshot.machine import Machine
+from coldframe.runtime.vllm_options import engine_settings, interpreter
+from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.manifest import Manifest
-from coldframe.snapshot.model_key import ModelKey
 
 __all__ = ["create", "verify"]
 
 
 def create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
-    """Makes an image of a vLLM engine.
+    """Makes an image of a vLLM engine, as `--decode vllm` with the same flags has one.
 
     Raises:
         ColdframeError: It cannot be made; nothing is kept.
     """
     started = time.monotonic()
-    engine = replace(_engine(args), arguments=_arguments(args.engine_args))
+    vllm = VllmOptions(
+        interpreter(args.vllm_python, where="--engine vllm"),
+        kv_bytes=args.vllm_kv,
+        args=engine_settings(args.vllm_args or ()),
+    )
+    engine = EngineImage(_directory(args.model), vllm, args.threads)
     image = engine.create(snapshot, compress=args.compress, name=args.model)
     removed = prune(snapshot, image.id)
     assert image.oracle is not None
+    assert image.engine is not None
     document = {
         "image": image.id,
         "model": args.model,
-        "engine": "vllm",
+        "engine": image.engine.name,
+        **json.loads(image.engine.sizes),
         "store": snapshot.store,
         "bytes": image.image_bytes,
         "oracle": image.oracle.to_json(),
@@ -51,6 +55,7 @@ def create(args: argparse.Namespace, snapshot: SnapshotOptions) -> int:
             f"image {image.id} of {args.model} in vLLM: {human_bytes(image.image_bytes)}, "
             f"{human_seconds(document['seconds'])}, in {snapshot.store}"
         )
+        print(f"sizes: {image.engine.sizes}")
     return 0
 
 
@@ -59,43 +64,22 @@ def verify(
 ) -> ColdframeError | None:
     """Why an image of a vLLM engine is not to be used; None where its clone answers as it must."""
     assert image.engine is not None
-    engine = _engine(args)
     try:
-        engine = replace(engine, arguments=json.loads(image.engine.arguments))
-        refusal = (
-            image.model.refusal(ModelKey.of(engine.model))
-            or image.machine.refusal(Machine.here())
-            or image.engine.refusal(engine.key)
-        )
-        if refusal is not None:
-            return SnapshotError(
-                "the image does not fit",
-                where=refusal.field,
-                expected=refusal.expected,
-                got=refusal.got,
-                hint="It may fit another machine, or another installation of vLLM.",
-            )
-        engine.verify(snapshot, image)
+        python = interpreter(args.vllm_python, where=f"image {image.id} is of vLLM's engine")
+        vllm = VllmOptions(python, args=tuple(told(image.engine.arguments).items()))
+        EngineImage(_directory(args.model), vllm, args.threads).verify(snapshot, image)
     except ColdframeError as error:
         return error
     return None
 
 
-def _engine(args: argparse.Namespace) -> EngineImage:
-    location = parse_location(args.model)
+def _directory(model: str) -> str:
+    location = parse_location(model)
     if not isinstance(location, Directory):
         raise RequestError(
             "an engine of vLLM's is frozen from a local model",
-            where=args.model,
+            where=model,
             expected="a directory",
             hint="Its weights are not in the image, but vLLM reads its config and its tokenizer.",
         )
-    return EngineImage(location.path, {}, args.threads or cpu_count())
-
-
-def _arguments(text: str | None) -> dict[str, Any]:
-    if text is None:
-        return {}
-    return parse_object(
-        text.encode(), where="--engine-args", hint="Such as '{\"max_model_len\": 4096}'."
-    )
+    return location.path

@@ -1,49 +1,54 @@
-"""Images of a vLLM engine: made, tried and published; and clones of them.
+"""Images of a vLLM engine: made, tried and published.
 
 The front's side: nothing here imports vLLM. It uses the same processes as our own workers' images
-do, the freezer and the restorer, with another line of Python to freeze and an `EngineKey` by which
-neither kind is taken for the other.
+do, in the interpreter that has vLLM, with another line of Python to freeze and an `EngineKey` by
+which neither kind is taken for the other. An image is tried as it will be used: by a replica of
+which vLLM serves all.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.cgroup import cpu_count, memory_available
 from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
-from coldframe.loader.process import make_run_dir, remove_run_dir, spawn_python
+from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.frozen_worker import room
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
-from coldframe.runtime.integrations.vllm.frozen import FREEZE
-from coldframe.runtime.integrations.vllm.frozen_limits import engine_arguments
-from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.oracle import compare, prompt_for
-from coldframe.runtime.router import TokenEvent
-from coldframe.snapshot.cloner import CloneChild, Cloner
-from coldframe.snapshot.engine_key import EngineKey
+from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.frozen_worker import room, weights_room
+from coldframe.runtime.integrations.vllm.engine import engine_arguments, longest_sequence
+from coldframe.runtime.integrations.vllm.environment import (
+    ENGINE_ENVIRONMENT,
+    SAMPLER_ENVIRONMENT,
+)
+from coldframe.runtime.integrations.vllm.frozen_key import asked_for, engine_variables
+from coldframe.runtime.integrations.vllm.frozen_limits import check
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.oracle import OracleRun
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.freezer import freezing_environment
-from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey
-from coldframe.snapshot.wake import Wake
 
-__all__ = ["EngineClone", "EngineImage", "cloner_of"]
-
-PACKAGES = ("vllm", "transformers", "tokenizers")
+__all__ = ["EngineImage"]
 
 _MAIN = "from coldframe.snapshot.freezer import main; main(3, int(sys.argv[1]), first_ns)"
+_FREEZE = "from coldframe.runtime.integrations.vllm.frozen import main; main(3)"
 _FREEZE_S = 600.0
-_RESTORE_S = 60.0
-_ANSWER_S = 300.0
-_TOKENS = 8
+_END_S = 10.0
+_MOST_KV = 4 << 30
+_KV_ARENA = 16 << 30
+"""How much KV a replica may have of its own before a clone has to find other room for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,24 +56,14 @@ class EngineImage:
     """What an image is of.
 
     Args:
-        model: The MODEL, as it was written; a local directory.
-        arguments: Of vLLM's `EngineArgs`, besides those that there are by default.
-        threads: How many threads it is warmed up with.
+        model: The model's directory.
+        vllm: The engine, as a replica has it.
+        threads: How many threads it is warmed up with; None takes as many as there may be.
     """
 
     model: str
-    arguments: Mapping[str, Any]
-    threads: int
-
-    @property
-    def key(self) -> EngineKey:
-        """Of what an image of it is of.
-
-        Raises:
-            SnapshotError: Such an engine cannot be frozen; it says why.
-            PlatformError: vLLM is not installed for this interpreter.
-        """
-        return EngineKey.of("vllm", PACKAGES, engine_arguments(self.arguments))
+    vllm: VllmOptions
+    threads: int | None = None
 
     def create(
         self, snapshot: SnapshotOptions, *, compress: str = "auto", name: str | None = None
@@ -84,19 +79,18 @@ class EngineImage:
             SnapshotError: It cannot be frozen, or its clone does not answer; nothing is kept.
             ColdframeError: The model cannot be read, or a process cannot be started.
         """
-        key = self.key
+        order = self._order(snapshot, compress, name or self.model)
         with _run_dir() as run_dir:
+            order["work"] = os.path.join(run_dir, "freezer")
             ours, theirs = Channel.pair()
-            child = spawn_python(
-                _MAIN, [str(now())], theirs.fileno(), dict(os.environ), site_packages=False
-            )
+            child = self._spawn(theirs)
             theirs.close()
             try:
-                ours.send(self._order(snapshot, key, compress, name or self.model, run_dir))
-                staged = _said(ours, "staged", _FREEZE_S)
-                oracle = self._try(snapshot, staged["manifest"], run_dir)
+                ours.send(order)
+                staged = _said(ours, "staged")
+                oracle = self._answer(replace(snapshot, manifest=staged["manifest"]), None)
                 ours.send({"type": "publish", "oracle": oracle})
-                published = _said(ours, "published", _FREEZE_S)
+                published = _said(ours, "published")
             finally:
                 # The end of its socket has it take away what it has stored.
                 ours.close()
@@ -107,225 +101,91 @@ class EngineImage:
         """Has a clone of an image answer the prompt that the image has the answer to.
 
         Raises:
-            SnapshotError: It answers something else, or there is no clone.
+            SnapshotError: It does not fit, answers something else, or there is no clone.
         """
         if image.oracle is None:
             raise SnapshotError(
                 "the image does not say what its clones must answer", where=f"image {image.id}"
             )
-        recorded = image.oracle.to_json()
-        with _run_dir() as run_dir, self._clone(snapshot, image.to_json(), run_dir) as clone:
-            clone.load("auto")
-            said = clone.ask(recorded["prompt_ids"], len(recorded["token_ids"]))
-        answer = zip(said["token_ids"], said["logprobs"], strict=True)
-        events = [
-            TokenEvent(index, token, "", None, logprob, ((token, logprob),))
-            for index, (token, logprob) in enumerate(answer)
-        ]
-        error = compare(recorded, events)
-        if error is not None:
-            raise error
+        self._answer(replace(snapshot, image=image.id), image.oracle.to_json())
 
-    def _try(
-        self, snapshot: SnapshotOptions, manifest: dict[str, Any], run_dir: str
-    ) -> dict[str, Any]:
-        """What a clone answers with the weights that vLLM itself loads."""
-        vocabulary = _vocabulary(self.model)
-        prompt = list(prompt_for(vocabulary))
-        with self._clone(snapshot, manifest, run_dir) as clone:
-            clone.load("auto")
-            said = clone.ask(prompt, _TOKENS)
-        return {
-            "prompt_ids": prompt,
-            "token_ids": said["token_ids"],
-            "logprobs": said["logprobs"],
-        }
+    def _answer(self, snapshot: SnapshotOptions, recorded: dict[str, Any] | None) -> dict[str, Any]:
+        """What a clone answers to the oracle's prompt, in a replica that has nobody else.
 
-    @contextlib.contextmanager
-    def _clone(
-        self, snapshot: SnapshotOptions, manifest: dict[str, Any], run_dir: str
-    ) -> Iterator[EngineClone]:
-        with cloner_of(self, snapshot, run_dir, manifest=manifest) as cloner:
-            clone = EngineClone(cloner, "trial", self.threads, run_dir)
-            try:
-                yield clone
-            finally:
-                clone.close()
+        Raises:
+            SnapshotError: There is no clone, or it answers something else than was recorded.
+        """
+        options = ReplicaOptions(
+            self.model,
+            prefill=0,
+            decode=0,
+            threads=self.threads,
+            vllm=replace(self.vllm, alone=True),
+            snapshot=replace(snapshot, mode="require"),
+        )
+        over: list[bool] = []
+        with Replica(options) as replica:
+            replica.run_until(lambda: replica.sized)
+            run = OracleRun(
+                lambda params, listener, ids: replica.submit(params, listener, prompt_ids=ids),
+                replica.spec.vocab_size,
+                recorded,
+                lambda: over.append(True),
+            )
+            replica.run_until(lambda: bool(over))
+        if run.error is not None:
+            raise run.error
+        return run.answer
 
-    def _order(
-        self, snapshot: SnapshotOptions, key: EngineKey, compress: str, name: str, run_dir: str
-    ) -> dict[str, Any]:
-        arguments = engine_arguments(self.arguments)
-        tensors = Checkpoint.open(self.model).tensors
-        weights = room(sum(tensor.nbytes for tensor in tensors.values()))
-        kv = room(arguments["kv_cache_memory_bytes"])
+    def _spawn(self, theirs: Channel) -> Child:
+        own = self.vllm.python == sys.executable
+        return spawn_python(
+            *(_MAIN, [str(now())], theirs.fileno(), dict(os.environ)),
+            site_packages=not own,  # another interpreter has packages of its own
+            executable=self.vllm.python,
+        )
+
+    def _order(self, snapshot: SnapshotOptions, compress: str, name: str) -> dict[str, Any]:
+        model = ModelFacts(self.model, vllm=True)
+        spec, threads = model.spec, self.threads or cpu_count()
+        kv_bytes = self.vllm.kv_bytes
+        if kv_bytes is None:
+            kv_bytes = min(_MOST_KV, memory_available() // 4)
+        given = dict(self.vllm.args)
+        arguments = engine_arguments(
+            *(os.path.abspath(self.model), CPU, spec.dtype),
+            longest_sequence(spec, kv_bytes),
+            kv_bytes,
+            given,
+        )
+        check(arguments)
+        key = asked_for({**given, "max_model_len": arguments["max_model_len"]}, kv_bytes)
+        weights = [WEIGHTS_BASE, weights_room(model)]
+        kv = [KV_BASE, room(_KV_ARENA)]
         return {
             "type": "freeze",
-            "code": FREEZE,
+            "code": _FREEZE,
             "order": {
                 "type": "freeze",
-                "model": os.path.abspath(self.model),
                 "arguments": arguments,
-                "arenas": [weights, kv],
+                "native": spec.native,
+                "arenas": [weights[1], kv[1]],
             },
-            "environment": {**freezing_environment(self.threads), **ENGINE_ENVIRONMENT},
-            "device": "cpu",
+            "environment": {
+                **freezing_environment(threads),
+                **ENGINE_ENVIRONMENT,
+                **engine_variables(),
+                **SAMPLER_ENVIRONMENT,
+            },
+            "device": CPU,
             "name": name,
-            "model": ModelKey.of(self.model, tensors).to_json(),
-            "engine": key.to_json(),
-            "arena": {"weights": [WEIGHTS_BASE, weights], "kv": [KV_BASE, kv]},
+            "model": ModelKey.of(self.model, model.tensors).to_json(),
+            "engine": key,
+            "arena": {"weights": weights, "kv": kv},
             "store": snapshot.store,
             "key_file": snapshot.key_file,
             "compress": compress,
-            "work": os.path.join(run_dir, "freezer"),
         }
-
-
-class EngineClone:
-    """A clone of an engine: first without weights.
-
-    Args:
-        cloner: Who makes it; see `cloner_of`.
-        name: Its name in log and timeline.
-        threads: How many threads it computes with.
-        run_dir: The replica's run directory.
-        environment: Its environment besides `ENGINE_ENVIRONMENT`.
-        identity: Whose process it becomes.
-        stderr: A descriptor for its standard error; by default this process's.
-
-    Attributes:
-        woken: What it has said when it was there: `hooks`, the seconds that each took.
-        ready_s: After how many seconds from the call that was.
-
-    Raises:
-        SnapshotError: There is no image that fits, or no clone comes of it.
-    """
-
-    def __init__(
-        self,
-        cloner: Cloner,
-        name: str,
-        threads: int,
-        run_dir: str,
-        *,
-        environment: Mapping[str, str] | None = None,
-        identity: Identity | None = None,
-        stderr: int = 2,
-    ) -> None:
-        started = now()
-        self._cloner = cloner
-        self._channel, theirs = Channel.pair()
-        self.child: CloneChild = cloner.clone(name, theirs.fileno())
-        theirs.close()
-        try:
-            path = {"PATH": os.environ.get("PATH", os.defpath)}
-            env = {**path, **ENGINE_ENVIRONMENT, **(environment or {})}
-            wake = Wake.message(name, env, threads, run_dir, started, identity)
-            self._await_restore()
-            self._channel.send(wake, [stderr])
-            self.woken = self._said("woken", _RESTORE_S)
-        except BaseException:
-            self.close()
-            raise
-        self.ready_s = (now() - started) / 1e9
-
-    def load(
-        self,
-        load_format: str,
-        extra: Mapping[str, object] | None = None,
-        memory: Channel | None = None,
-    ) -> float:
-        """Has it load its weights.
-
-        Args:
-            load_format: The name of a loader of vLLM's.
-            extra: Its `model_loader_extra_config`.
-            memory: A connection to a memory service, which the loader then takes.
-
-        Returns:
-            How many seconds that took.
-
-        Raises:
-            ColdframeError: It could not.
-        """
-        fds = [] if memory is None else [memory.fileno()]
-        body = {"type": "load", "load_format": load_format, "extra": dict(extra or {})}
-        self._channel.send(body, fds)
-        return float(self._said("loaded", _ANSWER_S)["seconds"])
-
-    def ask(self, prompt_ids: Sequence[int], max_tokens: int) -> dict[str, Any]:
-        """What it answers, greedily and beyond the end of its text.
-
-        Returns:
-            `token_ids`, their `logprobs`, and `seconds`.
-
-        Raises:
-            ColdframeError: It has no answer.
-        """
-        order = {"type": "ask", "prompt_ids": list(prompt_ids), "max_tokens": max_tokens}
-        self._channel.send(order)
-        return self._said("answered", _ANSWER_S)
-
-    def close(self) -> None:
-        """Ends it."""
-        self._channel.close()
-        if not self.child.failed and self._cloner.error is None:
-            self.child.kill()
-
-    def _await_restore(self) -> None:
-        """Until CRIU has done its part, or has not."""
-        late = time.monotonic() + _RESTORE_S
-        while not self.child.pid:
-            while self._cloner.events:
-                event = self._cloner.events.popleft()
-                if event.error is not None:
-                    raise event.error
-            if self._cloner.error is not None:
-                raise self._cloner.error
-            if time.monotonic() > late:
-                raise SnapshotError("a clone was not there in time", expected=f"{_RESTORE_S:g} s")
-            self._cloner.receive(0.05)
-
-    def _said(self, kind: str, wait_s: float) -> dict[str, Any]:
-        return _said(self._channel, kind, wait_s)
-
-
-@contextlib.contextmanager
-def cloner_of(
-    engine: EngineImage,
-    snapshot: SnapshotOptions,
-    run_dir: str,
-    *,
-    manifest: dict[str, Any] | None = None,
-) -> Iterator[Cloner]:
-    """A process that makes clones of an engine; they end with it.
-
-    Args:
-        engine: Of which.
-        snapshot: The store, and how its images are read.
-        run_dir: A directory for it.
-        manifest: An image that is not published yet, to be used and no other.
-
-    Raises:
-        ColdframeError: Such an engine cannot be frozen, or the process cannot be started.
-    """
-    wanted = {
-        "store": snapshot.store,
-        "name": engine.model,
-        "directory": engine.model,
-        "manifest": manifest,
-        "hash": snapshot.hash,
-        "key_file": snapshot.key_file,
-        "work": run_dir,
-        "device": "cpu",
-        "engine": engine.key.to_json(),
-    }
-    cloner = Cloner.spawn_restorer()
-    try:
-        cloner.prepare(wanted)
-        yield cloner
-    finally:
-        cloner.close()
 
 
 @contextlib.contextmanager
@@ -338,16 +198,16 @@ def _run_dir() -> Iterator[str]:
         os.close(lock)
 
 
-def _said(channel: Channel, kind: str, wait_s: float) -> dict[str, Any]:
+def _said(channel: Channel, kind: str) -> dict[str, Any]:
     """The next message, which is of that kind.
 
     Raises:
         ColdframeError: It is an error, or there is none.
     """
     try:
-        message: Message | None = channel.recv(wait_s)
+        message: Message | None = channel.recv(_FREEZE_S)
     except TimeoutError:
-        raise SnapshotError(f"no {kind!r} came", expected=f"within {wait_s:g} s") from None
+        raise SnapshotError(f"no {kind!r} came", expected=f"within {_FREEZE_S:g} s") from None
     if message is None:
         raise ReplicaError(
             "the process is gone", where=kind, hint="What it said is on standard error."
@@ -359,16 +219,8 @@ def _said(channel: Channel, kind: str, wait_s: float) -> dict[str, Any]:
     return message.body
 
 
-def _await_end(child: Any) -> None:
-    late = time.monotonic() + 10.0
+def _await_end(child: Child) -> None:
+    late = time.monotonic() + _END_S
     while child.poll() is None and time.monotonic() < late:
         time.sleep(0.005)
     child.kill()
-
-
-def _vocabulary(model: str) -> int:
-    from coldframe.loader.checkpoint import read_config
-
-    config = read_config(model)
-    text = config.get("text_config") or config
-    return int(text["vocab_size"])

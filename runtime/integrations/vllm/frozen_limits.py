@@ -12,14 +12,7 @@ from typing import Any, NamedTuple
 
 from coldframe.loader.errors import SnapshotError
 
-__all__ = ["ARGUMENTS", "check", "check_built", "engine_arguments"]
-
-ARGUMENTS: dict[str, Any] = {
-    "disable_log_stats": True,
-    "enforce_eager": True,
-    "kv_cache_memory_bytes": 1 << 30,
-}
-"""What an engine that is to be frozen is told, where nothing else is said."""
+__all__ = ["check", "check_built"]
 
 
 class _Limit(NamedTuple):
@@ -47,28 +40,14 @@ _LIMITS = {
         (None,), "the drafter's weights would be loaded at once, and be in the image"
     ),
     "enable_lora": _Limit((False, None), "adapters have not been tried in a clone"),
-    "kv_transfer_config": _Limit(
-        (None,), "a connector is made with the engine, and holds connections of its own"
-    ),
 }
-
-
-def engine_arguments(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of an engine that is to be frozen, with those that were given.
-
-    Args:
-        given: Of vLLM's `EngineArgs`, as JSON values; `model` and `load_format` are not among them.
-
-    Raises:
-        SnapshotError: Such an engine cannot be frozen; it says why.
-    """
-    arguments = {**ARGUMENTS, **given}
-    check(arguments)
-    return arguments
 
 
 def check(arguments: Mapping[str, Any]) -> None:
     """Whether an engine with these arguments can be frozen.
+
+    Args:
+        arguments: Of vLLM's `EngineArgs`, as a replica sets them and its user.
 
     Raises:
         SnapshotError: It cannot; it says why.
@@ -77,16 +56,6 @@ def check(arguments: Mapping[str, Any]) -> None:
         value = arguments.get(name, limit.allowed[0] if name != "enforce_eager" else False)
         if value not in limit.allowed:
             raise _refusal(name, limit.why, limit.allowed[0], value)
-    for name in ("model", "load_format", "model_loader_extra_config"):
-        if name in arguments:
-            raise _refusal(name, "each clone is told it", "not given", arguments[name])
-    if arguments.get("kv_cache_memory_bytes") is None:
-        raise _refusal(
-            "kv_cache_memory_bytes",
-            "vLLM would measure the creator's memory, by running a model without weights",
-            "a number of bytes",
-            None,
-        )
 
 
 def check_built(engine: Any) -> None:

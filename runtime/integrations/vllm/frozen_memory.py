@@ -17,7 +17,7 @@ from typing import Any
 from coldframe.loader.arena import round_up
 from coldframe.loader.errors import SnapshotError
 
-__all__ = ["EMPTY", "check_empty", "fill", "forget", "model_of", "register_empty"]
+__all__ = ["EMPTY", "fill", "forget", "import_filling", "model_of", "register_empty"]
 
 EMPTY = "coldframe-empty"
 """The load format of an engine without weights."""
@@ -58,21 +58,16 @@ def register_empty() -> None:
     register_model_loader(EMPTY)(EmptyLoader)
 
 
-def check_empty(engine: Any) -> None:
-    """Refuses an engine that has, or may have, weights already.
+def import_filling() -> None:
+    """Imports what `fill` needs, and what it leads to: a clone may not be let in where that is."""
+    import coldframe.loader.devices.cpu
+    import coldframe.loader.placing
+    import coldframe.runtime.integrations.vllm.connector
+    import coldframe.runtime.integrations.vllm.gated
+    import coldframe.runtime.integrations.vllm.loader  # noqa: F401
+    from coldframe.runtime.integrations.vllm.filling import import_post_processing
 
-    Raises:
-        SnapshotError: A load has begun before.
-    """
-    load_format = engine.vllm_config.load_config.load_format
-    if load_format != EMPTY:
-        raise SnapshotError(
-            "a clone gets its weights once",
-            where="load",
-            expected="an engine without weights",
-            got=f"one that has been loaded by {load_format}",
-            hint="Its layers may be packed by now; take another clone.",
-        )
+    import_post_processing()
 
 
 def fill(engine: Any, load_format: str, extra: Mapping[str, object]) -> None:

@@ -64,11 +64,11 @@ class Holds:
     """All blocks that this process holds.
 
     Args:
-        client: The memory service.
+        client: Gives the connection to the memory service.
         tally: Counts what is claimed.
     """
 
-    def __init__(self, client: MemoryClient, tally: KvTally) -> None:
+    def __init__(self, client: Callable[[], MemoryClient], tally: KvTally) -> None:
         self._client = client
         self._tally = tally
         self._users: dict[str, set[Hold]] = {}
@@ -166,7 +166,7 @@ class Holds:
 
     def _release(self, request: str) -> None:
         self._opened.discard(request)
-        self._tell(lambda: self._client.release(request))
+        self._tell(lambda: self._client().release(request))
 
     def _claim(self, hold: Hold, kv_tokens: int, domain: str) -> None:
         try:
@@ -181,16 +181,16 @@ class Holds:
         hold._settled.set()
 
     def _claimed(self, hold: Hold, kv_tokens: int, domain: str) -> list[int] | None:
-        if domain == domain_of(self._client):
-            return self._client.claim(hold.request, hold.attempt)
+        if domain == domain_of(self._client()):
+            return self._client().claim(hold.request, hold.attempt)
         count = max(1, -(-kv_tokens // BLOCK_TOKENS))
-        got = self._client.bring(hold.request, hold.attempt, count, count)
+        got = self._client().bring(hold.request, hold.attempt, count, count)
         return None if got is None else got.blocks
 
     def _begin_assign(self, hold: Hold, count: int, opens: bool) -> None:
         if opens:
             try:
-                self._client.open(hold.request)
+                self._client().open(hold.request)
                 self._opened.add(hold.request)
             except Exception as error:  # noqa: BLE001 - see `_reason`
                 hold.why = _reason(error)
@@ -202,7 +202,7 @@ class Holds:
                 hold.why = "it is over"
                 return True
             try:
-                got = self._client.assign(hold.request, hold.attempt, count)
+                got = self._client().assign(hold.request, hold.attempt, count)
             except Exception as error:  # noqa: BLE001 - see `_reason`
                 hold.why = _reason(error)
                 return True
@@ -225,7 +225,7 @@ class Holds:
     def _let_go(self, hold: Hold) -> None:
         hold._gone = True
         if self._leave(hold):
-            self._tell(lambda: self._client.finish(hold.request))
+            self._tell(lambda: self._client().finish(hold.request))
         if self._wanting:
             self._try_again()
         if hold.request in self._opened and hold.request not in self._users:
@@ -237,8 +237,8 @@ class Holds:
             return False
 
         def tell() -> None:
-            self._client.publish(hold.request, ())
-            self._client.drop(hold.request)
+            self._client().publish(hold.request, ())
+            self._client().drop(hold.request)
 
         if hold.request in self._opened:
             self._ending.append((time.monotonic() + _OPEN_S, hold.request))

@@ -50,7 +50,7 @@ class KvOutgoing:
     """Those requests, in the scheduler.
 
     Args:
-        client: The memory service.
+        client: Gives the connection to the memory service.
         holds: Gets their blocks.
         tally: Counts.
         fingerprint: Of this engine.
@@ -64,7 +64,7 @@ class KvOutgoing:
 
     def __init__(
         self,
-        client: MemoryClient,
+        client: Callable[[], MemoryClient],
         holds: Holds,
         tally: KvTally,
         fingerprint: Callable[[], Fingerprint],
@@ -216,7 +216,7 @@ class KvOutgoing:
             mine.kv_format,
             tuple(producer.hold.blocks or ()),
             request.num_prompt_tokens,
-            domain_of(self._client),
+            domain_of(self._client()),
         )
 
 

@@ -70,7 +70,7 @@ class KvSchedule:
     """The scheduler's side.
 
     Args:
-        client: The memory service.
+        client: Gives the connection to the memory service.
         tally: Counts.
         fingerprint: Of this engine.
         unfit: Why this engine can have no KV from outside and give none, if so.
@@ -82,7 +82,7 @@ class KvSchedule:
 
     def __init__(
         self,
-        client: MemoryClient,
+        client: Callable[[], MemoryClient],
         tally: KvTally,
         fingerprint: Callable[[], Fingerprint],
         *,
@@ -157,7 +157,7 @@ class KvSchedule:
     def _unfit_now(self) -> str | None:
         if self._unfit is not None:
             return self._unfit
-        if self._client.kv is None or self._client.plan is None:
+        if self._client().kv is None or self._client().plan is None:
             return "the memory service has no KV arena"
         return None
 
@@ -180,7 +180,7 @@ class KvSchedule:
 
         Never that of other tokens: it may be another request's, which waits for it.
         """
-        if self._client.kv is not None and asked.domain == domain_of(self._client):
+        if self._client().kv is not None and asked.domain == domain_of(self._client()):
             hold = self._holds.claim(asked.request, asked.attempt, asked.kv_tokens, asked.domain)
             self._holds.let_go(hold)
 

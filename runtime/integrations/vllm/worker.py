@@ -7,46 +7,52 @@ comes as a `job`, before its prefill.
 
 An engine takes ten seconds and more to start, beside workers that answer meanwhile. So it is
 started by a thread of a low priority, which is a thread's own matter on Linux, and goes on in one
-that has the priority of all others.
+that has the priority of all others. A clone has its engine already (`frozen`), and only has to get
+its weights. The process around all of it is `worker_process`'s.
 """
 
 from __future__ import annotations
 
 import os
 import queue
-import signal
 import sys
 import threading
-import traceback
-from dataclasses import replace
-from typing import Any, NoReturn, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.errors import ColdframeError, MemoryServiceGone, ReplicaError, RequestError
+from coldframe.loader.errors import ReplicaError, RequestError, SnapshotError
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.cores import CORES, keep_to
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.plugin import LOAD_FORMAT
 from coldframe.runtime.prefix import kv_format
-from coldframe.runtime.worker import Worker
+from coldframe.runtime.worker import Warm, Worker
 from coldframe.snapshot.identity import Identity
-from coldframe.snapshot.privileges import become, confine
+from coldframe.snapshot.privileges import become
 
-__all__ = ["VllmWorker", "main"]
+__all__ = ["Frozen", "VllmWorker", "import_engine"]
 
 _NICE = 5
 """Of the thread that starts the engine: it gets a third of what those get who answer."""
-_OOM_SCORE = 500
-"""Of -1000 to 1000, in thousandths of all memory: so much more than it has it seems to have."""
 _MOST_KV = 4 << 30
 """For a model of whose KV nothing is known here, in bytes."""
-_VLLM_DECIDES = -1
-"""As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
-_VLLM_BLOCK = 128
-"""Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """What a clone has from before it was frozen.
+
+    Args:
+        engine: vLLM's `LLMEngine`, without weights.
+        warm: What it has for the rest of its work.
+    """
+
+    engine: Any
+    warm: Warm
 
 
 class VllmWorker(Worker):
@@ -55,12 +61,20 @@ class VllmWorker(Worker):
     Args:
         control: The socket to the front.
         recorder: Holds the spans of the start so far.
-        user: Whom it becomes before it is up; None stays who it is.
+        user: Whom it becomes before it is up; None stays who it is. A clone has become it already.
+        frozen: What a clone has; None for a worker that starts fresh.
     """
 
-    def __init__(self, control: Channel, recorder: Recorder, user: Identity | None) -> None:
+    def __init__(
+        self,
+        control: Channel,
+        recorder: Recorder,
+        user: Identity | None = None,
+        frozen: Frozen | None = None,
+    ) -> None:
         self._init: dict[str, Any] = {}
-        super().__init__(control, recorder, user=user)
+        self._frozen = frozen
+        super().__init__(control, recorder, None if frozen is None else frozen.warm, user)
 
     def _prepare(self, message: Message) -> None:
         self._init = message.body
@@ -101,30 +115,12 @@ class VllmWorker(Worker):
 
     def _start(self, since_ns: int) -> None:
         os.environ.update(SAMPLER_ENVIRONMENT)
-        try:
-            import torch
-            import vllm
-            from vllm import EngineArgs, LLMEngine  # noqa: F401 - it imports what is asked of it
-        except ImportError as error:
-            raise RequestError(
-                "this Python has no vLLM that can be imported",
-                where="--vllm-python",
-                got=f"{sys.executable}: {error}",
-                hint="Install vLLM there, or name another.",
-            ) from error
-        # Now: another user may not be let in where they are.
-        import coldframe.runtime.answer
-        import coldframe.runtime.engine.device_errors
-        import coldframe.runtime.engine.sequence  # noqa: F401
+        if self._frozen is None:
+            import_engine()
+            self.recorder.add("imports", since_ns)
         from coldframe.runtime.integrations.vllm.attached import provide
-        from coldframe.runtime.integrations.vllm.engine import (
-            Engine,
-            engine_arguments,
-            start_engine,
-        )
-        from coldframe.runtime.integrations.vllm.lean import look_at_model_here
+        from coldframe.runtime.integrations.vllm.engine import Engine
 
-        self.recorder.add("imports", since_ns)
         self.control.send({"type": "imported"})
         waited = now()
         self._prepared.wait()
@@ -137,36 +133,62 @@ class VllmWorker(Worker):
         self.plan, self.kv = setup.plan, setup.kv
         provide(self.client)
         self.report_spans()
-        kv_bytes = self._kv_bytes()
-        per_token = self.spec.kv_block_bytes(self.spec.dtype_bytes, 1)
-        # What one sequence may need, and what of a block lies empty behind it.
-        context = min(self.spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
-        if not self.spec.native:
-            context = _VLLM_DECIDES
-        elif context < 1:
-            raise RequestError(
-                "vLLM's KV holds not one block",
-                where="--vllm-kv",
-                expected=f"more than {2 * _VLLM_BLOCK * per_token:,} bytes",
-                got=f"{kv_bytes:,}",
-            )
+        engine = self._fresh() if self._frozen is None else self._filled(self._frozen.engine)
+        self.context = engine.model_config.max_model_len
+        self.engine = Engine(engine)
+        self._sharing = self.engine.sharing()
+        version, kv_bytes = _version(), _kv_bytes_of(engine)
+        self._note = f"vLLM {version}, {kv_bytes / 1e6:.0f} MB of KV; {self._sharing}"
+        # What is done between steps, of which vLLM knows nothing.
+        import torch
+
+        self.model = cast(Any, _Resting(torch.device(self.device)))
+
+    def _fresh(self) -> Any:
+        """An engine with its weights, as this start wants it."""
+        from coldframe.runtime.integrations.vllm.engine import (
+            engine_arguments,
+            longest_sequence,
+            start_engine,
+        )
+        from coldframe.runtime.integrations.vllm.lean import look_at_model_here
+
+        model, kv_bytes = self._init["model"], self._kv_bytes()
         arguments = engine_arguments(
-            self._init["model"],
-            self.device,
-            self.spec.dtype,
-            context,
+            *(model, self.device, self.spec.dtype),
+            longest_sequence(self.spec, kv_bytes),
             kv_bytes,
             self._init["args"],
         )
         if self.spec.native:
-            look_at_model_here(self._init["model"])
-        engine = start_engine(arguments, self.device, self.recorder, takes_kv=self.spec.native)
-        self.context = engine.model_config.max_model_len
-        self.engine = Engine(engine)
-        self._sharing = self.engine.sharing()
-        self._note = f"vLLM {vllm.__version__}, {kv_bytes / 1e6:.0f} MB of KV; {self._sharing}"
-        # What is done between steps, of which vLLM knows nothing.
-        self.model = cast(Any, _Resting(torch.device(self.device)))
+            look_at_model_here(model)
+        return start_engine(arguments, self.device, self.recorder, takes_kv=self.spec.native)
+
+    def _filled(self, engine: Any) -> Any:
+        """The engine that a clone came with, and its weights.
+
+        Raises:
+            SnapshotError: It has more KV than there is memory for, and nobody has asked for that.
+        """
+        from coldframe.runtime.integrations.vllm.connector import connectors
+        from coldframe.runtime.integrations.vllm.frozen_memory import fill
+
+        # It is taken as it is touched, and the weights, packed, are still to come.
+        kv_bytes, most = _kv_bytes_of(engine), memory_available() // 2
+        if kv_bytes > most and self._init["kv_bytes"] is None:
+            raise SnapshotError(
+                "the engine of this image has more KV than there is memory for",
+                where="vLLM's KV",
+                expected=f"at most {most:,} bytes, half of what is available",
+                got=f"{kv_bytes:,}",
+                hint="Make an image with less: coldframe snapshot create --vllm-kv SIZE.",
+            )
+        with self.recorder.span("vllm_weights"):
+            fill(engine, LOAD_FORMAT, {"gated": False})
+        for connector in connectors(engine):
+            if connector is not None:
+                connector.tally.recorder = self.recorder
+        return engine
 
     def _kv_bytes(self) -> int:
         """Memory for vLLM's own KV: as much as the replica's has, where nobody says otherwise."""
@@ -262,53 +284,35 @@ class _Resting:
         raise ReplicaError("weights that vLLM uses cannot be laid out anew")
 
 
-def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = None) -> NoReturn:
-    """The process's entry; see `worker_process.main`."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    recorder = Recorder("worker")
-    recorder.add("interpreter", spawned_ns, first_ns)
-    control = Channel.from_fd(control_fd)
-    role = "vllm"
+def import_engine() -> None:
+    """Imports all that a worker needs, vLLM first.
+
+    Raises:
+        RequestError: There is none.
+    """
     try:
-        _go_first()
-        identity = None
-        if user is not None:
-            import json
-
-            identity = Identity.from_wire(json.loads(user))
-            confine(identity)
-        keep_to(os.environ.get(CORES))
-        worker = VllmWorker(control, recorder, identity)
-        worker.boot(first_ns)
-        worker.serve()
-    except ColdframeError as error:
-        if error.__cause__ is not None and not isinstance(error, MemoryServiceGone):
-            traceback.print_exc()  # vLLM's own, which says where
-        control.send({"type": "broken", "error": error.to_wire()})
-    except Exception as error:  # noqa: BLE001 - the front must hear of whatever ends a worker
-        traceback.print_exc()
-        control.send({"type": "broken", "error": _typed(error, role).to_wire()})
-    finally:
-        # Not through the interpreter's end: vLLM's threads would keep it.
-        os._exit(1)
+        from vllm import EngineArgs, LLMEngine  # noqa: F401 - it imports what is asked of it
+    except ImportError as error:
+        raise RequestError(
+            "this Python has no vLLM that can be imported",
+            where="--vllm-python",
+            got=f"{sys.executable}: {error}",
+            hint="Install vLLM there, or name another.",
+        ) from error
+    # Now: another user may not be let in where they are.
+    import coldframe.runtime.answer
+    import coldframe.runtime.engine.device_errors
+    import coldframe.runtime.engine.sequence
+    import coldframe.runtime.integrations.vllm.attached
+    import coldframe.runtime.integrations.vllm.engine
+    import coldframe.runtime.integrations.vllm.requests  # noqa: F401
 
 
-def _go_first() -> None:
-    """Where memory runs out the kernel ends this process, and not those who answer without it."""
-    try:
-        with open("/proc/self/oom_score_adj", "r+") as file:
-            if int(file.read()) < _OOM_SCORE:
-                file.seek(0)
-                file.write(str(_OOM_SCORE))
-    except OSError as error:  # a container may have it read-only
-        print(f"coldframe: the kernel was not told what to end first: {error}", file=sys.stderr)
+def _version() -> str:
+    import vllm
+
+    return str(vllm.__version__)
 
 
-def _typed(error: Exception, role: str) -> ColdframeError:
-    """What ended a worker: its GPU, or else itself."""
-    broke = ReplicaError("a worker broke", where=role, got=repr(error))
-    if "coldframe.runtime.engine.device_errors" not in sys.modules:
-        return broke
-    from coldframe.runtime.engine.device_errors import as_device_error
-
-    return as_device_error(error, role) or broke
+def _kv_bytes_of(engine: Any) -> int:
+    return int(engine.vllm_config.cache_config.kv_cache_memory_bytes)

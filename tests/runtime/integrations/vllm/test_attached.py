@@ -16,7 +16,14 @@ from coldframe.loader.errors import (
 from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.slices import Rank
 from coldframe.runtime.integrations.vllm import attached
-from coldframe.runtime.integrations.vllm.attached import OwnMemory, attach, own_memory, release
+from coldframe.runtime.integrations.vllm.attached import (
+    OwnMemory,
+    attach,
+    attach_late,
+    expect,
+    own_memory,
+    release,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +87,19 @@ def test_what_is_provided_goes_before_all(demo_model):
     client = attach({}, model=str(demo_model()))
     attached.provide(client)
     assert attach({"memory_service": "/nowhere.sock"}) is client
+
+
+def test_one_that_is_only_expected_is_asked_for_when_it_is_needed(demo_model, monkeypatch):
+    with pytest.raises(RequestError, match="nothing says where"):
+        attach_late({})
+    monkeypatch.setattr(attached, "_expected", False)
+    expect()
+    late = attach_late({})
+    with pytest.raises(RequestError, match="nothing says where"):
+        late()
+    client = attach({}, model=str(demo_model()))
+    attached.provide(client)
+    assert late() is late() is client
 
 
 def test_a_rank_has_its_slices_alone(demo_model):

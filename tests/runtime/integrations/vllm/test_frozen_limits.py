@@ -8,65 +8,52 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader.errors import PlatformError, SnapshotError
+from coldframe.loader.errors import SnapshotError
+from coldframe.runtime.integrations.vllm.engine import engine_arguments
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
-from coldframe.runtime.integrations.vllm.frozen_limits import (
-    ARGUMENTS,
-    check,
-    check_built,
-    engine_arguments,
-)
+from coldframe.runtime.integrations.vllm.frozen_limits import check, check_built
 from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.vllm_spec import VllmOptions
 
 
-def test_what_is_not_said_is_such_that_it_can_be() -> None:
-    given = {"max_model_len": 64, "kv_cache_memory_bytes": 1 << 20}
-    assert engine_arguments(given) == {**ARGUMENTS, **given}
-    assert engine_arguments({}) == ARGUMENTS
+def of_a_replica(**given: Any) -> dict[str, Any]:
+    return engine_arguments("/model", "cpu", "F32", 1024, 1 << 20, given)
+
+
+def test_what_a_replica_sets_can_be_frozen() -> None:
+    check(of_a_replica())
+    check(of_a_replica(max_num_seqs=8, enable_prefix_caching=False))
 
 
 @pytest.mark.parametrize(
     ("given", "why"),
     [
-        ({"tensor_parallel_size": 2}, "processes of their own"),
-        ({"pipeline_parallel_size": 2}, "processes of their own"),
-        ({"data_parallel_size": 2}, "processes of their own"),
-        ({"distributed_executor_backend": "mp"}, "processes of their own"),
+        ({"decode_context_parallel_size": 2}, "processes of their own"),
         ({"enforce_eager": False}, "compiled code"),
         ({"quantization": "fp8"}, "have|has not been tried"),
-        ({"speculative_config": {"method": "ngram"}}, "drafter"),
         ({"enable_lora": True}, "adapters"),
-        ({"kv_transfer_config": {"kv_connector": "X"}}, "connector"),
-        ({"kv_cache_memory_bytes": None}, "measure"),
-        ({"load_format": "dummy"}, "each clone is told it"),
-        ({"model": "elsewhere"}, "each clone is told it"),
     ],
 )
 def test_what_cannot_be_frozen_is_said_with_the_reason(given: dict[str, Any], why: str) -> None:
     with pytest.raises(SnapshotError, match=why) as raised:
-        engine_arguments(given)
+        check(of_a_replica(**given))
     assert raised.value.where == next(iter(given))
 
 
-def test_eager_has_to_be_asked_for() -> None:
+@pytest.mark.parametrize("name", ["tensor_parallel_size", "speculative_config"])
+def test_what_a_replica_would_refuse_is_refused_here_too(name: str) -> None:
+    with pytest.raises(SnapshotError) as raised:
+        check({**of_a_replica(), name: 2})
+    assert raised.value.where == name
+
+
+def test_nothing_is_begun_for_one_that_cannot_be(demo_model: Any, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    snapshot = SnapshotOptions(mode="require", store=str(store))
+    engine = EngineImage(str(demo_model()), VllmOptions(args=(("enforce_eager", False),)), 1)
     with pytest.raises(SnapshotError, match="compiled code"):
-        check({"kv_cache_memory_bytes": 1 << 20})
-
-
-def test_nothing_is_begun_for_one_that_cannot_be(tmp_path: Path) -> None:
-    snapshot = SnapshotOptions(mode="require", store=str(tmp_path / "store"))
-    engine = EngineImage(str(tmp_path), {"tensor_parallel_size": 2}, 1)
-    with pytest.raises(SnapshotError, match="ranks"):
         engine.create(snapshot)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_an_interpreter_without_vllm_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.path", [str(tmp_path)])
-    with pytest.raises(PlatformError, match="interpreter that has it"):
-        _ = EngineImage(str(tmp_path), {}, 1).key
+    assert not store.exists()
 
 
 class InprocClient:

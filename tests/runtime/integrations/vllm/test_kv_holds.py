@@ -35,7 +35,7 @@ def client(native: Native) -> Iterator[MemoryClient]:
 
 @pytest.fixture
 def holds(client: MemoryClient) -> Iterator[Holds]:
-    made = Holds(client, KvTally())
+    made = Holds(lambda: client, KvTally())
     yield made
     made.close()
 
@@ -154,7 +154,7 @@ def test_the_thread_has_the_priority_of_who_asks(client: MemoryClient) -> None:
 
     def start() -> None:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
-        made.append(Holds(client, KvTally()))
+        made.append(Holds(lambda: client, KvTally()))
 
     thread = threading.Thread(target=start)
     thread.start()

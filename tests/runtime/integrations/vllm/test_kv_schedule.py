@@ -42,7 +42,7 @@ def schedule(native: Native) -> Iterator[KvSchedule]:
     client.wait_arenas()
     mine = fingerprint.native(native.spec, native.plan.fingerprint, native.config)
     made = KvSchedule(
-        *(client, KvTally(), lambda: mine),
+        *(lambda: client, KvTally(), lambda: mine),
         unfit=None,
         ranks=1,
         layered=True,

@@ -46,7 +46,8 @@ def test_a_server_whose_decode_is_taken_over(demo_model: Make) -> None:
         found = stages(server)
         for name in ("vllm_config", "vllm_weights", "vllm_kv", "vllm_warmup"):
             assert name in found
-        assert server.get("/startup").json()["decode"] == {"engine": "vllm", "why": None}
+        decode = server.get("/startup").json()["decode"]
+        assert (decode["engine"], decode["why"], decode["tier"]) == ("vllm", None, "fresh")
         metrics = server.metrics()
         assert metrics["coldframe_vllm_events_total{takeover}"] == 1
         assert metrics["coldframe_workers{vllm,up}"] == 1

@@ -1,4 +1,4 @@
-"""A vLLM engine frozen by a real CRIU: its clones answer as an engine that started fresh does."""
+"""A vLLM engine frozen by a real CRIU: what is in its image, and who its clones are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,98 +18,95 @@ import psutil
 import pytest
 
 from coldframe.loader.errors import NoImage, SnapshotError
-from coldframe.loader.process import make_run_dir, remove_run_dir
-from coldframe.runtime.integrations.vllm.frozen_image import EngineClone, EngineImage, cloner_of
-from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.replica import Replica
+from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.store import open_store
-from tests.runtime.integrations.vllm.held import Held
+from tests.runtime.helpers import ask, finish, wait_for
+from tests.runtime.integrations.vllm.bridges import START_S, pid_of
 from tests.runtime.integrations.vllm.hosts import host
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(240)]
 
-ARGUMENTS = {"max_model_len": 1024, "kv_cache_memory_bytes": 768 << 20}
+KV_BYTES, CONTEXT = 768 << 20, 1000
 PROMPTS = [[5, 6, 7], list(range(1, 41)), [(7 * i) % 900 + 2 for i in range(300)]]
 TOKENS = 12
 
 
 @dataclass
 class Made:
-    """An image of an engine with a bf16 model, which computes with AMX where the CPU has it."""
+    """An image of an engine with a bf16 model, which computes with AMX where the CPU has it.
 
+    Args:
+        model: The model, which is no more where it was when the image was made.
+    """
+
+    model: Path
     engine: EngineImage
     snapshot: SnapshotOptions
     manifest: Manifest
     secret: str
+
+    def options(self, runs: Path, **given: Any) -> ReplicaOptions:
+        """Those of a replica that has nobody but a clone."""
+        asked = {"kv_bytes": 16 << 20, "threads": 2, "vllm": self.engine.vllm, **given}
+        return ReplicaOptions(
+            str(self.model),
+            run_dir=str(runs),
+            prefill=0,
+            decode=0,
+            snapshot=self.snapshot,
+            **asked,
+        )
 
 
 @pytest.fixture(scope="module")
 def made(
     criu: Criu, demo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Made:
-    engine = EngineImage(str(demo_model(dtype="bfloat16")), ARGUMENTS, 2)
-    store = tmp_path_factory.mktemp("images") / "store"
+    folder = tmp_path_factory.mktemp("images")
+    first, model = folder / "first", folder / "moved"
+    shutil.copytree(demo_model(dtype="bfloat16"), first)
+    store = folder / "store"
     secret = f"secret-{secrets.token_hex(16)}"
+    sizes = ["--vllm-kv", str(KV_BYTES), "--vllm-args", f"max_model_len={CONTEXT}"]
     # Stored as it is: what is compressed is another test's, and takes its time.
-    options = ["--engine-args", json.dumps(ARGUMENTS), "--threads", "2", "--compress", "none"]
-    environment = {"COLDFRAME_CRIU": criu.path, "HF_TOKEN": secret}
-    done = command("create", engine, store, *options, environment=environment)
+    options = [*sizes, "--engine", "vllm", "--threads", "2", "--compress", "none"]
+    environment = {"COLDFRAME_CRIU": criu.path, "HF_TOKEN": secret, "VLLM_API_KEY": secret}
+    done = command("create", first, store, *options, environment=environment)
+    first.rename(model)
     (manifest,), skipped = open_store(str(store)).manifests()
     assert not skipped
     assert done["image"] == manifest.id
-    assert done["engine"] == "vllm"
+    assert (done["engine"], done["kv_cache_memory_bytes"]) == ("vllm", KV_BYTES)
+    assert done["max_model_len"] == CONTEXT
+    engine = EngineImage(str(model), VllmOptions(alone=True), 2)
     snapshot = SnapshotOptions(mode="require", store=str(store))
-    return Made(engine, snapshot, manifest, secret)
+    return Made(model, engine, snapshot, manifest, secret)
 
 
 def command(
     action: str,
-    engine: EngineImage,
+    model: Path,
     store: Path | str,
     *options: str,
     environment: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """What `coldframe snapshot` says; it has to end well."""
     coldframe = str(Path(sys.executable).parent / "coldframe")
-    where = ["--engine", "vllm", "--snapshot-store", str(store), "--json"]
     done = subprocess.run(
-        [coldframe, "snapshot", action, engine.model, *where, *options],
+        [coldframe, "snapshot", action, model, "--snapshot-store", store, "--json", *options],
         env={**os.environ, **(environment or {})},
         stdout=subprocess.PIPE,
         timeout=200,
         check=True,
     )
     return json.loads(done.stdout)
-
-
-@pytest.fixture(scope="module")
-def run_dir() -> Iterator[str]:
-    path, lock = make_run_dir()
-    yield path
-    remove_run_dir(path)
-    os.close(lock)
-
-
-@pytest.fixture(scope="module")
-def cloner(made: Made, run_dir: str) -> Iterator[Cloner]:
-    with cloner_of(made.engine, made.snapshot, run_dir) as cloner:
-        yield cloner
-
-
-@pytest.fixture
-def clone(cloner: Cloner, run_dir: str) -> Iterator[Callable[..., EngineClone]]:
-    clones: list[EngineClone] = []
-
-    def start(name: str, **given: object) -> EngineClone:
-        clones.append(EngineClone(cloner, name, 2, run_dir, **given))
-        return clones[-1]
-
-    yield start
-    for each in clones:
-        each.close()
 
 
 def other_weights(model: Path, into: Path) -> Path:
@@ -136,17 +132,16 @@ def holds(image: Path, what: bytes) -> bool:
     """Whether some file of an image holds that."""
     for path in image.iterdir():
         if path.stat().st_size:
-            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as pages:
-                if pages.find(what) >= 0:
+            with path.open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as view:
+                if view.find(what) >= 0:
                     return True
     return False
 
 
-def test_clones_answer_as_a_fresh_engine_does(
-    made: Made, clone: Callable[..., EngineClone], tmp_path: Path
+def test_a_clone_answers_as_a_fresh_engine_with_the_weights_that_it_is_given(
+    made: Made, no_leaks: Path, tmp_path: Path
 ) -> None:
-    model = Path(made.engine.model)
-    with host(model, **ARGUMENTS) as fresh:
+    with host(made.model, max_model_len=CONTEXT) as fresh:
         fresh.call(ask_for_tiles)
         wanted = [
             fresh.generate([prompt], max_tokens=TOKENS, ignore_eos=True)[0].tokens
@@ -154,31 +149,19 @@ def test_clones_answer_as_a_fresh_engine_does(
         ]
         (recorded,) = fresh.generate([made.manifest.oracle.prompt_ids], max_tokens=8)
         assert recorded.tokens == list(made.manifest.oracle.token_ids)
-    # Two at once; one takes vLLM's own loader, the other one ours, with a memory service.
-    one, two = clone("one"), clone("two")
-    one.load("auto")
-    two.load("coldframe", {"source": str(model)})
-    for each in (one, two):
-        assert [each.ask(prompt, TOKENS)["token_ids"] for prompt in PROMPTS] == wanted
-    # Weights come when the clone wakes up, and from where it is told.
-    three = clone("three")
-    three.load("coldframe", {"source": str(other_weights(model, tmp_path / "other"))})
-    assert [three.ask(prompt, TOKENS)["token_ids"] for prompt in PROMPTS] != wanted
-
-
-def test_a_clone_is_loaded_when_its_weights_are_in_and_once(
-    made: Made, clone: Callable[..., EngineClone]
-) -> None:
-    late = clone("late")
-    with Held(Path(made.engine.model), upto=1) as source:
-        timer = threading.Timer(2.0, source.release)
-        timer.start()
-        assert late.load("coldframe", {"source": source.url}) >= 1.5
-        timer.join()
-    assert len(late.ask(PROMPTS[0], TOKENS)["token_ids"]) == TOKENS
-    with pytest.raises(SnapshotError, match="once"):
-        late.load("auto")
-    assert len(late.ask(PROMPTS[0], TOKENS)["token_ids"]) == TOKENS
+    found = []
+    other = other_weights(made.model, tmp_path / "other")
+    for model in (made.model, other):
+        with Replica(replace(made.options(no_leaks), model=str(model))) as replica:
+            replica.run_until(lambda replica=replica: replica.sized)
+            clients = []
+            for prompt in PROMPTS:  # one by one, as they were asked there: rounding is the same
+                clients.append(ask(replica, prompt, TOKENS))
+                finish(replica, clients[-1])
+            found.append([client.tokens for client in clients])
+            assert replica.facts["snapshot"]["engine"]["image"] == made.manifest.id
+    assert found[0] == wanted
+    assert found[1] != wanted
 
 
 def test_the_image_has_no_weights_no_kv_and_no_secrets(made: Made, tmp_path: Path) -> None:
@@ -187,7 +170,7 @@ def test_the_image_has_no_weights_no_kv_and_no_secrets(made: Made, tmp_path: Pat
     open_store(made.snapshot.store).fetch(made.manifest, pages)
     assert holds(pages, b"vllm.model_executor")
     assert not holds(pages, made.secret.encode())
-    for path in Path(made.engine.model).glob("*.safetensors"):
+    for path in made.model.glob("*.safetensors"):
         content = path.read_bytes()
         middle = len(content) // 2
         assert not holds(pages, content[middle : middle + 64])
@@ -195,24 +178,27 @@ def test_the_image_has_no_weights_no_kv_and_no_secrets(made: Made, tmp_path: Pat
     assert made.manifest.image_bytes < 600e6
 
 
-def test_a_clone_becomes_another_user(made: Made, clone: Callable[..., EngineClone]) -> None:
-    if os.geteuid() != 0:
-        nobody = Identity.current()
-    else:
+def test_a_clone_becomes_another_user(made: Made, no_leaks: Path) -> None:
+    nobody = Identity.current()
+    if os.geteuid() == 0:
         nobody = Identity(65532, 65532, (), Identity.current().namespace)
-    woken = clone("nobody", identity=nobody)
-    process = psutil.Process(woken.child.pid)
-    assert process.uids().real == nobody.uid
-    assert set(woken.woken["hooks"]) >= {"random", "registers", "threads", "vllm-groups"}
-    with open(f"/proc/{process.pid}/status") as file:
-        rights = dict(line.split(":\t") for line in file.read().splitlines() if "Cap" in line)
-    assert int(rights["CapPrm"], 16) == int(rights["CapEff"], 16) == 0
+    with Replica(made.options(no_leaks, user=nobody)) as replica:
+        replica.run_until(lambda: replica.sized)
+        client = ask(replica, PROMPTS[1], TOKENS)
+        finish(replica, client)
+        process = psutil.Process(pid_of(replica, "vllm"))
+        assert process.uids().real == nobody.uid
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        rights = dict(line.split(":\t") for line in status.splitlines() if "Cap" in line)
+        assert int(rights["CapPrm"], 16) == int(rights["CapEff"], 16) == 0
+        assert int(Path(f"/proc/{process.pid}/oom_score_adj").read_text()) >= 500
+        assert len(os.sched_getaffinity(process.pid)) == len(os.sched_getaffinity(0))
 
 
 def test_it_is_verified_by_the_answer_that_it_must_give(made: Made) -> None:
-    (row,) = command("verify", made.engine, made.snapshot.store)["images"]
+    (row,) = command("verify", made.model, made.snapshot.store)["images"]
     assert row == {"image": made.manifest.id, "ok": True, "error": None}
-    (row,) = command("list", made.engine, made.snapshot.store)["images"]
+    (row,) = command("list", made.model, made.snapshot.store)["images"]
     assert (row["engine"], row["fits"]) == ("vllm", True)
     oracle = made.manifest.oracle
     assert oracle is not None
@@ -221,20 +207,29 @@ def test_it_is_verified_by_the_answer_that_it_must_give(made: Made) -> None:
         made.engine.verify(made.snapshot, made.manifest._replace(oracle=wrong))
 
 
-def test_an_engine_with_other_arguments_has_no_image(made: Made, run_dir: str) -> None:
-    other = replace(made.engine, arguments={**ARGUMENTS, "max_model_len": 512})
-    with (
-        cloner_of(other, made.snapshot, run_dir) as cloner,
-        pytest.raises(NoImage, match=r"engine\.arguments"),
-    ):
-        EngineClone(cloner, "other", 2, run_dir)
+@pytest.mark.parametrize(
+    ("other", "why"),
+    [
+        (VllmOptions(alone=True, kv_bytes=64 << 20), "engine.kv_cache_memory_bytes"),
+        (VllmOptions(alone=True, args=(("max_model_len", 512),)), "engine.max_model_len"),
+        (VllmOptions(alone=True, args=(("max_num_seqs", 4),)), "engine.arguments"),
+    ],
+)
+def test_where_another_engine_is_asked_for_and_a_clone_required_there_is_none(
+    made: Made, no_leaks: Path, other: VllmOptions, why: str
+) -> None:
+    with Replica(made.options(no_leaks, vllm=other)) as replica:
+        wait_for(replica, lambda: replica.error is not None, START_S)
+        assert isinstance(replica.error, SnapshotError)
+        assert "in vLLM" in str(replica.error.where)
+        assert why in str(replica.error.got)
 
 
-def test_our_own_workers_have_none_either(made: Made, run_dir: str) -> None:
+def test_our_own_workers_have_none_either(made: Made, tmp_path: Path) -> None:
     cloner = Cloner.spawn_restorer()
-    wanted = {"store": made.snapshot.store, "name": made.engine.model, "manifest": None}
-    more = {"directory": made.engine.model, "hash": True, "key_file": None, "device": "cpu"}
-    cloner.prepare({**wanted, **more, "work": run_dir})
+    wanted = {"store": made.snapshot.store, "name": str(made.model), "manifest": None}
+    more = {"directory": str(made.model), "hash": True, "key_file": None, "device": "cpu"}
+    cloner.prepare({**wanted, **more, "work": str(tmp_path)})
     try:
         while not cloner.events:
             cloner.receive(1.0)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -18,9 +19,11 @@ from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
+from coldframe.runtime.build import BUILD, Build
 from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
+from coldframe.runtime.first_words import FirstWords
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
@@ -37,7 +40,9 @@ _WORKER = (
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _VLLM_WORKER = (
+    "from coldframe.runtime.build import agree; agree(3); "
     "from coldframe.runtime.integrations.vllm.worker import main; "
+    "from coldframe.loader.process import speak_up; speak_up(); "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _FIRST_BYTE_S = 0.2
@@ -98,6 +103,7 @@ class WorkerProcess:
         channel: Channel,
         cloner: Cloner | None = None,
         group: str = "",
+        words: FirstWords | None = None,
     ) -> None:
         self.name = name
         self.role = role
@@ -113,6 +119,8 @@ class WorkerProcess:
         self.trying: Trial | None = None
         """What it replays for the first time."""
         self.last_words: str | None = None
+        self.first_words = words
+        """What it says before it runs code of ours, where its interpreter is not this one."""
 
     @property
     def restoring(self) -> bool:
@@ -123,6 +131,8 @@ class WorkerProcess:
         """Ends it at once; nothing that it has is lost by that."""
         self.channel.close()
         self.child.kill()
+        if self.first_words is not None:
+            self.first_words.end()
 
 
 class Launch:
@@ -307,6 +317,7 @@ class Launch:
             )
         ours, theirs = Channel.pair()
         started = now()
+        words = None
         child: Child | CloneChild
         try:
             if cloner is not None:
@@ -314,7 +325,8 @@ class Launch:
                 child = tiers.clone(cloner, name, (ours, theirs), threads, environment)
             elif role == "vllm":
                 arguments = [str(started), *self._identity()]
-                child = self._spawn_vllm(arguments, theirs.fileno())
+                words = FirstWords(self.options.vllm.python if self.options.vllm else "")
+                child = self._spawn_vllm(arguments, theirs.fileno(), words)
                 self._recorder.add("process_spawn", started, note=name)
             else:
                 arguments = [str(started), *self._identity()]
@@ -322,18 +334,30 @@ class Launch:
                 self._recorder.add("process_spawn", started, note=name)
         except BaseException:
             ours.close()
+            if words is not None:
+                words.end()
             raise
         finally:
             theirs.close()
-        return WorkerProcess(name, role, child, ours, cloner, group)
+        return WorkerProcess(name, role, child, ours, cloner, group, words)
 
-    def _spawn_vllm(self, arguments: list[str], fd: int) -> Child:
+    def _spawn_vllm(self, arguments: list[str], fd: int, words: FirstWords) -> Child:
         vllm = self.options.vllm
         assert vllm is not None
         environment = {**ENGINE_ENVIRONMENT, **self._environment("vllm")}
         for name in _NOT_FOR_VLLM:
             environment.pop(name, None)
-        return spawn_python(_VLLM_WORKER, arguments, fd, environment, executable=vllm.python)
+        # vLLM leaves files behind, and sockets. What torch has compiled is to be found again.
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
+        environment["TMPDIR"] = self.run_dir
+        if vllm.python != sys.executable:
+            environment[BUILD] = Build.here().to_environment()
+        return spawn_python(
+            *(_VLLM_WORKER, arguments, fd, environment),
+            executable=vllm.python,
+            leads=True,
+            words=words.fd,
+        )
 
     @property
     def threads(self) -> int:
@@ -371,3 +395,10 @@ class Launch:
             # why that is not wanted says `engine/device.py`.
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }
+
+
+def _inductor_cache() -> str:
+    """Where torch would keep what it compiles, if nobody had changed the temporary directory."""
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")

@@ -16,12 +16,12 @@ import os
 import queue
 import signal
 import sys
+import tempfile
 import threading
 import traceback
 from dataclasses import replace
 from typing import Any, NoReturn, cast
 
-from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import ColdframeError, MemoryServiceGone, ReplicaError, RequestError
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now
@@ -31,6 +31,7 @@ from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.prefix import kv_format
+from coldframe.runtime.vllm_memory import kv_that_fits
 from coldframe.runtime.worker import Worker
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become, confine
@@ -41,8 +42,6 @@ _NICE = 5
 """Of the thread that starts the engine: it gets a third of what those get who answer."""
 _OOM_SCORE = 500
 """Of -1000 to 1000, in thousandths of all memory: so much more than it has it seems to have."""
-_MOST_KV = 4 << 30
-"""For a model of whose KV nothing is known here, in bytes."""
 _VLLM_DECIDES = -1
 """As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
 _VLLM_BLOCK = 128
@@ -92,6 +91,9 @@ class VllmWorker(Worker):
         if self._user is not None:
             os.chdir("/")
             become(self._user)
+            # Not the run directory, where it is not let in.
+            os.environ.pop("TMPDIR", None)
+            tempfile.tempdir = None
             assert self._setup is not None
             die_with_parent(self._setup.parent)
         self.recorder.add("ready", now(), note=self._note)
@@ -105,11 +107,11 @@ class VllmWorker(Worker):
             import torch
             import vllm
             from vllm import EngineArgs, LLMEngine  # noqa: F401 - it imports what is asked of it
-        except ImportError as error:
+        except Exception as error:  # a broken install may raise anything
             raise RequestError(
                 "this Python has no vLLM that can be imported",
                 where="--vllm-python",
-                got=f"{sys.executable}: {error}",
+                got=f"{sys.executable}: {type(error).__name__}: {error}",
                 hint="Install vLLM there, or name another.",
             ) from error
         # Now: another user may not be let in where they are.
@@ -169,22 +171,29 @@ class VllmWorker(Worker):
         self.model = cast(Any, _Resting(torch.device(self.device)))
 
     def _kv_bytes(self) -> int:
-        """Memory for vLLM's own KV: as much as the replica's has, where nobody says otherwise."""
+        """Memory for vLLM's own KV: as much as the replica's has, where nobody says otherwise.
+
+        Raises:
+            RequestError: It has to be said how much that is.
+            DeviceFull: There is not memory enough for the engine.
+        """
         wanted: int | None = self._init["kv_bytes"]
-        if wanted is not None:
-            return wanted
-        if not self.spec.native:
-            if self.device != CPU:
-                raise RequestError(
-                    "vLLM is to be told how much KV it may have for this model",
-                    where="--vllm-kv",
-                    hint="Give it a size, as --vllm-kv 8GiB.",
-                )
-            return min(_MOST_KV, memory_available() // 4)
-        if self.device == CPU:
-            # It is taken as it is touched, but vLLM takes none that is not there now.
-            return min(self.kv.nbytes, memory_available() // 4)
-        return self.kv.nbytes
+        if wanted is None and not self.spec.native and self.device != CPU:
+            raise RequestError(
+                "vLLM is to be told how much KV it may have for this model",
+                where="--vllm-kv",
+                hint="Give it a size, as --vllm-kv 8GiB.",
+            )
+        coming = (stage for stage in self.plan.stages if not self.client.is_ready(stage.index))
+        return kv_that_fits(
+            self.spec,
+            self.plan.placements,
+            self.device,
+            wanted=wanted,
+            native_kv=self.kv.nbytes,
+            coming=sum(stage.nbytes for stage in coming),
+            available=self.client.device.available(),
+        )
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -211,6 +220,7 @@ class VllmWorker(Worker):
                         requests.take(Job.from_wire(message.body["job"]))
                     case "cancel":
                         requests.cancel(message.body["request"])
+            requests.admit()
             if not self.engine.busy:
                 self.let_go()
             elif complete:

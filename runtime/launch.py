@@ -398,7 +398,12 @@ class Launch:
 
 
 def _inductor_cache() -> str:
-    """Where torch would keep what it compiles, if nobody had changed the temporary directory."""
+    """Where torch keeps what it compiles unless it is told; it goes by the temporary directory."""
+    import getpass
     import tempfile
 
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{os.getuid()}")
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # one without a name
+        user = f"uid_{os.getuid()}"
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")

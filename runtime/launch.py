@@ -19,7 +19,6 @@ from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
-from coldframe.runtime.build import BUILD, Build
 from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
@@ -351,6 +350,8 @@ class Launch:
         environment.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
         environment["TMPDIR"] = self.run_dir
         if vllm.python != sys.executable:
+            from coldframe.runtime.build import BUILD, Build  # not for the first instants
+
             environment[BUILD] = Build.here().to_environment()
         return spawn_python(
             *(_VLLM_WORKER, arguments, fd, environment),

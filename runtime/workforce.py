@@ -382,6 +382,10 @@ class Workforce:
         for clones in list(self._groups.values()):
             clones.tick()
         self._thaws.tick()
+        for worker in self.workers.values():
+            if worker.role == "vllm":
+                # What it has started may have its socket, too, and keep that open when it is dead.
+                worker.child.poll()
         if started_ns is None:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:

@@ -16,7 +16,8 @@ from coldframe.runtime.build import Build
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.vllm_spec import VllmOptions
-from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
+from tests.runtime.helpers import ask, finish, prompt_of, wait_for
+from tests.runtime.snapshots import eventually
 
 ROOT = Path(__file__).parents[2]
 Make = Callable[..., Path]
@@ -71,6 +72,17 @@ def test_what_is_no_python(demo_model: Make, no_leaks: Path) -> None:
     assert error.got == "exit status 1"
 
 
+def test_what_it_has_started_ends_with_it(
+    demo_model: Make, no_leaks: Path, bare: Path, tmp_path: Path
+) -> None:
+    python, pid = tmp_path / "python", tmp_path / "pid"
+    python.write_text(f'#!/bin/sh\nsleep 1000 &\necho $! >"{pid}"\nexec "{bare}" "$@"\n')
+    python.chmod(0o755)
+    failure(demo_model(), no_leaks, python)
+    other = Path("/proc", pid.read_text().strip(), "stat")
+    eventually(lambda: not other.exists() or other.read_text().rpartition(")")[2].split()[0] == "Z")
+
+
 def test_another_coldframe(demo_model: Make, no_leaks: Path, bare: Path, tmp_path: Path) -> None:
     python = with_tree(bare, tmp_path, changed="loader/wire.py")
     error = failure(demo_model(), no_leaks, python)
@@ -84,15 +96,15 @@ def test_another_coldframe(demo_model: Make, no_leaks: Path, bare: Path, tmp_pat
 def test_beside_native_workers_it_is_told_and_they_go_on(
     demo_model: Make, no_leaks: Path, bare: Path
 ) -> None:
-    model, warnings = demo_model(), []
+    warnings: list[str] = []
     vllm = VllmOptions(python=str(bare))
-    options = ReplicaOptions(str(model), run_dir=str(no_leaks), vllm=vllm, threads=1)
+    options = ReplicaOptions(str(demo_model()), run_dir=str(no_leaks), vllm=vllm, threads=1)
     with Replica(options, warn=warnings.append) as replica:
-        prompt = prompt_of(20)
-        client = ask(replica, prompt, 8)
+        before = ask(replica, prompt_of(20), 8)
         wait_for(replica, lambda: bool(warnings))
-        finish(replica, client)
-        assert client.tokens == expected(model, tuple(prompt), 8)
+        after = ask(replica, prompt_of(20), 8)
+        finish(replica, before, after)
+        assert before.tokens == after.tokens
         assert replica.error is None
     assert "No module named 'coldframe'" in warnings[0]
     assert f"--vllm-python {bare}" in warnings[0]

@@ -135,7 +135,7 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
     workers = {role: worker(role) for role in ("decode", "vllm")}
     begun = now() - 400 * 10**9
     for found in workers.values():
-        found.child = cast(Any, SimpleNamespace(spawned_ns=begun))
+        found.child = cast(Any, SimpleNamespace(spawned_ns=begun, poll=quiet))
     force = cast(
         Any,
         SimpleNamespace(
@@ -153,6 +153,6 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
     Workforce.tick(force, begun)
     assert buried == ["decode"]
     for found in workers.values():
-        found.child = cast(Any, SimpleNamespace(spawned_ns=begun - 600 * 10**9))
+        found.child = cast(Any, SimpleNamespace(spawned_ns=begun - 600 * 10**9, poll=quiet))
     Workforce.tick(force, begun - 600 * 10**9)
     assert buried == ["decode", "decode", "vllm"]

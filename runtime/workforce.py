@@ -383,7 +383,7 @@ class Workforce:
             clones.tick()
         self._thaws.tick()
         for worker in self.workers.values():
-            if worker.role == "vllm":
+            if worker.first_words is not None:
                 # What it has started may have its socket, too, and keep that open when it is dead.
                 worker.child.poll()
         if started_ns is None:

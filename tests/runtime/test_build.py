@@ -110,6 +110,24 @@ def test_beside_native_workers_it_is_told_and_they_go_on(
     assert f"--vllm-python {bare}" in warnings[0]
 
 
+def test_one_that_is_killed_early_is_tried_again(
+    demo_model: Make, no_leaks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What has killed it need not kill the next one, even where nobody else decodes."""
+    monkeypatch.setattr("coldframe.runtime.comebacks.AGAIN_S", 0.5)
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho once >>{tmp_path}/started\nkill -9 $$\n")
+    python.chmod(0o755)
+    vllm = VllmOptions(python=str(python), alone=True)
+    options = ReplicaOptions(
+        str(demo_model()), run_dir=str(no_leaks), decode=0, vllm=vllm, threads=1
+    )
+    with Replica(options) as replica:
+        wait_for(replica, lambda: replica.staff["vllm"]["starting"] == 0)
+        assert replica.error is None
+        wait_for(replica, lambda: (tmp_path / "started").read_text().count("once") == 2)
+
+
 def test_a_copy_of_the_same_sources_is_the_same_build(bare: Path, tmp_path: Path) -> None:
     def of(python: Path) -> str:
         code = "from coldframe.runtime.build import Build; print(Build.here().sources)"

@@ -89,7 +89,8 @@ class MemoryClient:
         reserved: Iterable[Mapping] = (),
         device: Device | None = None,
     ) -> None:
-        self._device = device or open_device("cpu")
+        self.device = device or open_device("cpu")
+        """Where the arenas are."""
         self._reserved = {reservation.address: reservation for reservation in reserved}
         self._channel = channel
         self._on_event = on_event
@@ -445,11 +446,11 @@ class MemoryClient:
     def _reserve(self, size: int, base: int) -> Mapping:
         held = self._reserved.pop(base, None)
         if held is None:
-            return self._device.mapping(size, base)
+            return self.device.mapping(size, base)
         if held.size >= size:
             return held  # what was made for these addresses, as graphs are, stays true
         held.close()
-        return self._device.mapping(size, base, exact=True)
+        return self.device.mapping(size, base, exact=True)
 
     @staticmethod
     def _attach(mapping: Mapping, fds: Sequence[int], segments: Sequence[list[Any]]) -> int:
@@ -484,7 +485,7 @@ class MemoryClient:
         if not self._collect(message):
             return
         plan = Plan.from_wire(message.body["plan"])
-        weights = self._device.mapping(plan.arena_bytes)
+        weights = self.device.mapping(plan.arena_bytes)
         try:
             self._attach_collected(weights)
         except BaseException:

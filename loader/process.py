@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from time import monotonic_ns
+from typing import Any
 
 from coldframe.loader.errors import PlatformError
 
@@ -19,11 +20,13 @@ __all__ = [
     "make_run_dir",
     "remove_run_dir",
     "spawn_python",
+    "speak_up",
     "sweep_run_dirs",
 ]
 
 _PR_SET_PDEATHSIG = 1
 _INHERITED_FD = 3
+_VOICE_FD = 4
 _PREFIX = "coldframe-"
 _MOST_PATH_BYTES = 107 - len("/memory.sock")  # what the kernel takes for a socket
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -35,23 +38,26 @@ class Child:
     Args:
         pid: Its process id.
         spawned_ns: When it was started, CLOCK_MONOTONIC.
+        leads: Whether its process group is to end with it: whatever it has started itself.
     """
 
-    def __init__(self, pid: int, spawned_ns: int) -> None:
+    def __init__(self, pid: int, spawned_ns: int, *, leads: bool = False) -> None:
         self.pid = pid
         self.spawned_ns = spawned_ns
+        self._leads = leads
         self._status: int | None = None
 
     def wait(self) -> int:
         """Waits for its end: the exit code, or minus the signal that ended it."""
         if self._status is None:
+            self._end_group(os.WEXITED)
             _, status = os.waitpid(self.pid, 0)
             self._status = os.waitstatus_to_exitcode(status)
         return self._status
 
     def poll(self) -> int | None:
         """The exit code where it has ended, else None."""
-        if self._status is None:
+        if self._status is None and self._end_group(os.WEXITED | os.WNOHANG):
             pid, status = os.waitpid(self.pid, os.WNOHANG)
             if pid:
                 self._status = os.waitstatus_to_exitcode(status)
@@ -63,6 +69,17 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         return self.wait()
 
+    def _end_group(self, options: int) -> bool:
+        """Ends what a leader that is dead has left behind; False where it lives.
+
+        Before it is reaped: until then the group's number is nobody else's.
+        """
+        if self._leads:
+            if os.waitid(os.P_PID, self.pid, options | os.WNOWAIT) is None:
+                return False
+            os.killpg(self.pid, signal.SIGKILL)
+        return True
+
 
 def spawn_python(
     code: str,
@@ -73,6 +90,8 @@ def spawn_python(
     site_packages: bool = True,
     session: bool = False,
     executable: str | None = None,
+    leads: bool = False,
+    words: int | None = None,
 ) -> Child:
     """Starts an interpreter on a line of code, with one inherited descriptor (number 3).
 
@@ -89,6 +108,9 @@ def spawn_python(
             half the time without them.
         session: Whether it leads a session of its own instead of a process group alone.
         executable: Which interpreter; by default this one.
+        leads: Whether all processes of its group end with it; not for a session.
+        words: A file for what it says before it calls `speak_up`, which gives it its standard
+            error; by default it has that from the start.
 
     Raises:
         PlatformError: It cannot be started.
@@ -112,8 +134,12 @@ def spawn_python(
     # Out of the way of 0, 1 and 2, which a parent may have had closed, and of 3: dup2 onto
     # itself would leave the close-on-exec flag set.
     moved = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
-    actions = [
-        (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+    ours = [moved]
+    actions: list[tuple[Any, ...]] = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]
+    if words is not None:
+        ours.append(fcntl.fcntl(words, fcntl.F_DUPFD_CLOEXEC, 10))
+        actions += [(os.POSIX_SPAWN_DUP2, 2, _VOICE_FD), (os.POSIX_SPAWN_DUP2, ours[-1], 2)]
+    actions += [
         (os.POSIX_SPAWN_DUP2, 2, 1),
         (os.POSIX_SPAWN_DUP2, moved, _INHERITED_FD),
     ]
@@ -128,8 +154,17 @@ def spawn_python(
             "cannot start a process", where=executable, got=error.strerror
         ) from error
     finally:
-        os.close(moved)
-    return Child(pid, spawned)
+        for number in ours:
+            os.close(number)
+    return Child(pid, spawned, leads=leads)
+
+
+def speak_up() -> None:
+    """Gives this process its standard error, where it was started with a file in its place."""
+    sys.stderr.flush()
+    os.dup2(_VOICE_FD, 2)
+    os.dup2(2, 1)
+    os.close(_VOICE_FD)
 
 
 def collect_garbage() -> None:

@@ -16,13 +16,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable
-from typing import Protocol
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.launch import WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import Router
+from coldframe.runtime.staffing import Employer
 
 __all__ = ["AGAIN_S", "Bridge"]
 
@@ -31,24 +31,6 @@ AGAIN_S = 5.0
 _MOST_S = 600.0
 _PROVEN_S = 60.0
 """An engine that was up for so long had come up well: its death says nothing of the next one."""
-
-
-class Employer(Protocol):
-    """Who has the workers."""
-
-    workers: dict[str, WorkerProcess]
-
-    def start(self, role: str) -> None:
-        """Starts a worker.
-
-        Raises:
-            ColdframeError: It cannot be started.
-        """
-        ...
-
-    def end(self, worker: WorkerProcess, why: str) -> None:
-        """Ends a worker; what it has goes elsewhere."""
-        ...
 
 
 class Bridge:

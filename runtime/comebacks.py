@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Protocol
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.bridge import AGAIN_S
@@ -20,31 +19,23 @@ _MOST = 3
 """Starts in a row that may fail."""
 
 
-class Employer(Protocol):
-    """Who has the workers."""
-
-    def start(self, role: str) -> None:
-        """Starts a worker.
-
-        Raises:
-            ColdframeError: It cannot be started.
-        """
-        ...
-
-
 class Comebacks:
     """The starts of an engine without which nobody decodes.
 
     Args:
-        employer: Has the workers.
+        start: Starts a worker of a role, or raises a `ColdframeError`.
         wanted: Whether there is such an engine.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self, employer: Employer, *, wanted: bool, clock: Callable[[], float] = time.monotonic
+        self,
+        start: Callable[[str], None],
+        *,
+        wanted: bool,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._employer = employer
+        self._start = start
         self._wanted = wanted
         self._clock = clock
         self._failures = 0
@@ -84,7 +75,7 @@ class Comebacks:
             return None
         self._due = None
         try:
-            self._employer.start("vllm")
+            self._start("vllm")
         except ColdframeError as error:
             return error
         return None

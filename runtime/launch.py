@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from coldframe.loader.wire import Channel
 from coldframe.runtime.cores import CORES, split_cores, to_environment
 from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
+from coldframe.runtime.first_words import FirstWords
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
 from coldframe.runtime.integrations.vllm.frozen_key import asked_for
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
@@ -38,7 +40,9 @@ _WORKER = (
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _VLLM_WORKER = (
+    "from coldframe.runtime.build import agree; agree(3); "
     "from coldframe.runtime.integrations.vllm.worker_process import main; "
+    "from coldframe.loader.process import speak_up; speak_up(); "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
 _FIRST_BYTE_S = 0.2
@@ -92,6 +96,7 @@ class WorkerProcess:
         channel: Channel,
         cloner: Cloner | None = None,
         group: str = "",
+        words: FirstWords | None = None,
     ) -> None:
         self.name = name
         self.role = role
@@ -107,6 +112,8 @@ class WorkerProcess:
         self.trying: Trial | None = None
         """What it replays for the first time."""
         self.last_words: str | None = None
+        self.first_words = words
+        """What it says before it runs code of ours, where its interpreter is not this one."""
 
     @property
     def restoring(self) -> bool:
@@ -117,6 +124,8 @@ class WorkerProcess:
         """Ends it at once; nothing that it has is lost by that."""
         self.channel.close()
         self.child.kill()
+        if self.first_words is not None:
+            self.first_words.end()
 
 
 class Launch:
@@ -325,6 +334,7 @@ class Launch:
             raise self.no_clone(role, tiers)
         ours, theirs = Channel.pair()
         started = now()
+        words = None
         child: Child | CloneChild
         try:
             if cloner is not None:
@@ -333,10 +343,8 @@ class Launch:
             elif role == "vllm":
                 assert self.options.vllm is not None
                 arguments = [str(started), *self._identity()]
-                child = spawn_python(
-                    *(_VLLM_WORKER, arguments, theirs.fileno(), self._environment(role)),
-                    executable=self.options.vllm.python,
-                )
+                words = FirstWords(self.options.vllm.python)
+                child = self._spawn_vllm(arguments, theirs.fileno(), words)
                 self._recorder.add("process_spawn", started, note=name)
             else:
                 arguments = [str(started), *self._identity()]
@@ -344,10 +352,26 @@ class Launch:
                 self._recorder.add("process_spawn", started, note=name)
         except BaseException:
             ours.close()
+            if words is not None:
+                words.end()
             raise
         finally:
             theirs.close()
-        return WorkerProcess(name, role, child, ours, cloner, group)
+        return WorkerProcess(name, role, child, ours, cloner, group, words)
+
+    def _spawn_vllm(self, arguments: list[str], fd: int, words: FirstWords) -> Child:
+        assert self.options.vllm is not None
+        python, environment = self.options.vllm.python, self._environment("vllm")
+        if python != sys.executable:
+            from coldframe.runtime.build import BUILD, Build  # not for the first instants
+
+            environment[BUILD] = Build.here().to_environment()
+        return spawn_python(
+            *(_VLLM_WORKER, arguments, fd, environment),
+            executable=python,
+            leads=True,
+            words=words.fd,
+        )
 
     def no_clone(self, role: str, tiers: Tiers) -> SnapshotError:
         """That a worker of a role was to be a clone, and is none."""
@@ -382,6 +406,9 @@ class Launch:
     def _environment(self, role: str) -> dict[str, str]:
         if role == "vllm":
             found = {**ENGINE_ENVIRONMENT, **self._environment_of_ours("decode")}
+            # vLLM leaves files behind, and sockets. What torch has compiled is to be found again.
+            found.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
+            found["TMPDIR"] = self.run_dir
             return {name: value for name, value in found.items() if name not in NOT_FOR_VLLM}
         return self._environment_of_ours(role)
 
@@ -408,3 +435,15 @@ class Launch:
 def _of_engine(snapshot: SnapshotOptions) -> bool:
     """Whether the one image that is to be used is of an engine that is not ours."""
     return snapshot.manifest is not None and snapshot.manifest["engine"] is not None
+
+
+def _inductor_cache() -> str:
+    """Where torch keeps what it compiles unless it is told; it goes by the temporary directory."""
+    import getpass
+    import tempfile
+
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # one without a name
+        user = f"uid_{os.getuid()}"
+    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")

@@ -8,10 +8,11 @@ from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, ReplicaError
 from coldframe.loader.kv_room import KvRoom
 from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room, Tenant
 from coldframe.runtime.sizing import ModelFacts, context_bytes, facts_at_hand, kv_blocks
+from coldframe.runtime.vllm_memory import copied_bytes, default_kv
 
 __all__ = ["Quarters"]
 
@@ -98,6 +99,10 @@ class Quarters:
             return
         if self._options.device != CPU and wanted is None:
             wanted = round(self._options.kv_part * room.total)
+            if self._shares_kv:
+                wanted //= 2
+        if not model.spec.native:
+            wanted = model.spec.kv_block_bytes(model.spec.dtype_bytes, BLOCK_TOKENS)  # see `KvSize`
         # Not what there is at the moment: others may have it, who will make room.
         block_bytes, blocks = kv_blocks(model.spec, wanted, available=room.total)
         self._know(model.weights_bytes, block_bytes * blocks)
@@ -165,8 +170,34 @@ class Quarters:
         # Of several devices that with the most workers: the room is what each of them has.
         contexts = max(context_bytes(self._options, device) for device in self._options.devices)
         self._kept = weights + contexts + (0 if store is None else store.memory)
+        self._kept += self._engine_bytes(kv)
         self._need = self._kept + kv
         self._weights, self._contexts = weights, contexts
+
+    @property
+    def _shares_kv(self) -> bool:
+        """Whether vLLM's KV is half of what the replica chooses for KV; see `KvSize`."""
+        vllm = self._options.vllm
+        here = vllm is not None and self._options.device_of("vllm") == self._options.device
+        return here and vllm is not None and vllm.kv_bytes is None
+
+    def _engine_bytes(self, kv: int) -> int:
+        """What a vLLM engine has of its own, which stays while the replica is parked, in bytes.
+
+        Args:
+            kv: What the replica's own KV has.
+        """
+        options, model, room = self._options, self._model, self._room
+        if options.vllm is None or model is None or room is None:
+            return 0
+        device = options.device_of("vllm")
+        copies = copied_bytes(model.spec, model.tensors, device)
+        if options.vllm.kv_bytes is not None:
+            return copies + options.vllm.kv_bytes
+        if device == CPU:
+            return copies + default_kv(model.spec, kv, room.total or 0)
+        # On another GPU than the replica's it shares with what that has chosen there.
+        return copies + (kv if self._shares_kv or options.kv_bytes is not None else 0)
 
     def park(self) -> None:
         """Gives back what is not needed while nobody asks; `take` has it again."""

@@ -36,7 +36,7 @@ class Employer(Protocol):
         ...
 
     def end(self, worker: WorkerProcess, why: str) -> None:
-        """Ends a worker that has nothing to do."""
+        """Ends a worker; what it has goes elsewhere."""
         ...
 
 

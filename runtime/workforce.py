@@ -142,7 +142,7 @@ class Workforce:
         self._shelf = GraphShelf(launch.options.snapshot, recorder)
         self.bridge = Bridge(self, router, recorder, launch.options, warn)
         vllm = launch.options.vllm
-        self._comebacks = Comebacks(self, wanted=vllm is not None and vllm.alone)
+        self._comebacks = Comebacks(self.start, wanted=vllm is not None and vllm.alone)
         # Until it is up, and says what its KV has room for.
         asked = dict(vllm.args).get("max_model_len") if vllm is not None and vllm.alone else None
         router.longest = asked if type(asked) is int and asked > 0 else None
@@ -403,6 +403,10 @@ class Workforce:
             clones.tick()
         self._check_engines()
         self._thaws.tick()
+        for worker in self.workers.values():
+            if worker.first_words is not None:
+                # What it has started may have its socket, too, and keep that open when it is dead.
+                worker.child.poll()
         if started_ns is None:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:
@@ -464,6 +468,8 @@ class Workforce:
                     worker.trying = Trial.of(message)
                 case "imported":
                     worker.imported = True
+                    if worker.first_words is not None:
+                        worker.first_words.end()
                     self._clones_of(worker).spoke(worker)
                     self._thaw(worker)
                 case "broken":
@@ -496,7 +502,7 @@ class Workforce:
             self._bury_clone(worker, why)
             return
         code = self._reap(worker)
-        end = why or worker.last_words or ending(code)
+        end = why or worker.last_words or self._ending(worker, code)
         if worker.trying is not None:
             self._shelf.lost(worker.name, worker.trying)
         if self._owner.died(worker, code):
@@ -522,6 +528,16 @@ class Workforce:
             return
         self._start_instead(worker, SnapshotError(end))
         self._router.worker_gone(worker.name, end)
+
+    def _ending(self, worker: WorkerProcess, code: int) -> str:
+        """How a worker has ended that did not say so itself."""
+        if worker.first_words is None or worker.imported:
+            return ending(code)
+        error = worker.first_words.error(ending(code))
+        # Ended by itself it would end so again; what has killed it may not.
+        if code >= 0 and not self._is_its_own(error, worker):
+            self._owner.fail(error)
+        return str(error)
 
     def _bury_engine(self, worker: WorkerProcess, why: str) -> bool:
         """Whether it is settled what comes of an engine's death.
@@ -556,7 +572,10 @@ class Workforce:
         self._thaws.forget(worker.name)
         self._selector.unregister(worker.channel.fileno())
         worker.channel.close()
-        return worker.child.kill()
+        code = worker.child.kill()
+        if worker.first_words is not None:
+            worker.first_words.end()
+        return code
 
 
 def init_message(

@@ -363,3 +363,63 @@ def test_a_sweep_in_the_wrong_moment_takes_no_directory_from_under_its_maker(bas
             remove_run_dir(path)
             os.close(lock)
         sweeper.kill()
+
+
+GRANDCHILD = (
+    "import os, subprocess\n"
+    "other = subprocess.Popen(['sleep', '100'])\n"
+    "os.write(3, str(other.pid).encode())\n"
+)
+
+
+@pytest.mark.parametrize("way", ["killed", "ends", "told to end"])
+def test_a_leader_takes_along_what_it_has_started(way: str) -> None:
+    ours, theirs = socket.socketpair()
+    code = GRANDCHILD + ("" if way == "ends" else "os.read(3, 1)")
+    child = spawn_python(code, (), theirs.fileno(), dict(os.environ), leads=True)
+    theirs.close()
+    pid = int(ours.recv(20))
+    if way == "killed":
+        assert child.poll() is None
+        assert alive(pid)
+        os.kill(child.pid, signal.SIGKILL)
+        assert child.wait() == -signal.SIGKILL
+    elif way == "ends":
+        assert until(lambda: child.poll() is not None)
+        assert child.poll() == 0
+    else:
+        assert child.kill() == -signal.SIGKILL
+    ours.close()
+    until(lambda: not alive(pid))
+    assert child.poll() == child.wait() == child.kill()
+
+
+def test_others_leave_theirs_alone() -> None:
+    ours, theirs = socket.socketpair()
+    child = spawn_python(GRANDCHILD, (), theirs.fileno(), dict(os.environ))
+    theirs.close()
+    pid = int(ours.recv(20))
+    ours.close()
+    assert child.wait() == 0
+    assert alive(pid)
+    os.kill(pid, signal.SIGKILL)
+
+
+def test_the_first_words_go_elsewhere() -> None:
+    code = (
+        "import os, socket\n"
+        "from coldframe.loader.process import spawn_python\n"
+        "ours, theirs = socket.socketpair()\n"
+        "words = os.memfd_create('words')\n"
+        'said = \'print("first", flush=True); print("too", file=sys.stderr);\'\n'
+        "said += 'from coldframe.loader.process import speak_up; speak_up();'\n"
+        'said += \'print("then", flush=True); import os; print(os.listdir("/proc/self/fd"))\'\n'
+        "child = spawn_python(said, [], theirs.fileno(), dict(os.environ), words=words)\n"
+        "assert child.wait() == 0\n"
+        "assert os.pread(words, 99, 0) == b'first\\ntoo\\n'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    then, listed, *rest = done.stderr.splitlines()
+    assert (then, rest) == ("then", [])
+    assert "'4'" not in listed.replace("'3', '4'", "'3'")  # one is that of the listing itself

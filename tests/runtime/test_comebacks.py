@@ -26,7 +26,7 @@ class Hall:
         self.now = 50.0
         self.started: list[str] = []
         self.error: ColdframeError | None = None
-        self.comebacks = Comebacks(self, wanted=True, clock=lambda: self.now)
+        self.comebacks = Comebacks(self.start, wanted=True, clock=lambda: self.now)
 
     def start(self, role: str) -> None:
         if self.error is not None:
@@ -58,7 +58,7 @@ def test_one_that_was_up_is_replaced_like_any_worker() -> None:
         assert hall.comebacks.died(worker(), "once")
         assert not hall.comebacks.died(worker(up=True), "it came up")
     assert not hall.comebacks.died(worker("prefill"), "another role")
-    assert not Comebacks(hall, wanted=False).died(worker(), "beside native workers")
+    assert not Comebacks(hall.start, wanted=False).died(worker(), "beside native workers")
 
 
 def test_that_it_cannot_be_started_is_told() -> None:
@@ -135,7 +135,7 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
     workers = {role: worker(role) for role in ("decode", "vllm")}
     begun = now() - 400 * 10**9
     for found in workers.values():
-        found.child = cast(Any, SimpleNamespace(spawned_ns=begun))
+        found.child = cast(Any, SimpleNamespace(spawned_ns=begun, poll=quiet))
     force = cast(
         Any,
         SimpleNamespace(
@@ -153,6 +153,6 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
     Workforce.tick(force, begun)
     assert buried == ["decode"]
     for found in workers.values():
-        found.child = cast(Any, SimpleNamespace(spawned_ns=begun - 600 * 10**9))
+        found.child = cast(Any, SimpleNamespace(spawned_ns=begun - 600 * 10**9, poll=quiet))
     Workforce.tick(force, begun - 600 * 10**9)
     assert buried == ["decode", "decode", "vllm"]

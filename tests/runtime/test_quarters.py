@@ -18,6 +18,8 @@ from coldframe.runtime.quarters import Quarters
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room
 from coldframe.runtime.sizing import ModelFacts, context_bytes
+from coldframe.runtime.vllm_memory import copied_bytes
+from coldframe.runtime.vllm_spec import VllmOptions
 
 GIB = 1 << 30
 TOTAL = 80 * GIB
@@ -125,3 +127,47 @@ def test_who_had_to_do_without_the_gpu_shares_what_the_host_has(model: Path) -> 
     start.quarters.settle(cast(Replica, start.replica))
     assert room.total is not None
     assert 0 < room.total < 1 << 50
+
+
+def beside(model: Path, device: str, total: int, **more: Any) -> tuple[int, Quarters, Room]:
+    """What a model with a vLLM engine has of a room, and of that what one without would have."""
+    held = []
+    for vllm in (None, VllmOptions()):
+        options = ReplicaOptions(str(model), device=device, vllm=vllm, **more)
+        room = Room(total)
+        quarters = Quarters(Tenant(), options, room)
+        assert quarters.take()
+        held.append(total - room.free - context_bytes(options, device))
+    return held[1] - held[0], quarters, room
+
+
+def test_a_vllm_engine_has_kv_and_packed_weights_of_its_own(model: Path) -> None:
+    facts = ModelFacts(str(model))
+    packed = copied_bytes(facts.spec, facts.tensors, "cpu")
+    assert packed > 0
+    more, quarters, room = beside(model, "cpu", 8 * GIB, kv_bytes=GIB)
+    assert more == pytest.approx(packed + GIB, abs=1 << 20)
+    quarters.park()  # its own stays
+    weights = facts.weights_bytes
+    assert weights is not None
+    assert 8 * GIB - room.free == pytest.approx(weights + packed + GIB, abs=1 << 20)
+
+
+def test_on_a_gpu_it_computes_with_the_weights_that_are_there(model: Path) -> None:
+    more, _, _ = beside(model, "cuda:0", TOTAL, kv_bytes=GIB)
+    assert more == pytest.approx(GIB, abs=1 << 20)
+    # What the replica chooses for KV they share.
+    more, _, _ = beside(model, "cuda:0", TOTAL, kv_part=0.25)
+    assert more == pytest.approx(0, abs=1 << 20)
+
+
+def test_it_does_not_fit_where_only_a_replica_without_it_would(model: Path) -> None:
+    facts = ModelFacts(str(model))
+    weights, packed = facts.weights_bytes, copied_bytes(facts.spec, facts.tensors, "cpu")
+    assert weights is not None
+    options = ReplicaOptions(str(model), kv_bytes=1 << 20, vllm=VllmOptions(kv_bytes=GIB))
+    room = Room(weights + packed + GIB)
+    with pytest.raises(DeviceError, match="does not fit"):
+        Quarters(Tenant(), options, room).take()
+    room = Room(weights + packed + GIB + (1 << 20))
+    assert Quarters(Tenant(), options, room).take()

@@ -7,9 +7,11 @@ and between two steps nothing of it runs. It is given token ids and gives token 
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from itertools import count
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
+    from vllm.v1.engine import EngineCoreRequest
 
     from coldframe.runtime.engine.spec import ModelSpec
 
@@ -251,7 +254,8 @@ class Engine:
         self.engine = engine
         self._names: dict[str, str] = {}
         """Of each request here, what the engine calls it."""
-        self._numbers = 0
+        self._numbers = count(1)
+        self._first_grammar = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._names)
@@ -269,19 +273,55 @@ class Engine:
         """
         return bool(self._names) or self.engine.engine_core.engine_core.scheduler.has_requests()
 
-    def add(self, request: str, asked: Asked) -> None:
-        """Takes a request.
+    def add(self, request: str, asked: Asked | EngineCoreRequest) -> None:
+        """Takes a request, one that was `checked` or else as it is.
 
         Raises:
             RequestError: The engine does not take it: it is too long, for instance.
         """
-        # A name of its own for each try: what of the last one is still under way is not this one.
-        self._numbers += 1
-        name = f"{request}-{self._numbers}"
-        prompt = {"prompt_token_ids": asked.prompt_token_ids}
-        with refusing():
-            self.engine.add_request(name, prompt, asked.sampling_params())
+        if isinstance(asked, Asked):
+            name, sampling = self._name(request), asked.sampling_params()
+            with refusing():
+                self.engine.add_request(name, _prompt(asked), sampling)
+        else:
+            name = asked.request_id
+            self.engine.add_request(name, asked, asked.params)
         self._names[request] = name
+
+    def checked(self, request: str, asked: Asked) -> EngineCoreRequest:
+        """A request as `add` takes it without another look at it; may be called in any thread.
+
+        Raises:
+            RequestError: The engine does not take it.
+        """
+        sampling = asked.sampling_params()
+        with refusing():
+            return self.engine.input_processor.process_inputs(
+                *(self._name(request), _prompt(asked), sampling),
+                supported_tasks=self.engine.get_supported_tasks(),
+            )
+
+    def compile_grammar(self, checked: EngineCoreRequest) -> None:
+        """Compiles a request's grammar for when it is added; may be called in any thread.
+
+        xgrammar keeps what it has compiled, and waits where another thread compiles the same.
+        """
+        from vllm.v1.structured_output.backend_xgrammar import XgrammarBackend
+        from vllm.v1.structured_output.request import get_structured_output_key
+
+        manager = self.engine.engine_core.engine_core.structured_output_manager
+        with self._first_grammar:
+            if manager.backend is None:
+                config = manager.vllm_config
+                vocabulary = config.model_config.get_vocab_size()
+                manager.backend = XgrammarBackend(config, manager.tokenizer, vocabulary)
+        params = checked.sampling_params
+        kind, spec = get_structured_output_key(params.structured_outputs)
+        manager.backend.compile_grammar(kind, spec, stop_token_ids=params.all_stop_token_ids)
+
+    def _name(self, request: str) -> str:
+        # One of its own for each try: what of the last one is still under way is not this one.
+        return f"{request}-{next(self._numbers)}"
 
     def remove(self, request: str) -> None:
         """Forgets a request, where it is here, and all that it holds."""
@@ -304,6 +344,10 @@ class Engine:
             cached = output.num_cached_tokens or 0
             made.append(Made(request, completion.token_ids, completion.logprobs, over, cached))
         return made
+
+
+def _prompt(asked: Asked) -> Any:
+    return {"prompt_token_ids": asked.prompt_token_ids}
 
 
 def _sharing(model: Any) -> str:

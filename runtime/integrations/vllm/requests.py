@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.errors import ReplicaError, RequestError
+from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.runtime.engine.sequence import Emission, Sequence
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.engine import Engine, Made
+from coldframe.runtime.integrations.vllm.grammars import Grammars
 from coldframe.runtime.integrations.vllm.params import ask, sampled
 from coldframe.runtime.integrations.vllm.transfer import consume
 from coldframe.runtime.prompts import bounded
@@ -33,6 +34,9 @@ class Requests:
         self._engine = engine
         self._context = context
         self._running: dict[str, _Running] = {}
+        self._forming: dict[str, _Running] = {}
+        """Those whose grammars are being compiled, so that the engine has not got them yet."""
+        self._grammars = Grammars(engine, lambda: worker.inbox.put(None))
         self._seen: dict[str, int] = {}
         """The latest attempt of each request that was taken here."""
 
@@ -58,8 +62,24 @@ class Requests:
     def cancel(self, request: str) -> None:
         """Forgets a request, where it is here."""
         self._engine.remove(request)
+        self._grammars.forget(request)
         self._running.pop(request, None)
+        self._forming.pop(request, None)
         self._seen.pop(request, None)
+
+    def admit(self) -> None:
+        """Gives the engine those whose grammars are there; to be called between its steps."""
+        for request, found in self._grammars.ready():
+            running = self._forming.pop(request)
+            try:
+                if isinstance(found, ColdframeError):
+                    raise found
+                self._engine.add(request, found)
+            except ColdframeError as error:
+                self._seen.pop(request, None)
+                self._worker.refuse(running.job, error)
+            else:
+                self._running[request] = running
 
     def step(self) -> None:
         """Computes a step, and sends what it has made."""
@@ -90,8 +110,13 @@ class Requests:
             )
         else:
             asked = ask(job, self._worker.spec.eos_token_ids)
-        self._engine.add(job.request, asked)
-        self._running[job.request] = _Running(job, sequence, asked.known)
+        running = _Running(job, sequence, asked.known)
+        if job.params.structured is not None:
+            self._forming[job.request] = running
+            self._grammars.begin(job.request, asked)
+        else:
+            self._engine.add(job.request, asked)
+            self._running[job.request] = running
 
     def _emissions(self, running: _Running, made: Made) -> list[Emission]:
         """What a client gets of what a step has made for its request."""

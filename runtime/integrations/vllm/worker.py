@@ -16,12 +16,12 @@ from __future__ import annotations
 import os
 import queue
 import sys
+import tempfile
 import threading
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
-from coldframe.loader.cgroup import memory_available
-from coldframe.loader.errors import ReplicaError, RequestError, SnapshotError
+from coldframe.loader.errors import DeviceFull, ReplicaError, RequestError, SnapshotError
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
@@ -30,6 +30,7 @@ from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.integrations.vllm.plugin import LOAD_FORMAT
 from coldframe.runtime.prefix import kv_format
+from coldframe.runtime.vllm_memory import kv_that_fits
 from coldframe.runtime.worker import Warm, Worker
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
@@ -38,8 +39,6 @@ __all__ = ["Frozen", "VllmWorker", "import_engine"]
 
 _NICE = 5
 """Of the thread that starts the engine: it gets a third of what those get who answer."""
-_MOST_KV = 4 << 30
-"""For a model of whose KV nothing is known here, in bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +105,9 @@ class VllmWorker(Worker):
         if self._user is not None:
             os.chdir("/")
             become(self._user)
+            # Not the run directory, where it is not let in.
+            os.environ.pop("TMPDIR", None)
+            tempfile.tempdir = None
             assert self._setup is not None
             die_with_parent(self._setup.parent)
         self.recorder.add("ready", now(), note=self._note)
@@ -168,21 +170,21 @@ class VllmWorker(Worker):
         """The engine that a clone came with, and its weights.
 
         Raises:
-            SnapshotError: It has more KV than there is memory for, and nobody has asked for that.
+            SnapshotError: It needs more memory than there is.
         """
         from coldframe.runtime.integrations.vllm.connector import connectors
         from coldframe.runtime.integrations.vllm.frozen_memory import fill
 
-        # It is taken as it is touched, and the weights, packed, are still to come.
-        kv_bytes, most = _kv_bytes_of(engine), memory_available() // 2
-        if kv_bytes > most and self._init["kv_bytes"] is None:
+        try:
+            self._fit(_kv_bytes_of(engine))
+        except DeviceFull as error:
             raise SnapshotError(
-                "the engine of this image has more KV than there is memory for",
+                "the engine of this image needs more memory than there is",
                 where="vLLM's KV",
-                expected=f"at most {most:,} bytes, half of what is available",
-                got=f"{kv_bytes:,}",
+                expected=error.expected,
+                got=error.got,
                 hint="Make an image with less: coldframe snapshot create --vllm-kv SIZE.",
-            )
+            ) from error
         with self.recorder.span("vllm_weights"):
             fill(engine, LOAD_FORMAT, {"gated": False})
         for connector in connectors(engine):
@@ -191,22 +193,33 @@ class VllmWorker(Worker):
         return engine
 
     def _kv_bytes(self) -> int:
-        """Memory for vLLM's own KV: as much as the replica's has, where nobody says otherwise."""
+        """Memory for vLLM's own KV: as much as the replica's has, where nobody says otherwise.
+
+        Raises:
+            RequestError: It has to be said how much that is.
+            DeviceFull: There is not memory enough for the engine.
+        """
         wanted: int | None = self._init["kv_bytes"]
-        if wanted is not None:
-            return wanted
-        if not self.spec.native:
-            if self.device != CPU:
-                raise RequestError(
-                    "vLLM is to be told how much KV it may have for this model",
-                    where="--vllm-kv",
-                    hint="Give it a size, as --vllm-kv 8GiB.",
-                )
-            return min(_MOST_KV, memory_available() // 4)
-        if self.device == CPU:
-            # It is taken as it is touched, but vLLM takes none that is not there now.
-            return min(self.kv.nbytes, memory_available() // 4)
-        return self.kv.nbytes
+        if wanted is None and not self.spec.native and self.device != CPU:
+            raise RequestError(
+                "vLLM is to be told how much KV it may have for this model",
+                where="--vllm-kv",
+                hint="Give it a size, as --vllm-kv 8GiB.",
+            )
+        return self._fit(wanted)
+
+    def _fit(self, wanted: int | None) -> int:
+        """How much KV an engine can have; see `kv_that_fits`."""
+        coming = (stage for stage in self.plan.stages if not self.client.is_ready(stage.index))
+        return kv_that_fits(
+            self.spec,
+            self.plan.placements,
+            self.device,
+            wanted=wanted,
+            native_kv=self.kv.nbytes,
+            coming=sum(stage.nbytes for stage in coming),
+            available=self.client.device.available(),
+        )
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -233,6 +246,7 @@ class VllmWorker(Worker):
                         requests.take(Job.from_wire(message.body["job"]))
                     case "cancel":
                         requests.cancel(message.body["request"])
+            requests.admit()
             if not self.engine.busy:
                 self.let_go()
             elif complete:
@@ -292,11 +306,11 @@ def import_engine() -> None:
     """
     try:
         from vllm import EngineArgs, LLMEngine  # noqa: F401 - it imports what is asked of it
-    except ImportError as error:
+    except Exception as error:  # a broken install may raise anything
         raise RequestError(
             "this Python has no vLLM that can be imported",
             where="--vllm-python",
-            got=f"{sys.executable}: {error}",
+            got=f"{sys.executable}: {type(error).__name__}: {error}",
             hint="Install vLLM there, or name another.",
         ) from error
     # Now: another user may not be let in where they are.

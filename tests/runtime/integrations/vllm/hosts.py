@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,6 +25,7 @@ from typing import Any
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    "TORCHINDUCTOR_CACHE_DIR": str(Path(__file__).parents[4] / "build" / "inductor-cache"),
     "VLLM_CACHE_ROOT": str(Path(__file__).parents[4] / "build" / "vllm-cache"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -35,6 +40,7 @@ The cache outlives the tests: without it vLLM starts a process to look at each k
 _ROOT = Path(__file__).parents[4]
 _START_S = 300.0
 _ANSWER_S = 110.0
+_END_S = 20.0
 
 
 @dataclass
@@ -73,14 +79,23 @@ class Host:
     ) -> None:
         ours, theirs = socket.socketpair()
         output = None if log is None else log.open("ab")
+        # vLLM leaves files behind, and sockets, whose paths are to be short.
+        self._temporary = tempfile.mkdtemp(prefix="cf-")
         self.process = subprocess.Popen(
             [sys.executable, "-m", __name__, str(theirs.fileno())],
             cwd=_ROOT,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            env={
+                **os.environ,
+                **ENVIRONMENT,
+                "TMPDIR": self._temporary,
+                **(environment or {}),
+            },
             pass_fds=[theirs.fileno()],
             stdout=output,
             stderr=output,
+            process_group=0,
         )
+        self._over = False
         theirs.close()
         if output is not None:
             output.close()  # the child has its own
@@ -151,16 +166,32 @@ class Host:
         return self.call(_free_blocks)
 
     def kill(self) -> None:
-        """Ends it with no chance to say anything."""
+        """Ends it with no chance to say anything, and all that it has started."""
         self.process.kill()
+        self._end_group(os.WEXITED)
         self.process.wait()
 
     def close(self) -> None:
+        """Has it end, or ends it; nothing of it is left then."""
         self._connection.close()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.kill()
+        deadline = time.monotonic() + _END_S
+        while not self._end_group(os.WEXITED | os.WNOHANG) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        self.kill()
+        shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _end_group(self, options: int) -> bool:
+        """Ends what it has left behind, once, where it is dead; else False."""
+        pid = self.process.pid
+        # While it is not reaped its number is nobody else's.
+        waits = self.process.returncode is None
+        if waits and os.waitid(os.P_PID, pid, options | os.WNOWAIT) is None:
+            return False
+        if not self._over:
+            self._over = True
+            with suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+        return True
 
 
 @contextmanager

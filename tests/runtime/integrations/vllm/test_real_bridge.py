@@ -66,6 +66,8 @@ def test_vllm_takes_decode_over_and_gives_it_back(
         native = pid_of(replica, "decode")
         os.kill(native, signal.SIGSTOP)
         vllm_is_up(replica)
+        # What vLLM leaves behind goes with the run directory.
+        assert list(no_leaks.rglob("vllm_dist_*"))
         wait_for(replica, lambda: "takeover" in spans(replica))
         taken = [ask(replica, prompt, 32) for prompt in PROMPTS]
         wait_for(replica, lambda: workers_of(replica, *taken) == {"vllm"})

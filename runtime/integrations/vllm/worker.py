@@ -31,6 +31,7 @@ from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.prefix import kv_format
+from coldframe.runtime.vllm_spec import BLOCK_TOKENS, longest_in
 from coldframe.runtime.worker import Worker
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become, confine
@@ -45,8 +46,6 @@ _MOST_KV = 4 << 30
 """For a model of whose KV nothing is known here, in bytes."""
 _VLLM_DECIDES = -1
 """As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
-_VLLM_BLOCK = 128
-"""Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
 
 
 class VllmWorker(Worker):
@@ -139,15 +138,14 @@ class VllmWorker(Worker):
         self.report_spans()
         kv_bytes = self._kv_bytes()
         per_token = self.spec.kv_block_bytes(self.spec.dtype_bytes, 1)
-        # What one sequence may need, and what of a block lies empty behind it.
-        context = min(self.spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
+        context = longest_in(self.spec, kv_bytes)
         if not self.spec.native:
             context = _VLLM_DECIDES
         elif context < 1:
             raise RequestError(
                 "vLLM's KV holds not one block",
                 where="--vllm-kv",
-                expected=f"more than {2 * _VLLM_BLOCK * per_token:,} bytes",
+                expected=f"more than {2 * BLOCK_TOKENS * per_token:,} bytes",
                 got=f"{kv_bytes:,}",
             )
         arguments = engine_arguments(

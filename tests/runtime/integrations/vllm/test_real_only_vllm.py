@@ -191,7 +191,7 @@ def test_quantised_weights_are_served_wholly_by_vllm(
     demo_model: Make, tmp_path: Path, runs: Path
 ) -> None:
     model = in_eight_bits(demo_model("llama", "bfloat16"), tmp_path / "int8")
-    with pytest.raises(UnsupportedModel, match="a quantised checkpoint.*--decode vllm"):
+    with pytest.raises(UnsupportedModel, match=r"a quantised checkpoint.*--decode vllm"):
         Replica(ReplicaOptions(model=str(model), run_dir=str(runs))).close()
     prompts = [prompt_of(20 + 30 * seed, seed=seed) for seed in range(3)]
     with host(model, dtype="bfloat16") as plain:

@@ -133,7 +133,9 @@ def test_a_fine_tune_is_not_served_by_its_base_s_name(model: Path, tmp_path: Pat
     tuned = Path(shutil.copytree(model, tmp_path / "tuned"))
     for shard in tuned.glob("*.safetensors"):
         weights = load_file(shard)
-        save_file({name: weight * 1.01 for name, weight in weights.items()}, shard, {"format": "pt"})
+        save_file(
+            {name: weight * 1.01 for name, weight in weights.items()}, shard, {"format": "pt"}
+        )
     with memory_of(tuned) as memory, pytest.raises(HostError) as caught:
         Host(
             model,

@@ -111,9 +111,15 @@ def test_how_long_a_sequence_may_be_is_known_where_the_kv_is_said() -> None:
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        **{"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
-        **{"num_hidden_layers": 2, "intermediate_size": 64, "vocab_size": 100},
-        **{"rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "torch_dtype": "float32"},
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "float32",
     }
     native = ModelSpec.from_config(config)
     per_token = native.kv_block_bytes(4, 1)

@@ -50,9 +50,10 @@ test-heavy: setup
 test-vllm: setup build/vllm/.tests
 	build/vllm/bin/python -m pytest -m vllm -o filterwarnings=default tests/runtime/integrations/vllm
 
-build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt
+build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt Makefile
 	build/vllm/bin/python -m pip install --quiet --no-deps -e .
-	build/vllm/bin/python -m pip install --quiet -c constraints.txt lz4 xxhash pytest pytest-timeout hypothesis
+	build/vllm/bin/python -m pip install --quiet -c constraints.txt lz4 xxhash boto3 awscrt \
+	  pytest pytest-timeout hypothesis "moto[server]" trustme
 	touch $@
 
 # mypy sees the repository as the package it is installed as.

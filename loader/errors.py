@@ -100,6 +100,8 @@ class ColdframeError(Exception):
         self.expected = None if expected is None else str(expected)
         self.got = None if got is None else str(got)
         self.hint = self.default_hint if hint is None else hint
+        self.retry_after_s: float | None = None
+        """When it is worth trying again, in seconds, where whoever raised it knows."""
 
     def __str__(self) -> str:
         parts = [self.what]
@@ -121,19 +123,22 @@ class ColdframeError(Exception):
             "expected": self.expected,
             "got": self.got,
             "hint": self.hint,
+            **({} if self.retry_after_s is None else {"retry_after_s": self.retry_after_s}),
         }
 
     @staticmethod
     def from_wire(data: dict[str, Any]) -> ColdframeError:
         """The error that another process sent; an unknown type becomes a plain ColdframeError."""
         kind = _BY_NAME.get(str(data.get("error")), ColdframeError)
-        return kind(
+        error = kind(
             str(data.get("what")),
             where=data.get("where"),
             expected=data.get("expected"),
             got=data.get("got"),
             hint=data.get("hint"),
         )
+        error.retry_after_s = data.get("retry_after_s")
+        return error
 
 
 class CheckpointError(ColdframeError):

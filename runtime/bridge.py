@@ -57,8 +57,6 @@ class Bridge:
         vllm = options.vllm
         self.wanted = vllm is not None and not vllm.alone
         """Whether there are both."""
-        self.pending = self.wanted
-        """Whether the first engine has neither come up nor failed to."""
         self.decodes = False
         """Whether the engine is up, and gets all that is handed over."""
         self.why: str | None = None
@@ -115,15 +113,15 @@ class Bridge:
             return False
         if not self._hurried:
             return True
-        self._router.refuse_waiting(
-            "vllm",
-            ReplicaError(
-                "only vLLM serves this, and it does not start at the moment",
-                where="vllm",
-                got=self.why,
-                hint=f"It is tried again in {self._not_before - self._clock():.0f} s.",
-            ),
+        wait_s = self._not_before - self._clock()
+        error = ReplicaError(
+            "only vLLM serves this, and it does not start at the moment",
+            where="vllm",
+            got=self.why,
+            hint=f"It is tried again in {wait_s:.0f} s.",
         )
+        error.retry_after_s = wait_s  # who comes then waits for that start
+        self._router.refuse_waiting("vllm", error)
         return False
 
     def _have_natives_go(self) -> None:
@@ -152,7 +150,7 @@ class Bridge:
             self.counts["clone"] += 1
         if not self.wanted:
             return
-        self.decodes, self.pending, self.why, self._hurried = True, False, None, False
+        self.decodes, self.why, self._hurried = True, None, False
         self.counts["takeover"] += 1
         self._up_at = self._clock()
         moved = stay = 0
@@ -194,7 +192,7 @@ class Bridge:
         return self.decodes and role == "decode"
 
     def _failed(self, why: str) -> None:
-        self.pending, self.why = False, why
+        self.why = why
         self._recorder.add("vllm_failed", self._started_ns, note=why)
         self._warn(f"native workers decode, not vLLM, which is tried in {self._again_s:g} s: {why}")
         self._not_before = self._clock() + self._again_s

@@ -212,9 +212,9 @@ class Replica:
         return self._answered or (self.loaded and not self._router.native_requests)
 
     @property
-    def bridging(self) -> bool:
-        """Whether a vLLM engine that is to take decode over is still on its first start."""
-        return self._workforce.bridge.pending
+    def awaits_engine(self) -> bool:
+        """Whether there is to be a vLLM engine, and none has been up yet."""
+        return self._workforce.awaits_engine
 
     @property
     def bridge(self) -> Bridge:

@@ -106,6 +106,8 @@ class _Request:
     """Whether its last tokens were made in KV that no other worker reaches."""
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
+    blameless: int = 0
+    """Attempts that ended with engines which never were up, and so never saw it."""
 
     @property
     def role(self) -> str:
@@ -316,15 +318,17 @@ class Router:
 
     def workers_gone(self, workers: Sequence[str], why: str) -> None:
         """As `worker_gone`, for several at once: what one of them had does not go to another."""
-        for worker in workers:
-            self._workers.pop(worker, None)
+        states = {worker: self._workers.pop(worker, None) for worker in workers}
         theirs = {r: found for r, found in self._requests.items() if found.worker in workers}
         for found in theirs.values():
+            state = states[str(found.worker)]
+            found.blameless += found.engine is not None and state is not None and not state.up
             found.worker, found.acked = None, False
             self._advance_attempt(found)
         for request, found in theirs.items():
             # A listener may cancel others.
-            if found.job.attempt < found.most_attempts or request not in self._requests:
+            deaths = found.job.attempt - found.blameless
+            if deaths < found.most_attempts or request not in self._requests:
                 continue
             self._end(request)
             found.listener.on_error(

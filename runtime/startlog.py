@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import deque
+from itertools import chain
 from typing import Any
 
 from coldframe.loader.timeline import Recorder, Span, now
@@ -12,8 +14,12 @@ __all__ = ["StartLog"]
 
 _SPANS_NS = 2_000_000_000
 """How long after the first token spans of the start may still come."""
-_BRIDGE = ("takeover", "vllm_failed")
+_FAILED = "vllm_failed"
+_BRIDGE = ("takeover", _FAILED)
 """The front's spans of a vLLM engine."""
+_MOST_TRIES = 3
+"""Of so many starts of an engine that failed the spans are kept, the latest ones: it is tried for
+as long as the replica lives."""
 
 
 class StartLog:
@@ -35,6 +41,10 @@ class StartLog:
         self._told: dict[str, Any] | None = None
         self._late = False
         """Whether only a vLLM engine is still on its way."""
+        self._tries: deque[list[Span]] = deque(maxlen=_MOST_TRIES)
+        """What has come since then of engines that did not come up, and..."""
+        self._try: list[Span] = []
+        """... of the one that may."""
         self.decode: dict[str, str | None] | None = None
         """Who decodes, why not vLLM where it should, how that has come up, and why as no clone;
         None where no vLLM is wanted."""
@@ -56,7 +66,8 @@ class StartLog:
             self._take(replica)
             late = self.first_token_ns is not None and now() - self.first_token_ns > _SPANS_NS
             self._late = late and replica.loaded
-            if self._late and not replica.bridging:
+            # An engine that has failed to come up is tried again, and its start told, too.
+            if self._late and not replica.awaits_engine:
                 self.close()
         else:
             # Every request to come has spans, too.
@@ -73,7 +84,8 @@ class StartLog:
             self.open = False
 
     def timeline(self) -> Timeline:
-        return Timeline(self._spans, self.began_ns, self.first_token_ns)
+        spans = [*self._spans, *chain.from_iterable(self._tries), *self._try]
+        return Timeline(spans, self.began_ns, self.first_token_ns)
 
     def document(self) -> dict[str, Any]:
         """The timeline and what else is known of the start, as JSON values."""
@@ -94,8 +106,15 @@ class StartLog:
         self._facts = replica.facts
         spans = [*self._recorder.drain(), *replica.spans]
         replica.spans.clear()
+        if not self._late:
+            self._spans += spans
+            return
         # An engine's first start may take minutes, and each request meanwhile has spans, too.
-        self._spans += filter(_of_vllm, spans) if self._late else spans
+        for span in filter(_of_vllm, spans):
+            self._try.append(span)
+            if span.name == _FAILED:
+                self._tries.append(self._try)
+                self._try = []
 
 
 def _of_vllm(span: Span) -> bool:

@@ -548,6 +548,10 @@ class Supervisor:
         died = isinstance(error, ReplicaError)
         if not self._was_warm and (not died or self._relapses.too_many):
             self.state, self.error, self._failed_at = "failed", error, time.monotonic()
+        if isinstance(error, _PASSING):
+            # Who comes then finds the next start under way, and waits for it.
+            wait_s = self._relapses.wait_s if self.error is None else _AGAIN_S
+            error.retry_after_s = max(1.0, wait_s)
         self._asks.lose(error, for_good=self.error is not None)
         if self.error is not None:
             return

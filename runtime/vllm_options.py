@@ -45,7 +45,8 @@ _OURS = {
     "generation_config": "Each request comes with all that it asks for.",
     "async_scheduling": "Requests come and go between two steps.",
     "disable_log_stats": "The replica has metrics of its own.",
-    "tensor_parallel_size": "Its ranks would be processes without a connection to the memory.",
+    "tensor_parallel_size": "Its ranks would be processes without a connection to the memory; "
+    "`vllm serve --load-format coldframe` by itself has ranks.",
     "distributed_executor_backend": "One process has the whole engine, and the weights with it.",
     "worker_cls": "One process has the whole engine, and its worker is vLLM's own.",
     "data_parallel_size": "Start one replica for each.",

@@ -143,9 +143,10 @@ class Workforce:
         self.bridge = Bridge(self, router, recorder, launch.options, warn)
         vllm = launch.options.vllm
         self._comebacks = Comebacks(self.start, wanted=vllm is not None and vllm.alone)
-        # Until it is up, and says what its KV has room for.
-        asked = dict(vllm.args).get("max_model_len") if vllm is not None and vllm.alone else None
-        router.longest = asked if type(asked) is int and asked > 0 else None
+        self.awaits_engine = vllm is not None
+        """Whether there is to be a vLLM engine, and none has been up yet."""
+        self._vllm = vllm
+        router.longest = None  # what another start's engine had room for
         self._staffing = Staffing(
             *(self, router, recorder, launch.options), stands_in_for=self.bridge.stands_in_for
         )
@@ -232,6 +233,9 @@ class Workforce:
     def tell(self, model: ModelFacts, memories: Collection[str]) -> None:
         """What there is to serve is known, and these memory services listen."""
         self._model, self._memories = model, set(memories)
+        if self._vllm is not None and self._vllm.alone and self._router.longest is None:
+            # Until it is up, and says so itself.
+            self._router.longest = self._vllm.longest(model.spec)
         self._tell_all()
 
     def add_group(
@@ -485,6 +489,7 @@ class Workforce:
                 case kind:
                     if kind == "up":
                         worker.up = True
+                        self.awaits_engine = self.awaits_engine and worker.role != "vllm"
                         self._owner.is_up(worker)
                     elif kind == "tokens" and not worker.group:
                         self._staffing.begin()

@@ -80,7 +80,8 @@ class ApiError(Exception):
         # What no later try will find mended. OpenAI's clients do try again, after any of them.
         gone = isinstance(error, _PERMANENT) and not isinstance(error, DeviceLost)
         status, code = (500, "model_error") if gone else (503, "replica_error")
-        return ApiError(status, error.what, kind="server_error", code=code)
+        after_s = None if gone else error.retry_after_s
+        return ApiError(status, error.what, kind="server_error", code=code, retry_after_s=after_s)
 
     def to_openai(self) -> dict[str, Any]:
         """OpenAI's shape: `{"error": {"message", "type", "param", "code"}}`."""

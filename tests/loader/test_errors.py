@@ -23,6 +23,10 @@ def test_errors_travel(kind: type[ColdframeError]) -> None:
     there = ColdframeError.from_wire(json.loads(json.dumps(error.to_wire())))
     assert type(there) is kind
     assert str(there) == str(error)
+    assert there.retry_after_s is None
+    error.retry_after_s = 2.5
+    there = ColdframeError.from_wire(json.loads(json.dumps(error.to_wire())))
+    assert there.retry_after_s == 2.5
 
 
 def test_an_unknown_kind_is_still_an_error() -> None:

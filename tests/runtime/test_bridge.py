@@ -181,7 +181,6 @@ def test_it_is_started_behind_the_first_token_and_natives_decode_until_it_is_up(
     house.seconds(2)
     assert house.of("decode") == []  # nor are others started, whatever there is to decode
     assert "takeover" in house.notes()
-    assert not house.bridge.pending
 
 
 def test_a_native_worker_that_starts_comes_before_an_engine_that_does() -> None:
@@ -276,7 +275,6 @@ def test_one_that_cannot_be_started_is_none() -> None:
     assert "no process is left" in house.warnings[0]
     assert house.bridge.why is not None
     assert house.bridge.counts == {"failed_start": 1}
-    assert not house.bridge.pending
     house.room = True
     house.seconds(AGAIN_S)
     assert len(house.of("vllm")) == 1
@@ -388,12 +386,13 @@ def test_who_waits_for_what_does_not_start_is_told_and_has_it_tried_at_once_befo
     (second,) = house.of("vllm")
     _, told = house.ask(structured=Structure("json_object"))
     house.die(second)
-    assert isinstance(client.error, ReplicaError)  # two have died under it
-    assert told.error is None
+    assert (client.error, told.error) == (None, None)  # what never was up has not died of them
     house.bridge.tick(calm=False)
     assert house.of("vllm") == []
-    assert isinstance(told.error, ReplicaError)
-    assert "killed" in str(told.error)
+    for refused in (client.error, told.error):
+        assert isinstance(refused, ReplicaError)
+        assert "killed" in str(refused)
+        assert refused.retry_after_s == 2 * AGAIN_S  # when it is tried again
     _, later = house.ask(structured=Structure("json_object"))
     house.bridge.tick(calm=True)
     assert later.error is not None
@@ -405,6 +404,17 @@ def test_who_waits_for_what_does_not_start_is_told_and_has_it_tried_at_once_befo
     house.come_up(third)
     again, _ = house.ask(structured=Structure("json_object"))
     assert house.holder(again) == third.name
+
+
+def test_what_an_engine_dies_of_twice_is_given_up() -> None:
+    house = House()
+    request, client = house.ask(structured=Structure("json_object"))
+    for _ in range(2):
+        assert client.error is None
+        engine = house.engine()
+        assert house.holder(request) == engine.name
+        house.die(engine)
+    assert "die under this request" in str(client.error)
 
 
 def test_what_only_vllm_serves_calls_for_no_native_workers() -> None:

@@ -19,7 +19,7 @@ def replica(vllm: VllmOptions | None) -> Any:
     return SimpleNamespace(
         answered=True,
         loaded=True,
-        bridging=vllm is not None,
+        awaits_engine=vllm is not None,
         bridge=SimpleNamespace(decodes=False, why=None),
         options=SimpleNamespace(vllm=vllm),
         facts={},
@@ -56,10 +56,36 @@ def test_while_an_engine_starts_requests_are_not_collected(
     there.spans.append(Span("vllm_config", "vllm-2", 5, 6))
     log.step(cast(Replica, there))
     recorder.add("takeover", 7)
-    there.bridge.decodes, there.bridging = True, False
+    there.bridge.decodes, there.awaits_engine = True, False
     assert log.step(cast(Replica, there))
     assert not log.open
     assert names(log) == ["prefill[0]", "process_spawn", "vllm_config", "takeover"]
+
+
+def test_an_engine_that_has_failed_is_followed_until_one_is_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(startlog, "_SPANS_NS", -1)
+    recorder = Recorder("front")
+    log, there = StartLog(now(), recorder), replica(VllmOptions())
+    log.step(cast(Replica, there))
+    for number in range(1, 51):
+        recorder.add("process_spawn", number, number, note=f"vllm-{number}")
+        recorder.add("vllm_failed", number, number, note=f"try {number}")
+        log.step(cast(Replica, there))
+        assert log.open
+    # It may be tried for days: only the latest tries are told.
+    assert names(log) == ["process_spawn", "vllm_failed"] * 3
+    assert log.timeline().spans[-1].note == "try 50"
+    there.spans.append(Span("vllm_config", "vllm-51", 60, 61))
+    log.step(cast(Replica, there))
+    recorder.add("takeover", 62)
+    there.bridge.decodes, there.awaits_engine = True, False
+    log.step(cast(Replica, there))
+    assert not log.open
+    assert names(log)[-2:] == ["vllm_config", "takeover"]
+    told = log.document()["timeline"]["stages"]
+    assert {"vllm_failed", "takeover"} <= {stage["name"] for stage in told}
 
 
 def test_who_decodes_is_told_after_the_start_too() -> None:

@@ -264,6 +264,7 @@ def test_who_has_tokens_is_told_and_the_next_is_answered(model: Path, no_leaks: 
         kill(supervisor, "memory")
         until(supervisor, lambda: begun.done)
         assert isinstance(begun.error, ReplicaError)
+        assert begun.error.retry_after_s == 1.0  # the next start is under way then
         assert begun.tokens[:5] == expected(model, tuple(PROMPT), 8)[:5]
         answers(supervisor, model)
         assert (supervisor.starts, supervisor.failures) == (2, 1)

@@ -163,7 +163,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def show(self, shown: Shown) -> torch.Tensor:
         """The tensor for vLLM's loaders, which may look at it until the next one is shown."""
-        with self._unwatched():
+        with self.unwatched():
             tensor = shown_tensor(shown, self._memory)
         start = self._memory.address + shown.placement.arena_offset
         stop = start + shown.placement.nbytes
@@ -172,7 +172,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Makes aliases of the parameters that can be, and does the noted copies of all others."""
-        with self._unwatched():
+        with self.unwatched():
             left = [pair for target in self._changed.values() for pair in self._settle(target)]
             self._changed.clear()
             copy_all(left)
@@ -186,7 +186,7 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is _COPY and self._note(args[0], args[1]):
             return args[0]
         self._refuse_write(func, args)
-        with self._unwatched():
+        with self.unwatched():
             for tensor in _tensors(args, kwargs):
                 self._before(func, tensor, args)
             return func(*args, **kwargs)
@@ -310,7 +310,8 @@ class Copies(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return noted
 
     @contextmanager
-    def _unwatched(self) -> Iterator[None]:
+    def unwatched(self) -> Iterator[None]:
+        """What is done meanwhile is no loader's: it is neither noted nor refused."""
         before, self._working = self._working, True
         try:
             with torch.no_grad():

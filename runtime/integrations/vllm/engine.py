@@ -19,6 +19,7 @@ from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, Re
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
+from coldframe.runtime.vllm_spec import BLOCK_TOKENS, longest_in
 
 if TYPE_CHECKING:
     from vllm import LLMEngine
@@ -40,8 +41,6 @@ _MOST_REQUESTS = 256
 _LARGE = 1 << 20
 _VLLM_DECIDES = -1
 """As the longest sequence: what the KV has room for, which vLLM alone knows of such a model."""
-_VLLM_BLOCK = 128
-"""Tokens in the largest of vLLM's KV blocks: so many may lie empty behind a sequence."""
 _TOO_LITTLE = re.compile(
     "out of memory"  # a device's, from whichever process of vLLM's
     "|can't allocate memory"  # torch's on the host
@@ -81,14 +80,13 @@ def longest_sequence(spec: ModelSpec, kv_bytes: int) -> int:
     """
     if not spec.native:
         return _VLLM_DECIDES
-    per_token = spec.kv_block_bytes(spec.dtype_bytes, 1)
-    # What one sequence may need, and what of a block lies empty behind it.
-    context = min(spec.context_length, kv_bytes // per_token - _VLLM_BLOCK)
+    context = longest_in(spec, kv_bytes)
     if context < 1:
+        per_token = spec.kv_block_bytes(spec.dtype_bytes, 1)
         raise RequestError(
             "vLLM's KV holds not one block",
             where="--vllm-kv",
-            expected=f"more than {2 * _VLLM_BLOCK * per_token:,} bytes",
+            expected=f"more than {2 * BLOCK_TOKENS * per_token:,} bytes",
             got=f"{kv_bytes:,}",
         )
     return context

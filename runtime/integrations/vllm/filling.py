@@ -30,6 +30,8 @@ from coldframe.loader.plan import Placement
 from coldframe.loader.stages import EMBEDDING, is_embedding, layer_of
 from coldframe.runtime.integrations.vllm.alias_copies import Copies, Fate, Reason, Shown
 from coldframe.runtime.integrations.vllm.alias_layers import keep_in_place, owners, why_apart
+from coldframe.runtime.integrations.vllm.witness import Witness
+from coldframe.runtime.tensors import tensor_over
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig
@@ -64,6 +66,7 @@ class Filling:
         packed: Whether linear layers on the CPU get packed copies of their weights (see
             `alias_layers`).
         device: Where the model is.
+        witness: What the weights are held against as they come in, if anything; closed with that.
 
     Attributes:
         client: As given.
@@ -83,6 +86,7 @@ class Filling:
         alias: bool,
         packed: bool,
         device: torch.device,
+        witness: Witness | None = None,
     ) -> None:
         self._model = model
         self._config = model_config
@@ -106,6 +110,11 @@ class Filling:
         self._copies = Copies(self._plan, self._arena, parameters, self._why_apart)
         self.stages = range(len(self._plan.stages))
         self._modules = self._modules_by_stage()
+        if witness is not None and witness.vouches_for(self._plan):
+            witness = None
+        self._witness = witness
+        if witness is not None:
+            witness.announce(self._plan.placements.values())
 
     def _free_of_arena(self, parameters: dict[str, torch.nn.Parameter]) -> None:
         """Takes parameters of a model that is filled anew off memory that is not to be written."""
@@ -125,6 +134,7 @@ class Filling:
         """
         self.client.wait_stage(stage)
         with self._one:
+            self._hear_witness(stage)
             self._load(self._stage(stage))
 
     def fill_all(self) -> None:
@@ -140,9 +150,24 @@ class Filling:
     def _in_order(self) -> Iterator[tuple[str, torch.Tensor]]:
         for stage in self.stages:
             self.client.wait_stage(stage)
+            self._hear_witness(stage)
             yield from self._stage(stage)
             # While the next stage is on its way, this one's copies are made.
             self._copies.settle()
+
+    def _hear_witness(self, stage: int) -> None:
+        if self._witness is None:
+            return
+        with self._copies.unwatched():
+            self._witness.check(self._by_stage[stage], self._bytes)
+        if stage == self.stages[-1]:
+            self._witness.close()
+
+    def _bytes(self, offset: int, length: int) -> bytes:
+        """Bytes of the arena, wherever that is."""
+        at = self._arena.address + offset
+        found: bytes = tensor_over(at, length, self._arena.dlpack_device).cpu().numpy().tobytes()
+        return found
 
     def _stage(self, stage: int) -> Iterator[tuple[str, torch.Tensor]]:
         for placement in self._by_stage[stage]:

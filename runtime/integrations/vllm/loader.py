@@ -24,6 +24,7 @@ from coldframe.runtime.integrations.vllm.filling import Filling, import_post_pro
 from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load, may_gate, refusal
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 from coldframe.runtime.integrations.vllm.staged import Staged
+from coldframe.runtime.integrations.vllm.witness import Witness
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -59,7 +60,8 @@ class ColdframeModelLoader(BaseModelLoader):
         """Fills a model's parameters, in the order in which the weights come in."""
         if load := gated_load(model):
             load.wait()
-        filling = self.open(model, model_config, _device_of(model))
+        witness = self.witness(model_config)
+        filling = self.open(model, model_config, _device_of(model), witness)
         self._fill(filling)
 
     def load_model(
@@ -77,13 +79,14 @@ class ColdframeModelLoader(BaseModelLoader):
         device = _indexed(torch.device(self.load_config.device or vllm_config.device_config.device))
         with ThreadPoolExecutor(1) as beside:
             connected = beside.submit(self.connect, model_config, device)
+            witness = beside.submit(self.witness, model_config)
             with set_default_torch_dtype(model_config.dtype), device:
                 model = self.create_model(vllm_config, model_config, prefix)
             if gated:
                 import_post_processing()
             client = connected.result()
         with set_default_torch_dtype(model_config.dtype):
-            filling = self.open(model, model_config, device)
+            filling = self.open(model, model_config, device, witness.result())
             if gated:
                 staged = Staged(model, filling.stages)
                 if may_gate(self.settings.gated, staged.unfit()):
@@ -111,8 +114,27 @@ class ColdframeModelLoader(BaseModelLoader):
             self._extra, model=_place_of(model_config), rank=rank, device=_name_of(device)
         )
 
-    def open(self, model: Any, model_config: ModelConfig, device: torch.device) -> Filling:
+    def witness(self, model_config: ModelConfig) -> Witness | None:
+        """The weights that vLLM's MODEL has, where others may come: from a place of their own."""
+        model = _place_of(model_config)
+        if self.settings.memory_service is None and self.settings.source in (None, model):
+            return None
+        return Witness.of(model)
+
+    def open(
+        self,
+        model: Any,
+        model_config: ModelConfig,
+        device: torch.device,
+        witness: Witness | None = None,
+    ) -> Filling:
         """A model that is to be filled.
+
+        Args:
+            model: As vLLM has made it.
+            model_config: Its.
+            device: Where it is.
+            witness: See `Filling`.
 
         Raises:
             RequestError: What is in the arena is for another tensor-parallel rank.
@@ -128,6 +150,7 @@ class ColdframeModelLoader(BaseModelLoader):
             alias=alias != "off",
             packed=alias != "on",
             device=device,
+            witness=witness,
         )
         setattr(model, FILLED, filling)
         return filling

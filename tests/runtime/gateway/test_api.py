@@ -26,3 +26,6 @@ from coldframe.runtime.gateway.api import ApiError
 def test_a_client_is_told_whether_another_try_is_of_use(error: ColdframeError, status: int) -> None:
     told = ApiError.of(error)
     assert (told.status, told.message, told.kind) == (status, error.what, "server_error")
+    assert told.retry_after_s is None
+    error.retry_after_s = 12.0
+    assert ApiError.of(error).retry_after_s == (12.0 if status == 503 else None)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from coldframe.loader.errors import ReplicaError
+from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import SILENCE_S
-from coldframe.runtime.vllm_spec import VllmOptions
-from tests.runtime.helpers import Client, ask, expected, finish, wait_for
+from coldframe.runtime.vllm_spec import BLOCK_TOKENS, VllmOptions
+from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.integrations.vllm.bridges import (
     PROMPTS,
     START_S,
@@ -31,6 +32,9 @@ from tests.runtime.integrations.vllm.bridges import (
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 
 Make = Callable[..., Path]
+
+BYTES_PER_TOKEN = 2048
+"""Of the demo model's KV in float32."""
 
 
 @pytest.fixture(scope="module")
@@ -176,11 +180,31 @@ def test_an_engine_that_does_not_come_up_costs_nothing(model: Path, no_leaks: Pa
 
 
 def test_vllm_alone_decodes(model: Path, no_leaks: Path) -> None:
-    with Replica(options(model, no_leaks, alone=True)) as replica:
-        clients = [ask(replica, prompt, 24) for prompt in PROMPTS]
-        wait_for(replica, lambda: all(client.events for client in clients))
+    # What its KV has room for only vLLM finds out, where nobody says how large that is.
+    native, context = 1024, 1024 - BLOCK_TOKENS
+    asked = replace(
+        options(model, no_leaks, alone=True),
+        vllm=VllmOptions(alone=True),
+        kv_bytes=native * BYTES_PER_TOKEN,
+    )
+    with Replica(asked) as replica:
+        early = ask(replica, PROMPTS[0], 24)
+        full = ask(replica, prompt_of(context - 1), 24)
+        wait_for(replica, lambda: bool(early.events and full.events))
         assert replica.staff["vllm"]["up"] == 0  # prefill is native
-        finish(replica, *clients, seconds=START_S)
+        finish(replica, early, full, seconds=START_S)
+        assert early.tokens == expected(model, tuple(PROMPTS[0]), 24)
+        # It was let in before anybody knew, and there is no room for another token.
+        assert full.tokens == expected(model, tuple(prompt_of(context - 1)), 1)
+        assert isinstance(full.error, RequestError)
+        assert f"expected at most {context} tokens" in str(full.error)
+        nothing_held(replica)
+        late = ask(replica, prompt_of(context), 1)
+        finish(replica, late)
+        assert isinstance(late.error, RequestError)
+        assert late.events == []
+        clients = [ask(replica, prompt, 24) for prompt in PROMPTS]
+        finish(replica, *clients)
         for prompt, client in zip(PROMPTS, clients, strict=True):
             assert client.tokens == expected(model, tuple(prompt), 24)
         os.kill(pid_of(replica, "vllm"), signal.SIGKILL)

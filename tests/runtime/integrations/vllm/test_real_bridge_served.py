@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,52 @@ def test_a_server_whose_decode_is_taken_over(demo_model: Make) -> None:
         server.post("/sleep?level=2", {})
         eventually(lambda: server.get("/startup").json()["state"] == "zero")
         assert all_at_once(server) == answers
+
+
+def python_that_fails(folder: Path, times: int) -> Path:
+    """This interpreter, but for so many starts, which end at once."""
+    program, count = folder / "python", folder / "starts"
+    program.write_text(
+        "#!/bin/sh\n"
+        f'echo >>"{count}"\n'
+        f'[ "$(wc -l <"{count}")" -le {times} ] && exit 3\n'
+        f'exec "{sys.executable}" "$@"\n'
+    )
+    program.chmod(0o755)
+    return program
+
+
+def test_who_needs_an_engine_that_does_not_start_is_told_when_to_come_again(
+    demo_model: Make, tmp_path: Path
+) -> None:
+    """OpenAI's client does so by itself, and finds the engine that has come up meanwhile."""
+    model = demo_model()
+    python = python_that_fails(tmp_path, times=2)
+    # What waits for an engine has it tried out of turn, once.
+    with served(model, *BRIDGE, "--vllm-python", python) as server:
+        server.ready()
+        eventually(lambda: "vllm_failed" in stages(server), seconds=START_S)
+        asked: dict[str, Any] = {"prompt": TEXTS[0], "guided_choice": ["yes", "no"]}
+        refused = server.post("/v1/completions", asked)
+        assert refused.status_code == 503, refused.text
+        assert "it does not start at the moment" in refused.json()["error"]["message"]
+        assert 1 <= int(refused.headers["retry-after"]) <= 10
+        assert server.complete(prompt=TEXTS[1], max_tokens=8, ignore_eos=True) == greedy(
+            model, ids_of(model, TEXTS[1]), 8
+        )
+        with server.openai(timeout=START_S, max_retries=5) as client:
+            answer = client.completions.create(
+                model=model.name,
+                prompt=TEXTS[0],
+                extra_body={"guided_choice": ["yes", "no"]},
+            )
+        assert answer.choices[0].text in ("yes", "no")
+        # The timeline has gone on behind the starts that failed.
+        eventually(lambda: "takeover" in stages(server))
+        found = stages(server)
+        assert found.count("vllm_failed") == 2
+        assert {"vllm_weights", "vllm_warmup"} <= set(found)
+        assert server.get("/startup").json()["decode"] == {"engine": "vllm", "why": None}
 
 
 def test_one_answer_with_vllm_alone(demo_model: Make, no_leaks: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 import time
@@ -77,11 +78,13 @@ def test_copies_from_weights_that_lie_as_in_their_files(model, plain):
 
 
 def test_another_model_than_vllm_s(model, demo_model, tmp_path):
-    log = tmp_path / "log"
+    """Where MODEL has no weights to hold those against that come: they do not fit."""
+    log, empty = tmp_path / "log", tmp_path / "empty"
+    shutil.copytree(model, empty, ignore=shutil.ignore_patterns("*.safetensors"))
     extra = {"source": str(demo_model("llama")), "gated": False}
     with pytest.raises(HostError) as caught:
         Host(
-            model,
+            empty,
             dtype="float32",
             load_format="coldframe",
             model_loader_extra_config=extra,

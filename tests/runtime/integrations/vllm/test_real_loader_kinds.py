@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 from tests.runtime.integrations.vllm.hosts import host
 from tests.runtime.integrations.vllm.memories import memory_of, placed
+from tests.runtime.integrations.vllm.quantised import quantise
 
 pytestmark = pytest.mark.vllm
 
@@ -54,36 +54,7 @@ def test_a_mixture_of_experts(tmp_path):
 
 
 def test_eight_bits(demo_model, tmp_path):
-    """Linear layers in int8 with a scale for each row, as compressed-tensors stores them."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    model = demo_model("llama", "bfloat16")
-    tensors = {}
-    for shard in model.glob("*.safetensors"):
-        tensors.update(load_file(shard))
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors[name].float()
-        scale = weight.abs().amax(dim=1, keepdim=True) / 127
-        tensors[name] = (weight / scale).round().to(torch.int8)
-        tensors[name.replace(".weight", ".weight_scale")] = scale
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((model / "config.json").read_text())
-    scheme = {"num_bits": 8, "type": "int", "symmetric": True}
-    config["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "ignore": ["lm_head"],
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": {**scheme, "strategy": "channel", "dynamic": False},
-                "input_activations": {**scheme, "strategy": "token", "dynamic": True},
-            }
-        },
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    quantise(demo_model("llama", "bfloat16"), tmp_path)
     found = _same(tmp_path, dtype="bfloat16", skip_tokenizer_init=True)
     reasons = {why for name, why in found["apart"].items() if "_proj" in name}
     assert reasons == {"post-processed by CompressedTensorsLinearMethod"}

@@ -20,6 +20,8 @@ from coldframe.runtime.replica import Replica
 from coldframe.runtime.vllm_spec import VllmOptions
 from tests.runtime.gateway.chat_templates import TEMPLATES
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of
+from tests.runtime.integrations.vllm.hosts import host
+from tests.runtime.integrations.vllm.quantised import quantise
 from tests.runtime.serving import Server, served
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(200)]
@@ -162,6 +164,12 @@ def foreign(base: Path, target: Path, kind: str) -> Path:
     return target
 
 
+def alone(model: Path, runs: Path) -> ReplicaOptions:
+    """A replica in which vLLM does all."""
+    vllm = VllmOptions(alone=True, kv_bytes=64 << 20)
+    return ReplicaOptions(model=str(model), run_dir=str(runs), decode=0, vllm=vllm, threads=1)
+
+
 @pytest.fixture
 def runs() -> Iterator[Path]:
     """A folder for run directories; beside the server above, nothing is to be left in it."""
@@ -171,6 +179,37 @@ def runs() -> Iterator[Path]:
     made.rmdir()
 
 
+def in_eight_bits(base: Path, target: Path) -> Path:
+    """The demo model with linear layers in int8, a scale for each row: a form that vLLM runs on a
+    CPU, too."""
+    shutil.copytree(base, target, ignore=shutil.ignore_patterns("*.safetensors*"))
+    quantise(base, target)
+    return target
+
+
+def test_quantised_weights_are_served_wholly_by_vllm(
+    demo_model: Make, tmp_path: Path, runs: Path
+) -> None:
+    model = in_eight_bits(demo_model("llama", "bfloat16"), tmp_path / "int8")
+    with pytest.raises(UnsupportedModel, match=r"a quantised checkpoint.*--decode vllm"):
+        Replica(ReplicaOptions(model=str(model), run_dir=str(runs))).close()
+    prompts = [prompt_of(20 + 30 * seed, seed=seed) for seed in range(3)]
+    with host(model, dtype="bfloat16") as plain:
+        answers = [plain.generate([prompt], max_tokens=12)[0].tokens for prompt in prompts]
+    with Replica(alone(model, runs)) as replica:
+        for prompt, answer in zip(prompts, answers, strict=True):
+            client = ask(replica, prompt, 12)
+            finish(replica, client, seconds=150)
+            assert client.tokens == answer
+        seeded = [ask(replica, prompts[0], 12, temperature=1.0, seed=seed) for seed in (4, 4)]
+        finish(replica, *seeded)
+        assert seeded[0].tokens == seeded[1].tokens
+        assert {name.partition("-")[0] for name in replica.pids} == {"memory", "vllm"}
+        replica.spans += replica.recorder.drain()
+        (ready,) = (s for s in replica.spans if s.name == "ready" and s.process.startswith("vllm"))
+        assert "post-processed by CompressedTensorsLinearMethod" in str(ready.note)
+
+
 @pytest.mark.parametrize("kind", ["qwen3_moe", "gemma2"])
 def test_other_models_are_served_wholly_by_vllm(
     demo_model: Make, tmp_path: Path, runs: Path, kind: str
@@ -178,15 +217,8 @@ def test_other_models_are_served_wholly_by_vllm(
     model = foreign(demo_model(), tmp_path / kind, kind)
     with pytest.raises(UnsupportedModel, match="--decode vllm"):
         Replica(ReplicaOptions(model=str(model), run_dir=str(runs))).close()
-    options = ReplicaOptions(
-        model=str(model),
-        run_dir=str(runs),
-        decode=0,
-        vllm=VllmOptions(alone=True, kv_bytes=64 << 20),
-        threads=1,
-    )
     prompts = [prompt_of(20 + 30 * seed, seed=seed) for seed in range(3)]
-    with Replica(options) as replica:
+    with Replica(alone(model, runs)) as replica:
         clients = [ask(replica, prompt, 12) for prompt in prompts]
         seeded = [ask(replica, prompts[0], 12, temperature=1.0, seed=seed) for seed in (4, 4, 5)]
         formed = Client()

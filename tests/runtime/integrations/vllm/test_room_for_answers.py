@@ -12,6 +12,7 @@ import tokenizers.models
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.foreign import foreign_spec
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.engine import Engine
 from coldframe.runtime.integrations.vllm.params import Asked
@@ -19,6 +20,7 @@ from coldframe.runtime.integrations.vllm.requests import Requests
 from coldframe.runtime.integrations.vllm.worker import VllmWorker
 from coldframe.runtime.prompts import bounded
 from coldframe.runtime.text import Tokenizer
+from coldframe.runtime.vllm_spec import BLOCK_TOKENS, VllmOptions
 
 CONTEXT = 2048
 
@@ -89,3 +91,41 @@ def test_what_was_handed_over_and_is_too_long_ends_at_the_context() -> None:
     (asked,) = engine.asked
     assert (len(asked.prompt_token_ids), asked.sampling["max_tokens"]) == (2001, 47)
     assert [message["type"] for message in cast(Said, found.control).messages] == ["ack"]
+
+
+@pytest.mark.parametrize("prompt", [CONTEXT - 1, CONTEXT, CONTEXT + 1])
+def test_what_fills_the_context_already_ends_with_an_error(prompt: int) -> None:
+    """It has its first token, and there will be no second: nobody is to wait for that."""
+    found, engine = worker(), Asks()
+    handed = job(prompt, 100, 7)
+    requests = Requests(found, cast(Engine, engine), CONTEXT)
+    requests.take(handed, Handoff(handed, "f", "k", (0,), prompt, "cpu"))
+    assert engine.asked == []
+    failed, ack = cast(Said, found.control).messages
+    assert (failed["type"], failed["request"], ack["type"]) == ("failed", "r", "ack")
+    assert failed["error"]["error"] == "RequestError"
+    assert failed["error"]["expected"] == f"at most {CONTEXT} tokens"
+
+
+def test_how_long_a_sequence_may_be_is_known_where_the_kv_is_said() -> None:
+    config = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "intermediate_size": 64,
+        "vocab_size": 100,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 8192,
+        "torch_dtype": "float32",
+    }
+    native = ModelSpec.from_config(config)
+    per_token = native.kv_block_bytes(4, 1)
+    given = VllmOptions(kv_bytes=1000 * per_token)
+    assert given.longest(native) == 1000 - BLOCK_TOKENS
+    assert VllmOptions(kv_bytes=1 << 40).longest(native) == 8192
+    assert VllmOptions(kv_bytes=1 << 40, args=(("max_model_len", 50),)).longest(native) == 50
+    assert VllmOptions().longest(native) is None
+    assert given.longest(worker().spec) is None  # of another model vLLM decides

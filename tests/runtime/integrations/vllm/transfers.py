@@ -97,6 +97,14 @@ def counted(engine):
     return dict(scheduler.tally.counts + worker.tally.counts)
 
 
+def compiled(engine):
+    """The backend, and how many graphs it was given or had in its cache."""
+    from torch._dynamo.utils import counters
+
+    backend = engine.vllm_config.compilation_config.backend
+    return backend, counters["aot_autograd"]["total"]
+
+
 def own_fingerprint(engine):
     return sides(engine)[0].fingerprint
 

@@ -6,6 +6,8 @@ one process one after the other: so no test has one in its own.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import os
 import socket
@@ -19,8 +21,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.runtime.integrations.vllm.forks import Forked, Imported
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
+    # Threads that spin have the cores that whoever is waited for needs.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_CACHE_ROOT": str(Path(__file__).parents[4] / "build" / "vllm-cache"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -33,6 +39,8 @@ The cache outlives the tests: without it vLLM starts a process to look at each k
 """
 
 _ROOT = Path(__file__).parents[4]
+_KV_BYTES = 256 << 20
+"""Each of them is written to at the start; VLLM_CPU_KVCACHE_SPACE knows of whole GiB alone."""
 _START_S = 300.0
 _ANSWER_S = 110.0
 
@@ -54,13 +62,22 @@ class HostError(Exception):
     """The engine's process has raised something, or is gone."""
 
 
+@functools.cache
+def imported() -> Imported:
+    """Where processes with vLLM in them are forked, for all tests."""
+    made = Imported({**os.environ, **ENVIRONMENT})
+    atexit.register(made.close)
+    return made
+
+
 class Host:
     """An engine.
 
     Args:
         model: The checkpoint's directory.
         engine: More arguments of vLLM's `EngineArgs`.
-        environment: More variables of its process.
+        environment: More variables of its process, which then imports vLLM itself; others are
+            forks of one that has done so.
         log: A file that gets what it prints; by default it goes where this process' does.
     """
 
@@ -73,14 +90,21 @@ class Host:
     ) -> None:
         ours, theirs = socket.socketpair()
         output = None if log is None else log.open("ab")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            cwd=_ROOT,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
-            pass_fds=[theirs.fileno()],
-            stdout=output,
-            stderr=output,
-        )
+        variables = {**os.environ, **ENVIRONMENT, **(environment or {})}
+        self.process: subprocess.Popen[bytes] | Forked
+        if environment is None:
+            streams = (1, 2) if output is None else (output.fileno(),) * 2
+            self.process = imported().fork(serve, [theirs.fileno(), *streams], variables)
+        else:
+            # What imports read of it may be another than theirs.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                cwd=_ROOT,
+                env=variables,
+                pass_fds=[theirs.fileno()],
+                stdout=output,
+                stderr=output,
+            )
         theirs.close()
         if output is not None:
             output.close()  # the child has its own
@@ -187,7 +211,12 @@ class _Engine:
     def start(self, arguments: dict[str, Any]) -> None:
         from vllm import EngineArgs, LLMEngine
 
-        defaults = {"disable_log_stats": True, "enforce_eager": True, "max_model_len": 1024}
+        defaults = {
+            "disable_log_stats": True,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _KV_BYTES,
+            "max_model_len": 1024,
+        }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**{**defaults, **arguments}))
 
     def add(
@@ -235,13 +264,19 @@ def _answer(output: Any) -> Answer:
     )
 
 
-def _serve(connection: Connection) -> None:
+def serve(number: int) -> _Engine:
+    """Has an engine, and does what is asked by the connection of that number.
+
+    Returns:
+        The engine: a process that is to end at once does not take it down before.
+    """
+    connection = Connection(number)
     engine = _Engine()
     while True:
         try:
             what, arguments = connection.recv()
         except EOFError:
-            return
+            return engine
         try:
             value = getattr(engine, what)(*arguments)
         except Exception:  # noqa: BLE001 - the test is to see it
@@ -254,5 +289,5 @@ if __name__ == "__main__":
     # Pickled here, an answer would be of `__main__`.
     from tests.runtime.integrations.vllm import hosts
 
-    hosts._serve(Connection(int(sys.argv[1])))
+    hosts.serve(int(sys.argv[1]))
     os._exit(0)  # an engine's threads would keep it

@@ -17,11 +17,12 @@ from typing import Any
 
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.errors import PlatformError
+from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.residency import cached_bytes
 
 __all__ = [
     "Row",
+    "chosen",
     "cold_start",
     "coldframe_command",
     "evict_files",
@@ -29,6 +30,7 @@ __all__ = [
     "import_torch_s",
     "print_rows",
     "warm_page_cache",
+    "words",
 ]
 
 _EVICTIONS = 20
@@ -61,6 +63,49 @@ class Row:
         if self.target is None:
             return None
         return self.median >= self.target if self.at_least else self.median <= self.target
+
+
+def words(text: str, known: Iterable[str]) -> list[str]:
+    """What a flag names of that which can be measured.
+
+    Args:
+        text: Names with commas between them.
+        known: Those that there are.
+
+    Raises:
+        RequestError: One is none of them.
+    """
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    known = set(known)
+    for word in found:
+        if word not in known:
+            raise RequestError(
+                "there is no such thing to measure",
+                expected=", ".join(sorted(known)),
+                got=word,
+                hint="Give one or several of these, with commas between them.",
+            )
+    return found
+
+
+def chosen(text: str | None, known: Sequence[str]) -> list[str]:
+    """What `--only` leaves of that which can be measured, in the order of what there is.
+
+    Args:
+        text: Names with commas between them, or None for all.
+        known: Those that there are.
+
+    Raises:
+        RequestError: One is none of them, or there is none.
+    """
+    if text is None:
+        return list(known)
+    found = words(text, known)
+    if not found:
+        raise RequestError(
+            "there is nothing to measure", where="--only", expected=", ".join(known), got=repr(text)
+        )
+    return [name for name in known if name in found]
 
 
 def coldframe_command() -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.harness import Row, evict_files, print_rows, warm_page_cache
+from coldframe.benchmarks.harness import Row, evict_files, print_rows, warm_page_cache, words
 from coldframe.benchmarks.loaders import load_once
 from coldframe.benchmarks.nginx import BUCKET, serve
 from coldframe.loader.checkpoint import Checkpoint
@@ -90,8 +90,8 @@ def run(args: argparse.Namespace) -> int:
         RequestError: There is no such path, loader or state of the page cache.
         PlatformError: One of our own loads failed, or a file cannot be evicted.
     """
-    against = _words(args.against, {peer for peers in _PEERS.values() for peer in peers})
-    paths, caches = _words(args.over, set(_PEERS)), _words(args.cache, {"cold", "warm"})
+    against = words(args.against, {peer for peers in _PEERS.values() for peer in peers})
+    paths, caches = words(args.over, set(_PEERS)), words(args.cache, {"cold", "warm"})
     if not args.model.is_dir():
         raise RequestError(
             "there is no such directory",
@@ -111,19 +111,6 @@ def run(args: argparse.Namespace) -> int:
                     rows += _rows(cell, results)
     print_rows(rows, {"model": str(args.model), "left_out": left_out}, table=not args.json)
     return 0
-
-
-def _words(text: str, known: set[str]) -> list[str]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    for word in words:
-        if word not in known:
-            raise RequestError(
-                "there is no such thing to measure",
-                expected=", ".join(sorted(known)),
-                got=word,
-                hint="Give one or several of these, with commas between them.",
-            )
-    return words
 
 
 @contextmanager

@@ -4,7 +4,7 @@ Each run is an engine in a process of its own, timed from its exec. The weights 
 a given rate. What differs is when they are waited for:
 
     gated           before each layer, in the first request's prefill
-    gated, early    the same, and the bytes come from the exec on, as in a replica
+    gated early     the same, and the bytes come from the exec on, as in a replica
     whole           before the engine starts: our loader without gates
     vLLM's own      fetched into a directory first, at the same rate, then loaded by vLLM
     at hand         gated, and no link: what a start takes for itself
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.harness import Row, print_rows, warm_page_cache
+from coldframe.benchmarks.harness import Row, chosen, print_rows, warm_page_cache
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.load_options import LoadOptions
@@ -48,6 +48,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint's directory")
     parser.flag("--rate", type=byte_rate, default=byte_rate("100MB/s"), help="the link (100MB/s)")
     parser.flag("--runs", type=int, default=3, help="runs of each cell (3)")
+    # Without a twin in the environment: what is chosen is another benchmark's, too.
+    parser.add_argument("--only", help=f"some of {', '.join(_CELLS)} (all)")
     parser.flag("--tokens", type=int, default=128, help="of the prompt (128)")
     parser.flag("--dtype", default="auto", help="what vLLM computes in (auto)")
     parser.flag("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
@@ -72,18 +74,18 @@ class _Cell:
 
 
 _GATED = _Cell("gated", True)
-_EARLY = _Cell("gated, early", True, early=True)
+_EARLY = _Cell("gated early", True, early=True)
 _WHOLE = _Cell("whole", False)
 _OWN = _Cell("vLLM's own", None)
 _AT_HAND = _Cell("at hand", True, linked=False)
-_CELLS = (_GATED, _EARLY, _WHOLE, _OWN, _AT_HAND)
+_CELLS = {cell.name: cell for cell in (_GATED, _EARLY, _WHOLE, _OWN, _AT_HAND)}
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table.
 
     Raises:
-        RequestError: There is no such model, or no run.
+        RequestError: There is no such model or cell, or no run.
         PlatformError: An engine failed, or made other tokens than another.
     """
     if not args.model.is_dir():
@@ -91,12 +93,13 @@ def run(args: argparse.Namespace) -> int:
     if args.runs < 1:
         raise RequestError("there must be a run", where="--runs", got=args.runs)
     weights = sum(path.stat().st_size for path in args.model.glob("*.safetensors"))
-    found: dict[_Cell, list[dict[str, Any]]] = {cell: [] for cell in _CELLS}
+    found: dict[_Cell, list[dict[str, Any]]]
+    found = {_CELLS[name]: [] for name in chosen(args.only, list(_CELLS))}
     for number in range(args.runs):
         print(f"run {number + 1} of {args.runs}", file=sys.stderr)
-        for cell in _CELLS:
+        for cell, starts in found.items():
             warm_page_cache(args.model)  # the link is the only limit
-            found[cell].append(_start(cell, args))
+            starts.append(_start(cell, args))
     _check_same({cell.name: runs for cell, runs in found.items()})
     rows = _rows(found, weights / args.rate)
     more = {"model": str(args.model), "rate": args.rate, "weights_bytes": weights}
@@ -167,13 +170,16 @@ def _rows(found: dict[_Cell, list[dict[str, Any]]], link_s: float) -> list[Row]:
     first = {cell: [run["first_token_s"] for run in runs] for cell, runs in found.items()}
 
     def ratio(name: str, one: _Cell, other: _Cell, most: float) -> None:
-        pairs = zip(first[one], first[other], strict=True)
-        rows.append(Row(name, [a / b for a, b in pairs], "ratio", most))
+        if one in first and other in first:
+            pairs = zip(first[one], first[other], strict=True)
+            rows.append(Row(name, [a / b for a, b in pairs], "ratio", most))
 
     ratio("first token: gated / whole", _GATED, _WHOLE, 0.95)
-    ratio("first token: gated, early / whole", _EARLY, _WHOLE, 0.9)
+    ratio("first token: gated early / whole", _EARLY, _WHOLE, 0.9)
     ratio("first token: gated / vLLM's own", _GATED, _OWN, 0.9)
     for cell, least in ((_GATED, 0.25), (_EARLY, 0.75)):
+        if cell not in first or _AT_HAND not in first:
+            continue
         pairs = zip(first[cell], first[_AT_HAND], strict=True)
         hidden = [1 - (there - alone) / link_s for there, alone in pairs]
         rows.append(Row(f"hidden of the link's time: {cell.name}", hidden, "of 1", least, True))

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from coldframe.benchmarks.harness import Row, print_rows
+from coldframe.benchmarks.harness import Row, chosen, print_rows
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
@@ -35,6 +35,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint's directory")
     parser.flag("--tokens", type=int, default=300, help="tokens of the prompts (300)")
     parser.flag("--runs", type=int, default=10, help="runs of each cell (10)")
+    # Without a twin in the environment: what is chosen is another benchmark's, too.
+    parser.add_argument("--only", help=f"some of {', '.join(LOADS)} (all)")
     parser.flag("--vllm-python", default=sys.executable, help="the interpreter that has vLLM")
     parser.flag("--json", action="store_true", help="print the JSON document alone")
 
@@ -43,10 +45,11 @@ def run(args: argparse.Namespace) -> int:
     """Measures and prints.
 
     Raises:
+        RequestError: There is no such way to load.
         PlatformError: vLLM does not run there.
     """
     rows = []
-    for load in LOADS:
+    for load in chosen(args.only, LOADS):
         runs = _measure(args, load)
 
         def figures(what: str, runs: list[dict[str, float]] = runs) -> list[float]:

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.harness import Row, print_rows, warm_page_cache
+from coldframe.benchmarks.harness import Row, chosen, print_rows, warm_page_cache
 from coldframe.benchmarks.load import evict
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.load_options import LoadOptions
@@ -89,7 +89,7 @@ _KINDS = {
     "packed": ({"alias": "auto"}, "memory"),
     "copied": ({"alias": "off"}, "memory"),
     "page cache": ({}, "warm"),
-    "vLLM's own, cold": (None, "cold"),
+    "vLLM's own cold": (None, "cold"),
     "cold": ({}, "cold"),
 }
 """Our settings, or None for vLLM's own loader, and where the weights are before."""
@@ -104,6 +104,8 @@ def add_arguments(parser: Parser) -> None:
         help="an interpreter that has vLLM and coldframe (make test-vllm)",
     )
     parser.flag("--runs", type=int, default=3, help="runs of each (3)")
+    # Without a twin in the environment: what is chosen is another benchmark's, too.
+    parser.add_argument("--only", help=f"some of {', '.join(_KINDS)} (all)")
     parser.flag("--dtype", default="auto", help="what vLLM computes in (auto: as stored)")
     parser.flag("--speed", action="store_true", help="measure prefill and decode, too")
     parser.flag("--json", action="store_true", help="print the JSON document alone")
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table.
 
     Raises:
-        RequestError: There is no such directory or interpreter.
+        RequestError: There is no such directory, interpreter or kind.
         PlatformError: A start failed, or a file cannot be evicted.
     """
     if not args.model.is_dir():
@@ -127,11 +129,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.runs < 1:
         raise RequestError("there must be a run", where="--runs", got=args.runs)
-    found: dict[str, list[dict[str, Any]]] = {name: [] for name in _KINDS}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen(args.only, list(_KINDS))}
     for number in range(args.runs):
         print(f"run {number + 1} of {args.runs}", file=sys.stderr)
-        for name, (extra, place) in _KINDS.items():
-            found[name].append(_start(args, extra, place))
+        for name, starts in found.items():
+            starts.append(_start(args, *_KINDS[name]))
     same = len({tuple(start["answer"]) for starts in found.values() for start in starts}) == 1
     print_rows(_rows(found), {"model": str(args.model), "same_tokens": same}, table=not args.json)
     return 0
@@ -182,28 +184,25 @@ def _rows(found: dict[str, list[dict[str, Any]]]) -> list[Row]:
             if what in starts[0]:
                 rows.append(Row(f"  {what}", [s[what] for s in starts], "tok/s"))
 
-    def ratio(what: str, name: str, theirs: str, limit: float | None = None) -> Row:
-        pairs = zip(found[name], found[theirs], strict=True)
-        title = f"{name} / {theirs}: {what.replace('_', ' ')}"
-        return Row(title, [a[what] / b[what] for a, b in pairs], "ratio", limit)
+    def ratio(what: str, name: str, theirs: str, limit: float | None = None) -> None:
+        if name in found and theirs in found and what in found[theirs][0]:
+            pairs = zip(found[name], found[theirs], strict=True)
+            title = f"{name} / {theirs}: {what.replace('_', ' ')}"
+            rows.append(Row(title, [a[what] / b[what] for a, b in pairs], "ratio", limit))
 
-    own, own_cold = "vLLM's own", "vLLM's own, cold"
-    rows += [
-        ratio("weights", "in place", own, 0.3),
-        ratio("weights", "packed", own, 0.3),
-        ratio("weights", "copied", own, 0.7),
-        ratio("weights", "page cache", own),
-        ratio("weights", "cold", own_cold, 0.6),
-    ]
+    own, own_cold = "vLLM's own", "vLLM's own cold"
+    ratio("weights", "in place", own, 0.3)
+    ratio("weights", "packed", own, 0.3)
+    ratio("weights", "copied", own, 0.7)
+    ratio("weights", "page cache", own)
+    ratio("weights", "cold", own_cold, 0.6)
     pairs = [("in place", own), ("packed", own), ("copied", own), ("page cache", own)]
-    rows += [ratio("load_model", *pair) for pair in [*pairs, ("cold", own_cold)]]
-    rows += [ratio(what, "in place", own) for what in _SPEEDS if what in found[own][0]]
-    saved = zip(found[own], found["in place"], strict=True)
-    rows.append(
-        Row(
-            "in place: private memory less",
-            [(a["private"] - b["private"]) / 1e6 for a, b in saved],
-            "MB",
-        )
-    )
+    for pair in [*pairs, ("cold", own_cold)]:
+        ratio("load_model", *pair)
+    for what in _SPEEDS:
+        ratio(what, "in place", own)
+    if own in found and "in place" in found:
+        saved = zip(found[own], found["in place"], strict=True)
+        less = [(a["private"] - b["private"]) / 1e6 for a, b in saved]
+        rows.append(Row("in place: private memory less", less, "MB"))
     return rows

@@ -6,6 +6,7 @@ are read in a fixed order, so the same Python gives the same tokenizer.
 
 from __future__ import annotations
 
+import functools
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,29 @@ def train(path: Path, vocab_size: int, *, add_bos: bool) -> int:
     Returns:
         The number of tokens, at most `vocab_size`.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, processors
+
+    tokenizer = Tokenizer.from_str(_trained(vocab_size))
+    tokenizer.post_processor = (
+        processors.TemplateProcessing(
+            single=f"{BOS} $A",
+            pair=f"{BOS} $A {BOS} $B",
+            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
+        )
+        if add_bos
+        else processors.ByteLevel(trim_offsets=False)
+    )
+    tokenizer.save(str(path))
+    return int(tokenizer.get_vocab_size())
+
+
+@functools.cache
+def _trained(vocab_size: int) -> str:
+    """A tokenizer.json, but for what encoding puts in front: that is a model's own.
+
+    Kept, since whoever writes several models writes them for the same few vocabularies.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,17 +103,7 @@ def train(path: Path, vocab_size: int, *, add_bos: bool) -> int:
     )
     # A thousand characters a token: enough to find that many merges, and over in two seconds.
     tokenizer.train_from_iterator(corpus(1000 * vocab_size), trainer)
-    tokenizer.post_processor = (
-        processors.TemplateProcessing(
-            single=f"{BOS} $A",
-            pair=f"{BOS} $A {BOS} $B",
-            special_tokens=[(BOS, tokenizer.token_to_id(BOS))],
-        )
-        if add_bos
-        else processors.ByteLevel(trim_offsets=False)
-    )
-    tokenizer.save(str(path))
-    return int(tokenizer.get_vocab_size())
+    return str(tokenizer.to_str())
 
 
 def tokenizer_config(context: int, *, add_bos: bool) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,11 @@ from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
 from coldframe.snapshot.criu import Criu
 from tests.support import unavailable
+
+# Tests start a thousand interpreters: each would compile what it imports, and pytest all of its own
+# files once more, where the user's environment keeps Python from storing that.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # How long an example takes says more of what else the machine does than of the code.
 settings.register_profile("untimed", deadline=None)

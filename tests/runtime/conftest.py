@@ -12,6 +12,18 @@ from coldframe.snapshot.criu import Criu
 from tests.runtime.snapshots import Commands, Made, eventually, install_hook, left_behind
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Models this small gain nothing from threads, and lose minutes where the cores are shared:
+    threads that wait for one another at every step wait for whoever else computes."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def made(
     criu: Criu, demo_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory

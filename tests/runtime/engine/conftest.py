@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,15 +156,6 @@ def make_pair(reference: Any, config: dict[str, Any], dtype: torch.dtype, arrang
     memory = torch.full((blocks * spec.kv_block_bytes(dtype.itemsize),), 0xFF, dtype=torch.uint8)
     kv = KVCache(memory, spec, dtype, blocks)
     return Pair(reference, spec, arrangement, weights, Model(spec, weights, kv), kv)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Models this small gain nothing from threads, and lose seconds where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session", params=ARRANGEMENTS)

@@ -6,6 +6,8 @@ one process one after the other: so no test has one in its own.
 
 from __future__ import annotations
 
+import atexit
+import functools
 import importlib
 import os
 import shutil
@@ -23,9 +25,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from tests.runtime.integrations.vllm.forks import Forked, Imported
+
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TORCHINDUCTOR_CACHE_DIR": str(Path(__file__).parents[4] / "build" / "inductor-cache"),
+    # Threads that spin have the cores that whoever is waited for needs.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "VLLM_CACHE_ROOT": str(Path(__file__).parents[4] / "build" / "vllm-cache"),
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -38,6 +44,8 @@ The cache outlives the tests: without it vLLM starts a process to look at each k
 """
 
 _ROOT = Path(__file__).parents[4]
+_KV_BYTES = 256 << 20
+"""Each of them is written to at the start; VLLM_CPU_KVCACHE_SPACE knows of whole GiB alone."""
 _START_S = 300.0
 _ANSWER_S = 110.0
 _END_S = 20.0
@@ -60,13 +68,22 @@ class HostError(Exception):
     """The engine's process has raised something, or is gone."""
 
 
+@functools.cache
+def imported() -> Imported:
+    """Where processes with vLLM in them are forked, for all tests."""
+    made = Imported({**os.environ, **ENVIRONMENT})
+    atexit.register(made.close)
+    return made
+
+
 class Host:
     """An engine.
 
     Args:
         model: The checkpoint's directory.
         engine: More arguments of vLLM's `EngineArgs`.
-        environment: More variables of its process.
+        environment: More variables of its process, which then imports vLLM itself; others are
+            forks of one that has done so.
         log: A file that gets what it prints; by default it goes where this process' does.
     """
 
@@ -81,20 +98,27 @@ class Host:
         output = None if log is None else log.open("ab")
         # vLLM leaves files behind, and sockets, whose paths are to be short.
         self._temporary = tempfile.mkdtemp(prefix="cf-")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
-            cwd=_ROOT,
-            env={
-                **os.environ,
-                **ENVIRONMENT,
-                "TMPDIR": self._temporary,
-                **(environment or {}),
-            },
-            pass_fds=[theirs.fileno()],
-            stdout=output,
-            stderr=output,
-            process_group=0,
-        )
+        variables = {
+            **os.environ,
+            **ENVIRONMENT,
+            "TMPDIR": self._temporary,
+            **(environment or {}),
+        }
+        self.process: subprocess.Popen[bytes] | Forked
+        if environment is None:
+            streams = (1, 2) if output is None else (output.fileno(),) * 2
+            self.process = imported().fork(serve, [theirs.fileno(), *streams], variables)
+        else:
+            # What imports read of it may be another than theirs.
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno())],
+                cwd=_ROOT,
+                env=variables,
+                pass_fds=[theirs.fileno()],
+                stdout=output,
+                stderr=output,
+                process_group=0,
+            )
         self._over = False
         theirs.close()
         if output is not None:
@@ -167,31 +191,29 @@ class Host:
 
     def kill(self) -> None:
         """Ends it with no chance to say anything, and all that it has started."""
+        if self._over:
+            return
+        self._over = True
+        # Its group first: until it is reaped, nobody else has its number.
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.kill()
-        self._end_group(os.WEXITED)
-        self.process.wait()
+        self.process.wait(_END_S)
 
     def close(self) -> None:
         """Has it end, or ends it; nothing of it is left then."""
         self._connection.close()
         deadline = time.monotonic() + _END_S
-        while not self._end_group(os.WEXITED | os.WNOHANG) and time.monotonic() < deadline:
+        while not self._has_ended() and time.monotonic() < deadline:
             time.sleep(0.05)
         self.kill()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _end_group(self, options: int) -> bool:
-        """Ends what it has left behind, once, where it is dead; else False."""
-        pid = self.process.pid
-        # While it is not reaped its number is nobody else's.
-        waits = self.process.returncode is None
-        if waits and os.waitid(os.P_PID, pid, options | os.WNOWAIT) is None:
-            return False
-        if not self._over:
-            self._over = True
-            with suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL)
-        return True
+    def _has_ended(self) -> bool:
+        if self._over or isinstance(self.process, Forked):
+            return self.process.poll() is not None
+        options = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return os.waitid(os.P_PID, self.process.pid, options) is not None
 
 
 @contextmanager
@@ -218,7 +240,12 @@ class _Engine:
     def start(self, arguments: dict[str, Any]) -> None:
         from vllm import EngineArgs, LLMEngine
 
-        defaults = {"disable_log_stats": True, "enforce_eager": True, "max_model_len": 1024}
+        defaults = {
+            "disable_log_stats": True,
+            "enforce_eager": True,
+            "kv_cache_memory_bytes": _KV_BYTES,
+            "max_model_len": 1024,
+        }
         self._engine = LLMEngine.from_engine_args(EngineArgs(**{**defaults, **arguments}))
 
     def add(
@@ -266,13 +293,19 @@ def _answer(output: Any) -> Answer:
     )
 
 
-def _serve(connection: Connection) -> None:
+def serve(number: int) -> _Engine:
+    """Has an engine, and does what is asked by the connection of that number.
+
+    Returns:
+        The engine: a process that is to end at once does not take it down before.
+    """
+    connection = Connection(number)
     engine = _Engine()
     while True:
         try:
             what, arguments = connection.recv()
         except EOFError:
-            return
+            return engine
         try:
             value = getattr(engine, what)(*arguments)
         except Exception:  # noqa: BLE001 - the test is to see it
@@ -285,5 +318,5 @@ if __name__ == "__main__":
     # Pickled here, an answer would be of `__main__`.
     from tests.runtime.integrations.vllm import hosts
 
-    hosts._serve(Connection(int(sys.argv[1])))
+    hosts.serve(int(sys.argv[1]))
     os._exit(0)  # an engine's threads would keep it

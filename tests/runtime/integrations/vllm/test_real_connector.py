@@ -55,24 +55,9 @@ INDUCTOR = {
 
 
 @pytest.fixture(scope="module")
-def native(demo_model) -> Iterator[Native]:
-    with native_of(demo_model()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def layered(demo_model, native: Native) -> Iterator[Host]:
     config = transfer_config(native, "layered", "recompute")
     with host(demo_model(), dtype="float32", kv_transfer_config=config) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def beside(demo_model, native: Native) -> Iterator[Host]:
-    """The KV comes beside steps, a loss is an error, and vLLM keeps nothing of its own."""
-    config = transfer_config(native, "async", "fail")
-    more = {"enable_prefix_caching": False, "kv_transfer_config": config}
-    with host(demo_model(), dtype="float32", **more) as made:
         yield made
 
 

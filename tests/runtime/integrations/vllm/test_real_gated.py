@@ -26,10 +26,9 @@ def gated(demo, source, **more):
 
 
 @pytest.fixture(scope="module")
-def plain(demo_model):
+def plain(own):
     """What vLLM's own loader makes of the demo model."""
-    with host(demo_model(), dtype="float32") as engine:
-        return engine.generate(PROMPTS, max_tokens=12)
+    return own.generate(PROMPTS, max_tokens=12)
 
 
 def test_tokens_are_those_of_plain_vllm(demo_model, plain, tmp_path):
@@ -98,7 +97,10 @@ def test_a_source_that_is_gone(demo_model):
 
 
 def test_a_memory_service_that_is_gone(demo_model):
-    with Held(demo_model()) as source, gated(demo_model(), source, dtype="float32") as engine:
+    model = demo_model()
+    # The size of the KV cache is explicit by VLLM_CPU_KVCACHE_SPACE, too.
+    by_space = {"dtype": "float32", "kv_cache_memory_bytes": None}
+    with Held(model) as source, gated(model, source, **by_space) as engine:
         engine.add("waits", PROMPTS[1])
         engine.begin("run")
         time.sleep(0.5)

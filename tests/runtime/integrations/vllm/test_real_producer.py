@@ -19,7 +19,6 @@ from tests.runtime.integrations.vllm.transfers import (
     Asked,
     counts,
     fresh,
-    native_of,
     nothing_is_left,
     plain,
     settle,
@@ -34,24 +33,10 @@ LENGTHS = (1, 40, 128, 300)
 
 
 @pytest.fixture(scope="module")
-def native(demo_model) -> Iterator[Native]:
-    with native_of(demo_model()) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def prefill(demo_model, native: Native) -> Iterator[Host]:
     """Long prompts in parts, and prompts that begin alike from vLLM's own cache."""
     config = transfer_config(native, "layered", "recompute")
     more = {"max_num_batched_tokens": 160, "kv_transfer_config": config}
-    with host(demo_model(), dtype="float32", **more) as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def decode(demo_model, native: Native) -> Iterator[Host]:
-    config = transfer_config(native, "async", "fail")
-    more = {"enable_prefix_caching": False, "kv_transfer_config": config}
     with host(demo_model(), dtype="float32", **more) as made:
         yield made
 
@@ -91,9 +76,9 @@ def test_a_native_worker_goes_on(prefill: Host, native: Native, tokens: int) -> 
     nothing_is_left(prefill, native, free)
 
 
-def test_another_vllm_goes_on(prefill: Host, decode: Host, native: Native) -> None:
-    free = (prefill.free_blocks(), decode.free_blocks())
-    before = counts(decode).get("loaded_tokens", 0)
+def test_another_vllm_goes_on(prefill: Host, beside: Host, native: Native) -> None:
+    free = (prefill.free_blocks(), beside.free_blocks())
+    before = counts(beside).get("loaded_tokens", 0)
     for length in LENGTHS:
         name, prompt = f"v{length}", fresh(length)
         ask(prefill, native, name, prompt, checksums=True)
@@ -102,12 +87,12 @@ def test_another_vllm_goes_on(prefill: Host, decode: Host, native: Native) -> No
         assert handoff is not None, outcome.why
         params = consume(handoff, "fast", made_by=outcome.made_by, checksums=outcome.checksums)
         assert len(outcome.checksums) == native.spec.layers
-        decode.add(name, prompt_of(handoff, "fast"), params, max_tokens=15)
-        tokens = [*handoff.job.generated_ids, *decode.run()[name].tokens]
-        assert tokens == plain(decode, prompt, max_tokens=16)
-    assert counts(decode)["loaded_tokens"] - before == sum(LENGTHS)
+        beside.add(name, prompt_of(handoff, "fast"), params, max_tokens=15)
+        tokens = [*handoff.job.generated_ids, *beside.run()[name].tokens]
+        assert tokens == plain(beside, prompt, max_tokens=16)
+    assert counts(beside)["loaded_tokens"] - before == sum(LENGTHS)
     nothing_is_left(prefill, native, free[0])
-    nothing_is_left(decode, native, free[1])
+    nothing_is_left(beside, native, free[1])
 
 
 def test_many_at_once_that_begin_alike(prefill: Host, native: Native) -> None:

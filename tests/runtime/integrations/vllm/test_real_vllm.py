@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from tests.runtime.integrations.vllm.hosts import host
-
 pytestmark = pytest.mark.vllm
 
 
-def test_it_answers(demo_model):
-    with host(demo_model(), dtype="float32") as engine:
-        before = engine.free_blocks()
-        answers = engine.generate([[5, 6, 7], [8, 9]], max_tokens=4)
-        assert [len(answer.tokens) for answer in answers] == [4, 4]
-        assert engine.free_blocks() == before
-        assert engine.call(_plugins) == ["coldframe"]
+def test_it_answers(own):
+    before = own.free_blocks()
+    answers = own.generate([[5, 6, 7], [8, 9]], max_tokens=4)
+    assert [len(answer.tokens) for answer in answers] == [4, 4]
+    assert own.free_blocks() == before
+    assert own.call(_plugins) == ["coldframe"]
 
 
 def _plugins(engine):

@@ -11,10 +11,13 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener, TokenEvent
 
-__all__ = ["Asks", "FirstToken"]
+__all__ = ["SOON_S", "Asks", "FirstToken"]
 
 _TRIES = 3
 """How many replicas may die under a request that has had no token, before it is given up."""
+SOON_S = 1.0
+"""Whose replica has died may come again so soon, in seconds: the next one is started, and whoever
+comes is held until it answers."""
 _PROBES = 3
 """How often the first token is tried for nobody, before the replica is given up."""
 
@@ -99,9 +102,11 @@ class Asks:
     def given_up(self, name: str, error: ColdframeError) -> None:
         """A request has failed; it is held for the next replica where it is this one that died."""
         ask = self._open[name]
-        if self._died() and isinstance(error, ReplicaError) and not ask.tokens:
-            ask.request = None
-            return
+        if self._died() and isinstance(error, ReplicaError):
+            if not ask.tokens:
+                ask.request = None
+                return
+            error.retry_after_s = SOON_S
         del self._open[name]
         ask.listener.on_error(error)
 

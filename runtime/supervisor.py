@@ -29,7 +29,7 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime.asks import Asks, FirstToken
+from coldframe.runtime.asks import SOON_S, Asks, FirstToken
 from coldframe.runtime.creating import NextImage
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.params import SamplingParams
@@ -549,9 +549,7 @@ class Supervisor:
         if not self._was_warm and (not died or self._relapses.too_many):
             self.state, self.error, self._failed_at = "failed", error, time.monotonic()
         if isinstance(error, _PASSING):
-            # Who comes then finds the next start under way, and waits for it.
-            wait_s = self._relapses.wait_s if self.error is None else _AGAIN_S
-            error.retry_after_s = max(1.0, wait_s)
+            error.retry_after_s = SOON_S if self.error is None else _AGAIN_S
         self._asks.lose(error, for_good=self.error is not None)
         if self.error is not None:
             return

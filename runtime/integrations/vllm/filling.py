@@ -158,8 +158,12 @@ class Filling:
     def _hear_witness(self, stage: int) -> None:
         if self._witness is None:
             return
-        with self._copies.unwatched():
-            self._witness.check(self._by_stage[stage], self._bytes)
+        try:
+            with self._copies.unwatched():
+                self._witness.check(self._by_stage[stage], self._bytes)
+        except BaseException:
+            self._witness.close()
+            raise
         if stage == self.stages[-1]:
             self._witness.close()
 

@@ -4,9 +4,9 @@ vLLM has config and tokenizer from its MODEL. Where a memory service or a `sourc
 they may be another model's: those of a fine-tune fit its base, and vLLM would serve the one by the
 name of the other. So where MODEL has weights of its own, those that come are held against them.
 
-Sealed checkpoints are told apart by their fingerprints. Else a few bytes in the middle of every
-tensor must be the same, stage by stage as they come in: training leaves no tensor as it was, and
-all of them are too much to read. What was changed elsewhere in a tensor is not found.
+One and the same seal is enough. Else a few bytes in the middle of every tensor must be the same,
+stage by stage as they come in: training leaves hardly a tensor as it was, and to read all of them
+twice would take as long as the load. What was changed elsewhere in a tensor is not found.
 
 Without torch and vLLM.
 """

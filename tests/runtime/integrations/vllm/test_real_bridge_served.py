@@ -6,10 +6,12 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from openai import APIError
 
 from tests.runtime.serving import COLDFRAME, Server, greedy, ids_of, served, together
 from tests.runtime.snapshots import eventually, left_behind
@@ -70,10 +72,11 @@ def test_a_server_whose_decode_is_taken_over(demo_model: Make) -> None:
 
 
 def python_that_fails(folder: Path, times: int) -> Path:
-    """This interpreter, but for so many starts, which end at once."""
+    """This interpreter, but for so many starts: they end as soon as there is a file `fail`."""
     program, count = folder / "python", folder / "starts"
     program.write_text(
         "#!/bin/sh\n"
+        f'while [ ! -e "{folder}/fail" ]; do sleep 0.1; done\n'
         f'echo >>"{count}"\n'
         f'[ "$(wc -l <"{count}")" -le {times} ] && exit 3\n'
         f'exec "{sys.executable}" "$@"\n'
@@ -88,6 +91,7 @@ def test_who_needs_an_engine_that_does_not_start_is_told_when_to_come_again(
     """OpenAI's client does so by itself, and finds the engine that has come up meanwhile."""
     model = demo_model()
     python = python_that_fails(tmp_path, times=2)
+    (tmp_path / "fail").touch()
     # What waits for an engine has it tried out of turn, once.
     with served(model, *BRIDGE, "--vllm-python", python) as server:
         server.ready()
@@ -113,6 +117,39 @@ def test_who_needs_an_engine_that_does_not_start_is_told_when_to_come_again(
         assert found.count("vllm_failed") == 2
         assert {"vllm_weights", "vllm_warmup"} <= set(found)
         assert server.get("/startup").json()["decode"] == {"engine": "vllm", "why": None}
+
+
+def test_who_waits_for_an_engine_that_never_comes_up_is_told_so(
+    demo_model: Make, tmp_path: Path
+) -> None:
+    """Where nobody else decodes, the third failure is the replica's; the next one may do better."""
+    model = demo_model()
+    python = python_that_fails(tmp_path, times=3)
+    flags = ("--decode", "vllm", "--vllm-kv", "64MiB", "--kv-memory", "64MiB")
+    soon = {"coldframe.runtime.comebacks.AGAIN_S": 0.1}
+    body = {"prompt": TEXTS[0], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+    with (
+        served(model, *flags, "--vllm-python", python, front=soon) as server,
+        server.openai(timeout=START_S, max_retries=5) as client,
+        ThreadPoolExecutor(1) as beside,
+    ):
+        server.ready()
+        told = beside.submit(server.post, "/v1/completions", body)
+        behind = {"ignore_eos": True}
+        stream = client.completions.create(
+            model=model.name, prompt=TEXTS[1], max_tokens=8, stream=True, extra_body=behind
+        )
+        next(iter(stream))  # it came behind the other one, and has its first token
+        (tmp_path / "fail").touch()
+        with pytest.raises(APIError, match="vLLM does not come up"):
+            list(stream)
+        refused = told.result()
+        assert refused.status_code == 503, refused.text
+        assert refused.headers["retry-after"] == "1"
+        answer = client.completions.create(
+            model=model.name, prompt=TEXTS[0], max_tokens=8, temperature=0, extra_body=behind
+        )
+        assert answer.choices[0].text == greedy(model, ids_of(model, TEXTS[0]), 8)
 
 
 def test_one_answer_with_vllm_alone(demo_model: Make, no_leaks: Path) -> None:

@@ -48,7 +48,8 @@ test-heavy: setup
 
 # With the real vLLM, in its environment: what it says on the way is not ours to mend.
 test-vllm: setup build/vllm/.tests
-	build/vllm/bin/python -m pytest -m vllm -o filterwarnings=default tests/runtime/integrations/vllm
+	build/vllm/bin/python -m pytest -m vllm -o filterwarnings=default tests/runtime/integrations/vllm \
+		tests/benchmarks/test_vllm_benchmarks.py
 
 build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt Makefile
 	build/vllm/bin/python -m pip install --quiet --no-deps -e .

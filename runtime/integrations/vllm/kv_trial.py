@@ -32,6 +32,7 @@ from coldframe.runtime.integrations.vllm.transfer import (
 )
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
+from coldframe.runtime.tensors import torch_dtypes
 
 __all__ = ["main"]
 
@@ -42,7 +43,7 @@ _LISTENING_S = 30.0
 
 
 class _Trial:
-    def __init__(self, model: Path, socket: str, load: str) -> None:
+    def __init__(self, model: Path, dtype: str, socket: str, load: str) -> None:
         from vllm import EngineArgs, LLMEngine
         from vllm.config import KVTransferConfig
 
@@ -58,6 +59,7 @@ class _Trial:
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=str(model),
+                dtype=dtype,  # vLLM's own choice for float32 is another
                 enforce_eager=True,
                 max_model_len=1024,
                 disable_log_stats=True,
@@ -160,7 +162,8 @@ def main(arguments: list[str]) -> None:
             if time.monotonic() > deadline:
                 raise ReplicaError("the memory service did not start", where=path)
             time.sleep(0.01)
-        trial = _Trial(wanted.model, path, wanted.load)
+        dtype = str(torch_dtypes()[spec.dtype]).removeprefix("torch.")
+        trial = _Trial(wanted.model, dtype, path, wanted.load)
         draw = random.Random(7)
         runs = []
         for _ in range(wanted.runs + 2):

@@ -122,6 +122,7 @@ def test_the_core_in_a_process_of_its_own(demo_model, plain):
         time.sleep(1.0)
         source.release()
         assert engine.answer()["0"] == plain[1]
+        engine.call(_shut_down)  # the core would outlive a process that just ends
 
 
 def test_a_compiled_model_is_loaded_first(demo_model, plain, tmp_path):
@@ -163,6 +164,10 @@ def test_an_engine_that_ends_while_a_gate_waits(demo_model):
         engine.process.wait(20)
         for child in children:
             child.wait(20)
+
+
+def _shut_down(engine):
+    engine.engine_core.shutdown()
 
 
 def _load(engine):

@@ -392,6 +392,7 @@ class Workforce:
         """Handles what was heard of clones while something else was waited for."""
         for clones in self._all_clones():
             clones.catch_up()
+        self._check_engines()
 
     def tick(self, started_ns: int | None) -> None:
         """Gives up on those who take too long to start; to be called about once a second.
@@ -401,7 +402,6 @@ class Workforce:
         """
         for clones in self._all_clones():
             clones.tick()
-        self._check_engines()
         self._thaws.tick()
         if started_ns is None:
             return
@@ -422,7 +422,7 @@ class Workforce:
     def _check_engines(self) -> None:
         """Where nothing but a clone is wanted, the replica fails as soon as there can be none."""
         options = self._launch.options
-        if options.vllm is None or options.snapshot.mode != "require":
+        if options.vllm is None or options.snapshot.mode != "require" or self._closed:
             return
         tiers = self._engine_clones().tiers
         if tiers.best is None and self._owner.error is None:

@@ -141,7 +141,6 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
         SimpleNamespace(
             workers=workers,
             _all_clones=list,
-            _check_engines=quiet,
             _thaws=SimpleNamespace(tick=quiet),
             _launch=SimpleNamespace(later=[]),
             _staffing=SimpleNamespace(tick=quiet),

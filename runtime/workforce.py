@@ -396,6 +396,7 @@ class Workforce:
         """Handles what was heard of clones while something else was waited for."""
         for clones in self._all_clones():
             clones.catch_up()
+        self._check_engines()
 
     def tick(self, started_ns: int | None) -> None:
         """Gives up on those who take too long to start; to be called about once a second.
@@ -405,7 +406,6 @@ class Workforce:
         """
         for clones in self._all_clones():
             clones.tick()
-        self._check_engines()
         self._thaws.tick()
         for worker in self.workers.values():
             if worker.first_words is not None:
@@ -430,7 +430,7 @@ class Workforce:
     def _check_engines(self) -> None:
         """Where nothing but a clone is wanted, the replica fails as soon as there can be none."""
         options = self._launch.options
-        if options.vllm is None or options.snapshot.mode != "require":
+        if options.vllm is None or options.snapshot.mode != "require" or self._closed:
             return
         tiers = self._engine_clones().tiers
         if tiers.best is None and self._owner.error is None:

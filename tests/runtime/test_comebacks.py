@@ -140,7 +140,7 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
         Any,
         SimpleNamespace(
             workers=workers,
-            _groups={},
+            _all_clones=list,
             _thaws=SimpleNamespace(tick=quiet),
             _launch=SimpleNamespace(later=[]),
             _staffing=SimpleNamespace(tick=quiet),

@@ -76,6 +76,9 @@ def check_built(engine: Any) -> None:
     quantised = config.model_config.quantization
     if quantised is not None:
         raise _refusal("quantization", _LIMITS["quantization"].why, None, quantised)
+    if config.model_config.is_moe:
+        why = "experts can answer nothing before their weights are there, not even a warm-up"
+        raise _refusal("model", why, "no experts", "experts")
 
 
 def _refusal(where: str, why: str, expected: object, got: object) -> SnapshotError:

@@ -64,10 +64,12 @@ class SyncMPClient:
     """And one in another."""
 
 
-def built(core: object, device: str = "cpu", quantization: str | None = None) -> Any:
+def built(
+    core: object, device: str = "cpu", quantization: str | None = None, *, experts: bool = False
+) -> Any:
     config = SimpleNamespace(
         device_config=SimpleNamespace(device_type=device),
-        model_config=SimpleNamespace(quantization=quantization),
+        model_config=SimpleNamespace(quantization=quantization, is_moe=experts),
     )
     return SimpleNamespace(engine_core=core, vllm_config=config)
 
@@ -78,6 +80,7 @@ def test_what_vllm_has_decided_by_itself_is_looked_at() -> None:
         (built(SyncMPClient()), "VLLM_ENABLE_V1_MULTIPROCESSING"),
         (built(InprocClient(), device="cuda"), "device"),
         (built(InprocClient(), quantization="awq"), "quantization"),
+        (built(InprocClient(), experts=True), "model"),
     ):
         with pytest.raises(SnapshotError) as raised:
             check_built(engine)

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from coldframe.loader.errors import NoImage, SnapshotError
+from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.replica import Replica
@@ -178,14 +179,20 @@ def test_the_image_has_no_weights_no_kv_and_no_secrets(made: Made, tmp_path: Pat
     assert made.manifest.image_bytes < 600e6
 
 
-def test_a_clone_becomes_another_user(made: Made, no_leaks: Path) -> None:
+def test_a_clone_becomes_another_user_and_needs_nothing_of_where_the_model_was(
+    made: Made, no_leaks: Path
+) -> None:
     nobody = Identity.current()
     if os.geteuid() == 0:
         nobody = Identity(65532, 65532, (), Identity.current().namespace)
     with Replica(made.options(no_leaks, user=nobody)) as replica:
         replica.run_until(lambda: replica.sized)
         client = ask(replica, PROMPTS[1], TOKENS)
-        finish(replica, client)
+        form = Structure("choice", '["yes", "no"]')
+        formed = ask(replica, PROMPTS[1], TOKENS, structured=form)
+        finish(replica, client, formed)
+        assert client.error is None
+        assert formed.text.startswith(("yes", "no"))
         process = psutil.Process(pid_of(replica, "vllm"))
         assert process.uids().real == nobody.uid
         status = Path(f"/proc/{process.pid}/status").read_text()

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 
 from coldframe.runtime.integrations.vllm.alias_copies import Reason
 
-__all__ = ["InPlace", "keep_in_place", "owners", "why_apart"]
+__all__ = ["InPlace", "is_packed", "keep_in_place", "owners", "why_apart"]
 
 _METHODS = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
 """Those whose post-processing replaces what it changes, and writes to nothing."""
@@ -55,6 +55,15 @@ def why_apart(modules: list[torch.nn.Module]) -> Reason | None:
         elif not isinstance(module, (RMSNorm, LayerNorm, torch.nn.LayerNorm, torch.nn.RMSNorm)):
             return f"of a {type(module).__name__}"
     return None
+
+
+def is_packed(name: str, modules: list[torch.nn.Module]) -> bool:
+    """Whether vLLM makes a packed copy of a parameter of these modules, on the CPU, if it can."""
+    of_linear = (
+        isinstance(module, LinearBase) and type(module.quant_method) is UnquantizedLinearMethod
+        for module in modules
+    )
+    return name.endswith(".weight") and all(of_linear)
 
 
 def keep_in_place(module: Any, *, packed: bool) -> None:

@@ -29,7 +29,12 @@ from coldframe.loader.errors import CheckpointError, ColdframeError
 from coldframe.loader.plan import Placement
 from coldframe.loader.stages import EMBEDDING, is_embedding, layer_of
 from coldframe.runtime.integrations.vllm.alias_copies import Copies, Fate, Reason, Shown
-from coldframe.runtime.integrations.vllm.alias_layers import keep_in_place, owners, why_apart
+from coldframe.runtime.integrations.vllm.alias_layers import (
+    is_packed,
+    keep_in_place,
+    owners,
+    why_apart,
+)
 from coldframe.runtime.integrations.vllm.witness import Witness
 from coldframe.runtime.tensors import tensor_over
 
@@ -62,7 +67,8 @@ class Filling:
         model: As vLLM has made it, nothing loaded yet.
         model_config: Its.
         client: Where the weights come in.
-        alias: Whether parameters may be the arena itself.
+        alias: Whether parameters may be the arena itself. Where not, `leave_arena` must be called
+            when all of them are processed.
         packed: Whether linear layers on the CPU get packed copies of their weights (see
             `alias_layers`).
         device: Where the model is.
@@ -278,7 +284,7 @@ class Filling:
             found[stage].append(module)
         return found
 
-    def leave_arena(self) -> None:
+    def leave_arena(self, why: Reason = "the arena is not shared") -> None:
         """Copies what is left of the arena in the model, so that nobody need keep it."""
         within = range(self._arena.address, self._arena.address + self._arena.size)
         for name, modules in self._owners.items():
@@ -288,7 +294,7 @@ class Filling:
                     parameter.data = parameter.data.clone()
         for fate in self.fates.values():
             if fate.address is not None:
-                fate.address, fate.why = None, "the arena is not shared"
+                fate.address, fate.why = None, why
 
     # -- what has become of it -------------------------------------------------------------------
 
@@ -303,7 +309,11 @@ class Filling:
 
     def _why_apart(self, name: str, parameter: torch.nn.Parameter) -> Reason | None:
         if not self._alias:
-            return "as asked"
+            # vLLM packs it in a moment: to copy it before that would be for nothing. What it leaves
+            # as it is, is copied then (`leave_arena`).
+            packed = self.device.type == "cpu" and is_packed(name, self._owners[name])
+            if not packed:
+                return "as asked"
         if hasattr(self._model, "process_weights_after_loading"):
             return f"post-processed by {type(self._model).__name__}"
         return why_apart(self._owners[name])

@@ -63,6 +63,8 @@ class ColdframeModelLoader(BaseModelLoader):
         witness = self.witness(model_config)
         filling = self.open(model, model_config, _device_of(model), witness)
         self._fill(filling)
+        if self.settings.alias == "off":
+            filling.leave_arena("as asked")
 
     def load_model(
         self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = ""
@@ -110,13 +112,11 @@ class ColdframeModelLoader(BaseModelLoader):
             ColdframeError: See `attached.attach`.
         """
         rank = Rank(get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size())
-        return attach(
-            self._extra, model=_place_of(model_config), rank=rank, device=_name_of(device)
-        )
+        return attach(self._extra, model=place_of(model_config), rank=rank, device=_name_of(device))
 
     def witness(self, model_config: ModelConfig) -> Witness | None:
         """The weights that vLLM's MODEL has, where others may come: from a place of their own."""
-        model = _place_of(model_config)
+        model = place_of(model_config)
         if self.settings.memory_service is None and self.settings.source in (None, model):
             return None
         return Witness.of(model)
@@ -160,6 +160,9 @@ class ColdframeModelLoader(BaseModelLoader):
 
         Where vLLM computes with packed copies, the arena would be a second one of the weights.
         """
+        if self.settings.alias == "off":
+            filling.leave_arena("as asked")
+            _logger.info("%s", filling.summary())
         shared = own_memory(filling.client) is None or "serve_peers" in self.settings.options
         if self.settings.alias != "on" and filling.device.type == "cpu" and not shared:
             filling.leave_arena()
@@ -170,7 +173,8 @@ class ColdframeModelLoader(BaseModelLoader):
         filling.fill_all()
         filling.check_complete()
         _logger.info_once("Loading weights took %.2f seconds", time.perf_counter() - started)
-        _logger.info("%s", filling.summary())
+        if self.settings.alias != "off":  # what vLLM packs is to leave the arena yet
+            _logger.info("%s", filling.summary())
 
 
 def _check_rank(plan: Plan) -> None:
@@ -184,7 +188,7 @@ def _check_rank(plan: Plan) -> None:
         )
 
 
-def _place_of(model_config: ModelConfig) -> str:
+def place_of(model_config: ModelConfig) -> str:
     """Where the model is that vLLM was given, as the loader writes it."""
     place: str = model_config.model_weights or model_config.model
     if model_config.revision is None or "://" in place or os.path.isdir(place):

@@ -16,11 +16,13 @@ def register() -> None:
         register_model_loader,
     )
 
+    from coldframe.runtime.integrations.vllm.early_load import load_early
     from coldframe.runtime.integrations.vllm.loader import ColdframeModelLoader
 
     # vLLM warns of a second registration.
     if _LOAD_FORMAT_TO_MODEL_LOADER.get(LOAD_FORMAT) is not ColdframeModelLoader:
         register_model_loader(LOAD_FORMAT)(ColdframeModelLoader)
+    load_early(LOAD_FORMAT)
     ask_for_tiles()
     _register_connector()
 

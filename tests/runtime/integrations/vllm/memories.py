@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,7 @@ def placed_of(filling: Any, model: Any) -> dict[str, Any]:
         "summary": filling.summary(),
         "apart": {n: f.why for n, f in filling.fates.items() if f.address is None},
         "outside": [n for n, p in parameters.items() if p.data_ptr() not in within],
+        "inside": [n for n, p in parameters.items() if p.data_ptr() in within],
         "noted": all(
             fate.address == parameters[name].data_ptr()
             for name, fate in filling.fates.items()
@@ -78,6 +80,35 @@ def children(engine: Any) -> int:
     import psutil
 
     return len(psutil.Process().children())
+
+
+def loads_early(engine: Any) -> list[int]:
+    """How many connections there are to weights when an executor has been made that makes nothing
+    of it, for another load, and when that load's loader has asked for its own."""
+    from copy import deepcopy
+
+    import torch
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    from coldframe.runtime.integrations.vllm import attached, loader
+
+    class Bare(UniProcExecutor):
+        def _init_executor(self) -> None:
+            pass
+
+    config = deepcopy(engine.vllm_config)
+    extra = {**config.load_config.model_loader_extra_config, "threads": 1}
+    config.load_config.model_loader_extra_config = extra
+    Bare(config)
+    deadline = time.monotonic() + 60
+    while len(attached._made) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    found = [len(attached._made)]
+    made = loader.ColdframeModelLoader(config.load_config)
+    client = made.connect(config.model_config, torch.device("cpu"))
+    found.append(len(attached._made))
+    attached.release(client)
+    return found
 
 
 def _mapped_bytes(within: range, kind: str) -> int:

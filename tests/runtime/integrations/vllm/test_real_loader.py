@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.runtime.integrations.vllm.hosts import Host, HostError, host
-from tests.runtime.integrations.vllm.memories import children, memory_of, placed, ranks
+from tests.runtime.integrations.vllm.memories import children, loads_early, memory_of, placed, ranks
 
 pytestmark = pytest.mark.vllm
 
@@ -66,6 +66,7 @@ def test_the_weights_are_there_once_for_all(model, plain):
 
 
 def test_copies_from_weights_that_lie_as_in_their_files(model, plain):
+    """Also those of which vLLM packs a copy: what is not packed is not to stay in the arena."""
     with memory_of(model, layout="file") as memory:
         extra = {"memory_service": memory.path, "alias": "off"}
         with host(
@@ -73,8 +74,20 @@ def test_copies_from_weights_that_lie_as_in_their_files(model, plain):
         ) as engine:
             assert engine.generate(PROMPTS, max_tokens=12) == plain
             found = engine.call(placed)
-            assert set(found["apart"].values()) == {"as asked"}
+            assert set(found["apart"].values()) == {"as asked", "apart in the arena"}
+            assert found["inside"] == []
             assert len(found["outside"]) > 1
+
+
+def test_bytes_come_before_the_loader_is_there(model, plain):
+    """It finds the service that was started when the engine began to make its worker."""
+    extra = {"alias": "on", "gated": False}
+    with host(
+        model, dtype="float32", load_format="coldframe", model_loader_extra_config=extra
+    ) as engine:
+        assert engine.generate(PROMPTS, max_tokens=12) == plain
+        assert engine.call(children) == 1
+        assert engine.call(loads_early) == [2, 2]
 
 
 def test_another_model_than_vllm_s(model, demo_model, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import gc
 import os
@@ -77,7 +78,9 @@ class Child:
         if self._leads:
             if os.waitid(os.P_PID, self.pid, options | os.WNOWAIT) is None:
                 return False
-            os.killpg(self.pid, signal.SIGKILL)
+            # All of it may be another user's by now, or gone.
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.killpg(self.pid, signal.SIGKILL)
         return True
 
 

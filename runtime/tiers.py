@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.options import SnapshotOptions
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.identity import Identity
+from coldframe.snapshot.machine import own_sources
 from coldframe.snapshot.manifest import EAGER_FOR_NOW
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.places import KEY_DIGITS, images_are_there, templates
@@ -101,6 +103,7 @@ class Tiers:
                     self.cloners.append(Cloner.connect(path))
                 except ColdframeError as error:
                     self.why.append(str(error))
+        elsewhere = python is not None and python != sys.executable
         for cloner in self.cloners:
             cloner.prepare(
                 {
@@ -114,6 +117,7 @@ class Tiers:
                     "device": kind_of(device),
                     "engine": engine,
                     "image": options.image,
+                    "sources": own_sources() if elsewhere else None,
                 }
             )
 

@@ -17,6 +17,7 @@ from coldframe.loader.stages import is_embedding, layer_of
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.sizing import CONTEXT_BYTES
+from coldframe.runtime.vllm_spec import BLOCK_TOKENS
 
 __all__ = ["ENGINE_BYTES", "copied_bytes", "default_kv", "kv_that_fits"]
 
@@ -72,6 +73,7 @@ def kv_that_fits(
     native_kv: int,
     coming: int,
     available: int,
+    itself: int | None = None,
 ) -> int:
     """The KV of an engine that is to be started now, in bytes.
 
@@ -84,18 +86,25 @@ def kv_that_fits(
         native_kv: What the replica's own KV has.
         coming: Bytes of the replica's weights that are still to come there.
         available: What of the device nobody has.
+        itself: What the engine is still to take besides; by default what one that starts does.
 
     Raises:
         DeviceFull: There is not memory enough for such an engine.
     """
     copies = copied_bytes(spec, tensors, device)
-    itself = ENGINE_BYTES if device == CPU else CONTEXT_BYTES
+    if itself is None:
+        itself = ENGINE_BYTES if device == CPU else CONTEXT_BYTES
+    least = 0
     left = available - copies - itself - coming
     if wanted is not None:
         kv = wanted
     else:
         kv = default_kv(spec, native_kv, left) if device == CPU else native_kv
-    if left < kv or left <= 0:
+        if spec.native:
+            # One block, and one that may lie empty behind it.
+            least = 2 * spec.kv_block_bytes(spec.dtype_bytes, BLOCK_TOKENS)
+    if left < kv or left <= 0 or kv < least:
+        kv = max(kv, least)
         parts = [(copies, "copies of weights"), (kv, "KV"), (itself, "the engine itself")]
         parts.append((coming, "weights that are still to come"))
         told = ", ".join(f"{_mb(nbytes)} for {what}" for nbytes, what in parts if nbytes)

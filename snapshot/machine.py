@@ -21,7 +21,7 @@ from coldframe.snapshot.fields import Fields, Refusal
 from coldframe.snapshot.gpus import Gpus
 from coldframe.snapshot.libraries import Library
 
-__all__ = ["Machine", "coldframe_build", "cpu_here", "cpu_of", "torch_version"]
+__all__ = ["Machine", "coldframe_build", "cpu_here", "cpu_of", "own_sources", "torch_version"]
 
 # Of /proc/cpuinfo's flags, those that programs ask for before they use an instruction, and those of
 # the registers that a signal's frame or CRIU's own files must hold. What the kernel alone uses,
@@ -239,7 +239,7 @@ def torch_version() -> str:
 
 def coldframe_build() -> str:
     """Our own version, and a hash of our sources."""
-    return f"{_own_version()} {_own_sources()}"
+    return f"{_own_version()} {own_sources()}"
 
 
 def _own_version() -> str:
@@ -255,7 +255,7 @@ def _own_version() -> str:
     return "uninstalled"
 
 
-def _own_sources() -> str:
+def own_sources() -> str:
     """A hash of the names and contents of what a worker may have imported of ours.
 
     Two checkouts of one version must not share an image. Times would be cheaper to look at, but

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.engine_key import EngineKey
 from coldframe.snapshot.init import Init
 from coldframe.snapshot.linux import die_with_parent, mount_tmpfs, own_mounts
-from coldframe.snapshot.machine import Machine
+from coldframe.snapshot.machine import Machine, own_sources
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.restoring import begin, go_on
@@ -78,8 +79,18 @@ class ImageSource:
                 (whether to check what is read), `key_file`, `work` (a directory for this process),
                 `device` (`cpu` or `cuda`, whose images alone will do), `engine` (see
                 `EngineKey.here`; null or not there for our own workers), `image` (the id of the
-                only one that will do; null or not there for any).
+                only one that will do; null or not there for any), `sources` (`own_sources` of
+                whoever clones are to talk to; null or not there where it is of this installation).
         """
+        theirs = wanted.get("sources")
+        if theirs is not None and theirs != own_sources():
+            raise SnapshotError(
+                "clones of this interpreter have another coldframe than who asks for them",
+                where=sys.executable,
+                expected=f"sources {theirs}",
+                got=f"sources {own_sources()}",
+                hint="Install the same one for both.",
+            )
         if self._criu is None:
             raise self._why or SnapshotError("there is no CRIU to use")
         key_file = wanted["key_file"]

@@ -91,8 +91,10 @@ def no_leaks() -> Iterator[Path]:
     """A folder for run directories; afterwards no child, directory or shared memory is left."""
     # A socket's path is short, and pytest's own folders are not.
     runs = Path(tempfile.mkdtemp(prefix="cf-"))
+    before = set(psutil.Process().children(recursive=True))  # what tests share
     yield runs
-    left = [child for child in psutil.Process().children(recursive=True) if _ours(child)]
+    after = set(psutil.Process().children(recursive=True))
+    left = [child for child in after - before if _ours(child)]
     assert not left, f"processes left behind: {left}"
     assert list(runs.iterdir()) == []
     runs.rmdir()

@@ -85,5 +85,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_taken(facts: ModelFacts
         assert raised.value.got is not None
     with pytest.raises(DeviceFull, match="still to come"):
         fits(facts, available=GIB, coming=GIB)
-    with pytest.raises(DeviceFull):
-        fits(facts, available=taken)
+    # What is left has no room for a sequence.
+    for left in (0, 4 << 10):
+        with pytest.raises(DeviceFull, match="for KV"):
+            fits(facts, available=taken + left)
+    # Who has its engine already needs no more for that.
+    assert fits(facts, wanted=GIB, available=GIB + taken - ENGINE_BYTES, itself=0) == GIB

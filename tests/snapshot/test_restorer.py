@@ -353,6 +353,16 @@ def test_a_store_without_an_image_that_fits(criu: Criu, tmp_path: Path) -> None:
     assert not (tmp_path / "clones").exists()
 
 
+def test_another_coldframe_than_that_of_who_asks(stored: Stored, tmp_path: Path) -> None:
+    cloner = Cloner.spawn_restorer()
+    asked = wanted(stored.store, stored.manifest, tmp_path)
+    cloner.prepare({**asked, "sources": "0123456789abcdef"})
+    error = refusal(cloner)
+    assert isinstance(error, SnapshotError)
+    assert "another coldframe" in str(error)
+    assert "0123456789abcdef" in str(error)
+
+
 def test_no_criu(stored: Stored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDFRAME_CRIU", str(tmp_path / "none"))
     cloner = Cloner.spawn_restorer()

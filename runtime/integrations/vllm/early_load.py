@@ -6,8 +6,8 @@ no call for plug-ins there, so the making of its executor is wrapped; where a re
 that name, the bytes come as early as the loader does. So they do for ranks, which are processes of
 their own and know nothing before they are asked to load.
 
-On a CPU alone: on a GPU vLLM looks at how much memory is free before it loads, and what is there
-already would be missing from that.
+On a CPU alone, and where it is said how much KV there is to be: else vLLM looks at how much memory
+is free before it loads, and what is there already would be missing from that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ def load_early(load_format: str) -> None:
     def wrapped(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         here = isinstance(self, UniProcExecutor) and vllm_config.parallel_config.world_size == 1
         on_cpu = vllm_config.device_config.device_type == "cpu"
-        if here and on_cpu and vllm_config.load_config.load_format == load_format:
+        looks = vllm_config.cache_config.kv_cache_memory_bytes is None
+        if here and on_cpu and not looks and vllm_config.load_config.load_format == load_format:
             threading.Thread(
                 target=_attach, args=(vllm_config,), name="coldframe-early-load", daemon=True
             ).start()

@@ -27,9 +27,17 @@ ENGINE_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
 )
 """Of any of them; what its user has set goes first."""
 
-SAMPLER_ENVIRONMENT: Mapping[str, str] = MappingProxyType({"VLLM_USE_V2_MODEL_RUNNER": "0"})
-"""Where it draws with our sampler, whatever its user has set: vLLM's newer runner has another
-interface for logits processors."""
+SAMPLER_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
+    {
+        # The newer runner has another interface for logits processors.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+        # `grammars` has a limit for expressions, too. Behind vLLM's own, threads go on that nobody
+        # counts.
+        "VLLM_REGEX_COMPILATION_TIMEOUT_S": "0",
+    }
+)
+"""Where it draws with our sampler, whatever its user has set. An engine that is there does not
+look at its variables any more, so it is set before."""
 
 LEAN_ENVIRONMENT: Mapping[str, str] = MappingProxyType(
     {**ENGINE_ENVIRONMENT, "VLLM_PLUGINS": "coldframe"}

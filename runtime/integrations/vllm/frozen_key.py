@@ -11,17 +11,24 @@ The front's side; vLLM is not imported.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from coldframe.runtime.environment import without_secrets
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
+from coldframe.runtime.integrations.vllm.environment import (
+    ENGINE_ENVIRONMENT,
+    NOT_FOR_VLLM,
+    SAMPLER_ENVIRONMENT,
+)
 
 __all__ = ["NAME", "asked_for", "engine_variables", "told"]
 
 NAME = "vllm"
 _PACKAGES = ("vllm", "transformers", "tokenizers")
-_OURS = frozenset([*ENGINE_ENVIRONMENT, *NOT_FOR_VLLM, "VLLM_USE_V2_MODEL_RUNNER"])
+_OURS = frozenset([*ENGINE_ENVIRONMENT, *NOT_FOR_VLLM, *SAMPLER_ENVIRONMENT])
+_OF_A_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_|$)")
+"""What Kubernetes sets in each pod for a service whose name begins with vllm."""
 _NO_MATTER = ("VLLM_LOGGING_", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")
 """How those begin that decide no answer."""
 
@@ -52,7 +59,10 @@ def engine_variables(environ: Mapping[str, str] | None = None) -> dict[str, str]
     return {
         name: value
         for name, value in sorted(without_secrets(environ).items())
-        if name.startswith("VLLM_") and name not in _OURS and not name.startswith(_NO_MATTER)
+        if name.startswith("VLLM_")
+        and name not in _OURS
+        and not name.startswith(_NO_MATTER)
+        and not _OF_A_SERVICE.search(name)
     }
 
 

@@ -65,8 +65,6 @@ class Grammars:
         self._made: queue.SimpleQueue[tuple[_Task, EngineCoreRequest | ColdframeError]] = (
             queue.SimpleQueue()
         )
-        # vLLM's own limit for expressions would leave threads behind that nobody counts.
-        os.environ["VLLM_REGEX_COMPILATION_TIMEOUT_S"] = "0"
 
     def __len__(self) -> int:
         return len(self._tasks)

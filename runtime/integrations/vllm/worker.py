@@ -175,8 +175,18 @@ class VllmWorker(Worker):
         from coldframe.runtime.integrations.vllm.connector import connectors
         from coldframe.runtime.integrations.vllm.frozen_memory import fill
 
+        kv_bytes, most = _kv_bytes_of(engine), self.client.device.available() // 2
+        if kv_bytes > most and self._init["kv_bytes"] is None:
+            # It is taken as it is touched: it would be missed when many ask.
+            raise SnapshotError(
+                "the engine of this image has more KV than there is memory for",
+                where="vLLM's KV",
+                expected=f"at most {most:,} bytes, half of what is available",
+                got=f"{kv_bytes:,}",
+                hint="Make an image with less: coldframe snapshot create --vllm-kv SIZE.",
+            )
         try:
-            self._fit(_kv_bytes_of(engine))
+            self._fit(kv_bytes, itself=0)
         except DeviceFull as error:
             raise SnapshotError(
                 "the engine of this image needs more memory than there is",
@@ -208,7 +218,7 @@ class VllmWorker(Worker):
             )
         return self._fit(wanted)
 
-    def _fit(self, wanted: int | None) -> int:
+    def _fit(self, wanted: int | None, itself: int | None = None) -> int:
         """How much KV an engine can have; see `kv_that_fits`."""
         coming = (stage for stage in self.plan.stages if not self.client.is_ready(stage.index))
         return kv_that_fits(
@@ -216,6 +226,7 @@ class VllmWorker(Worker):
             self.plan.placements,
             self.device,
             wanted=wanted,
+            itself=itself,
             native_kv=self.kv.nbytes,
             coming=sum(stage.nbytes for stage in coming),
             available=self.client.device.available(),

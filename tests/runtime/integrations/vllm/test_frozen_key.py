@@ -57,6 +57,9 @@ def test_what_vllm_reads_of_the_environment_counts() -> None:
     assert refusal({"max_num_seqs": 8}, environ=environ) == "engine.arguments"
     harmless = {**ENGINE_ENVIRONMENT, "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_CACHE_ROOT": "/x"}
     assert refusal({"max_num_seqs": 8}, environ=harmless) is None
+    # A service by that name in the same namespace of Kubernetes.
+    names = ("VLLM_SERVICE_HOST", "VLLM_SERVICE_PORT_HTTP", "VLLM_PORT", "VLLM_PORT_80_TCP_ADDR")
+    assert engine_variables(dict.fromkeys(names, "1")) == {}
 
 
 def test_an_image_says_what_its_user_had_said() -> None:

@@ -6,13 +6,13 @@ together. An environment that has vLLM has its own copy of this package, which m
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from typing import NamedTuple
 
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.loader.wire import Channel
+from coldframe.snapshot.machine import own_sources
 
 __all__ = ["BUILD", "Build", "agree"]
 
@@ -20,7 +20,6 @@ BUILD = "COLDFRAME_BUILD"
 """The variable that tells a process of ours whose build it is to have."""
 
 _ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_PACKAGES = ("loader", "runtime", "snapshot")
 
 
 class Build(NamedTuple):
@@ -28,7 +27,7 @@ class Build(NamedTuple):
 
     Attributes:
         version: The release's, or `unreleased` where it is imported from sources alone.
-        sources: SHA-256 of its modules, the first 16 hexadecimal digits.
+        sources: A hash of its modules; see `own_sources`.
         where: Its folder.
     """
 
@@ -45,7 +44,7 @@ class Build(NamedTuple):
             release = version("coldframe")
         except PackageNotFoundError:
             release = "unreleased"
-        return cls(release, _digest(_ROOT), _ROOT)
+        return cls(release, own_sources(), _ROOT)
 
     def __str__(self) -> str:
         return f"coldframe {self.version}, sources {self.sources}, in {self.where}"
@@ -88,18 +87,3 @@ def agree(control_fd: int) -> None:
     except ColdframeError as error:
         Channel.from_fd(control_fd).send({"type": "broken", "error": error.to_wire()})
         os._exit(1)
-
-
-def _digest(root: str) -> str:
-    found = hashlib.sha256()
-    for package in _PACKAGES:
-        for folder, folders, names in os.walk(os.path.join(root, package)):
-            folders.sort()
-            for name in sorted(names):
-                if name.endswith(".py"):
-                    path = os.path.join(folder, name)
-                    with open(path, "rb") as file:
-                        content = file.read()
-                    found.update(f"{os.path.relpath(path, root)}\0{len(content)}\0".encode())
-                    found.update(content)
-    return found.hexdigest()[:16]

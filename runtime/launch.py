@@ -24,7 +24,6 @@ from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.first_words import FirstWords
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
-from coldframe.runtime.integrations.vllm.frozen_key import asked_for
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
@@ -294,6 +293,9 @@ class Launch:
         That reads an image of some hundred megabytes, for which no first token is to wait.
         """
         if self._engine_tiers is None:
+            # Not for the first instants.
+            from coldframe.runtime.integrations.vllm.frozen_key import asked_for
+
             vllm, snapshot = self.options.vllm, self.options.snapshot
             assert vllm is not None
             if snapshot.manifest is not None and not _of_engine(snapshot):

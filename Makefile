@@ -81,7 +81,7 @@ bench-peers: setup
 	$(PYTHON) -m venv build/peers
 	build/peers/bin/python -m pip install --quiet -c constraints.txt torch numpy safetensors runai-model-streamer runai-model-streamer-s3 fastsafetensors
 
-# vLLM's own server, beside ours: coldframe bench serve ... --vllm-python build/vllm/bin/python
+# vLLM's own server, beside ours: coldframe bench endpoint ... --vllm-python build/vllm/bin/python
 bench-vllm: build/vllm/.ready
 
 build/vllm/.ready: benchmarks/install-vllm.sh

@@ -21,9 +21,9 @@ BENCHMARKS = {
     ),
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
-    "replay": ("coldframe.benchmarks.replay", "an hour of arrivals, while processes are killed"),
+    "kills": ("coldframe.benchmarks.kills", "an hour of arrivals, while processes are killed"),
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
-    "serve": ("coldframe.benchmarks.serve", "the endpoint: cold, warm, crowded, and beside vLLM's"),
+    "endpoint": ("coldframe.benchmarks.endpoint", "over HTTP: cold, warm, crowded, beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),
@@ -34,7 +34,7 @@ BENCHMARKS = {
     "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
-_ON_DEVICE = {"prefix", "replay", "rest", "serve", "swap", "turns"}
+_ON_DEVICE = {"endpoint", "kills", "prefix", "rest", "swap", "turns"}
 """Those that start replicas wherever they are asked to; the others are about the CPU, or none."""
 
 

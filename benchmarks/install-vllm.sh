@@ -1,7 +1,7 @@
 #!/bin/sh
 # Installs vLLM's build for the CPU into a virtual environment of its own.
 #
-#     install-vllm.sh DIR        then coldframe bench serve ... --vllm-python DIR/bin/python
+#     install-vllm.sh DIR        then coldframe bench endpoint ... --vllm-python DIR/bin/python
 #
 # Some 3.4 GB. Its metadata also asks for packages that have no CPU build, and that text models do not
 # need; so its requirements are installed without those, and it without its requirements. pip says then

@@ -1,83 +1,83 @@
-"""When there are too few workers of a role, and when too many: a policy and nothing else.
+"""When a model that nobody asks is warm, parked or at zero: policies and nothing else.
 
-A worker is meant to have so much to do at a time, its *share*. What more there is calls for more
-workers, soon: a client waits for each second of it. They go again slowly, when for a long time
-fewer would have done with room to spare; so a load that swings does not start and end workers in
-its rhythm.
+A policy watches one model's requests come and says, whenever nobody is being answered, what is to
+become of it from then on, as a *schedule*: which level it is to be at, by how long nobody has
+asked. `warm for 60 s, parked until 300 s, zero from there on, and warm again at 3,500 s` is one.
+Whoever follows it needs to know nothing of how it was found, so that the endpoint and the
+simulation (`benchmarks/traffic`) follow the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from coldframe.runtime.scale_spec import Scale
+__all__ = ["FixedKeepAlive", "Level", "Policy", "PolicyFactory", "Schedule"]
 
-__all__ = ["RETRY_S", "UP_S", "Scaler"]
-
-UP_S = 1.0
-"""For how long there must have been too much to do, in seconds: a worker that starts takes from
-those that work, and many a peak is over before it is up."""
-RETRY_S = 30.0
-"""For how long no more are started after one that could not be had, in seconds."""
-_ROOM = 0.5
-"""Fewer workers would do where each had at most this part of its share."""
+Level = Literal["zero", "parked", "warm"]
 
 
-class Scaler:
-    """Decides how many workers of one role there should be.
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """What is to become of a model that nobody asks.
 
     Args:
-        scale: The bounds.
-        share: What one worker is meant to have to do.
-        down_s: For how long fewer would have done before some go, in seconds.
-        clock: Monotonic seconds.
+        steps: From when on it is to be at which level, in seconds since the last answer ended; in
+            their order, the first at 0.
     """
 
-    def __init__(self, scale: Scale, share: int, down_s: float, clock: Callable[[], float]) -> None:
-        self.scale = scale
-        self.share = share
-        self._down_s = down_s
-        self._clock = clock
-        self._high_since: float | None = None
-        self._low_since: float | None = None
-        self._low_need = 0
-        """The most workers that were needed since then."""
-        self._not_before = 0.0
+    steps: tuple[tuple[float, Level], ...]
 
-    def wanted(self, load: int, workers: int) -> int:
-        """How many workers there should be from now on; to be asked about once a second.
+    def level(self, idle_s: float) -> Level:
+        """The level it is to be at after so many seconds."""
+        return next(level for at_s, level in reversed(self.steps) if at_s <= idle_s)
+
+    def next_s(self, idle_s: float) -> float | None:
+        """When it changes next, in seconds since the last answer; None where it does not."""
+        return next((at_s for at_s, _ in self.steps if at_s > idle_s), None)
+
+
+class Policy(Protocol):
+    """One model's."""
+
+    def arrived(self, at_s: float) -> None:
+        """A request has come.
 
         Args:
-            load: What there is to do, in the unit of the share.
-            workers: How many there are, those that still start with them.
+            at_s: When, in seconds of a clock that never goes back, whatever its zero is.
         """
-        now = self._clock()
-        need = self._enough(load, self.share)
-        if need > workers:
-            self._low_since = None
-            if self._high_since is None:
-                self._high_since = now
-            if now - self._high_since < UP_S or now < self._not_before:
-                return workers
-            self._high_since = None
-            return need
-        self._high_since = None
-        need = self._enough(load, self.share * _ROOM)
-        if need >= workers:
-            self._low_since = None
-            return workers
-        if self._low_since is None:
-            self._low_since, self._low_need = now, 0
-        self._low_need = max(self._low_need, need)
-        if now - self._low_since < self._down_s:
-            return workers
-        self._low_since = None
-        return self._low_need
+        ...
 
-    def failed(self) -> None:
-        """A worker that was wanted could not be had: the next one is not tried at once."""
-        self._not_before = self._clock() + RETRY_S
+    def idle(self, at_s: float) -> Schedule:
+        """Nobody is being answered from now on: what is to become of it, until somebody asks."""
+        ...
 
-    def _enough(self, load: int, each: float) -> int:
-        """How many workers have at most so much each, within the bounds."""
-        return min(self.scale.most, max(self.scale.least, -int(-load // each)))
+
+PolicyFactory = Callable[[], Policy]
+"""Makes a policy for each model."""
+
+
+class FixedKeepAlive:
+    """The same for everybody: warm for a time, then parked for a time, then zero.
+
+    Args:
+        idle_s: How long it stays warm, in seconds; None for ever.
+        park_s: How long it is parked then; 0 for not at all, None for ever.
+    """
+
+    def __init__(self, idle_s: float | None, park_s: float | None = 0.0) -> None:
+        steps: list[tuple[float, Level]] = []
+        if idle_s != 0:
+            steps.append((0.0, "warm"))
+        if idle_s is not None and park_s != 0:
+            steps.append((idle_s, "parked"))
+        if idle_s is not None and park_s is not None:
+            steps.append((idle_s + park_s, "zero"))
+        self._schedule = Schedule(tuple(steps))
+
+    def arrived(self, at_s: float) -> None:
+        pass
+
+    def idle(self, at_s: float) -> Schedule:
+        return self._schedule

@@ -1,7 +1,7 @@
 """Workers started and ended as there is work for them.
 
 It looks once a second: what the router has to give, how many workers of the role there are, and
-what the policy (`scaling`) says to that. A worker that is to go gets no more requests and ends
+what the policy (`headcount`) says to that. A worker that is to go gets no more requests and ends
 when it has none; should there be more to do by then, it stays. Before the first token nothing of
 this happens: what the first token needs has been started, and the rest would only delay it.
 """
@@ -14,10 +14,10 @@ from typing import Protocol
 
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.headcount import Scaler
 from coldframe.runtime.launch import WorkerProcess
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.router import Router
-from coldframe.runtime.scaling import Scaler
 
 __all__ = ["Employer", "Staffing"]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.headcount import RETRY_S
 from coldframe.runtime.launch import WorkerProcess
 from coldframe.runtime.options import ReplicaOptions, ScalingOptions
 from coldframe.runtime.router import Router, TokenEvent
 from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.scaling import RETRY_S
 from coldframe.runtime.staffing import Staffing
 
 SHARE = 100

@@ -109,7 +109,7 @@ def test_both_servers_are_asked_for_exactly_so_many_tokens() -> None:
 def test_what_cannot_be_measured_is_refused_before_anything_starts(
     demo_model: Callable[..., Path], tmp_path: Path
 ) -> None:
-    command = [Path(sys.executable).parent / "coldframe", "bench", "serve"]
+    command = [Path(sys.executable).parent / "coldframe", "bench", "endpoint"]
     for arguments, word in (
         ([tmp_path / "none"], "no such directory"),
         ([demo_model("llama", "bfloat16"), "--runs", "0"], "--runs"),
@@ -126,7 +126,7 @@ def test_the_benchmark_runs_and_ends_in_one_document(
     demo_model: Callable[..., Path], no_leaks: Path
 ) -> None:
     # The figures of so small a model mean nothing: what counts is that each is there.
-    command = [Path(sys.executable).parent / "coldframe", "bench", "serve"]
+    command = [Path(sys.executable).parent / "coldframe", "bench", "endpoint"]
     done = subprocess.run(
         [
             *(*command, demo_model("llama", "bfloat16"), "--runs", "1"),

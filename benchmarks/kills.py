@@ -1,4 +1,4 @@
-"""`coldframe bench replay MODEL --trace FILE`: an hour's arrivals while processes are killed.
+"""`coldframe bench kills MODEL --trace FILE`: an hour's arrivals while processes are killed.
 
 The arrivals of a trace, its hour pressed into a minute or two, go to one server that rests between
 them; each asks for one of a few prompts, whose answers are known from before. Every few seconds
@@ -6,16 +6,11 @@ one of the server's processes, whichever, is killed. Clients do what openai-pyth
 connection breaks, or they are told to come again, they come again. Counted are answers that are
 wrong or never came, and what the server has more at the end than at the start: KV blocks, file
 descriptors, processes, memory.
-
-A trace is a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens, such as the Azure
-LLM inference traces (https://github.com/Azure/AzurePublicDataset, CC-BY-4.0; Patel et al.,
-"Splitwise", ISCA 2024).
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import random
 import re
 import statistics
@@ -26,7 +21,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 
 import psutil
@@ -35,10 +29,11 @@ from coldframe.benchmarks.harness import Row, print_rows
 from coldframe.benchmarks.http_client import Connection, completion, knock
 from coldframe.benchmarks.leaks import Holdings, holdings
 from coldframe.benchmarks.servers import Server, coldframe_server
+from coldframe.benchmarks.traffic.traces import Arrival, read_trace
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 
-__all__ = ["Arrival", "add_arguments", "read_trace", "run"]
+__all__ = ["add_arguments", "run"]
 
 _PROMPTS = 48
 _SCALE = 32
@@ -62,21 +57,6 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--json", action="store_true", help="print the JSON document alone")
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """One request of a trace.
-
-    Args:
-        at_s: Since the first one.
-        context: Tokens of its prompt.
-        generated: Tokens of its answer.
-    """
-
-    at_s: float
-    context: int
-    generated: int
-
-
 @dataclass(slots=True)
 class _Tally:
     """What became of the requests."""
@@ -90,35 +70,6 @@ class _Tally:
     """By what kind of process it was."""
 
 
-def read_trace(path: Path) -> list[Arrival]:
-    """The arrivals of a trace, in their order.
-
-    Raises:
-        RequestError: It is no such file.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                (
-                    # Seven digits behind the point are one too many for datetime.
-                    datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp(),
-                    int(row["ContextTokens"]),
-                    int(row["GeneratedTokens"]),
-                )
-                for row in csv.DictReader(file)
-            ]
-        rows.sort()
-        first = rows[0][0]
-        return [Arrival(at - first, context, made) for at, context, made in rows]
-    except (OSError, KeyError, ValueError, TypeError, IndexError) as error:
-        raise RequestError(
-            "this is no trace",
-            where=path,
-            expected="a CSV with the columns TIMESTAMP, ContextTokens and GeneratedTokens",
-            got=f"{type(error).__name__}: {error}",
-        ) from error
-
-
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark and prints its table; the exit status says whether nothing went wrong.
 
@@ -129,7 +80,9 @@ def run(args: argparse.Namespace) -> int:
     if not args.model.is_dir():
         raise RequestError("there is no such directory", where="MODEL", got=args.model)
     if args.trace is None:
-        raise RequestError("no trace is named", where="--trace", hint="See benchmarks/replay.py.")
+        raise RequestError(
+            "no trace is named", where="--trace", hint="See benchmarks/traffic/traces.py."
+        )
     for name in ("seconds", "take", "kill_every"):
         if not getattr(args, name) > 0:
             flag = f"--{name.replace('_', '-')}"

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from hypothesis import given
 from hypothesis import strategies as st
 
+from coldframe.runtime.headcount import RETRY_S, UP_S, Scaler
 from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.scaling import RETRY_S, UP_S, Scaler
 
 DOWN_S = 10.0
 SHARE = 100

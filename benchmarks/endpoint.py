@@ -1,4 +1,4 @@
-"""`coldframe bench serve MODEL`: the endpoint, against `coldframe run`, vLLM's server and itself.
+"""`coldframe bench endpoint MODEL`: against `coldframe run`, vLLM's server and itself.
 
 A cold start over HTTP is timed from the exec of the container's entrypoint to the first streamed
 token at a thin client that knocks from the exec on. `coldframe run` on the same model in the same

@@ -1,0 +1,1 @@
+"""`bench cold`: real cold starts over a matrix of tier, cache, source and engine,."""

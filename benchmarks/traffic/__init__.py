@@ -1,0 +1,1 @@
+"""Requests as they arrive over time: from a trace or by chance, live and simulated."""

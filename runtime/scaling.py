@@ -111,6 +111,11 @@ class LivePolicy(Policy, Protocol):
         """Whether a model may be parked at all."""
         ...
 
+    @property
+    def always(self) -> bool:
+        """Whether a model is to be warm for good."""
+        ...
+
     def started(self, level: Level, seconds: float) -> None:
         """A start has taken so long.
 
@@ -173,7 +178,7 @@ class FixedKeepAlive:
         if idle_s is not None and park_s is not None:
             steps.append((idle_s + park_s, "zero"))
         self._schedule = Schedule(tuple(steps))
-        self.parks = park_s != 0
+        self.parks, self.always = park_s != 0, idle_s is None
         self.why = "the same for all"
 
     def arrived(self, at_s: float) -> None:

@@ -175,6 +175,7 @@ class HybridHistogram:
     """
 
     name = "histogram"
+    always = False
 
     def __init__(
         self,

@@ -127,6 +127,7 @@ class NextArrival:
     """
 
     name = "next"
+    always = False
 
     def __init__(self, costs: Costs | None = None, samples: int = 3, keep_s: float = 600.0) -> None:
         self.costs = costs or Costs()

@@ -21,11 +21,16 @@ class LifeLog:
     Args:
         log: Gets a line `state` for each, with `from`, `to` and `at_s`, CLOCK_MONOTONIC.
         state: Which it is in at first.
+        since_s: Since when, CLOCK_MONOTONIC; None for now.
         clock: Monotonic seconds.
     """
 
     def __init__(
-        self, log: Log, state: State = "zero", clock: Callable[[], float] = time.monotonic
+        self,
+        log: Log,
+        state: State = "zero",
+        since_s: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.state: State = state
         self.cold_starts = 0
@@ -39,9 +44,10 @@ class LifeLog:
         """Whether it was begun before anybody asked, and nobody has since."""
         self._log = log
         self._clock = clock
-        self._since = clock()
+        self._since = clock() if since_s is None else since_s
         self._seconds: dict[State, float] = dict.fromkeys(_STATES, 0.0)
         self._waited_for = False
+        log.info("state", to=state, at_s=round(self._since, 6))
 
     def enter(self, state: State) -> None:
         """It is in that state from now on; it may be already."""

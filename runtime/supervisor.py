@@ -97,7 +97,8 @@ class Supervisor:
         alone: bool = True,
     ) -> None:
         self.loop = loop
-        self.life = LifeLog(log, "zero" if began_ns is None else "starting")
+        began_s = None if began_ns is None else began_ns / 1e9
+        self.life = LifeLog(log, "zero" if began_s is None else "starting", began_s)
         self.error: ColdframeError | None = None
         """Why it cannot go on, where that is so."""
         self.starts = 0
@@ -116,6 +117,8 @@ class Supervisor:
         self._was_warm = False
         self._warm_since = 0.0
         self._start_s = 0.0
+        self._started_at = time.monotonic() if began_s is None else began_s
+        """When there was room for the last start."""
         self._rest: Level | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
@@ -460,6 +463,7 @@ class Supervisor:
             if not self._quarters.take():
                 return
             self.starts += 1
+            self._started_at = time.monotonic()
             self.replica = self._replica(None)
         except ColdframeError as error:
             self._lost(error)
@@ -501,7 +505,7 @@ class Supervisor:
             return
         if replica.answered:
             first_s, tier = self.start_log.first_token_s, _tier(replica)
-            self.unasked.policy.started("zero", first_s)
+            self.unasked.policy.started("zero", time.monotonic() - self._started_at)
             self._become_warm()
             self._image.started(replica)
             self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)

@@ -42,6 +42,7 @@ class Foresight:
         self._host_memory = host_memory
         self._looked_at = -_OFTEN_S
         self._limited = False
+        self._rising: list[str] = []
 
     def step(self, models: Iterable[tuple[str, Supervisor]]) -> None:
         """Goes on; to be called after something has happened."""
@@ -50,7 +51,7 @@ class Foresight:
             self.budget.spend(sum(model.devices_unasked for _, model in models))
         rising = [(name, model) for name, model in models if model.rising is not None]
         if rising or self.budget is not None or self._limited:
-            self._allot(models, soon=bool(rising))
+            self._allot(models, [name for name, _ in rising])
         starting = any(model.state == "starting" for _, model in models)
         for _, model in rising:
             level = model.rising
@@ -58,11 +59,11 @@ class Foresight:
                 model.rise(level)
                 starting = starting or model.state == "starting"
 
-    def _allot(self, models: list[tuple[str, Supervisor]], *, soon: bool) -> None:
+    def _allot(self, models: list[tuple[str, Supervisor]], rising: list[str]) -> None:
         moment = time.monotonic()
-        if not soon and moment - self._looked_at < _OFTEN_S:
+        if rising == self._rising and moment - self._looked_at < _OFTEN_S:
             return
-        self._looked_at = moment
+        self._looked_at, self._rising = moment, rising
         wishes = [model.wish(name) for name, model in models]
         host = None
         if self._host_memory is not None and any(wish.need("parked").host for wish in wishes):

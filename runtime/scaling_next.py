@@ -1,8 +1,8 @@
 """A policy by what holding costs and what waiting costs, and when the next request may come.
 
-To hold a model costs 1 for each second that it is warm, less while it is parked, nothing at zero. A
-request that finds it colder waits as long as the start from there takes, and each of these seconds
-costs a penalty. Which level is cheapest at each moment of the idle time follows from when the next
+To hold a model costs 1 for each second that it is warm or starts, less while it is parked, nothing
+at zero. A request that finds it colder waits as long as the start from there takes, and each of
+these seconds costs a penalty as well. Which level is cheapest at each moment of the idle time follows from when the next
 request may come (`scaling_arrivals`), by dynamic programming from the end of time backwards
 (Bellman 1957): a start that is begun costs its seconds, and pays only where it is likely to be done
 in time.
@@ -64,7 +64,7 @@ def cheapest(survival: Sequence[float], costs: Costs) -> list[tuple[float, Level
     """
     levels = [level for level in LEVELS if level != "parked" or costs.hold["parked"] < 1]
     hold = [costs.hold[level] for level in levels]
-    waits = [costs.penalty * costs.start_s[level] for level in levels]
+    waits = [(costs.penalty + 1) * costs.start_s[level] for level in levels]
     last = len(EDGES) - 1
     # What it costs from an edge on to be at a level, before one may go to another one there.
     value = [survival[last] * waits[0]] * len(levels)
@@ -81,8 +81,10 @@ def cheapest(survival: Sequence[float], costs: Costs) -> list[tuple[float, Level
             if here + 1 < len(levels):
                 above = min(range(here + 1, len(levels)), key=stay.__getitem__)
                 if stay[above] < stay[to]:
-                    late_s = _late(survival, place, costs.start_s[level])
-                    cost = stay[above] + costs.penalty * late_s
+                    start_s = costs.start_s[level]
+                    # While it starts it is held as if it were warm, whatever it is to be then.
+                    held = survival[place] * start_s * (1 - hold[above])
+                    cost = stay[above] + held + costs.penalty * _late(survival, place, start_s)
                     if cost < stay[to]:
                         value.append(cost)
                         choice.append(above)

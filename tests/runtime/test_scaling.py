@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, LivePolicy, Schedule
@@ -293,6 +293,7 @@ def test_parked_is_chosen_where_it_is_cheap() -> None:
     assert "parked" not in [level for _, level in play(without, gaps).steps]
 
 
+@settings(max_examples=30)
 @given(GAPS, st.floats(0.5, 1000), st.floats(0, 1))
 def test_dearer_waiting_never_makes_it_colder_at_once(
     gaps: list[float], penalty: float, parked: float

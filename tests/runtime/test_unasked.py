@@ -16,7 +16,7 @@ from coldframe.runtime.budget import Budget
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.lifelog import LifeLog
 from coldframe.runtime.policy_state import PolicyState
-from coldframe.runtime.scaling import FixedKeepAlive
+from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, Level, Schedule
 from coldframe.runtime.scaling_histogram import HybridHistogram
 from coldframe.runtime.scaling_next import NextArrival
 from coldframe.runtime.unasked import Unasked
@@ -64,6 +64,38 @@ def test_the_loop_is_woken_for_the_next_change_and_none_is_missed() -> None:
     clock.now += unasked.change_s
     assert (unasked.due, unasked.rising, unasked.change_s) == ("zero", None, math.inf)
     assert not unasked.will_rise
+
+
+class Written(FixedKeepAlive):
+    """Has a schedule that the test has written."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        super().__init__()
+        self._schedule = schedule
+
+
+@given(
+    st.lists(st.floats(0.01, 1e5), unique=True, max_size=6),
+    st.lists(st.sampled_from(LEVELS), min_size=7, max_size=7),
+)
+def test_who_looks_when_it_is_told_to_sees_every_step(
+    times: list[float], levels: list[Level]
+) -> None:
+    steps = tuple(zip([0.0, *sorted(times)], levels, strict=False))
+    clock = Clock(0.0)
+    unasked = Unasked(Written(Schedule(steps)), clock)
+    unasked.begin()
+    seen = [unasked.due]
+    risen = [unasked.rising]
+    while not math.isinf(unasked.change_s):
+        # As exact as a clock is that is late by a little.
+        clock.now += unasked.change_s + 1e-6
+        seen.append(unasked.due)
+        risen.append(unasked.rising)
+    assert seen == [level for _, level in steps]
+    for i in range(1, len(seen)):
+        up = LEVELS.index(seen[i]) > LEVELS.index(seen[i - 1])
+        assert risen[i] == (seen[i] if up else None)
 
 
 def test_what_others_leave_it_and_what_it_forgoes_last_until_somebody_asks() -> None:

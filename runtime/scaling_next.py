@@ -2,10 +2,10 @@
 
 To hold a model costs 1 for each second that it is warm or starts, less while it is parked, nothing
 at zero. A request that finds it colder waits as long as the start from there takes, and each of
-these seconds costs a penalty as well. Which level is cheapest at each moment of the idle time follows from when the next
-request may come (`scaling_arrivals`), by dynamic programming from the end of time backwards
-(Bellman 1957): a start that is begun costs its seconds, and pays only where it is likely to be done
-in time.
+these seconds costs a penalty as well. Which level is cheapest at each moment of the idle time
+follows from when the next request may come (`scaling_arrivals`), by dynamic programming from the
+end of time backwards (Bellman 1957): a start that is begun costs its seconds, and pays only where
+it is likely to be done in time.
 
 With requests at random that is the well-known rule to keep a model warm for as long as it takes
 until holding it has cost what the start would, as soon as the rate is learned: at once zero, or

@@ -581,6 +581,8 @@ class Supervisor:
         replica, due = self.replica, self.unasked.due
         if not self._asks and self.state != "starting":
             self.unasked.begin()
+            if self._image.holds:
+                self.unasked.hold()
             due = self.unasked.due
         if self.state == "warm" and due != "warm" and not self._image.holds:
             self._rest = due
@@ -602,6 +604,7 @@ class Supervisor:
         replica.park()
         self._quarters.park()
         self.state, self._rest = "parked", None
+        self.unasked.parked()
         self._log.info("parked")
 
     def _end(self) -> None:

@@ -44,6 +44,27 @@ class Unasked:
             self._since = self.clock()
             self._schedule = self.policy.idle(self._since)
 
+    def hold(self) -> None:
+        """It is not to rest yet. What only goes down from here on waits for that."""
+        if self._schedule is not None and not self.will_rise:
+            self._since = self.clock()
+
+    def parked(self) -> None:
+        """It is parked from now on, be it sooner or later than its schedule has it.
+
+        A schedule that only goes down says how long it is to be parked, one that goes up again when
+        that is to be.
+        """
+        idle_s, schedule = self.idle_s, self._schedule
+        if schedule is None or self.will_rise:
+            return
+        steps = [at_s for at_s, level in schedule.steps if level == "parked"]
+        later = [at_s for at_s in steps if at_s > idle_s]
+        if schedule.level(idle_s) == "parked":
+            self._since += idle_s - max(at_s for at_s in steps if at_s <= idle_s)
+        elif later:
+            self._since += idle_s - later[0]
+
     @property
     def idle_s(self) -> float:
         """For how long nobody has asked, in seconds; 0 while somebody does."""

@@ -116,6 +116,30 @@ def test_what_others_leave_it_and_what_it_forgoes_last_until_somebody_asks() -> 
     assert unasked.rising == "warm"
 
 
+def test_what_only_goes_down_is_parked_for_as_long_as_it_says() -> None:
+    clock = Clock()
+    for parked_after, held_s in ((60.0, 0.0), (63.0, 0.0), (5.0, 0.0), (60.0, 300.0)):
+        unasked = Unasked(FixedKeepAlive(60.0, 40.0), clock)
+        unasked.asked()
+        unasked.begin()
+        clock.now += held_s
+        if held_s:  # an image is made: only then the time begins
+            unasked.hold()
+            assert unasked.change_s == 60
+        clock.now += parked_after
+        unasked.parked()
+        assert (unasked.due, unasked.change_s) == ("parked", pytest.approx(40.0))
+        clock.now += unasked.change_s
+        assert unasked.due == "zero"
+    # What goes up again does so when the next request is expected, however late all else is.
+    unasked = timed(clock)
+    unasked.begin()
+    clock.now += 100
+    unasked.hold()
+    unasked.parked()
+    assert unasked.change_s == pytest.approx(430)
+
+
 def test_it_tells_where_it_is_and_why() -> None:
     clock = Clock()
     unasked = timed(clock)

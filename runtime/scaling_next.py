@@ -83,8 +83,9 @@ def cheapest(survival: Sequence[float], costs: Costs) -> list[tuple[float, Level
                 if stay[above] < stay[to]:
                     start_s = costs.start_s[level]
                     # While it starts it is held as if it were warm, whatever it is to be then.
-                    held = survival[place] * start_s * (1 - hold[above])
-                    cost = stay[above] + held + costs.penalty * _late(survival, place, start_s)
+                    cost = stay[above] + survival[place] * start_s * (1 - hold[above])
+                    if cost < stay[to]:  # else it need not be known how late it would be
+                        cost += costs.penalty * _late(survival, place, start_s)
                     if cost < stay[to]:
                         value.append(cost)
                         choice.append(above)

@@ -12,6 +12,7 @@ import signal
 import socket
 import time
 from collections import deque
+from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
@@ -106,7 +107,7 @@ class Endpoint:
             Channel(gateway.socket),
             self._fleet,
             {
-                "startup": lambda name: self._fleet[name].start_log.document(),
+                "startup": self._startup,
                 "stats": self._stats,
                 "sleep1": lambda name: self._sleep(name, 1),
                 "sleep2": lambda name: self._sleep(name, 2),
@@ -281,12 +282,23 @@ class Endpoint:
 
     # -- what the gateway asks -------------------------------------------------------------------
 
+    def _startup(self, name: str) -> dict[str, Any]:
+        model, budget = self._fleet[name], self._fleet.budget
+        policy = model.unasked.document()
+        policy["budget_left_s"] = None if budget is None else round(budget.left, 3)
+        return {
+            **model.start_log.document(),
+            "policy": policy,
+            "states": model.life.document(),
+        }
+
     def _stats(self, name: str) -> dict[str, Any]:
         model = self._fleet[name]
         pids = {} if model.replica is None else dict(model.replica.pids)
         if model is self._fleet.first:
             pids |= {"front": os.getpid(), "gateway": self._gateway.child.pid}
-        return model.count.stats(model.start_log.timeline(), pids).to_wire()
+        stats = model.count.stats(model.start_log.timeline(), pids)
+        return replace(stats, prewarms=dict(model.life.prewarms)).to_wire()
 
     def _sleep(self, name: str, level: int) -> dict[str, Any]:
         self._fleet[name].sleep(level)

@@ -2,15 +2,20 @@
 
 The first one starts with the container, the others when somebody asks them. Where a *pool* is
 wanted, so many models are kept parked, their weights in memory, as far as there is room for them
-that nobody else wants.
+that nobody else wants. What each model's policy would have of it while nobody asks is seen to by
+`coldframe.runtime.foresight`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.budget import Budget
+from coldframe.runtime.foresight import Foresight
 from coldframe.runtime.loop import Loop
+from coldframe.runtime.policy_state import PolicyState
 from coldframe.runtime.room import Room
 from coldframe.runtime.supervisor import Supervisor
 
@@ -25,6 +30,8 @@ class Fleet:
         loop: What they all use.
         room: What they share, where they share anything.
         pool: So many are kept parked.
+        budget: For how long devices may be held while nobody asks, where that is limited.
+        state: Where what the policies have learned is kept.
     """
 
     def __init__(
@@ -33,11 +40,16 @@ class Fleet:
         loop: Loop,
         room: Room | None = None,
         pool: int = 0,
+        budget: Budget | None = None,
+        state: PolicyState | None = None,
     ) -> None:
         self.loop = loop
         self._models = models
         self._room = room
         self._pool = pool
+        self._foresight = Foresight(room, budget, memory_available)
+        self.budget = budget
+        self._state = state
 
     def __getitem__(self, name: str) -> Supervisor:
         return self._models[name]
@@ -52,10 +64,14 @@ class Fleet:
 
     @property
     def at_zero(self) -> bool:
-        """Whether one has gone back to zero, and nothing is held for any, and nobody asks one."""
+        """Whether one has gone back to zero, and nothing is held for any, and nobody asks one.
+
+        Nor is one to be there again before somebody asks it.
+        """
         models = self._models.values()
         been = any(model.starts and model.state == "zero" for model in models)
-        return been and all(model.state in ("zero", "failed") and model.idle for model in models)
+        left = all(model.state in ("zero", "failed") and model.idle for model in models)
+        return been and left and not any(model.unasked.will_rise for model in models)
 
     @property
     def starting(self) -> bool:
@@ -85,6 +101,9 @@ class Fleet:
             for model in self._models.values():
                 if model.state in ("starting", "parked"):
                     model.step()
+        self._foresight.step(self)
+        if self._state is not None:
+            self._state.step((name, model.unasked) for name, model in self)
         if not self.starting:
             self._prepare()
 
@@ -96,6 +115,8 @@ class Fleet:
 
     def close(self) -> None:
         """Ends all processes; requests get no word of it."""
+        if self._state is not None:
+            self._state.save((name, model.unasked) for name, model in self)
         for model in self._models.values():
             model.close()
 

@@ -60,6 +60,8 @@ class FrontStats:
         vllm_events: How often a vLLM engine took decode over (`takeover`), never came up
             (`failed_start`), and `died` while it decoded, beside native workers; and how often one
             that came up was a `clone`.
+        prewarms: How often it was started or warmed before anybody asked (`begun`), and how often
+            somebody came when it was there (`used`), on its way (`late`), or nobody did (`vain`).
         contexts_away_bytes: What the workers' contexts took of a GPU that they have left for now.
         memory: By process: resident bytes by kind; see `resident`. Those of `SHARED_PROCESSES` are
             told with one model only.
@@ -84,6 +86,7 @@ class FrontStats:
     device_faults: Mapping[str, int] = field(default_factory=dict)
     workers: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
     vllm_events: Mapping[str, int] = field(default_factory=dict)
+    prewarms: Mapping[str, int] = field(default_factory=dict)
     contexts_away_bytes: int = 0
     memory: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 

@@ -7,10 +7,12 @@ import contextlib
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, ReplicaError
 from coldframe.loader.kv_room import KvRoom
+from coldframe.runtime.allotment import Need
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room, Tenant
+from coldframe.runtime.scaling import Level
 from coldframe.runtime.sizing import ModelFacts, context_bytes, facts_at_hand, kv_blocks
 from coldframe.runtime.vllm_memory import copied_bytes, default_kv
 
@@ -60,12 +62,26 @@ class Quarters:
 
     @property
     def fits(self) -> bool:
-        """Whether what it needs is known, and free."""
+        """Whether what it needs is known, and free, and nobody else waits for some."""
         if self._room is None:
             return True
         with contextlib.suppress(DeviceError):  # which is said when it is asked
             self._reckon()
-        return self._need is not None and self._need <= self._room.free
+        if self._need is None or self._room.awaited(self._tenant):
+            return False
+        return self._need - self._room.held(self._tenant) <= self._room.free
+
+    def needs(self, held_s: float) -> dict[Level, Need]:
+        """What it takes at each level, as far as that is known.
+
+        Args:
+            held_s: Seconds for which devices would be held while it is warm.
+        """
+        away = self._weights + self._contexts if self._options.device != CPU else 0
+        return {
+            "warm": Need(self._need or 0, 0, held_s),
+            "parked": Need(self._kept - away, self._weights if away else 0),
+        }
 
     def read_ahead(self) -> None:
         """Reads the model's config before a start does, where it lies in a directory.

@@ -61,6 +61,14 @@ class Room:
         """Bytes that nobody has; below zero where somebody took more than was known."""
         return 0 if self.total is None else self.total - sum(self._held.values())
 
+    def awaited(self, tenant: Tenant) -> bool:
+        """Whether another one waits for some of it."""
+        return any(other is not tenant for other in self._waiting)
+
+    def held(self, tenant: Tenant) -> int:
+        """Bytes that a tenant has."""
+        return self._held.get(tenant, 0)
+
     def learn(self, total: int) -> None:
         """How much there is has shown."""
         if self.total is None:

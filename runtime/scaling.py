@@ -5,22 +5,43 @@ become of it from then on, as a *schedule*: which level it is to be at, by how l
 asked. `warm for 60 s, parked until 300 s, zero from there on, and warm again at 3,500 s` is one.
 Whoever follows it needs to know nothing of how it was found, so that the endpoint and the
 simulation (`benchmarks/traffic`) follow the same.
+
+    FixedKeepAlive    the same for everybody                       here
+    HybridHistogram   by the histogram of a model's idle times     `scaling_histogram`
+    NextArrival       by what holding costs and what waiting does  `scaling_next`
+
+`scaling_spec.policy_from` makes them of a text. Who may have what it wants where there is not
+enough for all is `allotment`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from itertools import pairwise
+from typing import Any, Literal, Protocol
 
-__all__ = ["FixedKeepAlive", "Level", "Policy", "PolicyFactory", "Schedule"]
+__all__ = [
+    "LEVELS",
+    "FixedKeepAlive",
+    "Level",
+    "LivePolicy",
+    "Policy",
+    "PolicyFactory",
+    "Schedule",
+]
 
 Level = Literal["zero", "parked", "warm"]
+LEVELS: tuple[Level, ...] = ("zero", "parked", "warm")
+"""From what holds least to what holds most."""
 
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
     """What is to become of a model that nobody asks.
+
+    A step says when the way to its level *begins*. Going up takes as long as a start does: whoever
+    wants a model to be warm at 100 s has it begin that much earlier.
 
     Args:
         steps: From when on it is to be at which level, in seconds since the last answer ended; in
@@ -37,6 +58,21 @@ class Schedule:
         """When it changes next, in seconds since the last answer; None where it does not."""
         return next((at_s for at_s, _ in self.steps if at_s > idle_s), None)
 
+    def rises(self, idle_s: float) -> bool:
+        """Whether it has gone up to the level at which it is to be then."""
+        passed = [level for at_s, level in self.steps if at_s <= idle_s]
+        return len(passed) > 1 and LEVELS.index(passed[-1]) > LEVELS.index(passed[-2])
+
+    def will_rise(self, idle_s: float) -> bool:
+        """Whether it goes up again after so many seconds."""
+        levels = [LEVELS.index(level) for at_s, level in self.steps if at_s > idle_s]
+        levels.insert(0, LEVELS.index(self.level(idle_s)))
+        return any(low < high for low, high in pairwise(levels))
+
+    def to_json(self) -> list[list[Any]]:
+        """The steps, as JSON values."""
+        return [[round(at_s, 3), level] for at_s, level in self.steps]
+
 
 class Policy(Protocol):
     """One model's."""
@@ -50,7 +86,72 @@ class Policy(Protocol):
         ...
 
     def idle(self, at_s: float) -> Schedule:
-        """Nobody is being answered from now on: what is to become of it, until somebody asks."""
+        """Nobody is being answered from now on: what is to become of it, until somebody asks.
+
+        Where nobody has asked since this was called last, somebody has had it started for nobody.
+        """
+        ...
+
+
+class LivePolicy(Policy, Protocol):
+    """One that an endpoint follows, which also tells of itself and outlives a process."""
+
+    @property
+    def name(self) -> str:
+        """What it is called where it is chosen."""
+        ...
+
+    @property
+    def why(self) -> str:
+        """What the last schedule follows from, in a sentence."""
+        ...
+
+    @property
+    def parks(self) -> bool:
+        """Whether a model may be parked at all."""
+        ...
+
+    @property
+    def always(self) -> bool:
+        """Whether a model is to be warm for good."""
+        ...
+
+    def started(self, level: Level, seconds: float) -> None:
+        """A start has taken so long.
+
+        Args:
+            level: Where from: `zero` or `parked`.
+            seconds: Until it could answer.
+        """
+        ...
+
+    def chance(self, idle_s: float, within_s: float) -> float:
+        """How likely somebody asks soon.
+
+        Args:
+            idle_s: For how long nobody has.
+            within_s: Within which time from then on.
+
+        Returns:
+            A probability.
+        """
+        ...
+
+    def saved(self, at_s: float) -> dict[str, Any]:
+        """What it has learned, as JSON values."""
+        ...
+
+    def restore(self, state: Mapping[str, Any], at_s: float, away_s: float) -> None:
+        """Goes on from what another one has learned.
+
+        Args:
+            state: What `saved` gave.
+            at_s: The time now.
+            away_s: How long ago that was.
+
+        Raises:
+            ValueError, TypeError, KeyError: It is none, or another policy's; nothing has changed.
+        """
         ...
 
 
@@ -66,7 +167,9 @@ class FixedKeepAlive:
         park_s: How long it is parked then; 0 for not at all, None for ever.
     """
 
-    def __init__(self, idle_s: float | None, park_s: float | None = 0.0) -> None:
+    name = "fixed"
+
+    def __init__(self, idle_s: float | None = None, park_s: float | None = 0.0) -> None:
         steps: list[tuple[float, Level]] = []
         if idle_s != 0:
             steps.append((0.0, "warm"))
@@ -75,9 +178,25 @@ class FixedKeepAlive:
         if idle_s is not None and park_s is not None:
             steps.append((idle_s + park_s, "zero"))
         self._schedule = Schedule(tuple(steps))
+        self.parks, self.always = park_s != 0, idle_s is None
+        self.why = "the same for all"
 
     def arrived(self, at_s: float) -> None:
         pass
 
     def idle(self, at_s: float) -> Schedule:
         return self._schedule
+
+    def started(self, level: Level, seconds: float) -> None:
+        pass
+
+    def chance(self, idle_s: float, within_s: float) -> float:
+        """As where nothing is known of the scale of time: who was silent for t is so for t more."""
+        return within_s / (within_s + idle_s) if within_s + idle_s > 0 else 1.0
+
+    def saved(self, at_s: float) -> dict[str, Any]:
+        return {"policy": self.name}
+
+    def restore(self, state: Mapping[str, Any], at_s: float, away_s: float) -> None:
+        if state["policy"] != self.name:
+            raise ValueError(f"this is of the policy {state['policy']!r}")

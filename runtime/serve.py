@@ -26,12 +26,16 @@ from coldframe.snapshot.identity import service_identity
 
 # The rest is imported when the processes are on their way: see `run`.
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from coldframe.runtime.gateway.platforms.table import Profile
+    from coldframe.runtime.scaling import LivePolicy
 
 __all__ = ["add_arguments", "run"]
 
 _MAX_BODY = 8 << 20
 _WAIT_S = 300.0
+_FIXED = "fixed"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -105,6 +109,29 @@ def add_arguments(parser: Parser) -> None:
         help="how long open requests may take after SIGTERM (what the platform grants, less a bit)",
     )
     rest = parser.add_argument_group("when nobody asks")
+    parser.flag(
+        "--policy",
+        metavar="POLICY",
+        default="fixed",
+        group=rest,
+        help="when a model rests, and is there again ahead of who asks: fixed (by --idle and "
+        "--park), or by its requests so far: histogram[:NAME=VALUE,...], next[:NAME=VALUE,...] "
+        "(fixed)",
+    )
+    parser.flag(
+        "--budget",
+        metavar="SECONDS",
+        type=float,
+        group=rest,
+        help="for how many device seconds in an hour all models together may be held warm while "
+        "nobody asks (no limit)",
+    )
+    parser.flag(
+        "--policy-state",
+        metavar="FILE",
+        group=rest,
+        help="keep there what the policy has learned, for the next process",
+    )
     parser.flag(
         "--idle",
         metavar="SECONDS",
@@ -188,23 +215,26 @@ def run(args: argparse.Namespace) -> int:
     launch = Launch(options, recorder, args.memory, args.restorer)
     launch.start_workers()
     imported = now()
+    from coldframe.runtime.budget import Budget
     from coldframe.runtime.endpoint import Endpoint
     from coldframe.runtime.fleet import Fleet
     from coldframe.runtime.loop import Loop
-    from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+    from coldframe.runtime.policy_state import PolicyState
+    from coldframe.runtime.supervisor import Supervisor
 
     recorder.add("imports", imported)
-    # Who is in the pool stays parked; the fleet ends those that are too many.
-    policy = IdlePolicy(args.idle, None if args.pool else args.park)
+    policy = _policy(args)
+    budget = None if args.budget is None else Budget(args.budget)
+    state = None if args.policy_state is None else PolicyState(args.policy_state, log)
     with closing(Loop()) as loop:
         supervisors: dict[str, Supervisor] = {}
-        fleet = Fleet(supervisors, loop, room, args.pool)
+        fleet = Fleet(supervisors, loop, room, args.pool, budget, state)
         for name, place in models.items():
             first = not supervisors
             try:
                 supervisors[name] = Supervisor(
                     replace(options, model=place),
-                    policy,
+                    policy(),
                     recorder if first else Recorder("front"),
                     log if len(models) == 1 else log.about(model=name),
                     loop,
@@ -219,6 +249,8 @@ def run(args: argparse.Namespace) -> int:
                 log.error("failed", error=str(error))
                 turn_away(args.gateway, listeners, settings, error)
                 raise
+        if state is not None:
+            state.restore({name: model.unasked for name, model in fleet})
         with closing(fleet):
             jobs = None
             if profile.name == "runpod-queue":
@@ -245,7 +277,7 @@ def run(args: argparse.Namespace) -> int:
 def _settings(
     args: argparse.Namespace, profile: Profile, models: tuple[str, ...]
 ) -> GatewaySettings:
-    for name in ("max_running", "max_waiting", "max_wait", "drain", "idle"):
+    for name in ("max_running", "max_waiting", "max_wait", "drain", "idle", "budget"):
         value = getattr(args, name)
         if value is not None and not 0 < value < math.inf:
             raise RequestError(
@@ -269,6 +301,7 @@ def _settings(
             got="--on-idle exit",
             hint="Leave one of the two out.",
         )
+    _policy(args)
     return GatewaySettings(
         models=models,
         platform=profile.name,
@@ -282,6 +315,31 @@ def _settings(
         log_format=args.log_format,
         log_level=args.log_level,
     )
+
+
+def _policy(args: argparse.Namespace) -> Callable[[], LivePolicy]:
+    """What makes each model's policy.
+
+    Raises:
+        RequestError: There is none such, or flags contradict one another.
+    """
+    if args.policy == _FIXED:
+        from coldframe.runtime.scaling import FixedKeepAlive
+
+        # Who is in the pool stays parked; the fleet ends those that are too many.
+        return lambda: FixedKeepAlive(args.idle, None if args.pool else args.park)
+    from coldframe.runtime.scaling_spec import policy_from
+
+    for flag in ("idle", "park", "pool"):
+        if getattr(args, flag):
+            raise RequestError(
+                "this is for --policy fixed alone",
+                where=f"--{flag}",
+                expected=f"--policy {_FIXED}",
+                got=f"--policy {args.policy}",
+                hint="Leave one of the two out: other policies have times of their own.",
+            )
+    return policy_from(args.policy)
 
 
 def _address(listener: socket.socket) -> str:

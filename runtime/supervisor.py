@@ -17,8 +17,6 @@ is room for it, and may be sent to zero for another one.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
-from typing import Literal
 
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import (
@@ -29,6 +27,7 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.timeline import Recorder, now
+from coldframe.runtime.allotment import Wish
 from coldframe.runtime.asks import SOON_S, Asks, FirstToken
 from coldframe.runtime.creating import NextImage
 from coldframe.runtime.device_choice import CPU
@@ -37,6 +36,7 @@ from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.launch import Launch
+from coldframe.runtime.lifelog import LifeLog, State
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.quarters import Quarters
@@ -44,16 +44,18 @@ from coldframe.runtime.relapses import Relapses
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room
 from coldframe.runtime.router import Listener
+from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.startlog import StartLog
+from coldframe.runtime.unasked import Unasked
 
-__all__ = ["IdlePolicy", "State", "Supervisor"]
-
-State = Literal["zero", "starting", "warm", "draining", "parked", "failed"]
+__all__ = ["State", "Supervisor"]
 
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
+_TICK_S = 1.0
+_HOUR_S = 3600.0
 _CALM_S = 2.0
 """How long nobody must have asked before it gets ready to rest."""
 _PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
@@ -63,25 +65,12 @@ _AGAIN_S = 60.0
 """After so long a model that has failed of that may be asked again, in seconds."""
 
 
-@dataclass(frozen=True, slots=True)
-class IdlePolicy:
-    """What becomes of a replica that nobody asks.
-
-    Args:
-        idle_s: How long it stays warm, in seconds; None for ever.
-        park_s: How long it is parked before it goes to zero; 0 to go there at once, None for ever.
-    """
-
-    idle_s: float | None = None
-    park_s: float | None = 0.0
-
-
 class Supervisor:
     """One model, started, watched, put to rest and started again.
 
     Args:
         options: What its replica is to be.
-        policy: When it rests.
+        policy: When it rests, and is there again before anybody asks; of this model and no other.
         recorder: Gets the front's spans; of this model and no other.
         log: Gets what happens.
         loop: The front's.
@@ -97,7 +86,7 @@ class Supervisor:
     def __init__(
         self,
         options: ReplicaOptions,
-        policy: IdlePolicy,
+        policy: LivePolicy,
         recorder: Recorder,
         log: Log,
         loop: Loop,
@@ -108,7 +97,8 @@ class Supervisor:
         alone: bool = True,
     ) -> None:
         self.loop = loop
-        self.state: State = "zero" if began_ns is None else "starting"
+        began_s = None if began_ns is None else began_ns / 1e9
+        self.life = LifeLog(log, "zero" if began_s is None else "starting", began_s)
         self.error: ColdframeError | None = None
         """Why it cannot go on, where that is so."""
         self.starts = 0
@@ -116,7 +106,9 @@ class Supervisor:
         self.used_at = time.monotonic()
         """When somebody asked last; who is being asked was used just now."""
         self._options = options
-        self._policy = policy
+        # Who is stopped between two requests, as some platforms do it, does not fall asleep by
+        # that: it goes on because somebody asks.
+        self.unasked = Unasked(policy, AwakeClock())
         self._recorder = recorder
         self._log = log
         self._asks = Asks(self._has_died)
@@ -124,18 +116,18 @@ class Supervisor:
         self._relapses = Relapses()
         self._was_warm = False
         self._warm_since = 0.0
-        # Who is stopped between two requests, as some platforms do it, does not fall asleep by
-        # that: it goes on because somebody asks.
-        self._awake = AwakeClock()
-        self._idle_since = self._awake()
         self._start_s = 0.0
-        self._rest: Literal["parked", "zero"] | None = None
+        self._started_at = time.monotonic() if began_s is None else began_s
+        """When there was room for the last start."""
+        self._rest: Level | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
         """Whether somebody has said so: nobody who asks before changes that, and it stays there
         until somebody asks."""
         self._gives_way = False
         """Whether it rests for another one's sake."""
+        self._ahead = False
+        """Whether it goes up before anybody asks, and is not there yet."""
         self._first = FirstToken()
         self._image = NextImage(log)
         self._last_error: ColdframeError | None = None
@@ -203,12 +195,16 @@ class Supervisor:
         """
         if self.error is not None:
             raise self.error
-        if self.state == "starting" and not self._ordered:
+        before = self.state
+        if before == "starting" and not self._ordered:
             self._rest = None  # it was started ahead, to rest until somebody asks
+        self._ahead = False
         name = self._asks.add(
             params, listener, prompt=prompt, prompt_ids=prompt_ids, add_special=add_special
         )
+        self.unasked.asked()
         self._rouse()
+        self.life.asked(before)
         return name
 
     def cancel(self, name: str) -> None:
@@ -217,9 +213,20 @@ class Supervisor:
 
     # -- states ----------------------------------------------------------------------------------
 
+    @property
+    def state(self) -> State:
+        """Which it is in."""
+        return self.life.state
+
+    @state.setter
+    def state(self, state: State) -> None:
+        self.life.enter(state)
+
     def wake(self) -> None:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
         self._rest, self._ordered, self._called = None, False, True
+        self._ahead = False
+        self.unasked.restart()
         if self.state == "draining":
             self.state, self._gives_way = "warm", False
         self._rouse()
@@ -227,12 +234,72 @@ class Supervisor:
     @property
     def may_start_ahead(self) -> bool:
         """Whether it could be there before somebody asks, and nobody has ordered it to zero."""
-        return self.state == "zero" and not self._ordered and self.fits
+        return self.state == "zero" and not self._ordered and not self.ends and self.fits
 
-    def start_ahead(self) -> None:
-        """Has it started and parked, unless somebody asks it before it is."""
+    def start_ahead(self, level: Level = "parked") -> None:
+        """Has it started and parked, or warm, unless somebody asks it before it is."""
+        self.life.begin_ahead()
         self._rouse()
-        self._rest, self._called = "parked", True
+        self._ahead, self._called = True, True
+        self._rest = None if level == "warm" else level
+
+    @property
+    def rising(self) -> Level | None:
+        """The level at which it is to be before somebody asks, where it is lower."""
+        if self._asks or self._ordered or self.ends:
+            return None
+        level, here = self.unasked.rising, {"zero": 0, "parked": 1}.get(self.state)
+        if level is None or here is None or LEVELS.index(level) <= here:
+            return None
+        # What was put off until it would go again as soon as it is there is not begun.
+        late = here == 0 and self.unasked.change_s <= self._start_s
+        return None if late else level
+
+    def rise(self, level: Level) -> None:
+        """Goes up to a level before somebody asks, where there is room that nobody else wants."""
+        level = min(level, self.unasked.most, key=LEVELS.index)
+        if level != "zero" and self.may_start_ahead:
+            self.start_ahead(level)
+        elif self.state == "parked" and level == "warm" and not self._ordered and self.fits:
+            self.life.begin_ahead()
+            self._ahead = True
+            self._rouse()
+
+    def wish(self, name: str) -> Wish:
+        """What it would be while nobody asks, or is while somebody does.
+
+        Its benefit is what clients would have to wait for it, in seconds, if they came soon: as
+        likely as its policy holds that to be.
+
+        Args:
+            name: What it is called.
+        """
+        rising, here = self.rising, self.state
+        held: dict[State, Level] = {"warm": "warm", "starting": "warm", "parked": "parked"}
+        level = rising or self._rest or held.get(here, "zero")
+        going = here in ("starting", "draining") or self._ordered
+        soon_s = _TICK_S
+        if rising is not None:
+            soon_s = min(self.unasked.change_s, _HOUR_S)
+        return Wish(
+            name,
+            level,
+            self._quarters.needs(soon_s * len(self._options.devices)),
+            self.unasked.chance(soon_s) * max(self._start_s, _TICK_S),
+            asked=bool(self._asks) or (going and not self._ahead),
+            levels=LEVELS if self._may_park else ("zero", "warm"),
+        )
+
+    @property
+    def bytes_parked(self) -> int:
+        """Bytes of host memory that its weights have while it is parked."""
+        return int(self._quarters.needs(0.0)["parked"].host) if self.state == "parked" else 0
+
+    @property
+    def devices_unasked(self) -> int:
+        """How many devices are held for nobody."""
+        held = self.state == "warm" or (self.state == "starting" and self._ahead)
+        return len(self._options.devices) if held and not self._asks else 0
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -263,6 +330,10 @@ class Supervisor:
     @property
     def wait_s(self) -> float:
         """How long nothing is to be done unless something happens, in seconds."""
+        return min(self._quiet_s, self.unasked.change_s)
+
+    @property
+    def _quiet_s(self) -> float:
         if self._asks and self.state in ("parked", "zero"):
             return _ROOM_S if self._quarters.waiting else 0.0
         if self.replica is not None:
@@ -299,6 +370,8 @@ class Supervisor:
             self._step(self.replica)
         if self._asks:
             self.used_at = time.monotonic()
+        elif self.state == "zero":
+            self.unasked.begin()
         self.count.step(self.replica, idle=self.idle, parked=self.state == "parked")
 
     def _step(self, replica: Replica) -> None:
@@ -313,7 +386,7 @@ class Supervisor:
         if self.state == "starting":
             self._get_warm(replica)
         if self.state == "warm" or self._image.making:
-            self._image.step(replica, self._awake() - self._idle_since)
+            self._image.step(replica, self.unasked.idle_s)
         self._get_rest()
 
     def close(self) -> None:
@@ -377,6 +450,9 @@ class Supervisor:
         return Replica(self._options, self._recorder, launch, self.loop, warn)
 
     def _start(self) -> None:
+        if self._ahead and not self._asks and not self.fits:
+            self._stand_down()  # nobody is to go for who is not asked
+            return
         if self._relapses.wait_s:
             return
         if self._quarters.waiting and not self._asks and not self._called:
@@ -387,9 +463,18 @@ class Supervisor:
             if not self._quarters.take():
                 return
             self.starts += 1
+            self._started_at = time.monotonic()
             self.replica = self._replica(None)
         except ColdframeError as error:
             self._lost(error)
+
+    def _stand_down(self) -> None:
+        """Does not come before anybody asks."""
+        self._quarters.leave()
+        self._ahead = self._called = False
+        self._rest, self.unasked.foregone = None, True
+        self.life.gone()
+        self.state = "zero"
 
     def read_ahead(self) -> None:
         """Reads the model's config before a start does, where it lies in a directory."""
@@ -419,8 +504,9 @@ class Supervisor:
         if not replica.loaded:
             return
         if replica.answered:
-            self._become_warm()
             first_s, tier = self.start_log.first_token_s, _tier(replica)
+            self.unasked.policy.started("zero", time.monotonic() - self._started_at)
+            self._become_warm()
             self._image.started(replica)
             self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)
             return
@@ -440,7 +526,10 @@ class Supervisor:
         self._gives_way = False
         self._was_warm, self._called = True, False
         self._relapses.warm()
-        self._warm_since, self._idle_since = time.monotonic(), self._awake()
+        self._warm_since = time.monotonic()
+        if not self._ahead and not self._asks:
+            self.unasked.restart()  # it was not to be there before, for whoever has had it started
+        self._ahead = False
         self._start_s = self.start_log.first_token_s
         self._first, self._last_error = FirstToken(), None
 
@@ -479,7 +568,7 @@ class Supervisor:
         if self.state == "warm":
             self._gives_way = self._may_park and self._quarters.weights_may_leave
             self.state, self._rest = "draining", "parked" if self._gives_way else "zero"
-        self._ordered = False
+        self._ordered, self.unasked.foregone = False, True
         replica = self.replica
         idle = replica is not None and replica.idle and not self._asks
         if self.state == "draining" and self._gives_way and replica is not None and idle:
@@ -489,37 +578,39 @@ class Supervisor:
 
     def _get_rest(self) -> None:
         """Goes where nobody asking, or an order, leads."""
-        replica = self.replica
-        if self._asks or self._image.holds:
-            self._idle_since = self._awake()
-        park_s = self._policy.park_s
-        if self.state == "warm" and self._idle_for(self._policy.idle_s):
-            self._rest = "zero" if park_s == 0 else "parked"
+        replica, due = self.replica, self.unasked.due
+        if not self._asks and self.state != "starting":
+            self.unasked.begin()
+            if self._image.holds:
+                self.unasked.hold()
+            due = self.unasked.due
+        if self.state == "warm" and due != "warm" and not self._image.holds:
+            self._rest = due
             self.state, self._ordered = "draining", False
-        elif self.state == "warm" and self._may_park and self._idle_for(_CALM_S):
+        elif self.state == "warm" and self._may_park and self.unasked.idle_s >= _CALM_S:
             assert replica is not None
             replica.keep()
         if self.state == "draining" and replica is not None and replica.idle:
             self._park(replica) if self._rest == "parked" else self._end()
-        elif self.state == "parked" and not self._ordered and self._idle_for(park_s):
+        elif self.state == "parked" and not self._ordered and due == "zero":
             self._end()
 
     @property
     def _may_park(self) -> bool:
-        return self._policy.park_s != 0
-
-    def _idle_for(self, seconds: float | None) -> bool:
-        return seconds is not None and self._awake() - self._idle_since >= seconds
+        return self.unasked.policy.parks
 
     def _park(self, replica: Replica) -> None:
         self._image.rest()
         replica.park()
         self._quarters.park()
-        self.state, self._rest, self._idle_since = "parked", None, self._awake()
+        self.state, self._rest = "parked", None
+        self.unasked.parked()
         self._log.info("parked")
 
     def _end(self) -> None:
         self._leave()
+        self._ahead = False
+        self.life.gone()
         self.state, self._rest = "zero", None
         self._relapses.forget()
         self._log.info("zero")
@@ -551,10 +642,15 @@ class Supervisor:
         if isinstance(error, _PASSING):
             error.retry_after_s = SOON_S if self.error is None else _AGAIN_S
         self._asks.lose(error, for_good=self.error is not None)
+        if self._ahead or self.life.ahead:
+            self._ahead, self.unasked.foregone = False, True
+            self.life.gone()
+        if not self._asks:
+            self.unasked.begin()
         if self.error is not None:
             return
         resting = self.state in ("draining", "parked")
-        stays = self._policy.idle_s is None and not resting
+        stays = self.unasked.policy.always and not resting
         if resting and (not self._asks or not self._ordered):
             self._rest = None  # others have the room that it was to make, or it is at zero
         self._called = not self._was_warm or stays

@@ -27,6 +27,7 @@ PREFIX = "coldframe_"
 _OPENMETRICS = "application/openmetrics-text"
 _TIERS = ("image", "template", "fresh")
 _FAULTS = ("lost", "fallback")
+_PREWARMS = ("begun", "used", "late", "vain")
 _VLLM = ("takeover", "failed_start", "died", "clone")
 
 _Labels = Mapping[tuple[str, ...], float]
@@ -179,6 +180,13 @@ def _cold_starts(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         "Time parked: the weights held, and no more.",
         ["model"],
         {(model,): told.parked_s for model, told in stats.items()},
+    )
+    yield _counter(
+        "prewarms",
+        "How often it was started or warmed before anybody asked (begun), and how often somebody "
+        "then came when it was there (used), while it was on its way (late), or nobody did (vain).",
+        ["model", "event"],
+        _each(stats, lambda told: {event: told.prewarms.get(event, 0) for event in _PREWARMS}),
     )
     yield _gauge(
         "contexts_away_bytes",

@@ -19,6 +19,12 @@
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
       "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null,
+      "policy": {"name", "why": what the schedule follows from, "idle_s": for how long nobody asks,
+        "schedule": [[from so many idle seconds on, "zero" | "parked" | "warm"], ...], "next":
+        {"in_s", "level"} or null, "most": the level that others leave it, "budget_left_s"},
+      "states": {"seconds": {state: seconds}, "cold_starts": starts that somebody has waited for,
+        "wakes" from parked, "prewarmed": begun before anybody asked, "prewarmed_used",
+        "prewarmed_late", "prewarmed_in_vain"},
       "models": {name: {"state", "open", "failures", "error"}, ...}, where there are several
     }
 
@@ -71,6 +77,8 @@ class Startup(TypedDict):
     failures: int
     queue: Queue
     timeline: Mapping[str, Any] | None
+    policy: NotRequired[Mapping[str, Any] | None]
+    states: NotRequired[Mapping[str, Any] | None]
     models: NotRequired[Mapping[str, InShort]]
 
 

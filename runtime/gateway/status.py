@@ -55,7 +55,9 @@ class Status:
     async def startup(self, request: Request) -> Response:
         model = self._engine.pick(request.query_params.get("model"))
         told = await model.ask("startup")
-        return JsonResponse(self._document(model, told["timeline"], told.get("decode")))
+        document = self._document(model, told["timeline"], told.get("decode"))
+        document["policy"], document["states"] = told.get("policy"), told.get("states")
+        return JsonResponse(document)
 
     async def metrics(self, request: Request) -> Response:
         from coldframe.runtime.frontstats import FrontStats

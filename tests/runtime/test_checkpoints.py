@@ -25,8 +25,9 @@ from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room
 from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.scaling import FixedKeepAlive
 from coldframe.runtime.sizing import context_bytes
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.supervisor import Supervisor
 from tests.loader.devices import emulated_checkpoint as states
 from tests.runtime.emulated import emulate
 from tests.runtime.helpers import Client, ask, expected, finish, wait_for
@@ -400,7 +401,7 @@ def test_a_memory_service_that_dies_half_way_takes_all_with_it(
     model: Path, no_leaks: Path, gpu: Gpu, when: str
 ) -> None:
     gpu.emulate(**HALF_WAY[when])
-    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    policy = FixedKeepAlive(idle_s=0.2, park_s=None)
     with supervised(model, no_leaks, policy, device="cuda:0", kv_bytes=KV) as supervisor:
         answers(supervisor, model)
         first = supervisor.replica
@@ -418,7 +419,7 @@ def test_a_memory_service_that_dies_half_way_takes_all_with_it(
 
 def test_it_says_where_its_contexts_are(model: Path, no_leaks: Path, gpu: Gpu) -> None:
     gpu.emulate()
-    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    policy = FixedKeepAlive(idle_s=0.2, park_s=None)
     with supervised(model, no_leaks, policy, device="cuda:0", kv_bytes=KV) as supervisor:
         answers(supervisor, model)
         assert supervisor.load_state().contexts is None
@@ -486,7 +487,7 @@ def test_two_of_which_one_fits_take_turns_without_a_start(
     # All that one of them has, and nothing of the other.
     loop, log = Loop(), Log(process="front")
     room = Room(context_bytes(told["llama"], "cuda:0") + weights + KV)
-    policy = IdlePolicy(None, None)
+    policy = FixedKeepAlive(None, None)
     fleet = Fleet(
         {
             name: Supervisor(options, policy, Recorder("front"), log, loop, None, None, room)

@@ -16,8 +16,9 @@ from coldframe.runtime.compiling import Compiling
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.scaling import FixedKeepAlive
 from coldframe.runtime.sizing import ModelFacts
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.supervisor import Supervisor
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.manifest import EAGER_FOR_NOW
 from coldframe.snapshot.store import open_store
@@ -34,7 +35,7 @@ def model(demo_model: DemoModels, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     return demo_model("llama", "float32")
 
 
-def supervised(model: Path, runs: Path, store: Path, policy: IdlePolicy) -> Supervisor:
+def supervised(model: Path, runs: Path, store: Path, policy: FixedKeepAlive) -> Supervisor:
     snapshot = SnapshotOptions("auto", str(store), create=True)
     options = ReplicaOptions(model=str(model), run_dir=str(runs), snapshot=snapshot)
     log = Log(process="front")
@@ -79,7 +80,7 @@ def test_who_compiles_holds_no_room(
     model: Path, criu: Criu, no_leaks: Path, tmp_path: Path, way: str
 ) -> None:
     idle_s = None if way == "room" else 1.0
-    policy = IdlePolicy(idle_s, None if way == "parked" else 0.0)
+    policy = FixedKeepAlive(idle_s, None if way == "parked" else 0.0)
     supervisor = supervised(model, no_leaks, tmp_path / "store", policy)
     try:
         until(supervisor, lambda: bool(compilers()))
@@ -108,7 +109,7 @@ def test_what_is_urgent_takes_what_there_is_and_is_bettered_once_it_can_be(
         return [image.decode_steps for image in open_store(str(store)).manifests()[0]]
 
     monkeypatch.setattr(creating, "_TOO_MANY", 1)
-    supervisor = supervised(model, no_leaks, store, IdlePolicy())
+    supervisor = supervised(model, no_leaks, store, FixedKeepAlive())
     try:
         until(supervisor, lambda: bool(images()))
         assert not (tmp_path / "cache").exists()  # nothing was compiled
@@ -117,7 +118,7 @@ def test_what_is_urgent_takes_what_there_is_and_is_bettered_once_it_can_be(
     (steps,) = images()
     assert steps.startswith(EAGER_FOR_NOW)
     # The next one has an image, and compiles all the same; for others it goes at once.
-    supervisor = supervised(model, no_leaks, store, IdlePolicy())
+    supervisor = supervised(model, no_leaks, store, FixedKeepAlive())
     try:
         until(supervisor, lambda: bool(compilers()))
         assert supervisor.can_go

@@ -18,7 +18,8 @@ from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.room import Room
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.scaling import FixedKeepAlive
+from coldframe.runtime.supervisor import Supervisor
 from tests.loader.web.servers import nginx
 from tests.runtime.helpers import Client, expected, prompt_of
 
@@ -42,7 +43,7 @@ def fleet_of(
     runs: Path,
     memory: int,
     *,
-    policy: IdlePolicy | None = None,
+    policy: FixedKeepAlive | None = None,
     pool: int = 0,
 ) -> Iterator[Fleet]:
     """The first one is started, the others are not."""
@@ -53,7 +54,7 @@ def fleet_of(
         began = None if supervisors else now()
         supervisors[name] = Supervisor(
             options,
-            policy or IdlePolicy(),
+            policy or FixedKeepAlive(),
             Recorder("front"),
             log.about(model=name),
             loop,
@@ -207,7 +208,7 @@ def test_the_one_used_longest_ago_goes(models: dict[str, Path], no_leaks: Path) 
 def test_a_pool_of_parked_models(models: dict[str, Path], no_leaks: Path) -> None:
     names = ("llama", "qwen2", "qwen3")
     all_of_them = sum(need(models[name]) for name in names)
-    policy = IdlePolicy(0.1, None)
+    policy = FixedKeepAlive(0.1, None)
     with fleet_of(places(models, *names), no_leaks, all_of_them, policy=policy, pool=2) as fleet:
         until(fleet, lambda: sorted(states(fleet)) == ["parked", "parked", "zero"])
         assert fleet["qwen3"].state == "zero"
@@ -240,7 +241,7 @@ def test_one_of_the_pool_that_is_asked_while_it_starts_stays(
 def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
     models: dict[str, Path], no_leaks: Path
 ) -> None:
-    policy = IdlePolicy(0.1, None)
+    policy = FixedKeepAlive(0.1, None)
     with fleet_of(places(models, "llama"), no_leaks, 1 << 30, policy=policy, pool=1) as fleet:
         until(fleet, lambda: states(fleet) == ["parked"])
         fleet["llama"].sleep(2)
@@ -258,7 +259,7 @@ def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
 @pytest.mark.heavy
 def test_what_is_parked_makes_room(models: dict[str, Path], no_leaks: Path) -> None:
     most = max(need(models[name]) for name in ("llama", "qwen2"))
-    policy = IdlePolicy(0.1, None)
+    policy = FixedKeepAlive(0.1, None)
     with fleet_of(places(models, "llama", "qwen2"), no_leaks, most, policy=policy) as fleet:
         until(fleet, lambda: fleet["llama"].state == "parked")
         client = ask(fleet, "qwen2")
@@ -272,7 +273,7 @@ def test_two_whose_kv_does_not_fit_together_are_both_parked(
     models: dict[str, Path], no_leaks: Path
 ) -> None:
     memory = need(models["llama"]) + need(models["qwen2"]) - KV
-    policy = IdlePolicy(0.1, None)
+    policy = FixedKeepAlive(0.1, None)
     with fleet_of(places(models, "llama", "qwen2"), no_leaks, memory, policy=policy) as fleet:
         until(fleet, lambda: fleet["llama"].state == "parked")
         finish(fleet, ask(fleet, "qwen2"))

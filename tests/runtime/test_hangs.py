@@ -23,7 +23,8 @@ from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.scaling import FixedKeepAlive
+from coldframe.runtime.supervisor import Supervisor
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.moments import MOMENTS, Ask, Scene, stop
 from tests.runtime.serving import served
@@ -96,7 +97,7 @@ def test_a_worker_that_hangs_is_replaced_and_its_requests_go_on(
 def supervised(model: Path, runs: Path, **more: object) -> Iterator[Supervisor]:
     loop, log = Loop(), Log(process="front")
     supervisor = Supervisor(
-        options(model, runs, **more), IdlePolicy(), Recorder("front"), log, loop, None, now()
+        options(model, runs, **more), FixedKeepAlive(), Recorder("front"), log, loop, None, now()
     )
     try:
         yield supervisor

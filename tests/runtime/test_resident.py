@@ -24,8 +24,9 @@ from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room
+from coldframe.runtime.scaling import FixedKeepAlive
 from coldframe.runtime.sizing import context_bytes
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.supervisor import Supervisor
 from tests.loader.devices.emulator import MEMFD
 from tests.runtime.emulated import emulate
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
@@ -160,7 +161,7 @@ def test_a_model_that_nobody_asks_leaves_the_gpu_and_comes_back(
     model: Path, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     emulate(monkeypatch)
-    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    policy = FixedKeepAlive(idle_s=0.2, park_s=None)
     more = {"device": "cuda:0", "kv_bytes": KV}
     with supervised(model, no_leaks, policy, **more) as supervisor:
         for _ in range(2):
@@ -190,7 +191,7 @@ def test_two_that_do_not_fit_together_take_turns_without_a_start(
     ]
     # Room for the contexts of both, and for weights and KV of one.
     loop, room, log = Loop(), Room(2 * contexts + max(weights) + KV), Log(process="front")
-    policy = IdlePolicy(None, None)
+    policy = FixedKeepAlive(None, None)
     fleet = Fleet(
         {
             name: Supervisor(options, policy, Recorder("front"), log, loop, None, None, room)

@@ -8,7 +8,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.gateway.platforms.table import by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
-from coldframe.runtime.serve import _settings, add_arguments
+from coldframe.runtime.serve import _policy, _settings, add_arguments
 
 
 def settings(*arguments: str) -> GatewaySettings:
@@ -32,6 +32,8 @@ def test_what_they_say() -> None:
         ("--idle", ("0", "inf", "nan")),
         ("--park", ("-1", "inf", "nan")),
         ("--pool", ("-1",)),
+        ("--budget", ("0", "-1", "inf", "nan")),
+        ("--policy", ("best", "histogram:", "histogram:bin=0", "next:penalty=x", "fixed:-1")),
     ],
 )
 def test_what_cannot_be_is_refused_by_its_name(flag: str, values: tuple[str, ...]) -> None:
@@ -45,3 +47,23 @@ def test_who_keeps_a_pool_never_ends_for_want_of_requests() -> None:
     assert settings("--on-idle", "exit").models == settings("--pool", "1").models
     with pytest.raises(RequestError, match="--on-idle exit"):
         settings("--pool", "1", "--on-idle", "exit")
+
+
+@pytest.mark.parametrize("flag", ["--idle", "--park", "--pool"])
+@pytest.mark.parametrize("policy", ["histogram", "next:penalty=5", "fixed:60,600"])
+def test_what_is_the_fixed_policys_is_refused_beside_another(flag: str, policy: str) -> None:
+    assert settings("--policy", "fixed", flag, "3").models == ("m",)
+    with pytest.raises(RequestError, match="--policy fixed alone") as raised:
+        settings("--policy", policy, flag, "3")
+    assert raised.value.where == flag
+
+
+def test_each_model_has_a_policy_of_its_own() -> None:
+    parser = Parser()
+    add_arguments(parser)
+    for text in ("fixed", "fixed:60,600", "histogram:bin=60", "next"):
+        make = _policy(parser.parse(["m", "--policy", text, "--budget", "60"]))
+        assert make().name == text.partition(":")[0]
+        assert make() is not make()
+    pooled = _policy(parser.parse(["m", "--idle", "5", "--pool", "1"]))()
+    assert pooled.idle(0.0).steps == ((0.0, "warm"), (5.0, "parked"))

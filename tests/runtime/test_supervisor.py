@@ -22,12 +22,13 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.supervisor import IdlePolicy, Supervisor
+from coldframe.runtime.scaling import FixedKeepAlive
+from coldframe.runtime.supervisor import Supervisor
 from tests.runtime.helpers import Client, expected, prompt_of
 
 Make = Callable[..., Path]
 PROMPT = prompt_of(40)
-NEVER = IdlePolicy()
+NEVER = FixedKeepAlive()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def model(demo_model: Make) -> Path:
 
 @contextmanager
 def supervised(
-    model: Path, runs: Path, policy: IdlePolicy = NEVER, **more: object
+    model: Path, runs: Path, policy: FixedKeepAlive = NEVER, **more: object
 ) -> Iterator[Supervisor]:
     options = ReplicaOptions(model=str(model), run_dir=str(runs), **more)  # type: ignore[arg-type]
     log = Log(process="front")
@@ -106,7 +107,7 @@ def kill(supervisor: Supervisor, name: str) -> None:
 
 
 def test_nobody_asks_and_it_goes_to_zero_and_comes_back(model: Path, no_leaks: Path) -> None:
-    with supervised(model, no_leaks, IdlePolicy(0.1, 0.0)) as supervisor:
+    with supervised(model, no_leaks, FixedKeepAlive(0.1, 0.0)) as supervisor:
         until(supervisor, is_in(supervisor, "zero"))  # warm first, without anybody
         assert supervisor.count.stats(None, {}).cold_starts == {"fresh": 1}
         assert processes() == []
@@ -124,7 +125,7 @@ def test_nobody_asks_and_it_goes_to_zero_and_comes_back(model: Path, no_leaks: P
 
 @pytest.mark.heavy
 def test_who_is_warm_stays_so_while_somebody_asks(model: Path, no_leaks: Path) -> None:
-    with supervised(model, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+    with supervised(model, no_leaks, FixedKeepAlive(0.0, 0.0)) as supervisor:
         client = ask(supervisor, 400)
         until(supervisor, lambda: client.done)
         assert len(client.tokens) == 400
@@ -134,7 +135,7 @@ def test_who_is_warm_stays_so_while_somebody_asks(model: Path, no_leaks: Path) -
 
 
 def test_parked_it_gives_its_kv_back_and_wakes_in_place(model: Path, no_leaks: Path) -> None:
-    with supervised(model, no_leaks, IdlePolicy(0.1, None)) as supervisor:
+    with supervised(model, no_leaks, FixedKeepAlive(0.1, None)) as supervisor:
         client = ask(supervisor, 8)
         until(supervisor, lambda: client.done)
         assert kv_bytes(supervisor) > 0
@@ -150,7 +151,7 @@ def test_parked_it_gives_its_kv_back_and_wakes_in_place(model: Path, no_leaks: P
 
 @pytest.mark.heavy
 def test_after_it_was_parked_for_so_long_it_goes_to_zero(model: Path, no_leaks: Path) -> None:
-    with supervised(model, no_leaks, IdlePolicy(0.1, 0.1)) as supervisor:
+    with supervised(model, no_leaks, FixedKeepAlive(0.1, 0.1)) as supervisor:
         until(supervisor, is_in(supervisor, "parked"))
         until(supervisor, is_in(supervisor, "zero"))
         answers(supervisor, model)
@@ -203,7 +204,7 @@ def test_put_to_sleep_it_ends_what_it_has_first(
 
 @pytest.mark.heavy
 def test_a_request_that_is_held_can_be_taken_back(model: Path, no_leaks: Path) -> None:
-    with supervised(model, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+    with supervised(model, no_leaks, FixedKeepAlive(0.0, 0.0)) as supervisor:
         until(supervisor, is_in(supervisor, "zero"))
         client = ask(supervisor, 8)
         supervisor.cancel(client.request)
@@ -327,7 +328,7 @@ def test_a_model_that_has_gone_meanwhile_is_an_error_for_who_asks(
 ) -> None:
     here, away = tmp_path / "here", tmp_path / "away"
     shutil.copytree(model, here)
-    with supervised(here, no_leaks, IdlePolicy(0.0, 0.0)) as supervisor:
+    with supervised(here, no_leaks, FixedKeepAlive(0.0, 0.0)) as supervisor:
         until(supervisor, is_in(supervisor, "zero"))
         here.rename(away)
         client = ask(supervisor, 8)

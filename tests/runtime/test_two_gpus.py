@@ -15,7 +15,7 @@ from coldframe.runtime import memories
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.supervisor import IdlePolicy
+from coldframe.runtime.scaling import FixedKeepAlive
 from tests.runtime.emulated import emulate
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.test_hangs import LIMIT_S, short
@@ -260,7 +260,7 @@ def test_both_are_free_while_it_rests(model: Path, no_leaks: Path, two_gpus: Non
 
 @pytest.mark.heavy
 def test_who_rests_and_dies_comes_back(model: Path, no_leaks: Path, two_gpus: None) -> None:
-    policy = IdlePolicy(idle_s=0.2, park_s=None)
+    policy = FixedKeepAlive(idle_s=0.2, park_s=None)
     with supervised(model, no_leaks, policy, **asked()) as supervisor:
         for role in ("prefill", "decode"):
             answers(supervisor, model)

@@ -47,6 +47,7 @@ FRONT = FrontStats(
     device_faults={"fallback": 1},
     workers={"decode": {"up": 0, "leaving": 1}, "vllm": {"up": 1}},
     vllm_events={"takeover": 2, "died": 1},
+    prewarms={"begun": 3, "used": 2},
     memory={"memory": {"anon": 11, "shmem": 22}, "gateway": {"anon": 33}},
 )
 
@@ -247,6 +248,8 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "workers", model="m", role="decode", state="leaving") == 1
     assert one(found, "workers", model="m", role="vllm", state="up") == 1
     assert one(found, "vllm_events_total", model="m", event="takeover") == 2
+    assert one(found, "prewarms_total", model="m", event="begun") == 3
+    assert one(found, "prewarms_total", model="m", event="vain") == 0
     assert one(found, "vllm_events_total", model="m", event="failed_start") == 0
     assert one(found, "process_memory_bytes", model="m", process="memory", kind="shmem") == 22
 

@@ -1,0 +1,292 @@
+"""Other programs' cold starts beside ours: real processes, the same model, prompt and clock.
+
+    vllm                vLLM's own server, eager
+    vllm-compiled       the same, compiled; what it compiles is kept nowhere: each start does so
+    vllm-compiled-kept  the same with the cache of an earlier start, which is not measured
+    transformers        `plain_script.py`: from the exec to the first token that it prints
+    fastapi             `plain_app.py` under uvicorn, asked over HTTP
+
+Servers are asked by a thin client that knocks from the exec on, as ours are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from coldframe.benchmarks.cold.contender import Asked, Contender, Outcome
+from coldframe.benchmarks.http_client import Connection, completion, knock
+from coldframe.benchmarks.servers import VLLM_DTYPES, Server, plain_server, vllm_server
+from coldframe.loader.cgroup import cpu_count
+from coldframe.loader.errors import PlatformError
+from coldframe.runtime.sizing import ModelFacts
+
+__all__ = ["PEERS", "open_contender"]
+
+_SCRIPT = Path(__file__).with_name("plain_script.py")
+_KNOCKS_S = 1.0
+"""After so long without an answer it is looked whether the server is still there."""
+_LOOK_S = 60.0
+
+
+def open_contender(name: str, asked: Asked) -> Contender:
+    """One of `PEERS`.
+
+    Raises:
+        PlatformError: It cannot be measured here, as what it needs is not installed.
+    """
+    return PEERS[name](asked)
+
+
+class _Served:
+    """A server, asked over HTTP.
+
+    Args:
+        name: The peer's.
+        asked: What each start is about.
+        serving: Starts it.
+    """
+
+    through = "http"
+
+    def __init__(
+        self, name: str, asked: Asked, serving: Callable[[], AbstractContextManager[Server]]
+    ) -> None:
+        self.name = name
+        self._asked = asked
+        self._serving = serving
+
+    def start(self) -> Outcome:
+        asked = self._asked
+        body: dict[str, Any] = json.loads(
+            completion("m", list(asked.prompt), asked.tokens, stream=True)
+        )
+        body["return_token_ids"] = True  # vLLM's word; the app sends them in any case
+        with self._serving() as server:
+            deadline_ns = server.started_ns + int(asked.limit_s * 1e9)
+            with Connection(_knock(server, deadline_ns), asked.limit_s) as connection:
+                answer = connection.post("/v1/completions", json.dumps(body).encode())
+            return Outcome(
+                server.since_exec(answer.first_ns),
+                server.since_exec(answer.last_ns),
+                _token_ids(answer.body),
+                _memory(server.pid),
+            )
+
+
+class _CompiledServer(_Served):
+    """vLLM's server that compiles. Without a cache that is kept each start has an empty one.
+
+    Args:
+        name: The peer's.
+        asked: What each start is about.
+        kept: Whether an earlier start has left its cache, which is made here.
+    """
+
+    def __init__(self, name: str, asked: Asked, *, kept: bool) -> None:
+        super().__init__(name, asked, self._compiling)
+        self._kept = tempfile.TemporaryDirectory(prefix="coldframe-bench-") if kept else None
+        self._python = _vllm_python(asked)
+        if kept:
+            print(f"{name}: a start that leaves its cache", file=sys.stderr)
+            self.start()
+
+    def _compiling(self) -> AbstractContextManager[Server]:
+        if self._kept is not None:
+            return _vllm(self._python, self._asked, compiled=True, cache=Path(self._kept.name))
+        self._fresh = tempfile.TemporaryDirectory(prefix="coldframe-bench-")
+        return _vllm(self._python, self._asked, compiled=True, cache=Path(self._fresh.name))
+
+    def start(self) -> Outcome:
+        try:
+            return super().start()
+        finally:
+            if self._kept is None:
+                self._fresh.cleanup()
+
+
+class _Script:
+    """A script that prints its tokens."""
+
+    name = "transformers"
+    through = "run"
+
+    def __init__(self, asked: Asked) -> None:
+        _installed(self.name, "transformers", "torch")
+        self._asked = asked
+
+    def start(self) -> Outcome:
+        asked = self._asked
+        wanted = {
+            "model": str(asked.model),
+            "prompt": list(asked.prompt),
+            "tokens": asked.tokens,
+            "device": asked.device,
+        }
+        with tempfile.TemporaryFile() as said:
+            started_ns = time.monotonic_ns()
+            process = subprocess.Popen(
+                [sys.executable, str(_SCRIPT), json.dumps(wanted)],
+                env={
+                    **os.environ,
+                    "HF_HUB_OFFLINE": "1",
+                    "OMP_NUM_THREADS": str(cpu_count()),
+                },
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+            )
+            with process:
+                try:
+                    lines, moments = self._read(process, started_ns)
+                    memory = _memory(process.pid)
+                finally:
+                    process.kill()
+            if len(lines) < asked.tokens:
+                said.seek(0)
+                raise PlatformError(
+                    "the script did not print its tokens",
+                    where=str(_SCRIPT),
+                    expected=f"{asked.tokens} within {asked.limit_s:g} s",
+                    got=f"{len(lines)}; it said: {said.read().decode(errors='replace')[-3000:]}",
+                )
+        first, last = ((moment - started_ns) / 1e9 for moment in (moments[0], moments[-1]))
+        return Outcome(first, last, tuple(map(int, lines)), memory)
+
+    def _read(
+        self, process: subprocess.Popen[bytes], started_ns: int
+    ) -> tuple[list[bytes], list[int]]:
+        """The lines that it has printed, and when each was there."""
+        assert process.stdout is not None
+        fd, received = process.stdout.fileno(), b""
+        moments: list[int] = []
+        deadline = started_ns / 1e9 + self._asked.limit_s
+        while len(moments) < self._asked.tokens:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([fd], [], [], left)[0]:
+                break
+            part = os.read(fd, 1 << 16)
+            if not part:
+                break
+            received += part
+            moments += [time.monotonic_ns()] * part.count(b"\n")
+        return received.splitlines()[: len(moments)], moments
+
+
+def _eager(asked: Asked) -> Contender:
+    python = _vllm_python(asked)
+    return _Served("vllm", asked, lambda: _vllm(python, asked))
+
+
+def _fastapi(asked: Asked) -> Contender:
+    _installed("fastapi", "transformers", "torch", "fastapi", "uvicorn")
+    return _Served("fastapi", asked, lambda: plain_server(asked.model, asked.device))
+
+
+PEERS: dict[str, Callable[[Asked], Contender]] = {
+    "vllm": _eager,
+    "vllm-compiled": lambda asked: _CompiledServer("vllm-compiled", asked, kept=False),
+    "vllm-compiled-kept": lambda asked: _CompiledServer("vllm-compiled-kept", asked, kept=True),
+    "transformers": _Script,
+    "fastapi": _fastapi,
+}
+"""What each is made by; it raises PlatformError where what it needs is not installed."""
+
+
+def _vllm(
+    python: Path, asked: Asked, *, compiled: bool = False, cache: Path | None = None
+) -> AbstractContextManager[Server]:
+    spec = ModelFacts(str(asked.model)).spec
+    return vllm_server(
+        python,
+        asked.model,
+        compiled=compiled,
+        dtype=VLLM_DTYPES[spec.dtype],
+        context=min(spec.context_length, max(1024, len(asked.prompt) + asked.tokens)),
+        device=asked.device,
+        cache=cache,
+    )
+
+
+def _vllm_python(asked: Asked) -> Path:
+    """The interpreter that has vLLM.
+
+    Raises:
+        PlatformError: None is named, or that one has none.
+    """
+    if asked.vllm_python is None:
+        raise PlatformError("no interpreter that has vLLM was given", where="--vllm-python")
+    # Found, not imported: that takes seconds, and is what is measured.
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run(
+            [asked.vllm_python, "-c", code], capture_output=True, timeout=_LOOK_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise PlatformError(
+            "this is no interpreter", where="--vllm-python", got=asked.vllm_python
+        ) from error
+    if done.returncode:
+        raise PlatformError(
+            "this interpreter has no vLLM", where="--vllm-python", got=asked.vllm_python
+        )
+    return Path(asked.vllm_python)
+
+
+def _installed(name: str, *packages: str) -> None:
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise PlatformError("it is not installed here", where=name, got=f"no {', '.join(missing)}")
+
+
+def _knock(server: Server, deadline_ns: int) -> Any:
+    """Knocks until somebody listens, or the server has ended.
+
+    Raises:
+        PlatformError: It has, or the time is up.
+    """
+    while True:
+        patience_ns = min(deadline_ns, time.monotonic_ns() + int(_KNOCKS_S * 1e9))
+        try:
+            return knock(server.port, patience_ns)
+        except PlatformError:
+            if time.monotonic_ns() >= deadline_ns:
+                raise
+            if psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE:
+                raise PlatformError("a server has ended", got="no answer from it") from None
+
+
+def _token_ids(body: bytes) -> tuple[int, ...]:
+    """The ids in a stream of events, framed in chunks or not."""
+    found: list[int] = []
+    for line in body.splitlines():
+        if line.startswith(b"data: {"):
+            for choice in json.loads(line[len(b"data: ") :])["choices"]:
+                found += choice.get("token_ids") or ()
+    return tuple(found)
+
+
+def _memory(pid: int) -> int | None:
+    """PSS of a process and all below it, in bytes; None where one has just gone."""
+    try:
+        parent = psutil.Process(pid)
+        found = 0
+        for process in (parent, *parent.children(recursive=True)):
+            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
+            (line,) = (line for line in text.splitlines() if line.startswith("Pss:"))
+            found += int(line.split()[1]) * 1024
+    except (OSError, ValueError, psutil.Error):
+        return None
+    return found

@@ -14,12 +14,14 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -97,24 +99,22 @@ class _CompiledServer(_Served):
 
     def __init__(self, name: str, asked: Asked, *, kept: bool) -> None:
         super().__init__(name, asked, self._compiling)
-        self._kept = tempfile.TemporaryDirectory(prefix="coldframe-bench-") if kept else None
         self._python = _vllm_python(asked)
+        self._kept = kept
+        self._cache = Path(tempfile.mkdtemp(prefix="coldframe-bench-"))
+        weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
         if kept:
             print(f"{name}: a start that leaves its cache", file=sys.stderr)
             self.start()
 
-    def _compiling(self) -> AbstractContextManager[Server]:
-        if self._kept is not None:
-            return _vllm(self._python, self._asked, compiled=True, cache=Path(self._kept.name))
-        self._fresh = tempfile.TemporaryDirectory(prefix="coldframe-bench-")
-        return _vllm(self._python, self._asked, compiled=True, cache=Path(self._fresh.name))
-
-    def start(self) -> Outcome:
-        try:
-            return super().start()
-        finally:
-            if self._kept is None:
-                self._fresh.cleanup()
+    @contextmanager
+    def _compiling(self) -> Iterator[Server]:
+        cache = self._cache
+        with _vllm(self._python, self._asked, compiled=True, cache=cache) as server:
+            yield server
+        if not self._kept:
+            shutil.rmtree(cache)
+            cache.mkdir()
 
 
 class _Script:

@@ -8,7 +8,7 @@ from math import sqrt
 
 __all__ = ["Probe", "highest_rate"]
 
-_DOUBLINGS = 10
+_DOUBLINGS = 6
 _HALVINGS = 4
 
 

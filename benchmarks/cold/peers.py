@@ -29,8 +29,9 @@ from typing import Any
 import psutil
 
 from coldframe.benchmarks.cold.contender import Asked, Contender, Outcome
-from coldframe.benchmarks.http_client import Connection, completion, knock
+from coldframe.benchmarks.http_client import Answer, Connection, completion, knock
 from coldframe.benchmarks.servers import VLLM_DTYPES, Server, plain_server, vllm_server
+from coldframe.benchmarks.traffic.streams import unchunked
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.sizing import ModelFacts
@@ -83,7 +84,7 @@ class _Served:
             return Outcome(
                 server.since_exec(answer.first_ns),
                 server.since_exec(answer.last_ns),
-                _token_ids(answer.body),
+                _token_ids(answer),
                 _memory(server.pid),
             )
 
@@ -268,12 +269,22 @@ def _knock(server: Server, deadline_ns: int) -> Any:
                 raise PlatformError("a server has ended", got="no answer from it") from None
 
 
-def _token_ids(body: bytes) -> tuple[int, ...]:
-    """The ids in a stream of events, framed in chunks or not."""
+def _token_ids(answer: Answer) -> tuple[int, ...]:
+    """The ids in a stream of events.
+
+    Raises:
+        PlatformError: There is an error among them.
+    """
+    body = answer.body
+    if answer.headers.get("transfer-encoding") == "chunked":
+        body, _ = unchunked(body, 0)
     found: list[int] = []
     for line in body.splitlines():
         if line.startswith(b"data: {"):
-            for choice in json.loads(line[len(b"data: ") :])["choices"]:
+            event = json.loads(line[len(b"data: ") :])
+            if "choices" not in event:
+                raise PlatformError("an answer broke off", got=line[:300])
+            for choice in event["choices"]:
                 found += choice.get("token_ids") or ()
     return tuple(found)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-__all__ = ["Read", "Stamped", "read_stream"]
+__all__ = ["Read", "Stamped", "read_stream", "unchunked"]
 
 _BLANK_LINE = b"\r\n\r\n"
 _DATA = b"data: "
@@ -68,7 +68,7 @@ def read_stream(stamped: Stamped) -> Read:
     chunked = any(
         line.lower().replace(b" ", b"") == b"transfer-encoding:chunked" for line in headers
     )
-    body, places = _unchunked(raw, start) if chunked else (raw[start:], [(0, start)])
+    body, places = unchunked(raw, start) if chunked else (raw[start:], [(0, start)])
     if read.status != 200:
         read.error = body.decode(errors="replace")[:300]
         return read
@@ -105,8 +105,12 @@ def _events(body: bytes, places: list[tuple[int, int]]) -> list[tuple[dict[str, 
     return found
 
 
-def _unchunked(raw: bytes, at: int) -> tuple[bytes, list[tuple[int, int]]]:
+def unchunked(raw: bytes, at: int) -> tuple[bytes, list[tuple[int, int]]]:
     """The body without its chunks' frames, as far as it came.
+
+    Args:
+        raw: What was received.
+        at: Where the body begins in it.
 
     Returns:
         It, and of each chunk where it begins there and in what was received.

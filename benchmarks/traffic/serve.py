@@ -46,7 +46,7 @@ __all__ = ["add_arguments", "run"]
 
 _WITHIN = 0.1
 _LEAST_REQUESTS = 20
-"""In a load of which a share is to say something."""
+"""At least, in the mean, in a load that is to say whether a rate is too high."""
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(ms|s)")
 _AT = {"mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
 _AUTO = "auto"
@@ -194,7 +194,8 @@ class _Bench:
         for number in range(self._args.runs):
             # All of a run's loads are of one seed: whoever answers gets the same.
             for name, rate in pairs if number % 2 == 0 else reversed(pairs):
-                records = self._offer(name, rate, self._args.seed + number, f"run {number + 1}")
+                asks = self._traffic.load(rate, self._args.seed + number)
+                records = self._offer(name, asks, rate, f"run {number + 1}")
                 self._found.setdefault((name, rate), []).append(records)
 
     def loads(self) -> list[dict[str, Any]]:
@@ -254,18 +255,17 @@ class _Bench:
             start = len(traffic.load(None, seed)) / traffic.seconds
 
         def share(rate: float) -> float:
-            records = self._offer(name, rate, seed, "search")
+            seconds = self._args.seconds
+            if traffic.trace is None:
+                seconds = max(seconds, _LEAST_REQUESTS / rate)
+            longer = replace(traffic, seconds=seconds)
+            records = self._offer(name, longer.load(rate, seed), rate, "search")
             return float(account([records], self._wanted)["goodput"]["share"])
 
         rate, probes = highest_rate(share, start, self._args.good, _WITHIN)
         return rate, [{"rate": probe.rate, "share": probe.share} for probe in probes]
 
-    def _offer(self, name: str, rate: float | None, seed: int, what: str) -> list[Record]:
-        traffic = self._traffic
-        if rate is not None and traffic.trace is None:
-            seconds = max(traffic.seconds, _LEAST_REQUESTS / rate)
-            traffic = replace(traffic, seconds=seconds)
-        asks = traffic.load(rate, seed)
+    def _offer(self, name: str, asks: list[Ask], rate: float | None, what: str) -> list[Record]:
         told = "as in the trace" if rate is None else f"{rate:.3g} a second"
         _say(f"{what}: {name}, {len(asks)} requests {told}, {asks[-1].due_s:.0f} s")
         return self.ways[name].offer(asks)

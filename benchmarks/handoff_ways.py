@@ -14,6 +14,7 @@ from typing import Any
 
 from coldframe.benchmarks.harness import cold_start
 from coldframe.benchmarks.pacing import prompt_ids
+from coldframe.benchmarks.peers import lacks_vllm
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.device_choice import CPU
@@ -61,10 +62,8 @@ def left_out(wanted: list[str], args: argparse.Namespace) -> list[dict[str, str]
         why["devices"] = f"it takes two GPUs, and there are {gpus()}"
     elif args.device == CPU:
         why["devices"] = "it takes two GPUs, and --device is cpu"
-    if args.vllm_python is None:
-        why["vllm"] = "no interpreter that has vLLM was given (--vllm-python)"
-    elif not (args.vllm_python.is_file() and os.access(args.vllm_python, os.X_OK)):
-        why["vllm"] = f"{args.vllm_python} is no interpreter"
+    if "vllm" in wanted and (lacks := lacks_vllm(args.vllm_python)) is not None:
+        why["vllm"] = lacks
     if args.pin and cpu_count() < 2:
         why |= dict.fromkeys(wanted, "there is one core, and --pin takes two")
     return [{"what": way, "why": why[way]} for way in wanted if way in why]

@@ -14,12 +14,22 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldframe.benchmarks.http_client import knock
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["VLLM_DTYPES", "Server", "coldframe_server", "plain_server", "vllm_server"]
+__all__ = [
+    "VLLM_DTYPES",
+    "Server",
+    "coldframe_server",
+    "knock_at",
+    "plain_server",
+    "vllm_server",
+]
 
 _END_S = 30.0
+_LOOK_NS = 1_000_000_000
+"""After so long without an answer it is looked whether a server is still there."""
 _CONTEXT = 1024
 VLLM_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 """A checkpoint's dtypes by vLLM's names."""
@@ -58,6 +68,28 @@ class Server:
         templates = _child(gateway, "coldframe.runtime.gateway.template_process")
         pids = {"front": self.pid, "gateway": gateway, "templates": templates}
         return {name: _memory(pid) for name, pid in pids.items()}
+
+
+def knock_at(server: Server, deadline_ns: int) -> socket.socket:
+    """Knocks from the exec on until the server listens; one that has ended is not waited for.
+
+    Args:
+        server: Just started.
+        deadline_ns: When to give up (CLOCK_MONOTONIC).
+
+    Raises:
+        PlatformError: It has ended, or nobody listened in time.
+    """
+    while True:
+        try:
+            return knock(server.port, min(deadline_ns, time.monotonic_ns() + _LOOK_NS))
+        except PlatformError:
+            if time.monotonic_ns() >= deadline_ns:
+                raise
+            # A child that has ended stays until it is waited for.
+            state = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z":
+                raise PlatformError("a server has ended", got="no answer from it") from None
 
 
 @contextmanager

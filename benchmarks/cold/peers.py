@@ -29,8 +29,9 @@ from typing import Any
 import psutil
 
 from coldframe.benchmarks.cold.contender import Asked, Contender, Outcome
-from coldframe.benchmarks.http_client import Answer, Connection, completion, knock
-from coldframe.benchmarks.servers import VLLM_DTYPES, Server, plain_server, vllm_server
+from coldframe.benchmarks.http_client import Answer, Connection, completion
+from coldframe.benchmarks.peers import lacks_vllm
+from coldframe.benchmarks.servers import VLLM_DTYPES, Server, knock_at, plain_server, vllm_server
 from coldframe.benchmarks.traffic.streams import unchunked
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
@@ -39,9 +40,6 @@ from coldframe.runtime.sizing import ModelFacts
 __all__ = ["PEERS", "open_contender"]
 
 _SCRIPT = Path(__file__).with_name("plain_script.py")
-_KNOCKS_S = 1.0
-"""After so long without an answer it is looked whether the server is still there."""
-_LOOK_S = 60.0
 
 
 def open_contender(name: str, asked: Asked) -> Contender:
@@ -79,7 +77,7 @@ class _Served:
         body["return_token_ids"] = True  # vLLM's word; the app sends them in any case
         with self._serving() as server:
             deadline_ns = server.started_ns + int(asked.limit_s * 1e9)
-            with Connection(_knock(server, deadline_ns), asked.limit_s) as connection:
+            with Connection(knock_at(server, deadline_ns), asked.limit_s) as connection:
                 answer = connection.post("/v1/completions", json.dumps(body).encode())
             return Outcome(
                 server.since_exec(answer.first_ns),
@@ -227,46 +225,17 @@ def _vllm_python(asked: Asked) -> Path:
     Raises:
         PlatformError: None is named, or that one has none.
     """
-    if asked.vllm_python is None:
-        raise PlatformError("no interpreter that has vLLM was given", where="--vllm-python")
-    # Found, not imported: that takes seconds, and is what is measured.
-    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
-    try:
-        done = subprocess.run(
-            [asked.vllm_python, "-c", code], capture_output=True, timeout=_LOOK_S, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise PlatformError(
-            "this is no interpreter", where="--vllm-python", got=asked.vllm_python
-        ) from error
-    if done.returncode:
-        raise PlatformError(
-            "this interpreter has no vLLM", where="--vllm-python", got=asked.vllm_python
-        )
-    return Path(asked.vllm_python)
+    python = None if asked.vllm_python is None else Path(asked.vllm_python)
+    why = lacks_vllm(python)
+    if python is None or why is not None:
+        raise PlatformError("vLLM cannot be started here", got=why)
+    return python
 
 
 def _installed(name: str, *packages: str) -> None:
     missing = [package for package in packages if find_spec(package) is None]
     if missing:
         raise PlatformError("it is not installed here", where=name, got=f"no {', '.join(missing)}")
-
-
-def _knock(server: Server, deadline_ns: int) -> Any:
-    """Knocks until somebody listens, or the server has ended.
-
-    Raises:
-        PlatformError: It has, or the time is up.
-    """
-    while True:
-        patience_ns = min(deadline_ns, time.monotonic_ns() + int(_KNOCKS_S * 1e9))
-        try:
-            return knock(server.port, patience_ns)
-        except PlatformError:
-            if time.monotonic_ns() >= deadline_ns:
-                raise
-            if psutil.Process(server.pid).status() == psutil.STATUS_ZOMBIE:
-                raise PlatformError("a server has ended", got="no answer from it") from None
 
 
 def _token_ids(answer: Answer) -> tuple[int, ...]:

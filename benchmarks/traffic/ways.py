@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Protocol
 
 from coldframe.benchmarks.http_client import Connection, completion, knock
-from coldframe.benchmarks.servers import VLLM_DTYPES, Server, coldframe_server, vllm_server
+from coldframe.benchmarks.peers import lacks_vllm
+from coldframe.benchmarks.servers import (
+    VLLM_DTYPES,
+    Server,
+    coldframe_server,
+    knock_at,
+    vllm_server,
+)
 from coldframe.benchmarks.traffic.arrivals import Ask
 from coldframe.benchmarks.traffic.one_process import OneProcess
 from coldframe.benchmarks.traffic.open_loop import Record, offer
@@ -49,7 +54,7 @@ class _Served:
     def __init__(self, server: Server, limit_s: float) -> None:
         self._port = server.port
         self._limit_s = limit_s
-        sock = knock(server.port, server.started_ns + int(_START_S * 1e9))
+        sock = knock_at(server, server.started_ns + int(_START_S * 1e9))
         with Connection(sock, _START_S) as connection:
             connection.post("/v1/completions", completion("m", _PROMPT, 2, stream=True))
 
@@ -80,10 +85,8 @@ def left_out(wanted: Sequence[str], args: argparse.Namespace) -> list[dict[str, 
             why = "there is one core"
         elif name == "together" and args.device != CPU:
             why = "the engine in one process is one for the CPU"
-        elif name.startswith("vllm") and args.vllm_python is None:
-            why = "no interpreter that has vLLM was given (--vllm-python)"
-        elif name.startswith("vllm") and not _executable(args.vllm_python):
-            why = f"{args.vllm_python} is no interpreter"
+        elif name.startswith("vllm"):
+            why = lacks_vllm(args.vllm_python)
         if why is not None:
             found.append({"what": name, "why": why})
     return found
@@ -120,7 +123,3 @@ def start_way(
     served = _Served(stack.enter_context(replica), args.limit)
     served.settle()
     return served
-
-
-def _executable(path: Path) -> bool:
-    return path.is_file() and os.access(path, os.X_OK)

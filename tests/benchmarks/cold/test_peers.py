@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coldframe.benchmarks.cold.contender import Asked
+from coldframe.benchmarks.cold.contender import CONTENDERS, Asked
 from coldframe.benchmarks.cold.peers import PEERS, open_contender
 from coldframe.benchmarks.servers import knock_at, plain_server
 from coldframe.loader.errors import PlatformError
@@ -58,6 +58,10 @@ def test_a_peer_that_fails_says_why(demo_model: Make, tmp_path: Path) -> None:
     with pytest.raises(PlatformError, match="it said: ") as app:
         open_contender("fastapi", asked).start()
     assert "plain_app:app" in str(app.value)
+
+
+def test_there_is_one_for_each_name() -> None:
+    assert set(PEERS) == set(CONTENDERS)
 
 
 def test_vllm_is_left_out_where_there_is_none(demo_model: Make, tmp_path: Path) -> None:

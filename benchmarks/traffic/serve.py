@@ -16,13 +16,12 @@ from __future__ import annotations
 
 import argparse
 import re
-import sys
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import document, figure
+from coldframe.benchmarks.document import document
 from coldframe.benchmarks.harness import chosen, warm_page_cache
 from coldframe.benchmarks.output import (
     add_output_arguments,
@@ -32,25 +31,19 @@ from coldframe.benchmarks.output import (
     described,
 )
 from coldframe.benchmarks.traffic.arrivals import Ask, Lengths, Traffic
-from coldframe.benchmarks.traffic.goodput import Objectives, account
-from coldframe.benchmarks.traffic.highest import highest_rate
-from coldframe.benchmarks.traffic.open_loop import Record
+from coldframe.benchmarks.traffic.goodput import Objectives
+from coldframe.benchmarks.traffic.offered import AUTO, Offered, say
 from coldframe.benchmarks.traffic.traces import read_trace
-from coldframe.benchmarks.traffic.ways import WAYS, Way, left_out, start_way
-from coldframe.loader.errors import PlatformError, RequestError
+from coldframe.benchmarks.traffic.ways import WAYS, left_out, start_way
+from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.units import human_seconds
 
 __all__ = ["add_arguments", "run"]
 
-_WITHIN = 0.1
-_LEAST_REQUESTS = 20
-"""At least, in the mean, in a load that is to say whether a rate is too high."""
 _DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(ms|s)")
 _AT = {"mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
-_AUTO = "auto"
-_AS_IT_IS: tuple[None] = (None,)
 
 
 def add_arguments(parser: Parser) -> None:
@@ -106,11 +99,11 @@ def run(args: argparse.Namespace) -> int:
         PlatformError: Somebody who is to answer does not start, or ends.
     """
     ways, missing, facts, traffic = _prepare(args)
-    bench = _Bench(args, traffic)
+    bench = Offered(args, traffic, Objectives(args.slo_ttft, args.slo_itl, _AT[args.slo_itl_at]))
     warm_page_cache(args.model)
     with ExitStack() as stack:
         for name in ways:
-            _say(f"starting {name}")
+            say(f"starting {name}")
             way = start_way(stack, name, args, facts, traffic.longest)
             way.offer(_warm_up(traffic))
             bench.ways[name] = way
@@ -154,7 +147,7 @@ def _prepare(
         )
     trace = None if args.trace is None else read_trace(args.trace)
     if args.rate is None and trace is None:
-        args.rate = _AUTO
+        args.rate = AUTO
     facts = ModelFacts(str(args.model))
     traffic = Traffic(
         args.seconds,
@@ -168,119 +161,10 @@ def _prepare(
     return ways, missing, facts, traffic
 
 
-class _Bench:
-    """The loads so far.
-
-    Args:
-        args: The command line.
-        traffic: What they are made of.
-    """
-
-    def __init__(self, args: argparse.Namespace, traffic: Traffic) -> None:
-        self.ways: dict[str, Way] = {}
-        self.highest: list[dict[str, Any]] = []
-        self._args = args
-        self._traffic = traffic
-        self._wanted = Objectives(args.slo_ttft, args.slo_itl, _AT[args.slo_itl_at])
-        self._found: dict[tuple[str, float | None], list[list[Record]]] = {}
-
-    def run(self, rates: list[float] | str | None) -> None:
-        """Offers each way what it is to have, run by run in turn."""
-        if rates == _AUTO:
-            pairs = self._search_all()
-        else:
-            assert not isinstance(rates, str)
-            pairs = [(name, rate) for rate in rates or _AS_IT_IS for name in self.ways]
-        for number in range(self._args.runs):
-            # All of a run's loads are of one seed: whoever answers gets the same.
-            for name, rate in pairs if number % 2 == 0 else reversed(pairs):
-                asks = self._traffic.load(rate, self._args.seed + number)
-                records = self._offer(name, asks, rate, f"run {number + 1}")
-                self._found.setdefault((name, rate), []).append(records)
-
-    def loads(self) -> list[dict[str, Any]]:
-        """What they came to, by way and rate."""
-        found = []
-        for (name, rate), loads in self._found.items():
-            runs = [account([load], self._wanted) for load in loads]
-            figures = {
-                "tokens_rate": figure([one["tokens_rate"] for one in runs], "tok/s"),
-                "goodput_share": figure([one["goodput"]["share"] for one in runs], "1"),
-                "goodput_rate": figure([one["goodput"]["rate"] for one in runs], "req/s"),
-            }
-            together = account(loads, self._wanted)
-            found.append(
-                {"way": name, "rate": rate, "all": together, "runs": runs, "figures": figures}
-            )
-        return found
-
-    def compared(self) -> list[dict[str, Any]]:
-        """Prefill and decode apart, against each way in which they are together, rate by rate."""
-        loads = {(load["way"], load["rate"]): load["all"] for load in self.loads()}
-        found = []
-        for (name, rate), ours in loads.items():
-            for beside in ("together", "vllm", "vllm-compiled"):
-                theirs = loads.get((beside, rate))
-                if name in ("apart", "pinned") and theirs is not None:
-                    ratios = {
-                        f"{what}_{at}": _ratio(ours[what], theirs[what], at)
-                        for what, at in (("ttft", "p50"), ("ttft", "p99"), ("itl", "p99"))
-                    }
-                    shares = [one["goodput"]["share"] for one in (ours, theirs)]
-                    ratios["goodput"] = shares[0] / shares[1] if shares[1] else None
-                    found.append({"way": name, "beside": beside, "rate": rate, **ratios})
-        return found
-
-    def _search_all(self) -> list[tuple[str, float | None]]:
-        """Each way's highest rate, and the lowest of those for all."""
-        pairs: list[tuple[str, float | None]] = []
-        for name in self.ways:
-            rate, probes = self._search(name)
-            self.highest.append({"way": name, "rate": rate, "probes": probes})
-            if rate is not None:
-                pairs.append((name, rate))
-        if pairs:
-            common = min(rate for _, rate in pairs if rate is not None)
-            pairs += [(name, common) for name in self.ways if (name, common) not in pairs]
-        return pairs
-
-    def _search(self, name: str) -> tuple[float | None, list[dict[str, float]]]:
-        traffic, seed = self._traffic, self._args.seed
-        if traffic.trace is None:
-            (alone,) = self.ways[name].offer([traffic.load(1.0, seed)[0]])
-            if not alone.answered or alone.end_s is None:
-                raise PlatformError("a request was not answered", where=name, got=alone.error)
-            start = 1 / (alone.end_s - alone.sent_s)
-        else:
-            start = len(traffic.load(None, seed)) / traffic.seconds
-
-        def share(rate: float) -> float:
-            seconds = self._args.seconds
-            if traffic.trace is None:
-                seconds = max(seconds, _LEAST_REQUESTS / rate)
-            longer = replace(traffic, seconds=seconds)
-            records = self._offer(name, longer.load(rate, seed), rate, "search")
-            return float(account([records], self._wanted)["goodput"]["share"])
-
-        rate, probes = highest_rate(share, start, self._args.good, _WITHIN)
-        return rate, [{"rate": probe.rate, "share": probe.share} for probe in probes]
-
-    def _offer(self, name: str, asks: list[Ask], rate: float | None, what: str) -> list[Record]:
-        told = "as in the trace" if rate is None else f"{rate:.3g} a second"
-        _say(f"{what}: {name}, {len(asks)} requests {told}, {asks[-1].due_s:.0f} s")
-        return self.ways[name].offer(asks)
-
-
 def _warm_up(traffic: Traffic) -> list[Ask]:
     """Some requests, one after the other and two together: kernels are made when first used."""
     longest = traffic.load(1.0, -1)[:3]
     return [replace(ask, due_s=0.5 * (number // 2)) for number, ask in enumerate(longest)]
-
-
-def _ratio(ours: dict[str, Any] | None, theirs: dict[str, Any] | None, at: str) -> float | None:
-    if ours is None or theirs is None or not theirs[at]:
-        return None
-    return float(ours[at] / theirs[at])
 
 
 def _arrivals(args: argparse.Namespace, traffic: Traffic) -> dict[str, Any]:
@@ -330,12 +214,8 @@ def _ms(seconds: float) -> str:
     return f"{1e3 * seconds:.1f} ms" if seconds < 0.1 else human_seconds(seconds)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
 def _rates(text: str) -> list[float] | str:
-    if text == _AUTO:
+    if text == AUTO:
         return text
     try:
         rates = [float(word) for word in text.split(",")]

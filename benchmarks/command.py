@@ -23,6 +23,14 @@ BENCHMARKS = {
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
     "kills": ("coldframe.benchmarks.kills", "an hour of arrivals, while processes are killed"),
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
+    "serve": (
+        "coldframe.benchmarks.traffic.serve",
+        "a warm server under load: TTFT, ITL, goodput; prefill and decode apart and together",
+    ),
+    "handoff": (
+        "coldframe.benchmarks.handoff",
+        "from the first token to the second: KV handed over, to whom, or computed again",
+    ),
     "endpoint": ("coldframe.benchmarks.endpoint", "over HTTP: cold, warm, crowded, beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
@@ -34,7 +42,7 @@ BENCHMARKS = {
     "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
-_ON_DEVICE = {"endpoint", "kills", "prefix", "rest", "swap", "turns"}
+_ON_DEVICE = {"endpoint", "handoff", "kills", "prefix", "rest", "serve", "swap", "turns"}
 """Those that start replicas wherever they are asked to; the others are about the CPU, or none."""
 
 

@@ -9,7 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["transformers_decode_rates"]
+__all__ = ["lacks_vllm", "transformers_decode_rates"]
+
+_LOOK_S = 60.0
 
 _TRANSFORMERS = """
 import json, sys, time
@@ -34,6 +36,26 @@ for _ in range(runs):
     rates.append((tokens - 1) / (seconds(tokens) - first))
 print(json.dumps(rates))
 """
+
+
+def lacks_vllm(python: Path | None) -> str | None:
+    """Why vLLM cannot be started by an interpreter; None where it can be, as far as is seen.
+
+    It is found there, not imported: that takes seconds, and is what is measured.
+
+    Args:
+        python: The interpreter, or None where none was given.
+    """
+    if python is None:
+        return "no interpreter that has vLLM was given (--vllm-python)"
+    code = "import importlib.util, sys; sys.exit(importlib.util.find_spec('vllm') is None)"
+    try:
+        done = subprocess.run(
+            [str(python), "-c", code], capture_output=True, timeout=_LOOK_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return f"{python} is no interpreter (--vllm-python)"
+    return f"{python} has no vLLM (--vllm-python)" if done.returncode else None
 
 
 def transformers_decode_rates(

@@ -1,4 +1,4 @@
-"""Servers as processes of their own: coldframe's endpoint, and vLLM's beside it."""
+"""Servers as processes of their own: coldframe's endpoint, and others' beside it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,27 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldframe.benchmarks.http_client import knock
+from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["Server", "coldframe_server", "vllm_server"]
+__all__ = [
+    "VLLM_DTYPES",
+    "Server",
+    "coldframe_server",
+    "knock_at",
+    "plain_server",
+    "vllm_server",
+]
 
 _END_S = 30.0
+_LOOK_NS = 1_000_000_000
+"""After so long without an answer it is looked whether a server is still there."""
 _CONTEXT = 1024
+VLLM_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+"""A checkpoint's dtypes by vLLM's names."""
+_PLAIN_APP = Path(__file__).parent / "cold"
+_COMPILED = ("VLLM_CACHE_ROOT", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +70,28 @@ class Server:
         return {name: _memory(pid) for name, pid in pids.items()}
 
 
+def knock_at(server: Server, deadline_ns: int) -> socket.socket:
+    """Knocks from the exec on until the server listens; one that has ended is not waited for.
+
+    Args:
+        server: Just started.
+        deadline_ns: When to give up (CLOCK_MONOTONIC).
+
+    Raises:
+        PlatformError: It has ended, or nobody listened in time.
+    """
+    while True:
+        try:
+            return knock(server.port, min(deadline_ns, time.monotonic_ns() + _LOOK_NS))
+        except PlatformError:
+            if time.monotonic_ns() >= deadline_ns:
+                raise
+            # A child that has ended stays until it is waited for.
+            state = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            if state == "Z":
+                raise PlatformError("a server has ended", got="no answer from it") from None
+
+
 @contextmanager
 def coldframe_server(
     model: Path, *arguments: str, environment: Mapping[str, str] | None = None
@@ -80,14 +117,28 @@ def coldframe_server(
 
 
 @contextmanager
-def vllm_server(python: Path, model: Path) -> Iterator[Server]:
-    """vLLM's own server in eager mode while the context lasts.
+def vllm_server(
+    python: Path,
+    model: Path,
+    *,
+    compiled: bool = False,
+    dtype: str = "bfloat16",
+    context: int = _CONTEXT,
+    device: str = "cpu",
+    cache: Path | None = None,
+) -> Iterator[Server]:
+    """vLLM's own server while the context lasts.
 
     Its `vllm` command is not in its build for the CPU; the module is what that calls.
 
     Args:
         python: An interpreter that has vLLM.
         model: A checkpoint's directory.
+        compiled: Whether it compiles the model; else it is in eager mode.
+        dtype: What it computes in, by its own name.
+        context: Tokens of the longest sequence that it takes.
+        device: `cpu` or `cuda:N`.
+        cache: Where it keeps what it has compiled and found out; None for its own places.
 
     Raises:
         PlatformError: It failed.
@@ -96,14 +147,44 @@ def vllm_server(python: Path, model: Path) -> Iterator[Server]:
     command = [
         *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)),
-        *("--dtype", "bfloat16", "--max-model-len", str(_CONTEXT), "--enforce-eager"),
+        *("--dtype", dtype, "--max-model-len", str(context)),
+        *(() if compiled else ("--enforce-eager",)),
     ]
     changed = {
         **os.environ,
+        **_visible(device),
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+        **({} if cache is None else {name: str(cache) for name in _COMPILED}),
+    }
+    with _process(command, port, changed) as server:
+        yield server
+
+
+@contextmanager
+def plain_server(model: Path, device: str = "cpu") -> Iterator[Server]:
+    """A plain FastAPI app around Transformers (`cold/plain_app.py`) while the context lasts.
+
+    Args:
+        model: A checkpoint's directory.
+        device: `cpu` or `cuda:N`.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    port = _free_port()
+    command = [
+        *(sys.executable, "-m", "uvicorn", "--app-dir", str(_PLAIN_APP), "plain_app:app"),
+        *("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"),
+    ]
+    changed = {
+        **os.environ,
+        "MODEL_DIR": str(model),
+        "DEVICE": device,
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": str(cpu_count()),  # torch does not look at the cgroup's quota
     }
     with _process(command, port, changed) as server:
         yield server
@@ -151,6 +232,12 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+
+
+def _visible(device: str) -> dict[str, str]:
+    """The variable by which a program that takes the first GPU takes this one."""
+    kind, _, number = device.partition(":")
+    return {"CUDA_VISIBLE_DEVICES": number or "0"} if kind == "cuda" else {}
 
 
 def _free_port() -> int:

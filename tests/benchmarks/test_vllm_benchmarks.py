@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 
+from coldframe.benchmarks.cold.contender import Asked
+from coldframe.benchmarks.cold.peers import open_contender
 from tests.support import without_settings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
@@ -153,3 +155,45 @@ def test_a_bridge(demo_model: Make, no_leaks: Path) -> None:
     # No engine decodes with more processors than there are.
     used = found["replica's engine: processor time a token"] * speed
     assert used < 4 * found.whole["threads"]
+
+
+def test_a_cold_start_of_its_own_server(demo_model: Make) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model, prompt = demo_model(), [5 + (7 * i) % 400 for i in range(24)]
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(6):
+            ids.append(int(reference(torch.tensor([ids])).logits[0, -1].argmax()))
+    asked = Asked(model, prompt, 6, vllm_python=sys.executable)
+    outcome = open_contender("vllm", asked).start()
+    assert outcome.tokens == tuple(ids[len(prompt) :])
+    assert 1 < outcome.ttft_s < outcome.last_token_s
+    assert outcome.memory is not None
+    assert outcome.memory > 500 << 20
+
+
+def test_a_handoff_from_token_to_token(demo_model: Make, no_leaks: Path) -> None:
+    command = [Path(sys.executable).parent / "coldframe", "bench", "handoff", demo_model()]
+    arguments = ["--ways", "shared,vllm", "--runs", "1", "--answer-tokens", "6"]
+    lengths = ["--prompt-tokens", "40,300", "--busy", "0,2", "--vllm-python", sys.executable]
+    done = subprocess.run(
+        [*command, *arguments, *lengths],
+        capture_output=True,
+        text=True,
+        env={**without_settings(), "COLDFRAME_RUN_DIR": str(no_leaks)},
+        check=False,
+    )
+    assert done.stdout, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["left_out"] == []
+    cells = {cell["id"]: cell for cell in found["cells"]}
+    assert len(cells) == 8
+    for length in (40, 300):
+        for busy in (0, 2):
+            cell = cells[f"vllm/{length}/{busy}"]
+            assert cell["tokens_equal"] is True  # float32: both engines draw the same
+            assert cell["bytes"] == cells[f"shared/{length}/{busy}"]["bytes"]
+            assert min(cell["second"]["median"], cell["step"]["median"]) > 0

@@ -1,0 +1,127 @@
+"""How long the stages of a model's life take here: measured on a live server, before any replay.
+
+In each cycle the model is sent to zero, asked, asked again while it is warm, with a short prompt,
+with a long one and several at once, parked, and asked. What a start takes is what its first token
+took longer than that of a warm model with a prompt as long.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+from coldframe.benchmarks.servers import Server
+from coldframe.benchmarks.traffic.client import ask, prompt_of
+from coldframe.benchmarks.traffic.live import Fleet, get, post, settled
+from coldframe.benchmarks.traffic.stages import Line, Times
+from coldframe.loader.errors import RequestError
+
+__all__ = ["measure"]
+
+_SHORT = 16
+_TOKENS = 24
+_BATCH = 4
+_QUIET_S = 1.0
+"""What a start still does behind its first token is none of the next cycle's."""
+_FIRST_NUMBER = 1 << 20
+"""Prompts are no replay's."""
+
+
+def measure(fleet: Fleet, context: int, cycles: int) -> Times:
+    """The stages of a fleet's first model, which is to be as all others are.
+
+    Args:
+        fleet: The models; of the server the first alone is asked.
+        context: The longest prompt that is asked with, in tokens.
+        cycles: How often each stage is measured.
+
+    Raises:
+        RequestError: There are no cycles.
+        PlatformError: The server failed.
+    """
+    if cycles < 1:
+        raise RequestError("there must be one", where="--cycles", got=cycles)
+    with fleet.serve() as server:
+        return _Cycles(server, fleet.names[0], fleet.vocabulary, context).run(cycles)
+
+
+class _Cycles:
+    def __init__(self, server: Server, name: str, vocabulary: int, context: int) -> None:
+        self._server = server
+        self._name = name
+        self._vocabulary = vocabulary
+        self._long = max(_SHORT + 1, context - _TOKENS)
+        self._number = _FIRST_NUMBER
+        self._starts: list[tuple[str | None, float]] = []
+        self._parked: list[float] = []
+        self._ends: list[float] = []
+        self._short: list[float] = []
+        self._longer: list[float] = []
+        self._alone: list[float] = []
+        self._together: list[float] = []
+
+    def run(self, cycles: int) -> Times:
+        settled(self._server, {"ready", "zero"})
+        self._first_token_s(_SHORT)  # also of a server that is new
+        for number in range(cycles):
+            print(f"stages: cycle {number + 1} of {cycles}", file=sys.stderr)
+            self._cycle()
+        warm_s = statistics.median(self._short)
+        each_s = max(0.0, statistics.median(self._longer) - warm_s) / (self._long - _SHORT)
+        step_s = statistics.median(self._alone)
+        more_s = max(0.0, statistics.median(self._together) - step_s) / (_BATCH - 1)
+
+        def beyond(runs: list[float]) -> list[float]:
+            return [max(0.0, run - warm_s) for run in runs]
+
+        restored = [run for tier, run in self._starts if tier == "image"]
+        fresh = [run for tier, run in self._starts if tier != "image"]
+        return Times(
+            fresh=beyond(fresh),
+            restored=beyond(restored),
+            parked=beyond(self._parked),
+            end=self._ends,
+            prefill=Line(max(0.0, warm_s - each_s * _SHORT), each_s),
+            decode=Line(max(0.0, step_s - more_s), more_s),
+            how=f"measured here in {cycles} cycles",
+        )
+
+    def _cycle(self) -> None:
+        place = f"model={self._name}"
+        self._ends.append(post(self._server, f"/sleep?level=2&{place}"))
+        self._settle("zero")
+        start_s = self._first_token_s(_SHORT)
+        tier = json.loads(get(self._server, f"/startup?{place}"))["tier"]
+        self._starts.append((tier, start_s))
+        time.sleep(_QUIET_S)
+        self._short.append(self._first_token_s(_SHORT))
+        self._longer.append(self._first_token_s(self._long))
+        self._alone.append(self._step_s())
+        with ThreadPoolExecutor(_BATCH) as clients:
+            steps = [clients.submit(self._step_s) for _ in range(_BATCH)]
+            self._together.append(statistics.median(step.result() for step in steps))
+        time.sleep(_QUIET_S)
+        post(self._server, f"/sleep?level=1&{place}")
+        self._settle("parked")
+        self._parked.append(self._first_token_s(_SHORT))
+        time.sleep(_QUIET_S)
+
+    def _settle(self, state: str) -> None:
+        settled(self._server, {state, "zero"})
+
+    def _prompt(self, tokens: int) -> list[int]:
+        self._number += 1
+        return prompt_of(self._number, tokens, self._vocabulary)
+
+    def _first_token_s(self, tokens: int) -> float:
+        return ask(self._server.port, self._name, self._prompt(tokens), 2).ttft_s
+
+    def _step_s(self) -> float:
+        sent = ask(self._server.port, self._name, self._prompt(_SHORT), _TOKENS)
+        return (sent.last_ns - sent.first_ns) / 1e9 / (_TOKENS - 1)
+
+

@@ -1,4 +1,4 @@
-"""A trace against a real server that scales to zero: what became of it, by its log and its client."""
+"""A trace against a real server: what became of it, by the server's log and the client's clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LOOK_S = 0.05
 _BEFORE_S = 1.0
 _LOG_S = 0.5
 """How late the log may be at most."""
-_METRIC = re.compile(r'coldframe_(\w+)_total\{([^}]*)\} (\S+)')
+_METRIC = re.compile(r"coldframe_(\w+)_total\{([^}]*)\} (\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,11 @@ class Replayed:
 
 
 def replay(
-    fleet: Fleet, flags: Sequence[str], arrivals: Sequence[Arrival], asks: Sequence[int], tail_s: float
+    fleet: Fleet,
+    flags: Sequence[str],
+    arrivals: Sequence[Arrival],
+    asks: Sequence[int],
+    tail_s: float,
 ) -> Replayed:
     """Sends a trace to a server of its own, all of whose models are at zero when it begins.
 
@@ -99,8 +103,7 @@ def replay(
         settled(server, {"zero"})
         before = _counted(server)
         origin_ns = time.monotonic_ns() + int(_BEFORE_S * 1e9)
-        # Of the wall clock, which the log is in.
-        origin_s = time.time() + (origin_ns - time.monotonic_ns()) / 1e9
+        wall_s = time.time() - time.monotonic()
 
         def progress(count: int) -> None:
             if sys.stderr.isatty() or count in (1, len(arrivals)) or count % 100 == 0:
@@ -118,13 +121,13 @@ def replay(
     said = says_all(words)
     states: dict[str, list[Stay]] = {}
     for name in fleet.names:
-        own = [change for change in changes(words, fleet.names) if change.model == name]
+        own = [change for change in changes(words, fleet.names, wall_s) if change.model == name]
         moments = [
             (one.sent_ns - origin_ns) / 1e9
             for one, asked in zip(sent, names, strict=True)
             if asked == name and not said
         ]
-        states[name] = stays(own, sorted(moments), origin_s, seconds)
+        states[name] = stays(own, sorted(moments), origin_ns / 1e9, seconds)
     asked = []
     for one, name in zip(sent, names, strict=True):
         at_s = (one.sent_ns - origin_ns) / 1e9

@@ -11,13 +11,13 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from coldframe.benchmarks.servers import Server
 from coldframe.benchmarks.traffic.client import ask, prompt_of
 from coldframe.benchmarks.traffic.live import Fleet, get, post, settled
 from coldframe.benchmarks.traffic.stages import Line, Times
+from coldframe.benchmarks.traffic.statelog import changes
 from coldframe.loader.errors import RequestError
 
 __all__ = ["measure"]
@@ -92,8 +92,7 @@ class _Cycles:
 
     def _cycle(self) -> None:
         place = f"model={self._name}"
-        self._ends.append(post(self._server, f"/sleep?level=2&{place}"))
-        self._settle("zero")
+        self._ends.append(self._end_s(f"/sleep?level=2&{place}"))
         start_s = self._first_token_s(_SHORT)
         tier = json.loads(get(self._server, f"/startup?{place}"))["tier"]
         self._starts.append((tier, start_s))
@@ -110,6 +109,15 @@ class _Cycles:
         self._parked.append(self._first_token_s(_SHORT))
         time.sleep(_QUIET_S)
 
+    def _end_s(self, order: str) -> float:
+        """Ends the replica: how long that takes by the log; the order is answered before."""
+        ordered_s, wall_s = time.monotonic(), time.time() - time.monotonic()
+        post(self._server, order)
+        self._settle("zero")
+        told = changes(self._server.words(), [self._name], wall_s)
+        own = [c.at_s for c in told if c.model == self._name and c.state == "zero"]
+        return max(0.0, own[-1] - ordered_s)
+
     def _settle(self, state: str) -> None:
         settled(self._server, {state, "zero"})
 
@@ -123,5 +131,3 @@ class _Cycles:
     def _step_s(self) -> float:
         sent = ask(self._server.port, self._name, self._prompt(_SHORT), _TOKENS)
         return (sent.last_ns - sent.first_ns) / 1e9 / (_TOKENS - 1)
-
-

@@ -40,7 +40,7 @@ class Chosen:
 
 
 def policy(text: str) -> Chosen:
-    """The policy that a text names: `fixed:IDLE[,PARK]`, seconds or `never`, and what else there is.
+    """The policy that a text names: `fixed:IDLE[,PARK]` (seconds or `never`) or another one.
 
     Raises:
         RequestError: There is none of that name, or not with such parameters.

@@ -13,7 +13,6 @@ answers take as long as they take.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import tempfile
 from contextlib import ExitStack
@@ -29,7 +28,7 @@ from coldframe.benchmarks.traffic.measure import measure
 from coldframe.benchmarks.traffic.played import Played, Prices
 from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never
 from coldframe.benchmarks.traffic.sharing import sharing
-from coldframe.benchmarks.traffic.simulate import Setup, Sharing, simulate
+from coldframe.benchmarks.traffic.simulate import LOOK_S, Setup, simulate
 from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.times import read_times
 from coldframe.benchmarks.traffic.traces import (
@@ -79,7 +78,9 @@ def add_arguments(parser: Parser) -> None:
         "--times", metavar="FILE", type=Path, help="a document with stages, not to be measured"
     )
     parser.flag("--cycles", type=int, default=5, help="how often each stage is measured (5)")
-    parser.flag("--tail", metavar="SECONDS", type=float, help="behind the last arrival (--idle + 3)")
+    parser.flag(
+        "--tail", metavar="SECONDS", type=float, help="behind the last arrival (--idle + 3)"
+    )
     parser.flag("--simulate-only", action="store_true", help="no server: simulate, with --times")
     parser.flag("--price", type=float, help="of a device, for an hour")
     parser.flag("--parked-price", type=float, help="of a parked model (a twentieth of --price)")
@@ -178,7 +179,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.simulate_only and args.times is None:
         raise RequestError(
-            "without a server nothing can be measured", where="--simulate-only", hint="Give --times."
+            "without a server nothing can be measured",
+            where="--simulate-only",
+            hint="Give --times.",
         )
     if args.pool < 0:
         raise RequestError("there cannot be fewer than none", where="--pool", got=args.pool)
@@ -287,6 +290,8 @@ def _simulated(
     moments = [asked.at_s for asked in found.played.asked]
     order = sorted(range(len(moments)), key=moments.__getitem__)
     sent = [replace(arrivals[n], at_s=max(0.0, moments[n])) for n in order]
+    # A front that says when a state changes also wakes for that.
+    setup = replace(setup, look_s=0.0 if found.says_all else LOOK_S)
     return simulate(sent, [asks[n] for n in order], setup, found.played.seconds)
 
 

@@ -1,4 +1,4 @@
-"""What models take of a device that they share, by their checkpoints: as the endpoint reckons it."""
+"""What models take of a device that they share, reckoned as an endpoint does."""
 
 from __future__ import annotations
 

@@ -30,8 +30,8 @@ from coldframe.runtime.scaling import PolicyFactory
 __all__ = ["LOOK_S", "Setup", "Sharing", "simulate"]
 
 LOOK_S = 1.0
-"""How often the front looks after a replica where nothing happens (`Replica.step`), in seconds:
-so late may it be noticed that one is to rest."""
+"""How often a front looks after a replica where nothing happens (`Replica.step`), in seconds: where
+it does not wake for that, it notices as late that one is to rest."""
 _STARTING_LOOK_S = 0.1
 """The same while some model starts (`Endpoint.serve`)."""
 
@@ -65,7 +65,8 @@ class Setup:
         pool: So many are kept parked (`serve --pool`).
         running: Requests that a model's workers get at once (`serve --max-running`).
         sharing: The device, where it does not hold them all.
-        look_s: See `LOOK_S`; 0 for a front that notices everything at once.
+        look_s: How late the front may notice that a model is to rest: see `LOOK_S`; by default it
+            notices that at once.
         seed: Of the order in which measured runs are drawn.
     """
 
@@ -77,7 +78,7 @@ class Setup:
     pool: int = 0
     running: int = 32
     sharing: Sharing | None = None
-    look_s: float = LOOK_S
+    look_s: float = 0.0
     seed: int = 0
 
 
@@ -120,6 +121,7 @@ class _Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
         self._overdue: list[SimulatedModel] = []
+        self._later: list[SimulatedModel] = []
         self._asleep = False
         """Whether the front has not noticed what just happened."""
         self._models = [
@@ -189,7 +191,8 @@ class _Simulation:
             self._asleep = False
             return
         overdue, self._overdue = self._overdue, []
-        for model in overdue:
+        later, self._later = self._later, []
+        for model in [*overdue, *later]:
             model.look()
         if self.room is not None:
             self._share(self.room)
@@ -203,11 +206,18 @@ class _Simulation:
             self._asleep = True
             self.at(self.now + late_s, lambda: None)  # or whatever happens before
 
+    def rises_later(self, model: SimulatedModel) -> None:
+        self._later.append(model)
+
+    @property
+    def starts_one(self) -> bool:
+        return any(model.state == "starting" for model in self._models)
+
     def _late_s(self) -> float:
         """How long until the front looks, where nothing happens."""
         look_s = self._setup.look_s
         busy = any(not model.idle and not model.waiting for model in self._models)
-        starting = any(model.state == "starting" for model in self._models)
+        starting = self.starts_one
         if look_s == 0 or (busy and not starting):
             return 0.0  # each token is a reason to look
         began = [model.began_s for model in self._models if model.state != "zero"] or [0.0]
@@ -234,7 +244,7 @@ class _Simulation:
     def _keep_pool(self) -> None:
         """Has as many models parked as there are to be: see `Fleet`."""
         models = self._models
-        if any(model.state == "starting" for model in models):
+        if self.starts_one:
             return
         parked = sorted((m for m in models if m.state == "parked"), key=lambda m: m.used_at)
         for model in parked[: max(0, len(parked) - self._setup.pool)]:

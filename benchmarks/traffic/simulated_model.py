@@ -42,8 +42,17 @@ class World(Clock, Protocol):
 
     room: Room | None
 
+    @property
+    def starts_one(self) -> bool:
+        """Whether a model is on its way."""
+        ...
+
     def overdue(self, model: SimulatedModel) -> None:
         """A model is to rest, or to be there, and the front is to notice it."""
+        ...
+
+    def rises_later(self, model: SimulatedModel) -> None:
+        """A model is to be there and cannot yet: it looks again when something has happened."""
         ...
 
 
@@ -96,6 +105,8 @@ class SimulatedModel:
         """Whether workers are there that take requests."""
         self._rest: Literal["parked", "zero"] | None = None
         self._gives_way = False
+        self._foregone = False
+        """Whether it had to go, and is not to come back until somebody asks."""
         self._ending = False
         self._used_s = 0.0
         self._roused_s = 0.0
@@ -116,7 +127,7 @@ class SimulatedModel:
         self._policy.arrived(self._world.now)
         ask = Ask(number, arrival, self._met)
         self._service.add(ask)
-        self.ordered = False
+        self.ordered = self._foregone = False
         if self.state == "starting":
             self._rest = None  # it was started ahead, to rest until somebody asks
         self._rouse()
@@ -210,6 +221,10 @@ class SimulatedModel:
     def _become_warm(self) -> None:
         now = self._world.now
         self._warm_since, self._start_s, self._gives_way = now, now - self._roused_s, False
+        # As the endpoint tells a policy that wants to know.
+        started = getattr(self._policy, "started", None)
+        if started is not None:
+            started("zero", self._start_s)
         self._enter("warm" if self._rest is None else "draining")
         if self.state == "draining" and not self._service.inside:
             self._go()
@@ -227,25 +242,30 @@ class SimulatedModel:
     def look(self) -> None:
         """Goes where its schedule has it by now.
 
-        It is started ahead where the schedule has it rise, and not where it is lower because
-        others had to have its room.
+        It is started ahead where the schedule has it rise, one at a time with others, and not where
+        it is lower because others had to have its room.
         """
         now = self._world.now
         if self._service.open or self._ending or self._schedule is None:
             return
         idle_s = now - self._idle_since + _NO_TIME_S
         level = self._schedule.level(idle_s)
-        rises, self._level = _RANK[level] > _RANK[self._level], level
+        rises = _RANK[level] > _RANK[self._level] and not self._foregone
         if level != "warm" and self.state == "warm" and self._up:
             self._rest = level
             self._enter("draining")
             self._go()
         elif level == "zero" and self.state == "parked":
             self._end()
-        elif rises and self.state == "parked" and self._fits:
+        elif rises and level == "warm" and self.state == "parked" and self._fits:
             self._rouse()
-        elif rises and self.may_start_ahead:
-            self.start("parked" if level == "parked" else None)
+        elif rises and self.state == "zero" and not self.ordered:
+            if self._world.starts_one or not self._fits:
+                self._world.rises_later(self)
+                level = self._level
+            else:
+                self.start("parked" if level == "parked" else None)
+        self._level = level
         self._plan += 1
         next_s, plan = self._schedule.next_s(idle_s), self._plan
         if next_s is not None:
@@ -330,6 +350,7 @@ class SimulatedModel:
         """Goes, once those that are with the workers have their answers."""
         if self.leaving:
             return
+        self._foregone = True
         if self.state == "warm":
             self._gives_way = self._may_park
             self._rest = "parked" if self._gives_way else "zero"

@@ -20,12 +20,13 @@ from coldframe.benchmarks.traffic.played import From, Stay
 
 __all__ = ["Change", "changes", "met", "says_all", "stays"]
 
+
 @dataclass(frozen=True, slots=True)
 class Change:
     """A model is in a state from then on.
 
     Args:
-        at_s: Since when, wall clock.
+        at_s: Since when, in seconds of CLOCK_MONOTONIC.
         model: Which.
         state: What it is.
         took_s: How long it had been starting.
@@ -37,21 +38,23 @@ class Change:
     took_s: float = 0.0
 
 
-def changes(words: str, names: Sequence[str]) -> list[Change]:
+def changes(words: str, names: Sequence[str], wall_s: float) -> list[Change]:
     """What a log says of the models' states, in its order.
 
     Args:
         words: The log, in JSON; other lines in it are none of it.
         names: The models. With one alone lines do not name it.
+        wall_s: What the wall clock is ahead of CLOCK_MONOTONIC.
     """
-    told = {"state"} if says_all(words) else {"parked", "zero"}
-    found = []
+    found, all_told = [], says_all(words)
     for line in _lines(words):
         event, model = line["event"], line.get("model", names[0])
-        at_s = datetime.fromisoformat(line["time"]).timestamp()
-        if event in told:
-            found.append(Change(at_s, model, line.get("state", event)))
-        elif event == "ready" and "state" not in told:
+        at_s = datetime.fromisoformat(line["time"]).timestamp() - wall_s
+        if event == "state":
+            found.append(Change(line["at_s"], model, line["to"]))
+        elif event in ("parked", "zero") and not all_told:
+            found.append(Change(at_s, model, event))
+        elif event == "ready" and not all_told:
             found.append(Change(at_s, model, "warm", line["first_token_s"]))
     return found
 
@@ -70,7 +73,7 @@ def stays(
         found: Its changes; before the first one it was at zero.
         sent: When it was asked, seconds since the origin, in their order; none where the log says
             all.
-        origin_s: When the replay began, wall clock.
+        origin_s: When the replay began, in seconds of CLOCK_MONOTONIC.
         seconds: How long it was.
     """
     moments = list(_moments([(c.at_s - origin_s, c) for c in found], sent))
@@ -92,7 +95,10 @@ def _moments(
     """When it came into which state, with what a log may leave out."""
     for number, (at_s, change) in enumerate(found):
         if change.took_s:
-            yield max(at_s - change.took_s, found[number - 1][0] if number else -math.inf), "starting"
+            yield (
+                max(at_s - change.took_s, found[number - 1][0] if number else -math.inf),
+                "starting",
+            )
         yield at_s, change.state
         until_s = found[number + 1][0] if number + 1 < len(found) else math.inf
         if change.state == "parked":

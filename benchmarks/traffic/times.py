@@ -18,7 +18,7 @@ from coldframe.benchmarks.harness import coldframe_command
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.errors import PlatformError, RequestError
 
-__all__ = ["DEFAULTS", "predicted", "read_times"]
+__all__ = ["DEFAULTS", "DEFAULT_CONTEXT", "predicted", "read_times"]
 
 DEFAULTS = Times(
     fresh=[0.76],
@@ -32,6 +32,8 @@ DEFAULTS = Times(
 )
 """A first token over HTTP takes 0.13 s more than by `run` fresh (0.64 s), 0.17 s restored (0.28 s);
 80 tokens a second alone, 337 as a batch of eight."""
+DEFAULT_CONTEXT = 1024
+"""Of that model, in tokens."""
 _PLAN_S = 300.0
 
 

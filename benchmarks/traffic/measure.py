@@ -1,8 +1,9 @@
 """How long the stages of a model's life take here: measured on a live server, before any replay.
 
 In each cycle the model is sent to zero, asked, asked again while it is warm, with a short prompt,
-with a long one and several at once, parked, and asked. What a start takes is what its first token
-took longer than that of a warm model with a prompt as long.
+with a long one and several at once, parked, and asked; then it and another one are asked together,
+both at zero. What a start takes is what its first token took longer than that of a warm model with
+a prompt as long.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from coldframe.benchmarks.servers import Server
@@ -35,7 +37,7 @@ def measure(fleet: Fleet, context: int, cycles: int) -> Times:
     """The stages of a fleet's first model, which is to be as all others are.
 
     Args:
-        fleet: The models; of the server the first alone is asked.
+        fleet: The models; the first alone is asked, and with it the second once in each cycle.
         context: The longest prompt that is asked with, in tokens.
         cycles: How often each stage is measured.
 
@@ -46,13 +48,14 @@ def measure(fleet: Fleet, context: int, cycles: int) -> Times:
     if cycles < 1:
         raise RequestError("there must be one", where="--cycles", got=cycles)
     with fleet.serve() as server:
-        return _Cycles(server, fleet.names[0], fleet.vocabulary, context).run(cycles)
+        return _Cycles(server, fleet.names, fleet.vocabulary, context).run(cycles)
 
 
 class _Cycles:
-    def __init__(self, server: Server, name: str, vocabulary: int, context: int) -> None:
+    def __init__(self, server: Server, names: Sequence[str], vocabulary: int, context: int) -> None:
         self._server = server
-        self._name = name
+        self._names = names[:2]
+        self._name = names[0]
         self._vocabulary = vocabulary
         self._long = max(_SHORT + 1, context - _TOKENS)
         self._number = _FIRST_NUMBER
@@ -61,6 +64,7 @@ class _Cycles:
         self._ends: list[float] = []
         self._short: list[float] = []
         self._longer: list[float] = []
+        self._beside: list[float] = []
         self._alone: list[float] = []
         self._together: list[float] = []
 
@@ -78,6 +82,9 @@ class _Cycles:
         def beyond(runs: list[float]) -> list[float]:
             return [max(0.0, run - warm_s) for run in runs]
 
+        # Of two at the same time.
+        apart_s = statistics.mean(run for _, run in self._starts)
+        beside = max(0.0, statistics.mean(self._beside) / apart_s - 1) if self._beside else 0.0
         restored = [run for tier, run in self._starts if tier == "image"]
         fresh = [run for tier, run in self._starts if tier != "image"]
         return Times(
@@ -88,6 +95,7 @@ class _Cycles:
             prefill=Line(max(0.0, warm_s - each_s * _SHORT), each_s),
             decode=Line(max(0.0, step_s - more_s), more_s),
             how=f"measured here in {cycles} cycles",
+            beside=beside,
         )
 
     def _cycle(self) -> None:
@@ -107,6 +115,22 @@ class _Cycles:
         post(self._server, f"/sleep?level=1&{place}")
         self._settle("parked")
         self._parked.append(self._first_token_s(_SHORT))
+        time.sleep(_QUIET_S)
+        if len(self._names) > 1:
+            self._both()
+            post(self._server, f"/sleep?level=2&model={self._names[1]}")
+            settled(self._server, {"ready", "zero"})
+
+    def _both(self) -> None:
+        """Two models at the same time: how long the first one's first token takes then."""
+        post(self._server, "/sleep?level=2")
+        settled(self._server, {"zero"})
+        with ThreadPoolExecutor(len(self._names)) as clients:
+            asked = [
+                clients.submit(ask, self._server.port, name, self._prompt(_SHORT), 2)
+                for name in self._names
+            ]
+            self._beside += [one.result().ttft_s for one in asked]
         time.sleep(_QUIET_S)
 
     def _end_s(self, order: str) -> float:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from coldframe.benchmarks.traffic.loading import Loading
 from coldframe.benchmarks.traffic.played import Asked, Played
 from coldframe.benchmarks.traffic.service import Ask
 from coldframe.benchmarks.traffic.simulated_model import Needs, SimulatedModel
@@ -117,6 +118,7 @@ class _Simulation:
         needs = Needs(0, 0) if sharing is None else Needs(sharing.warm, sharing.parked)
         if self.room is not None:
             self.room.fit(needs.warm, setup.names[0])
+        self.load = Loading(self).add
         self._setup = setup
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()

@@ -6,6 +6,7 @@ its room, and takes for it as long as was measured. It follows the same schedule
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, Protocol
 
 from coldframe.benchmarks.traffic.played import From, Stay
@@ -41,6 +42,16 @@ class World(Clock, Protocol):
     """What all models have in common."""
 
     room: Room | None
+
+    def load(self, seconds: float, beside: float, call: Callable[[], None]) -> None:
+        """Has something called when a start is done that takes so long alone.
+
+        Args:
+            seconds: Alone.
+            beside: See `Times.beside`.
+            call: What is called.
+        """
+        ...
 
     @property
     def starts_one(self) -> bool:
@@ -97,6 +108,7 @@ class SimulatedModel:
         self._needs = needs
         self._may_park = may_park
         self._starts = Draw(times.start(tier), seed)
+        self._beside = times.beside
         self._wakes = Draw(times.parked, seed)
         self._ends = Draw(times.end, seed)
         self._probe_s = times.prefill(1)
@@ -197,7 +209,7 @@ class SimulatedModel:
         now = self._world.now
         if self.state == "starting":
             self.began_s = now
-            self._world.at(now + self._starts(), self._loaded)
+            self._world.load(self._starts(), self._beside, self._loaded)
         else:
             self._warm_since, self._gives_way = now, False
             self._enter("warm")

@@ -51,6 +51,8 @@ class Times:
         prefill: From a prompt's turn to its first token at the client, by its tokens.
         decode: A step of decode, by the sequences in it.
         how: Where these are from.
+        beside: By which part of it a start takes longer for each other one at the same time: they
+            share cores, and the path that the weights come by.
     """
 
     fresh: Sequence[float]
@@ -60,9 +62,10 @@ class Times:
     prefill: Line
     decode: Line
     how: str
+    beside: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = [*self.fresh, *self.restored, *self.parked, *self.end]
+        numbers = [self.beside, *self.fresh, *self.restored, *self.parked, *self.end]
         for line in (self.prefill, self.decode):
             numbers += [line.base_s, line.each_s]
         wrong = [number for number in numbers if not 0 <= number < float("inf")]
@@ -83,7 +86,7 @@ class Times:
     def to_json(self) -> dict[str, Any]:
         runs = {name: list(getattr(self, name)) for name in ("fresh", "restored", "parked", "end")}
         lines = {"prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
-        return {"how": self.how, **runs, **lines}
+        return {"how": self.how, **runs, **lines, "beside": self.beside}
 
     @staticmethod
     def from_json(found: Mapping[str, Any], where: str) -> Times:
@@ -99,6 +102,7 @@ class Times:
                     for name in ("prefill", "decode")
                 ),
                 how=f"{where}: {found['how']}",
+                beside=float(found["beside"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise RequestError(

@@ -64,6 +64,7 @@ class _Cycles:
         self._ends: list[float] = []
         self._short: list[float] = []
         self._longer: list[float] = []
+        self._second: list[float] = []
         self._beside: list[float] = []
         self._alone: list[float] = []
         self._together: list[float] = []
@@ -95,15 +96,17 @@ class _Cycles:
             prefill=Line(max(0.0, warm_s - each_s * _SHORT), each_s),
             decode=Line(max(0.0, step_s - more_s), more_s),
             how=f"measured here in {cycles} cycles",
+            behind=[max(0.0, run - step_s) for run in self._second],
             beside=beside,
         )
 
     def _cycle(self) -> None:
         place = f"model={self._name}"
         self._ends.append(self._end_s(f"/sleep?level=2&{place}"))
-        start_s = self._first_token_s(_SHORT)
+        start = ask(self._server.port, self._name, self._prompt(_SHORT), 2)
+        self._second.append((start.last_ns - start.first_ns) / 1e9)
         tier = json.loads(get(self._server, f"/startup?{place}"))["tier"]
-        self._starts.append((tier, start_s))
+        self._starts.append((tier, start.ttft_s))
         time.sleep(_QUIET_S)
         self._short.append(self._first_token_s(_SHORT))
         self._longer.append(self._first_token_s(self._long))

@@ -68,6 +68,10 @@ class Service:
     ) -> None:
         self.inside = 0
         """How many are with the workers."""
+        self.up = False
+        """Whether these compute."""
+        self.decode_from_s = 0.0
+        """From when on there is somebody who decodes."""
         self._clock = clock
         self._times = times
         self._most = most
@@ -91,15 +95,20 @@ class Service:
     def add(self, ask: Ask) -> None:
         self._held.append(ask)
 
+    def begin(self) -> None:
+        """The workers are up."""
+        self.up = True
+        self._prefill()
+
     def feed(self) -> None:
-        """Gives the workers what they may have; to be called while they are there."""
+        """Gives the workers what they may have, which they begin with when they are `up`."""
         while self._held and self.inside < self._most:
             self.inside += 1
             self._prompts.append(self._held.popleft())
         self._prefill()
 
     def _prefill(self) -> None:
-        if self._prompts and not self._prefilling:
+        if self.up and self._prompts and not self._prefilling:
             self._prefilling = True
             ask = self._prompts.popleft()
             end_s = self._clock.now + self._times.prefill(ask.arrival.context)
@@ -110,12 +119,17 @@ class Service:
         ask.ttft_s = self._clock.now - ask.arrival.at_s
         self._prefill()
         self._first_token(ask)
-        if ask.arrival.generated > 1:
-            self._catch_up()
-            heapq.heappush(self._ends, self._steps + ask.arrival.generated - 1)
-            self._expect()
-        else:
+        if ask.arrival.generated <= 1:
             self._end()
+        elif self.decode_from_s > self._clock.now:
+            self._clock.at(self.decode_from_s, lambda: self._decode(ask.arrival.generated - 1))
+        else:
+            self._decode(ask.arrival.generated - 1)
+
+    def _decode(self, tokens: int) -> None:
+        self._catch_up()
+        heapq.heappush(self._ends, self._steps + tokens)
+        self._expect()
 
     def _catch_up(self) -> None:
         """Counts the steps that were made since it was done last."""

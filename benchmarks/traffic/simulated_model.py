@@ -110,11 +110,10 @@ class SimulatedModel:
         self._starts = Draw(times.start(tier), seed)
         self._beside = times.beside
         self._wakes = Draw(times.parked, seed)
+        self._behind = Draw(times.behind, seed)
         self._ends = Draw(times.end, seed)
         self._probe_s = times.prefill(1)
         self._service = Service(world, times, running, self._first_token, self._answered)
-        self._up = False
-        """Whether workers are there that take requests."""
         self._rest: Literal["parked", "zero"] | None = None
         self._gives_way = False
         self._foregone = False
@@ -156,11 +155,12 @@ class SimulatedModel:
         return "parked"
 
     def _feed(self) -> None:
-        if self._up and self.state in ("starting", "warm"):
+        if self.state == "warm" or (self.state == "starting" and self._service.up):
             self._service.feed()
 
     def _first_token(self, _: Ask) -> None:
         if self.state == "starting":
+            self._service.decode_from_s = self._world.now + self._behind()
             self._become_warm()
 
     def _answered(self) -> None:
@@ -189,7 +189,7 @@ class SimulatedModel:
         if self._world.room is not None:
             self._world.room.take(self, self._needs.warm)
         self._enter("warm")
-        self._up = True
+        self._service.up = True
         self._begin_idle()
 
     def _rouse(self) -> None:
@@ -213,20 +213,21 @@ class SimulatedModel:
         else:
             self._warm_since, self._gives_way = now, False
             self._enter("warm")
+            self._feed()
             self._world.at(now + self._wakes(), self._loaded)
 
     def _loaded(self) -> None:
-        self._up = True
+        self._service.begin()
         self._feed()
-        if self.state == "starting" and not self._service.inside:
+        if self.state == "starting" and self.idle:
             # For nobody; who asks meanwhile is behind that.
-            self._up = False
+            self._service.up = False
             self._world.at(self._world.now + self._probe_s, self._probed)
         elif not self._service.open:
             self.look()
 
     def _probed(self) -> None:
-        self._up = True
+        self._service.begin()
         self._become_warm()
         self._feed()
 
@@ -263,7 +264,7 @@ class SimulatedModel:
         idle_s = now - self._idle_since + _NO_TIME_S
         level = self._schedule.level(idle_s)
         rises = _RANK[level] > _RANK[self._level] and not self._foregone
-        if level != "warm" and self.state == "warm" and self._up:
+        if level != "warm" and self.state == "warm" and self._service.up:
             self._rest = level
             self._enter("draining")
             self._go()
@@ -294,7 +295,7 @@ class SimulatedModel:
             self._end()
 
     def _park(self) -> None:
-        self._up, self._rest = False, None
+        self._service.up, self._rest = False, None
         self._enter("parked")
         if self._world.room is not None:
             self._world.room.shrink(self, self._needs.parked)
@@ -302,7 +303,7 @@ class SimulatedModel:
 
     def _end(self) -> None:
         if not self._ending:
-            self._up, self._ending, self.waiting = False, True, False
+            self._service.up, self._ending, self.waiting = False, True, False
             if self._world.room is not None:
                 self._world.room.withdraw(self)
             self._world.at(self._world.now + self._ends(), self._ended)
@@ -378,7 +379,10 @@ class SimulatedModel:
         now = self._world.now
         if now > self._since:
             self._stays.append(Stay(self.state, self._since, now))
-        self.state, self._since = state, now
+            self._since = now
+        elif self._stays and self._stays[-1].state == state:
+            self._since = self._stays.pop().start_s  # it was something else for no time
+        self.state = state
 
     def stays(self, seconds: float) -> list[Stay]:
         """What it was from 0 on until so many seconds, the last of these stays included."""

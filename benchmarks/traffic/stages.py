@@ -16,6 +16,7 @@ from coldframe.loader.errors import RequestError
 
 __all__ = ["Draw", "Line", "StartTier", "Times"]
 
+_RUNS = ("fresh", "restored", "parked", "end", "behind")
 StartTier = Literal["fresh", "restored"]
 
 
@@ -51,6 +52,8 @@ class Times:
         prefill: From a prompt's turn to its first token at the client, by its tokens.
         decode: A step of decode, by the sequences in it.
         how: Where these are from.
+        behind: For how long after the first token of a start from zero there is no second one,
+            since who decodes is not up: runs.
         beside: By which part of it a start takes longer for each other one at the same time: they
             share cores, and the path that the weights come by.
     """
@@ -62,10 +65,11 @@ class Times:
     prefill: Line
     decode: Line
     how: str
+    behind: Sequence[float] = ()
     beside: float = 0.0
 
     def __post_init__(self) -> None:
-        numbers = [self.beside, *self.fresh, *self.restored, *self.parked, *self.end]
+        numbers = [self.beside, *(run for name in _RUNS for run in getattr(self, name))]
         for line in (self.prefill, self.decode):
             numbers += [line.base_s, line.each_s]
         wrong = [number for number in numbers if not 0 <= number < float("inf")]
@@ -84,7 +88,7 @@ class Times:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        runs = {name: list(getattr(self, name)) for name in ("fresh", "restored", "parked", "end")}
+        runs = {name: list(getattr(self, name)) for name in _RUNS}
         lines = {"prefill": self.prefill.to_json(), "decode": self.decode.to_json()}
         return {"how": self.how, **runs, **lines, "beside": self.beside}
 
@@ -93,15 +97,13 @@ class Times:
         """Raises RequestError: These are no times."""
         try:
             return Times(
-                *(
-                    [float(run) for run in found[name]]
-                    for name in ("fresh", "restored", "parked", "end")
-                ),
+                *([float(run) for run in found[name]] for name in _RUNS[:4]),
                 *(
                     Line(float(found[name]["base_s"]), float(found[name]["each_s"]))
                     for name in ("prefill", "decode")
                 ),
                 how=f"{where}: {found['how']}",
+                behind=[float(run) for run in found["behind"]],
                 beside=float(found["beside"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -335,15 +336,15 @@ def _difference(live: float, simulated: float) -> float:
 def _print_table(told: dict[str, Any]) -> None:
     columns = [(name, told[name]) for name in ("live", "simulated") if told[name] is not None]
     print(f"{'':<26}" + "".join(f"{name:>12}" for name, _ in columns))
-    rows = [
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("requests", lambda p: f"{p['requests']}"),
         ("cold starts", lambda p: f"{p['cold_starts']}"),
-        ("cold share", lambda p: f"{100 * p['cold_share']:.1f} %"),
+        ("cold share", lambda p: f"{p['cold_share']:.1%}"),
         ("starts of a replica", lambda p: f"{p['starts']}"),
-        *(
-            (f"TTFT {name}", lambda p, name=name: human_seconds(p["ttft"][name]))
-            for name in ("p50", "p90", "p99", "max")
-        ),
+        ("TTFT p50", lambda p: human_seconds(p["ttft"]["p50"])),
+        ("TTFT p90", lambda p: human_seconds(p["ttft"]["p90"])),
+        ("TTFT p99", lambda p: human_seconds(p["ttft"]["p99"])),
+        ("TTFT max", lambda p: human_seconds(p["ttft"]["max"])),
         ("devices held", lambda p: f"{p['gpu_s']:.1f} s"),
         ("parked", lambda p: f"{p['parked_s']:.1f} s"),
         ("cost", lambda p: "-" if p["cost"] is None else f"{p['cost']:.4f}"),

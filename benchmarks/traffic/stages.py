@@ -96,14 +96,20 @@ class Times:
     def from_json(found: Mapping[str, Any], where: str) -> Times:
         """Raises RequestError: These are no times."""
         try:
+            runs = {name: [float(run) for run in found[name]] for name in _RUNS}
+            lines = {
+                name: Line(float(found[name]["base_s"]), float(found[name]["each_s"]))
+                for name in ("prefill", "decode")
+            }
             return Times(
-                *([float(run) for run in found[name]] for name in _RUNS[:4]),
-                *(
-                    Line(float(found[name]["base_s"]), float(found[name]["each_s"]))
-                    for name in ("prefill", "decode")
-                ),
+                fresh=runs["fresh"],
+                restored=runs["restored"],
+                parked=runs["parked"],
+                end=runs["end"],
+                prefill=lines["prefill"],
+                decode=lines["decode"],
                 how=f"{where}: {found['how']}",
-                behind=[float(run) for run in found["behind"]],
+                behind=runs["behind"],
                 beside=float(found["beside"]),
             )
         except (KeyError, TypeError, ValueError) as error:

@@ -112,7 +112,9 @@ def _of_cold(found: Mapping[str, Any], where: str) -> Times:
             return [max(0.0, float(run) - warm_s) for run in runs]
 
         return Times(
-            *(beyond(tier) for tier in ("fresh", "restored", "parked")),
+            fresh=beyond("fresh"),
+            restored=beyond("restored"),
+            parked=beyond("parked"),
             end=DEFAULTS.end,
             prefill=Line(0.0, warm_s / max(1, int(found["prompt_tokens"]))),
             decode=Line(step_s, 0.0),

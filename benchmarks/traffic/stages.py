@@ -76,6 +76,25 @@ class Times:
         if wrong:
             raise RequestError("a stage cannot take so long", where=self.how, got=f"{wrong[0]} s")
 
+    def and_also(self, other: Times) -> Times:
+        """These and others of the same: all runs, and lines between the two."""
+        runs = {name: [*getattr(self, name), *getattr(other, name)] for name in _RUNS}
+        lines = [
+            Line((a.base_s + b.base_s) / 2, (a.each_s + b.each_s) / 2)
+            for a, b in ((self.prefill, other.prefill), (self.decode, other.decode))
+        ]
+        return Times(
+            fresh=runs["fresh"],
+            restored=runs["restored"],
+            parked=runs["parked"],
+            end=runs["end"],
+            prefill=lines[0],
+            decode=lines[1],
+            how=f"{self.how}, {other.how}",
+            behind=runs["behind"],
+            beside=(self.beside + other.beside) / 2,
+        )
+
     def start(self, tier: StartTier) -> Sequence[float]:
         """Runs of a start from zero.
 

@@ -1,4 +1,4 @@
-"""How long the stages of a model's life take here: measured on a live server, before any replay.
+"""How long the stages of a model's life take here: measured on a live server that nobody else asks.
 
 In each cycle the model is sent to zero, asked, asked again while it is warm, with a short prompt,
 with a long one and several at once, parked, and asked; then it and another one are asked together,

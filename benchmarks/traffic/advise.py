@@ -57,7 +57,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag(
         "--parked-price",
         type=float,
-        help=f"what a parked model costs an hour ({PARKED_SHARE:.0%} of --price: host memory)",
+        help=f"what a parked model costs an hour ({PARKED_SHARE:g} of --price: host memory)",
     )
     choices = parser.add_argument_group("the choices")
     parser.flag(

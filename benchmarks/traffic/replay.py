@@ -64,10 +64,10 @@ def add_arguments(parser: Parser) -> None:
     )
     parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="for KV of each model")
     parser.flag(
-        "--snapshot",
-        choices=["off", "image"],
-        default="off",
-        help="starts from zero: with fresh processes, or from an image that is made before (off)",
+        "--starts",
+        choices=["fresh", "image"],
+        default="fresh",
+        help="from zero: with fresh processes, or from an image that is made before (fresh)",
     )
     parser.flag(
         "--times", metavar="FILE", type=Path, help="a document with stages, not to be measured"
@@ -123,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     trace |= {"token_scale": scale, "time": "arrivals alone are pressed together, if any"}
     tail_s = (chosen.idle_s or 0.0) + _TAIL_S if args.tail is None else args.tail
     times = None if args.times is None else read_times(args.times)
-    tier: StartTier = "restored" if args.snapshot == "image" else "fresh"
+    tier: StartTier = "restored" if args.starts == "image" else "fresh"
     places = {f"m{n}": args.models[n % len(args.models)] for n in range(number)}
     shared = sharing(args.models, args.device_memory, args.kv_memory, args.device)
     found: Replayed | None = None
@@ -189,7 +189,7 @@ def _fleet(
         if size is not None:
             flags += [flag, str(size)]
     environment = {"COLDFRAME_DEVICE": args.device}
-    if args.snapshot == "image":
+    if args.starts == "image":
         from coldframe.benchmarks.snapshot_cells import Image
 
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldframe-bench-")))

@@ -18,7 +18,7 @@ from coldframe.benchmarks.harness import coldframe_command
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.errors import PlatformError, RequestError
 
-__all__ = ["DEFAULTS", "DEFAULT_CONTEXT", "predicted", "read_times"]
+__all__ = ["DEFAULTS", "DEFAULT_CONTEXT", "of_plan", "predicted", "read_times"]
 
 DEFAULTS = Times(
     fresh=[0.76],
@@ -65,7 +65,7 @@ def read_times(path: Path) -> Times:
 
 
 def predicted(model: Path) -> Times:
-    """What `coldframe plan` predicts of a start with fresh processes; the rest is `DEFAULTS`.
+    """What `coldframe plan` predicts of starts; what it says nothing of is as in `DEFAULTS`.
 
     Raises:
         PlatformError: There is no such prediction.
@@ -80,13 +80,34 @@ def predicted(model: Path) -> Times:
         raise PlatformError(
             "there is no prediction", where=" ".join(command), got=done.stderr.strip()
         )
-    start_s = float(json.loads(done.stdout.splitlines()[-1])["predicted_ttft_s"])
+    return of_plan(json.loads(done.stdout.splitlines()[-1]), str(model))
+
+
+def of_plan(found: Mapping[str, Any], model: str) -> Times:
+    """The times that a document of `coldframe plan` predicts.
+
+    Args:
+        found: The document. Where it has no `starts` by tier, the one that it predicts is one with
+            fresh processes.
+        model: What it is of.
+    """
+    told = [start for start in found.get("starts", ()) if start["ttft_s"] is not None]
+    likest = sorted(told, key=lambda s: (s["through"] != "http", s["cache"] != "warm"))
+    by_tier: dict[str, float] = {}
+    for start in likest:
+        by_tier.setdefault(start["tier"], float(start["ttft_s"]))
+    fresh_s = by_tier.pop("fresh", float(found["predicted_ttft_s"]))
+    # A start is what its first token takes longer than a warm replica's.
+    warm_s = by_tier.pop("warm", None)
+    beyond = {tier: [max(0.0, ttft_s - (warm_s or 0.0))] for tier, ttft_s in by_tier.items()}
+    known = [tier for tier in ("restored", "parked") if tier in beyond]
+    tiers = " and ".join(["fresh", *known])
     return replace(
         DEFAULTS,
-        fresh=[start_s],
-        restored=[],
-        how=f"starts with fresh processes as `coldframe plan {model}` predicts them, from an image "
-        f"not known, all else {DEFAULTS.how}",
+        fresh=[max(0.0, fresh_s - (warm_s or 0.0))],
+        restored=beyond.get("restored", []),
+        parked=beyond.get("parked", DEFAULTS.parked),
+        how=f"starts ({tiers}) as `coldframe plan {model}` predicts them, all else {DEFAULTS.how}",
     )
 
 

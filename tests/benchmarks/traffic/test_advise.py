@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from coldframe.benchmarks.document import SCHEMA
 from coldframe.benchmarks.traffic import advise
 from coldframe.benchmarks.traffic.played import PARKED_SHARE
 from coldframe.benchmarks.traffic.stages import Line, Times
-from coldframe.benchmarks.traffic.times import DEFAULTS, read_times
+from coldframe.benchmarks.traffic.times import DEFAULTS, of_plan, read_times
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.runtime.flags import Parser
 
@@ -238,6 +239,39 @@ def test_what_has_no_times_is_refused(tmp_path: Path, content: str) -> None:
         read_times(file)
     with pytest.raises(RequestError):
         read_times(tmp_path / "none.json")
+
+
+def test_times_are_predicted() -> None:
+    def start(tier: str, ttft_s: float | None, through: str = "http", cache: str = "warm") -> Any:
+        return {"tier": tier, "through": through, "cache": cache, "ttft_s": ttft_s}
+
+    plain = of_plan({"predicted_ttft_s": 3.0}, "m")
+    assert (plain.fresh, plain.restored, plain.parked) == ([3.0], [], DEFAULTS.parked)
+    starts = [
+        start("fresh", 9.0, cache="cold"),
+        start("fresh", 2.0),
+        start("fresh", 1.0, through="run"),
+        start("restored", None),
+        start("restored", 0.7, cache="cold"),
+        start("parked", 0.3),
+        start("warm", 0.2),
+    ]
+    found = of_plan({"predicted_ttft_s": 3.0, "starts": starts}, "m")
+    assert found.fresh == pytest.approx([1.8])
+    assert found.restored == pytest.approx([0.5])
+    assert found.parked == pytest.approx([0.1])
+    assert "plan m" in found.how
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_is_advised_on(
+    demo_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 100.0])
+    found = advised(capsys, "--trace", trace, "--slo", "60s", "--price", 1, "--model", demo_model())
+    assert found["start_times"]["fresh"][0] > 0
+    assert "coldframe plan" in found["start_times"]["how"]
+    assert found["take"] != "always on"
 
 
 def test_stages_take_no_time_that_there_is_not(tmp_path: Path) -> None:

@@ -22,6 +22,10 @@ BENCHMARKS = {
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
     "kills": ("coldframe.benchmarks.kills", "an hour of arrivals, while processes are killed"),
+    "replay": (
+        "coldframe.benchmarks.traffic.replay",
+        "a trace live on a server that scales to zero, and by simulation",
+    ),
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "serve": (
         "coldframe.benchmarks.traffic.serve",
@@ -42,7 +46,7 @@ BENCHMARKS = {
     "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
-_ON_DEVICE = {"endpoint", "handoff", "kills", "prefix", "rest", "serve", "swap", "turns"}
+_ON_DEVICE = {"endpoint", "handoff", "kills", "prefix", "replay", "rest", "serve", "swap", "turns"}
 """Those that start replicas wherever they are asked to; the others are about the CPU, or none."""
 
 

@@ -45,15 +45,23 @@ class Server:
         port: Where it listens, on loopback.
         started_ns: Just before its exec (CLOCK_MONOTONIC).
         pid: Its first process.
+        said: The descriptor of a file with what it has written, from its beginning; see `words`.
     """
 
     port: int
     started_ns: int
     pid: int
+    said: int
 
     def since_exec(self, moment_ns: int) -> float:
         """Seconds from the exec to a moment."""
         return (moment_ns - self.started_ns) / 1e9
+
+    def words(self) -> str:
+        """What it has written so far, to stdout and stderr."""
+        # Not by reading on: it writes where the descriptor that it has of this file is at.
+        size = os.fstat(self.said).st_size
+        return os.pread(self.said, size, 0).decode(errors="replace")
 
     def memory(self) -> dict[str, dict[str, float]]:
         """Memory of the endpoint's own processes: `pss`, `rss` and `peak_rss`, in MB.
@@ -94,13 +102,17 @@ def knock_at(server: Server, deadline_ns: int) -> socket.socket:
 
 @contextmanager
 def coldframe_server(
-    model: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    model: Path,
+    *arguments: str,
+    environment: Mapping[str, str] | None = None,
+    name: str | None = "m",
 ) -> Iterator[Server]:
     """`coldframe serve` while the context lasts.
 
     Args:
         model: A checkpoint's directory.
         arguments: More flags.
+        name: What the model is called; None where `arguments` say that.
         environment: What to change in this process's; workers start fresh where it says nothing.
 
     Raises:
@@ -109,7 +121,9 @@ def coldframe_server(
     port = _free_port()
     command = [
         *(str(Path(sys.executable).parent / "coldframe"), "serve", str(model)),
-        *("--host", "127.0.0.1", "--port", str(port), "--model-name", "m", *arguments),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *(() if name is None else ("--model-name", name)),
+        *arguments,
     ]
     changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **(environment or {})}
     with _process(command, port, changed, "COLDFRAME_EXEC_NS") as server:
@@ -207,7 +221,7 @@ def _process(
             start_new_session=True,
         )
         try:
-            yield Server(port, started, process.pid)
+            yield Server(port, started, process.pid, said.fileno())
             process.send_signal(signal.SIGTERM)
             status = process.wait(_END_S)
             if status not in (0, -signal.SIGTERM):

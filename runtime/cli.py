@@ -25,6 +25,7 @@ COMMANDS = {
         "one cold start, a file of requests, back to zero",
     ),
     "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
+    "advise": ("coldframe.benchmarks.traffic.advise", "which policy pays for a trace of requests"),
     "seal": ("coldframe.runtime.seal_command", "hash a model, so that every load can check it"),
     "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
     "snapshot": ("coldframe.runtime.snapshot_command", "freeze a warm worker; see what is frozen"),

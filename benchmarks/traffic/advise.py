@@ -1,0 +1,258 @@
+"""`coldframe advise --trace FILE --slo TTFT --price X`: which way to scale pays for a trace.
+
+Each choice is simulated: what it costs, how many requests have to wait for a start, and whether
+enough of them have their first token in time. The one to take is the cheapest that keeps the limit;
+where none does, the one that comes nearest.
+
+Starts are as long as they were measured (`--times`), as `coldframe plan` predicts them (`--model`),
+or else as they are on another machine, which is said.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coldframe.benchmarks.document import document, print_document
+from coldframe.benchmarks.traffic.choices import Choice, Judged, decide
+from coldframe.benchmarks.traffic.played import PARKED_SHARE, Prices
+from coldframe.benchmarks.traffic.policies import (
+    POLICIES,
+    fixed,
+    policy,
+    seconds_or_never,
+)
+from coldframe.benchmarks.traffic.simulate import Setup, simulate
+from coldframe.benchmarks.traffic.stages import StartTier, Times
+from coldframe.benchmarks.traffic.times import DEFAULT_CONTEXT, DEFAULTS, predicted, read_times
+from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
+from coldframe.benchmarks.traffic.traces import scaled, token_scale
+from coldframe.loader.checkpoint import read_config
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.units import human_seconds
+
+__all__ = ["add_arguments", "run"]
+
+_LEAST_CONTEXT = 4
+_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}
+_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|)\s*")
+
+
+def add_arguments(parser: Parser) -> None:
+    add_trace_arguments(parser)
+    parser.flag("--slo", metavar="TTFT", help="when the first token is to be there, as 2s or 500ms")
+    parser.flag(
+        "--slo-percentile",
+        metavar="P",
+        type=float,
+        default=99.0,
+        help="for so many requests of a hundred (99)",
+    )
+    parser.flag("--price", type=float, help="what the device that a model holds costs an hour")
+    parser.flag(
+        "--parked-price",
+        type=float,
+        help=f"what a parked model costs an hour ({PARKED_SHARE:g} of --price: host memory)",
+    )
+    choices = parser.add_argument_group("the choices")
+    parser.flag(
+        "--idle",
+        metavar="SECONDS,...",
+        default="60",
+        group=choices,
+        help="keep-alives to try with each choice that has one (60)",
+    )
+    parser.flag(
+        "--pool",
+        metavar="N,...",
+        group=choices,
+        help="pools to try (1, and half of the models)",
+    )
+    parser.flag(
+        "--policy", metavar="TEXT", action="append", group=choices, help="one more, as serve has it"
+    )
+    source = parser.add_argument_group("how long starts take")
+    parser.flag(
+        "--times", metavar="FILE", type=Path, group=source, help="what bench replay or cold printed"
+    )
+    parser.flag(
+        "--model", metavar="DIR", type=Path, group=source, help="predicted for this checkpoint"
+    )
+    parser.flag(
+        "--context",
+        type=int,
+        group=source,
+        help="tokens that lengths are scaled into (the model's; with --times as they are)",
+    )
+    parser.flag("--json", action="store_true", help="print the JSON document alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command.
+
+    Raises:
+        RequestError: The arguments make no sense.
+        PlatformError: There is no prediction.
+    """
+    for flag in ("slo", "price"):
+        if getattr(args, flag) is None:
+            raise RequestError("this must be said", where=f"--{flag}")
+    slo_s, percent = _slo(args.slo), args.slo_percentile
+    if not 0 < percent <= 100:
+        raise RequestError(
+            "this is no percentile",
+            where="--slo-percentile",
+            expected="above 0, at most 100",
+            got=percent,
+        )
+    prices = Prices.of(args.price, args.parked_price)
+    models = 1 if args.number is None else args.number
+    arrivals, asks, trace = chosen_trace(args, models)
+    times, context = _times(args)
+    if context is not None:
+        trace["token_scale"] = token_scale(arrivals, context)
+        arrivals = scaled(arrivals, trace["token_scale"])
+    choices, left_out = _choices(args, models, times)
+    names = [f"m{number}" for number in range(models)]
+    judged = []
+    for choice in choices:
+        setup = Setup(names, times, choice.chosen.factory, choice.tier, choice.begin, choice.pool)
+        played = simulate(arrivals, asks, setup, arrivals[-1].at_s)
+        reached = played.ttft(percent)
+        judged.append(Judged(choice, played, played.cost(prices), reached, reached <= slo_s))
+    best, why, near = decide(judged, slo_s, percent)
+    told = document(
+        "advise",
+        trace=trace,
+        slo_s=slo_s,
+        slo_percentile=percent,
+        price=prices.held,
+        parked_price=prices.parked,
+        start_times=times.to_json(),
+        choices=[one.to_json() for one in judged],
+        take=best.choice.name,
+        why=why,
+        near_ties=near,
+        left_out=left_out,
+    )
+    if not args.json:
+        _print_table(judged, told)
+    print_document(told)
+    return 0
+
+
+def _slo(text: str) -> float:
+    match = _TIME.fullmatch(text)
+    found = 0.0 if match is None else float(match[1]) * _UNITS[match[2]]
+    if not 0 < found < math.inf:
+        raise RequestError(
+            "this is no time to the first token", where="--slo", expected="2s or 500ms", got=text
+        )
+    return found
+
+
+def _times(args: argparse.Namespace) -> tuple[Times, int | None]:
+    """How long stages take, and the context of the model that they are of."""
+    context: int | None = args.context
+    if context is not None and context < _LEAST_CONTEXT:
+        raise RequestError(
+            "this is no context",
+            where="--context",
+            expected=f"{_LEAST_CONTEXT} or more",
+            got=context,
+        )
+    if args.times is not None and args.model is not None:
+        raise RequestError("these two say the same", where="--times, --model", hint="Give one.")
+    if args.times is not None:
+        return read_times(args.times), context
+    if args.model is not None:
+        if not args.model.is_dir():
+            raise RequestError("there is no such directory", where="--model", got=args.model)
+        own = int(read_config(str(args.model)).get("max_position_embeddings", DEFAULT_CONTEXT))
+        return predicted(args.model), context or own
+    return DEFAULTS, context or DEFAULT_CONTEXT
+
+
+def _choices(
+    args: argparse.Namespace, models: int, times: Times
+) -> tuple[list[Choice], list[dict[str, str]]]:
+    """What is tried, and what is not and why."""
+    left_out = []
+    tier: StartTier = "restored"
+    if not times.restored:
+        tier = "fresh"
+        why = "it is not known how long a start from an image takes"
+        left_out.append({"what": "snapshot + zero", "why": why})
+    if not times.fresh:
+        why = "it is not known how long a start with fresh processes takes"
+        left_out.append({"what": "plain zero", "why": why})
+        if not times.restored:
+            raise RequestError("it is not known how long any start takes", where=times.how)
+    found = [Choice("always on", fixed(None), tier, "warm")]
+    idles = [seconds_or_never(part, "--idle") for part in args.idle.split(",")]
+    for idle_s in idles:
+        if idle_s is None:
+            raise RequestError("that is `always on`", where="--idle", got=args.idle)
+        label = f", idle {idle_s:g} s"
+        for pool in _pools(args.pool, models):
+            kept = fixed(idle_s, None)
+            found.append(Choice(f"warm pool of {pool}{label}", kept, tier, "first", pool))
+        if times.parked:
+            found.append(Choice(f"parked{label}", fixed(idle_s, None), tier))
+        if times.restored:
+            found.append(Choice(f"snapshot + zero{label}", fixed(idle_s), "restored"))
+        if times.fresh:
+            found.append(Choice(f"plain zero{label}", fixed(idle_s), "fresh"))
+    if not times.parked:
+        why = "it is not known how long a model that is parked takes to wake"
+        left_out.append({"what": "parked", "why": why})
+        found = [choice for choice in found if not choice.pool]
+    if models == 1:
+        why = "of one model alone a pool is no other choice than parked"
+        left_out.append({"what": "warm pool", "why": why})
+    for name in ("histogram", "next"):
+        if name in POLICIES:
+            found.append(Choice(name, policy(name), tier))
+    for text in args.policy or ():
+        chosen = policy(text)
+        found.append(Choice(chosen.text, chosen, tier))
+    names = [choice.name for choice in found]
+    return [c for n, c in enumerate(found) if c.name not in names[:n]], left_out
+
+
+def _pools(text: str | None, models: int) -> list[int]:
+    if text is None:
+        return sorted({1, -(-models // 2)}) if models > 1 else []
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise RequestError(
+            "these are no pools", where="--pool", expected="numbers above 0", got=text
+        )
+    return sorted({min(pool, models) for pool in found}) if models > 1 else []
+
+
+def _print_table(judged: Sequence[Judged], told: dict[str, Any]) -> None:
+    width = max(len(one.choice.name) for one in judged)
+    percent = f"p{told['slo_percentile']:g}"
+    head = f"{'':<{width}}  {'cost':>10}  {'cold':>7}  {'p50':>8}  {percent:>8}  {'held':>10}"
+    print(f"{head}  {'parked':>10}")
+    for one in judged:
+        print(
+            f"{one.choice.name:<{width}}  {one.cost:>10.4g}"
+            f"  {one.played.cold_starts / len(one.played.asked):>7.2%}"
+            f"  {human_seconds(one.played.ttft(50)):>8}  {human_seconds(one.slo_s):>8}"
+            f"  {one.played.gpu_s:>8.0f} s  {one.played.parked_s:>8.0f} s"
+            f"{'' if one.meets else '  too late'}"
+        )
+    for left in told["left_out"]:
+        print(f"left out: {left['what']}: {left['why']}")
+    print(f"\nstart times: {told['start_times']['how']}")
+    print(f"\ntake: {told['take']}\n{told['why']}")

@@ -1,0 +1,181 @@
+"""What became of a trace: who waited how long, which models were in which state, what it cost.
+
+The same for a replay and for a simulation. Of several models each holds a device of its own for
+this: `gpu_s` is the sum over them, `held_s` the time in which at least one was held. Who waits for
+room on a device that it shares is *starting*, as the endpoint says it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from coldframe.benchmarks.document import percentile
+from coldframe.loader.errors import RequestError
+
+__all__ = ["HELD", "PARKED_SHARE", "Asked", "From", "Played", "Prices", "Stay"]
+
+From = Literal["zero", "parked", "warm"]
+HELD = ("starting", "warm", "draining")
+"""States in which a model holds its device."""
+PARKED_SHARE = 0.05
+"""What a parked model costs of its device, where nobody says otherwise: 16 to 80 GB of host memory
+at some 3 $ a month and GB are 2 to 10 % of a device of 3 $ an hour."""
+_MOST_PRICE = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """What a model costs.
+
+    Args:
+        held: Its device, for an hour.
+        parked: Its place in host memory, for an hour.
+    """
+
+    held: float
+    parked: float
+
+    @staticmethod
+    def of(price: float, parked: float | None) -> Prices:
+        """Prices as they are given; `PARKED_SHARE` where nothing is said of parked.
+
+        Raises:
+            RequestError: Nothing costs that.
+        """
+        parked = price * PARKED_SHARE if parked is None else parked
+        for flag, found in (("--price", price), ("--parked-price", parked)):
+            if not 0 <= found <= _MOST_PRICE:
+                raise RequestError(
+                    "this is no price of an hour",
+                    where=flag,
+                    expected=f"0 to {_MOST_PRICE:,.0f}",
+                    got=found,
+                )
+        return Prices(price, parked)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request.
+
+    Args:
+        at_s: When it was sent, since the beginning.
+        model: Whom it asked.
+        ttft_s: How long its first token took.
+        met: What its model was: `zero` is also who was starting from there or about to be there.
+    """
+
+    at_s: float
+    model: str
+    ttft_s: float
+    met: From
+
+
+@dataclass(frozen=True, slots=True)
+class Stay:
+    """A model in one state.
+
+    Args:
+        state: Which.
+        start_s: Since when.
+        end_s: Until when.
+    """
+
+    state: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Played:
+    """What became of a trace.
+
+    Args:
+        asked: Its requests, in their order.
+        states: What each model was, from 0 to `seconds` without a gap.
+        seconds: How long it was looked at.
+    """
+
+    asked: Sequence[Asked]
+    states: Mapping[str, Sequence[Stay]]
+    seconds: float
+
+    @property
+    def cold_starts(self) -> int:
+        """Requests that met a model at zero, or on its way from there or to it."""
+        return sum(asked.met == "zero" for asked in self.asked)
+
+    @property
+    def gpu_s(self) -> float:
+        """Seconds in which devices were held, of all models together."""
+        return self.seconds_in(*HELD)
+
+    @property
+    def parked_s(self) -> float:
+        return self.seconds_in("parked")
+
+    @property
+    def held_s(self) -> float:
+        """Seconds in which at least one model held its device."""
+        stays = sorted(
+            (stay.start_s, stay.end_s)
+            for stays in self.states.values()
+            for stay in stays
+            if stay.state in HELD
+        )
+        total, until = 0.0, 0.0
+        for start_s, end_s in stays:
+            total += max(0.0, end_s - max(start_s, until))
+            until = max(until, end_s)
+        return total
+
+    @property
+    def starts(self) -> int:
+        """How often a model was started."""
+        return sum(stay.state == "starting" for stays in self.states.values() for stay in stays)
+
+    def seconds_in(self, *states: str) -> float:
+        """Seconds in some states, of all models together."""
+        return sum(
+            stay.end_s - stay.start_s
+            for stays in self.states.values()
+            for stay in stays
+            if stay.state in states
+        )
+
+    def cost(self, prices: Prices) -> float:
+        return self.gpu_s * prices.held / 3600 + self.parked_s * prices.parked / 3600
+
+    def ttft(self, percent: float) -> float:
+        """A percentile of the times to the first token, 0 to 100, in seconds."""
+        return percentile([asked.ttft_s for asked in self.asked], percent / 100)
+
+    def to_json(self, prices: Prices | None) -> dict[str, Any]:
+        """As `played` in `schema.json`."""
+        times = [asked.ttft_s for asked in self.asked]
+        return {
+            "requests": len(self.asked),
+            "cold_starts": self.cold_starts,
+            "cold_share": self.cold_starts / len(self.asked),
+            "starts": self.starts,
+            "ttft": {
+                **{f"p{percent}": self.ttft(percent) for percent in (50, 90, 99)},
+                "max": max(times),
+                "mean": sum(times) / len(times),
+            },
+            "gpu_s": self.gpu_s,
+            "held_s": self.held_s,
+            "parked_s": self.parked_s,
+            "seconds": self.seconds,
+            "cost": None if prices is None else self.cost(prices),
+            "asked": [
+                {"at_s": a.at_s, "model": a.model, "ttft_s": a.ttft_s, "from": a.met}
+                for a in self.asked
+            ],
+            "states": {
+                name: [{"state": s.state, "start_s": s.start_s, "end_s": s.end_s} for s in stays]
+                for name, stays in self.states.items()
+            },
+        }

@@ -1,0 +1,287 @@
+"""`coldframe bench replay MODEL... --trace FILE`: a trace live, and the same by simulation.
+
+A server with the models under the policy gets what the trace has, when it has it, whatever became
+of the requests before. Counted are the requests that had to wait for a start, the times to the
+first token, and the seconds in which devices were held. The same trace is then simulated with
+stages that were measured before and after, on other servers of the same and never in the replay,
+and the two are held against each other.
+
+Time that is pressed together (`--seconds`, `--speed`) is the trace's alone: starts, keep-alives and
+answers take as long as they take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from coldframe.benchmarks.document import document, print_document
+from coldframe.benchmarks.harness import warm_page_cache
+from coldframe.benchmarks.traffic.live import Fleet, Replayed
+from coldframe.benchmarks.traffic.live import replay as replay_live
+from coldframe.benchmarks.traffic.measure import measure
+from coldframe.benchmarks.traffic.played import Played, Prices
+from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never
+from coldframe.benchmarks.traffic.sharing import sharing
+from coldframe.benchmarks.traffic.simulate import LOOK_S, Setup, simulate
+from coldframe.benchmarks.traffic.stages import StartTier, Times
+from coldframe.benchmarks.traffic.times import read_times
+from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
+from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
+from coldframe.loader.checkpoint import read_config
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.units import byte_count, human_seconds
+
+__all__ = ["add_arguments", "run"]
+
+_IDLE_S = 5.0
+_TAIL_S = 3.0
+_LEAST_PROMPT = 64
+_MOST_PROMPT = 2048
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "models", metavar="MODEL", type=Path, nargs="+", help="checkpoints' directories"
+    )
+    add_trace_arguments(parser)
+    rest = parser.add_argument_group("what decides when a model rests")
+    parser.flag("--policy", metavar="TEXT", group=rest, help="such as fixed:IDLE,PARK")
+    parser.flag(
+        "--idle", metavar="SECONDS", group=rest, help="warm for so long where nobody asks (5)"
+    )
+    parser.flag("--park", metavar="SECONDS", default="0", group=rest, help="then parked (0)")
+    parser.flag("--pool", type=int, default=0, group=rest, help="so many are kept parked (0)")
+    parser.flag(
+        "--device-memory", metavar="SIZE", type=byte_count, help="what all models have together"
+    )
+    parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="for KV of each model")
+    parser.flag(
+        "--starts",
+        choices=["fresh", "image"],
+        default="fresh",
+        help="from zero: with fresh processes, or from an image that is made before (fresh)",
+    )
+    parser.flag(
+        "--times", metavar="FILE", type=Path, help="a document with stages, not to be measured"
+    )
+    parser.flag(
+        "--cycles",
+        type=int,
+        default=3,
+        help="how often each stage is measured before and after the replay (3)",
+    )
+    parser.flag(
+        "--tail", metavar="SECONDS", type=float, help="behind the last arrival (--idle + 3)"
+    )
+    parser.flag("--simulate-only", action="store_true", help="no server: simulate, with --times")
+    parser.flag("--price", type=float, help="of a device, for an hour")
+    parser.flag("--parked-price", type=float, help="of a parked model (a twentieth of --price)")
+    parser.flag("--seed", type=int, default=0, help="of the order of measured starts (0)")
+    parser.flag("--json", action="store_true", help="print the JSON document alone")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the benchmark and prints its table.
+
+    Raises:
+        RequestError: The arguments make no sense.
+        PlatformError: A server failed, or there can be no image.
+    """
+    for model in args.models:
+        if not model.is_dir():
+            raise RequestError("there is no such directory", where="MODEL", got=model)
+    number = len(args.models) if args.number is None else args.number
+    if number < len(args.models):
+        raise RequestError(
+            "there are fewer models than directories",
+            where="--models",
+            expected=f"{len(args.models)} or more",
+            got=number,
+        )
+    if args.simulate_only and args.times is None:
+        raise RequestError(
+            "without a server nothing can be measured",
+            where="--simulate-only",
+            hint="Give --times.",
+        )
+    if args.pool < 0:
+        raise RequestError("there cannot be fewer than none", where="--pool", got=args.pool)
+    chosen = _policy(args)
+    prices = None if args.price is None else Prices.of(args.price, args.parked_price)
+    arrivals, asks, trace = chosen_trace(args, number)
+    context, vocabulary = _limits(args.models)
+    scale = token_scale(arrivals, context)
+    arrivals = scaled(arrivals, scale)
+    trace |= {"token_scale": scale, "time": "arrivals alone are pressed together, if any"}
+    tail_s = (chosen.idle_s or 0.0) + _TAIL_S if args.tail is None else args.tail
+    times = None if args.times is None else read_times(args.times)
+    tier: StartTier = "restored" if args.starts == "image" else "fresh"
+    places = {f"m{n}": args.models[n % len(args.models)] for n in range(number)}
+    shared = sharing(args.models, args.device_memory, args.kv_memory, args.device)
+    found: Replayed | None = None
+    if not args.simulate_only:
+        with ExitStack() as stack:
+            fleet = _fleet(args, places, vocabulary, stack)
+            longest = max(arrival.context for arrival in arrivals)
+            longest = min(context, max(longest, _LEAST_PROMPT), _MOST_PROMPT)
+            flags = _policy_flags(chosen, args.pool)
+            before = measure(fleet, longest, args.cycles) if times is None else times
+            found = replay_live(fleet, flags, arrivals, asks, tail_s)
+            # Half of them behind it: a machine that others use is not as fast all the time.
+            after = measure(fleet, longest, args.cycles) if times is None else None
+            times = before if after is None else before.and_also(after)
+    assert times is not None
+    setup = Setup(
+        *(tuple(places), times, _kept(chosen, args.pool).factory, tier),
+        begin="zero",
+        pool=args.pool,
+        sharing=shared,
+        seed=args.seed,
+    )
+    simulated = _simulated(arrivals, asks, setup, found, tail_s)
+    told = _document(args, trace, chosen, prices, times, found, simulated)
+    if not args.json:
+        _print_table(told)
+    print_document(told)
+    return 0
+
+
+def _policy(args: argparse.Namespace) -> Chosen:
+    if args.policy is not None:
+        if args.idle is not None or args.park != "0":
+            raise RequestError(
+                "these say the same", where="--policy, --idle, --park", hint="Give --policy alone."
+            )
+        return policy(args.policy)
+    idle_s = _IDLE_S if args.idle is None else seconds_or_never(args.idle, "--idle")
+    return fixed(idle_s, seconds_or_never(args.park, "--park"))
+
+
+def _kept(chosen: Chosen, pool: int) -> Chosen:
+    """Who is in a pool stays parked, whatever the policy says of parking; see `coldframe serve`."""
+    return fixed(chosen.idle_s, None) if pool and chosen.text.startswith("fixed") else chosen
+
+
+def _policy_flags(chosen: Chosen, pool: int) -> list[str]:
+    return [*chosen.flags, *(("--pool", str(pool)) if pool else ())]
+
+
+def _limits(models: list[Path]) -> tuple[int, int]:
+    """The context and the vocabulary that all have."""
+    configs = [read_config(str(model)) for model in models]
+    contexts = [int(config.get("max_position_embeddings", _MOST_PROMPT)) for config in configs]
+    return min(contexts), min(int(config["vocab_size"]) for config in configs)
+
+
+def _fleet(
+    args: argparse.Namespace, places: dict[str, Path], vocabulary: int, stack: ExitStack
+) -> Fleet:
+    flags: list[str] = []
+    for flag, size in (("--device-memory", args.device_memory), ("--kv-memory", args.kv_memory)):
+        if size is not None:
+            flags += [flag, str(size)]
+    environment = {"COLDFRAME_DEVICE": args.device}
+    if args.starts == "image":
+        from coldframe.benchmarks.snapshot_cells import Image
+
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="coldframe-bench-")))
+        for number, model in enumerate(args.models):
+            # One store for all: an image is found by what it is of.
+            Image.create(model, scratch, "lz4")
+            print(f"image {number + 1} of {len(args.models)} is made", file=sys.stderr)
+        environment |= {
+            "COLDFRAME_SNAPSHOT": "require",
+            "COLDFRAME_SNAPSHOT_STORE": str(scratch / "lz4"),
+        }
+        # Else a better image, with compiled steps, would be made in the middle of it.
+        flags += ["--graphs", "off"]
+    for model in args.models:
+        warm_page_cache(model)
+    return Fleet(places, vocabulary, flags, environment)
+
+
+def _simulated(
+    arrivals: list[Arrival],
+    asks: list[int],
+    setup: Setup,
+    found: Replayed | None,
+    tail_s: float,
+) -> Played:
+    if found is None:
+        return simulate(arrivals, asks, setup, arrivals[-1].at_s + tail_s)
+    # When they were sent, not when they were to be: what the client is late by is none of the
+    # server's.
+    moments = [asked.at_s for asked in found.played.asked]
+    order = sorted(range(len(moments)), key=moments.__getitem__)
+    sent = [replace(arrivals[n], at_s=max(0.0, moments[n])) for n in order]
+    # A front that says when a state changes also wakes for that.
+    setup = replace(setup, look_s=0.0 if found.says_all else LOOK_S)
+    return simulate(sent, [asks[n] for n in order], setup, found.played.seconds)
+
+
+def _document(
+    args: argparse.Namespace,
+    trace: dict[str, Any],
+    chosen: Chosen,
+    prices: Prices | None,
+    times: Times,
+    found: Replayed | None,
+    simulated: Played,
+) -> dict[str, Any]:
+    live = None
+    if found is not None:
+        late = [one.late_s for one in found.sent]
+        live = found.played.to_json(prices) | {
+            "counted": dict(found.counted),
+            "late": {"mean_s": sum(late) / len(late), "max_s": max(late)},
+            "states_from": "the log" if found.says_all else "the log and the requests",
+        }
+    second = simulated.to_json(prices)
+    return document(
+        "replay",
+        trace=trace,
+        policy=chosen.text + (f", pool of {args.pool}" if args.pool else ""),
+        price=args.price,
+        live=live,
+        simulated=second,
+        start_times=times.to_json(),
+        difference=None
+        if live is None
+        else {name: _difference(live[name], second[name]) for name in ("cold_starts", "gpu_s")},
+    )
+
+
+def _difference(live: float, simulated: float) -> float:
+    """By how much a simulation is off, of what it simulates; of nothing, of one."""
+    return (simulated - live) / live if live else float(simulated)
+
+
+def _print_table(told: dict[str, Any]) -> None:
+    columns = [(name, told[name]) for name in ("live", "simulated") if told[name] is not None]
+    print(f"{'':<26}" + "".join(f"{name:>12}" for name, _ in columns))
+    rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("requests", lambda p: f"{p['requests']}"),
+        ("cold starts", lambda p: f"{p['cold_starts']}"),
+        ("cold share", lambda p: f"{p['cold_share']:.1%}"),
+        ("starts of a replica", lambda p: f"{p['starts']}"),
+        ("TTFT p50", lambda p: human_seconds(p["ttft"]["p50"])),
+        ("TTFT p90", lambda p: human_seconds(p["ttft"]["p90"])),
+        ("TTFT p99", lambda p: human_seconds(p["ttft"]["p99"])),
+        ("TTFT max", lambda p: human_seconds(p["ttft"]["max"])),
+        ("devices held", lambda p: f"{p['gpu_s']:.1f} s"),
+        ("parked", lambda p: f"{p['parked_s']:.1f} s"),
+        ("cost", lambda p: "-" if p["cost"] is None else f"{p['cost']:.4f}"),
+    ]
+    for name, told_as in rows:
+        print(f"{name:<26}" + "".join(f"{told_as(part):>12}" for _, part in columns))
+    if told["difference"] is not None:
+        cold, held = told["difference"]["cold_starts"], told["difference"]["gpu_s"]
+        print(f"\nsimulated against live: cold starts {cold:+.1%}, devices held {held:+.1%}")

@@ -1,0 +1,258 @@
+"""What would become of a trace: models that share a front and a device, as discrete events.
+
+Pure and without chance but for a seed: the same arguments give the same answer. It is made of the
+policies that the endpoint follows (`runtime/scaling.py`), of the room that it has them share
+(`runtime/room.py`), of each model's life (`simulated_model.py`) and of stages as long as they were
+measured (`stages.py`).
+
+It leaves out what models take from each other by computing at the same time on one device, the
+making of images, and deaths.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from coldframe.benchmarks.traffic.loading import Loading
+from coldframe.benchmarks.traffic.played import Asked, Played
+from coldframe.benchmarks.traffic.service import Ask
+from coldframe.benchmarks.traffic.simulated_model import Needs, SimulatedModel
+from coldframe.benchmarks.traffic.stages import StartTier, Times
+from coldframe.benchmarks.traffic.traces import Arrival
+from coldframe.loader.errors import RequestError
+from coldframe.runtime.room import Room
+from coldframe.runtime.scaling import PolicyFactory
+
+__all__ = ["LOOK_S", "Setup", "Sharing", "simulate"]
+
+LOOK_S = 1.0
+"""How often a front looks after a replica where nothing happens (`Replica.step`), in seconds: where
+it does not wake for that, it notices as late that one is to rest."""
+_STARTING_LOOK_S = 0.1
+"""The same while some model starts (`Endpoint.serve`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """A device that models share.
+
+    Args:
+        memory: Its bytes.
+        warm: Bytes that a model takes: weights and KV.
+        parked: Bytes that it keeps while it is parked; 0 where its weights leave the device.
+    """
+
+    memory: int
+    warm: int
+    parked: int
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is simulated.
+
+    Args:
+        names: The models, in the order in which they are served.
+        times: How long their stages take.
+        policy: Makes one for each of them.
+        tier: How they start from zero.
+        begin: `first` as a server begins, whose first model starts with it; `zero` where all have
+            been sent there and wait to be asked; `warm` where all are there.
+        pool: So many are kept parked (`serve --pool`).
+        running: Requests that a model's workers get at once (`serve --max-running`).
+        sharing: The device, where it does not hold them all.
+        look_s: How late the front may notice that a model is to rest: see `LOOK_S`; by default it
+            notices that at once.
+        seed: Of the order in which measured runs are drawn.
+    """
+
+    names: Sequence[str]
+    times: Times
+    policy: PolicyFactory
+    tier: StartTier = "fresh"
+    begin: Literal["first", "zero", "warm"] = "first"
+    pool: int = 0
+    running: int = 32
+    sharing: Sharing | None = None
+    look_s: float = 0.0
+    seed: int = 0
+
+
+def simulate(
+    arrivals: Sequence[Arrival],
+    asks: Sequence[int],
+    setup: Setup,
+    seconds: float | None = None,
+) -> Played:
+    """What becomes of a trace.
+
+    Args:
+        arrivals: In their order.
+        asks: Which model each of them asks, by its number in `setup.names`.
+        setup: The models, and what decides over them.
+        seconds: How long they are looked at: until all is answered at least, which is the default.
+
+    Raises:
+        RequestError: Nobody asks, there are no models, or one that is asked is not there.
+        DeviceError: A model does not fit the device.
+    """
+    if not arrivals or not setup.names or len(asks) != len(arrivals):
+        raise RequestError("there is nothing to simulate", got=f"{len(arrivals)} arrivals")
+    if not all(0 <= number < len(setup.names) for number in asks):
+        raise RequestError("a model is asked that is not there", expected=len(setup.names))
+    return _Simulation(setup).run(arrivals, asks, seconds)
+
+
+class _Simulation:
+    """The events, and what models have in common."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.now = 0.0
+        sharing = setup.sharing
+        self.room = None if sharing is None else Room(sharing.memory)
+        needs = Needs(0, 0) if sharing is None else Needs(sharing.warm, sharing.parked)
+        if self.room is not None:
+            self.room.fit(needs.warm, setup.names[0])
+        self.load = Loading(self).add
+        self._setup = setup
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._numbers = itertools.count()
+        self._overdue: list[SimulatedModel] = []
+        self._later: list[SimulatedModel] = []
+        self._asleep = False
+        """Whether the front has not noticed what just happened."""
+        self._models = [
+            SimulatedModel(
+                name,
+                self,
+                setup.times,
+                setup.tier,
+                setup.policy(),
+                needs,
+                may_park=sharing is not None and sharing.parked == 0,
+                running=setup.running,
+                seed=setup.seed + number,
+            )
+            for number, name in enumerate(setup.names)
+        ]
+
+    def at(self, moment_s: float, call: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (moment_s, next(self._numbers), call))
+
+    def run(
+        self, arrivals: Sequence[Arrival], asks: Sequence[int], seconds: float | None
+    ) -> Played:
+        found: list[Ask] = []
+
+        def arrive(number: int, arrival: Arrival) -> Callable[[], None]:
+            model = self._models[asks[number]]
+            return lambda: found.append(model.ask(number, arrival))
+
+        self._begin()
+        for number, arrival in enumerate(arrivals):
+            self.at(arrival.at_s, arrive(number, arrival))
+        answered_s = 0.0
+        while self._events:
+            moment_s, _, call = heapq.heappop(self._events)
+            busy = len(found) < len(arrivals) or not all(model.idle for model in self._models)
+            if not busy and (seconds is None or moment_s > seconds):
+                break
+            self.now = moment_s
+            call()
+            self._step()
+            if busy:
+                answered_s = moment_s
+        end_s, names = max(answered_s, seconds or 0.0), self._setup.names
+        return Played(
+            [
+                Asked(ask.arrival.at_s, names[asks[ask.number]], ttft_s, ask.met)
+                for ask in found
+                if (ttft_s := ask.ttft_s) is not None
+            ],
+            {model.name: model.stays(end_s) for model in self._models},
+            end_s,
+        )
+
+    def _begin(self) -> None:
+        for number, model in enumerate(self._models):
+            if self._setup.begin == "zero":
+                model.ordered = True
+            elif self._setup.begin == "warm":
+                model.be_warm()
+            elif number == 0:
+                model.start()
+
+    def _step(self) -> None:
+        """What the front does after everything that has happened."""
+        if self._asleep:
+            self._asleep = False
+            return
+        overdue, self._overdue = self._overdue, []
+        later, self._later = self._later, []
+        for model in [*overdue, *later]:
+            model.look()
+        if self.room is not None:
+            self._share(self.room)
+        if self._setup.pool:
+            self._keep_pool()
+
+    def overdue(self, model: SimulatedModel) -> None:
+        self._overdue.append(model)
+        late_s = self._late_s()
+        if late_s > 0:
+            self._asleep = True
+            self.at(self.now + late_s, lambda: None)  # or whatever happens before
+
+    def rises_later(self, model: SimulatedModel) -> None:
+        self._later.append(model)
+
+    @property
+    def starts_one(self) -> bool:
+        return any(model.state == "starting" for model in self._models)
+
+    def _late_s(self) -> float:
+        """How long until the front looks, where nothing happens."""
+        look_s = self._setup.look_s
+        busy = any(not model.idle and not model.waiting for model in self._models)
+        starting = self.starts_one
+        if look_s == 0 or (busy and not starting):
+            return 0.0  # each token is a reason to look
+        began = [model.began_s for model in self._models if model.state != "zero"] or [0.0]
+        late_s = min(-(self.now - began_s) % look_s for began_s in began)
+        return min(late_s, _STARTING_LOOK_S / 2) if starting else late_s
+
+    def _share(self, room: Room) -> None:
+        """Those that wait for room ask for it again; what comes free is the next one's at once."""
+        waiting = [model for model in self._models if model.waiting]
+        while waiting:
+            room.changed = False
+            for model in waiting:
+                if model.waiting:
+                    model.take_room()
+            if not room.changed:
+                break
+            waiting = [model for model in waiting if model.waiting]
+        if waiting:
+            may_go = [m.may_go_s for m in self._models if m.state == "warm" and not m.idle]
+            later = min((moment for moment in may_go if moment > self.now), default=math.inf)
+            if later < math.inf:
+                self.at(later, lambda: None)
+
+    def _keep_pool(self) -> None:
+        """Has as many models parked as there are to be: see `Fleet`."""
+        models = self._models
+        if self.starts_one:
+            return
+        parked = sorted((m for m in models if m.state == "parked"), key=lambda m: m.used_at)
+        for model in parked[: max(0, len(parked) - self._setup.pool)]:
+            model.make_room()
+        loaded = sum(model.state != "zero" for model in models)
+        if loaded < self._setup.pool and all(model.idle for model in models):
+            ahead = next((model for model in models if model.may_start_ahead), None)
+            if ahead is not None:
+                ahead.start("parked")

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from coldframe.benchmarks.document import SCHEMA
+from coldframe.benchmarks.traffic import replay
+from coldframe.benchmarks.traffic.sharing import sharing
+from coldframe.benchmarks.traffic.stages import Line, Times
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.errors import ColdframeError, RequestError
+from coldframe.runtime.flags import Parser
+
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+TIMES = Times([2.0], [], [0.1], [0.05], Line(0.01, 0.0), Line(0.01, 0.0), "made up")
+
+
+def write_trace(path: Path, moments: list[float]) -> Path:
+    began = datetime(2024, 1, 1, tzinfo=UTC)
+    rows = [f"{(began + timedelta(seconds=moment)).isoformat()},64,8\n" for moment in moments]
+    path.write_text(HEAD + "".join(rows))
+    return path
+
+
+def arguments(*texts: object) -> Any:
+    parser = Parser()
+    replay.add_arguments(parser)
+    parser.flag("--device", default="cpu")
+    return parser.parse([str(text) for text in texts])
+
+
+def seconds_in(played: dict[str, Any], *states: str) -> float:
+    return sum(
+        stay["end_s"] - stay["start_s"]
+        for stays in played["states"].values()
+        for stay in stays
+        if stay["state"] in states
+    )
+
+
+def valid(document: dict[str, Any]) -> dict[str, Any]:
+    jsonschema.validate(document, json.loads(SCHEMA.read_text()))
+    for part in filter(None, (document["live"], document["simulated"])):
+        for name, stays in part["states"].items():
+            assert stays[0]["start_s"] == 0, name
+            assert stays[-1]["end_s"] == pytest.approx(part["seconds"])
+            assert all(a["end_s"] == b["start_s"] for a, b in pairwise(stays)), name
+        assert part["gpu_s"] == pytest.approx(seconds_in(part, "starting", "warm", "draining"))
+        assert part["parked_s"] == pytest.approx(seconds_in(part, "parked"))
+        assert part["cold_starts"] == sum(asked["from"] == "zero" for asked in part["asked"])
+    return document
+
+
+def test_a_trace_is_simulated_without_a_server(
+    demo_model: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = tmp_path / "times.json"
+    times.write_text(json.dumps(TIMES.to_json()))
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 10.0, 100.0, 103.0])
+    flags = ("--trace", trace, "--times", times, "--simulate-only", "--price", "3.6")
+    assert replay.run(arguments(demo_model(), *flags, "--policy", "fixed:20")) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    found = valid(json.loads(last))
+    assert (found["live"], found["difference"]) == (None, None)
+    played = found["simulated"]
+    assert (played["requests"], played["cold_starts"]) == (4, 2)
+    assert played["cost"] == pytest.approx(played["gpu_s"] / 1000)
+    assert any(line.split() == ["cold", "starts", "2"] for line in table)
+    # The keep-alive is not pressed together with the trace.
+    assert replay.run(arguments(demo_model(), *flags, "--idle", "20", "--seconds", "10.3")) == 0
+    pressed = valid(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert pressed["trace"]["speed"] == pytest.approx(10.0)
+    assert pressed["simulated"]["starts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        (("--models", "0"), "fewer models"),
+        (("--idle", "soon"), "no time"),
+        (("--park", "-1"), "no time"),
+        (("--policy", "fixed:5", "--idle", "3"), "say the same"),
+        (("--policy", "whatever"), "no such policy"),
+        (("--pool", "-1"), "fewer than none"),
+        (("--price", "-1"), "no price"),
+        (("--simulate-only",), "nothing can be measured"),
+        (("--cycles", "0"), "must be one"),
+        (("--speed", "0"), "no speed"),
+        (("--from", "1000"), "nobody asks"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    demo_model: Callable[..., Path], tmp_path: Path, flags: tuple[str, ...], match: str
+) -> None:
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 1.0])
+    with pytest.raises(RequestError, match=match):
+        replay.run(arguments(demo_model(), "--trace", trace, *flags))
+    with pytest.raises(RequestError, match="no such directory"):
+        replay.run(arguments(tmp_path / "none", "--trace", trace))
+
+
+def test_models_take_of_a_device_what_the_endpoint_reckons(
+    demo_model: Callable[..., Path],
+) -> None:
+    model = demo_model()
+    weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
+    assert sharing([model], None, None, "cpu") is None
+    found = sharing([model], 64 << 20, 4 << 20, "cpu")
+    assert found is not None
+    assert (found.memory, found.parked) == (64 << 20, weights)
+    assert weights + (3 << 20) < found.warm <= weights + (4 << 20)
+    gpu = sharing([model], 8 << 30, 4 << 20, "cuda:0")
+    assert gpu is not None
+    assert gpu.parked == 0
+    assert gpu.warm > weights + (1 << 30)
+    with pytest.raises(ColdframeError):
+        sharing([model], 1 << 20, 4 << 20, "cpu")
+
+
+def replayed(model: Path, trace: Path, runs: Path, *flags: str) -> dict[str, Any]:
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).parent / "coldframe", "bench", "replay", model),
+            *("--trace", trace, "--cycles", "1", *flags),
+        ],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLDFRAME_RUN_DIR": str(runs)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return valid(json.loads(done.stdout.splitlines()[-1]))
+
+
+def assert_alike(live: dict[str, Any], simulated: dict[str, Any]) -> None:
+    """Devices are held alike, but for what starts took, which may be anything on a busy machine."""
+    starts = [seconds_in(part, "starting") for part in (live, simulated)]
+    other = [seconds_in(part, "warm", "draining") for part in (live, simulated)]
+    off = abs(live["gpu_s"] - simulated["gpu_s"]) - abs(starts[0] - starts[1])
+    assert off <= 0.15 * live["gpu_s"], (starts, other)
+    assert other[0] == pytest.approx(other[1], rel=0.15, abs=abs(starts[0] - starts[1]))
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(400)
+def test_a_simulation_is_as_the_replay(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    # Bursts that are shorter than any start takes, or gaps that leave it both its time to start
+    # and its keep-alive.
+    moments = [0.0, 0.2, 16.0, 16.1]
+    trace = write_trace(tmp_path / "trace.csv", moments)
+    found = replayed(demo_model(), trace, no_leaks, "--idle", "4", "--price", "3")
+    live, simulated = found["live"], found["simulated"]
+    assert (live["requests"], simulated["requests"]) == (4, 4)
+    assert live["cold_starts"] == simulated["cold_starts"] == 4
+    assert live["starts"] == simulated["starts"] == live["counted"]["starts"] == 2
+    assert found["difference"]["cold_starts"] == 0
+    # How long a start takes is another time with each: here as on a machine that is busy.
+    for part in (live, simulated):
+        assert seconds_in(part, "starting") > 0.3
+    assert_alike(live, simulated)
+    # What the server counts itself: the time in which there was a replica.
+    assert live["counted"]["device_s"] == pytest.approx(live["gpu_s"], rel=0.15)
+    states = [stay["state"] for stay in live["states"]["m0"] if stay["state"] != "draining"]
+    first = states.index("starting")
+    assert states[first : first + 5] == ["starting", "warm", "zero", "starting", "warm"]
+    assert len(found["start_times"]["fresh"]) == 2
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(400)
+def test_models_that_share_a_device_are_replayed(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    model = demo_model()
+    weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
+    room = ("--device-memory", str(weights + (5 << 20)), "--kv-memory", str(4 << 20))
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 9.0, 18.0, 27.0])
+    found = replayed(model, trace, no_leaks, "--models", "2", "--idle", "60", "--tail", "3", *room)
+    live, simulated = found["live"], found["simulated"]
+    models = [asked["model"] for asked in live["asked"]]
+    # Each takes the other one's place.
+    starts = 1 + sum(a != b for a, b in pairwise(models))
+    assert starts > 1
+    assert live["starts"] == simulated["starts"] == starts
+    assert live["cold_starts"] == simulated["cold_starts"] == starts
+    assert_alike(live, simulated)

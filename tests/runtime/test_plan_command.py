@@ -32,6 +32,12 @@ Make = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def _no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts are rehearsed in `planning/`."""
+    monkeypatch.setenv("COLDFRAME_NO_REHEARSAL", "1")
+
+
 def plan(capsys: Capture, *arguments: object) -> dict[str, Any]:
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)

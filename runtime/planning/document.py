@@ -146,7 +146,8 @@ def _memory(subject: Subject, target: Target, rates: Rates) -> dict[str, Any]:
         plan, spec, context=subject.context, batch=subject.batch
     )
     cell = next((c for n, c in rates.cells.items() if n.startswith("fresh/http/")), None)
-    measured = rates.device_bytes if target.gpu is not None else cell and cell.memory.own
+    own = None if cell is None else cell.memory.own
+    measured = own if target.gpu is None else rates.device_bytes
     overhead = predicted.overhead if measured is None else measured
     return {
         "weights": predicted.weights,

@@ -153,7 +153,7 @@ def worker_of(stages: Sequence[Mapping[str, Any]], ttft_s: float) -> Worker:
         )
         # What passes between a worker that is up, with weights in, and its first piece of work.
         gap = max(0.0, embedding["start_s"] - max(ready, arrived))
-        layers = []
+        layers: list[float] = []
         while f"prefill[{len(layers)}]" in mine:
             layers.append(_length(mine[f"prefill[{len(layers)}]"]))
     except (KeyError, StopIteration) as error:

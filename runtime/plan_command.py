@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import sys
@@ -19,18 +20,22 @@ from coldframe.loader.opening import open_origin
 from coldframe.loader.plan import Plan
 from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.base import Origin
-from coldframe.runtime.device_choice import CPU, add_device_argument, choose_device
+from coldframe.runtime.device_choice import AUTO, CPU, choose_device
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
+from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, ask_nodes, read_nodes
+from coldframe.runtime.planning.placement import Here, of_device, of_node, ranked
 from coldframe.runtime.planning.rates import Rates, measure_rates
 from coldframe.runtime.planning.table import plan_table
 from coldframe.runtime.run import MODEL_HELP
 from coldframe.runtime.snapshot_flags import add_store_arguments, store_options
-from coldframe.runtime.target import Target
+from coldframe.runtime.target import Target, devices_here
 from coldframe.runtime.units import byte_rate
 
 __all__ = ["add_arguments", "run"]
+
+_ALL = "all"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -54,7 +59,21 @@ def add_arguments(parser: Parser) -> None:
         help="forget the rates that are kept from earlier plans, and measure them now",
     )
     add_store_arguments(parser)
-    add_device_argument(parser)
+    parser.flag(
+        "--device",
+        metavar="DEVICE",
+        default=AUTO,
+        help="what to compute on: cpu, cuda or cuda:N, several with commas between them, or all; "
+        "auto takes the first GPU that this process can see, and else the CPU (auto)",
+    )
+    parser.flag(
+        "--node",
+        metavar="HOST",
+        action="append",
+        help="another place, HOST[:PORT] or URL of a coldframe endpoint, or peer://HOST:PORT; may "
+        f"be given again (a key for endpoints is in {KEY_VARIABLE})",
+    )
+    parser.flag("--nodes", metavar="FILE", help="the same, and facts of others, from a JSON file")
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -65,26 +84,78 @@ def run(args: argparse.Namespace) -> int:
         ColdframeError: The checkpoint is bad or cannot be read, the engine does not run such a
             model, or there is no such device.
     """
-    target = Target.of(choose_device(args.device))
+    nodes = read_nodes(args.node or (), args.nodes)
+    targets, missing = _targets(args.device)
     location = parse_location(args.model)
     with closing(open_origin(location)) as origin:
-        document = _planned(args, location.uri, origin, target)
+        checkpoint = Checkpoint.open(origin)
+        planned = [_planned(args, location.uri, origin, checkpoint, each) for each in targets]
+        (document, rates), *others = planned
+        if others or missing or nodes:
+            plans = [each for each, _ in planned]
+            document["placement"] = _placement(checkpoint, plans, rates, missing, nodes)
+            document["others"] = plans[1:]
     print(json.dumps(document) if args.json else plan_table(document))
     return 0
 
 
+def _targets(devices: str) -> tuple[list[Target], dict[str, str]]:
+    """The devices that are named, and why some are not there: one of several at least is.
+
+    Raises:
+        ColdframeError: None of them can be used.
+    """
+    names = devices_here() if devices == _ALL else [name.strip() for name in devices.split(",")]
+    if len(names) == 1:
+        return [Target.of(choose_device(names[0]))], {}
+    found: dict[str, Target] = {}
+    missing: dict[str, str] = {}
+    first: ColdframeError | None = None
+    for name in names:
+        choice = choose_device(name)  # of what is no device's name, nothing is made
+        try:
+            found[choice.device] = Target.of(choice)
+        except ColdframeError as error:
+            missing[choice.device] = str(error)
+            first = first or error
+    if not found:
+        assert first is not None
+        raise first
+    return list(found.values()), missing
+
+
+def _placement(
+    checkpoint: Checkpoint,
+    plans: list[dict[str, Any]],
+    rates: Rates,
+    missing: dict[str, str],
+    nodes: list[Node],
+) -> list[dict[str, Any]]:
+    """Where it fits and would start fastest, the best first."""
+    document = plans[0]
+    rate = document["disk_bytes_per_s"] or document["rate_bytes_per_s"] or math.inf
+    plan = Plan.build(checkpoint, layout=Layout(document["layout"]))
+    here = Here(plan, rates, rate, document["memory"]["total"])
+    places = [of_device(each) for each in plans]
+    places += [of_node(NodeFacts(name, why, "device"), here) for name, why in missing.items()]
+    places += [of_node(facts, here) for facts in ask_nodes(nodes, checkpoint.fingerprint)]
+    return ranked(places)
+
+
 def _planned(
-    args: argparse.Namespace, model: str, origin: Origin, target: Target
-) -> dict[str, Any]:
-    """The document, for a model at a place."""
-    subject = _subject(args, model, origin, target)
-    ranks = _ranks(subject.checkpoint, args.tensor_parallel)
+    args: argparse.Namespace, model: str, origin: Origin, checkpoint: Checkpoint, target: Target
+) -> tuple[dict[str, Any], Rates]:
+    """The document, for a model at a place, and what it was made with."""
+    subject = _subject(args, model, origin, checkpoint, target)
+    ranks = _ranks(checkpoint, args.tensor_parallel)
     rates, worker_s = _rates(args, subject, target)
-    return {**plan_document(subject, target, args.rate, rates, worker_s), "ranks": ranks}
+    document = plan_document(subject, target, args.rate, rates, worker_s)
+    return {**document, "ranks": ranks}, rates
 
 
-def _subject(args: argparse.Namespace, model: str, origin: Origin, target: Target) -> Subject:
-    checkpoint = Checkpoint.open(origin)
+def _subject(
+    args: argparse.Namespace, model: str, origin: Origin, checkpoint: Checkpoint, target: Target
+) -> Subject:
     # As a load lays it out: see `loader.load`.
     as_filed = origin.path is not None and target.choice.device == CPU
     layout = Layout.FILE if as_filed else Layout.ALIGNED

@@ -49,14 +49,14 @@ def s3(case: Case) -> Finding:
 def _s3_method(*, must: bool) -> str | None:
     """The kind of credentials that are found: `env`, `shared-credentials-file`, a role."""
     try:
-        from botocore.session import Session
+        from botocore.session import Session  # type: ignore[import-untyped]
     except ImportError:
         if must:
             raise PlatformError(
                 "botocore is not installed", hint="Run: pip install 'coldframe[s3]'"
             ) from None
         return None
-    from botocore.exceptions import BotoCoreError
+    from botocore.exceptions import BotoCoreError  # type: ignore[import-untyped]
 
     found: list[str | None] = []
 
@@ -87,7 +87,7 @@ def _bucket_answers(case: Case) -> str:
         place = parse_location(case.model)
         with closing(open_origin(place, hurry=True)) as origin:
             origin.read_small(CONFIG_NAME, 1 << 20)
-        return place.uri
+        return str(place.uri)
     open_store(case.store).check_writable()
     return case.store
 
@@ -128,8 +128,7 @@ def api_keys(case: Case) -> Finding:
         remedy = f"Set {KEYS_VARIABLE} or {KEYS_FILE_VARIABLE}, unless a proxy asks for keys."
         return Finding("api_keys", says, facts, remedy=remedy)
     says = f"{len(loaded.keys)} (by {', '.join(by)})"
-    remedy = " ".join(loaded.warnings) or None
-    return Finding("api_keys", says, facts, remedy=remedy)
+    return Finding("api_keys", says, facts, remedy=" ".join(loaded.warnings) or None)
 
 
 def _is(case: Case, kind: type) -> bool:

@@ -30,6 +30,8 @@ def plan_table(document: dict[str, Any]) -> str:
             f"{human_bytes(rank['read_bytes']):>10}{rank['extents']:>7}"
         )
     lines += ["", *_memory(document), "", *_time(document)]
+    if "placement" in document:
+        lines += ["", *_placement(document["placement"])]
     if document["skipped"]:
         lines.append(f"not loaded: {', '.join(document['skipped'])}")
     return "\n".join(lines)
@@ -83,6 +85,18 @@ def _time(document: dict[str, Any]) -> list[str]:
         f"a fresh worker up after {human_seconds(document['worker_start_s'])}:",
         f"first token of a short prompt after about {human_seconds(document['predicted_ttft_s'])}",
     ]
+    return lines
+
+
+def _placement(places: list[dict[str, Any]]) -> list[str]:
+    width = max(len(place["name"]) for place in places) + 2
+    lines = [f"{'where':<{width}}{'fits':<6}{'TTFT':>9}  "]
+    for place in places:
+        fits = {True: "yes", False: "no", None: "?"}[place["fits"]]
+        ttft_s = place["ttft_s"]
+        takes = "-" if ttft_s is None else human_seconds(ttft_s)
+        why = "; ".join(place["why"])
+        lines.append(f"{place['name']:<{width}}{fits:<6}{takes:>9}  {why}")
     return lines
 
 

@@ -108,17 +108,23 @@ def _url(text: str, where: str) -> str:
     written = text if "://" in text else f"http://{text}"
     try:
         parts = urlsplit(written)
-        host, port = parts.hostname, parts.port
+        scheme, host, port, user = parts.scheme, parts.hostname, parts.port, parts.username
     except ValueError:
-        host, port = None, None
-    if parts.scheme not in ("http", "https", "peer") or not host:
+        scheme, host, port, user = "", None, None, None
+    if user is not None:
+        raise RequestError(
+            "a node's URL has credentials in it",
+            where=where,
+            hint=f"Give its key in {KEY_VARIABLE}, or by key_env in a file of nodes.",
+        )
+    if scheme not in ("http", "https", "peer") or not host:
         raise RequestError(
             "this is no node",
             where=where,
             expected="HOST, HOST:PORT, http(s)://..., or peer://HOST:PORT",
             got=repr(text),
         )
-    if parts.scheme == "peer" or port is not None or "://" in text:
+    if scheme == "peer" or port is not None or "://" in text:
         return written.rstrip("/")
     return f"http://{f'[{host}]' if ':' in host else host}:{_PORT}"
 
@@ -217,9 +223,9 @@ def _facts(node: Node, fingerprint: str) -> NodeFacts:
     try:
         found = _ask_peer(node, fingerprint) if peer else _ask_endpoint(node, fingerprint)
     except ColdframeError as error:
-        return NodeFacts(node.name, f"{type(error).__name__}: {error}", kind, url=_shown(node.url))
+        return NodeFacts(node.name, f"{type(error).__name__}: {error}", kind, url=node.url)
     except (OSError, ValueError, LookupError, TypeError) as error:
-        return NodeFacts(node.name, _said(error), kind, url=_shown(node.url))
+        return NodeFacts(node.name, _said(error), kind, url=node.url)
     return _with(found, node.given)
 
 
@@ -232,12 +238,6 @@ def _said(error: Exception) -> str:
     if isinstance(error, TimeoutError):
         return f"it does not answer within {_WAIT_S:g} s"
     return f"it is no endpoint of coldframe: {type(error).__name__}: {error}"
-
-
-def _shown(url: str) -> str:
-    """Without credentials."""
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
 
 
 def _with(facts: NodeFacts, given: Mapping[str, Any]) -> NodeFacts:
@@ -262,8 +262,10 @@ def _ask_endpoint(node: Node, fingerprint: str) -> NodeFacts:
     opener = urllib.request.build_opener(_NoRedirect)
     with opener.open(request, timeout=_WAIT_S) as answer:
         told = json.loads(answer.read(_MOST_BYTES))
+    if not isinstance(told["models"], dict):
+        raise ValueError("models")
     models = told["models"].values()
-    url = _shown(node.url)
+    url = node.url
     free = [m["memory_available"] for m in models if m["memory_available"] is not None]
     available = int(min(free)) if free else None
     for model in models:

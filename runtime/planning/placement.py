@@ -60,9 +60,10 @@ def of_device(document: Mapping[str, Any]) -> dict[str, Any]:
     ttft_s = document["predicted_ttft_s"] if best is None else best["ttft_s"]
     if best is not None and best["tier"] != "fresh":
         why.append("a snapshot is there" if best["tier"] == "restored" else "a template is there")
-    return _place(
+    place = _place(
         *(document["device"], "device", memory["total"], memory["available"], ttft_s, best, why)
     )
+    return {**place, "weights": "page_cache" if cached else None}
 
 
 def of_node(facts: NodeFacts, here: Here) -> dict[str, Any]:
@@ -103,19 +104,17 @@ def of_node(facts: NodeFacts, here: Here) -> dict[str, Any]:
     place = _place(facts.name, facts.kind, needed, facts.available, ttft_s, best, why)
     if facts.state == "failed":
         place["fits"] = False
-    return {**place, "url": facts.url}
+    return {**place, "weights": facts.weights, "url": facts.url}
 
 
 def ranked(places: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The best first: where it fits, by the time to the first token; then what cannot be."""
 
-    def order(place: dict[str, Any]) -> tuple[bool, bool, float]:
-        ttft_s = place["ttft_s"]
-        return (
-            not place["reachable"],
-            place["fits"] is False,
-            math.inf if ttft_s is None else ttft_s,
-        )
+    def order(place: dict[str, Any]) -> tuple[bool, bool, float, int]:
+        ttft_s = math.inf if place["ttft_s"] is None else place["ttft_s"]
+        # Where all bytes hide behind the worker's start, those that are nearer leave more to spare.
+        near = list(_WEIGHTS).index(place["weights"] or "elsewhere")
+        return not place["reachable"], place["fits"] is False, ttft_s, near
 
     return [{"rank": n, **place} for n, place in enumerate(sorted(places, key=order), 1)]
 
@@ -152,6 +151,7 @@ def _place(
         "fits": fits,
         "needed": needed,
         "available": available,
+        "weights": None,
         "tier": tier,
         "ttft_s": ttft_s,
         "why": why,

@@ -24,6 +24,7 @@ from coldframe.runtime.device_choice import AUTO, CPU, choose_device
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
+from coldframe.runtime.planning.kept import MOST_KEPT
 from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, ask_nodes, read_nodes
 from coldframe.runtime.planning.placement import Here, of_device, of_node, ranked
 from coldframe.runtime.planning.rates import Rates, measure_rates
@@ -52,6 +53,13 @@ def add_arguments(parser: Parser) -> None:
         action="store_true",
         help="do not start a scale model of MODEL to see what starts take here: then only the "
         "import of torch is measured, and no start is predicted but roughly",
+    )
+    parser.flag(
+        "--rehearsals",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hold so many, and take the medians: for a machine that is busy (1, of at most 5)",
     )
     parser.flag(
         "--fresh-probe",
@@ -148,6 +156,13 @@ def _planned(
     """The document, for a model at a place, and what it was made with."""
     subject = _subject(args, model, origin, checkpoint, target)
     ranks = _ranks(checkpoint, args.tensor_parallel)
+    if not 1 <= args.rehearsals <= MOST_KEPT:
+        raise RequestError(
+            "no such number of rehearsals",
+            where="--rehearsals",
+            expected=f"1 to {MOST_KEPT}",
+            got=args.rehearsals,
+        )
     rates, worker_s = _rates(args, subject, target)
     document = plan_document(subject, target, args.rate, rates, worker_s)
     return {**document, "ranks": ranks}, rates
@@ -209,6 +224,8 @@ def _rates(
             maps=subject.maps,
             snapshot=store_options(args),
             anew=args.fresh_probe,
+            times=args.rehearsals,
+            tell=lambda what: print(f"coldframe: {what}", file=sys.stderr, flush=True),
             free=None if gpu is None else lambda: Target.of(target.choice).available,
         )
     except ColdframeError as error:

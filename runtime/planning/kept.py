@@ -17,10 +17,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Kept", "calibration_directory"]
+__all__ = ["MOST_KEPT", "Kept", "calibration_directory"]
 
 _VERSION = 1
-_MOST = 5
+MOST_KEPT = 5
 _FRESH_S = 600.0
 """For so long nothing is measured again."""
 _STALE_S = 86_400.0
@@ -80,7 +80,7 @@ class Kept:
         """
         if self._entries and _shape(self._entries[-1].figures) != _shape(figures):
             self._entries = []
-        self._entries = [*self._entries, _Entry(time.time(), figures)][-_MOST:]
+        self._entries = [*self._entries, _Entry(time.time(), figures)][-MOST_KEPT:]
         document = [{"at": entry.at, "figures": entry.figures} for entry in self._entries]
         temporary = f"{self.path}.{os.getpid()}"
         with contextlib.suppress(OSError):
@@ -115,7 +115,7 @@ class Kept:
         entries = [entry for entry in entries if now - _STALE_S < entry.at <= now + 60]
         if len({json.dumps(_shape(entry.figures), sort_keys=True) for entry in entries}) > 1:
             return entries[-1:]
-        return entries[-_MOST:]
+        return entries[-MOST_KEPT:]
 
 
 def _shape(value: object) -> object:

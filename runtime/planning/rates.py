@@ -101,7 +101,9 @@ def measure_rates(
     maps: bool,
     snapshot: SnapshotOptions,
     anew: bool = False,
+    times: int = 1,
     free: Callable[[], int] | None = None,
+    tell: Callable[[str], None] = lambda what: None,
 ) -> Rates:
     """What starts of a model take here.
 
@@ -115,7 +117,9 @@ def measure_rates(
         maps: Whether weights in the page cache are mapped where they lie.
         snapshot: Where images are.
         anew: Forget what is kept.
+        times: How often to rehearse, where that is done.
         free: Bytes of the GPU that nobody has, now.
+        tell: Gets what is being rehearsed.
 
     Raises:
         ColdframeError: A fresh start cannot be rehearsed.
@@ -136,11 +140,12 @@ def measure_rates(
     if anew:
         kept.forget()
     rates = Rates(path=kept.path)
-    if not kept.fresh:
+    if not kept.fresh or kept.count < times:
         started = time.monotonic()
-        rehearsal = _Rehearsal(origin, checkpoint, spec, tokens, device, maps, free)
+        rehearsal = _Rehearsal(origin, checkpoint, spec, tokens, device, maps, free, tell)
         _warm_imports()
-        kept.add(rehearsal.hold(image, snapshot, template=template.why is None, why=rates.why))
+        for _ in range(times):
+            kept.add(rehearsal.hold(image, snapshot, template=template.why is None, why=rates.why))
         rates.seconds = time.monotonic() - started
     _fill(rates, kept.medians())
     rates.age_s, rates.count = kept.age_s or 0.0, kept.count
@@ -198,6 +203,7 @@ class _Rehearsal:
     device: str
     maps: bool
     free: Callable[[], int] | None
+    tell: Callable[[str], None]
 
     def hold(
         self, image: Found, snapshot: SnapshotOptions, *, template: bool, why: dict[str, str]
@@ -230,6 +236,7 @@ class _Rehearsal:
             before = None if self.free is None else self.free()
 
             def measure(tier: str, environment: Mapping[str, str]) -> dict[str, float]:
+                self.tell(f"rehearsing {tier} starts of a scale model")
                 if self.maps:
                     run = rehearse_run(scale, prompt, device, environment)
                     cells[f"{tier}/run/mapped"] = _figures(run)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,10 @@ import psutil
 import pytest
 
 from coldframe.runtime.planning.footprint import footprint
+from tests.runtime.planning.plans import plan
 from tests.runtime.serving import Server, served
-from tests.runtime.snapshots import COLDFRAME
-from tests.support import without_settings
 
 KEY = "planted-node-key-123"
-
-
-def plan(cache: Path, *arguments: object, **env: str) -> dict[str, Any]:
-    changed = {**without_settings(), "XDG_CACHE_HOME": str(cache), "TMPDIR": str(cache), **env}
-    done = subprocess.run(
-        [COLDFRAME, "plan", *map(str, arguments), "--json"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=changed,
-    )
-    assert done.returncode == 0, done.stderr
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
 
 
 @pytest.fixture(scope="module")

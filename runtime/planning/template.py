@@ -16,7 +16,7 @@ from coldframe.loader.sources.base import Origin
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.planning.rehearsal import coldframe_command, end_process
 from coldframe.snapshot.model_key import ModelKey
-from coldframe.snapshot.places import KEY_DIGITS, templates
+from coldframe.snapshot.places import KEY_DIGITS, template_directory, templates
 
 __all__ = ["Resident", "resident_template", "scale_template"]
 
@@ -56,7 +56,9 @@ def scale_template(model: str, work: str) -> Iterator[Mapping[str, str]]:
     Raises:
         PlatformError: There can be none.
     """
-    with tempfile.TemporaryDirectory(prefix="cf-") as runs:  # a socket's path is short
+    # A socket's path is short, that of a temporary directory may not be.
+    base = os.path.dirname(template_directory())
+    with tempfile.TemporaryDirectory(prefix="cf-", dir=base) as runs:
         environment = {
             "COLDFRAME_RUN_DIR": runs,
             "COLDFRAME_SNAPSHOT": "require",

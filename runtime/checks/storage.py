@@ -26,8 +26,8 @@ __all__ = ["cache_disk", "model_disk", "store_disk"]
 
 _CHUNK = 4 << 20
 _MOST = 64 << 20
-_WRITE_S = 0.5
-_READ_S = 0.3
+_WRITE_S = 0.3
+_READ_S = 0.2
 _SLOW = 100e6
 _LITTLE = 1 << 30
 _FASTER = "Keep it on a local SSD: nothing beats the bytes."

@@ -50,7 +50,7 @@ def test_it_has_the_models_shapes(demo_model: Make, tmp_path: Path, family: str)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_transformers_takes_it_and_one_token_is_likelier(
+def test_its_weights_are_one_number_and_one_token_is_likelier(
     demo_model: Make, tmp_path: Path, dtype: str
 ) -> None:
     found = scaled(demo_model("llama", dtype), tmp_path / "scale")
@@ -58,6 +58,11 @@ def test_transformers_takes_it_and_one_token_is_likelier(
     head = weights.get("lm_head.weight", weights["model.embed_tokens.weight"]).float()
     assert head.argmax(0).unique().tolist() == [found.spec.vocab_size // 2]
     assert head.unique().tolist() == [2.0**-10, 2.0**-8]
+
+
+@pytest.mark.heavy
+def test_transformers_takes_it(demo_model: Make, tmp_path: Path) -> None:
+    found = scaled(demo_model("llama", "bfloat16"), tmp_path / "scale")
     loaded = AutoModelForCausalLM.from_pretrained(found.path, dtype="auto")
     with torch.inference_mode():
         logits = loaded(torch.tensor([[5, 6, 7]])).logits[0, -1]

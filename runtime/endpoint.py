@@ -13,7 +13,7 @@ import socket
 import time
 from collections import deque
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError
 from coldframe.loader.process import Child
@@ -27,6 +27,9 @@ from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.jobs import JobFetcher
 from coldframe.runtime.workforce import ending
+
+if TYPE_CHECKING:
+    from coldframe.runtime.whereabouts import Whereabouts
 
 __all__ = ["Endpoint"]
 
@@ -95,6 +98,7 @@ class Endpoint:
         self._lent: Child | None = None
         """A process for chat templates that the gateway may not have been able to start."""
         self._lent_at = -_LEND_S
+        self._whereabouts: Whereabouts | None = None
         self._take_gateway(gateway)
 
     # -- the gateway -----------------------------------------------------------------------------
@@ -109,6 +113,7 @@ class Endpoint:
             {
                 "startup": self._startup,
                 "stats": self._stats,
+                "placement": self._placement,
                 "sleep1": lambda name: self._sleep(name, 1),
                 "sleep2": lambda name: self._sleep(name, 2),
                 "wake_up": self._wake,
@@ -291,6 +296,13 @@ class Endpoint:
             "policy": policy,
             "states": model.life.document(),
         }
+
+    def _placement(self, name: str) -> dict[str, Any]:
+        if self._whereabouts is None:
+            from coldframe.runtime.whereabouts import Whereabouts  # no start waits for it
+
+            self._whereabouts = Whereabouts()
+        return self._whereabouts.of(name, self._fleet[name])
 
     def _stats(self, name: str) -> dict[str, Any]:
         model = self._fleet[name]

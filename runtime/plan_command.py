@@ -7,39 +7,81 @@ import json
 import math
 import os
 import socket
+import sys
 import time
 from contextlib import closing
 from typing import Any
 
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.loader.layouts import Layout
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import open_origin
-from coldframe.loader.plan import Plan, Rank
+from coldframe.loader.plan import Plan
 from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.base import Origin
-from coldframe.runtime.device_choice import CPU, add_device_argument, choose_device
+from coldframe.runtime.device_choice import AUTO, CPU, choose_device
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.probe import Bandwidth, probe
+from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
+from coldframe.runtime.planning.kept import MOST_KEPT
+from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, ask_nodes, read_nodes
+from coldframe.runtime.planning.placement import Here, of_device, of_node, ranked
+from coldframe.runtime.planning.rates import Rates, measure_rates
+from coldframe.runtime.planning.table import plan_table
 from coldframe.runtime.run import MODEL_HELP
-from coldframe.runtime.target import Target
-from coldframe.runtime.units import byte_rate, human_bytes, human_seconds
+from coldframe.runtime.snapshot_flags import add_store_arguments, store_options
+from coldframe.runtime.target import Target, devices_here
+from coldframe.runtime.units import byte_rate
 
 __all__ = ["add_arguments", "run"]
 
-_FIRST_BYTE_S = 0.1
-"""From the exec to the first byte asked for."""
+_ALL = "all"
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.flag("--context", type=int, help="tokens of each sequence (the model's own limit)")
     parser.flag("--batch", type=int, default=1, help="sequences at once (1)")
+    parser.flag(
+        "--prompt-tokens", type=int, default=64, help="tokens of the prompt that TTFT is of (64)"
+    )
     parser.flag("--rate", type=byte_rate, help="the path's bandwidth, as 2GB/s (a short probe)")
     parser.flag("--tensor-parallel", type=int, default=1, help="show what each of N ranks reads")
-    add_device_argument(parser)
+    parser.flag(
+        "--no-rehearsal",
+        action="store_true",
+        help="do not start a scale model of MODEL to see what starts take here: then only the "
+        "import of torch is measured, and no start is predicted but roughly",
+    )
+    parser.flag(
+        "--rehearsals",
+        type=int,
+        default=1,
+        metavar="N",
+        help="hold so many, and take the medians: for a machine that is busy (1, of at most 5)",
+    )
+    parser.flag(
+        "--fresh-probe",
+        action="store_true",
+        help="forget the rates that are kept from earlier plans, and measure them now",
+    )
+    add_store_arguments(parser)
+    parser.flag(
+        "--device",
+        metavar="DEVICE",
+        default=AUTO,
+        help="what to compute on: cpu, cuda or cuda:N, several with commas between them, or all; "
+        "auto takes the first GPU that this process can see, and else the CPU (auto)",
+    )
+    parser.flag(
+        "--node",
+        metavar="HOST",
+        action="append",
+        help="another place, HOST[:PORT] or URL of a coldframe endpoint, or peer://HOST:PORT; may "
+        f"be given again (a key for endpoints is in {KEY_VARIABLE})",
+    )
+    parser.flag("--nodes", metavar="FILE", help="the same, and facts of others, from a JSON file")
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
@@ -50,19 +92,85 @@ def run(args: argparse.Namespace) -> int:
         ColdframeError: The checkpoint is bad or cannot be read, the engine does not run such a
             model, or there is no such device.
     """
-    target = Target.of(choose_device(args.device))
+    nodes = read_nodes(args.node or (), args.nodes)
+    targets, missing = _targets(args.device)
     location = parse_location(args.model)
     with closing(open_origin(location)) as origin:
-        document = _planned(args, location.uri, origin, target)
-    print(json.dumps(document) if args.json else _table(document))
+        checkpoint = Checkpoint.open(origin)
+        planned = [_planned(args, location.uri, origin, checkpoint, each) for each in targets]
+        (document, rates), *others = planned
+        if others or missing or nodes:
+            plans = [each for each, _ in planned]
+            document["placement"] = _placement(checkpoint, plans, rates, missing, nodes)
+            document["others"] = plans[1:]
+    print(json.dumps(document) if args.json else plan_table(document))
     return 0
 
 
+def _targets(devices: str) -> tuple[list[Target], dict[str, str]]:
+    """The devices that are named, and why some are not there: one of several at least is.
+
+    Raises:
+        ColdframeError: None of them can be used.
+    """
+    names = devices_here() if devices == _ALL else [name.strip() for name in devices.split(",")]
+    if len(names) == 1:
+        return [Target.of(choose_device(names[0]))], {}
+    found: dict[str, Target] = {}
+    missing: dict[str, str] = {}
+    first: ColdframeError | None = None
+    for name in names:
+        choice = choose_device(name)  # of what is no device's name, nothing is made
+        try:
+            found[choice.device] = Target.of(choice)
+        except ColdframeError as error:
+            missing[choice.device] = str(error)
+            first = first or error
+    if not found:
+        assert first is not None
+        raise first
+    return list(found.values()), missing
+
+
+def _placement(
+    checkpoint: Checkpoint,
+    plans: list[dict[str, Any]],
+    rates: Rates,
+    missing: dict[str, str],
+    nodes: list[Node],
+) -> list[dict[str, Any]]:
+    """Where it fits and would start fastest, the best first."""
+    document = plans[0]
+    rate = document["disk_bytes_per_s"] or document["rate_bytes_per_s"] or math.inf
+    plan = Plan.build(checkpoint, layout=Layout(document["layout"]))
+    here = Here(plan, rates, rate, document["memory"]["total"])
+    places = [of_device(each) for each in plans]
+    places += [of_node(NodeFacts(name, why, "device"), here) for name, why in missing.items()]
+    places += [of_node(facts, here) for facts in ask_nodes(nodes, checkpoint.fingerprint)]
+    return ranked(places)
+
+
 def _planned(
-    args: argparse.Namespace, model: str, origin: Origin, target: Target
-) -> dict[str, Any]:
-    """The document, for a model at a place."""
-    checkpoint = Checkpoint.open(origin)
+    args: argparse.Namespace, model: str, origin: Origin, checkpoint: Checkpoint, target: Target
+) -> tuple[dict[str, Any], Rates]:
+    """The document, for a model at a place, and what it was made with."""
+    subject = _subject(args, model, origin, checkpoint, target)
+    ranks = _ranks(checkpoint, args.tensor_parallel)
+    if not 1 <= args.rehearsals <= MOST_KEPT:
+        raise RequestError(
+            "no such number of rehearsals",
+            where="--rehearsals",
+            expected=f"1 to {MOST_KEPT}",
+            got=args.rehearsals,
+        )
+    rates, worker_s = _rates(args, subject, target)
+    document = plan_document(subject, target, args.rate, rates, worker_s)
+    return {**document, "ranks": ranks}, rates
+
+
+def _subject(
+    args: argparse.Namespace, model: str, origin: Origin, checkpoint: Checkpoint, target: Target
+) -> Subject:
     # As a load lays it out: see `loader.load`.
     as_filed = origin.path is not None and target.choice.device == CPU
     layout = Layout.FILE if as_filed else Layout.ALIGNED
@@ -76,18 +184,18 @@ def _planned(
             expected=f"1 to {spec.context_length} tokens, at least one sequence",
             got=f"{context} tokens, {args.batch} sequences",
         )
-    ranks = _ranks(checkpoint, args.tensor_parallel)
-    if args.rate:
-        path = Bandwidth(args.rate, "given")
-    else:
-        path = probe(origin, checkpoint, plan, maps=as_filed)
-    document = _document(model, plan, spec, context, args.batch, path, _worker_start_s(), target)
-    document["ranks"] = ranks
-    return document
+    if not 0 < args.prompt_tokens < context:
+        raise RequestError(
+            "the prompt does not fit the context",
+            where="--prompt-tokens",
+            expected=f"1 to {context - 1} tokens, with room for an answer",
+            got=args.prompt_tokens,
+        )
+    sizes = (context, args.batch, args.prompt_tokens)
+    return Subject(model, origin, checkpoint, plan, spec, as_filed, *sizes)
 
 
 def _ranks(checkpoint: Checkpoint, ranks: int) -> list[dict[str, int]]:
-    """What each tensor-parallel rank holds and reads; empty for a model that is not divided."""
     if ranks < 1:
         raise RequestError(
             "no such number of ranks",
@@ -95,122 +203,35 @@ def _ranks(checkpoint: Checkpoint, ranks: int) -> list[dict[str, int]]:
             expected="at least 1",
             got=ranks,
         )
-    found = []
-    for index in range(ranks if ranks > 1 else 0):
-        plan = Plan.build(checkpoint, layout=Layout.ALIGNED, rank=Rank(index, ranks))
-        found.append(
-            {
-                "rank": index,
-                "weights_bytes": plan.weights_bytes,
-                "read_bytes": plan.read_bytes,
-                "extents": sum(len(stage.extents) for stage in plan.stages),
-            }
+    return ranks_of(checkpoint, ranks)
+
+
+def _rates(
+    args: argparse.Namespace, subject: Subject, target: Target
+) -> tuple[Rates, float | None]:
+    """What starts take here; where that cannot be rehearsed, why, and what torch's import takes."""
+    if args.no_rehearsal:
+        return Rates(why={"fresh": "no rehearsal was wanted"}), _worker_start_s()
+    gpu = target.gpu
+    try:
+        rates = measure_rates(
+            args.model,
+            subject.origin,
+            subject.checkpoint,
+            subject.spec,
+            tokens=subject.prompt_tokens,
+            device=target.choice.device,
+            maps=subject.maps,
+            snapshot=store_options(args),
+            anew=args.fresh_probe,
+            times=args.rehearsals,
+            tell=lambda what: print(f"coldframe: {what}", file=sys.stderr, flush=True),
+            free=None if gpu is None else lambda: Target.of(target.choice).available,
         )
-    return found
-
-
-def _document(
-    model: str,
-    plan: Plan,
-    spec: ModelSpec,
-    context: int,
-    batch: int,
-    path: Bandwidth,
-    worker_start_s: float,
-    target: Target,
-) -> dict[str, Any]:
-    memory = target.predict(plan, spec, context=context, batch=batch)
-    stages, done = [], 0
-    for stage in plan.stages:
-        done += stage.nbytes
-        stages.append(
-            {
-                "name": stage.name,
-                "bytes": stage.nbytes,
-                "extents": len(stage.extents),
-                "ready_s": done / path.rate,
-            }
-        )
-    load_s = plan.read_bytes / path.rate
-    return {
-        "model": model,
-        "family": spec.family,
-        "dtype": spec.dtype,
-        "layout": plan.layout,
-        "plan_hash": plan.hash,
-        "weights_bytes": plan.weights_bytes,
-        "read_bytes": plan.read_bytes,
-        "skipped": list(plan.skipped),
-        "stages": stages,
-        "context": context,
-        "batch": batch,
-        "memory": {
-            "weights": memory.weights,
-            "kv": memory.kv,
-            "activations": memory.activations,
-            "overhead": memory.overhead,
-            "total": memory.total,
-            "available": target.available,
-        },
-        "device": target.choice.device,
-        "device_why": target.choice.why,
-        "gpu": None if target.gpu is None else target.gpu["name"],
-        "kv_default": target.kv_default(plan, spec),
-        "rate_bytes_per_s": None if path.rate == math.inf else path.rate,
-        "rate_source": path.source,
-        "predicted_load_s": load_s,
-        "worker_start_s": worker_start_s,
-        "predicted_ttft_s": max(_FIRST_BYTE_S + load_s, worker_start_s),
-    }
-
-
-def _table(document: dict[str, Any]) -> str:
-    lines = [
-        f"{document['model']}: {document['family']}, {document['dtype']}, layout "
-        f"{document['layout']}, plan {document['plan_hash'][:12]}",
-        "",
-        f"{'stage':<12}{'bytes':>10}{'reads':>7}{'ready at':>10}",
-    ]
-    for stage in document["stages"]:
-        lines.append(
-            f"{stage['name']:<12}{human_bytes(stage['bytes']):>10}{stage['extents']:>7}"
-            f"{human_seconds(stage['ready_s']):>10}"
-        )
-    if document["ranks"]:
-        lines += ["", f"{'rank':<12}{'holds':>10}{'bytes':>10}{'reads':>7}"]
-    for rank in document["ranks"]:
-        lines.append(
-            f"{rank['rank']:<12}{human_bytes(rank['weights_bytes']):>10}"
-            f"{human_bytes(rank['read_bytes']):>10}{rank['extents']:>7}"
-        )
-    memory, device = document["memory"], document["device"]
-    if document["gpu"] is not None:
-        device = f"{device}, {document['gpu']}"
-    lines += [
-        "",
-        f"device {device}" + (f": {document['device_why']}" if document["device_why"] else ""),
-        f"memory for {document['batch']} x {document['context']} tokens: "
-        f"{human_bytes(memory['total'])} of {human_bytes(memory['available'])} available",
-        *(
-            f"  {name:<12}{human_bytes(memory[name]):>10}"
-            for name in ("weights", "kv", "activations", "overhead")
-        ),
-        f"KV that a replica takes by default: {human_bytes(document['kv_default'])}",
-        "",
-        f"weights in after {human_seconds(document['predicted_load_s'])} ({_how(document)}), "
-        f"a fresh worker up after {human_seconds(document['worker_start_s'])}:",
-        f"first token of a short prompt after about {human_seconds(document['predicted_ttft_s'])}",
-    ]
-    if document["skipped"]:
-        lines.append(f"not loaded: {', '.join(document['skipped'])}")
-    return "\n".join(lines)
-
-
-def _how(document: dict[str, Any]) -> str:
-    rate = document["rate_bytes_per_s"]
-    source = str(document["rate_source"])
-    how = source if rate is None else f"{human_bytes(rate)}/s, {source}"
-    return how if document["gpu"] is None else f"{how}; the link to the GPU is not in it"
+    except ColdframeError as error:
+        print(f"coldframe: no start could be rehearsed: {error}", file=sys.stderr)
+        return Rates(why={"fresh": str(error)}), _worker_start_s()
+    return rates, None
 
 
 def _worker_start_s() -> float:

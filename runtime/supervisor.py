@@ -146,6 +146,11 @@ class Supervisor:
     # -- requests --------------------------------------------------------------------------------
 
     @property
+    def options(self) -> ReplicaOptions:
+        """What its replicas are to be."""
+        return self._options
+
+    @property
     def has_vllm(self) -> bool:
         """Whether its replica has a vLLM engine, which serves what the native one does not."""
         return self._options.vllm is not None

@@ -17,7 +17,7 @@ from coldframe.runtime.prediction import MemoryPrediction, predict_memory
 from coldframe.runtime.side_process import ask
 from coldframe.runtime.sizing import CONTEXT_BYTES, KvSize, kv_blocks
 
-__all__ = ["Target"]
+__all__ = ["Target", "devices_here"]
 
 _PROCESSES = 3
 """Who has a context on a GPU: the memory service, and a worker for each role."""
@@ -70,6 +70,12 @@ class Target(NamedTuple):
         size = KvSize.of(spec, ReplicaOptions("", device=self.choice.device))
         room = size.room or KvRoom()
         return room.nbytes(self.gpu["total"], self.available, plan.arena_bytes)
+
+
+def devices_here() -> list[str]:
+    """The CPU, and every GPU that its driver tells of."""
+    found = ask(ENTRY, "GPUs")
+    return [CPU, *(gpu["device"] for gpu in found["gpus"])]
 
 
 def _ask(device: str) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from coldframe.runtime.gateway.status import Status
 
 __all__ = ["add_routes", "probe_paths"]
 
-_STATE = ("/healthz", "/readyz", "/startup", "/metrics", "/")
+_STATE = ("/healthz", "/readyz", "/startup", "/placement", "/metrics", "/")
 
 _Handler = Callable[[Request], Awaitable[Response]]
 
@@ -54,6 +54,7 @@ def add_routes(
     table.add("GET", "/healthz", status.alive)
     table.add("GET", "/readyz", status.ready)
     table.add("GET", "/startup", status.startup)
+    table.add("GET", "/placement", status.placement, include_in_schema=False)
     table.add("GET", "/metrics", status.metrics)
     table.add("GET", "/", status.page, include_in_schema=False)
     sleeping = Sleeping(engine, settings.max_wait_s)

@@ -1,4 +1,4 @@
-"""The routes that say how all is: `/healthz`, `/readyz`, `/startup`, `/metrics` and the page.
+"""The routes that say how all is: `/healthz`, `/readyz`, `/startup`, `/placement`, `/metrics`, `/`.
 
 To ask for one of them is no request, and wakes nobody.
 """
@@ -58,6 +58,13 @@ class Status:
         document = self._document(model, told["timeline"], told.get("decode"))
         document["policy"], document["states"] = told.get("policy"), told.get("states")
         return JsonResponse(document)
+
+    async def placement(self, _: Request) -> Response:
+        """What somebody wants to know who has to say where a model is to run."""
+        models = self._engine.models.values()
+        told = await asyncio.gather(*(model.ask("placement") for model in models))
+        names = (model.name for model in models)
+        return JsonResponse({"version": 1, "models": dict(zip(names, told, strict=True))})
 
     async def metrics(self, request: Request) -> Response:
         from coldframe.runtime.frontstats import FrontStats

@@ -32,6 +32,12 @@ Make = Callable[..., Path]
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.fixture(autouse=True)
+def _no_rehearsal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts are rehearsed in `planning/`."""
+    monkeypatch.setenv("COLDFRAME_NO_REHEARSAL", "1")
+
+
 def plan(capsys: Capture, *arguments: object) -> dict[str, Any]:
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
@@ -164,7 +170,20 @@ def test_a_model_that_does_not_divide(demo_model: Make, capsys: Capture) -> None
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--context", "0"), ("--context", "1000000"), ("--batch", "0"), ("--tensor-parallel", "0")],
+    [
+        ("--context", "0"),
+        ("--context", "1000000"),
+        ("--batch", "0"),
+        ("--tensor-parallel", "0"),
+        ("--prompt-tokens", "0"),
+        ("--prompt-tokens", "1000000"),
+        ("--rehearsals", "0"),
+        ("--rehearsals", "6"),
+        ("--device", "tpu"),
+        ("--device", "cpu,tpu"),
+        ("--node", "ftp://hole"),
+        ("--nodes", "/nowhere/nodes.json"),
+    ],
 )
 def test_what_cannot_be_planned(demo_model: Make, capsys: Capture, wrong: tuple[str, str]) -> None:
     assert main(["plan", str(demo_model("llama")), *wrong]) == 1

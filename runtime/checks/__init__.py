@@ -1,0 +1,1 @@
+"""What `coldframe doctor` looks into: each module one part of a machine."""

@@ -1,0 +1,106 @@
+"""What memory the processes of a replica have, and whose it is: theirs, the weights', or KV.
+
+Proportional set sizes (PSS, proc_pid_smaps(5)): what several have mapped is divided among them, so
+that a sum over processes counts no page twice. Weights and KV are told by their addresses, at
+which every process of a replica maps them (`loader.arena`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
+
+__all__ = ["Footprint", "footprint"]
+
+_KIB = 1024
+_NAMES = {
+    "loader.service": "memory",
+    "worker_process": "worker",
+    "frozen_worker": "worker",
+    "gateway.process": "gateway",
+    "template_process": "templates",
+    "snapshot.restorer": "restorer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes of PSS.
+
+    Args:
+        own: What processes have for themselves and share with one another: code, heaps, torch.
+        weights: What is mapped of the weights.
+        kv: What is mapped of KV, as far as it was touched.
+        processes: `own` by what each process is; clones of a role are added up.
+    """
+
+    own: int
+    weights: int
+    kv: int
+    processes: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return self.own + self.weights + self.kv
+
+
+def footprint(pid: int) -> Footprint:
+    """Of a process and all that descend from it.
+
+    What ends meanwhile counts for nothing.
+    """
+    own = weights = kv = 0
+    processes: dict[str, int] = {}
+    for each in _tree(pid):
+        try:
+            mine, of_weights, of_kv = _of(each)
+            name = "front" if each == pid else _name(each)
+        except OSError:
+            continue
+        own, weights, kv = own + mine, weights + of_weights, kv + of_kv
+        processes[name] = processes.get(name, 0) + mine
+    return Footprint(own, weights, kv, processes)
+
+
+def _tree(pid: int) -> Iterator[int]:
+    yield pid
+    try:
+        tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    except OSError:
+        return
+    for task in tasks:
+        try:
+            children = (task / "children").read_text().split()
+        except OSError:
+            continue
+        for child in children:
+            yield from _tree(int(child))
+
+
+def _name(pid: int) -> str:
+    words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return next((name for sign, name in _NAMES.items() if sign in words), "others")
+
+
+def _of(pid: int) -> tuple[int, int, int]:
+    """PSS of what is its own, of weights and of KV."""
+    own = weights = kv = 0
+    start = 0
+    with Path(f"/proc/{pid}/smaps").open(errors="replace") as lines:
+        for line in lines:
+            key, _, rest = line.partition(" ")
+            if not key.endswith(":"):
+                start = int(key.partition("-")[0], 16)
+            # Pages of hugetlbfs are counted on lines of their own.
+            elif key in ("Pss:", "Private_Hugetlb:"):
+                nbytes = int(rest.split()[0]) * _KIB
+                if WEIGHTS_BASE <= start < KV_BASE:
+                    weights += nbytes
+                elif KV_BASE <= start < SCRATCH_BASE:
+                    kv += nbytes
+                else:
+                    own += nbytes
+    return own, weights, kv

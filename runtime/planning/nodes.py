@@ -1,0 +1,308 @@
+"""Other machines that a model could run on: what they say of themselves, or what is said of them.
+
+A node is the URL of a coldframe endpoint, which is asked for `/placement`; a peer that gives
+weights; or facts that whoever plans knows already. One that cannot be asked is told, and is no
+reason to end. Where endpoints want a key it is in COLDFRAME_NODE_KEY, or in the file of nodes as
+the name of another variable.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import urllib.error
+import urllib.request
+from argparse import ArgumentTypeError
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, replace
+from typing import Any
+from urllib.parse import urlsplit
+
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.errors import ColdframeError, RequestError
+from coldframe.loader.location import Peer, parse_location
+from coldframe.loader.opening import open_origin
+from coldframe.loader.plan import Layout, Plan
+from coldframe.runtime.probe import probe
+from coldframe.runtime.units import byte_count, byte_rate
+
+__all__ = ["KEY_VARIABLE", "Node", "NodeFacts", "ask_nodes", "read_nodes"]
+
+KEY_VARIABLE = "COLDFRAME_NODE_KEY"
+_WAIT_S = 5.0
+_MOST_BYTES = 1 << 20
+_MOST_NODES = 1000
+_AT_ONCE = 16
+_PORT = 8000
+_PLACES = ("memory", "page_cache", "disk", "elsewhere")
+_STATES = ("zero", "starting", "ready", "parked", "draining", "failed")
+_FIELDS = {"name", "url", "key_env", "memory_free", "rate", "weights", "image", "state"}
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One that is named.
+
+    Args:
+        name: For people.
+        url: Of an endpoint, or `peer://host:port`; None where facts alone are given.
+        key_env: The variable that has its key.
+        given: Facts that are known; they win over what it says.
+    """
+
+    name: str
+    url: str | None
+    key_env: str
+    given: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class NodeFacts:
+    """What is known of one.
+
+    Args:
+        name: For people.
+        error: Why it could not be asked, or None.
+        kind: `endpoint`, `peer` or `given`.
+        state: Of the model's replica there: one of `/placement`'s; `zero` where it is not served.
+        weights: Where the weights are there: `memory`, `page_cache`, `disk` or `elsewhere`.
+        image: Whether workers would be restored there.
+        available: Bytes of memory that nobody has, or None.
+        rate: Bytes a second at which weights come there, or None.
+        last_ttft_s: What its last start took, or None.
+        url: Where it is.
+    """
+
+    name: str
+    error: str | None
+    kind: str
+    state: str = "zero"
+    weights: str = "elsewhere"
+    image: bool = False
+    available: int | None = None
+    rate: float | None = None
+    last_ttft_s: float | None = None
+    url: str | None = None
+
+
+def read_nodes(single: Sequence[str], path: str | None) -> list[Node]:
+    """The nodes that are named.
+
+    Args:
+        single: `HOST`, `HOST:PORT` or URLs.
+        path: A JSON file with a list of objects: `name`, and `url` or facts (`memory_free`,
+            `rate`, `weights`, `image`, `state`), and `key_env`.
+
+    Raises:
+        RequestError: One of them says nothing that could be.
+    """
+    nodes = [Node(text, _url(text, "--node"), KEY_VARIABLE, {}) for text in single]
+    if path is not None:
+        nodes += _from_file(path)
+    return nodes
+
+
+def _url(text: str, where: str) -> str:
+    written = text if "://" in text else f"http://{text}"
+    try:
+        parts = urlsplit(written)
+        scheme, host, port, user = parts.scheme, parts.hostname, parts.port, parts.username
+    except ValueError:
+        scheme, host, port, user = "", None, None, None
+    if user is not None:
+        raise RequestError(
+            "a node's URL has credentials in it",
+            where=where,
+            hint=f"Give its key in {KEY_VARIABLE}, or by key_env in a file of nodes.",
+        )
+    if scheme not in ("http", "https", "peer") or not host:
+        raise RequestError(
+            "this is no node",
+            where=where,
+            expected="HOST, HOST:PORT, http(s)://..., or peer://HOST:PORT",
+            got=repr(text),
+        )
+    if scheme == "peer" or port is not None or "://" in text:
+        return written.rstrip("/")
+    return f"http://{f'[{host}]' if ':' in host else host}:{_PORT}"
+
+
+def _from_file(path: str) -> list[Node]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            found = json.loads(file.read(_MOST_BYTES))
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            "the nodes cannot be read", where=path, expected="a JSON list of nodes", got=str(error)
+        ) from error
+    if not isinstance(found, list) or len(found) > _MOST_NODES:
+        raise RequestError(
+            "the nodes are no list",
+            where=path,
+            expected=f"a JSON list of at most {_MOST_NODES} objects",
+            got=type(found).__name__,
+        )
+    return [_node(item, f"{path}, node {number}") for number, item in enumerate(found)]
+
+
+def _node(item: object, where: str) -> Node:
+    if (
+        not isinstance(item, dict)
+        or not set(item) <= _FIELDS
+        or not isinstance(item.get("name"), str)
+    ):
+        raise RequestError(
+            "this is no node",
+            where=where,
+            expected=f"an object with a name, and of {', '.join(sorted(_FIELDS))}",
+            got=repr(item)[:100],
+        )
+    given = {key: item[key] for key in item if key not in ("name", "url", "key_env")}
+    try:
+        if "memory_free" in given:
+            given["memory_free"] = _size(given["memory_free"])
+        if "rate" in given:
+            rate = given["rate"]
+            given["rate"] = byte_rate(rate) if isinstance(rate, str) else float(rate)
+            if not given["rate"] > 0:
+                raise ValueError("rate")
+        sound = (
+            given.get("weights", "disk") in _PLACES
+            and given.get("state", "zero") in _STATES
+            and isinstance(given.get("image", False), bool)
+            and isinstance(item.get("key_env", ""), str)
+            and isinstance(item.get("url", ""), str)
+        )
+    except (ValueError, TypeError, ArithmeticError, ArgumentTypeError) as error:
+        raise _wrong(where, item) from error
+    if not sound or not (item.get("url") or given):
+        raise _wrong(where, item)
+    url = item.get("url")
+    key = item.get("key_env", KEY_VARIABLE)
+    return Node(item["name"], None if url is None else _url(url, where), key, given)
+
+
+def _wrong(where: str, item: object) -> RequestError:
+    return RequestError(
+        "a node's fields say nothing that could be",
+        where=where,
+        expected='a url or facts: memory_free "64GiB", rate "2GB/s", weights '
+        f"({', '.join(_PLACES)}), state ({', '.join(_STATES)}), image true or false",
+        got=repr(item)[:200],
+    )
+
+
+def _size(value: object) -> int:
+    if isinstance(value, str):
+        return byte_count(value)
+    if type(value) is not int or value < 0:
+        raise ValueError("memory_free")
+    return value
+
+
+def ask_nodes(nodes: Sequence[Node], fingerprint: str) -> list[NodeFacts]:
+    """What they are, all asked at once.
+
+    Args:
+        nodes: Which ones.
+        fingerprint: Of the checkpoint that is to run.
+    """
+    if not nodes:
+        return []
+    with ThreadPoolExecutor(min(_AT_ONCE, len(nodes))) as pool:
+        return list(pool.map(lambda node: _facts(node, fingerprint), nodes))
+
+
+def _facts(node: Node, fingerprint: str) -> NodeFacts:
+    if node.url is None:
+        return _with(NodeFacts(node.name, None, "given"), node.given)
+    peer = node.url.startswith("peer://")
+    kind = "peer" if peer else "endpoint"
+    try:
+        found = _ask_peer(node, fingerprint) if peer else _ask_endpoint(node, fingerprint)
+    except ColdframeError as error:
+        return NodeFacts(node.name, f"{type(error).__name__}: {error}", kind, url=node.url)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return NodeFacts(node.name, _said(error), kind, url=node.url)
+    return _with(found, node.given)
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, urllib.error.HTTPError):
+        keys = ": it wants a key" if error.code in (401, 403) else ""
+        return f"it answers {error.code} to /placement{keys}"
+    if isinstance(error, urllib.error.URLError):
+        return f"it cannot be reached: {error.reason}"
+    if isinstance(error, TimeoutError):
+        return f"it does not answer within {_WAIT_S:g} s"
+    return f"it is no endpoint of coldframe: {type(error).__name__}: {error}"
+
+
+def _with(facts: NodeFacts, given: Mapping[str, Any]) -> NodeFacts:
+    names = {"memory_free": "available"}
+    return replace(facts, **{names.get(key, key): value for key, value in given.items()})
+
+
+def _ask_endpoint(node: Node, fingerprint: str) -> NodeFacts:
+    """Asks a running `coldframe serve`.
+
+    Raises:
+        OSError: It cannot be reached.
+        ValueError, LookupError, TypeError: It is nothing of the kind.
+    """
+    assert node.url is not None
+    headers = {"accept": "application/json"}
+    key = os.environ.get(node.key_env)
+    if key:
+        headers["x-api-key"] = key
+    request = urllib.request.Request(f"{node.url}/placement", headers=headers)
+    # No redirect: a key is for this host alone.
+    opener = urllib.request.build_opener(_NoRedirect)
+    with opener.open(request, timeout=_WAIT_S) as answer:
+        told = json.loads(answer.read(_MOST_BYTES))
+    if not isinstance(told["models"], dict):
+        raise ValueError("models")
+    models = told["models"].values()
+    url = node.url
+    free = [m["memory_available"] for m in models if m["memory_available"] is not None]
+    available = int(min(free)) if free else None
+    for model in models:
+        if model["fingerprint"] == fingerprint:
+            last = model["last_start"]
+            return NodeFacts(
+                node.name,
+                None,
+                "endpoint",
+                str(model["state"]),
+                str(model["weights"]["at"]),
+                model["image"] is True,
+                available,
+                last_ttft_s=None if last is None else float(last["ttft_s"]),
+                url=url,
+            )
+    return NodeFacts(node.name, None, "endpoint", available=available, url=url)
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        return None
+
+
+def _ask_peer(node: Node, fingerprint: str) -> NodeFacts:
+    """Asks who gives weights, and how fast they come from there.
+
+    Raises:
+        ColdframeError: It cannot be asked, or has another model.
+    """
+    assert node.url is not None
+    place = parse_location(node.url)
+    assert isinstance(place, Peer)
+    with closing(open_origin(place, hurry=True)) as origin:
+        checkpoint = Checkpoint.open(origin)
+        if checkpoint.fingerprint != fingerprint:
+            return NodeFacts(node.name, "it gives another model", "peer", url=place.uri)
+        plan = Plan.build(checkpoint, layout=Layout.ALIGNED)
+        rate = probe(origin, checkpoint, plan, maps=False).rate
+    return NodeFacts(node.name, None, "peer", weights="memory", rate=rate, url=place.uri)

@@ -1,0 +1,329 @@
+"""A start in small: the replica's own processes, over a scale model, timed and weighed.
+
+What a start takes beside the bytes is not guessed from constants, nor from the import of torch in
+one process: front, memory service, both workers and the gateway are started as `coldframe run` and
+`coldframe serve` start them, so that what they take from one another on few cores is in the times,
+and what they share is in the memory. The weights of the model itself are never read for it.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coldframe.loader.errors import PlatformError
+from coldframe.runtime.planning.footprint import Footprint, footprint
+from coldframe.runtime.planning.law import Worker
+from coldframe.runtime.planning.scale_model import ScaleModel
+
+__all__ = [
+    "Rehearsed",
+    "Resting",
+    "coldframe_command",
+    "end_process",
+    "rehearse_run",
+    "rehearse_serve",
+    "worker_of",
+]
+
+_PATIENCE_S = 60.0
+_TOKENS = 16
+_MODEL = "scale"
+_KNOCK_S = 0.001
+_RESTS = {"warm": None, "parked": "/sleep?level=1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsed:
+    """What a start of the scale model took.
+
+    Args:
+        worker: The times, of the scale model's own layers and head.
+        memory: Of all processes, when the first answer was under way or over.
+    """
+
+    worker: Worker
+    memory: Footprint
+
+
+@dataclass(frozen=True, slots=True)
+class Resting:
+    """Seconds from a request to its first token, of a replica that rests, by how it rests."""
+
+    ttft_s: Mapping[str, float]
+
+
+def rehearse_run(
+    scale: ScaleModel, prompt: Sequence[int], arguments: Sequence[str], snapshot: Mapping[str, str]
+) -> Rehearsed:
+    """One `coldframe run`.
+
+    Args:
+        scale: The scale model.
+        prompt: Token ids.
+        arguments: More flags.
+        snapshot: The environment that says how workers start.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(_TOKENS)]
+    timeline = os.path.join(scale.path, "timeline.json")
+    command += ["--ignore-eos", "--quiet", "--timeline", timeline, *arguments]
+    with _process(command, snapshot, stdout=subprocess.PIPE) as (process, _):
+        assert process.stdout is not None
+        _answered(process, process.stdout.fileno())
+        memory = footprint(process.pid)
+        process.communicate(timeout=_PATIENCE_S)
+        if process.returncode:
+            raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
+    document = json.loads(Path(timeline).read_bytes())
+    return Rehearsed(worker_of(document["stages"], document["ttft_s"]), memory)
+
+
+def rehearse_serve(
+    scale: ScaleModel,
+    prompt: Sequence[int],
+    arguments: Sequence[str],
+    snapshot: Mapping[str, str],
+    free: Callable[[], int] | None = None,
+) -> tuple[Rehearsed, Resting, int | None]:
+    """One `coldframe serve`, asked while it starts, then warm, then parked; as `rehearse_run`.
+
+    Args:
+        free: Says how much of a GPU nobody has.
+
+    Returns:
+        The start, the rests, and what `free` said after the first answer.
+    """
+    port = _free_port()
+    command = ["serve", scale.path, "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--model-name", _MODEL, *arguments]
+    with _process(command, snapshot, stdout=subprocess.DEVNULL) as (process, started_ns):
+        connection = _knock(port, process)
+        try:
+            ttft_s = (_first_token_ns(connection, prompt) - started_ns) / 1e9
+            memory, left = footprint(process.pid), None if free is None else free()
+            startup = _ask(connection, "GET", "/startup")
+            stages = startup["timeline"]["stages"]
+            rests = {}
+            for rest, path in _RESTS.items():
+                if path is not None:
+                    _ask(connection, "POST", path)
+                asked = time.monotonic_ns()
+                # Another prompt each time: what is in KV already is not computed again.
+                other = [1 + (token + len(rest)) % (scale.spec.vocab_size - 1) for token in prompt]
+                rests[rest] = (_first_token_ns(connection, other) - asked) / 1e9
+        finally:
+            connection.close()
+    return Rehearsed(worker_of(stages, ttft_s), memory), Resting(rests), left
+
+
+def worker_of(stages: Sequence[Mapping[str, Any]], ttft_s: float) -> Worker:
+    """The times of a start, from its timeline.
+
+    Args:
+        stages: The timeline's spans; see `Timeline.to_json`.
+        ttft_s: When whoever asked had the first token.
+
+    Raises:
+        PlatformError: Something is missing in it.
+    """
+    try:
+        head = next(s for s in stages if s["name"] == "prefill[head]")
+        name = head["process"]
+        mine = {s["name"]: s for s in stages if s["process"] == name}
+        first_byte = _first_byte_s(stages)
+        ready = mine["ready"]["end_s"]
+        embedding = mine["prefill[embedding]"]
+        arrived = min(
+            (s["end_s"] for s in stages if s["name"] == "stage_ready[0]"), default=first_byte
+        )
+        # What passes between a worker that is up, with weights in, and its first piece of work.
+        gap = max(0.0, embedding["start_s"] - max(ready, arrived))
+        layers: list[float] = []
+        while f"prefill[{len(layers)}]" in mine:
+            layers.append(_length(mine[f"prefill[{len(layers)}]"]))
+    except (KeyError, StopIteration) as error:
+        raise PlatformError(
+            "a rehearsal's timeline has no such stage", got=repr(error), where="the scale model"
+        ) from error
+    further = layers[1:] or layers
+    return Worker(
+        first_byte_s=first_byte,
+        up_s=ready + gap,
+        embedding_s=_length(embedding),
+        first_layer_s=layers[0],
+        layer_s=sum(further) / len(further),
+        head_s=_length(head),
+        out_s=max(0.0, ttft_s - head["end_s"]),
+    )
+
+
+def _first_byte_s(stages: Sequence[Mapping[str, Any]]) -> float:
+    for names in (("weight_read", "weight_fetch"), ("plan",), ("checkpoint_open",)):
+        found = [s for s in stages if s["name"] in names and s["process"].startswith("memory")]
+        if found:
+            first = min(found, key=lambda s: s["start_s"])
+            return float(first["start_s"] if names[0] == "weight_read" else first["end_s"])
+    raise KeyError("weight_read")
+
+
+def _length(stage: Mapping[str, Any]) -> float:
+    return float(stage["end_s"] - stage["start_s"])
+
+
+# -- processes ------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _process(
+    command: list[str], environment: Mapping[str, str], *, stdout: int
+) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+    """A `coldframe` of ours while the context lasts, and just before its exec."""
+    changed = {**_bare_environment(), **environment}
+    with tempfile.TemporaryFile() as said:
+        started = time.monotonic_ns()
+        changed["COLDFRAME_EXEC_NS"] = str(started)
+        process = subprocess.Popen(
+            [*coldframe_command(), *command],
+            env=changed,
+            stdin=subprocess.DEVNULL,
+            stdout=stdout,
+            stderr=said,
+            start_new_session=True,
+        )
+        try:
+            yield process, started
+        except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
+            raise PlatformError("a rehearsal broke off", got=repr(error)) from error
+        except subprocess.TimeoutExpired as error:
+            raise PlatformError(
+                "a rehearsal did not end", expected=f"within {_PATIENCE_S:g} s"
+            ) from error
+        except PlatformError as error:
+            said.seek(0)
+            words = said.read()[-2000:].decode(errors="replace").strip()
+            raise PlatformError(
+                error.what, where=error.where, got=f"{error.got}; it said: {words}"
+            ) from error
+        finally:
+            end_process(process)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """In good order where it listens to that, and with all that it has started."""
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stdout is not None:
+        process.stdout.close()
+
+
+def _bare_environment() -> dict[str, str]:
+    """Ours without a replica's settings: a rehearsal is of the defaults, but for what is said."""
+    kept = ("COLDFRAME_RUN_DIR",)
+    return {k: v for k, v in os.environ.items() if k in kept or not k.startswith("COLDFRAME_")}
+
+
+def coldframe_command() -> list[str]:
+    """How `coldframe` is called here; see `benchmarks.harness.coldframe_command`."""
+    script = Path(sys.executable).parent / "coldframe"
+    if script.exists():
+        return [str(script)]
+    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
+    return [sys.executable, "-P", "-c", code]
+
+
+def _answered(process: subprocess.Popen[bytes], fd: int) -> None:
+    """Waits until some tokens are out: both workers have computed then.
+
+    Raises:
+        PlatformError: There were none.
+    """
+    said = b""
+    while len(said) < _TOKENS // 2:
+        part = os.read(fd, 1 << 12)
+        if not part:
+            process.wait(_PATIENCE_S)
+            raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
+        said += part
+
+
+# -- HTTP -----------------------------------------------------------------------------------------
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _knock(port: int, process: subprocess.Popen[bytes]) -> http.client.HTTPConnection:
+    """A connection, as soon as somebody listens."""
+    until = time.monotonic() + _PATIENCE_S
+    while True:
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
+        try:
+            connection.connect()
+        except OSError as error:
+            connection.close()
+            if process.poll() is not None or time.monotonic() > until:
+                raise PlatformError(
+                    "a rehearsal's endpoint is not there", got=str(error)
+                ) from error
+            time.sleep(_KNOCK_S)
+        else:
+            assert connection.sock is not None
+            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return connection
+
+
+def _first_token_ns(connection: http.client.HTTPConnection, prompt: Sequence[int]) -> int:
+    """Asks for an answer; when its first event was there (CLOCK_MONOTONIC)."""
+    body = {
+        "model": _MODEL,
+        "prompt": list(prompt),
+        "max_tokens": _TOKENS,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+    }
+    head = {"content-type": "application/json"}
+    connection.request("POST", "/v1/completions", json.dumps(body).encode(), head)
+    answer = connection.getresponse()
+    line = b""
+    while not line.startswith(b"data: {"):
+        line = answer.readline()
+        if not line or answer.status != http.client.OK:
+            raise PlatformError(
+                "a rehearsal's request was refused", got=f"{answer.status} {line!r}"
+            )
+    first = time.monotonic_ns()
+    answer.read()
+    return first
+
+
+def _ask(connection: http.client.HTTPConnection, method: str, path: str) -> Any:
+    connection.request(method, path)
+    answer = connection.getresponse()
+    body = answer.read()
+    if answer.status != http.client.OK:
+        raise PlatformError("a rehearsal's request was refused", got=f"{answer.status} {body!r}")
+    return json.loads(body) if body.startswith(b"{") else None

@@ -1,0 +1,83 @@
+"""Whether a template of a model is resident here, and one of its scale model for the while."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.errors import ColdframeError, PlatformError
+from coldframe.loader.sources.base import Origin
+from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.planning.rehearsal import coldframe_command, end_process
+from coldframe.snapshot.model_key import ModelKey
+from coldframe.snapshot.places import KEY_DIGITS, template_directory, templates
+
+__all__ = ["Resident", "resident_template", "scale_template"]
+
+
+class Resident(NamedTuple):
+    """Why no template of a model can be forked here; None where one can."""
+
+    why: str | None
+
+
+def resident_template(origin: Origin, checkpoint: Checkpoint, device: str) -> Resident:
+    """Looks for one."""
+    if device != CPU:
+        return Resident(f"a fork has nothing of a context on {device}")
+    if origin.path is None:
+        return Resident("whether a template is of this model is known once its files are here")
+    try:
+        digits = ModelKey.of(origin.path, checkpoint.tensors).digest[:KEY_DIGITS]
+    except ColdframeError as error:
+        return Resident(str(error))
+    if any(os.path.basename(path).startswith(digits) for path in templates()):
+        return Resident(None)
+    return Resident("no template of it is resident (coldframe snapshot template MODEL)")
+
+
+@contextmanager
+def scale_template(model: str, work: str) -> Iterator[Mapping[str, str]]:
+    """A template of a scale model while the context lasts.
+
+    Args:
+        model: The scale model's directory.
+        work: A folder of our own.
+
+    Returns:
+        The environment in which workers are its forks.
+
+    Raises:
+        PlatformError: There can be none.
+    """
+    # A socket's path is short, that of a temporary directory may not be.
+    base = os.path.dirname(template_directory())
+    with tempfile.TemporaryDirectory(prefix="cf-", dir=base) as runs:
+        environment = {
+            "COLDFRAME_RUN_DIR": runs,
+            "COLDFRAME_SNAPSHOT": "require",
+            "COLDFRAME_SNAPSHOT_STORE": os.path.join(work, "none"),
+        }
+        process = subprocess.Popen(
+            [*coldframe_command(), "snapshot", "template", model, "--graphs", "off", "--json"],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=sys.stderr,
+            start_new_session=True,
+        )
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise PlatformError(
+                    "a template cannot be rehearsed", got=f"exit status {process.wait(10)}"
+                )
+            yield environment
+        finally:
+            end_process(process)

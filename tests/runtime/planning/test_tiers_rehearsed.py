@@ -1,0 +1,94 @@
+"""Plans where an image or a template is there, and of models that are elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldframe.snapshot.criu import Criu
+from tests.loader.web.servers import nginx
+from tests.runtime.planning.plans import plan
+from tests.runtime.snapshots import COLDFRAME
+from tests.support import without_settings
+
+pytestmark = pytest.mark.heavy
+
+Make = Callable[..., Path]
+
+
+def times(document: dict[str, Any], tier: str) -> list[float | None]:
+    return [start["ttft_s"] for start in document["starts"] if start["tier"] == tier]
+
+
+def test_an_image_is_rehearsed_and_stays_as_it_was(
+    demo_model: Make, tmp_path: Path, criu: Criu
+) -> None:
+    model, store = demo_model("llama", "bfloat16"), tmp_path / "store"
+    create = [COLDFRAME, "snapshot", "create", model, "--snapshot-store", store, "--graphs", "off"]
+    subprocess.run(create, check=True, capture_output=True, timeout=100, env=without_settings())
+    before = {path: path.stat().st_size for path in store.rglob("*") if path.is_file()}
+    document = plan(tmp_path / "cache", model, "--snapshot-store", store)
+    assert None not in times(document, "restored")
+    assert document["next_start"]["tier"] == "restored"
+    replicas = {(r["tier"], r["through"], r["weights"]) for r in document["memory"]["replica"]}
+    assert ("restored", "http", "mapped") in replicas
+    assert {path: path.stat().st_size for path in store.rglob("*") if path.is_file()} == before
+    # The borrowed names are gone.
+    assert all(path.stat().st_nlink == 1 for path in before)
+    # Of another model it is none.
+    other = plan(tmp_path / "cache", demo_model("qwen3", "bfloat16"), "--snapshot-store", store)
+    assert times(other, "restored") == [None] * 4
+
+
+def test_a_template_that_is_resident_is_rehearsed(demo_model: Make, tmp_path: Path) -> None:
+    model = demo_model("llama", "bfloat16")
+    runs = Path(os.path.realpath("/tmp")) / f"cf-{os.getpid()}"
+    runs.mkdir()
+    env = {**without_settings(), "COLDFRAME_RUN_DIR": str(runs), "XDG_CACHE_HOME": str(tmp_path)}
+    call = [COLDFRAME, "snapshot", "template", str(model), "--graphs", "off", "--json"]
+    process = subprocess.Popen(call, stdout=subprocess.PIPE, env=env)
+    try:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.readline())["model"] == str(model)
+        document = plan(tmp_path / "cache", model, COLDFRAME_RUN_DIR=str(runs))
+        assert None not in times(document, "template")
+        assert document["next_start"]["tier"] == "template"
+        assert len(list((runs / f"coldframe-templates-{os.getuid()}").iterdir())) == 1
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+        if process.stdout is not None:
+            process.stdout.close()
+        for path in sorted(runs.rglob("*"), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
+        runs.rmdir()
+
+
+def test_a_model_that_is_elsewhere_is_rehearsed_with_its_small_files(
+    demo_model: Make, tmp_path: Path
+) -> None:
+    model = demo_model("llama", "bfloat16")
+    with nginx(model.parent) as base:
+        document = plan(tmp_path / "cache", f"{base}/{model.name}")
+    fresh = [s for s in document["starts"] if s["tier"] == "fresh"]
+    assert [s["ttft_s"] is None for s in fresh] == [False, False, True, True]
+    assert "no page cache" in fresh[-1]["why"]
+    assert document["next_start"] == {"tier": "fresh", "cache": "cold", "through": "run"}
+
+
+def test_where_there_is_no_room_it_is_said(
+    demo_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = demo_model("llama", "bfloat16")
+    document = plan(tmp_path / "cache", model, TMPDIR="/proc")
+    # No start can be told, and the rest of the plan stands.
+    assert times(document, "fresh") == [None] * 4
+    assert document["predicted_ttft_s"] >= document["worker_start_s"] > 0
+    assert document["memory"]["overhead_source"] == "assumed"

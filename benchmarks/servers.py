@@ -57,12 +57,12 @@ class Server:
 
 @contextmanager
 def coldframe_server(
-    model: Path, *arguments: str, environment: Mapping[str, str] | None = None
+    model: Path | str, *arguments: str, environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
     """`coldframe serve` while the context lasts.
 
     Args:
-        model: A checkpoint's directory.
+        model: A checkpoint's directory, or where else it is.
         arguments: More flags.
         environment: What to change in this process's; workers start fresh where it says nothing.
 

@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
             nbytes = about["model"]["read_bytes"]
             measured = [Measured(cell, 0 if cell.rests else nbytes) for cell in cells]
             rounds = Rounds(
-                *(args.model, sources, standby, starter, len(prompt), args.tokens),
+                *(args.model, sources, starter, len(prompt), args.tokens),
                 *(measured, rivals, left_out),
             )
             with Progress((len(cells) + len(rivals)) * args.runs) as progress:

@@ -20,14 +20,15 @@ from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.cold.prediction import plan_of
 from coldframe.benchmarks.cold.progress import Progress
 from coldframe.benchmarks.cold.sources import Sources, weight_files
-from coldframe.benchmarks.cold.standby import Standby
 from coldframe.benchmarks.cold.starts import Conditions, Starter
 from coldframe.benchmarks.cold.summary import Measured, Rival
 from coldframe.benchmarks.harness import evict_files
-from coldframe.benchmarks.restores import read_s
+from coldframe.benchmarks.restores import files_in, read_s
 from coldframe.loader.errors import ColdframeError, PlatformError
 
 __all__ = ["Rounds"]
+
+_LONGEST = 600
 
 
 @dataclass(slots=True)
@@ -37,7 +38,6 @@ class Rounds:
     Args:
         model: The checkpoint's directory.
         sources: Where weights come from.
-        standby: Images and the template.
         starter: Starts cells.
         prompt: Tokens of the prompt.
         tokens: Of each answer.
@@ -50,7 +50,6 @@ class Rounds:
 
     model: Path
     sources: Sources
-    standby: Standby
     starter: Starter
     prompt: int
     tokens: int
@@ -73,7 +72,7 @@ class Rounds:
             progress.say(f"{cell.id}: what it needs, and its plan")
             try:
                 with self.starter.conditions(cell) as conditions:
-                    self._prepare(cell)
+                    self._prepare(cell, conditions)
                     if plans:
                         measured.plan = self._plan(cell, conditions)
             except PlatformError as error:
@@ -103,7 +102,7 @@ class Rounds:
         """One start that does not count: the interpreter's own files are compiled and cached."""
         progress.say("a start that does not count")
         cell = Cell("fresh", "warm", "disk", None, "native", "run")
-        self.starter.start(cell, lambda: self._prepare(cell))
+        self.starter.start(cell, partial(self._prepare, cell))
 
     def run(self, rounds: int, progress: Progress) -> None:
         """Runs each cell and each contender so many times."""
@@ -147,7 +146,7 @@ class Rounds:
     def _start(self, measured: Measured, progress: Progress) -> None:
         cell = measured.cell
         try:
-            start = self.starter.start(cell, lambda: self._prepare(cell))
+            start = self.starter.start(cell, partial(self._prepare, cell))
         except PlatformError as error:
             progress.step(cell.id, None)
             self.failed.append(cell.id)
@@ -165,7 +164,7 @@ class Rounds:
         except ColdframeError as error:
             progress.step(rival.id, None)
             self.rivals.remove(pair)
-            self.left_out.append({"what": rival.id, "why": str(error)})
+            self.left_out.append({"what": rival.id, "why": _short(error)})
             return
         rival.outcomes.append(outcome)
         rival.evicted = True if rival.cache == "cold" else None
@@ -174,13 +173,13 @@ class Rounds:
     def _leave(self, measured: Measured, error: PlatformError) -> None:
         self.cells.remove(measured)
         self.lost.append(measured.cell.id)
-        self.left_out.append({"what": measured.cell.id, "why": str(error)})
+        self.left_out.append({"what": measured.cell.id, "why": _short(error)})
 
-    def _prepare(self, cell: Cell) -> None:
+    def _prepare(self, cell: Cell, conditions: Conditions) -> None:
         """Makes the page cache what the cell wants, and proves it where that is empty."""
         files = weight_files(self.model)
-        if cell.tier == "restored":
-            files += self.standby.files(cell.engine)
+        if conditions.store is not None:
+            files += files_in(conditions.store)
         self._page_cache(cell.cache, files)
 
     def _page_cache(self, cache: str, files: Sequence[Path]) -> None:
@@ -203,6 +202,12 @@ class Rounds:
                 conditions.uri, cell, conditions.environment, self.prompt, self.tokens
             )
         return self._plans[key]
+
+
+def _short(error: ColdframeError) -> str:
+    """An error on a line: what a server has said to its end is in it, too."""
+    said = " ".join(str(error).split())
+    return said if len(said) <= _LONGEST else f"{said[:_LONGEST]} ..."
 
 
 def _way(cell: Cell) -> str | None:

@@ -66,6 +66,7 @@ class Sources:
         self._run_dir = run_dir
         self._stack = ExitStack()
         self._nginx: str | None = None
+        self._peers: str | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -107,16 +108,17 @@ class Sources:
     @contextmanager
     def _peer(self) -> Iterator[Place]:
         """A warm replica that gives its weights away; it has copied them, and holds no file."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        flags = ("--copy", "--serve-peers", address)
+        if self._peers is None:  # the same each time: an image knows its model by this name
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                self._peers = f"127.0.0.1:{probe.getsockname()[1]}"
+        flags = ("--copy", "--serve-peers", self._peers)
         environment = {"COLDFRAME_RUN_DIR": str(self._run_dir)}
         with coldframe_server(self._model, *flags, environment=environment) as server:
             sock = knock(server.port, server.started_ns + int(_WAIT_S * 1e9))
             with Connection(sock, _WAIT_S) as connection:
                 connection.post("/v1/completions", completion("m", [5, 6, 7], 1, stream=False))
-            yield Place(f"peer://{address}", {}, f"http://{address}{_SHARDS}")
+            yield Place(f"peer://{self._peers}", {}, f"http://{self._peers}{_SHARDS}")
 
 
 def _needs(*packages: str) -> None:

@@ -11,16 +11,15 @@ import os
 import select
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from coldframe.benchmarks.cold.sources import Place
 from coldframe.benchmarks.harness import coldframe_command
-from coldframe.benchmarks.restores import files_in
-from coldframe.benchmarks.snapshot_cells import Image
 from coldframe.loader.errors import PlatformError
 
 __all__ = ["Engine", "Standby", "Template"]
@@ -87,31 +86,32 @@ class Standby:
         self._store = store
         self._run_dir = run_dir
         self.engine = engine
-        self._images: dict[str, Path | PlatformError] = {}
+        self._images: dict[tuple[str, str], Path | PlatformError] = {}
 
-    def store(self, engine: str) -> Path:
-        """The store that has the images for a replica with that engine.
+    def store(self, engine: str, source: str, place: Place) -> Path:
+        """The store that has the images for a replica with that engine, of a model from there.
+
+        An image is found by the MODEL's name where its files are not on this machine: so each
+        source has its own.
 
         Args:
             engine: `native`; `vllm` and `bridge` have one of vLLM's engine, too.
+            source: The source's name.
+            place: Where it is.
 
         Raises:
             PlatformError: There can be none here, as where CRIU is not allowed.
         """
-        kind = "native" if engine == "native" else "vllm"
-        if kind not in self._images:
+        key = "native" if engine == "native" else "vllm", source
+        if key not in self._images:
             try:
-                self._images[kind] = self._make(kind)
+                self._images[key] = self._make(*key, place)
             except PlatformError as error:
-                self._images[kind] = error
-        found = self._images[kind]
+                self._images[key] = error
+        found = self._images[key]
         if isinstance(found, PlatformError):
             raise found
         return found
-
-    def files(self, engine: str) -> list[Path]:
-        """The files of those images."""
-        return list(files_in(self.store(engine)))
 
     def template(self) -> AbstractContextManager[Template]:
         """A template while the context lasts.
@@ -121,24 +121,32 @@ class Standby:
         """
         return _template(self._model, self._run_dir)
 
-    def _make(self, kind: str) -> Path:
-        root = self._store / kind
-        root.mkdir(parents=True)
-        flags = self.engine.flags if kind == "vllm" else ()
-        store = Image.create(self._model, root, "lz4").store
+    def _make(self, kind: str, source: str, place: Place) -> Path:
+        store = self._store / f"{kind}-{source}"
+        store.mkdir(parents=True)
+        _create(place, store, ("--graphs", "off"))
         if kind == "vllm":
-            command = [
-                *(*coldframe_command(), "snapshot", "create", str(self._model)),
-                *("--engine", "vllm", *flags, "--snapshot-store", str(store), "--json"),
-            ]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise PlatformError(
-                    "an image of vLLM's engine cannot be made",
-                    where=" ".join(command),
-                    got=done.stderr.strip()[-1000:],
-                )
+            _create(place, store, ("--engine", "vllm", *self.engine.flags))
         return store
+
+
+def _create(place: Place, store: Path, flags: Sequence[str]) -> None:
+    command = [
+        *(*coldframe_command(), "snapshot", "create", place.uri, *flags),
+        *("--snapshot-store", str(store), "--json"),
+    ]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **place.environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise PlatformError(
+            "an image cannot be made", where=" ".join(command), got=done.stderr.strip()[-1000:]
+        )
 
 
 @contextmanager

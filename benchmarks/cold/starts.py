@@ -69,12 +69,14 @@ class Conditions:
         uri: Where its weights are.
         flags: Those of its command.
         environment: What is in its environment besides.
+        store: The images that its workers are made of, or None.
         template: What forks its workers, or None.
     """
 
     uri: str
     flags: Sequence[str]
     environment: Mapping[str, str]
+    store: Path | None
     template: Template | None
 
 
@@ -120,9 +122,10 @@ class Starter:
             if cell.throttle is not None:
                 flags += ["--throttle", f"{cell.throttle:.0f}B/s"]
             environment = {"COLDFRAME_RUN_DIR": str(self._run_dir)}
-            template = None
+            template = store = None
+            place = stack.enter_context(self._sources.place(cell.source))
             if cell.tier == "restored":
-                store = self._standby.store(cell.engine)
+                store = self._standby.store(cell.engine, cell.source, place)
                 environment["COLDFRAME_SNAPSHOT"] = "require"
                 environment["COLDFRAME_SNAPSHOT_STORE"] = str(store)
             elif cell.tier == "template":
@@ -130,10 +133,10 @@ class Starter:
                 environment["COLDFRAME_SNAPSHOT"] = "require"
                 environment["COLDFRAME_SNAPSHOT_STORE"] = str(self._run_dir / "no-images")
                 environment["COLDFRAME_RUN_DIR"] = str(template.run_dir)
-            place = stack.enter_context(self._sources.place(cell.source))
-            yield Conditions(place.uri, flags, {**environment, **place.environment}, template)
+            environment |= place.environment
+            yield Conditions(place.uri, flags, environment, store, template)
 
-    def start(self, cell: Cell, prepare: Callable[[], None]) -> Start:
+    def start(self, cell: Cell, prepare: Callable[[Conditions], None]) -> Start:
         """Starts the cell once.
 
         Args:
@@ -145,7 +148,7 @@ class Starter:
             PlatformError: It failed, gave no answer, or came up by another tier.
         """
         with self.conditions(cell) as conditions:
-            prepare()
+            prepare(conditions)
             if cell.through == "run":
                 return self._by_run(cell, conditions)
             return self._over_http(cell, conditions)

@@ -60,6 +60,7 @@ class Rounds:
     failed: list[str] = field(default_factory=list)
     _plans: dict[Any, dict[str, Any]] = field(default_factory=dict)
     _ceilings: dict[str, str] = field(default_factory=dict)
+    _images: dict[Cell, int] = field(default_factory=dict)
 
     def check(self, progress: Progress) -> None:
         """Finds out what can be measured here, and what `coldframe plan` says of it.
@@ -153,6 +154,7 @@ class Rounds:
             self._leave(measured, error)
             return
         measured.starts.append(start)
+        measured.image_bytes = self._images.get(cell)
         measured.evicted = True if cell.cache == "cold" else None
         progress.step(cell.id, start.ttft_s)
 
@@ -179,7 +181,9 @@ class Rounds:
         """Makes the page cache what the cell wants, and proves it where that is empty."""
         files = weight_files(self.model)
         if conditions.store is not None:
-            files += files_in(conditions.store)
+            images = files_in(conditions.store)
+            self._images[cell] = sum(path.stat().st_size for path in images)
+            files += images
         self._page_cache(cell.cache, files)
 
     def _page_cache(self, cache: str, files: Sequence[Path]) -> None:

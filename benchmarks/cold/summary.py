@@ -31,6 +31,8 @@ class Measured:
         ceilings: The measured rate of its path in the round of each run, in bytes a second; empty
             where the path has none.
         ceiling_how: What the ceiling is.
+        image_bytes: What the images that its workers are made of take in their store, or None. They
+            are no part of `nbytes`, though they come from the same disk.
     """
 
     cell: Cell
@@ -40,6 +42,7 @@ class Measured:
     starts: list[Start] = field(default_factory=list)
     ceilings: list[float] = field(default_factory=list)
     ceiling_how: str | None = None
+    image_bytes: int | None = None
 
 
 @dataclass(slots=True)
@@ -109,6 +112,7 @@ def cell_document(measured: Measured, reference: Sequence[int]) -> dict[str, Any
         "ttft": figure(ttft, "s"),
         "last_token": figure([start.last_token_s for start in starts], "s"),
         "bytes": measured.nbytes,
+        "image_bytes": measured.image_bytes,
         "ceiling": {
             "rate": figure([rate for rate in rates if rate is not None], "B/s"),
             "how": measured.ceiling_how or "the throttle",

@@ -32,7 +32,10 @@ def share(text: str) -> float:
     Raises:
         ValueError: It is none, or not above zero.
     """
-    found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        found = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        found = 0.0
     if not 0 < found < float("inf"):
         raise ValueError(f"{text!r} is no share; write 10% or 0.1")
     return found

@@ -67,6 +67,11 @@ def add_arguments(parser: Parser) -> None:
     parser.flag("--runs", type=int, help="of each cell (7)")
     parser.flag("--prompt-tokens", type=int, default=64, help="of the prompt (64)")
     parser.flag("--tokens", type=int, default=8, help="of each answer (8)")
+    parser.flag(
+        "--no-plan",
+        action="store_true",
+        help="do not ask `coldframe plan` for what stands beside the measurement",
+    )
     parser.flag("--vllm-python", metavar="PATH", help="an interpreter that has vLLM")
     parser.flag("--vllm-kv", type=byte_count, default=256 << 20, help="for vLLM's KV (256MiB)")
     parser.add_argument(
@@ -137,7 +142,7 @@ def run(args: argparse.Namespace) -> int:
             measured = [Measured(cell, 0 if cell.rests else nbytes) for cell in cells]
             rounds = Rounds(
                 *(args.model, sources, starter, len(prompt), args.tokens),
-                *(measured, rivals, left_out),
+                *(measured, rivals, left_out, not args.no_plan),
             )
             with Progress((len(cells) + len(rivals)) * args.runs) as progress:
                 rounds.check(progress)

@@ -44,6 +44,7 @@ class Rounds:
         cells: Those to be measured; what cannot be leaves the list.
         rivals: Contenders, and what was measured of them.
         left_out: Gets what cannot be measured, for the document.
+        plans: Whether `coldframe plan` is asked for predictions.
         lost: Gets the ids of such cells.
         failed: Gets the ids of those that could be and have failed.
     """
@@ -56,6 +57,7 @@ class Rounds:
     cells: list[Measured]
     rivals: list[tuple[Contender, Rival]]
     left_out: list[dict[str, str]]
+    plans: bool = True
     lost: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     _plans: dict[Any, dict[str, Any]] = field(default_factory=dict)
@@ -67,18 +69,17 @@ class Rounds:
 
         All that stands ready is made for that, and each file is evicted once.
         """
-        plans = True
         for measured in list(self.cells):
             cell = measured.cell
             progress.say(f"{cell.id}: what it needs, and its plan")
             try:
                 with self.starter.conditions(cell) as conditions:
                     self._prepare(cell, conditions)
-                    if plans:
+                    if self.plans:
                         measured.plan = self._plan(cell, conditions)
             except PlatformError as error:
-                if plans and error.what.startswith("a plan "):
-                    plans = False
+                if error.what.startswith("a plan "):  # the cell can be measured all the same
+                    self.plans = False
                     self.left_out.append({"what": "prediction", "why": str(error)})
                     continue
                 self._leave(measured, error)

@@ -68,9 +68,7 @@ def test_busy_times_are_those_of_a_count(found: list[Span]) -> None:
 
 
 @given(spans, st.integers(1, 40), st.floats(0, 5))
-def test_a_path_adds_up_to_what_the_client_saw(
-    found: list[Span], first: int, later: float
-) -> None:
+def test_a_path_adds_up_to_what_the_client_saw(found: list[Span], first: int, later: float) -> None:
     path = path_of(timeline(found, first), first + later)
     assert sum(path.values()) == pytest.approx(first + later)
     assert min(path.values()) > 0

@@ -99,7 +99,8 @@ def token_ids(answer: Answer) -> list[int]:
 
 
 def _without_chunks(body: bytes) -> bytes:
-    parts, at = [], 0
+    parts: list[bytes] = []
+    at = 0
     while True:
         end = body.index(b"\r\n", at)
         size = int(body[at:end], 16)

@@ -18,7 +18,8 @@ __all__ = ["CONTENDERS", "Asked", "Contender", "Outcome", "contender"]
 
 CONTENDERS = {
     "vllm": "vLLM's own server, eager",
-    "vllm-compiled": "vLLM's own server, compiled",
+    "vllm-compiled": "the same, compiled at each start",
+    "vllm-compiled-kept": "the same with what an earlier start has compiled",
     "transformers": "a script that loads by Transformers and generates",
     "fastapi": "a FastAPI app around Transformers, as containers have it",
 }

@@ -42,7 +42,8 @@ def plan_of(
     try:
         done = subprocess.run(
             command,
-            env={**os.environ, **environment},
+            # By its twin: the prompt's length is no flag of every version's.
+            env={**os.environ, **environment, "COLDFRAME_PROMPT_TOKENS": str(prompt)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

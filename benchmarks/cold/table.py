@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from coldframe.runtime.units import human_bytes, human_seconds
@@ -63,7 +63,7 @@ def _row(cell: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
-def _predicted(value: float | None, error: float | None, said: Any) -> str:
+def _predicted(value: float | None, error: float | None, said: Callable[[float], str]) -> str:
     if value is None:
         return ""
     return said(value) + ("" if error is None else f" ({error:+.0%})")

@@ -122,8 +122,12 @@ def predicted(
     """
     if plan is None:
         return None
-    ttft, why = predicted_ttft(plan, cell)
-    pss = predicted_memory(plan, cell, mapped)
+    ttft: float | None = None
+    pss: float | None = None
+    why: str | None = "the plan is of a replica without a vLLM engine"
+    if cell.engine == "native":
+        ttft, why = predicted_ttft(plan, cell)
+        pss = predicted_memory(plan, cell, mapped)
     return {
         "ttft_s": ttft,
         "memory_bytes": pss,

@@ -19,7 +19,7 @@ from typing import Any
 from coldframe.benchmarks.document import VERSION
 from coldframe.loader.errors import RequestError
 
-__all__ = ["compare", "fails", "read_baseline", "share"]
+__all__ = ["check_same", "compare", "fails", "read_baseline", "share"]
 
 _MACHINE = ("cpu", "cpus", "kernel", "python", "torch", "vllm", "device")
 _MODEL = ("family", "dtype", "weights_bytes", "read_bytes", "plan_hash")

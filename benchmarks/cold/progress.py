@@ -13,14 +13,10 @@ __all__ = ["Progress"]
 
 
 class Progress:
-    """Progress over so many starts.
+    """Progress over so many starts."""
 
-    Args:
-        total: How many there will be.
-    """
-
-    def __init__(self, total: int) -> None:
-        self._total = total
+    def __init__(self) -> None:
+        self._total = 0
         self._done = 0
         self._bar: Any = None
         self._task: Any = None
@@ -32,7 +28,7 @@ class Progress:
             columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
             text = TextColumn("{task.description}")
             self._bar = Bar(*columns, text, console=Console(stderr=True), transient=True)
-            self._task = self._bar.add_task("", total=total)
+            self._task = self._bar.add_task("", total=None)
 
     def __enter__(self) -> Self:
         if self._bar is not None:
@@ -47,6 +43,12 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+    def expect(self, total: int) -> None:
+        """So many starts are to come."""
+        self._total = total
+        if self._bar is not None:
+            self._bar.update(self._task, total=total)
 
     def say(self, what: str) -> None:
         """Something is about to be done that is no start."""

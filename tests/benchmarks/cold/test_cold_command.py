@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 
+from coldframe.benchmarks.cold.command import status
 from coldframe.benchmarks.document import SCHEMA
 from tests.support import without_settings
 
@@ -87,6 +90,7 @@ def _check_cell(cell: dict[str, Any], runs: int, reference: Sequence[int]) -> No
         ([".", "--prompt-tokens", "0"], "--prompt-tokens"),
         ([".", "--fail-if-slower", "10%"], "--baseline"),
         ([".", "--beside", "llamas"], "llamas"),
+        ([".", "--any-tokens", "--tier", ","], "nothing to measure"),
         ([".", "--output", "none/there.json"], "--output"),
         ([".", "--snapshot-store", "."], "--snapshot-store"),
         (["."], "config.json"),
@@ -149,6 +153,45 @@ def test_a_cold_start_through_http_and_without(
         assert cell["id"] in done.stdout
         assert cell["id"] in done.stderr
         assert cell["starts"][0]["timeline"]["critical_path"]
+
+
+def test_what_the_exit_status_says() -> None:
+    fine: dict[str, Any] = {"cells": [{"tokens_equal": True}], "failed": [], "baseline": None}
+    assert status(fine, any_tokens=False) == 0
+    differ = {**fine, "cells": [*fine["cells"], {"tokens_equal": False}]}
+    assert (status(differ, any_tokens=False), status(differ, any_tokens=True)) == (1, 0)
+    assert status({**fine, "failed": ["a"]}, any_tokens=True) == 1
+    for slower, lost, expected in (([], [], 0), ([{}], [], 1), ([], ["a"], 1)):
+        against = {"slower": slower, "lost": lost}
+        assert status({**fine, "baseline": against}, any_tokens=False) == expected
+
+
+PROGRESS = """
+from coldframe.benchmarks.cold.progress import Progress
+with Progress() as progress:
+    progress.say("a plan")
+    progress.expect(2)
+    progress.step("one", 1.5)
+    progress.step("two", None)
+"""
+
+
+def test_on_a_terminal_there_is_a_bar_and_else_there_are_lines() -> None:
+    done = subprocess.run([sys.executable, "-c", PROGRESS], stderr=-1, text=True, check=True)
+    assert done.stderr.splitlines() == ["a plan", "1 of 2: one: 1.50 s", "2 of 2: two: failed"]
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRESS], stderr=theirs, env={**os.environ, "TERM": "xterm"}
+    ) as process:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # what reading says at a terminal's end
+            while part := os.read(ours, 1 << 16):
+                said += part
+        os.close(ours)
+    assert process.returncode == 0, said
+    assert "2/2" in said.decode()
+    assert "\x1b[" in said.decode()
 
 
 @pytest.mark.heavy

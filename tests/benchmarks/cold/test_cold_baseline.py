@@ -82,6 +82,16 @@ def test_cells_that_only_one_of_them_has() -> None:
     assert fails(found)
 
 
+def test_other_programs_are_not_tested() -> None:
+    was = copy.deepcopy(WAS)
+    theirs = [{**cell, "who": "vllm"} for cell in cells(vllm=[1.0])]
+    was["cells"] += theirs
+    now = [*cells(a=[1.0], b=[2.0], gone=[1.0], fallen=[1.0])]
+    now += [{**cell, "who": "vllm"} for cell in cells(vllm=[9.0], fastapi=[9.0])]
+    found = compare(was, now, [], FILE, 0.1)
+    assert not any(found[name] for name in ("slower", "unsure", "missing", "added"))
+
+
 def test_the_slowest_comes_first() -> None:
     found = against(a=[1.2], b=[4.0])
     assert [entry["id"] for entry in found["slower"]] == ["b", "a"]

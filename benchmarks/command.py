@@ -13,6 +13,10 @@ __all__ = ["BENCHMARKS", "add_arguments", "run"]
 
 BENCHMARKS = {
     "batching": ("coldframe.benchmarks.batching", "how large a batch of prompts should be"),
+    "cold": (
+        "coldframe.benchmarks.cold.command",
+        "from the exec to the first token, by tier, page cache, source and engine",
+    ),
     "gpu": ("coldframe.benchmarks.gpu.command", "all that a machine with a GPU can tell"),
     "graphs": ("coldframe.benchmarks.graph_archive", "captured steps saved and rebuilt, no GPU"),
     "interference": (
@@ -46,7 +50,18 @@ BENCHMARKS = {
     "vllm-gated": ("coldframe.benchmarks.vllm_gated", "vLLM's first token before its last weight"),
 }
 
-_ON_DEVICE = {"endpoint", "handoff", "kills", "prefix", "replay", "rest", "serve", "swap", "turns"}
+_ON_DEVICE = {
+    "cold",
+    "endpoint",
+    "handoff",
+    "kills",
+    "prefix",
+    "replay",
+    "rest",
+    "serve",
+    "swap",
+    "turns",
+}
 """Those that start replicas wherever they are asked to; the others are about the CPU, or none."""
 
 

@@ -119,7 +119,7 @@ def coldframe_command() -> list[str]:
 
 
 def cold_start(
-    model: Path,
+    model: Path | str,
     *arguments: str,
     prompt_ids: Sequence[int],
     tokens: int,
@@ -129,7 +129,7 @@ def cold_start(
     """Runs `coldframe run` once, as a process of its own, and returns its JSON document.
 
     Args:
-        model: A checkpoint's directory.
+        model: A checkpoint's directory, or where else it is.
         arguments: More flags.
         prompt_ids: The prompt.
         tokens: How many to generate.

@@ -16,7 +16,7 @@ from typing import Any, Self
 
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["Answer", "Connection", "completion", "knock"]
+__all__ = ["Answer", "Connection", "completion", "knock", "token_ids"]
 
 _KNOCK_S = 0.001
 """Between two knocks: as exact as is needed, and no core is kept busy by it."""
@@ -49,8 +49,18 @@ class Answer:
         return (self.last_ns - self.sent_ns) / 1e9
 
 
-def completion(model: str, prompt: list[int], tokens: int, *, stream: bool) -> bytes:
-    """The body of a request for so many tokens, as coldframe and vLLM understand it."""
+def completion(
+    model: str, prompt: list[int], tokens: int, *, stream: bool, ids: bool = False
+) -> bytes:
+    """The body of a request for so many tokens, as coldframe and vLLM understand it.
+
+    Args:
+        model: As the server calls it.
+        prompt: Token ids.
+        tokens: How many, whatever they are.
+        stream: Whether they come one by one.
+        ids: Whether their ids come, too (`token_ids`).
+    """
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
@@ -59,7 +69,45 @@ def completion(model: str, prompt: list[int], tokens: int, *, stream: bool) -> b
         "temperature": 0,
         "stream": stream,
     }
+    if ids:
+        body["return_token_ids"] = True
     return json.dumps(body).encode()
+
+
+def token_ids(answer: Answer) -> list[int]:
+    """The ids of a streamed completion that was asked for with them.
+
+    Raises:
+        PlatformError: The stream has an error in it, or does not end as one should.
+    """
+    body = answer.body
+    if answer.headers.get("transfer-encoding") == "chunked":
+        body = _without_chunks(body)
+    found: list[int] = []
+    for line in body.decode().splitlines():
+        said = line.removeprefix("data: ")
+        if said == line:
+            continue
+        if said == "[DONE]":
+            return found
+        event = json.loads(said)
+        if "error" in event:
+            raise PlatformError("a request was refused in mid-stream", got=event["error"])
+        for choice in event["choices"]:
+            found += choice.get("token_ids") or ()
+    raise PlatformError("a stream has no end", got=body[-300:].decode(errors="replace"))
+
+
+def _without_chunks(body: bytes) -> bytes:
+    parts: list[bytes] = []
+    at = 0
+    while True:
+        end = body.index(b"\r\n", at)
+        size = int(body[at:end], 16)
+        if size == 0:
+            return b"".join(parts)
+        parts.append(body[end + 2 : end + 2 + size])
+        at = end + 2 + size + 2
 
 
 def knock(port: int, deadline_ns: int) -> socket.socket:

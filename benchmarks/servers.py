@@ -102,7 +102,7 @@ def knock_at(server: Server, deadline_ns: int) -> socket.socket:
 
 @contextmanager
 def coldframe_server(
-    model: Path,
+    model: Path | str,
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     name: str | None = "m",
@@ -110,7 +110,7 @@ def coldframe_server(
     """`coldframe serve` while the context lasts.
 
     Args:
-        model: A checkpoint's directory.
+        model: A checkpoint's directory, or where else it is.
         arguments: More flags.
         name: What the model is called; None where `arguments` say that.
         environment: What to change in this process's; workers start fresh where it says nothing.

@@ -64,7 +64,7 @@ class Chunks:
 
     A chat's choice begins with a chunk that names its role. A choice ends with a chunk that has
     its finish_reason and no text. A piece without text is nothing to send, unless it has
-    log-probabilities. For the arguments see `Document`.
+    log-probabilities or its token's id. For the arguments see `Document`.
     """
 
     def __init__(self, prepared: Prepared, card: ModelCard, *, id: str, created: int) -> None:
@@ -99,9 +99,11 @@ class Chunks:
         text, finish = piece.text, piece.finish
         if self._readers:
             text, finish, calls = _called(self._readers[index], piece)
-        if text or logprobs is not None:
+        if text or logprobs is not None or self._prepared.token_ids:
             content = {"content": text} if self._chat else text
             made.append(self._chunk(index, content, logprobs))
+            if self._prepared.token_ids:
+                made[-1]["choices"][0]["token_ids"] = [piece.token]
         for place, call in calls:
             delta = {"tool_calls": [{"index": place, **call.to_openai()}]}
             made.append(self._chunk(index, delta))
@@ -200,6 +202,7 @@ class _Choice:
     def __init__(self, prepared: Prepared) -> None:
         self._chat = prepared.kind == "chat"
         self._texts: list[str] = []
+        self._tokens: list[int] | None = [] if prepared.token_ids else None
         self._finish: str | None = None
         self._wants_logprobs = prepared.logprobs
         self._entries: list[dict[str, Any]] = []
@@ -214,6 +217,8 @@ class _Choice:
             text, self._finish, calls = _called(self._reader, piece)
             self._calls += (call for _, call in calls)
         self._texts.append(text)
+        if self._tokens is not None:
+            self._tokens.append(piece.token)
         if self._wants_logprobs:
             entry = chat_entry(piece) if self._chat else self._columns.entry(piece)
             if entry is not None:
@@ -232,6 +237,7 @@ class _Choice:
             "message" if self._chat else "text": message if self._chat else text,
             "logprobs": self._logprobs(),
             "finish_reason": self._finish,
+            **({} if self._tokens is None else {"token_ids": self._tokens}),
         }
 
     def _logprobs(self) -> dict[str, Any] | None:

@@ -47,6 +47,7 @@ class Prepared:
         include_usage: Whether a stream ends with the numbers of tokens.
         logprobs: Whether the answer has log-probabilities.
         tools: What tools a chat's answer may call.
+        token_ids: Whether the answer has its tokens' ids.
     """
 
     kind: Kind
@@ -56,6 +57,7 @@ class Prepared:
     include_usage: bool
     logprobs: bool
     tools: ToolUse | None = None
+    token_ids: bool = False
 
 
 def prepare_completion(body: object, card: ModelCard) -> Prepared:
@@ -173,6 +175,7 @@ def _prepared(
         stream=bool(request.stream),
         include_usage=options is not None and bool(options.include_usage),
         logprobs=params[0].logprobs is not None,
+        token_ids=bool(request.return_token_ids),
     )
 
 

@@ -5,7 +5,7 @@ not here are ignored, unless `refusals` has them. A field of several types is `A
 checked where it is used (`prompts`, `messages`, `sampling`), and `schemas` has its schema.
 
 Sources: OpenAI's API reference (https://platform.openai.com/docs/api-reference), and for the fields
-that OpenAI has not (`top_k` to `ignore_eos`, `chat_template_kwargs`) vLLM's server.
+that OpenAI has not (`top_k` to `return_token_ids`, `chat_template_kwargs`) vLLM's server.
 """
 
 from __future__ import annotations
@@ -94,6 +94,9 @@ class Request(_Model):
         Field(max_length=_MAX_STOP_TOKENS, fail_fast=True),
     ] = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = Field(
+        None, description="Whether each choice has its tokens' ids, in `token_ids`."
+    )
     user: str | None = Field(None, description="Ignored.")
     metadata: dict[Any, Any] | None = Field(None, description="Ignored.")
     store: bool | None = Field(None, description="Ignored: nothing is kept.")

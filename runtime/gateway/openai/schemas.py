@@ -230,7 +230,11 @@ def _answer(kind: str, choice: _Schema) -> dict[str, Any]:
             "created": _INTEGER,
             "model": _TEXT,
             "choices": _array(
-                _object({"index": _ID, "finish_reason": _FINISH, **choice}), MAX_SEQUENCES
+                _object(
+                    {"index": _ID, "finish_reason": _FINISH, **choice},
+                    {"token_ids": _array(_ID, least=0)},
+                ),
+                MAX_SEQUENCES,
             ),
             "usage": _USAGE,
         },

@@ -167,6 +167,30 @@ def test_log_probabilities_not_asked_for_are_not_told(chat: Any, card: ModelCard
         assert read_chunk(chunk).choices[0].logprobs is None
 
 
+def test_ids_of_tokens_where_they_are_asked_for(
+    completion: Any, chat: Any, card: ModelCard
+) -> None:
+    # Of a character in two tokens the first has no text; its id is sent all the same, at once.
+    pieces = [
+        Piece(0, 7, "", None, 3),
+        Piece(0, 9, "\u20ac", None, 3),
+        Piece(0, 2, "", "length", 3),
+    ]
+    for make, text in ((completion, "text"), (chat, "delta")):
+        (choice,) = document(make(return_token_ids=True), card, pieces, id="", created=0)["choices"]
+        assert choice["token_ids"] == [7, 9, 2]
+        made = parts(make(return_token_ids=True, stream=True), card, pieces)
+        told = [chunk["choices"][0] for chunk in made if "token_ids" in chunk["choices"][0]]
+        assert [choice["token_ids"] for choice in told] == [[7], [9], [2]]
+        content = "\u20ac" if text == "text" else {"content": "\u20ac"}
+        assert told[1][text] == content
+        assert made[-1]["choices"][0]["finish_reason"] == "length"
+        (choice,) = document(make(), card, pieces, id="", created=0)["choices"]
+        assert "token_ids" not in choice
+        plain = parts(make(stream=True), card, pieces)
+        assert not any("token_ids" in chunk["choices"][0] for chunk in plain)
+
+
 def test_a_streamed_chat(chat: Any, card: ModelCard) -> None:
     pieces = [piece("Hel"), piece(""), piece("lo", finish="length")]
     made = parts(chat(stream=True), card, pieces)

@@ -1,0 +1,118 @@
+"""A start's timeline as figures: each stage's busy time, what of it overlapped, and the path.
+
+A stage is busy while one of its spans is, those that wait excepted. Its *overlap* is the part of
+that in which some other stage was busy, too; the part beside the weights is named apart, since
+hiding behind them is what all other stages should do. The *path* divides the time to the first
+token among what it was waiting for; its parts add up to that time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+__all__ = ["WEIGHTS", "Busy", "Key", "busy_times", "load_s", "mapped", "path_of"]
+
+WEIGHTS = ("weight_read", "weight_fetch")
+_CLIENT = ("client", "first_token")
+
+Key = tuple[str, str]
+"""A process and the name of a stage in it, without the number of a layer."""
+_Spans = list[tuple[float, float]]
+
+
+class Busy(NamedTuple):
+    """Of one stage in one start, in seconds."""
+
+    seconds: float
+    overlap: float
+    beside_weights: float
+
+
+def busy_times(timeline: Mapping[str, Any]) -> dict[Key, Busy]:
+    """The stages of a start, in the order in which they began.
+
+    Args:
+        timeline: As `Timeline.to_json` makes it.
+    """
+    spans: dict[Key, _Spans] = {}
+    for stage in timeline["stages"]:
+        # An instant takes no time, and who waits is not busy.
+        if "waits_for" in stage or stage["end_s"] <= stage["start_s"]:
+            continue
+        if stage["name"].startswith("stage_ready["):
+            continue
+        spans.setdefault(_key(stage), []).append((stage["start_s"], stage["end_s"]))
+    together = {key: _union(mine) for key, mine in spans.items()}
+    weights = _union(s for key, mine in together.items() if key[1] in WEIGHTS for s in mine)
+    found = {}
+    for key, mine in together.items():
+        others = _union(s for other, theirs in together.items() if other != key for s in theirs)
+        beside = 0.0 if key[1] in WEIGHTS else _length(_common(mine, weights))
+        found[key] = Busy(_length(mine), _length(_common(mine, others)), beside)
+    return found
+
+
+def path_of(timeline: Mapping[str, Any], ttft_s: float) -> dict[Key, float]:
+    """What the first token was waiting for, in seconds, in the order in which it began.
+
+    Args:
+        timeline: As `Timeline.to_json` makes it.
+        ttft_s: When the client had the token; what is behind the replica's own end is on the way
+            to the client.
+    """
+    found: dict[Key, float] = {}
+    for step in timeline["critical_path"]:
+        key = _key(step)
+        found[key] = found.get(key, 0.0) + step["end_s"] - step["start_s"]
+    rest = ttft_s - sum(found.values())
+    if rest > 1e-9:
+        found[_CLIENT] = rest
+    return found
+
+
+def load_s(timeline: Mapping[str, Any]) -> float | None:
+    """From the first byte that is asked for until the last is in; None where that is unknown."""
+    began = [s["start_s"] for s in timeline["stages"] if s["name"] in WEIGHTS]
+    ready = [s["end_s"] for s in timeline["stages"] if s["name"].startswith("stage_ready[")]
+    if not began or not ready or max(ready) <= min(began):
+        return None
+    return float(max(ready) - min(began))
+
+
+def mapped(timeline: Mapping[str, Any]) -> bool:
+    """Whether the weights were not moved at all, but mapped where the page cache has them."""
+    notes = [s.get("note", "") for s in timeline["stages"] if s["name"] == "weight_read"]
+    return bool(notes) and all(note.startswith("mapped") for note in notes)
+
+
+def _key(stage: Mapping[str, Any]) -> Key:
+    return stage["process"], stage["name"].partition("[")[0]
+
+
+def _union(spans: Iterable[tuple[float, float]]) -> _Spans:
+    """The same time as spans in order, apart from one another."""
+    made: _Spans = []
+    for start, end in sorted(spans):
+        if made and start <= made[-1][1]:
+            made[-1] = (made[-1][0], max(made[-1][1], end))
+        else:
+            made.append((start, end))
+    return made
+
+
+def _common(ones: Sequence[tuple[float, float]], others: _Spans) -> _Spans:
+    found: _Spans = []
+    at = 0
+    for start, end in ones:
+        while at < len(others) and others[at][1] <= start:
+            at += 1
+        for left, right in others[at:]:
+            if left >= end:
+                break
+            found.append((max(start, left), min(end, right)))
+    return found
+
+
+def _length(spans: _Spans) -> float:
+    return sum(end - start for start, end in spans)

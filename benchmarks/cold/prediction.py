@@ -1,0 +1,137 @@
+"""What `coldframe plan` predicts of a cell, called as a process before the cell's first start.
+
+Its document has `starts`, one for each way to start, and in `memory.replica` what the processes of
+a replica take together. Nothing is handed over of what the benchmark has measured.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from coldframe.benchmarks.cold.matrix import Cell
+from coldframe.benchmarks.harness import coldframe_command
+from coldframe.loader.errors import PlatformError
+
+__all__ = ["plan_of", "predicted", "predicted_memory", "predicted_ttft"]
+
+_LIMIT_S = 600.0
+
+
+def plan_of(
+    uri: str, cell: Cell, environment: Mapping[str, str], prompt: int, tokens: int
+) -> dict[str, Any]:
+    """The document of `coldframe plan --json` for the conditions of a cell.
+
+    Args:
+        uri: Where its weights are.
+        cell: The cell.
+        environment: What its own command finds there.
+        prompt: Tokens of the prompt.
+        tokens: Of the answer.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    command = [*coldframe_command(), "plan", uri, "--json", "--context", str(prompt + tokens)]
+    if cell.throttle is not None:
+        command += ["--rate", f"{cell.throttle:.0f}B/s"]
+    try:
+        done = subprocess.run(
+            command,
+            # By its twin: the prompt's length is no flag of every version's.
+            env={**os.environ, **environment, "COLDFRAME_PROMPT_TOKENS": str(prompt)},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_LIMIT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(
+            "a plan was not made", where=" ".join(command), expected=f"within {_LIMIT_S:g} s"
+        ) from error
+    if done.returncode:
+        raise PlatformError(
+            "a plan cannot be made", where=" ".join(command), got=done.stderr.strip()[-1000:]
+        )
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def predicted_ttft(plan: Mapping[str, Any], cell: Cell) -> tuple[float | None, str | None]:
+    """Seconds to the first token; and why there is no prediction, where there is none."""
+    wanted = {"tier": cell.tier, "cache": cell.cache, "through": cell.through}
+    entry = _match(plan.get("starts") or (), wanted)
+    if entry is None:
+        return None, "the plan says nothing of such a start"
+    found = entry.get("ttft_s")
+    return (None, entry.get("why")) if found is None else (float(found), None)
+
+
+def predicted_memory(plan: Mapping[str, Any], cell: Cell, mapped: bool | None) -> float | None:
+    """Bytes of PSS of the whole replica; None where the plan has none.
+
+    Args:
+        plan: The plan's document.
+        cell: The cell.
+        mapped: Whether the weights were mapped in place, not copied.
+    """
+    told = (plan.get("memory") or {}).get("replica")
+    if told is None or isinstance(told, (int, float)):
+        return told
+    # What rests has started fresh.
+    wanted = {
+        "tier": "fresh" if cell.rests else cell.tier,
+        "cache": cell.cache,
+        "through": cell.through,
+        "weights": "mapped" if mapped else "copied",
+    }
+    entries = [told] if isinstance(told, dict) else told
+    entry = _match(entries, wanted)
+    return None if entry is None else entry.get("pss", entry.get("bytes"))
+
+
+def _match(entries: Sequence[Mapping[str, Any]], wanted: Mapping[str, Any]) -> Any:
+    """The entry that says of each thing what is wanted, or says nothing of it."""
+    for entry in entries:
+        if all(entry.get(name, value) == value for name, value in wanted.items()):
+            return entry
+    return None
+
+
+def predicted(
+    plan: Mapping[str, Any] | None,
+    cell: Cell,
+    *,
+    ttft_s: float,
+    memory: float | None,
+    mapped: bool | None,
+) -> dict[str, Any] | None:
+    """A cell's prediction beside what was measured; errors are predicted/measured - 1.
+
+    Args:
+        plan: Its plan's document, or None where there is none.
+        cell: The cell.
+        ttft_s: The median that was measured.
+        memory: Likewise, in bytes.
+        mapped: Whether the weights were mapped in place.
+    """
+    if plan is None:
+        return None
+    ttft: float | None = None
+    pss: float | None = None
+    why: str | None = "the plan is of a replica without a vLLM engine"
+    if cell.engine == "native":
+        ttft, why = predicted_ttft(plan, cell)
+        pss = predicted_memory(plan, cell, mapped)
+    return {
+        "ttft_s": ttft,
+        "memory_bytes": pss,
+        "ttft_error": None if ttft is None else ttft / ttft_s - 1,
+        "memory_error": None if pss is None or memory is None else pss / memory - 1,
+        "why": why,
+    }

@@ -1,0 +1,85 @@
+"""Stages, overlap and path, against a count of small pieces of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from coldframe.benchmarks.cold.explain import busy_times, load_s, mapped, path_of
+from coldframe.loader.timeline import Span
+from coldframe.runtime.timeline import Timeline
+
+PROCESSES = ("front", "memory", "prefill-0")
+NAMES = ("imports", "weight_read", "prefill[0]", "prefill[1]", "tokenizer", "stage_ready[0]")
+ENDS = st.integers(0, 40)
+
+spans = st.lists(
+    st.builds(
+        lambda name, process, a, b, waits: Span(
+            name, process, min(a, b), max(a, b), None, "weights" if waits else None
+        ),
+        st.sampled_from(NAMES),
+        st.sampled_from(PROCESSES),
+        ENDS,
+        ENDS,
+        st.booleans(),
+    ),
+    max_size=12,
+)
+
+
+def timeline(found: list[Span], first: int | None = 40) -> dict[str, Any]:
+    # The pieces are seconds; in the timeline they are nanoseconds.
+    whole = [
+        Span(s.name, s.process, s.start_ns * 10**9, s.end_ns * 10**9, s.note, s.waits_for)
+        for s in found
+    ]
+    return Timeline(whole, 0, None if first is None else first * 10**9).to_json()
+
+
+def busy_at(found: list[Span], key: tuple[str, str], at: int) -> bool:
+    return any(
+        (s.process, s.name.partition("[")[0]) == key
+        and s.waits_for is None
+        and not s.name.startswith("stage_ready")
+        and s.start_ns <= at < s.end_ns
+        for s in found
+    )
+
+
+@given(spans)
+def test_busy_times_are_those_of_a_count(found: list[Span]) -> None:
+    keys = {(s.process, s.name.partition("[")[0]) for s in found}
+    busy = busy_times(timeline(found))
+    for key in keys:
+        mine = [at for at in range(40) if busy_at(found, key, at)]
+        others = [at for at in mine if any(busy_at(found, k, at) for k in keys - {key})]
+        load = [at for at in mine if any(busy_at(found, (p, "weight_read"), at) for p in PROCESSES)]
+        if not mine:
+            assert key not in busy
+            continue
+        assert busy[key].seconds == pytest.approx(len(mine))
+        assert busy[key].overlap == pytest.approx(len(others))
+        beside = 0 if key[1] == "weight_read" else len(load)
+        assert busy[key].beside_weights == pytest.approx(beside)
+
+
+@given(spans, st.integers(1, 40), st.floats(0, 5))
+def test_a_path_adds_up_to_what_the_client_saw(found: list[Span], first: int, later: float) -> None:
+    path = path_of(timeline(found, first), first + later)
+    assert sum(path.values()) == pytest.approx(first + later)
+    assert min(path.values()) > 0
+
+
+def test_how_long_the_load_took_and_whether_it_was_one() -> None:
+    read = Span("weight_read", "memory", 2, 9, "mapped in place; unverified")
+    ready = [Span(f"stage_ready[{i}]", "memory", 5 + i, 5 + i) for i in range(3)]
+    assert load_s(timeline([read, *ready])) == pytest.approx(5)
+    assert mapped(timeline([read, *ready]))
+    assert not mapped(timeline([Span("weight_read", "memory", 2, 9, "direct"), *ready]))
+    assert not mapped(timeline([Span("weight_fetch", "memory", 2, 9, "http"), *ready]))
+    assert load_s(timeline(ready)) is None
+    assert load_s(timeline([read])) is None

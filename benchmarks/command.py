@@ -22,6 +22,7 @@ BENCHMARKS = {
     "load": ("coldframe.benchmarks.load", "loading alone, beside other loaders and the disk"),
     "prefix": ("coldframe.benchmarks.prefix", "a prompt whose beginning is in KV already"),
     "kills": ("coldframe.benchmarks.kills", "an hour of arrivals, while processes are killed"),
+    "report": ("coldframe.benchmarks.report.command", "pictures of what benchmarks have printed"),
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "endpoint": ("coldframe.benchmarks.endpoint", "over HTTP: cold, warm, crowded, beside vLLM's"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),

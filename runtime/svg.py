@@ -182,7 +182,7 @@ class Axis:
         """Round values along it, at most about so many."""
         if self.log:
             exponents = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)))
-            wanted = (1, 2, 5) if len(exponents) <= about / 3 else (1,)
+            wanted = (1, 2, 5) if len(exponents) <= about / 2 else (1,)
             found = [m * 10.0**e for e in (*exponents, exponents[-1] + 1) for m in wanted]
             thinned = found[:: max(1, math.ceil(len(found) / (1.5 * about)))]
             return [value for value in thinned if self.low <= value <= self.high * (1 + 1e-9)]

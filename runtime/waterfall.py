@@ -144,9 +144,9 @@ def waterfall(timeline: Mapping[str, Any], ident: str, title: str) -> str:
         y += 4
     bottom = y + 4
     grid = _axis(axis, _TOP + (_STRIP + 4 if path else 0), bottom)
-    mark = [] if ttft is None else _first_token(float(ttft), axis, bottom)
+    line, label = ("", "") if ttft is None else _first_token(float(ttft), axis, bottom)
     desc = _description(timeline, sum(map(len, bars.values())), shown, last)
-    content = "".join([*grid, *drawn, *mark])
+    content = "".join([*grid, line, *drawn, label])
     return picture(ident, title, desc, WIDTH, bottom + 20, content)
 
 
@@ -278,13 +278,13 @@ def _axis(axis: Axis, top: float, bottom: float) -> list[str]:
     return drawn
 
 
-def _first_token(ttft: float, axis: Axis, bottom: float) -> list[str]:
+def _first_token(ttft: float, axis: Axis, bottom: float) -> tuple[str, str]:
     x = axis.at(ttft)
     label = f"first token {brief_seconds(ttft)}"
     before = x - width_of(label) > _LEFT
     line = element("line", x1=x, x2=x, y1=5.0, y2=bottom, class_="first", data_ttft=ttft)
     style = "first-text end" if before else "first-text"
-    return [line, text(x - 5 if before else x + 5, 14, label, style)]
+    return line, text(x - 5 if before else x + 5, 14, label, style)
 
 
 def _description(timeline: Mapping[str, Any], bars: int, shown: float, last: float) -> str:

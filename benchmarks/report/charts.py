@@ -160,13 +160,9 @@ def _series(one: Series, xs: Axis, ys: Axis) -> str:
         path = "M" + "L".join(f"{number(x)} {number(y)}" for x, y in places)
         drawn.append(element("path", d=path, class_=f"line {one.line}"))
     taken: list[tuple[float, float]] = []
+    bubbles = []
     for point, (x, y) in zip(one.points, places, strict=True) if one.dots else ():
         told = f"<title>{html.escape(point.told or one.name)}</title>"
-        size = 2.2 if not point.text else 10.0
-        if point.text:  # numbers on one another cannot be read: the later ones step aside
-            while any(math.dist((x, y), other) < 19 for other in taken):
-                x += 20 if x < WIDTH - _RIGHT - 30 else -20
-            taken.append((x, y))
         style = f"dot {'star' if point.star else one.style}"
         drawn.append(
             element(
@@ -174,12 +170,37 @@ def _series(one: Series, xs: Axis, ys: Axis) -> str:
                 told,
                 cx=x,
                 cy=y,
-                r=size,
+                r=4.0 if point.text else 2.2,
                 class_=style,
                 data_x=point.x,
                 data_y=point.y,
             )
         )
         if point.text:
-            drawn.append(text(x, y + 4, point.text, "middle dot-text"))
-    return element("g", "".join(drawn), class_="series", data_name=one.name)
+            style = "star" if point.star else one.style
+            bubbles.append(_bubble(point.text, x, y, taken, style, told))
+    return element("g", "".join([*drawn, *bubbles]), class_="series", data_name=one.name)
+
+
+def _bubble(
+    content: str, x: float, y: float, taken: list[tuple[float, float]], style: str, told: str
+) -> str:
+    """A number at its point; where another one is there already, beside it, tied to it."""
+    places = [(x, y)]
+    for ring in (24, 48, 72, 96):
+        for turn in range(12):
+            angle = math.tau * (turn - 2) / 12
+            places.append((x + ring * math.cos(angle), y + ring * math.sin(angle)))
+    inside = [
+        (a, b)
+        for a, b in places
+        if _LEFT - 12 < a < WIDTH - _RIGHT + 12 and 12 < b < _TOP + _HEIGHT - 12
+    ] or places
+    free = (p for p in inside if all(math.dist(p, other) >= 21 for other in taken))
+    at = next(free, inside[-1])
+    taken.append(at)
+    drawn = ""
+    if at != (x, y):
+        drawn = element("line", x1=x, y1=y, x2=at[0], y2=at[1], class_="leader")
+    drawn += element("circle", told, cx=at[0], cy=at[1], r=10.0, class_=f"bubble {style}")
+    return drawn + text(at[0], at[1] + 4, content, "middle dot-text")

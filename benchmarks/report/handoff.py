@@ -90,7 +90,7 @@ def _bars(cells: list[dict[str, Any]], ident: str) -> str:
                     data_value=cell[key]["median"],
                 )
             )
-        told = f"+{1000 * cell['beyond']['median']:.1f} ms"
+        told = f"{1000 * cell['beyond']['median']:+.1f} ms"
         drawn.append(text(end + 6, y + 14, told, "strong halo"))
     return picture(
         ident,

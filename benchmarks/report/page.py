@@ -43,7 +43,8 @@ table { border-collapse: collapse; font-size: .82rem; overflow-wrap: normal; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; }
-thead th { color: var(--faint); font-weight: 600; } tbody th { font-weight: 600; }
+thead th { color: var(--faint); font-weight: 600; } tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 9rem;
+  max-width: 22rem; }
 .num { text-align: right; font-variant-numeric: tabular-nums; }
 .strong { font-weight: 700; } .yes { color: var(--engine); } .no { color: var(--mark);
   font-weight: 700; }
@@ -65,12 +66,14 @@ svg .s-warm { fill: var(--engine); } svg .s-draining { fill: var(--request); }
 svg .s-parked { fill: var(--weights); } svg .s-failed { fill: var(--mark); }
 svg .f-zero { fill: var(--mark); } svg .f-parked { fill: var(--weights); }
 svg .f-warm { fill: var(--engine); }
+svg .half { opacity: .45; }
 svg .line { fill: none; stroke-width: 2; } svg .c0 { fill: var(--weights); }
 svg .c1 { fill: var(--mark); } svg .c2 { fill: var(--engine); } svg .c3 { fill: var(--restore); }
 svg .c4 { fill: var(--provision); } svg .l0 { stroke: var(--weights); }
 svg .l1 { stroke: var(--mark); stroke-dasharray: 6 3; } svg .l2 { stroke: var(--engine);
   stroke-dasharray: 2 2; } svg .l3 { stroke: var(--restore); stroke-dasharray: 8 2 2 2; }
 svg .l4 { stroke: var(--provision); } svg .limit { stroke: var(--mark); stroke-dasharray: 4 3; }
+svg .leader { stroke: var(--faint); }
 svg .dot-text { fill: var(--on-weights); font-weight: 700; } svg .star { fill: var(--mark); }
 """
 

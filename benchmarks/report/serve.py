@@ -49,7 +49,7 @@ def serve_section(document: dict[str, Any], ident: str) -> str:
                 ]
                 style = f"c{number % 5}"
                 name = f"{way} {quantile}"
-                stroke = f"l{number % 5}" if quantile == "p99" else "rule"
+                stroke = f"l{number % 5}" if quantile == "p99" else f"l{number % 5} half"
                 series.append(Series(name, points, style, stroke))
         if any(one.points for one in series):
             drawn = chart(
@@ -60,7 +60,7 @@ def serve_section(document: dict[str, Any], ident: str) -> str:
                 Scale("requests per second offered", ""),
                 Scale(key.upper(), "s", log=True),
             )
-            note = f"{told.capitalize()} by load: p99 in colour, p50 grey under it."
+            note = f"{told.capitalize()} by load: p99 strong, p50 pale."
             parts.append(
                 f"<h3>{esc(told.capitalize())}</h3>{figure_html(drawn, note, keys(items))}"
             )

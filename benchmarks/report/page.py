@@ -43,7 +43,8 @@ table { border-collapse: collapse; font-size: .82rem; overflow-wrap: normal; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { padding: .25rem .5rem; border-bottom: 1px solid var(--line); text-align: left;
   white-space: nowrap; }
-thead th { color: var(--faint); font-weight: 600; } tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 9rem;
+thead th { color: var(--faint); font-weight: 600; }
+tbody th { font-weight: 600; white-space: normal; overflow-wrap: anywhere; min-width: 9rem;
   max-width: 22rem; }
 .num { text-align: right; font-variant-numeric: tabular-nums; }
 .strong { font-weight: 700; } .yes { color: var(--engine); } .no { color: var(--mark);

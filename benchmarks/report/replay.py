@@ -26,7 +26,7 @@ __all__ = ["replay_section"]
 
 _WIDTH = 1000
 _LEFT = 150
-_RIGHT = 14
+_RIGHT = 30
 _LANE = 30
 _LANES = 24
 _DOTS = 3000

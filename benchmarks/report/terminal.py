@@ -94,10 +94,11 @@ def _lines(timeline: Mapping[str, Any], width: int, *, colour: bool) -> list[lis
         lines.append(_line(name, bar, brief_seconds(row.busy_s), label))
     if ttft is not None and mark is not None:
         told = f"first token {brief_seconds(ttft)}"
-        # To the left of the mark where there is no room behind it.
-        left = mark + 2 + len(told) <= room
-        text = " " * mark + "^ " + told if left else f"{told} ^".rjust(mark + 1)
-        lines.append([(" " * (label + 1), ""), (text, "bold" if colour else "")])
+        begin = label + 1
+        # To the left of the mark, under the labels too, where there is no room behind it.
+        behind = mark + 2 + len(told) <= room
+        text = " " * (begin + mark) + "^ " + told if behind else f"{told} ^".rjust(begin + mark + 1)
+        lines.append([(text, "bold" if colour else "")])
     lines.append(_scale(total, room, label))
     lines.extend(_summary(timeline, width, colour))
     return lines

@@ -14,7 +14,7 @@ from coldframe.runtime.waterfall import legend, waterfall
 
 __all__ = ["chrome_trace", "html_page", "trace_events", "write"]
 
-_THREADS = 1000
+_THREADS = 10_000
 _PAGE = """
 body { margin: 2em auto; max-width: 66rem; padding: 0 1rem; background: var(--paper);
   color: var(--ink); font: 14px/1.5 system-ui, sans-serif; }
@@ -79,8 +79,8 @@ def trace_events(
     for span in sorted(timeline["stages"], key=lambda s: (s["start_s"], -s["end_s"])):
         process = str(span["process"])
         lane = _lane(lanes[process], float(span["start_s"]), float(span["end_s"]))
-        told = {key: span[key] for key in ("note", "waits_for") if key in span}
-        events.append(_complete(span, pids[process], lane) | {"args": told})
+        more = {key: span[key] for key in ("note", "waits_for") if key in span}
+        events.append(_complete(span, pids[process], lane) | {"args": more})
     for step in timeline["critical_path"]:
         name = f"{step['process']} {step['name']}".strip()
         events.append(_complete(step, path_pid, 1) | {"name": name})

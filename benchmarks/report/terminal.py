@@ -48,8 +48,8 @@ def terminal_waterfall(timeline: Mapping[str, Any], console: Console) -> None:
         for line in plain_waterfall(timeline, console.width).splitlines():
             console.print(Text(line), soft_wrap=True)
         return
-    for line in _lines(timeline, console.width, colour=True):
-        console.print(Text.assemble(*line), soft_wrap=True)
+    for pieces in _lines(timeline, console.width, colour=True):
+        console.print(Text.assemble(*pieces), soft_wrap=True)
 
 
 def plain_waterfall(timeline: Mapping[str, Any], width: int = 100) -> str:

@@ -222,3 +222,47 @@ def rows() -> dict[str, Any]:
     row = {"name": "a <row>", "runs": [3.0, 1.0, 2.0], "unit": "s", "target": 2.5}
     row |= {"at_least": False, "median": 2.0, "met": True}
     return {"rows": [row], "fingerprint": cold([])["fingerprint"]}
+
+
+def serve() -> dict[str, Any]:
+    """A serve document: two ways at three loads, one of which nobody answered."""
+
+    def spread(middle: float) -> dict[str, Any]:
+        told = {"p50": middle, "p90": 1.5 * middle, "p99": 3 * middle, "max": 4 * middle}
+        return {"unit": "s", "count": 17, "mean": 1.1 * middle, **told}
+
+    loads: list[dict[str, Any]] = []
+    for slow, way in ((1.0, "apart"), (2.0, "together")):
+        for rate in (4.0, 1.0, 2.0):
+            good = 1 / (slow * rate)
+            account: dict[str, Any] = {"requests": 17, "tokens_rate": 100 * rate / slow}
+            for name, middle in (("ttft", 0.2), ("itl", 0.02), ("e2e", 1.5)):
+                account[name] = spread(middle * slow * rate)
+            if slow * rate == 8:
+                account["ttft"] = account["itl"] = account["e2e"] = None
+            account["goodput"] = {"ttft_s": 0.5, "itl_s": 0.1, "share": good, "rate": rate * good}
+            loads.append({"way": way, "rate": rate, "all": account})
+    return document("serve", model=MODEL, left_out=[], loads=loads)
+
+
+def handoff() -> dict[str, Any]:
+    """A handoff document; the step of one is longer than its hand-off, as noise has it."""
+    cells = [
+        {
+            "id": name,
+            "prompt_tokens": 64,
+            "ttft": figure([0.2, 0.3], "s"),
+            "second": figure([second, 1.2 * second], "s"),
+            "step": figure([0.02, 0.03], "s"),
+            "beyond": figure([second - 0.02, 1.2 * second - 0.03], "s"),
+            "bytes": 1 << 20,
+            "rate": rate,
+            "tokens_equal": equal,
+        }
+        for name, second, rate, equal in (
+            ("shared/<64>", 0.05, figure([1e9, 2e9], "B/s"), True),
+            ("recomputed/64", 0.9, None, None),
+            ("quick/64", 0.015, None, False),
+        )
+    ]
+    return document("handoff", model=MODEL, left_out=[], cells=cells)

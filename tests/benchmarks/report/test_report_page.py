@@ -71,7 +71,8 @@ def documents(demo_model: Callable[..., Path]) -> list[dict[str, Any]]:
     timeline = {name: real[name] for name in names}
     cells = [drawn.cold_cell("fresh/cold/disk/native/run", [timeline]), *drawn.edge_cells()]
     live, simulated = drawn.played(1, 3, 150), drawn.played(2, 3, 150)
-    return [drawn.cold(cells), drawn.replay(live, simulated), drawn.advise(), drawn.rows()]
+    documents = [drawn.cold(cells), drawn.replay(live, simulated), drawn.advise(), drawn.rows()]
+    return [*documents, drawn.serve(), drawn.handoff()]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +133,9 @@ def test_bars_lie_where_their_spans_do(page: WebDriver, documents: list[dict[str
 
 def test_boxes_are_numpys_quartiles(page: WebDriver, documents: list[dict[str, Any]]) -> None:
     cells = {cell["id"]: cell["ttft"] for cell in documents[0]["cells"]}
-    drawn_boxes = boxes(page, ".boxplot rect.box")
+    drawn_boxes = boxes(page, "#d0-cold .boxplot rect.box")
     assert [box["around"]["cell"] for box in drawn_boxes] == list(cells)
-    circles, medians = boxes(page, ".boxplot circle.run"), boxes(page, ".boxplot line.median")
+    circles, medians = boxes(page, "#d0-cold circle.run"), boxes(page, "#d0-cold line.median")
     for box, median in zip(drawn_boxes, medians, strict=True):
         runs = cells[box["around"]["cell"]]["runs"]
         q1, middle, q3 = np.percentile(runs, [25, 50, 75])
@@ -243,6 +244,44 @@ def test_the_choice_to_take_stands_out(page: WebDriver, documents: list[dict[str
     centres = [complex(b["x"], b["y"]) for b in bubbles]
     pairs = [(a, b) for n, a in enumerate(centres) for b in centres[:n]]
     assert all(abs(a - b) > 20 for a, b in pairs)
+
+
+def test_loads_are_points_in_their_order(page: WebDriver, documents: list[dict[str, Any]]) -> None:
+    loads = documents[4]["loads"]
+    found = page.execute_script(
+        "return ['ttft', 'itl', 'e2e', 'goodput'].map(n => [n, [...document.querySelectorAll("
+        "`#d4-serve-${n} g.series`)].map(g => [g.dataset.name, [...g.querySelectorAll('.dot')].map("
+        "c => [Number(c.dataset.x), Number(c.dataset.y)])])])"
+    )
+    for name, series in found:
+        for told, points in series:
+            way, _, quantile = told.partition(" ")
+            mine = sorted((x for x in loads if x["way"] == way), key=lambda x: float(x["rate"]))
+            assert points == [
+                [load["rate"], part[quantile or "share"]]
+                for load in mine
+                if (part := load["all"][name]) is not None
+            ]
+        assert [told for told, _ in series] == (
+            ["apart", "together"]
+            if name == "goodput"
+            else [f"{way} {q}" for way in ("apart", "together") for q in ("p50", "p99")]
+        )
+
+
+def test_handoffs_are_as_long_as_they_took(
+    page: WebDriver, documents: list[dict[str, Any]]
+) -> None:
+    bars = boxes(page, "rect.handoff")
+    cells = {cell["id"]: cell for cell in documents[5]["cells"]}
+    longest = max(cell["second"]["median"] for cell in cells.values())
+    scale = max(bar["width"] for bar in bars) / longest
+    assert len(bars) == 2 * len(cells)
+    for bar in bars:
+        cell = cells[bar["cell"]]
+        assert float(bar["value"]) == cell[bar["name"]]["median"]
+        length = min(float(bar["value"]), cell["second"]["median"])
+        assert bar["width"] == pytest.approx(scale * length, abs=1)
 
 
 @pytest.mark.parametrize("width", [1280, 400])

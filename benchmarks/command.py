@@ -30,6 +30,7 @@ BENCHMARKS = {
         "coldframe.benchmarks.traffic.replay",
         "a trace live on a server that scales to zero, and by simulation",
     ),
+    "report": ("coldframe.benchmarks.report.command", "pictures of what benchmarks have printed"),
     "rest": ("coldframe.benchmarks.rest", "the first token from zero, from parked and warm"),
     "serve": (
         "coldframe.benchmarks.traffic.serve",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -200,7 +202,14 @@ def fingerprint() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": version("torch"),
         "coldframe": _own_version(),
+        "command": _command(),
     }
+
+
+def _command() -> str:
+    """How this was called, without what vouches for somebody in an address."""
+    told = shlex.join(["coldframe", *sys.argv[1:]])
+    return re.sub(r"(://)[^/@\s]*@|\?[^\s']*=[^\s']*", lambda found: found[1] or "?...", told)
 
 
 def _own_version() -> str:

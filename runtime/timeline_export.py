@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import html
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.timeline import Span
-from coldframe.runtime.timeline import UNATTRIBUTED, Timeline
-from coldframe.runtime.units import human_seconds
+from coldframe.runtime.stage_groups import group_of
+from coldframe.runtime.svg import STYLE, brief_seconds
+from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.waterfall import legend, waterfall
 
-__all__ = ["chrome_trace", "html_page", "write"]
+__all__ = ["chrome_trace", "html_page", "trace_events", "write"]
 
-_ROW = 18
-_LEFT = 220
-_WIDTH = 900
-# Okabe and Ito's colours, told apart by nearly everybody.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+_THREADS = 10_000
+_PAGE = """
+body { margin: 2em auto; max-width: 66rem; padding: 0 1rem; background: var(--paper);
+  color: var(--ink); font: 14px/1.5 system-ui, sans-serif; }
+.figure { overflow-x: auto; }
+.legend { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; padding: 0; }
+.legend svg { display: inline; margin-right: .4em; vertical-align: -1px; }
+"""
 
 
 def write(timeline: Timeline, path: str) -> None:
@@ -46,101 +50,103 @@ def write(timeline: Timeline, path: str) -> None:
 
 def chrome_trace(timeline: Timeline) -> dict[str, Any]:
     """The trace-event format that chrome://tracing and Perfetto read; times in microseconds."""
-    processes = sorted({span.process for span in timeline.spans})
+    return {"traceEvents": trace_events(timeline.to_json()), "displayTimeUnit": "ms"}
+
+
+def trace_events(
+    timeline: Mapping[str, Any], label: str = "", first_pid: int = 1
+) -> list[dict[str, Any]]:
+    """The events of one start: a process for each of its processes, one for the critical path.
+
+    Processes and threads are numbered on, none twice and none 0, which viewers take for the idle
+    task. The first token is an instant on the critical path. Moments are told to the nanosecond.
+
+    Args:
+        timeline: As `Timeline.to_json` makes it.
+        label: What to call the start before each process's name, where there are several.
+        first_pid: The number of its first process; they take `len(processes) + 1`.
+    """
+    names = sorted({str(span["process"]) for span in timeline["stages"]})
+    pids = {name: first_pid + number for number, name in enumerate(names)}
+    path_pid = first_pid + len(names)
+    lanes: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
     events: list[dict[str, Any]] = []
-    lanes: dict[str, list[list[Span]]] = {process: [] for process in processes}
-    for number, process in enumerate([*processes, "critical path"]):
-        events.append({"ph": "M", "name": "process_name", "pid": number, "args": {"name": process}})
-    for span in timeline.spans:
-        events.append(
-            {
-                "ph": "X",
-                "name": span.name,
-                "tid": _lane(lanes[span.process], span),
-                "pid": processes.index(span.process),
-                "ts": (span.start_ns - timeline.exec_ns) / 1e3,
-                "dur": (span.end_ns - span.start_ns) / 1e3,
-                "args": {"note": span.note, "waits_for": span.waits_for},
-            }
-        )
-    for step in timeline.critical_path():
-        events.append(
-            {
-                "ph": "X",
-                "name": f"{step.process} {step.name}".strip(),
-                "tid": 1,
-                "pid": len(processes),
-                "ts": (step.start_ns - timeline.exec_ns) / 1e3,
-                "dur": (step.end_ns - step.start_ns) / 1e3,
-            }
-        )
-    return {"traceEvents": events, "displayTimeUnit": "ms"}
+    for pid, name in [(path_pid, "critical path"), *((pid, name) for name, pid in pids.items())]:
+        told = f"{label} {name}".strip()
+        order = first_pid if pid == path_pid else pid + 1  # the path is above the others
+        events.append(_metadata("process_name", pid, name=told))
+        events.append(_metadata("process_sort_index", pid, sort_index=order))
+    for span in sorted(timeline["stages"], key=lambda s: (s["start_s"], -s["end_s"])):
+        process = str(span["process"])
+        lane = _lane(lanes[process], float(span["start_s"]), float(span["end_s"]))
+        more = {key: span[key] for key in ("note", "waits_for") if key in span}
+        events.append(_complete(span, pids[process], lane) | {"args": more})
+    for step in timeline["critical_path"]:
+        name = f"{step['process']} {step['name']}".strip()
+        events.append(_complete(step, path_pid, 1) | {"name": name})
+    if timeline["ttft_s"] is not None:
+        moment = {"ph": "i", "s": "p", "name": "first token", "cat": "request"}
+        at = {"pid": path_pid, "tid": _THREADS * path_pid + 1, "ts": _us(timeline["ttft_s"])}
+        events.append(moment | at)
+    rows = {(e["pid"], e["tid"]) for e in events if e["ph"] == "X"}
+    for pid, tid in sorted(rows):
+        events.append(_metadata("thread_name", pid, name=f"row {tid % _THREADS}") | {"tid": tid})
+    return events
 
 
-def _lane(lanes: list[list[Span]], span: Span) -> int:
-    """A row of its process where the span lies apart from each other one, or inside it.
+def _metadata(kind: str, pid: int, **told: Any) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": pid, "tid": _THREADS * pid, "args": told}
+
+
+def _complete(stretch: Mapping[str, Any], pid: int, lane: int) -> dict[str, Any]:
+    start, end = _us(stretch["start_s"]), _us(stretch["end_s"])
+    return {
+        "ph": "X",
+        "name": str(stretch["name"]),
+        "cat": group_of(str(stretch["name"]), str(stretch["process"])),
+        "pid": pid,
+        "tid": _THREADS * pid + lane,
+        "ts": start,
+        "dur": round(end - start, 3),
+    }
+
+
+def _us(seconds: float) -> float:
+    return round(seconds * 1e6, 3)
+
+
+def _lane(lanes: list[list[tuple[float, float]]], start: float, end: float) -> int:
+    """A row of its process where a span lies apart from each other one, or inside it.
 
     In one row of a trace neighbours must nest; a process's threads do not keep to that.
 
     Args:
-        lanes: The spans of each row so far, in the order of their starts; the span is added.
-        span: The next one.
+        lanes: What is open or last in each row so far, outermost first, in the order of their
+            starts; the span is added.
+        start: The next span's.
+        end: The next span's.
     """
     for number, lane in enumerate(lanes):
-        if all(s.end_ns <= span.start_ns or s.end_ns >= span.end_ns for s in lane):
-            lane.append(span)
+        while lane and lane[-1][1] <= start:
+            lane.pop()
+        if not lane or lane[-1][1] >= end:
+            lane.append((start, end))
             return number + 1
-    lanes.append([span])
+    lanes.append([(start, end)])
     return len(lanes)
 
 
 def html_page(timeline: Timeline) -> str:
     """A page with the waterfall as an inline picture; it needs nothing from elsewhere."""
-    ends = [span.end_ns for span in timeline.spans]
-    total = max([*ends, timeline.first_token_ns or 0, timeline.exec_ns + 1]) - timeline.exec_ns
-    processes = list(dict.fromkeys(span.process for span in timeline.spans))
-    rows: list[str] = []
-    y = _ROW
-
-    def bar(label: str, start: int, end: int, colour: str, faint: bool) -> None:
-        nonlocal y
-        x = _LEFT + _WIDTH * (start - timeline.exec_ns) / total
-        width = max(1.0, _WIDTH * (end - start) / total)
-        tip = f"{label}: {human_seconds((end - start) / 1e9)}"
-        tip += f" from {human_seconds(timeline.seconds(start))}"
-        rows.append(
-            f'<g><title>{html.escape(tip)}</title><text x="{_LEFT - 8}" y="{y + 12}"'
-            f' text-anchor="end">{html.escape(label)}</text>'
-            f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_ROW - 4}" rx="2"'
-            f' fill="{colour}" opacity="{0.25 if faint else 1}"/></g>'
-        )
-        y += _ROW
-
-    for step in timeline.critical_path():
-        colour = "#999999" if step.name == UNATTRIBUTED else "#333333"
-        label = f"{step.process} {step.name}".strip()
-        bar(label, step.start_ns, step.end_ns, colour, False)
-    y += _ROW
-    for number, process in enumerate(processes):
-        for span in (s for s in timeline.spans if s.process == process):
-            colour = _COLOURS[number % len(_COLOURS)]
-            label = f"{process} {span.name}"
-            bar(label, span.start_ns, span.end_ns, colour, span.waits_for is not None)
-    marker = ""
-    if timeline.first_token_ns is not None:
-        x = _LEFT + _WIDTH * (timeline.first_token_ns - timeline.exec_ns) / total
-        ttft = human_seconds(timeline.seconds(timeline.first_token_ns))
-        marker = (
-            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{y}" stroke="#D55E00"/>'
-            f'<text x="{x - 4:.1f}" y="12" text-anchor="end" fill="#D55E00">'
-            f"first token, {ttft}</text>"
-        )
+    drawn = waterfall(timeline.to_json(), "start", "Waterfall of a cold start")
+    ttft = timeline.first_token_ns
+    after = "no first token" if ttft is None else brief_seconds(timeline.seconds(ttft))
     return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>coldframe: cold start'
-        "</title><style>body{font:13px system-ui,sans-serif;margin:2em}"
-        "text{font-size:11px}</style><h1>Cold start</h1>"
-        "<p>Above, in grey, the critical path: what the first token was waiting for. Below, what"
-        " each process did; pale bars are waits. Point at a bar for its times.</p>"
-        f'<svg viewBox="0 0 {_LEFT + _WIDTH + 20} {y + _ROW}" role="img"'
-        f' aria-label="waterfall of a cold start">{"".join(rows)}{marker}</svg></html>'
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1"><title>coldframe: cold start</title>'
+        f"<style>{STYLE}{_PAGE}</style><h1>Cold start: {after}</h1>"
+        "<p>Above, the critical path: what the first token was waiting for. Below, what each"
+        " process did; a dark line under a bar is where the path went through it. Point at a bar"
+        " for its times.</p>"
+        f'{legend()}<div class="figure" tabindex="0">{drawn}</div></html>'
     )

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from coldframe.loader.timeline import Span
+from coldframe.runtime.stage_groups import stage_of
 from coldframe.runtime.timeline import Timeline
 from coldframe.runtime.units import human_seconds
 
 __all__ = ["render"]
 
 _WIDTH = 40
-_INDEXED = re.compile(r"(.*)\[(.*)\]")
 
 
 @dataclass(slots=True)
@@ -54,7 +53,7 @@ def _path(timeline: Timeline) -> list[str]:
         return ["no first token"]
     shares: dict[tuple[str, str], float] = {}
     for step in timeline.critical_path():
-        key = (_group(step.name), step.process)
+        key = (stage_of(step.name), step.process)
         shares[key] = shares.get(key, 0.0) + step.seconds
     ttft = timeline.seconds(timeline.first_token_ns)
     lines = [f"first token after {human_seconds(ttft)}, which it spent waiting for"]
@@ -72,7 +71,7 @@ def _rows(spans: Sequence[Span]) -> list[_Row]:
     for span in spans:
         if span.waits_for is not None:
             continue
-        key = (span.process, _group(span.name))
+        key = (span.process, stage_of(span.name))
         row = rows.get(key)
         length = span.end_ns - span.start_ns
         if row is None:
@@ -87,11 +86,6 @@ def _rows(spans: Sequence[Span]) -> list[_Row]:
     for row in rows.values():
         first[row.process] = min(row.start_ns, first.get(row.process, row.start_ns))
     return sorted(rows.values(), key=lambda row: (first[row.process], row.process, row.start_ns))
-
-
-def _group(name: str) -> str:
-    match = _INDEXED.fullmatch(name)
-    return name if match is None else match[1]
 
 
 def _label(row: _Row) -> str:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.benchmarks.harness import chosen
+from coldframe.benchmarks.harness import chosen, fingerprint
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.cli import main
 
@@ -29,3 +29,10 @@ def test_what_is_not_there_is_refused_before_anything_starts(
     told = capsys.readouterr()
     assert "nothing such" in told.err
     assert not told.out
+
+
+def test_the_command_is_told_without_its_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = ["https://me:word@host/a/b", "https://host/c?X-Signature=abc&d=e", "--runs", "3"]
+    monkeypatch.setattr("sys.argv", ["/bin/coldframe", "bench", "cold", *urls])
+    told = "coldframe bench cold https://host/a/b 'https://host/c?...' --runs 3"
+    assert fingerprint()["command"] == told

@@ -255,7 +255,10 @@ def _document(
         start_times=times.to_json(),
         difference=None
         if live is None
-        else {name: _difference(live[name], second[name]) for name in ("cold_starts", "gpu_s")},
+        else {
+            name: _difference(live[name], second[name])
+            for name in ("cold_starts", "starts", "gpu_s")
+        },
     )
 
 

@@ -2,7 +2,7 @@
 
 Above is what each model did, one lane each: the states as colours, requests as ticks in the colour
 of what they met. Of many models those with most requests are drawn; requests within a pixel that
-met the same are one tick, and of a model with very many states those too short to be seen are left out.
+met the same are one tick; of a model with very many states those too short to see are left out.
 """
 
 from __future__ import annotations

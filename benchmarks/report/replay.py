@@ -2,7 +2,7 @@
 
 Above is what each model did, one lane each: the states as colours, requests as ticks in the colour
 of what they met. Of many models those with most requests are drawn; requests within a pixel that
-met the same are one tick, and states shorter than half a pixel share one with their neighbours.
+met the same are one tick; of a model with very many states those too short to see are left out.
 """
 
 from __future__ import annotations
@@ -69,14 +69,19 @@ def _figures(document: dict[str, Any], played: dict[str, dict[str, Any]]) -> str
         [
             f'<th scope="row">{name}</th>',
             *(number_cell(one[key], unit, f"{way} {key}") for way, one in played.items()),
-            number_cell((document["difference"] or {}).get(key), "%", f"difference {key}"),
+            *(
+                [number_cell(document["difference"].get(key), "%", f"difference {key}")]
+                if document["difference"]
+                else []
+            ),
         ]
         for name, key, unit in told
     ]
     for key in ("p50", "p90", "p99", "max", "mean"):
         values = (number_cell(one["ttft"][key], "s", f"{w} {key}") for w, one in played.items())
-        rows.append([f'<th scope="row">TTFT {key}</th>', *values, "<td></td>"])
-    heads = ["", *played, "difference"]
+        empty = ["<td></td>"] if document["difference"] else []
+        rows.append([f'<th scope="row">TTFT {key}</th>', *values, *empty])
+    heads = ["", *played, *(["difference"] if document["difference"] else [])]
     return table("What it took", heads, rows, names=[str(n) for n in range(len(rows))])
 
 
@@ -104,7 +109,10 @@ def _lanes(played: dict[str, dict[str, Any]], ident: str) -> tuple[str, str]:
     ticks = axis.ticks()
     for tick, label in zip(ticks, seconds_ticks(ticks), strict=True):
         drawn.append(text(axis.at(tick), y + 12, label, "middle faint"))
-    note = "Each lane is a model: its states as colours, and over them each request as a tick."
+    note = "Each lane is a model: its states as colours, and over them each request as a tick;"
+    note += " those within a pixel that met the same are one."
+    if any(len(stays) > _STEPS for one in played.values() for stays in one["states"].values()):
+        note += " States too short to be seen are left out."
     if len(models) < len(asked):
         note += f" Of {len(asked)} models the {len(models)} most asked for are drawn."
     requests = sum(len(one["asked"]) for one in played.values())
@@ -146,7 +154,8 @@ def _lane(way: str, model: str, one: dict[str, Any], axis: Axis, y: float) -> st
         if request["model"] == model:
             at = (round(axis.at(request["at_s"])), request["from"])
             ticks.setdefault(at, []).append(request["at_s"])
-    for (_, met), times in ticks.items():
+    # Those that met least are few, and lie above the others.
+    for (_, met), times in sorted(ticks.items(), key=lambda item: -_FROM.index(item[0][1])):
         height = {"zero": 8.0, "parked": 7.0, "warm": 5.0}[met]
         parts.append(
             element(

@@ -43,6 +43,7 @@ def test_a_document_is_a_whole_file_or_its_last_line(
     [
         ("", "no benchmark's document"),
         ("no JSON\nat all", "no benchmark's document"),
+        ('{"kind": "cold", "schema": NaN}', "no benchmark's document"),
         ("[1, 2]", "no benchmark's document"),
         ("[" * 100_000, "no benchmark's document"),
         ("{}", "this kind"),

@@ -345,6 +345,17 @@ def test_empty_documents_are_drawn() -> None:
     assert page.count("<section") == 4
 
 
+def test_a_baseline_is_told_cell_by_cell() -> None:
+    slower = [{"id": "a <cell>", "was_s": 1.0, "now_s": 1.25, "ratio": 1.25}]
+    baseline = {"file": "was.json", "fail_if_slower": 0.1, "slower": slower, "missing": []}
+    page = report_page([{**drawn.cold([]), "baseline": baseline}])
+    assert "Against was.json, slower by 10.0 % at most" in page
+    assert "a &lt;cell&gt;" in page
+    assert '<td class="num" data-name="now" data-value="1.25">1.25 s</td>' in page
+    none = report_page([{**drawn.cold([]), "baseline": {**baseline, "slower": []}}])
+    assert "No cell is slower than in was.json by 10.0 %." in none
+
+
 def test_a_report_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(PlatformError, match="nowhere"):
         write_report([drawn.rows()], tmp_path / "nowhere" / "r.html")

@@ -215,7 +215,7 @@ def _process(
             ) from error
         except PlatformError as error:
             said.seek(0)
-            words = said.read()[-2000:].decode(errors="replace").strip()
+            words = said.read()[-2000:].decode(errors="replace").strip().rstrip(".")
             raise PlatformError(
                 error.what, where=error.where, got=f"{error.got}; it said: {words}"
             ) from error

@@ -170,6 +170,7 @@ class FixedKeepAlive:
     name = "fixed"
 
     def __init__(self, idle_s: float | None = None, park_s: float | None = 0.0) -> None:
+        self.idle_s, self.park_s = idle_s, park_s
         steps: list[tuple[float, Level]] = []
         if idle_s != 0:
             steps.append((0.0, "warm"))

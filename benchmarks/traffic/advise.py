@@ -21,7 +21,6 @@ from coldframe.benchmarks.document import document, print_document
 from coldframe.benchmarks.traffic.choices import Choice, Judged, decide
 from coldframe.benchmarks.traffic.played import PARKED_SHARE, Prices
 from coldframe.benchmarks.traffic.policies import (
-    POLICIES,
     fixed,
     policy,
     seconds_or_never,
@@ -215,9 +214,7 @@ def _choices(
     if models == 1:
         why = "of one model alone a pool is no other choice than parked"
         left_out.append({"what": "warm pool", "why": why})
-    for name in ("histogram", "next"):
-        if name in POLICIES:
-            found.append(Choice(name, policy(name), tier))
+    found += [Choice(name, policy(name), tier) for name in ("histogram", "next")]
     for text in args.policy or ():
         chosen = policy(text)
         found.append(Choice(chosen.text, chosen, tier))

@@ -16,7 +16,7 @@ from coldframe.benchmarks.http_client import Connection, knock
 from coldframe.benchmarks.servers import Server, coldframe_server
 from coldframe.benchmarks.traffic.client import Sent, send_all
 from coldframe.benchmarks.traffic.played import Asked, Played, Stay
-from coldframe.benchmarks.traffic.statelog import changes, met, says_all, stays
+from coldframe.benchmarks.traffic.statelog import changes, met, stays
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import PlatformError
 
@@ -67,13 +67,11 @@ class Replayed:
         sent: Its requests.
         counted: What the server has counted meanwhile, of all models: seconds in which it held its
             device (`device_s`), was parked and at zero, and its cold starts.
-        says_all: Whether its log has all changes of states.
     """
 
     played: Played
     sent: Sequence[Sent]
     counted: Mapping[str, float]
-    says_all: bool
 
 
 def replay(
@@ -103,7 +101,6 @@ def replay(
         settled(server, {"zero"})
         before = _counted(server)
         origin_ns = time.monotonic_ns() + int(_BEFORE_S * 1e9)
-        wall_s = time.time() - time.monotonic()
 
         def progress(count: int) -> None:
             if sys.stderr.isatty() or count in (1, len(arrivals)) or count % 100 == 0:
@@ -118,22 +115,16 @@ def replay(
         time.sleep(_LOG_S)
         words = server.words()
     seconds = (until_ns - origin_ns) / 1e9
-    said = says_all(words)
     states: dict[str, list[Stay]] = {}
     for name in fleet.names:
-        own = [change for change in changes(words, fleet.names, wall_s) if change.model == name]
-        moments = [
-            (one.sent_ns - origin_ns) / 1e9
-            for one, asked in zip(sent, names, strict=True)
-            if asked == name and not said
-        ]
-        states[name] = stays(own, sorted(moments), origin_ns / 1e9, seconds)
+        own = [change for change in changes(words, fleet.names) if change.model == name]
+        states[name] = stays(own, origin_ns / 1e9, seconds)
     asked = []
     for one, name in zip(sent, names, strict=True):
         at_s = (one.sent_ns - origin_ns) / 1e9
         asked.append(Asked(at_s, name, one.ttft_s, met(at_s, states[name])))
     counted = {name: after[name] - before[name] for name in after}
-    return Replayed(Played(asked, states, seconds), sent, counted, said)
+    return Replayed(Played(asked, states, seconds), sent, counted)
 
 
 def get(server: Server, path: str) -> bytes:

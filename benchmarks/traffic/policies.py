@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
-
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.scaling import FixedKeepAlive, PolicyFactory
+from coldframe.runtime.scaling_spec import policy_from
 
-__all__ = ["NEVER", "POLICIES", "Chosen", "fixed", "policy", "seconds_or_never"]
+__all__ = ["NEVER", "Chosen", "fixed", "policy", "seconds_or_never"]
 
 NEVER = "never"
-_SPEC = "coldframe.runtime.scaling_spec"
-POLICIES = ("fixed", "histogram", "next") if find_spec(_SPEC) else ("fixed",)
-"""Those that there are."""
 
 
 class Chosen:
@@ -40,33 +35,16 @@ class Chosen:
 
 
 def policy(text: str) -> Chosen:
-    """The policy that a text names: `fixed:IDLE[,PARK]` (seconds or `never`) or another one.
+    """The policy that a text names, as `coldframe serve --policy` reads it.
 
     Raises:
         RequestError: There is none of that name, or not with such parameters.
     """
-    name, _, rest = text.strip().partition(":")
-    if name not in POLICIES:
-        raise RequestError(
-            "there is no such policy",
-            where="--policy",
-            expected=", ".join(POLICIES),
-            got=repr(text),
-            hint="Write fixed:300 or fixed:300,600.",
-        )
-    if name != "fixed":
-        factory: PolicyFactory = import_module(_SPEC).policy_from(text)
-        return Chosen(text, factory, ("--policy", text))
-    parts = rest.split(",")
-    if len(parts) > 2:
-        raise RequestError(
-            "this is no fixed policy",
-            where="--policy",
-            expected="fixed:IDLE or fixed:IDLE,PARK",
-            got=repr(text),
-        )
-    times = [seconds_or_never(part, "--policy") for part in parts]
-    return fixed(times[0], times[1] if len(times) > 1 else 0.0)
+    factory = policy_from(text)
+    one = factory()
+    if isinstance(one, FixedKeepAlive):
+        return fixed(one.idle_s, one.park_s)
+    return Chosen(text, factory, ("--policy", text))
 
 
 def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Chosen:

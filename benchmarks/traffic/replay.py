@@ -29,7 +29,7 @@ from coldframe.benchmarks.traffic.measure import measure
 from coldframe.benchmarks.traffic.played import Played, Prices
 from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never
 from coldframe.benchmarks.traffic.sharing import sharing
-from coldframe.benchmarks.traffic.simulate import LOOK_S, Setup, simulate
+from coldframe.benchmarks.traffic.simulate import Setup, simulate
 from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.times import read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
@@ -222,8 +222,6 @@ def _simulated(
     moments = [asked.at_s for asked in found.played.asked]
     order = sorted(range(len(moments)), key=moments.__getitem__)
     sent = [replace(arrivals[n], at_s=max(0.0, moments[n])) for n in order]
-    # A front that says when a state changes also wakes for that.
-    setup = replace(setup, look_s=0.0 if found.says_all else LOOK_S)
     return simulate(sent, [asks[n] for n in order], setup, found.played.seconds)
 
 
@@ -242,7 +240,6 @@ def _document(
         live = found.played.to_json(prices) | {
             "counted": dict(found.counted),
             "late": {"mean_s": sum(late) / len(late), "max_s": max(late)},
-            "states_from": "the log" if found.says_all else "the log and the requests",
         }
     second = simulated.to_json(prices)
     return document(

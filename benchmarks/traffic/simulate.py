@@ -28,13 +28,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.room import Room
 from coldframe.runtime.scaling import PolicyFactory
 
-__all__ = ["LOOK_S", "Setup", "Sharing", "simulate"]
-
-LOOK_S = 1.0
-"""How often a front looks after a replica where nothing happens (`Replica.step`), in seconds: where
-it does not wake for that, it notices as late that one is to rest."""
-_STARTING_LOOK_S = 0.1
-"""The same while some model starts (`Endpoint.serve`)."""
+__all__ = ["Setup", "Sharing", "simulate"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +60,6 @@ class Setup:
         pool: So many are kept parked (`serve --pool`).
         running: Requests that a model's workers get at once (`serve --max-running`).
         sharing: The device, where it does not hold them all.
-        look_s: How late the front may notice that a model is to rest: see `LOOK_S`; by default it
-            notices that at once.
         seed: Of the order in which measured runs are drawn.
     """
 
@@ -79,7 +71,6 @@ class Setup:
     pool: int = 0
     running: int = 32
     sharing: Sharing | None = None
-    look_s: float = 0.0
     seed: int = 0
 
 
@@ -124,8 +115,6 @@ class _Simulation:
         self._numbers = itertools.count()
         self._overdue: list[SimulatedModel] = []
         self._later: list[SimulatedModel] = []
-        self._asleep = False
-        """Whether the front has not noticed what just happened."""
         self._models = [
             SimulatedModel(
                 name,
@@ -189,9 +178,6 @@ class _Simulation:
 
     def _step(self) -> None:
         """What the front does after everything that has happened."""
-        if self._asleep:
-            self._asleep = False
-            return
         overdue, self._overdue = self._overdue, []
         later, self._later = self._later, []
         for model in [*overdue, *later]:
@@ -203,10 +189,6 @@ class _Simulation:
 
     def overdue(self, model: SimulatedModel) -> None:
         self._overdue.append(model)
-        late_s = self._late_s()
-        if late_s > 0:
-            self._asleep = True
-            self.at(self.now + late_s, lambda: None)  # or whatever happens before
 
     def rises_later(self, model: SimulatedModel) -> None:
         self._later.append(model)
@@ -214,17 +196,6 @@ class _Simulation:
     @property
     def starts_one(self) -> bool:
         return any(model.state == "starting" for model in self._models)
-
-    def _late_s(self) -> float:
-        """How long until the front looks, where nothing happens."""
-        look_s = self._setup.look_s
-        busy = any(not model.idle and not model.waiting for model in self._models)
-        starting = self.starts_one
-        if look_s == 0 or (busy and not starting):
-            return 0.0  # each token is a reason to look
-        began = [model.began_s for model in self._models if model.state != "zero"] or [0.0]
-        late_s = min(-(self.now - began_s) % look_s for began_s in began)
-        return min(late_s, _STARTING_LOOK_S / 2) if starting else late_s
 
     def _share(self, room: Room) -> None:
         """Those that wait for room ask for it again; what comes free is the next one's at once."""

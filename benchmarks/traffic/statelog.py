@@ -1,24 +1,20 @@
 """Which state each model of a live server was in, from what the server has logged.
 
-A front says when a model changes its state (`state`), or at least when it is ready and how long
-that took from the request, when it is parked and when it is at zero. That it was woken from parked
-it may not say: that is when the next request was sent.
+A front says when a model changes its state, by CLOCK_MONOTONIC: the lines `state` of its log.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import pairwise
 from typing import Any
 
 from coldframe.benchmarks.traffic.played import From, Stay
 
-__all__ = ["Change", "changes", "met", "says_all", "stays"]
+__all__ = ["Change", "changes", "met", "stays"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,54 +25,36 @@ class Change:
         at_s: Since when, in seconds of CLOCK_MONOTONIC.
         model: Which.
         state: What it is.
-        took_s: How long it had been starting.
     """
 
     at_s: float
     model: str
     state: str
-    took_s: float = 0.0
 
 
-def changes(words: str, names: Sequence[str], wall_s: float) -> list[Change]:
+def changes(words: str, names: Sequence[str]) -> list[Change]:
     """What a log says of the models' states, in its order.
 
     Args:
         words: The log, in JSON; other lines in it are none of it.
         names: The models. With one alone lines do not name it.
-        wall_s: What the wall clock is ahead of CLOCK_MONOTONIC.
     """
-    found, all_told = [], says_all(words)
-    for line in _lines(words):
-        event, model = line["event"], line.get("model", names[0])
-        at_s = datetime.fromisoformat(line["time"]).timestamp() - wall_s
-        if event == "state":
-            found.append(Change(line["at_s"], model, line["to"]))
-        elif event in ("parked", "zero") and not all_told:
-            found.append(Change(at_s, model, event))
-        elif event == "ready" and not all_told:
-            found.append(Change(at_s, model, "warm", line["first_token_s"]))
-    return found
+    return [
+        Change(line["at_s"], line.get("model", names[0]), line["to"])
+        for line in _lines(words)
+        if line["event"] == "state"
+    ]
 
 
-def says_all(words: str) -> bool:
-    """Whether a log has every change of a state."""
-    return any(line["event"] == "state" for line in _lines(words))
-
-
-def stays(
-    found: Iterable[Change], sent: Sequence[float], origin_s: float, seconds: float
-) -> list[Stay]:
+def stays(found: Iterable[Change], origin_s: float, seconds: float) -> list[Stay]:
     """What one model was while a trace was replayed.
 
     Args:
         found: Its changes; before the first one it was at zero.
-        sent: When it was asked, seconds since the origin, in their order; none where the log says
-            all.
         origin_s: When the replay began, in seconds of CLOCK_MONOTONIC.
         seconds: How long it was.
     """
-    moments = list(_moments([(c.at_s - origin_s, c) for c in found], sent))
+    moments = [(change.at_s - origin_s, change.state) for change in found]
     before = [state for at_s, state in moments if at_s <= 0]
     inside = [(at_s, state) for at_s, state in moments if 0 < at_s < seconds]
     points = [(0.0, before[-1] if before else "zero"), *inside, (seconds, "")]
@@ -87,24 +65,6 @@ def stays(
         elif end_s > start_s:
             merged.append(Stay(state, start_s, end_s))
     return merged
-
-
-def _moments(
-    found: Sequence[tuple[float, Change]], sent: Sequence[float]
-) -> Iterator[tuple[float, str]]:
-    """When it came into which state, with what a log may leave out."""
-    for number, (at_s, change) in enumerate(found):
-        if change.took_s:
-            yield (
-                max(at_s - change.took_s, found[number - 1][0] if number else -math.inf),
-                "starting",
-            )
-        yield at_s, change.state
-        until_s = found[number + 1][0] if number + 1 < len(found) else math.inf
-        if change.state == "parked":
-            woken = next((moment for moment in sent if at_s <= moment < until_s), None)
-            if woken is not None:
-                yield woken, "warm"
 
 
 def met(at_s: float, found: Sequence[Stay]) -> From:

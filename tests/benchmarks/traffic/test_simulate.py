@@ -32,7 +32,7 @@ def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Callable[[], Poli
 
 
 def setup(policy: Callable[[], Policy], **more: object) -> Setup:
-    found = Setup(("a",), TIMES, policy, begin="zero", look_s=0.0)
+    found = Setup(("a",), TIMES, policy, begin="zero")
     return replace(found, **more)  # type: ignore[arg-type]
 
 
@@ -177,17 +177,6 @@ def test_a_pool_has_as_many_parked_as_it_is_to() -> None:
     assert [s.state for s in ahead.states["b"]] == ["zero", "starting", "parked"]
 
 
-def test_a_front_that_looks_every_second_is_late_by_that() -> None:
-    exact = simulate(at(0.0), [0], setup(fixed(2.5)), 20.0)
-    late = simulate(at(0.0), [0], setup(fixed(2.5), look_s=1.0), 20.0)
-    assert exact.states["a"][1].end_s == pytest.approx(8.5)
-    assert late.states["a"][1].end_s == pytest.approx(9.0)
-    # Somebody else's arrival wakes it.
-    two = setup(fixed(2.5), look_s=1.0, names=("a", "b"))
-    woken = simulate(at(0.0, 8.6), [0, 1], two, 20.0)
-    assert woken.states["a"][1].end_s == pytest.approx(8.6)
-
-
 def test_runs_are_drawn_alike_often() -> None:
     draw = Draw([1.0, 2.0, 3.0], seed=4)
     drawn = [draw() for _ in range(9)]
@@ -227,7 +216,6 @@ WORLDS = st.fixed_dictionaries(
         "pool": st.sampled_from([0, 0, 1, 2]),
         "running": st.sampled_from([1, 2, 32]),
         "sharing": st.sampled_from([None, Sharing(10, 8, 6), Sharing(17, 8, 6), Sharing(10, 8, 0)]),
-        "look_s": st.sampled_from([0.0, 1.0]),
         "seed": st.integers(0, 3),
     }
 )

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from coldframe.benchmarks.traffic.played import Stay
-from coldframe.benchmarks.traffic.statelog import changes, met, says_all, stays
+from coldframe.benchmarks.traffic.statelog import changes, met, stays
 
 WALL_S = 1_700_000_000.0
 
@@ -17,38 +17,7 @@ def line(wall_s: float, event: str, **more: object) -> str:
     return json.dumps(told)
 
 
-OLD = "\n".join(
-    [
-        "Warning: of somebody else",
-        "{not even JSON",
-        line(1.0, "listening"),
-        line(3.0, "ready", model="a", first_token_s=2.0),
-        line(4.0, "parked", model="a"),
-        line(5.5, "ready", model="b", first_token_s=0.5),
-        line(9.0, "parked", model="a"),
-        line(12.0, "zero", model="a"),
-    ]
-)
-
-
-def test_states_are_read_from_a_log_that_leaves_out_when_one_woke() -> None:
-    assert not says_all(OLD)
-    found = changes(OLD, ["a", "b"], WALL_S)
-    own = [change for change in found if change.model == "a"]
-    assert stays(own, [0.9, 6.0], 0.0, 20.0) == [
-        Stay("zero", 0.0, pytest.approx(1.0)),
-        Stay("starting", pytest.approx(1.0), pytest.approx(3.0)),
-        Stay("warm", pytest.approx(3.0), pytest.approx(4.0)),
-        Stay("parked", pytest.approx(4.0), 6.0),
-        Stay("warm", 6.0, pytest.approx(9.0)),
-        Stay("parked", pytest.approx(9.0), pytest.approx(12.0)),
-        Stay("zero", pytest.approx(12.0), 20.0),
-    ]
-    # A replay that begins later.
-    assert [stay.state for stay in stays(own, [], 10.0, 3.0)] == ["parked", "zero"]
-
-
-def test_states_are_read_from_a_log_that_says_all() -> None:
+def test_states_are_read_from_a_log() -> None:
     told = [
         line(0.0, "state", **{"from": "zero", "to": "starting", "at_s": 10.0}),
         line(0.0, "state", **{"from": "starting", "to": "warm", "at_s": 12.5}),
@@ -57,17 +26,18 @@ def test_states_are_read_from_a_log_that_says_all() -> None:
         line(0.0, "state", **{"from": "draining", "to": "zero", "at_s": 14.25}),
         line(0.0, "zero"),
     ]
-    words = "\n".join(told)
-    assert says_all(words)
-    found = changes(words, ["alone"], WALL_S)
+    words = "\n".join(["Warning: of somebody else", "{not even JSON", *told])
+    found = changes(words, ["alone"])
     assert {change.model for change in found} == {"alone"}
-    assert stays(found, [], 9.0, 10.0) == [
+    assert stays(found, 9.0, 10.0) == [
         Stay("zero", 0.0, 1.0),
         Stay("starting", 1.0, 3.5),
         Stay("warm", 3.5, 5.0),
         Stay("draining", 5.0, 5.25),
         Stay("zero", 5.25, 10.0),
     ]
+    # A replay that begins later.
+    assert [stay.state for stay in stays(found, 13.0, 1.1)] == ["warm", "draining"]
 
 
 @pytest.mark.parametrize(

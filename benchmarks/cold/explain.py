@@ -9,12 +9,15 @@ token among what it was waiting for; its parts add up to that time.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
-__all__ = ["WEIGHTS", "Busy", "Key", "busy_times", "load_s", "mapped", "path_of"]
+__all__ = ["UNATTRIBUTED", "WEIGHTS", "Busy", "Key", "busy_times", "load_s", "mapped", "path_of"]
 
 WEIGHTS = ("weight_read", "weight_fetch")
 _CLIENT = ("client", "first_token")
+UNATTRIBUTED = ("", "unattributed")
+_ANSWERING = ("tokenize", "prefill")
 
 Key = tuple[str, str]
 """A process and the name of a stage in it, without the number of a layer."""
@@ -58,17 +61,37 @@ def path_of(timeline: Mapping[str, Any], ttft_s: float) -> dict[Key, float]:
 
     Args:
         timeline: As `Timeline.to_json` makes it.
-        ttft_s: When the client had the token; what is behind the replica's own end is on the way
-            to the client.
+        ttft_s: When the client had the token. A replica whose gateway is up last has made a token
+            for nobody by then, with which its own path ends: the client waits for the gateway and
+            its own prefill behind it.
     """
     found: dict[Key, float] = {}
     for step in timeline["critical_path"]:
         key = _key(step)
         found[key] = found.get(key, 0.0) + step["end_s"] - step["start_s"]
-    rest = ttft_s - sum(found.values())
-    if rest > 1e-9:
-        found[_CLIENT] = rest
+    ended_s = sum(found.values())
+    for key, seconds in _behind(timeline, ended_s, ttft_s):
+        found[key] = found.get(key, 0.0) + seconds
     return found
+
+
+def _behind(timeline: Mapping[str, Any], from_s: float, to_s: float) -> Iterable[tuple[Key, float]]:
+    """What a client was waiting for between the replica's first token and its own."""
+    if to_s - from_s <= 1e-9:
+        return
+    busy = [stage for stage in timeline["stages"] if "waits_for" not in stage]
+    gateway = [stage for stage in busy if stage["process"] == "gateway"]
+    working = [stage for stage in busy if _key(stage)[1] in _ANSWERING]
+    accepts_s = max((stage["end_s"] for stage in gateway), default=0.0)
+    edges = {moment for s in (*gateway, *working) for moment in (s["start_s"], s["end_s"])}
+    cuts = sorted({from_s, to_s, *(edge for edge in edges if from_s < edge < to_s)})
+    for left, right in pairwise(cuts):
+        owners = gateway if right <= accepts_s else working
+        here = [s for s in owners if s["start_s"] <= left and s["end_s"] >= right]
+        if here:
+            yield _key(max(here, key=lambda stage: float(stage["start_s"]))), right - left
+        else:
+            yield UNATTRIBUTED if right <= accepts_s else _CLIENT, right - left
 
 
 def load_s(timeline: Mapping[str, Any]) -> float | None:

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any
 
 from coldframe.benchmarks.cold.contender import Outcome
-from coldframe.benchmarks.cold.explain import Key, busy_times, load_s
+from coldframe.benchmarks.cold.explain import UNATTRIBUTED, Key, busy_times, load_s
 from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.cold.prediction import predicted
 from coldframe.benchmarks.cold.starts import Start
@@ -125,8 +125,8 @@ def cell_document(measured: Measured, reference: Sequence[int]) -> dict[str, Any
         if len(copied) == len(starts) and not any(start.mapped for start in starts)
         else None,
         "memory": figure(memory, "B") if len(memory) == len(starts) else None,
-        "unattributed": figure([t["unattributed_s"] for t in timelines], "s")
-        if timelines
+        "unattributed": figure([start.path.get(UNATTRIBUTED, 0.0) for start in starts], "s")
+        if len(timelines) == len(starts)
         else None,
         "stages": _stages(timelines),
         "path": _shares([start.path for start in starts]),

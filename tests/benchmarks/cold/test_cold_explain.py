@@ -74,6 +74,23 @@ def test_a_path_adds_up_to_what_the_client_saw(found: list[Span], first: int, la
     assert min(path.values()) > 0
 
 
+def test_who_waits_for_the_gateway_is_told_so() -> None:
+    made = [
+        Span("prefill[head]", "prefill-0", 6, 8),  # for nobody: the gateway is not there yet
+        Span("imports", "gateway", 2, 15),
+        Span("listen", "gateway", 17, 18),
+        Span("queue", "prefill-0", 8, 20, None, "request"),
+        Span("prefill[0]", "prefill-0", 20, 22),
+        Span("prefill[head]", "prefill-0", 22, 25),
+    ]
+    path = path_of(timeline(made, 8), 26.5)
+    assert path["gateway", "imports"] == pytest.approx(7)
+    assert path["gateway", "listen"] == pytest.approx(1)
+    assert path["prefill-0", "prefill"] == pytest.approx(2 + 5)
+    assert path["", "unattributed"] == pytest.approx(6 + 2)
+    assert path["client", "first_token"] == pytest.approx(2 + 1.5)
+
+
 def test_how_long_the_load_took_and_whether_it_was_one() -> None:
     read = Span("weight_read", "memory", 2, 9, "mapped in place; unverified")
     ready = [Span(f"stage_ready[{i}]", "memory", 5 + i, 5 + i) for i in range(3)]

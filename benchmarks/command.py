@@ -86,7 +86,11 @@ def run(args: argparse.Namespace) -> int:
     if on_device:
         parser.flag("--device", default=CPU, help="what replicas compute on: cpu or cuda:N (cpu)")
     wanted = parser.parse(args.rest)
-    if on_device:
-        # For the commands that it starts, too.
-        os.environ["COLDFRAME_DEVICE"] = wanted.device = choose_device(wanted.device).device
-    return int(module.run(wanted))
+    if not on_device:
+        return int(module.run(wanted))
+    # For the commands that it starts, too.
+    os.environ["COLDFRAME_DEVICE"] = wanted.device = choose_device(wanted.device).device
+    from coldframe.benchmarks.machine import settings_forgotten
+
+    with settings_forgotten():  # only now: they have been the flags' own defaults
+        return int(module.run(wanted))

@@ -54,8 +54,14 @@ def figure(runs: Sequence[float], unit: str) -> dict[str, Any]:
 
 
 def document(kind: str, **parts: Any) -> dict[str, Any]:
-    """A document of a kind, with what all of them have."""
-    return {"schema": VERSION, "kind": kind, **parts, "fingerprint": fingerprint()}
+    """A document of a kind, with what all of them have.
+
+    Args:
+        kind: One that the schema has.
+        parts: Its own; `fingerprint` where more is told of the machine than of every other kind.
+    """
+    told = parts.pop("fingerprint", None)
+    return {"schema": VERSION, "kind": kind, **parts, "fingerprint": told or fingerprint()}
 
 
 def print_document(found: dict[str, Any]) -> None:

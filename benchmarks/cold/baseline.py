@@ -21,7 +21,10 @@ from coldframe.loader.errors import RequestError
 
 __all__ = ["check_same", "compare", "fails", "read_baseline", "share"]
 
-_MACHINE = ("cpu", "cpus", "kernel", "python", "torch", "vllm", "device")
+_MACHINE = (
+    *("cpu", "cpus", "kernel", "python", "torch", "vllm", "device"),
+    *("gpu", "gpu_uuid", "gpu_driver", "disk"),
+)
 _MODEL = ("family", "dtype", "weights_bytes", "read_bytes", "plan_hash")
 _REQUEST = ("prompt_tokens", "answer_tokens")
 

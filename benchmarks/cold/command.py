@@ -35,9 +35,6 @@ from coldframe.loader.errors import PlatformError
 
 __all__ = ["add_arguments", "run", "status"]
 
-_KEPT = {"BUILD", "CRIU", "DEVICE", "NVIDIA_PROC", "RUN_DIR", "TEST_DEVICE", "THREADS"}
-"""Settings in the environment that are the machine's; all others would be a cell's."""
-
 
 def run(args: argparse.Namespace) -> int:
     """Runs the benchmark, prints its table and the document.
@@ -57,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         was = read_baseline(args.baseline)
         if not args.any_baseline:
             check_same(was, known, args.baseline)
-    _forget_settings()
     if sys.dont_write_bytecode:
         print("no bytecode is kept: each process compiles all that it imports", file=sys.stderr)
     rounds = _measure(args, known["model"], cells, left_out)
@@ -79,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         left_out=left_out,
         failed=rounds.failed,
         baseline=against,
+        fingerprint=known["fingerprint"],
     )
-    found["fingerprint"] = known["fingerprint"]
     if not args.json:
         print(table(found))
     if args.output is not None:
@@ -178,16 +174,6 @@ def _scratch(store: Path | None) -> Iterator[tuple[Path, Path]]:
         if store is not None:
             store.mkdir(parents=True, exist_ok=True)
         yield Path(scratch), Path(images) if store is None else store.absolute()
-
-
-def _forget_settings() -> None:
-    """Takes coldframe's settings out of the environment, but for those of the machine.
-
-    They would be those of every process that is started, and change what a cell is.
-    """
-    for name in list(os.environ):
-        if name.startswith("COLDFRAME_") and name.removeprefix("COLDFRAME_") not in _KEPT:
-            del os.environ[name]
 
 
 def _write(found: dict[str, Any], path: Path) -> None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from coldframe.benchmarks.http_client import knock
 from coldframe.benchmarks.interruption import end, guarded, unbroken
+from coldframe.benchmarks.memory import process_memory
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 
@@ -76,7 +77,10 @@ class Server:
         gateway = _child(self.pid, "coldframe.runtime.gateway.process")
         templates = _child(gateway, "coldframe.runtime.gateway.template_process")
         pids = {"front": self.pid, "gateway": gateway, "templates": templates}
-        return {name: _memory(pid) for name, pid in pids.items()}
+        return {
+            name: {kind: nbytes / 1e6 for kind, nbytes in process_memory(pid).items()}
+            for name, pid in pids.items()
+        }
 
 
 def knock_at(server: Server, deadline_ns: int) -> socket.socket:
@@ -277,14 +281,3 @@ def _child(parent: int, module: str) -> int:
             if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     raise PlatformError("a process of the endpoint is not there", expected=module)
-
-
-def _memory(pid: int) -> dict[str, float]:
-    found = {}
-    wanted = {"Pss:": "pss", "Rss:": "rss", "VmHWM:": "peak_rss"}
-    for file in ("smaps_rollup", "status"):
-        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-            name, *rest = line.split()
-            if name in wanted:
-                found[wanted[name]] = int(rest[0]) * 1024 / 1e6
-    return found

@@ -19,6 +19,7 @@ from coldframe.benchmarks.cold.matrix import (
     read_matrix,
 )
 from coldframe.benchmarks.harness import fingerprint, words
+from coldframe.benchmarks.output import add_output_arguments, check_output
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.units import byte_count
@@ -77,8 +78,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag(
         "--any-tokens", action="store_true", help="status 0 also where cells give other tokens"
     )
-    parser.flag("--json", action="store_true", help="print the JSON document alone")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write the document there, too")
+    add_output_arguments(parser)
 
 
 def _share(text: str) -> float:
@@ -144,14 +144,7 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             got=store,
             hint="Name one that is empty or not there: its files are evicted and read.",
         )
-    output = args.output
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise RequestError(
-            "the document cannot be written there",
-            where="--output",
-            expected="a file in a folder that there is",
-            got=output,
-        )
+    check_output(args.output)
     beside = words(args.beside, CONTENDERS)
     model = _model(args.model)
     if args.prompt_tokens + args.tokens > model["context_length"]:

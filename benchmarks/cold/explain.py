@@ -119,7 +119,7 @@ def asked_from(timeline: Mapping[str, Any], sent_s: float) -> float:
     """
     stages = timeline["stages"]
     names = (("gateway", "listen"), ("gateway", "imports"))
-    taking = (stage["end_s"] for stage in stages if _key(stage) in names)
+    taking = (float(stage["end_s"]) for stage in stages if _key(stage) in names)
     return max(sent_s, *taking, 0.0)
 
 

@@ -61,7 +61,7 @@ svg .box { fill: var(--request); fill-opacity: .45; stroke: var(--weights); }
 svg .median { stroke: var(--ink); stroke-width: 2.5; }
 svg .run { fill: var(--weights); stroke: var(--paper); stroke-width: .7; }
 svg .move { fill: var(--ink); } svg text.in-move { fill: var(--paper); }
-svg .track { fill: var(--line); } svg .g-outside { fill: var(--line); }
+svg .track { fill: var(--line); }
 svg .s-zero { fill: var(--line); } svg .s-starting { fill: var(--provision); }
 svg .s-warm { fill: var(--engine); } svg .s-draining { fill: var(--request); }
 svg .s-parked { fill: var(--weights); } svg .s-failed { fill: var(--mark); }

@@ -21,12 +21,13 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 from coldframe.benchmarks.cold.contender import Asked, Contender, Outcome
 from coldframe.benchmarks.http_client import Connection, completion, token_ids
+from coldframe.benchmarks.interruption import unbroken
 from coldframe.benchmarks.memory import replica_pss
 from coldframe.benchmarks.peers import lacks_vllm
 from coldframe.benchmarks.servers import VLLM_DTYPES, Server, knock_at, plain_server, vllm_server
@@ -125,25 +126,26 @@ class _Script:
             "tokens": asked.tokens,
             "device": asked.device,
         }
-        with tempfile.TemporaryFile() as said:
-            started_ns = time.monotonic_ns()
-            process = subprocess.Popen(
-                [sys.executable, str(_SCRIPT), json.dumps(wanted)],
-                env={
-                    **os.environ,
-                    "HF_HUB_OFFLINE": "1",
-                    "OMP_NUM_THREADS": str(cpu_count()),
-                },
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=said,
-            )
-            with process:
-                try:
-                    lines, moments = self._read(process, started_ns)
-                    memory = _memory(process.pid)
-                finally:
-                    process.kill()
+        with tempfile.TemporaryFile() as said, ExitStack() as stack:
+            # It ends by itself where we do: it reads from us, and writes to us.
+            with unbroken():
+                started_ns = time.monotonic_ns()
+                process = subprocess.Popen(
+                    [sys.executable, str(_SCRIPT), json.dumps(wanted)],
+                    env={
+                        **os.environ,
+                        "HF_HUB_OFFLINE": "1",
+                        "OMP_NUM_THREADS": str(cpu_count()),
+                    },
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            lines, moments = self._read(process, started_ns)
+            memory = _memory(process.pid)
+            process.kill()
             if len(lines) < asked.tokens:
                 said.seek(0)
                 raise PlatformError(

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 
+from coldframe.benchmarks.command import BENCHMARKS
 from coldframe.benchmarks.document import document
 from coldframe.benchmarks.gpu_identity import entry, gpu_identity
 from coldframe.benchmarks.machine import fingerprint, settings_forgotten
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.cli import main
 from tests.loader.devices.emulator import Emulator
 
 
@@ -31,6 +36,30 @@ def test_only_the_machines_settings_are_kept_and_the_others_come_back(
         assert "COLDFRAME_THROTTLE" not in os.environ
         assert "COLDFRAME_DECODE" not in os.environ
     assert dict(os.environ) == before
+
+
+@pytest.mark.parametrize("name", ["cold", "serve", "handoff", "replay", "rest", "endpoint"])
+def test_who_starts_replicas_does_so_without_the_users_settings(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, object] = {}
+
+    def run(args: argparse.Namespace) -> int:
+        seen.update(os.environ, flag=args.throttle, term=signal.getsignal(signal.SIGTERM))
+        return 0
+
+    measuring = types.ModuleType("measuring")
+    vars(measuring).update(run=run, add_arguments=lambda parser: parser.flag("--throttle"))
+    monkeypatch.setitem(sys.modules, "measuring", measuring)
+    monkeypatch.setitem(BENCHMARKS, name, ("measuring", "of what it sees"))
+    monkeypatch.setenv("COLDFRAME_THROTTLE", "1MB/s")
+    monkeypatch.setenv("COLDFRAME_RUN_DIR", "/run/here")
+    assert main(["bench", name]) == 0
+    assert seen["flag"] == "1MB/s"  # its own flags are still to be had by their twins
+    assert "COLDFRAME_THROTTLE" not in seen
+    assert seen["COLDFRAME_RUN_DIR"] == "/run/here"
+    assert seen["term"] != signal.getsignal(signal.SIGTERM)
+    assert os.environ["COLDFRAME_THROTTLE"] == "1MB/s"
 
 
 def test_a_machine_is_told_with_its_disk_and_who_takes_part(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
+from contextlib import nullcontext
 from importlib import import_module
 
 from coldframe.runtime.device_choice import CPU, choose_device
@@ -75,8 +77,12 @@ def add_arguments(parser: Parser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs one benchmark.
 
+    Returns:
+        Its own exit status; 143 where SIGTERM has ended it.
+
     Raises:
         ColdframeError: It cannot be run.
+        KeyboardInterrupt: Ctrl-C has ended it.
     """
     module_name, summary = BENCHMARKS[args.bench]
     module = import_module(module_name)
@@ -89,4 +95,13 @@ def run(args: argparse.Namespace) -> int:
     if on_device:
         # For the commands that it starts, too.
         os.environ["COLDFRAME_DEVICE"] = wanted.device = choose_device(wanted.device).device
-    return int(module.run(wanted))
+    from coldframe.benchmarks.interruption import Terminated, terminable
+    from coldframe.benchmarks.machine import settings_forgotten
+
+    # The settings only now: they have been the flags' own defaults.
+    forgotten = settings_forgotten() if on_device else nullcontext()
+    try:
+        with terminable(), forgotten:
+            return int(module.run(wanted))
+    except Terminated:
+        return 128 + signal.SIGTERM

@@ -15,7 +15,15 @@ from typing import Any
 
 from coldframe.benchmarks.harness import fingerprint
 
-__all__ = ["SCHEMA", "VERSION", "document", "figure", "percentile", "print_document"]
+__all__ = [
+    "SCHEMA",
+    "VERSION",
+    "document",
+    "figure",
+    "parsed",
+    "percentile",
+    "print_document",
+]
 
 VERSION = 1
 SCHEMA = Path(__file__).with_name("schema.json")
@@ -54,10 +62,33 @@ def figure(runs: Sequence[float], unit: str) -> dict[str, Any]:
 
 
 def document(kind: str, **parts: Any) -> dict[str, Any]:
-    """A document of a kind, with what all of them have."""
-    return {"schema": VERSION, "kind": kind, **parts, "fingerprint": fingerprint()}
+    """A document of a kind, with what all of them have.
+
+    Args:
+        kind: One that the schema has.
+        parts: Its own; `fingerprint` where more is told of the machine than of every other kind.
+    """
+    told = parts.pop("fingerprint", None)
+    return {"schema": VERSION, "kind": kind, **parts, "fingerprint": told or fingerprint()}
 
 
 def print_document(found: dict[str, Any]) -> None:
     """Prints a document as the last line of stdout."""
     print(json.dumps(found, allow_nan=False), flush=True)
+
+
+def parsed(text: str) -> dict[str, Any] | None:
+    """The JSON object that is the whole of a text, or its last line; None where there is none."""
+    lines = text.rstrip().splitlines()
+    for part in (text, lines[-1] if lines else ""):
+        try:
+            found = json.loads(part, parse_constant=_no_number)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(found, dict):
+            return found
+    return None
+
+
+def _no_number(constant: str) -> float:
+    raise ValueError(f"{constant} is no JSON")

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import platform
-import re
-import shlex
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.within import run_within
-from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.residency import cached_bytes
 
@@ -186,37 +182,6 @@ def warm_page_cache(model: Path) -> None:
         with file.open("rb", buffering=0) as stream:
             while stream.readinto(buffer):
                 pass
-
-
-def fingerprint() -> dict[str, Any]:
-    """The machine and the versions that the figures belong to."""
-    model = "unknown"
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            model = line.partition(":")[2].strip()
-            break
-    return {
-        "cpu": model,
-        "cpus": cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
-        "torch": version("torch"),
-        "coldframe": _own_version(),
-        "command": _command(),
-    }
-
-
-def _command() -> str:
-    """How this was called, without what vouches for somebody in an address."""
-    told = shlex.join(["coldframe", *sys.argv[1:]])
-    return re.sub(r"(://)[^/@\s]*@|\?[^\s']*=[^\s']*", lambda found: found[1] or "?...", told)
-
-
-def _own_version() -> str:
-    try:
-        return version("coldframe")
-    except PackageNotFoundError:
-        return "a checkout that is not installed"
 
 
 def print_rows(rows: Sequence[Row], more: dict[str, Any], *, table: bool = True) -> None:

@@ -14,9 +14,13 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
+from coldframe.benchmarks.traffic.streams import unchunked
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["Answer", "Connection", "completion", "knock", "token_ids"]
+__all__ = ["FIRST_ID", "Answer", "Connection", "completion", "knock", "token_ids"]
+
+FIRST_ID = 5
+"""Ids below it may mean something of their own in a vocabulary: padding, a beginning, an end."""
 
 _KNOCK_S = 0.001
 """Between two knocks: as exact as is needed, and no core is kept busy by it."""
@@ -82,7 +86,7 @@ def token_ids(answer: Answer) -> list[int]:
     """
     body = answer.body
     if answer.headers.get("transfer-encoding") == "chunked":
-        body = _without_chunks(body)
+        body, _ = unchunked(body, 0)
     found: list[int] = []
     for line in body.decode().splitlines():
         said = line.removeprefix("data: ")
@@ -91,23 +95,12 @@ def token_ids(answer: Answer) -> list[int]:
         if said == "[DONE]":
             return found
         event = json.loads(said)
-        if "error" in event:
-            raise PlatformError("a request was refused in mid-stream", got=event["error"])
+        if "error" in event or "choices" not in event:
+            got = event.get("error", said[:300])
+            raise PlatformError("a request was refused in mid-stream", got=got)
         for choice in event["choices"]:
             found += choice.get("token_ids") or ()
     raise PlatformError("a stream has no end", got=body[-300:].decode(errors="replace"))
-
-
-def _without_chunks(body: bytes) -> bytes:
-    parts: list[bytes] = []
-    at = 0
-    while True:
-        end = body.index(b"\r\n", at)
-        size = int(body[at:end], 16)
-        if size == 0:
-            return b"".join(parts)
-        parts.append(body[end + 2 : end + 2 + size])
-        at = end + 2 + size + 2
 
 
 def knock(port: int, deadline_ns: int) -> socket.socket:

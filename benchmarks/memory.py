@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["replica_pss"]
+__all__ = ["process_memory", "replica_pss"]
 
 
 def replica_pss(first: int, *others: int) -> int:
@@ -23,23 +25,52 @@ def replica_pss(first: int, *others: int) -> int:
         PlatformError: The first one is gone, or the kernel does not tell (another user's).
     """
     try:
-        root = psutil.Process(first)
-        found = {process.pid: process for process in (root, *root.children(recursive=True))}
-        root.memory_full_info()
-    except psutil.NoSuchProcess as error:
+        children = psutil.Process(first).children(recursive=True)
+        total = _bytes(first, "smaps_rollup")["Pss"]
+    except (psutil.NoSuchProcess, ProcessLookupError, FileNotFoundError) as error:
         raise PlatformError("there is no such process", where=f"pid {first}") from error
-    except psutil.AccessDenied as error:
+    except PermissionError as error:
         raise _denied(first) from error
-    total = 0
-    for pid in {*found, *others}:
+    for pid in {*(child.pid for child in children), *others} - {first}:
         try:
-            process = found.get(pid) or psutil.Process(pid)
-            total += process.memory_full_info().pss
-        except psutil.NoSuchProcess:
+            total += _bytes(pid, "smaps_rollup")["Pss"]
+        except (ProcessLookupError, FileNotFoundError):
             continue  # it has ended meanwhile, and has none
-        except psutil.AccessDenied as error:
+        except PermissionError as error:
             raise _denied(pid) from error
     return total
+
+
+def process_memory(pid: int) -> dict[str, int]:
+    """Memory of one process in bytes: `pss`, `rss` and `peak_rss`.
+
+    Raises:
+        PlatformError: It is gone, or the kernel does not tell.
+    """
+    try:
+        told = _bytes(pid, "smaps_rollup") | _bytes(pid, "status")
+    except (ProcessLookupError, FileNotFoundError) as error:
+        raise PlatformError("there is no such process", where=f"pid {pid}") from error
+    except PermissionError as error:
+        raise _denied(pid) from error
+    return {"pss": told["Pss"], "rss": told["Rss"], "peak_rss": told["VmHWM"]}
+
+
+def _bytes(pid: int, file: str) -> dict[str, int]:
+    """What a file of /proc says of a process's memory, by name.
+
+    Raises:
+        ProcessLookupError: It has ended.
+        FileNotFoundError: It has been reaped, too.
+        PermissionError: It is another user's.
+    """
+    found = {}
+    for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        number, _, unit = rest.strip().partition(" ")
+        if unit == "kB":
+            found[name] = int(number) << 10
+    return found
 
 
 def _denied(pid: int) -> PlatformError:

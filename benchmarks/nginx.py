@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from coldframe.benchmarks.interruption import end, guarded, unbroken
 from coldframe.loader.errors import PlatformError
 
 __all__ = ["BUCKET", "serve"]
@@ -77,13 +78,17 @@ def serve(model: Path) -> Iterator[str]:
             _CONFIG.format(scratch=scratch, port=port, bucket=BUCKET, model=model.resolve())
         )
         command = [program, "-p", scratch, "-e", f"{scratch}/error.log", "-c", str(config)]
-        server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-        try:
-            _wait(port, server, Path(scratch, "error.log"))
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            server.wait()
+        server: subprocess.Popen[bytes] | None = None
+        with guarded() as watch:
+            try:
+                with unbroken():
+                    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                    watch(server.pid)
+                _wait(port, server, Path(scratch, "error.log"))
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                if server is not None:
+                    end(server, group=False)
 
 
 def _wait(port: int, server: subprocess.Popen[bytes], log: Path) -> None:

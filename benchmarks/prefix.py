@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from coldframe.benchmarks.harness import Row, print_rows
+from coldframe.benchmarks.http_client import FIRST_ID
 from coldframe.benchmarks.prefix_store import measure_store
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
@@ -27,8 +28,6 @@ from coldframe.runtime.router import TokenEvent
 __all__ = ["add_arguments", "run"]
 
 _WARM_UP = 2
-_FIRST_ID = 5
-"""Ids below it are a tokenizer's own."""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -57,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     shared = args.prefix // BLOCK_TOKENS * BLOCK_TOKENS
     with Replica(ReplicaOptions(model=str(args.model), device=args.device)) as replica:
         replica.run_until(lambda: replica.known)
-        vocabulary = range(_FIRST_ID, replica.spec.vocab_size)
+        vocabulary = range(FIRST_ID, replica.spec.vocab_size)
         for number in range(-_WARM_UP, args.runs):
             print(f"run {number + 1} of {args.runs}", file=sys.stderr)
             prefix = numbers.choices(vocabulary, k=args.prefix)

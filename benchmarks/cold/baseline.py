@@ -16,12 +16,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import VERSION
+from coldframe.benchmarks.document import VERSION, parsed
 from coldframe.loader.errors import RequestError
 
 __all__ = ["check_same", "compare", "fails", "read_baseline", "share"]
 
-_MACHINE = ("cpu", "cpus", "kernel", "python", "torch", "vllm", "device")
+_MACHINE = (
+    *("cpu", "cpus", "kernel", "python", "torch", "vllm", "device"),
+    *("gpu", "gpu_uuid", "gpu_driver", "disk"),
+)
 _MODEL = ("family", "dtype", "weights_bytes", "read_bytes", "plan_hash")
 _REQUEST = ("prompt_tokens", "answer_tokens")
 
@@ -51,29 +54,19 @@ def read_baseline(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RequestError("the baseline cannot be read", where=path, got=error) from error
-    try:
-        found = json.loads(text)
-    except ValueError:
-        lines = text.splitlines()
-        try:
-            found = json.loads(lines[-1] if lines else "")
-        except ValueError as error:
-            raise RequestError(
-                "the baseline is no document of this benchmark", where=path, got=error
-            ) from error
-    if not _is_cold(found):
+    found = parsed(text)
+    if found is None or not _is_cold(found):
         raise RequestError(
             "the baseline is no document of this benchmark",
             where=path,
             expected=f"kind cold, schema {VERSION}, with cells",
-            got=json.dumps(found)[:200],
+            got=text.strip()[:200] if found is None else json.dumps(found)[:200],
         )
-    known: dict[str, Any] = found
-    return known
+    return found
 
 
-def _is_cold(found: Any) -> bool:
-    if not isinstance(found, dict) or found.get("kind") != "cold" or found.get("schema") != VERSION:
+def _is_cold(found: Mapping[str, Any]) -> bool:
+    if found.get("kind") != "cold" or found.get("schema") != VERSION:
         return False
     if not all(isinstance(found.get(name), dict) for name in ("model", "fingerprint")):
         return False

@@ -1,7 +1,8 @@
 """What is measured beside coldframe's own cells: another program's start, by the same clock.
 
-The benchmark asks each contender for one start in every round, between its own cells. The page
-cache is made what it is to be before each; a contender leaves it alone.
+The benchmark asks each contender for one start that does not count, and then for one in every
+round, between its own cells. The page cache is made what it is to be before each; a contender
+leaves it alone.
 """
 
 from __future__ import annotations

@@ -12,7 +12,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-__all__ = ["UNATTRIBUTED", "WEIGHTS", "Busy", "Key", "busy_times", "load_s", "mapped", "path_of"]
+__all__ = [
+    "UNATTRIBUTED",
+    "WEIGHTS",
+    "Busy",
+    "Key",
+    "asked_from",
+    "busy_times",
+    "load_s",
+    "mapped",
+    "path_of",
+]
 
 WEIGHTS = ("weight_read", "weight_fetch")
 _CLIENT = ("client", "first_token")
@@ -63,13 +73,18 @@ def path_of(timeline: Mapping[str, Any], ttft_s: float) -> dict[Key, float]:
         timeline: As `Timeline.to_json` makes it.
         ttft_s: When the client had the token. A replica whose gateway is up last has made a token
             for nobody by then, with which its own path ends: the client waits for the gateway and
-            its own prefill behind it.
+            its own prefill behind it. And a front that is kept from its core notes its own first
+            token only when the client has it already: what it does behind that is left out.
     """
     found: dict[Key, float] = {}
+    ended_s = 0.0
     for step in timeline["critical_path"]:
+        end_s = min(step["end_s"], ttft_s)
+        if end_s <= step["start_s"]:
+            continue
         key = _key(step)
-        found[key] = found.get(key, 0.0) + step["end_s"] - step["start_s"]
-    ended_s = sum(found.values())
+        found[key] = found.get(key, 0.0) + end_s - step["start_s"]
+        ended_s = end_s
     for key, seconds in _behind(timeline, ended_s, ttft_s):
         found[key] = found.get(key, 0.0) + seconds
     return found
@@ -92,6 +107,20 @@ def _behind(timeline: Mapping[str, Any], from_s: float, to_s: float) -> Iterable
             yield _key(max(here, key=lambda stage: float(stage["start_s"]))), right - left
         else:
             yield UNATTRIBUTED if right <= accepts_s else _CLIENT, right - left
+
+
+def asked_from(timeline: Mapping[str, Any], sent_s: float) -> float:
+    """From when on a prefill may be a client's, in seconds from the exec on.
+
+    Args:
+        timeline: As `Timeline.to_json` makes it.
+        sent_s: When the client has sent its request. It may have waited in the port's queue: what
+            was computed before the gateway took connections was for nobody.
+    """
+    stages = timeline["stages"]
+    names = (("gateway", "listen"), ("gateway", "imports"))
+    taking = (float(stage["end_s"]) for stage in stages if _key(stage) in names)
+    return max(sent_s, *taking, 0.0)
 
 
 def load_s(timeline: Mapping[str, Any]) -> float | None:

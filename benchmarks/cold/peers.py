@@ -2,7 +2,7 @@
 
     vllm                vLLM's own server, eager
     vllm-compiled       the same, compiled; what it compiles is kept nowhere: each start does so
-    vllm-compiled-kept  the same with the cache of an earlier start, which is not measured
+    vllm-compiled-kept  the same with the cache of its first start, which does not count
     transformers        `plain_script.py`: from the exec to the first token that it prints
     fastapi             `plain_app.py` under uvicorn, asked over HTTP
 
@@ -21,18 +21,16 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
-
-import psutil
 
 from coldframe.benchmarks.cold.contender import Asked, Contender, Outcome
-from coldframe.benchmarks.http_client import Answer, Connection, completion
+from coldframe.benchmarks.http_client import Connection, completion, token_ids
+from coldframe.benchmarks.interruption import unbroken
+from coldframe.benchmarks.memory import replica_pss
 from coldframe.benchmarks.peers import lacks_vllm
 from coldframe.benchmarks.servers import VLLM_DTYPES, Server, knock_at, plain_server, vllm_server
-from coldframe.benchmarks.traffic.streams import unchunked
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.sizing import ModelFacts
@@ -71,18 +69,15 @@ class _Served:
 
     def start(self) -> Outcome:
         asked = self._asked
-        body: dict[str, Any] = json.loads(
-            completion("m", list(asked.prompt), asked.tokens, stream=True)
-        )
-        body["return_token_ids"] = True  # vLLM's word; the app sends them in any case
+        body = completion("m", list(asked.prompt), asked.tokens, stream=True, ids=True)
         with self._serving() as server:
             deadline_ns = server.started_ns + int(asked.limit_s * 1e9)
             with Connection(knock_at(server, deadline_ns), asked.limit_s) as connection:
-                answer = connection.post("/v1/completions", json.dumps(body).encode())
+                answer = connection.post("/v1/completions", body)
             return Outcome(
                 server.since_exec(answer.first_ns),
                 server.since_exec(answer.last_ns),
-                _token_ids(answer),
+                tuple(token_ids(answer)),
                 _memory(server.pid),
             )
 
@@ -93,7 +88,7 @@ class _CompiledServer(_Served):
     Args:
         name: The peer's.
         asked: What each start is about.
-        kept: Whether an earlier start has left its cache, which is made here.
+        kept: Whether each start leaves its cache to the next.
     """
 
     def __init__(self, name: str, asked: Asked, *, kept: bool) -> None:
@@ -102,9 +97,6 @@ class _CompiledServer(_Served):
         self._kept = kept
         self._cache = Path(tempfile.mkdtemp(prefix="coldframe-bench-"))
         weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
-        if kept:
-            print(f"{name}: a start that leaves its cache", file=sys.stderr)
-            self.start()
 
     @contextmanager
     def _compiling(self) -> Iterator[Server]:
@@ -134,25 +126,26 @@ class _Script:
             "tokens": asked.tokens,
             "device": asked.device,
         }
-        with tempfile.TemporaryFile() as said:
-            started_ns = time.monotonic_ns()
-            process = subprocess.Popen(
-                [sys.executable, str(_SCRIPT), json.dumps(wanted)],
-                env={
-                    **os.environ,
-                    "HF_HUB_OFFLINE": "1",
-                    "OMP_NUM_THREADS": str(cpu_count()),
-                },
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=said,
-            )
-            with process:
-                try:
-                    lines, moments = self._read(process, started_ns)
-                    memory = _memory(process.pid)
-                finally:
-                    process.kill()
+        with tempfile.TemporaryFile() as said, ExitStack() as stack:
+            # It ends by itself where we do: it reads from us, and writes to us.
+            with unbroken():
+                started_ns = time.monotonic_ns()
+                process = subprocess.Popen(
+                    [sys.executable, str(_SCRIPT), json.dumps(wanted)],
+                    env={
+                        **os.environ,
+                        "HF_HUB_OFFLINE": "1",
+                        "OMP_NUM_THREADS": str(cpu_count()),
+                    },
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                )
+                stack.enter_context(process)
+                stack.callback(process.kill)
+            lines, moments = self._read(process, started_ns)
+            memory = _memory(process.pid)
+            process.kill()
             if len(lines) < asked.tokens:
                 said.seek(0)
                 raise PlatformError(
@@ -238,35 +231,9 @@ def _installed(name: str, *packages: str) -> None:
         raise PlatformError("it is not installed here", where=name, got=f"no {', '.join(missing)}")
 
 
-def _token_ids(answer: Answer) -> tuple[int, ...]:
-    """The ids in a stream of events.
-
-    Raises:
-        PlatformError: There is an error among them.
-    """
-    body = answer.body
-    if answer.headers.get("transfer-encoding") == "chunked":
-        body, _ = unchunked(body, 0)
-    found: list[int] = []
-    for line in body.splitlines():
-        if line.startswith(b"data: {"):
-            event = json.loads(line[len(b"data: ") :])
-            if "choices" not in event:
-                raise PlatformError("an answer broke off", got=line[:300])
-            for choice in event["choices"]:
-                found += choice.get("token_ids") or ()
-    return tuple(found)
-
-
 def _memory(pid: int) -> int | None:
-    """PSS of a process and all below it, in bytes; None where one has just gone."""
+    """PSS of a process and all below it, in bytes; None where it cannot be told."""
     try:
-        parent = psutil.Process(pid)
-        found = 0
-        for process in (parent, *parent.children(recursive=True)):
-            text = Path(f"/proc/{process.pid}/smaps_rollup").read_text()
-            (line,) = (line for line in text.splitlines() if line.startswith("Pss:"))
-            found += int(line.split()[1]) * 1024
-    except (OSError, ValueError, psutil.Error):
+        return replica_pss(pid)
+    except PlatformError:
         return None
-    return found

@@ -14,11 +14,17 @@ from typing import Any
 
 from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.harness import coldframe_command
+from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["plan_of", "predicted", "predicted_memory", "predicted_ttft"]
+__all__ = ["NoPlan", "plan_of", "predicted", "predicted_memory", "predicted_ttft"]
 
 _LIMIT_S = 600.0
+_END_S = 15.0
+
+
+class NoPlan(PlatformError):
+    """A cell has no prediction; it can be measured all the same."""
 
 
 def plan_of(
@@ -34,31 +40,29 @@ def plan_of(
         tokens: Of the answer.
 
     Raises:
-        PlatformError: It failed.
+        NoPlan: It failed.
     """
     command = [*coldframe_command(), "plan", uri, "--json", "--context", str(prompt + tokens)]
     if cell.throttle is not None:
         command += ["--rate", f"{cell.throttle:.0f}B/s"]
     try:
-        done = subprocess.run(
-            command,
-            # By its twin: the prompt's length is no flag of every version's.
-            env={**os.environ, **environment, "COLDFRAME_PROMPT_TOKENS": str(prompt)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=_LIMIT_S,
-        )
+        # By its twin: the prompt's length is no flag of every version's.
+        found_there = {**os.environ, **environment, "COLDFRAME_PROMPT_TOKENS": str(prompt)}
+        done = run_within(command, _LIMIT_S, found_there, _END_S)
     except subprocess.TimeoutExpired as error:
-        raise PlatformError(
+        raise NoPlan(
             "a plan was not made", where=" ".join(command), expected=f"within {_LIMIT_S:g} s"
         ) from error
     if done.returncode:
-        raise PlatformError(
+        raise NoPlan(
             "a plan cannot be made", where=" ".join(command), got=done.stderr.strip()[-1000:]
         )
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    try:
+        found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (ValueError, IndexError) as error:
+        raise NoPlan(
+            "a plan says nothing", where=" ".join(command), got=done.stdout[-300:] or "no word"
+        ) from error
     return found
 
 

@@ -2,7 +2,8 @@
 
 A machine whose speed drifts drifts for all of them: a round has one start of each cell, one of each
 contender, and one measurement of each path's own limit, which the starts of that round are held
-against. What fails leaves the matrix, with its reason.
+against. What fails leaves the matrix, with its reason. Of a benchmark that is interrupted the
+rounds that were finished are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from coldframe.benchmarks.cold.ceiling import DIRECT, SOCKETS, ceiling_rate
 from coldframe.benchmarks.cold.contender import Contender
 from coldframe.benchmarks.cold.matrix import Cell
-from coldframe.benchmarks.cold.prediction import plan_of
+from coldframe.benchmarks.cold.prediction import NoPlan, plan_of
 from coldframe.benchmarks.cold.progress import Progress
 from coldframe.benchmarks.cold.sources import Sources, weight_files
 from coldframe.benchmarks.cold.starts import Conditions, Starter
@@ -46,7 +47,9 @@ class Rounds:
         left_out: Gets what cannot be measured, for the document.
         plans: Whether `coldframe plan` is asked for predictions.
         lost: Gets the ids of such cells.
-        failed: Gets the ids of those that could be and have failed.
+        failed: Gets the ids of those that could be and have failed, contenders' cells among them.
+        done: Rounds that are finished.
+        interrupted: What has ended it before the last of them, or None.
     """
 
     model: Path
@@ -60,6 +63,8 @@ class Rounds:
     plans: bool = True
     lost: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
+    done: int = 0
+    interrupted: KeyboardInterrupt | None = None
     _plans: dict[Any, dict[str, Any]] = field(default_factory=dict)
     _ceilings: dict[str, str] = field(default_factory=dict)
     _images: dict[Cell, int] = field(default_factory=dict)
@@ -77,11 +82,10 @@ class Rounds:
                     self._prepare(cell, conditions)
                     if self.plans:
                         measured.plan = self._plan(cell, conditions)
+            except NoPlan as error:
+                why = _short(error)
+                self.left_out.append({"what": f"the prediction of {cell.id}", "why": why})
             except PlatformError as error:
-                if error.what.startswith("a plan "):  # the cell can be measured all the same
-                    self.plans = False
-                    self.left_out.append({"what": "prediction", "why": str(error)})
-                    continue
                 self._leave(measured, error)
         for pair in list(self.rivals):
             try:
@@ -101,13 +105,48 @@ class Rounds:
                 self._ceilings[way] = DIRECT if way == "disk" else SOCKETS
 
     def warm_up(self, progress: Progress) -> None:
-        """One start that does not count: the interpreter's own files are compiled and cached."""
-        progress.say("a start that does not count")
-        cell = Cell("fresh", "warm", "disk", None, "native", "run")
-        self.starter.start(cell, partial(self._prepare, cell))
+        """One start of ours and of each contender that does not count.
+
+        The interpreter's own files are compiled and cached then, and whatever else a program keeps
+        from its first start on a machine.
+
+        Raises:
+            PlatformError: Ours fails: no start of this model is possible here.
+        """
+        if self.cells:
+            progress.say("a start that does not count")
+            cell = Cell("fresh", "warm", "disk", None, "native", "run")
+            self.starter.start(cell, partial(self._prepare, cell))
+        for contender in {id(contender): contender for contender, _ in self.rivals}.values():
+            progress.say(f"{contender.name}: a start that does not count")
+            try:
+                contender.start()
+            except ColdframeError as error:
+                for pair in [pair for pair in self.rivals if pair[0] is contender]:
+                    self._leave_rival(pair, error)
 
     def run(self, rounds: int, progress: Progress) -> None:
-        """Runs each cell and each contender so many times."""
+        """Runs each cell and each contender so many times.
+
+        Raises:
+            KeyboardInterrupt: Before a single round was finished; later that is kept for whoever
+                asks, and what the last round has measured is dropped.
+        """
+        try:
+            self._run(rounds, progress)
+        except KeyboardInterrupt as error:
+            if self.done == 0 or not (self.cells or self.rivals):
+                raise
+            self.interrupted = error
+            self._drop_the_last()
+
+    def _drop_the_last(self) -> None:
+        for measured in self.cells:
+            del measured.starts[self.done :], measured.ceilings[self.done :]
+        for _, rival in self.rivals:
+            del rival.outcomes[self.done :], rival.ceilings[self.done :]
+
+    def _run(self, rounds: int, progress: Progress) -> None:
         for number in range(rounds):
             rates: dict[str, float] = {}
             tasks: list[Callable[[], None]] = []
@@ -121,6 +160,7 @@ class Rounds:
             for task in tasks:
                 task()
             self._hold_against(rates)
+            self.done += 1
 
     def _limit(self, way: str, rates: dict[str, float]) -> None:
         try:
@@ -166,12 +206,16 @@ class Rounds:
             outcome = contender.start()
         except ColdframeError as error:
             progress.step(rival.id, None)
-            self.rivals.remove(pair)
-            self.left_out.append({"what": rival.id, "why": _short(error)})
+            self._leave_rival(pair, error)
             return
         rival.outcomes.append(outcome)
         rival.evicted = True if rival.cache == "cold" else None
         progress.step(rival.id, outcome.ttft_s)
+
+    def _leave_rival(self, pair: tuple[Contender, Rival], error: ColdframeError) -> None:
+        self.rivals.remove(pair)
+        self.failed.append(pair[1].id)
+        self.left_out.append({"what": pair[1].id, "why": _short(error)})
 
     def _leave(self, measured: Measured, error: PlatformError) -> None:
         self.cells.remove(measured)

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from coldframe.benchmarks.http_client import Connection, completion, knock
+from coldframe.benchmarks.http_client import Connection, completion
 from coldframe.benchmarks.nginx import BUCKET, serve
-from coldframe.benchmarks.servers import coldframe_server
+from coldframe.benchmarks.servers import coldframe_server, knock_at
 from coldframe.loader.errors import PlatformError
 
 __all__ = ["Place", "Sources", "weight_files"]
@@ -115,7 +115,7 @@ class Sources:
         flags = ("--copy", "--serve-peers", self._peers)
         environment = {"COLDFRAME_RUN_DIR": str(self._run_dir)}
         with coldframe_server(self._model, *flags, environment=environment) as server:
-            sock = knock(server.port, server.started_ns + int(_WAIT_S * 1e9))
+            sock = knock_at(server, server.started_ns + int(_WAIT_S * 1e9))
             with Connection(sock, _WAIT_S) as connection:
                 connection.post("/v1/completions", completion("m", [5, 6, 7], 1, stream=False))
             yield Place(f"peer://{self._peers}", {}, f"http://{self._peers}{_SHARDS}")

@@ -20,6 +20,8 @@ import psutil
 
 from coldframe.benchmarks.cold.sources import Place
 from coldframe.benchmarks.harness import coldframe_command
+from coldframe.benchmarks.interruption import end, guarded, unbroken
+from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError
 
 __all__ = ["Engine", "Standby", "Template"]
@@ -67,8 +69,15 @@ class Template:
     pid: int
 
     def forks(self) -> tuple[int, ...]:
-        """Those of its forks that are there now."""
-        return tuple(child.pid for child in psutil.Process(self.pid).children(recursive=True))
+        """Those of its forks that are there now.
+
+        Raises:
+            PlatformError: It has ended.
+        """
+        try:
+            return tuple(child.pid for child in psutil.Process(self.pid).children(recursive=True))
+        except psutil.NoSuchProcess as error:
+            raise PlatformError("a template has ended", where=f"pid {self.pid}") from error
 
 
 class Standby:
@@ -135,14 +144,7 @@ def _create(place: Place, store: Path, flags: Sequence[str]) -> None:
         *(*coldframe_command(), "snapshot", "create", place.uri, *flags),
         *("--snapshot-store", str(store), "--json"),
     ]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **place.environment},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_within(command, None, {**os.environ, **place.environment}, _END_S)
     if done.returncode:
         raise PlatformError(
             "an image cannot be made", where=" ".join(command), got=done.stderr.strip()[-1000:]
@@ -153,16 +155,20 @@ def _create(place: Place, store: Path, flags: Sequence[str]) -> None:
 def _template(model: Path, run_dir: Path) -> Iterator[Template]:
     run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     command = [*coldframe_command(), "snapshot", "template", str(model), "--graphs", "off"]
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(
-            [*command, "--json"],
-            env={**os.environ, "COLDFRAME_RUN_DIR": str(run_dir)},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=said,
-        )
-        assert process.stdout is not None
+    process: subprocess.Popen[bytes] | None = None
+    with tempfile.TemporaryFile() as said, guarded() as watch:
         try:
+            with unbroken():
+                process = subprocess.Popen(
+                    [*command, "--json"],
+                    env={**os.environ, "COLDFRAME_RUN_DIR": str(run_dir)},
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=said,
+                    process_group=0,
+                )
+                watch(-process.pid)
+            assert process.stdout is not None
             ready, _, _ = select.select([process.stdout], [], [], _WARM_S)
             line = process.stdout.readline() if ready else b""
             if not line.startswith(b"{") or b'"template"' not in line:
@@ -174,10 +180,7 @@ def _template(model: Path, run_dir: Path) -> Iterator[Template]:
                 )
             yield Template(run_dir, int(json.loads(line)["pid"]))
         finally:
-            process.terminate()
-            try:
-                process.wait(_END_S)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-            process.stdout.close()
+            if process is not None:
+                end(process, group=True, grace_s=_END_S)
+                if process.stdout is not None:
+                    process.stdout.close()

@@ -16,20 +16,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.cold.explain import Key, mapped, path_of
+from coldframe.benchmarks.cold.explain import Key, asked_from, mapped, path_of
 from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.cold.sources import Sources
 from coldframe.benchmarks.cold.standby import Standby, Template
 from coldframe.benchmarks.harness import cold_start
-from coldframe.benchmarks.http_client import Answer, Connection, completion, knock, token_ids
+from coldframe.benchmarks.http_client import Answer, Connection, completion, token_ids
 from coldframe.benchmarks.memory import replica_pss
-from coldframe.benchmarks.servers import Server, coldframe_server
+from coldframe.benchmarks.servers import Server, coldframe_server, knock_at
 from coldframe.loader.errors import PlatformError
 
 __all__ = ["Conditions", "Start", "Starter"]
 
 _LIMIT_S = 900.0
 _SPANS_S = 10.0
+_OWN_S = 3.0
+"""How long spans of a request that was answered may take to come: a start's log is closed then."""
 _SETTLE_S = 1.0
 """How long a replica that is to rest is left alone: what it still does is none of a request's."""
 _TIERS = {"image": "restored", "template": "template", "fresh": "fresh"}
@@ -176,7 +178,7 @@ class Starter:
         body = completion("m", self._prompt, self._tokens, stream=True, ids=True)
         environment, flags = conditions.environment, conditions.flags
         with coldframe_server(conditions.uri, *flags, environment=environment) as server:
-            sock = knock(server.port, server.started_ns + int(_LIMIT_S * 1e9))
+            sock = knock_at(server, server.started_ns + int(_LIMIT_S * 1e9))
             with Connection(sock, _LIMIT_S) as connection:
                 if cell.rests:
                     first = self._bring_to_rest(cell, connection)
@@ -188,7 +190,7 @@ class Starter:
                 if cell.rests:
                     path = _waited(answer, ttft)
                     return Start(ttft, last, tokens, None, path, memory, mapped(first))
-                startup = _explained(connection)
+                startup = _explained(connection, server.since_exec(answer.sent_ns))
         _check_tier(cell, startup["tier"], (startup.get("decode") or {}).get("tier"))
         timeline = startup["timeline"]
         path = path_of(timeline, ttft)
@@ -209,25 +211,37 @@ class Starter:
         return timeline
 
     def _memory(self, conditions: Conditions, server: Server) -> int | None:
-        forks = () if conditions.template is None else conditions.template.forks()
         try:
+            forks = () if conditions.template is None else conditions.template.forks()
             return replica_pss(server.pid, *forks)
         except PlatformError as error:
             self._why_no_memory.add(str(error))
             return None
 
 
-def _explained(connection: Connection) -> dict[str, Any]:
-    """`/startup`, once the spans of those who made the first token have come."""
-    deadline = time.monotonic() + _SPANS_S
+def _explained(connection: Connection, sent_s: float = 0.0) -> dict[str, Any]:
+    """`/startup`, once the spans of those who made the first token have come.
+
+    Args:
+        connection: To the replica.
+        sent_s: When the request that is to be explained was sent, in seconds from the exec on.
+
+    Raises:
+        PlatformError: They do not come.
+    """
+    began = time.monotonic()
     while True:
         said: dict[str, Any] = json.loads(connection.get("/startup").body)
         timeline = said["timeline"] or {"stages": []}
-        names = {stage["name"] for stage in timeline["stages"]}
-        if "prefill[head]" in names and timeline.get("ttft_s") is not None:
-            return said
-        if time.monotonic() > deadline:
-            raise PlatformError("a start has no timeline", got=sorted(names))
+        waited = time.monotonic() - began
+        if timeline.get("ttft_s") is not None:
+            heads = [s["end_s"] for s in timeline["stages"] if s["name"] == "prefill[head]"]
+            # A log that is closed sooner has no spans of the client's own: then they are unknown.
+            if heads and (waited > _OWN_S or max(heads) > asked_from(timeline, sent_s)):
+                return said
+        if waited > _SPANS_S:
+            names = sorted({stage["name"] for stage in timeline["stages"]})
+            raise PlatformError("a start has no timeline", got=names)
         time.sleep(0.02)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import median
@@ -14,7 +15,16 @@ from coldframe.benchmarks.cold.prediction import predicted
 from coldframe.benchmarks.cold.starts import Start
 from coldframe.benchmarks.document import figure
 
-__all__ = ["Measured", "Rival", "cell_document", "rival_document", "tokens_differ"]
+__all__ = [
+    "THROTTLE",
+    "Measured",
+    "Rival",
+    "cell_document",
+    "rival_document",
+    "tokens_differ",
+]
+
+THROTTLE = "the throttle"
 
 
 @dataclass(slots=True)
@@ -87,7 +97,8 @@ def cell_document(measured: Measured, reference: Sequence[int]) -> dict[str, Any
     ttft = [start.ttft_s for start in starts]
     memory = [start.memory for start in starts if start.memory is not None]
     timelines = [start.timeline for start in starts if start.timeline is not None]
-    rates = _rates(measured)
+    limits = _limits(measured)
+    rates = [rate for rate, _ in limits]
     # What is mapped was not moved: there is no time to hold against. See `Start.mapped`.
     moves = [
         measured.nbytes / rate
@@ -115,7 +126,7 @@ def cell_document(measured: Measured, reference: Sequence[int]) -> dict[str, Any
         "image_bytes": measured.image_bytes,
         "ceiling": {
             "rate": figure([rate for rate in rates if rate is not None], "B/s"),
-            "how": measured.ceiling_how or "the throttle",
+            "how": _how([how for _, how in limits]),
         }
         if moved
         else None,
@@ -203,12 +214,26 @@ def rival_document(rival: Rival, reference: Sequence[int]) -> dict[str, Any]:
     }
 
 
-def _rates(measured: Measured) -> list[float | None]:
-    """What limits the path in each run: what was measured of it, and the throttle below that."""
-    throttle = measured.cell.throttle
+def _limits(measured: Measured) -> list[tuple[float | None, str]]:
+    """What limits the path in each run, and which limit that is.
+
+    It is what was measured of the path, or the throttle where that is lower.
+    """
+    throttle, path = measured.cell.throttle, measured.ceiling_how or ""
     if not measured.ceilings:
-        return [throttle] * len(measured.starts)
-    return [rate if throttle is None else min(rate, throttle) for rate in measured.ceilings]
+        return [(throttle, THROTTLE)] * len(measured.starts)
+    return [
+        (rate, path) if throttle is None or rate <= throttle else (throttle, THROTTLE)
+        for rate in measured.ceilings
+    ]
+
+
+def _how(limits: Sequence[str]) -> str:
+    """Which limits those of a cell's runs were; how often each where there are several."""
+    counts = Counter(limits)
+    if len(counts) == 1:
+        return limits[0]
+    return "; ".join(f"{how} ({count} of {len(limits)} runs)" for how, count in counts.items())
 
 
 def _stages(timelines: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

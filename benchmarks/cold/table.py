@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from coldframe.benchmarks.output import columns
 from coldframe.runtime.units import human_bytes, human_seconds
 
 __all__ = ["table"]
@@ -27,8 +28,12 @@ def table(found: Mapping[str, Any]) -> str:
         f"{human_bytes(model['read_bytes'])} to load; {found['prompt_tokens']} tokens in, "
         f"{found['answer_tokens']} out; medians of {found['runs']}",
         "",
-        *_columns([_HEAD, *(_row(cell) for cell in found["cells"])]),
+        *columns(_used([_HEAD, *(_row(cell) for cell in found["cells"])])),
     ]
+    if any(cell["clock"] == "request" for cell in found["cells"]):
+        lines.append("* from the request to a replica that is there; all others from the exec")
+    if found["interrupted"]:
+        lines.append(f"interrupted after {found['runs']} rounds")
     for cell in found["cells"]:
         if cell["differs"] is not None:
             differs = cell["differs"]
@@ -69,15 +74,10 @@ def _predicted(value: float | None, error: float | None, said: Callable[[float],
     return said(value) + ("" if error is None else f" ({error:+.0%})")
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+def _used(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Without the columns that have nothing but a head."""
     used = [at for at in range(len(rows[0])) if any(row[at] for row in rows[1:])]
-    widths = {at: max(len(row[at]) for row in rows) for at in used}
-    return [
-        "  ".join(
-            row[at].ljust(widths[at]) if at == 0 else row[at].rjust(widths[at]) for at in used
-        ).rstrip()
-        for row in rows
-    ]
+    return [[row[at] for at in used] for row in rows]
 
 
 def _baseline(found: Mapping[str, Any]) -> list[str]:

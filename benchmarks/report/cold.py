@@ -40,6 +40,8 @@ def cold_section(document: dict[str, Any], ident: str) -> str:
         f"Runs of each cell: {document['runs']}; a prompt of {document['prompt_tokens']} tokens, "
         f"{document['answer_tokens']} in answer; {shown(model['weights_bytes'], 'B')} of weights."
     )
+    if document.get("interrupted"):
+        said += " It was interrupted; the runs are those of the rounds that were finished."
     parts = [f"<p>{esc(said)}</p>", _headline(cells)]
     parts.append(_baseline(document["baseline"]))
     parts.append(left_out(document))
@@ -122,14 +124,14 @@ def _roof(cells: list[dict[str, Any]], ident: str) -> str:
     drawn = roofline(told, f"{ident}-roof", "Time to the first token against that of the bytes")
     caption = (
         "Solid: the time to move the bytes at the measured ceiling. Beyond it: what the critical"
-        " path waited for; what was waited for while bytes moved is left out, all stages in one"
-        " proportion."
+        " path waited for, in the mean of the runs; what was waited for while bytes moved is left"
+        " out, all stages in one proportion. Of other programs nothing is told: all is"
+        " unattributed."
     )
     if len(told) < len(cells):
         caption += f" {len(cells) - len(told)} cells without bytes to move are not shown."
     items = [("move", "time to move the bytes")]
     items += [(f"g-{group}", told) for group, told in GROUPS.items()]
-    items.append(("g-outside", "outside the timeline"))
     return f"<h3>How near to the ceiling</h3>{figure_html(drawn, caption, keys(items))}"
 
 
@@ -144,7 +146,7 @@ def _waterfalls(cells: list[dict[str, Any]], ident: str) -> str:
     said = "The median run of each cell, drawn to the scale of its own."
     said += " The others are under it." if every else f" The other {starts - len(told)} are not"
     said += "" if every else " drawn: there are too many; --run and --trace show any of them."
-    parts = [f"<h3>Waterfalls</h3><p>{esc(said)}</p>{legend()}"]
+    parts = [f"<h3>Waterfalls</h3><p>{esc(said)}</p>{legend(client=True)}"]
     for number, cell in enumerate(told):
         median = median_start(cell)
         others = []
@@ -153,7 +155,9 @@ def _waterfalls(cells: list[dict[str, Any]], ident: str) -> str:
                 continue
             name = f"{cell['id']}, run {run + 1} of {len(cell['starts'])}"
             title = f"{name}: {shown(start['ttft_s'], 's')} to the first token by the clock outside"
-            drawn = waterfall(start["timeline"], f"{ident}-w{number}-{run}", title)
+            # By `coldframe run` there is no client: the clocks are one.
+            client_s = None if cell["through"] == "run" else start["ttft_s"]
+            drawn = waterfall(start["timeline"], f"{ident}-w{number}-{run}", title, client_s)
             made = (
                 f'<div class="waterfall" data-cell="{esc(cell["id"])}" data-run="{run + 1}">'
                 f"{figure_html(drawn, title)}</div>"

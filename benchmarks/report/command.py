@@ -59,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
     # One waterfall is enough for a terminal.
     first = next((run for run in runs if run.median or args.run is not None), None)
     if first is not None:
-        print(f"{first.label}{', the median run' if first.median else ''}")
+        outside = f"{shown(first.ttft_s, 's')} to the first token by the clock outside"
+        print(f"{first.label}{', the median run' if first.median else ''}: {outside}")
         show_waterfall(first.timeline)
     return 0
 

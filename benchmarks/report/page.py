@@ -9,7 +9,7 @@ from typing import Any
 from coldframe.benchmarks.report.advise import advise_section
 from coldframe.benchmarks.report.cold import cold_section
 from coldframe.benchmarks.report.handoff import handoff_section
-from coldframe.benchmarks.report.markup import esc
+from coldframe.benchmarks.report.markup import esc, shown
 from coldframe.benchmarks.report.replay import replay_section
 from coldframe.benchmarks.report.rows import rows_section
 from coldframe.benchmarks.report.serve import serve_section
@@ -27,6 +27,7 @@ _SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "rows": rows_section,
 }
 
+_BYTES = ("memory", "weights_bytes", "read_bytes")
 _PAGE = """
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 74rem; padding: 1.5rem 1rem 4rem; background: var(--paper);
@@ -61,7 +62,7 @@ svg .box { fill: var(--request); fill-opacity: .45; stroke: var(--weights); }
 svg .median { stroke: var(--ink); stroke-width: 2.5; }
 svg .run { fill: var(--weights); stroke: var(--paper); stroke-width: .7; }
 svg .move { fill: var(--ink); } svg text.in-move { fill: var(--paper); }
-svg .track { fill: var(--line); } svg .g-outside { fill: var(--line); }
+svg .track { fill: var(--line); }
 svg .s-zero { fill: var(--line); } svg .s-starting { fill: var(--provision); }
 svg .s-warm { fill: var(--engine); } svg .s-draining { fill: var(--request); }
 svg .s-parked { fill: var(--weights); } svg .s-failed { fill: var(--mark); }
@@ -129,10 +130,17 @@ def _header(documents: Sequence[dict[str, Any]]) -> str:
 
 def _list(told: dict[str, Any], style: str) -> str:
     items = "".join(
-        f'<dt>{esc(key.replace("_", " "))}</dt><dd data-name="{esc(key)}">{esc(value)}</dd>'
+        f"<dt>{esc(key.replace('_', ' '))}</dt>"
+        f'<dd data-name="{esc(key)}">{esc(_plain(key, value))}</dd>'
         for key, value in told.items()
     )
     return f'<dl class="{style}">{items}</dl>'
+
+
+def _plain(key: str, value: Any) -> Any:
+    if isinstance(value, dict):  # what the model's disk is
+        return ", ".join(str(part) for part in value.values() if part is not None)
+    return shown(value, "B") if key in _BYTES and isinstance(value, int) else value
 
 
 def write_report(documents: Sequence[dict[str, Any]], path: str | Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import SCHEMA, VERSION
+from coldframe.benchmarks.document import SCHEMA, VERSION, parsed
 from coldframe.loader.errors import PlatformError, RequestError
 
 __all__ = ["KINDS", "same_model", "read_document", "read_documents"]
@@ -38,7 +38,7 @@ def read_document(file: str) -> dict[str, Any]:
     """
     text = _text(file)
     lines = text.rstrip().splitlines()
-    document = _parsed(text) or _parsed(lines[-1] if lines else "")
+    document = parsed(text)
     if document is None:
         raise RequestError(
             "this is no benchmark's document",
@@ -79,18 +79,6 @@ def _text(file: str) -> str:
             got=error.strerror if isinstance(error, OSError) else "bytes that are no UTF-8",
             hint="Give a file that a benchmark's output was written to.",
         ) from error
-
-
-def _parsed(text: str) -> dict[str, Any] | None:
-    try:
-        found = json.loads(text, parse_constant=_no_number)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def _no_number(constant: str) -> float:
-    raise ValueError(f"{constant} is no JSON")
 
 
 def _check(document: dict[str, Any], kind: str, file: str) -> None:

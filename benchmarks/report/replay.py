@@ -63,12 +63,15 @@ def replay_section(document: dict[str, Any], ident: str) -> str:
 
 def _figures(document: dict[str, Any], played: dict[str, dict[str, Any]]) -> str:
     told = [("requests", "requests", ""), ("cold starts", "cold_starts", "")]
-    told += [("cold share", "cold_share", "%"), ("device seconds", "gpu_s", "s")]
+    told += [("starts of a replica", "starts", ""), ("cold share", "cold_share", "%")]
+    told += [("device seconds", "gpu_s", "s"), ("seconds with a device held", "held_s", "s")]
     told += [("parked seconds", "parked_s", "s"), ("cost", "cost", "")]
+    # Older documents and those of other traces may lack some.
+    told = [each for each in told if any(each[1] in one for one in played.values())]
     rows = [
         [
             f'<th scope="row">{name}</th>',
-            *(number_cell(one[key], unit, f"{way} {key}") for way, one in played.items()),
+            *(number_cell(one.get(key), unit, f"{way} {key}") for way, one in played.items()),
             *(
                 [number_cell(document["difference"].get(key), "%", f"difference {key}")]
                 if document["difference"]

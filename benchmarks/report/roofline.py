@@ -1,9 +1,9 @@
 """How near each cell is to the time that its bytes take: a bar for its time to the first token.
 
 The whole bar is the median TTFT. Its solid part is the time to move the bytes at the measured
-ceiling. What lies beyond is divided by what the critical path waited for. Where the path's stages
-were waited for while bytes moved, there is less beyond than they took in sum; they are drawn
-shorter then, all in one proportion, and keep what they took in `data-path`.
+ceiling. What lies beyond is divided by what the critical path waited for, in the mean of the runs.
+Where the path's stages were waited for while bytes moved, there is less beyond than they took in
+sum; they are drawn shorter then, all in one proportion, and keep what they took in `data-path`.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 from coldframe.benchmarks.report.markup import shown
 from coldframe.runtime.stage_groups import GROUPS, group_of
 from coldframe.runtime.svg import element, fitted, picture, text, width_of
+from coldframe.runtime.timeline import UNATTRIBUTED
 
 __all__ = ["beyond", "roofline"]
 
@@ -22,7 +23,6 @@ _LEFT = 250
 _BAR = 470
 _ROW = 30
 _TOP = 26
-OUTSIDE = "outside"
 
 
 def beyond(cell: dict[str, Any]) -> list[tuple[str, float, float]]:
@@ -32,25 +32,35 @@ def beyond(cell: dict[str, Any]) -> list[tuple[str, float, float]]:
         cell: A cell of a cold document, with `move`.
 
     Returns:
-        Group, seconds as drawn, and seconds of the critical path; what the path does not tell of
-        is `outside`. The seconds as drawn and the time to move are the TTFT in sum.
+        Group, seconds as drawn, and seconds of the critical path. The seconds as drawn and the time
+        to move are the median TTFT in sum; all of it is unattributed where there is no path.
     """
     ttft, move = cell["ttft"]["median"], cell["move"]["median"]
-    taken = dict.fromkeys(GROUPS, 0.0)
-    for step in cell["path"]:
-        taken[group_of(step["name"], step["process"])] += step["seconds"]["median"]
-    told = sum(taken.values())
     left = max(0.0, ttft - move)
+    taken = {group: share * ttft for group, share in _shares(cell["path"]).items()}
+    if not taken:
+        return [(UNATTRIBUTED, left, 0.0)] if left else []
     # Moving the bytes is what the weights' part of the path is for: only the rest of it is beyond.
     over = {**taken, "weights": max(0.0, taken["weights"] - move)}
     whole = sum(over.values())
-    outside = min(left, max(0.0, ttft - told)) if told else left
-    scale = min(1.0, (left - outside) / whole) if whole else 0.0
-    parts = [(group, over[group] * scale, taken[group]) for group in GROUPS if over[group]]
-    rest = left - sum(seconds for _, seconds, _ in parts)
-    if rest > 0.002 * ttft:
-        parts.append((OUTSIDE, rest, 0.0))
-    return parts
+    scale = left / whole if whole else 0.0
+    return [(group, over[group] * scale, taken[group]) for group in GROUPS if over[group]]
+
+
+def _shares(path: list[dict[str, Any]]) -> dict[str, float]:
+    """The mean share that each group has of the path, over the runs; empty where there is none.
+
+    Medians of the parts would not be that of the whole.
+    """
+    runs = list(zip(*(step["seconds"]["runs"] for step in path), strict=True))
+    told = [(run, whole) for run in runs if (whole := sum(run)) > 0]
+    if not told:
+        return {}
+    found = dict.fromkeys(GROUPS, 0.0)
+    for run, whole in told:
+        for step, seconds in zip(path, run, strict=True):
+            found[group_of(step["name"], step["process"])] += seconds / whole / len(told)
+    return found
 
 
 def roofline(cells: list[dict[str, Any]], ident: str, title: str) -> str:
@@ -92,8 +102,7 @@ def _bar(cell: dict[str, Any], y: float) -> str:
     x = _LEFT + solid
     for group, seconds, path in beyond(cell):
         width = _BAR * seconds / ttft
-        told = GROUPS.get(group, "outside the timeline")
-        parts.append(_part(group, told, seconds, path, x, width, y))
+        parts.append(_part(group, GROUPS[group], seconds, path, x, width, y))
         if width_of(group) < width - 6:
             parts.append(text(x + width / 2, y + 15, group, f"middle in in-{group}"))
         x += width

@@ -18,12 +18,14 @@ class Run:
         cell: The cell's id.
         number: Which of the cell's runs, from 1 on.
         median: Whether it is the one nearest to the cell's median.
+        ttft_s: Its time to the first token by the clock outside.
         timeline: As `Timeline.to_json` makes it.
     """
 
     cell: str
     number: int
     median: bool
+    ttft_s: float
     timeline: dict[str, Any]
 
     @property
@@ -45,7 +47,8 @@ def runs_of(document: dict[str, Any]) -> list[Run]:
         median = median_start(cell)
         for number, start in enumerate(cell["starts"]):
             if start["timeline"] is not None:
-                found.append(Run(cell["id"], number + 1, number == median, start["timeline"]))
+                ttft_s, timeline = start["ttft_s"], start["timeline"]
+                found.append(Run(cell["id"], number + 1, number == median, ttft_s, timeline))
     return found
 
 

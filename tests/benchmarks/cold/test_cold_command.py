@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import jsonschema
+import psutil
 import pytest
 
 from coldframe.benchmarks.cold.command import status
 from coldframe.benchmarks.document import SCHEMA
+from tests.runtime.snapshots import eventually
 from tests.support import without_settings
 
 BENCH = [Path(sys.executable).parent / "coldframe", "bench", "cold"]
@@ -143,7 +146,7 @@ def test_a_cold_start_through_http_and_without(
         "fresh/cold/disk/native/http",
         "fresh/cold/disk/native/run",
     ]
-    assert (found["failed"], found["baseline"]) == ([], None)
+    assert (found["failed"], found["baseline"], found["interrupted"]) == ([], None, False)
     assert json.loads(output.read_text()) == found
     assert found["model"]["path"] == str(model)
     for cell in found["cells"]:
@@ -155,12 +158,63 @@ def test_a_cold_start_through_http_and_without(
         assert cell["starts"][0]["timeline"]["critical_path"]
 
 
+def _left(runs: Path) -> list[psutil.Process]:
+    """The processes that were started with a run directory in there."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get("COLDFRAME_RUN_DIR", "").startswith(str(runs)):
+                found.append(process)
+    return found
+
+
+def test_who_is_terminated_tells_of_the_finished_rounds_and_leaves_nothing(
+    demo_model: Callable[..., Path], no_leaks: Path
+) -> None:
+    matrix = ("--tier", "fresh", "--cache", "warm", "--runs", "99", "--tokens", "2")
+    command = [*BENCH, demo_model(), *matrix, "--no-plan"]
+    with subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**without_settings(), "COLDFRAME_RUN_DIR": str(no_leaks)},
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith("1 of 99"):
+                break
+        else:
+            pytest.fail("".join(said))
+        # In the middle of a start.
+        servers = [one for one in _left(no_leaks) if "serve" in one.cmdline()]
+        while not servers and process.poll() is None:
+            servers = [one for one in _left(no_leaks) if "serve" in one.cmdline()]
+        process.send_signal(signal.SIGTERM)
+        out, error = process.communicate()
+    assert process.returncode == 143, error
+    found = json.loads(out.splitlines()[-1])
+    jsonschema.validate(found, json.loads(SCHEMA.read_text()))
+    assert found["interrupted"]
+    assert found["runs"] >= 1
+    assert [len(cell["starts"]) for cell in found["cells"]] == [found["runs"]]
+    assert (found["failed"], found["left_out"]) == ([], [])
+    assert f"interrupted after {found['runs']} rounds" in out
+    assert servers
+    eventually(lambda: _left(no_leaks) == [])
+
+
 def test_what_the_exit_status_says() -> None:
     fine: dict[str, Any] = {"cells": [{"tokens_equal": True}], "failed": [], "baseline": None}
     assert status(fine, any_tokens=False) == 0
     differ = {**fine, "cells": [*fine["cells"], {"tokens_equal": False}]}
     assert (status(differ, any_tokens=False), status(differ, any_tokens=True)) == (1, 0)
-    assert status({**fine, "failed": ["a"]}, any_tokens=True) == 1
+    assert status({**fine, "failed": ["fresh/cold/disk/native/http"]}, any_tokens=True) == 1
+    # Others' programs are not what is tested.
+    assert status({**fine, "failed": ["transformers/cold/disk/run"]}, any_tokens=False) == 0
     for slower, lost, expected in (([], [], 0), ([{}], [], 1), ([], ["a"], 1)):
         against = {"slower": slower, "lost": lost}
         assert status({**fine, "baseline": against}, any_tokens=False) == expected

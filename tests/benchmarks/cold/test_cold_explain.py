@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldframe.benchmarks.cold.explain import busy_times, load_s, mapped, path_of
+from coldframe.benchmarks.cold.explain import asked_from, busy_times, load_s, mapped, path_of
 from coldframe.loader.timeline import Span
 from coldframe.runtime.timeline import Timeline
 
@@ -67,7 +67,7 @@ def test_busy_times_are_those_of_a_count(found: list[Span]) -> None:
         assert busy[key].beside_weights == pytest.approx(beside)
 
 
-@given(spans, st.integers(1, 40), st.floats(0, 5))
+@given(spans, st.integers(1, 40), st.floats(-0.9, 5))
 def test_a_path_adds_up_to_what_the_client_saw(found: list[Span], first: int, later: float) -> None:
     path = path_of(timeline(found, first), first + later)
     assert sum(path.values()) == pytest.approx(first + later)
@@ -89,6 +89,25 @@ def test_who_waits_for_the_gateway_is_told_so() -> None:
     assert path["prefill-0", "prefill"] == pytest.approx(2 + 5)
     assert path["", "unattributed"] == pytest.approx(6 + 2)
     assert path["client", "first_token"] == pytest.approx(2 + 1.5)
+
+
+def test_a_front_that_notes_its_token_late_makes_no_path_longer_than_the_clients() -> None:
+    made = [Span("imports", "front", 0, 6), Span("prefill[head]", "prefill-0", 6, 9)]
+    path = path_of(timeline(made, 10), 8.5)
+    assert path == pytest.approx({("front", "imports"): 6, ("prefill-0", "prefill"): 2.5})
+
+
+def test_who_computed_before_the_gateway_listened_did_so_for_nobody() -> None:
+    made = [
+        Span("listen", "front", 1, 1),  # from then on the port takes whoever comes
+        Span("prefill[head]", "prefill-0", 6, 8),
+        Span("imports", "gateway", 2, 15),
+    ]
+    assert asked_from(timeline(made, 8), 1.5) == 15
+    made.append(Span("listen", "gateway", 17, 18))
+    assert asked_from(timeline(made, 8), 1.5) == 18
+    assert asked_from(timeline(made, 8), 19.5) == 19.5
+    assert asked_from(timeline(made[:2], 8), 0.0) == 0.0
 
 
 def test_how_long_the_load_took_and_whether_it_was_one() -> None:

@@ -16,7 +16,13 @@ from coldframe.benchmarks.cold.explain import path_of
 from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.cold.prediction import predicted_memory, predicted_ttft
 from coldframe.benchmarks.cold.starts import Start
-from coldframe.benchmarks.cold.summary import Measured, Rival, cell_document, rival_document
+from coldframe.benchmarks.cold.summary import (
+    THROTTLE,
+    Measured,
+    Rival,
+    cell_document,
+    rival_document,
+)
 from coldframe.benchmarks.document import SCHEMA
 
 SECONDS = st.floats(0.01, 100)
@@ -104,9 +110,16 @@ def test_what_is_throttled_is_held_against_the_slower_of_throttle_and_path() -> 
     found = checked(cell_document(measured, TOKENS))
     assert found["ceiling"]["rate"]["runs"] == [1e8, 5e7]
     assert found["ratio"]["runs"] == pytest.approx([2.0, 1.0])
+    assert found["ceiling"]["how"] == "the throttle (1 of 2 runs); a raw read (1 of 2 runs)"
+    measured.ceilings = [2e8, 3e8]
+    assert cell_document(measured, TOKENS)["ceiling"]["how"] == THROTTLE
+    measured.ceilings = [9e7, 5e7]
+    assert cell_document(measured, TOKENS)["ceiling"]["how"] == "a raw read"
     # Of a page cache there is no ceiling, but the throttle is one.
-    measured.ceilings = []
-    assert checked(cell_document(measured, TOKENS))["move"]["runs"] == [1.0, 1.0]
+    measured.ceilings, measured.ceiling_how = [], None
+    found = checked(cell_document(measured, TOKENS))
+    assert found["move"]["runs"] == [1.0, 1.0]
+    assert found["ceiling"]["how"] == THROTTLE
 
 
 def test_what_was_not_moved_has_no_time_to_move() -> None:

@@ -50,14 +50,15 @@ def cold_cell(
 ) -> dict[str, Any]:
     """A cell of a cold document around some starts."""
     times = [1.0 + 0.1 * n if t is None else t["ttft_s"] for n, t in enumerate(timelines)]
-    paths: dict[tuple[str, str], list[float]] = {}
+    told: list[dict[tuple[str, str], float]] = []
     for timeline in timelines:
         sums: dict[tuple[str, str], float] = {}
         for step in timeline["critical_path"] if timeline else ():
             key = (step["process"], step["name"])
             sums[key] = sums.get(key, 0.0) + step["end_s"] - step["start_s"]
-        for key, seconds in sums.items():
-            paths.setdefault(key, []).append(seconds)
+        told.append(sums)
+    keys = dict.fromkeys(key for sums in told for key in sums)
+    paths = {key: [sums.get(key, 0.0) for sums in told] for key in keys}
     move = [0.3 * seconds for seconds in times]
     return {
         "id": ident,
@@ -121,7 +122,13 @@ def edge_cells() -> list[dict[str, Any]]:
     ]
     empty = [("front", "interpreter", 0.0, 0.0), ("prefill-0", "prefill[head]", 1.0, 1.0)]
     nothing = {"ceiling": None, "move": None, "ratio": None, "rate": None, "unattributed": None}
+    last = cold_cell("gateway last", [a_timeline(1.0), a_timeline(1.2)], through="http")
+    for start in last["starts"]:
+        start["ttft_s"] *= 1.4
+    behind = {"process": "client", "name": "first_token", "seconds": figure([0.4, 0.48], "s")}
+    last |= {"ttft": figure([1.4, 1.68], "s"), "path": [*last["path"], behind]}
     return [
+        last,
         cold_cell(ATTACK, [a_timeline(0.9), a_timeline(1.1), a_timeline(1.0)]),
         cold_cell("no timeline", [None, None, None], path=[], prediction=None),
         cold_cell("nothing to move", [a_timeline(0.02)], **nothing, tokens_equal=False),
@@ -163,6 +170,8 @@ def played(seed: int, models: int, requests: int) -> dict[str, Any]:
     return {
         "requests": requests,
         "cold_starts": colds,
+        "starts": colds - 1,
+        "held_s": 99.9 + seed,
         "cold_share": colds / max(1, requests),
         "ttft": {"p50": fig["median"], "p90": fig["p90"], "p99": fig["max"], "max": fig["max"],
                  "mean": sum(times) / len(times)},

@@ -95,7 +95,7 @@ def test_the_command_writes_what_it_is_asked_for(
     assert page.read_text().count('class="waterfall"') == 3
     whole = json.loads(trace.read_text())["traceEvents"]
     assert main(["bench", "report", file, "--trace", str(trace), "--run", "one/two:2"]) == 0
-    assert "one/two #2\n" in capsys.readouterr().out
+    assert "one/two #2: " in capsys.readouterr().out
     assert len(json.loads(trace.read_text())["traceEvents"]) == len(whole) / 3
 
 

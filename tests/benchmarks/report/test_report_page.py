@@ -18,9 +18,11 @@ import numpy as np
 import pytest
 from selenium.webdriver.remote.webdriver import WebDriver
 
+from coldframe.benchmarks.document import figure
 from coldframe.benchmarks.harness import cold_start
 from coldframe.benchmarks.report.markup import shown
 from coldframe.benchmarks.report.page import report_page, write_report
+from coldframe.benchmarks.report.roofline import beyond
 from coldframe.loader.errors import PlatformError
 from tests.benchmarks.report import drawn
 from tests.runtime.gateway.browser import chromium
@@ -100,6 +102,7 @@ def boxes(page: WebDriver, selector: str) -> list[dict[str, Any]]:
 def test_bars_lie_where_their_spans_do(page: WebDriver, documents: list[dict[str, Any]]) -> None:
     bars, steps = boxes(page, "rect.bar"), boxes(page, "rect.step")
     marks = boxes(page, ".waterfall line.first")
+    clients = boxes(page, ".waterfall line.client")
     for cell in documents[0]["cells"]:
         for number, start in enumerate(cell["starts"]):
             timeline = start["timeline"]
@@ -112,6 +115,12 @@ def test_bars_lie_where_their_spans_do(page: WebDriver, documents: list[dict[str
             assert float(mark["ttft"]) == timeline["ttft_s"]
             origin = path[0]["x"]
             scale = (mark["x"] + mark["width"] / 2 - origin) / timeline["ttft_s"]
+            there = [line for line in clients if line["around"] == key]
+            assert len(there) == (cell["through"] == "http")
+            for line in there:
+                assert float(line["client"]) == start["ttft_s"]
+                place = origin + scale * start["ttft_s"]
+                assert line["x"] + line["width"] / 2 == pytest.approx(place, abs=1)
             end = 1.5 * timeline["ttft_s"] if cell["id"] == "long tail" else float("inf")
             for bar in [*mine, *path]:
                 left, right = float(bar["start"]), min(end, float(bar["end"]))
@@ -200,7 +209,7 @@ def test_the_roofline_is_the_ttft_in_sum(page: WebDriver, documents: list[dict[s
             share = float(part["value"]) / ttft
             assert part["width"] == pytest.approx(share * whole, abs=1.5)
         if not cell["path"]:
-            assert [part["group"] for part in mine] == ["move", "outside"]
+            assert [part["group"] for part in mine] == ["move", "unattributed"]
 
 
 def test_the_replay_has_each_state_and_each_request(
@@ -316,6 +325,25 @@ def test_it_needs_nothing_runs_nothing_and_is_kept(page: WebDriver) -> None:
 
 
 # -- without a browser ----------------------------------------------------------------------------
+
+
+def test_what_lies_beyond_the_bytes_is_divided_by_the_runs_own_paths() -> None:
+    # Each run waits for something else: the medians of the parts are half of the whole.
+    runs = {"imports": [0.9, 0.1, 0.1], "prefill": [0.1, 0.9, 0.1], "kv_alloc": [0.0, 0.0, 0.8]}
+    path = [
+        {"process": "prefill-0", "name": name, "seconds": figure(seconds, "s")}
+        for name, seconds in runs.items()
+    ]
+    cell = {"ttft": figure([1.0] * 3, "s"), "move": figure([0.1] * 3, "s"), "path": path}
+    found = {group: (drawn, taken) for group, drawn, taken in beyond(cell)}
+    third = pytest.approx(1.1 / 3)
+    assert {group: taken for group, (_, taken) in found.items()} == {
+        "provision": third,
+        "engine": pytest.approx(0.8 / 3),
+        "request": third,
+    }
+    assert sum(drawn for drawn, _ in found.values()) == pytest.approx(0.9)
+    assert beyond({**cell, "path": []}) == [("unattributed", 0.9, 0.0)]
 
 
 def test_the_same_documents_make_the_same_page(documents: list[dict[str, Any]]) -> None:

@@ -25,7 +25,8 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
 from coldframe.runtime.planning.kept import MOST_KEPT
-from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, ask_nodes, read_nodes
+from coldframe.runtime.planning.node_answers import ask_nodes
+from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, read_nodes
 from coldframe.runtime.planning.placement import Here, of_device, of_node, ranked
 from coldframe.runtime.planning.processes import terminable
 from coldframe.runtime.planning.rates import Rates, measure_rates

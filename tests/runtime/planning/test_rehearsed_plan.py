@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from coldframe.loader.checkpoint import Checkpoint
 from coldframe.runtime.planning.footprint import footprint
 from tests.runtime.planning.plans import plan
 from tests.runtime.serving import Server, served
@@ -159,4 +160,8 @@ def test_an_endpoint_says_what_it_has(endpoint: Server, model: Path) -> None:
     assert found["weights"]["at"] == "memory"
     assert found["weights"]["cached"] > 0
     assert found["memory_available"] > 0
-    assert found["last_start"]["ttft_s"] > 0
+    assert found["looked"]
+    assert found["fingerprint"] == Checkpoint.open(model).fingerprint
+    last = found["last_start"]
+    assert last["ttft_s"] > 0
+    assert (last["tier"], last["cache"] in ("cold", "warm")) == ("fresh", True)

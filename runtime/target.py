@@ -19,10 +19,12 @@ from coldframe.runtime.prediction import MemoryPrediction, predict_memory
 from coldframe.runtime.side_process import ask
 from coldframe.runtime.sizing import CONTEXT_BYTES, KvSize, kv_blocks
 
-__all__ = ["Target", "devices_here", "kernel_module"]
+__all__ = ["GPU_OVERHEAD", "Target", "devices_here", "kernel_module"]
 
 _PROCESSES = 3
 """Who has a context on a GPU: the memory service, and a worker for each role."""
+GPU_OVERHEAD = _PROCESSES * CONTEXT_BYTES
+"""What they take of it, before anything is measured."""
 
 
 class Target(NamedTuple):
@@ -62,8 +64,7 @@ class Target(NamedTuple):
         """The memory of a replica; see `predict_memory`."""
         if self.gpu is None:
             return predict_memory(plan, spec, context=context, batch=batch)
-        overhead = _PROCESSES * CONTEXT_BYTES
-        return predict_memory(plan, spec, context=context, batch=batch, overhead=overhead)
+        return predict_memory(plan, spec, context=context, batch=batch, overhead=GPU_OVERHEAD)
 
     def kv_default(self, plan: Plan, spec: ModelSpec) -> int:
         """The KV that a replica takes where nobody says, in bytes."""
@@ -99,7 +100,7 @@ def _ask(device: str) -> Mapping[str, Any]:
         if gpu["device"] == device:
             if gpu["error"] is not None:
                 raise ColdframeError.from_wire(gpu["error"])
-            return {**gpu, "driver": found["driver"], "kernel_module": kernel_module()}
+            return {**gpu, "driver": found.get("driver"), "kernel_module": kernel_module()}
     raise NoDevice(
         "there is no such GPU",
         where=device,

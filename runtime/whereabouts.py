@@ -31,6 +31,7 @@ from coldframe.loader.sources.file import FileSource
 from coldframe.runtime.creating import store_of
 from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.probe import MOSTLY
 from coldframe.snapshot.choose import choose
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.model_key import ModelKey
@@ -44,8 +45,6 @@ __all__ = ["Whereabouts"]
 _KEPT_S = 10.0
 _IN_MEMORY = ("ready", "parked", "draining")
 _CACHE = {"mapped": "warm", "copied": "cold"}
-_MOSTLY = 0.9
-"""What has this share in the page cache is mapped; see `loader.load`."""
 
 
 class Whereabouts:
@@ -128,7 +127,7 @@ def _look_at(options: ReplicaOptions, found: dict[str, Any]) -> None:
             source.close()
         weights["bytes"] = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         weights["cached"] = cached
-        weights["at"] = "page_cache" if cached >= _MOSTLY * size else "disk"
+        weights["at"] = "page_cache" if cached >= MOSTLY * size else "disk"
         found["fingerprint"] = checkpoint.fingerprint
         found["image"] = _image(options, place.path, checkpoint)
 

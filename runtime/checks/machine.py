@@ -14,6 +14,8 @@ from coldframe.loader.errors import ColdframeError, DeviceFull, PlatformError
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
+from coldframe.runtime.device_choice import CPU, choose_device
+from coldframe.runtime.target import GPU_OVERHEAD, Target
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.machine import cpu_here
 
@@ -69,23 +71,45 @@ def memory(case: Case) -> Finding:
 
 
 def model_memory(case: Case) -> Finding:
-    """The model against what there is."""
+    """The model against what there is of the device that it would be on."""
     assert case.model is not None
     with closing(open_origin(parse_location(case.model), hurry=True)) as origin:
         checkpoint = Checkpoint.open(origin)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    available, needed = memory_available(case.root), nbytes + _REPLICA
-    facts = {"weights": nbytes, "needed": needed, "available": available}
-    says = f"weights of {human_bytes(nbytes)}, {human_bytes(needed)} with a replica's processes"
+    device, available = _device(case)
+    needed = nbytes + (_REPLICA if device == CPU else GPU_OVERHEAD)
+    facts = {"weights": nbytes, "needed": needed, "available": available, "device": device}
+    says = (
+        f"weights of {human_bytes(nbytes)}, {human_bytes(needed)} with a replica's processes, "
+        f"of {human_bytes(available)} on {device}"
+    )
     error: ColdframeError | None = None
     if needed > available:
+        of = "this machine's" if device == CPU else f"{device}'s"
         error = DeviceFull(
-            "the model does not fit this machine's memory",
+            f"the model does not fit {of} memory",
             expected=f"{human_bytes(needed)} available",
             got=human_bytes(available),
-            hint="Raise the memory limit, or take a GPU: coldframe plan MODEL --device cuda.",
+            hint="Raise the memory limit, or take a GPU: --device cuda."
+            if device == CPU
+            else "Take a larger GPU, or the CPU: --device cpu.",
         )
     return Finding("model", says, facts, error, needed=True)
+
+
+def _device(case: Case) -> tuple[str, int]:
+    """Where a replica would compute, and the bytes that nobody has there.
+
+    Raises:
+        NoDevice: The device that is named is not there.
+        DeviceError: It cannot be used.
+    """
+    choice = choose_device(case.device, root=case.root)
+    if choice.device != CPU:
+        target = Target.of(choice)
+        if target.gpu is not None:
+            return target.choice.device, target.available
+    return CPU, memory_available(case.root)
 
 
 def huge_pages(case: Case) -> Finding:

@@ -48,7 +48,8 @@ def _platform_variables() -> set[str]:
     for profile in PROFILES:
         found |= {*profile.ports, *profile.models, *profile.names}
         found |= {route.variable for route in profile.routes if route.variable}
-        found |= {profile.health_port} if profile.health_port else set()
+        if profile.health_variable is not None:
+            found.add(profile.health_variable)
     return found
 
 

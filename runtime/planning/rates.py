@@ -247,11 +247,12 @@ class _Rehearsal:
             before = None if self.free is None else self.free()
 
             def measure(tier: str, environment: Mapping[str, str]) -> dict[str, float]:
+                forks = tier == "template"
                 self.tell(f"rehearsing {tier} starts of a scale model")
                 if self.maps:
-                    run = rehearse_run(scale, prompt, device, environment)
+                    run = rehearse_run(scale, prompt, device, environment, forks=forks)
                     cells[f"{tier}/run/mapped"] = _figures(run)
-                run = rehearse_run(scale, prompt, [*device, "--copy"], environment)
+                run = rehearse_run(scale, prompt, [*device, "--copy"], environment, forks=forks)
                 cells[f"{tier}/run/copied"] = _figures(run)
                 weights = "mapped" if self.maps else "copied"
                 served, rests, left = rehearse_serve(scale, prompt, device, environment, self.free)

@@ -57,7 +57,12 @@ class Resting:
 
 
 def rehearse_run(
-    scale: ScaleModel, prompt: Sequence[int], arguments: Sequence[str], snapshot: Mapping[str, str]
+    scale: ScaleModel,
+    prompt: Sequence[int],
+    arguments: Sequence[str],
+    snapshot: Mapping[str, str],
+    *,
+    forks: bool = False,
 ) -> Rehearsed:
     """One `coldframe run`.
 
@@ -66,6 +71,7 @@ def rehearse_run(
         prompt: Token ids.
         arguments: More flags.
         snapshot: The environment that says how workers start.
+        forks: Whether they are a template's children, and so not in the memory that is found.
 
     Raises:
         PlatformError: It failed.
@@ -74,7 +80,7 @@ def rehearse_run(
         if len(prompt) + tokens > scale.spec.context_length:
             break
         found = _run(scale, prompt, tokens, arguments, snapshot)
-        if found.memory.weights:
+        if forks or found.memory.weights:
             return found
     raise PlatformError(
         "a rehearsal was over before its memory could be looked at",

@@ -5,9 +5,8 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import closing
-from pathlib import Path
 
-from coldframe.loader.cgroup import cpu_count, cpu_quota, memory_available, memory_limit
+from coldframe.loader.cgroup import cpu_count, cpu_quota, meminfo, memory_available, memory_limit
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.hugepages import allocate_huge
 from coldframe.loader.errors import ColdframeError, DeviceFull, PlatformError
@@ -53,7 +52,7 @@ def cpu(case: Case) -> Finding:
 
 
 def memory(case: Case) -> Finding:
-    total, available = _meminfo(case.root, "MemTotal"), memory_available(case.root)
+    total, available = _told("MemTotal", case), memory_available(case.root)
     limit, page = memory_limit(case.root), os.sysconf("SC_PAGE_SIZE")
     facts = {"total": total, "available": available, "limit": limit, "page_size": page}
     limited = "no limit" if limit is None else f"a limit of {human_bytes(limit)}"
@@ -113,8 +112,8 @@ def _device(case: Case) -> tuple[str, int]:
 
 
 def huge_pages(case: Case) -> Finding:
-    size = _meminfo(case.root, "Hugepagesize")
-    free = _meminfo(case.root, "HugePages_Free") // 1024
+    size = _told("Hugepagesize", case)
+    free = meminfo("HugePages_Free", case.root) or 0
     got = allocate_huge("doctor", size)
     if got is None:
         raise PlatformError(
@@ -141,6 +140,15 @@ def shm(case: Case) -> Finding:
     return Finding("shm", says, {"size": size, "free": free}, remedy=remedy)
 
 
+def _told(key: str, case: Case) -> int:
+    found = meminfo(key, case.root)
+    if found is None:
+        raise PlatformError(
+            "the kernel does not tell of it", where=case.root / "proc/meminfo", expected=key
+        )
+    return found
+
+
 def _cannot_share(page: int) -> ColdframeError | None:
     """Why no memory can be shared by descriptor, which all arenas are."""
     try:
@@ -159,12 +167,3 @@ def _cannot_share(page: int) -> ColdframeError | None:
             hint="Allow memfd_create (a seccomp profile forbids it).",
         )
     return None
-
-
-def _meminfo(root: Path, key: str) -> int:
-    """A line of /proc/meminfo; kilobytes as bytes, and a plain number times 1024."""
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return 0

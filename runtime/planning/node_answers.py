@@ -33,6 +33,8 @@ WAIT_S = 5.0
 """For an endpoint, from the first packet to the last."""
 _PEER_S = 20.0
 """For a peer, of which a rate is probed."""
+_GRACE_S = 0.5
+"""What bounds a single read ends most threads in good order, a moment after that."""
 _MOST_BYTES = 1 << 20
 _MOST_NUMBER = 1 << 62
 _CHUNK = 64 << 10
@@ -82,8 +84,7 @@ def _ask_some(nodes: Sequence[Node], fingerprint: str, wait_s: float) -> list[No
     found = []
     for index, (node, thread) in enumerate(zip(nodes, threads, strict=True)):
         limit = _PEER_S if _is_peer(node) else wait_s
-        # What bounds a read ends a thread in good order most of the time, a moment before this.
-        thread.join(max(0.0, started + limit + 1.0 - time.monotonic()))
+        thread.join(max(0.0, started + limit + _GRACE_S - time.monotonic()))
         late = NodeFacts(node.name, _late(limit), _kind(node), url=node.url)
         found.append(answers.get(index, late))
     return found

@@ -82,7 +82,9 @@ def offspring(pid: int, word: str) -> list[psutil.Process]:
     raise AssertionError("no rehearsal was seen")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.heavy)]
+)
 def test_a_plan_that_is_ended_leaves_nothing(
     demo_model: Make, tmp_path: Path, number: signal.Signals
 ) -> None:

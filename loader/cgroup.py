@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["cpu_count", "cpu_quota", "memory_available", "memory_limit"]
+__all__ = ["cpu_count", "cpu_quota", "memory_available", "memory_limit", "meminfo"]
 
 # v1 writes "no limit" as the largest page-rounded 63-bit number.
 _NO_LIMIT = 1 << 60
@@ -48,7 +48,8 @@ def memory_available(root: str | Path = "/") -> int:
     The least of what the machine has available and what each cgroup on the path has left, where
     page cache that can be dropped counts as left.
     """
-    left = [_meminfo(Path(root))]
+    available = meminfo("MemAvailable", root)
+    left = [_NO_LIMIT if available is None else available]
     for limit, version, folder in _memory_limits(Path(root)):
         name, key = (
             ("memory.current", "inactive_file")
@@ -115,12 +116,14 @@ def _mounts(root: Path, controller: str) -> Iterator[tuple[int, tuple[Path, str]
             yield 1, found
 
 
-def _meminfo(root: Path) -> int:
-    for line in (_text(root / "proc/meminfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return _NO_LIMIT
+def meminfo(key: str, root: str | Path = "/") -> int | None:
+    """A line of /proc/meminfo, in bytes where it has a unit; None where there is no such line."""
+    for line in (_text(Path(root) / "proc/meminfo") or "").splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            number, *unit = value.split()
+            return int(number) * (1024 if unit else 1)
+    return None
 
 
 def _text(path: Path) -> str | None:

@@ -28,6 +28,7 @@ from coldframe.runtime.checks import (
     storage,
 )
 from coldframe.runtime.checks.finding import FAIL, Case, Finding
+from coldframe.runtime.device_choice import add_device_argument, choose_device
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.run import MODEL_HELP
 from coldframe.snapshot.places import default_store, expanded
@@ -83,13 +84,15 @@ def add_arguments(parser: Parser) -> None:
         "--snapshot-store", metavar="PLACE", help="where images are (~/.cache/coldframe/snapshots)"
     )
     parser.flag("--cache", metavar="DIR", help="where weights from a network are to be kept")
+    add_device_argument(parser)
     parser.flag("--json", action="store_true", help="print one JSON document")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the command: 0 where nothing failed, whatever else is missing."""
     store = default_store() if args.snapshot_store is None else expanded(args.snapshot_store)
-    case = Case(Path("/"), args.model, args.host, _port(args.port), store, args.cache)
+    case = Case(Path("/"), args.model, args.host, _port(args.port), store, args.cache, args.device)
+    choose_device(case.device)  # a name that is none is no finding
     findings = list(examine(case))
     works = all(finding.status != FAIL for finding in findings)
     if args.json:

@@ -25,8 +25,10 @@ from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
 from coldframe.runtime.planning.kept import MOST_KEPT
-from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, ask_nodes, read_nodes
+from coldframe.runtime.planning.node_answers import ask_nodes
+from coldframe.runtime.planning.nodes import KEY_VARIABLE, Node, NodeFacts, read_nodes
 from coldframe.runtime.planning.placement import Here, of_device, of_node, ranked
+from coldframe.runtime.planning.processes import terminable
 from coldframe.runtime.planning.rates import Rates, measure_rates
 from coldframe.runtime.planning.table import plan_table
 from coldframe.runtime.run import MODEL_HELP
@@ -93,6 +95,11 @@ def run(args: argparse.Namespace) -> int:
             model, or there is no such device.
     """
     nodes = read_nodes(args.node or (), args.nodes)
+    with terminable():
+        return _run(args, nodes)
+
+
+def _run(args: argparse.Namespace, nodes: list[Node]) -> int:
     targets, missing = _targets(args.device)
     location = parse_location(args.model)
     with closing(open_origin(location)) as origin:
@@ -227,8 +234,10 @@ def _rates(
             times=args.rehearsals,
             tell=lambda what: print(f"coldframe: {what}", file=sys.stderr, flush=True),
             free=None if gpu is None else lambda: Target.of(target.choice).available,
+            gpu=gpu,
         )
-    except ColdframeError as error:
+    # No room for a scale model, small files that are none: the rest of the plan stands.
+    except (ColdframeError, OSError, ValueError) as error:
         print(f"coldframe: no start could be rehearsed: {error}", file=sys.stderr)
         return Rates(why={"fresh": str(error)}), _worker_start_s()
     return rates, None

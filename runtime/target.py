@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
@@ -17,10 +19,12 @@ from coldframe.runtime.prediction import MemoryPrediction, predict_memory
 from coldframe.runtime.side_process import ask
 from coldframe.runtime.sizing import CONTEXT_BYTES, KvSize, kv_blocks
 
-__all__ = ["Target", "devices_here"]
+__all__ = ["GPU_OVERHEAD", "Target", "devices_here", "kernel_module"]
 
 _PROCESSES = 3
 """Who has a context on a GPU: the memory service, and a worker for each role."""
+GPU_OVERHEAD = _PROCESSES * CONTEXT_BYTES
+"""What they take of it, before anything is measured."""
 
 
 class Target(NamedTuple):
@@ -29,7 +33,8 @@ class Target(NamedTuple):
     Attributes:
         choice: Which, and why.
         available: Bytes of it that nobody has.
-        gpu: What the driver says of it; see `loader.devices.report`.
+        gpu: What the driver says of it, see `loader.devices.report`, and the driver's versions
+            (`driver`, `kernel_module`).
     """
 
     choice: DeviceChoice
@@ -59,8 +64,7 @@ class Target(NamedTuple):
         """The memory of a replica; see `predict_memory`."""
         if self.gpu is None:
             return predict_memory(plan, spec, context=context, batch=batch)
-        overhead = _PROCESSES * CONTEXT_BYTES
-        return predict_memory(plan, spec, context=context, batch=batch, overhead=overhead)
+        return predict_memory(plan, spec, context=context, batch=batch, overhead=GPU_OVERHEAD)
 
     def kv_default(self, plan: Plan, spec: ModelSpec) -> int:
         """The KV that a replica takes where nobody says, in bytes."""
@@ -78,6 +82,16 @@ def devices_here() -> list[str]:
     return [CPU, *(gpu["device"] for gpu in found["gpus"])]
 
 
+def kernel_module(root: str | Path = "/") -> str | None:
+    """The version of the GPU driver's part in the kernel, where there is one."""
+    try:
+        text = (Path(root) / "proc/driver/nvidia/version").read_text(errors="replace")
+    except OSError:
+        return None
+    found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
+    return None if found is None else found[0]
+
+
 def _ask(device: str) -> Mapping[str, Any]:
     found = ask(ENTRY, "GPUs")
     if found["error"] is not None:
@@ -86,7 +100,7 @@ def _ask(device: str) -> Mapping[str, Any]:
         if gpu["device"] == device:
             if gpu["error"] is not None:
                 raise ColdframeError.from_wire(gpu["error"])
-            return dict(gpu)
+            return {**gpu, "driver": found.get("driver"), "kernel_module": kernel_module()}
     raise NoDevice(
         "there is no such GPU",
         where=device,

@@ -7,15 +7,20 @@
       "fingerprint": the checkpoint's, or null while it is not known,
       "weights": {"bytes", "at": "memory" | "page_cache" | "disk" | "elsewhere", "cached": bytes},
       "image": whether one fits that workers would be restored from,
-      "last_start": {"ttft_s", "tier"} of the last one that made a token, or null
+      "looked": whether files have been looked at: else the four above are not known yet,
+      "last_start": {"ttft_s", "tier", "cache"} of the last one that made a token, or null;
+                    `cache` is "warm" where weights were mapped, "cold" where they were copied
     }
 
-It looks at files, but never for long, and not again for a while.
+Files are looked at by a thread, and not again for a while: whoever has tokens to pass on does not
+wait for a disk, nor for a mount that never answers.
 """
 
 from __future__ import annotations
 
+import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.cgroup import memory_available
@@ -26,6 +31,7 @@ from coldframe.loader.sources.file import FileSource
 from coldframe.runtime.creating import store_of
 from coldframe.runtime.device_choice import CPU, kind_of
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.probe import MOSTLY
 from coldframe.snapshot.choose import choose
 from coldframe.snapshot.machine import Machine
 from coldframe.snapshot.model_key import ModelKey
@@ -38,8 +44,7 @@ __all__ = ["Whereabouts"]
 
 _KEPT_S = 10.0
 _IN_MEMORY = ("ready", "parked", "draining")
-_MOSTLY = 0.9
-"""What has this share in the page cache is mapped; see `loader.load`."""
+_CACHE = {"mapped": "warm", "copied": "cold"}
 
 
 class Whereabouts:
@@ -47,9 +52,10 @@ class Whereabouts:
 
     def __init__(self) -> None:
         self._files: dict[str, tuple[float, dict[str, Any]]] = {}
+        self._looking: dict[str, threading.Thread] = {}
 
     def of(self, name: str, supervisor: Supervisor) -> dict[str, Any]:
-        """What there is of one.
+        """What there is of one, without waiting for anything.
 
         Args:
             name: As clients call it.
@@ -57,17 +63,15 @@ class Whereabouts:
         """
         state = supervisor.load_state()
         options = supervisor.options
-        at, files = self._files.get(name, (0.0, {}))
-        if not files or time.monotonic() - at > _KEPT_S:
-            files = _files(options)
-            self._files[name] = time.monotonic(), files
+        files = self._known(name, options)
         weights = dict(files["weights"])
         if state.phase in _IN_MEMORY:
             weights["at"] = "memory"
         log = supervisor.start_log
         started = None
         if log.first_token_ns is not None:
-            started = {"ttft_s": log.first_token_s, "tier": state.tier}
+            cache = _CACHE.get(log.document()["load_mode"])
+            started = {"ttft_s": log.first_token_s, "tier": state.tier, "cache": cache}
         on_cpu = options.device == CPU
         return {
             **files,
@@ -79,15 +83,41 @@ class Whereabouts:
             "last_start": started,
         }
 
+    def _known(self, name: str, options: ReplicaOptions) -> dict[str, Any]:
+        """What was last seen of its files; where that is old, a thread looks again."""
+        at, files = self._files.get(name, (-_KEPT_S, _nothing()))
+        thread = self._looking.get(name)
+        if time.monotonic() - at > _KEPT_S and (thread is None or not thread.is_alive()):
+            thread = threading.Thread(
+                target=self._look, args=(name, options), daemon=True, name="whereabouts"
+            )
+            self._looking[name] = thread
+            thread.start()
+        return files
 
-def _files(options: ReplicaOptions) -> dict[str, Any]:
-    """What lies on disks here."""
+    def _look(self, name: str, options: ReplicaOptions) -> None:
+        files = _nothing()
+        # What is wrong is told where the model is loaded, and an image by its own command.
+        with suppress(ColdframeError, OSError, ValueError, LookupError, TypeError, RecursionError):
+            _look_at(options, files)
+        files["looked"] = True
+        self._files[name] = time.monotonic(), files
+
+
+def _nothing() -> dict[str, Any]:
     weights: dict[str, Any] = {"bytes": None, "at": "elsewhere", "cached": 0}
-    found: dict[str, Any] = {"fingerprint": None, "weights": weights, "image": False}
+    return {"fingerprint": None, "weights": weights, "image": False, "looked": False}
+
+
+def _look_at(options: ReplicaOptions, found: dict[str, Any]) -> None:
+    """What lies on disks here, as far as it can be looked at.
+
+    Raises:
+        ColdframeError, OSError, ValueError: The rest cannot be.
+    """
     place = parse_location(options.model)
-    if not isinstance(place, Directory):
-        return found
-    try:
+    if isinstance(place, Directory):
+        weights = found["weights"]
         checkpoint = Checkpoint.open(place.path)
         size = sum(shard.size for shard in checkpoint.shards)
         source = FileSource(checkpoint.shards)
@@ -97,12 +127,9 @@ def _files(options: ReplicaOptions) -> dict[str, Any]:
             source.close()
         weights["bytes"] = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
         weights["cached"] = cached
-        weights["at"] = "page_cache" if cached >= _MOSTLY * size else "disk"
+        weights["at"] = "page_cache" if cached >= MOSTLY * size else "disk"
         found["fingerprint"] = checkpoint.fingerprint
         found["image"] = _image(options, place.path, checkpoint)
-    except ColdframeError:  # it is told where the model is loaded
-        return found
-    return found
 
 
 def _image(options: ReplicaOptions, directory: str, checkpoint: Checkpoint) -> bool:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from coldframe.loader.devices.report import ENTRY as GPUS
@@ -12,6 +10,7 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.device_choice import AUTO, choose_device
 from coldframe.runtime.side_process import ask
+from coldframe.runtime.target import kernel_module
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.check import ENTRY as SNAPSHOTS
 from coldframe.snapshot.reach import may_reach_others
@@ -36,7 +35,7 @@ def snapshots(case: Case) -> Finding:
 
 def gpus(case: Case) -> Finding:
     reaches = may_reach_others()
-    module = _kernel_module(case.root)
+    module = kernel_module(case.root)
     found = ask(GPUS, "GPUs") | {"kernel_module": module, "reaches_others": reaches}
     error = found.pop("error")
     broken = [gpu["error"] for gpu in found["gpus"] if gpu["error"] is not None]
@@ -87,13 +86,3 @@ def _gpu(gpu: Mapping[str, Any]) -> str:
         return f"{gpu['device']} {gpu['name']}: {ColdframeError.from_wire(gpu['error'])}"
     free, total = human_bytes(gpu["free"]), human_bytes(gpu["total"])
     return f"{gpu['device']} {gpu['name']}: {free} of {total} free, memory can be shared"
-
-
-def _kernel_module(root: Path) -> str | None:
-    """The version of the driver's part in the kernel."""
-    try:
-        text = (root / "proc/driver/nvidia/version").read_text(errors="replace")
-    except OSError:
-        return None
-    found = re.search(r"\b\d{3,}\.\d+(?:\.\d+)*\b", text)
-    return None if found is None else found[0]

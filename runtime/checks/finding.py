@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError
+from coldframe.runtime.device_choice import AUTO
 
 __all__ = ["FAIL", "OK", "WARNING", "Case", "Finding"]
 
@@ -27,6 +28,7 @@ class Case:
         port: Its port, likewise.
         store: Where images are kept.
         cache: Where weights that came over a network are kept; None where they are not.
+        device: What the model would compute on: `auto`, `cpu`, `cuda` or `cuda:N`.
     """
 
     root: Path = Path("/")
@@ -35,6 +37,7 @@ class Case:
     port: int | None = None
     store: str = ""
     cache: str | None = None
+    device: str = AUTO
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,16 @@ from __future__ import annotations
 import mmap
 import os
 from contextlib import closing
-from pathlib import Path
 
-from coldframe.loader.cgroup import cpu_count, cpu_quota, memory_available, memory_limit
+from coldframe.loader.cgroup import cpu_count, cpu_quota, meminfo, memory_available, memory_limit
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.devices.hugepages import allocate_huge
 from coldframe.loader.errors import ColdframeError, DeviceFull, PlatformError
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
+from coldframe.runtime.device_choice import CPU, choose_device
+from coldframe.runtime.target import GPU_OVERHEAD, Target
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.machine import cpu_here
 
@@ -51,7 +52,7 @@ def cpu(case: Case) -> Finding:
 
 
 def memory(case: Case) -> Finding:
-    total, available = _meminfo(case.root, "MemTotal"), memory_available(case.root)
+    total, available = _told("MemTotal", case), memory_available(case.root)
     limit, page = memory_limit(case.root), os.sysconf("SC_PAGE_SIZE")
     facts = {"total": total, "available": available, "limit": limit, "page_size": page}
     limited = "no limit" if limit is None else f"a limit of {human_bytes(limit)}"
@@ -69,28 +70,50 @@ def memory(case: Case) -> Finding:
 
 
 def model_memory(case: Case) -> Finding:
-    """The model against what there is."""
+    """The model against what there is of the device that it would be on."""
     assert case.model is not None
     with closing(open_origin(parse_location(case.model), hurry=True)) as origin:
         checkpoint = Checkpoint.open(origin)
     nbytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-    available, needed = memory_available(case.root), nbytes + _REPLICA
-    facts = {"weights": nbytes, "needed": needed, "available": available}
-    says = f"weights of {human_bytes(nbytes)}, {human_bytes(needed)} with a replica's processes"
+    device, available = _device(case)
+    needed = nbytes + (_REPLICA if device == CPU else GPU_OVERHEAD)
+    facts = {"weights": nbytes, "needed": needed, "available": available, "device": device}
+    says = (
+        f"weights of {human_bytes(nbytes)}, {human_bytes(needed)} with a replica's processes, "
+        f"of {human_bytes(available)} on {device}"
+    )
     error: ColdframeError | None = None
     if needed > available:
+        of = "this machine's" if device == CPU else f"{device}'s"
         error = DeviceFull(
-            "the model does not fit this machine's memory",
+            f"the model does not fit {of} memory",
             expected=f"{human_bytes(needed)} available",
             got=human_bytes(available),
-            hint="Raise the memory limit, or take a GPU: coldframe plan MODEL --device cuda.",
+            hint="Raise the memory limit, or take a GPU: --device cuda."
+            if device == CPU
+            else "Take a larger GPU, or the CPU: --device cpu.",
         )
     return Finding("model", says, facts, error, needed=True)
 
 
+def _device(case: Case) -> tuple[str, int]:
+    """Where a replica would compute, and the bytes that nobody has there.
+
+    Raises:
+        NoDevice: The device that is named is not there.
+        DeviceError: It cannot be used.
+    """
+    choice = choose_device(case.device, root=case.root)
+    if choice.device != CPU:
+        target = Target.of(choice)
+        if target.gpu is not None:
+            return target.choice.device, target.available
+    return CPU, memory_available(case.root)
+
+
 def huge_pages(case: Case) -> Finding:
-    size = _meminfo(case.root, "Hugepagesize")
-    free = _meminfo(case.root, "HugePages_Free") // 1024
+    size = _told("Hugepagesize", case)
+    free = meminfo("HugePages_Free", case.root) or 0
     got = allocate_huge("doctor", size)
     if got is None:
         raise PlatformError(
@@ -117,6 +140,15 @@ def shm(case: Case) -> Finding:
     return Finding("shm", says, {"size": size, "free": free}, remedy=remedy)
 
 
+def _told(key: str, case: Case) -> int:
+    found = meminfo(key, case.root)
+    if found is None:
+        raise PlatformError(
+            "the kernel does not tell of it", where=case.root / "proc/meminfo", expected=key
+        )
+    return found
+
+
 def _cannot_share(page: int) -> ColdframeError | None:
     """Why no memory can be shared by descriptor, which all arenas are."""
     try:
@@ -135,12 +167,3 @@ def _cannot_share(page: int) -> ColdframeError | None:
             hint="Allow memfd_create (a seccomp profile forbids it).",
         )
     return None
-
-
-def _meminfo(root: Path, key: str) -> int:
-    """A line of /proc/meminfo; kilobytes as bytes, and a plain number times 1024."""
-    for line in (root / "proc/meminfo").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    return 0

@@ -21,6 +21,9 @@ from coldframe.runtime.gateway.startup import InShort, Startup, in_short, startu
 
 __all__ = ["Status"]
 
+_LOOK_S = 2.0
+_LOOK_STEP_S = 0.01
+
 
 class Status:
     """Says how the models are.
@@ -62,7 +65,7 @@ class Status:
     async def placement(self, _: Request) -> Response:
         """What somebody wants to know who has to say where a model is to run."""
         models = self._engine.models.values()
-        told = await asyncio.gather(*(model.ask("placement") for model in models))
+        told = await asyncio.gather(*map(_placement, models))
         names = (model.name for model in models)
         return JsonResponse({"version": 1, "models": dict(zip(names, told, strict=True))})
 
@@ -109,6 +112,17 @@ class Status:
 
     def _models(self) -> dict[str, InShort]:
         return {name: in_short(model.state) for name, model in self._engine.models.items()}
+
+
+async def _placement(model: ServedModel) -> dict[str, Any]:
+    """What there is of a model, once its files have been looked at, unless that takes too long."""
+    loop = asyncio.get_running_loop()
+    until = loop.time() + _LOOK_S
+    while True:
+        told: dict[str, Any] = await model.ask("placement")
+        if told["looked"] or loop.time() > until:
+            return told
+        await asyncio.sleep(_LOOK_STEP_S)
 
 
 async def _stats(model: ServedModel) -> dict[str, Any] | None:

@@ -18,7 +18,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["Path", "Prediction", "Worker", "predict"]
+__all__ = ["CACHES", "Path", "Prediction", "Worker", "predict"]
+
+CACHES = ("cold", "warm")
+"""States of the page cache: weights are read or fetched, or they are mapped where they lie."""
 
 
 @dataclass(frozen=True, slots=True)

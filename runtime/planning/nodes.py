@@ -1,43 +1,33 @@
-"""Other machines that a model could run on: what they say of themselves, or what is said of them.
+"""Other machines that a model could run on: how they are named, and what is said of them.
 
 A node is the URL of a coldframe endpoint, which is asked for `/placement`; a peer that gives
 weights; or facts that whoever plans knows already. One that cannot be asked is told, and is no
 reason to end. Where endpoints want a key it is in COLDFRAME_NODE_KEY, or in the file of nodes as
-the name of another variable.
+the name of another variable, which begins with COLDFRAME_ too: a file that somebody else has
+written is not to send other secrets anywhere.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import urllib.error
-import urllib.request
 from argparse import ArgumentTypeError
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.loader.location import Peer, parse_location
-from coldframe.loader.opening import open_origin
-from coldframe.loader.plan import Layout, Plan
-from coldframe.runtime.probe import probe
+from coldframe.loader.errors import RequestError
 from coldframe.runtime.units import byte_count, byte_rate
 
-__all__ = ["KEY_VARIABLE", "Node", "NodeFacts", "ask_nodes", "read_nodes"]
+__all__ = ["KEY_VARIABLE", "PLACES", "STATES", "Node", "NodeFacts", "read_nodes"]
 
 KEY_VARIABLE = "COLDFRAME_NODE_KEY"
-_WAIT_S = 5.0
+_KEY_PREFIX = "COLDFRAME_"
 _MOST_BYTES = 1 << 20
 _MOST_NODES = 1000
-_AT_ONCE = 16
 _PORT = 8000
-_PLACES = ("memory", "page_cache", "disk", "elsewhere")
-_STATES = ("zero", "starting", "ready", "parked", "draining", "failed")
+PLACES = ("memory", "page_cache", "disk", "elsewhere")
+STATES = ("zero", "starting", "ready", "parked", "draining", "failed")
 _FIELDS = {"name", "url", "key_env", "memory_free", "rate", "weights", "image", "state"}
 
 
@@ -72,6 +62,9 @@ class NodeFacts:
         available: Bytes of memory that nobody has, or None.
         rate: Bytes a second at which weights come there, or None.
         last_ttft_s: What its last start took, or None.
+        last_tier: The tier that this was of, or None.
+        last_cache: `cold` where weights were read or fetched for it, `warm` where they were mapped;
+            or None.
         url: Where it is.
     """
 
@@ -84,6 +77,8 @@ class NodeFacts:
     available: int | None = None
     rate: float | None = None
     last_ttft_s: float | None = None
+    last_tier: str | None = None
+    last_cache: str | None = None
     url: str | None = None
 
 
@@ -169,8 +164,8 @@ def _node(item: object, where: str) -> Node:
             if not given["rate"] > 0:
                 raise ValueError("rate")
         sound = (
-            given.get("weights", "disk") in _PLACES
-            and given.get("state", "zero") in _STATES
+            given.get("weights", "disk") in PLACES
+            and given.get("state", "zero") in STATES
             and isinstance(given.get("image", False), bool)
             and isinstance(item.get("key_env", ""), str)
             and isinstance(item.get("url", ""), str)
@@ -181,6 +176,14 @@ def _node(item: object, where: str) -> Node:
         raise _wrong(where, item)
     url = item.get("url")
     key = item.get("key_env", KEY_VARIABLE)
+    if not key.startswith(_KEY_PREFIX):
+        raise RequestError(
+            "a node's key is in a variable that may hold anything",
+            where=where,
+            expected=f"key_env with a name that begins with {_KEY_PREFIX}",
+            got=repr(key)[:100],
+            hint=f"Put the key into a variable of such a name, as {KEY_VARIABLE}_2.",
+        )
     return Node(item["name"], None if url is None else _url(url, where), key, given)
 
 
@@ -189,7 +192,7 @@ def _wrong(where: str, item: object) -> RequestError:
         "a node's fields say nothing that could be",
         where=where,
         expected='a url or facts: memory_free "64GiB", rate "2GB/s", weights '
-        f"({', '.join(_PLACES)}), state ({', '.join(_STATES)}), image true or false",
+        f"({', '.join(PLACES)}), state ({', '.join(STATES)}), image true or false",
         got=repr(item)[:200],
     )
 
@@ -200,109 +203,3 @@ def _size(value: object) -> int:
     if type(value) is not int or value < 0:
         raise ValueError("memory_free")
     return value
-
-
-def ask_nodes(nodes: Sequence[Node], fingerprint: str) -> list[NodeFacts]:
-    """What they are, all asked at once.
-
-    Args:
-        nodes: Which ones.
-        fingerprint: Of the checkpoint that is to run.
-    """
-    if not nodes:
-        return []
-    with ThreadPoolExecutor(min(_AT_ONCE, len(nodes))) as pool:
-        return list(pool.map(lambda node: _facts(node, fingerprint), nodes))
-
-
-def _facts(node: Node, fingerprint: str) -> NodeFacts:
-    if node.url is None:
-        return _with(NodeFacts(node.name, None, "given"), node.given)
-    peer = node.url.startswith("peer://")
-    kind = "peer" if peer else "endpoint"
-    try:
-        found = _ask_peer(node, fingerprint) if peer else _ask_endpoint(node, fingerprint)
-    except ColdframeError as error:
-        return NodeFacts(node.name, f"{type(error).__name__}: {error}", kind, url=node.url)
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        return NodeFacts(node.name, _said(error), kind, url=node.url)
-    return _with(found, node.given)
-
-
-def _said(error: Exception) -> str:
-    if isinstance(error, urllib.error.HTTPError):
-        keys = ": it wants a key" if error.code in (401, 403) else ""
-        return f"it answers {error.code} to /placement{keys}"
-    if isinstance(error, urllib.error.URLError):
-        return f"it cannot be reached: {error.reason}"
-    if isinstance(error, TimeoutError):
-        return f"it does not answer within {_WAIT_S:g} s"
-    return f"it is no endpoint of coldframe: {type(error).__name__}: {error}"
-
-
-def _with(facts: NodeFacts, given: Mapping[str, Any]) -> NodeFacts:
-    names = {"memory_free": "available"}
-    return replace(facts, **{names.get(key, key): value for key, value in given.items()})
-
-
-def _ask_endpoint(node: Node, fingerprint: str) -> NodeFacts:
-    """Asks a running `coldframe serve`.
-
-    Raises:
-        OSError: It cannot be reached.
-        ValueError, LookupError, TypeError: It is nothing of the kind.
-    """
-    assert node.url is not None
-    headers = {"accept": "application/json"}
-    key = os.environ.get(node.key_env)
-    if key:
-        headers["x-api-key"] = key
-    request = urllib.request.Request(f"{node.url}/placement", headers=headers)
-    # No redirect: a key is for this host alone.
-    opener = urllib.request.build_opener(_NoRedirect)
-    with opener.open(request, timeout=_WAIT_S) as answer:
-        told = json.loads(answer.read(_MOST_BYTES))
-    if not isinstance(told["models"], dict):
-        raise ValueError("models")
-    models = told["models"].values()
-    url = node.url
-    free = [m["memory_available"] for m in models if m["memory_available"] is not None]
-    available = int(min(free)) if free else None
-    for model in models:
-        if model["fingerprint"] == fingerprint:
-            last = model["last_start"]
-            return NodeFacts(
-                node.name,
-                None,
-                "endpoint",
-                str(model["state"]),
-                str(model["weights"]["at"]),
-                model["image"] is True,
-                available,
-                last_ttft_s=None if last is None else float(last["ttft_s"]),
-                url=url,
-            )
-    return NodeFacts(node.name, None, "endpoint", available=available, url=url)
-
-
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    def redirect_request(self, *_: Any) -> None:
-        return None
-
-
-def _ask_peer(node: Node, fingerprint: str) -> NodeFacts:
-    """Asks who gives weights, and how fast they come from there.
-
-    Raises:
-        ColdframeError: It cannot be asked, or has another model.
-    """
-    assert node.url is not None
-    place = parse_location(node.url)
-    assert isinstance(place, Peer)
-    with closing(open_origin(place, hurry=True)) as origin:
-        checkpoint = Checkpoint.open(origin)
-        if checkpoint.fingerprint != fingerprint:
-            return NodeFacts(node.name, "it gives another model", "peer", url=place.uri)
-        plan = Plan.build(checkpoint, layout=Layout.ALIGNED)
-        rate = probe(origin, checkpoint, plan, maps=False).rate
-    return NodeFacts(node.name, None, "peer", weights="memory", rate=rate, url=place.uri)

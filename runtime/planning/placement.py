@@ -2,7 +2,8 @@
 
 The times of another machine are those of this one's rehearsals, with what is there in place of what
 is here: its state, its weights, its image, its rate. Where an endpoint has told what its own last
-start took, that counts for a start from zero.
+start took, that counts for a start of the same tier from the same state of the page cache. Where
+weights are not there, and nobody says how fast they come, there is no time.
 """
 
 from __future__ import annotations
@@ -94,8 +95,12 @@ def of_node(facts: NodeFacts, here: Here) -> dict[str, Any]:
         if not mapped and facts.rate is not None:
             why.append(f"they come at {human_bytes(facts.rate)}/s")
     ttft_s = None if best is None else best["ttft_s"]
-    if tier is None and facts.last_ttft_s is not None:
+    if tier is None and facts.weights == "elsewhere" and facts.rate is None:
+        ttft_s = None
+        why.append("how fast they would come is not known (rate, in a file of nodes)")
+    elif best is not None and tier is None and _alike(facts, best):
         ttft_s = facts.last_ttft_s
+        assert ttft_s is not None
         why.append(f"its last start took {human_seconds(ttft_s)}")
     # A peer gives what it has: the replica would be here.
     if facts.kind == "peer":
@@ -117,6 +122,12 @@ def ranked(places: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         return not place["reachable"], place["fits"] is False, ttft_s, near
 
     return [{"rank": n, **place} for n, place in enumerate(sorted(places, key=order), 1)]
+
+
+def _alike(facts: NodeFacts, start: Mapping[str, Any]) -> bool:
+    """Whether a node's last start was such a one."""
+    last = (facts.last_tier, facts.last_cache)
+    return facts.last_ttft_s is not None and last == (start["tier"], start["cache"])
 
 
 def _best(

@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from coldframe.loader.cgroup import cpu_count, memory_available
+from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.process import spawn_python
@@ -28,7 +28,9 @@ from coldframe.runtime.planning.images import Found, borrowed, find_image
 from coldframe.runtime.planning.kept import Kept
 from coldframe.runtime.planning.law import Worker
 from coldframe.runtime.planning.rehearsal import Rehearsed, rehearse_run, rehearse_serve
+from coldframe.runtime.planning.room import rehearsal_room
 from coldframe.runtime.planning.scale_model import write_scale_model
+from coldframe.runtime.planning.scratch import scratch
 from coldframe.runtime.planning.template import resident_template, scale_template
 from coldframe.snapshot.machine import cpu_here, own_sources, torch_version
 
@@ -103,6 +105,7 @@ def measure_rates(
     anew: bool = False,
     times: int = 1,
     free: Callable[[], int] | None = None,
+    gpu: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda what: None,
 ) -> Rates:
     """What starts of a model take here.
@@ -119,6 +122,7 @@ def measure_rates(
         anew: Forget what is kept.
         times: How often to rehearse, where that is done.
         free: Bytes of the GPU that nobody has, now.
+        gpu: What its driver says of it; see `loader.devices.report`.
         tell: Gets what is being rehearsed.
 
     Raises:
@@ -129,7 +133,8 @@ def measure_rates(
         image = Found(None, "the image is in a bucket: its way here is not measured")
     template = resident_template(origin, checkpoint, device)
     key = {
-        "machine": [*_machine(), device],
+        # A number is another GPU's after CUDA_VISIBLE_DEVICES, or on another day's machine.
+        "machine": [*_machine(), device, *(() if gpu is None else _gpu(gpu))],
         "shape": asdict(spec),
         "tokens": tokens,
         "maps": maps,
@@ -183,6 +188,12 @@ def _machine() -> list[Any]:
     ]
 
 
+def _gpu(gpu: Mapping[str, Any]) -> list[Any]:
+    """What tells a GPU from others, as far as a start's time goes."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [seen, *(gpu.get(key) for key in ("name", "total", "driver", "kernel_module"))]
+
+
 def _warm_imports() -> None:
     """Torch's files into the page cache: the first start after a boot is another matter."""
     null = os.open(os.devnull, os.O_RDONLY)
@@ -218,11 +229,11 @@ class _Rehearsal:
         """
         with ExitStack() as stack:
             base = tempfile.gettempdir()
-            work = stack.enter_context(tempfile.TemporaryDirectory(prefix="coldframe-scale-"))
+            work = stack.enter_context(scratch(base))
             model = os.path.join(work, "model")
             os.mkdir(model)
             scale = write_scale_model(
-                model, self.origin, self.checkpoint.config, self.spec, self._room(base)
+                model, self.origin, self.checkpoint.config, self.spec, rehearsal_room(base)
             )
             prompt = [(5 + _STEP * i) % scale.spec.vocab_size for i in range(self.tokens)]
             device = ["--device", self.device]
@@ -236,11 +247,12 @@ class _Rehearsal:
             before = None if self.free is None else self.free()
 
             def measure(tier: str, environment: Mapping[str, str]) -> dict[str, float]:
+                forks = tier == "template"
                 self.tell(f"rehearsing {tier} starts of a scale model")
                 if self.maps:
-                    run = rehearse_run(scale, prompt, device, environment)
+                    run = rehearse_run(scale, prompt, device, environment, forks=forks)
                     cells[f"{tier}/run/mapped"] = _figures(run)
-                run = rehearse_run(scale, prompt, [*device, "--copy"], environment)
+                run = rehearse_run(scale, prompt, [*device, "--copy"], environment, forks=forks)
                 cells[f"{tier}/run/copied"] = _figures(run)
                 weights = "mapped" if self.maps else "copied"
                 served, rests, left = rehearse_serve(scale, prompt, device, environment, self.free)
@@ -263,11 +275,6 @@ class _Rehearsal:
                 except (ColdframeError, OSError) as error:
                     why["template"] = str(error)
             return found
-
-    def _room(self, directory: str) -> int:
-        """Bytes of disk and of memory that a scale model may take."""
-        status = os.statvfs(directory)
-        return min(status.f_bavail * status.f_frsize // 2, memory_available() // 4)
 
 
 def _figures(rehearsed: Rehearsed) -> dict[str, Any]:

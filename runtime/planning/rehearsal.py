@@ -11,37 +11,28 @@ from __future__ import annotations
 import http.client
 import json
 import os
-import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from coldframe.loader.errors import PlatformError
+from coldframe.runtime.planning.endpoint_client import ask, first_token_ns, free_port, knock
 from coldframe.runtime.planning.footprint import Footprint, footprint
 from coldframe.runtime.planning.law import Worker
+from coldframe.runtime.planning.processes import end_process, held, read_until, start_process
 from coldframe.runtime.planning.scale_model import ScaleModel
 
-__all__ = [
-    "Rehearsed",
-    "Resting",
-    "coldframe_command",
-    "end_process",
-    "rehearse_run",
-    "rehearse_serve",
-    "worker_of",
-]
+__all__ = ["Rehearsed", "Resting", "rehearse_run", "rehearse_serve", "worker_of"]
 
-_PATIENCE_S = 60.0
-_TOKENS = 16
+_PATIENCE_S = 120.0
+_TOKENS = (16, 128, 1024)
+"""Of a run's answer; the more where with the fewer it was over before it was looked at."""
 _MODEL = "scale"
-_KNOCK_S = 0.001
 _RESTS = {"warm": None, "parked": "/sleep?level=1"}
 
 
@@ -66,7 +57,12 @@ class Resting:
 
 
 def rehearse_run(
-    scale: ScaleModel, prompt: Sequence[int], arguments: Sequence[str], snapshot: Mapping[str, str]
+    scale: ScaleModel,
+    prompt: Sequence[int],
+    arguments: Sequence[str],
+    snapshot: Mapping[str, str],
+    *,
+    forks: bool = False,
 ) -> Rehearsed:
     """One `coldframe run`.
 
@@ -75,17 +71,38 @@ def rehearse_run(
         prompt: Token ids.
         arguments: More flags.
         snapshot: The environment that says how workers start.
+        forks: Whether they are a template's children, and so not in the memory that is found.
 
     Raises:
         PlatformError: It failed.
     """
-    command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(_TOKENS)]
+    for tokens in _TOKENS:
+        if len(prompt) + tokens > scale.spec.context_length:
+            break
+        found = _run(scale, prompt, tokens, arguments, snapshot)
+        if forks or found.memory.weights:
+            return found
+    raise PlatformError(
+        "a rehearsal was over before its memory could be looked at",
+        hint="Try again when the machine is less busy.",
+    )
+
+
+def _run(
+    scale: ScaleModel,
+    prompt: Sequence[int],
+    tokens: int,
+    arguments: Sequence[str],
+    snapshot: Mapping[str, str],
+) -> Rehearsed:
+    command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(tokens)]
     timeline = os.path.join(scale.path, "timeline.json")
     command += ["--ignore-eos", "--quiet", "--timeline", timeline, *arguments]
     with _process(command, snapshot, stdout=subprocess.PIPE) as (process, _):
-        assert process.stdout is not None
-        _answered(process, process.stdout.fileno())
-        memory = footprint(process.pid)
+        # Both workers have computed when some tokens are out.
+        read_until(process, _TOKENS[0] // 2, _PATIENCE_S)
+        with held(process):
+            memory = footprint(process.pid)
         process.communicate(timeout=_PATIENCE_S)
         if process.returncode:
             raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
@@ -108,24 +125,24 @@ def rehearse_serve(
     Returns:
         The start, the rests, and what `free` said after the first answer.
     """
-    port = _free_port()
+    port = free_port()
     command = ["serve", scale.path, "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--model-name", _MODEL, *arguments]
+    command += ["--platform", "generic", "--model-name", _MODEL, *arguments]
     with _process(command, snapshot, stdout=subprocess.DEVNULL) as (process, started_ns):
-        connection = _knock(port, process)
+        connection = knock(port, process, _PATIENCE_S)
         try:
-            ttft_s = (_first_token_ns(connection, prompt) - started_ns) / 1e9
+            ttft_s = (first_token_ns(connection, _MODEL, prompt, _TOKENS[0]) - started_ns) / 1e9
             memory, left = footprint(process.pid), None if free is None else free()
-            startup = _ask(connection, "GET", "/startup")
+            startup = ask(connection, "GET", "/startup")
             stages = startup["timeline"]["stages"]
             rests = {}
             for rest, path in _RESTS.items():
                 if path is not None:
-                    _ask(connection, "POST", path)
+                    ask(connection, "POST", path)
                 asked = time.monotonic_ns()
                 # Another prompt each time: what is in KV already is not computed again.
                 other = [1 + (token + len(rest)) % (scale.spec.vocab_size - 1) for token in prompt]
-                rests[rest] = (_first_token_ns(connection, other) - asked) / 1e9
+                rests[rest] = (first_token_ns(connection, _MODEL, other, _TOKENS[0]) - asked) / 1e9
         finally:
             connection.close()
     return Rehearsed(worker_of(stages, ttft_s), memory), Resting(rests), left
@@ -185,26 +202,15 @@ def _length(stage: Mapping[str, Any]) -> float:
     return float(stage["end_s"] - stage["start_s"])
 
 
-# -- processes ------------------------------------------------------------------------------------
-
-
 @contextmanager
 def _process(
     command: list[str], environment: Mapping[str, str], *, stdout: int
 ) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """A `coldframe` of ours while the context lasts, and just before its exec."""
-    changed = {**_bare_environment(), **environment}
     with tempfile.TemporaryFile() as said:
         started = time.monotonic_ns()
-        changed["COLDFRAME_EXEC_NS"] = str(started)
-        process = subprocess.Popen(
-            [*coldframe_command(), *command],
-            env=changed,
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=said,
-            start_new_session=True,
-        )
+        told = {**environment, "COLDFRAME_EXEC_NS": str(started)}
+        process = start_process(command, told, stdout=stdout, stderr=said.fileno())
         try:
             yield process, started
         except (OSError, ValueError, LookupError, http.client.HTTPException) as error:
@@ -221,109 +227,3 @@ def _process(
             ) from error
         finally:
             end_process(process)
-
-
-def end_process(process: subprocess.Popen[bytes]) -> None:
-    """In good order where it listens to that, and with all that it has started."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    if process.stdout is not None:
-        process.stdout.close()
-
-
-def _bare_environment() -> dict[str, str]:
-    """Ours without a replica's settings: a rehearsal is of the defaults, but for what is said."""
-    kept = ("COLDFRAME_RUN_DIR",)
-    return {k: v for k, v in os.environ.items() if k in kept or not k.startswith("COLDFRAME_")}
-
-
-def coldframe_command() -> list[str]:
-    """How `coldframe` is called here; see `benchmarks.harness.coldframe_command`."""
-    script = Path(sys.executable).parent / "coldframe"
-    if script.exists():
-        return [str(script)]
-    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
-    return [sys.executable, "-P", "-c", code]
-
-
-def _answered(process: subprocess.Popen[bytes], fd: int) -> None:
-    """Waits until some tokens are out: both workers have computed then.
-
-    Raises:
-        PlatformError: There were none.
-    """
-    said = b""
-    while len(said) < _TOKENS // 2:
-        part = os.read(fd, 1 << 12)
-        if not part:
-            process.wait(_PATIENCE_S)
-            raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
-        said += part
-
-
-# -- HTTP -----------------------------------------------------------------------------------------
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _knock(port: int, process: subprocess.Popen[bytes]) -> http.client.HTTPConnection:
-    """A connection, as soon as somebody listens."""
-    until = time.monotonic() + _PATIENCE_S
-    while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE_S)
-        try:
-            connection.connect()
-        except OSError as error:
-            connection.close()
-            if process.poll() is not None or time.monotonic() > until:
-                raise PlatformError(
-                    "a rehearsal's endpoint is not there", got=str(error)
-                ) from error
-            time.sleep(_KNOCK_S)
-        else:
-            assert connection.sock is not None
-            connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return connection
-
-
-def _first_token_ns(connection: http.client.HTTPConnection, prompt: Sequence[int]) -> int:
-    """Asks for an answer; when its first event was there (CLOCK_MONOTONIC)."""
-    body = {
-        "model": _MODEL,
-        "prompt": list(prompt),
-        "max_tokens": _TOKENS,
-        "ignore_eos": True,
-        "temperature": 0,
-        "stream": True,
-    }
-    head = {"content-type": "application/json"}
-    connection.request("POST", "/v1/completions", json.dumps(body).encode(), head)
-    answer = connection.getresponse()
-    line = b""
-    while not line.startswith(b"data: {"):
-        line = answer.readline()
-        if not line or answer.status != http.client.OK:
-            raise PlatformError(
-                "a rehearsal's request was refused", got=f"{answer.status} {line!r}"
-            )
-    first = time.monotonic_ns()
-    answer.read()
-    return first
-
-
-def _ask(connection: http.client.HTTPConnection, method: str, path: str) -> Any:
-    connection.request(method, path)
-    answer = connection.getresponse()
-    body = answer.read()
-    if answer.status != http.client.OK:
-        raise PlatformError("a rehearsal's request was refused", got=f"{answer.status} {body!r}")
-    return json.loads(body) if body.startswith(b"{") else None

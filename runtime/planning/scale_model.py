@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from coldframe.loader.companions import COMPANIONS
-from coldframe.loader.errors import PlatformError, RequestError, SourceNotFound
+from coldframe.loader.errors import CheckpointError, PlatformError, RequestError, SourceNotFound
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.safetensors_writer import TensorEntry, encode_header
@@ -72,6 +72,7 @@ def write_scale_model(
     Raises:
         RequestError: A layer alone would take more than that.
         SourceError: The model's small files cannot be had.
+        CheckpointError: One of them is none.
         PlatformError: It cannot be written.
     """
     spec = _cut(spec, room)
@@ -131,15 +132,27 @@ def _write_companions(
     root.joinpath("config.json").write_text(json.dumps(cut))
     generation = root / "generation_config.json"
     if generation.exists():
-        said = json.loads(generation.read_bytes())
+        said = _object(generation)
         ends = {k: _within(v, spec.vocab_size) for k, v in said.items() if k.endswith("_token_id")}
         generation.write_text(json.dumps(said | ends))
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError("a small file of the model is no JSON", where=path.name) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(
+            "a small file of the model is no JSON object", where=path.name, got=repr(found)[:100]
+        )
+    return found
 
 
 def _within(value: object, vocabulary: int) -> object:
     """Special tokens, as far as there are rows for them."""
     if isinstance(value, list):
-        return [token for token in value if token < vocabulary] or None
+        return [token for token in value if isinstance(token, int) and token < vocabulary] or None
     return value if not isinstance(value, int) or value < vocabulary else None
 
 

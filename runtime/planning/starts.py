@@ -13,13 +13,12 @@ from typing import Any
 from coldframe.loader.plan import Plan
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.planning.law import Path, Worker, predict
+from coldframe.runtime.planning.law import CACHES, Path, Worker, predict
 from coldframe.runtime.planning.rates import Rates
 
 __all__ = ["CACHES", "THROUGH", "TIERS", "replicas", "starts"]
 
 TIERS = ("fresh", "template", "restored", "parked", "warm")
-CACHES = ("cold", "warm")
 THROUGH = ("run", "http")
 _RESTS = ("parked", "warm")
 

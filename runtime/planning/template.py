@@ -5,20 +5,23 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import NamedTuple
 
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import ColdframeError, PlatformError
+from coldframe.loader.errors import ColdframeError
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.planning.rehearsal import coldframe_command, end_process
+from coldframe.runtime.planning.processes import end_process, read_until, start_process
+from coldframe.runtime.planning.scratch import scratch
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.places import KEY_DIGITS, template_directory, templates
 
 __all__ = ["Resident", "resident_template", "scale_template"]
+
+_PREFIX = "cf-plan-"
+_PATIENCE_S = 120.0
 
 
 class Resident(NamedTuple):
@@ -55,29 +58,22 @@ def scale_template(model: str, work: str) -> Iterator[Mapping[str, str]]:
 
     Raises:
         PlatformError: There can be none.
+        OSError: Nothing can be made here.
     """
     # A socket's path is short, that of a temporary directory may not be.
     base = os.path.dirname(template_directory())
-    with tempfile.TemporaryDirectory(prefix="cf-", dir=base) as runs:
+    with scratch(base, _PREFIX) as runs:
         environment = {
             "COLDFRAME_RUN_DIR": runs,
             "COLDFRAME_SNAPSHOT": "require",
             "COLDFRAME_SNAPSHOT_STORE": os.path.join(work, "none"),
         }
-        process = subprocess.Popen(
-            [*coldframe_command(), "snapshot", "template", model, "--graphs", "off", "--json"],
-            env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=sys.stderr,
-            start_new_session=True,
+        command = ["snapshot", "template", model, "--graphs", "off", "--json"]
+        process = start_process(
+            command, environment, stdout=subprocess.PIPE, stderr=sys.stderr.fileno()
         )
         try:
-            assert process.stdout is not None
-            if not process.stdout.readline():
-                raise PlatformError(
-                    "a template cannot be rehearsed", got=f"exit status {process.wait(10)}"
-                )
+            read_until(process, 1, _PATIENCE_S)  # it tells of itself once it is there
             yield environment
         finally:
             end_process(process)

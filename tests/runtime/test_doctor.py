@@ -15,6 +15,7 @@ from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime import doctor
 from coldframe.runtime.checks import devices
 from coldframe.runtime.checks.finding import Case, Finding
+from coldframe.runtime.checks.machine import model_memory
 from coldframe.runtime.doctor import examine
 from coldframe.runtime.side_process import ask
 from tests.runtime.snapshots import COLDFRAME
@@ -44,7 +45,14 @@ def with_gpus(
 
 def arguments(store: Path, **more: object) -> argparse.Namespace:
     """The command's, for a store that is nobody's."""
-    fixed = {"model": None, "host": None, "port": None, "cache": None, "json": False}
+    fixed = {
+        "model": None,
+        "host": None,
+        "port": None,
+        "cache": None,
+        "json": False,
+        "device": "auto",
+    }
     return argparse.Namespace(**{**fixed, "snapshot_store": str(store), **more})
 
 
@@ -156,6 +164,55 @@ def test_a_model_that_is_not_there_fails(
     checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
     assert checks["model"]["status"] == "fail"
     assert checks["model"]["facts"]["error"]["error"] == "SourceNotFound"
+
+
+def test_a_model_is_judged_by_its_device(
+    tmp_path: Path,
+    demo_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A machine with little memory of its own, and a GPU with much."""
+    host = tmp_path / "host"
+    (host / "proc").mkdir(parents=True)
+    (host / "proc/meminfo").write_text("MemTotal: 200000 kB\nMemAvailable: 100000 kB\n")
+    told = {"error": None, "driver": "13.0", "gpus": [GPU]}
+    says = f"import os; os.write(3, {json.dumps(told).encode()!r})"
+    monkeypatch.setattr("coldframe.runtime.target.ENTRY", says)
+
+    def found(device: str) -> Finding:
+        return model_memory(Case(root=host, model=str(demo_model()), device=device))
+
+    assert (found("cpu").status, found("auto").status) == ("fail", "fail")
+    on_gpu = found("cuda")
+    assert (on_gpu.status, on_gpu.facts["device"]) == ("ok", "cuda:0")
+    assert on_gpu.facts["available"] == GPU["free"]
+    # Where a GPU is seen it would be taken.
+    (host / "dev").mkdir()
+    for name in ("nvidiactl", "nvidia0"):
+        (host / "dev" / name).touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr("coldframe.runtime.device_choice._why_none", lambda *_: None)
+    assert found("auto").facts["device"] == "cuda:0"
+    told["gpus"] = [{**GPU, "free": 1 << 20}]
+    says = f"import os; os.write(3, {json.dumps(told).encode()!r})"
+    monkeypatch.setattr("coldframe.runtime.target.ENTRY", says)
+    full = found("cuda:0")
+    assert (full.status, "cuda:0" in str(full.error)) == ("fail", True)
+
+
+def test_a_device_that_is_not_there_fails(
+    tmp_path: Path,
+    demo_model: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    named = arguments(tmp_path, model=str(demo_model()), device="cuda", json=True)
+    assert doctor.run(named) == 1
+    checks = {check["name"]: check for check in json.loads(capsys.readouterr().out)["checks"]}
+    assert checks["model"]["facts"]["error"]["error"] == "NoDevice"
+    with pytest.raises(RequestError, match="no such device"):
+        doctor.run(arguments(tmp_path, device="tpu"))
 
 
 def test_a_port_is_a_number_or_what_kubernetes_sets(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.plan import Layout, Plan
+from coldframe.loader.residency import cached_bytes
 from coldframe.runtime import probe
 from coldframe.runtime.cli import main
 from coldframe.runtime.options import ReplicaOptions
@@ -42,6 +45,29 @@ def plan(capsys: Capture, *arguments: object) -> dict[str, Any]:
     assert main(["plan", *map(str, arguments), "--json"]) == 0
     document: dict[str, Any] = json.loads(capsys.readouterr().out)
     return document
+
+
+def read_but_a_page(path: Path) -> None:
+    """Has a file in the page cache, page by page, without one in its middle."""
+    step = mmap.PAGESIZE
+    with path.open("r+b", buffering=0) as file:
+        fd, size = file.fileno(), path.stat().st_size
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+        for offset in range(0, size, step):
+            os.pread(fd, step, offset)
+        os.posix_fadvise(fd, size // 2 // step * step, step, os.POSIX_FADV_DONTNEED)
+
+
+def residency(files: list[Path]) -> tuple[int, int]:
+    """Bytes of files that are in the page cache, and all of them."""
+    cached = total = 0
+    for path in files:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            cached, total = cached + cached_bytes(file.fileno(), 0, size), total + size
+    return cached, total
 
 
 def tensors(model: Path) -> dict[str, torch.Tensor]:
@@ -115,9 +141,15 @@ def test_a_replica_loads_what_the_plan_says(
 
 def test_a_cached_model_will_be_mapped(demo_model: Make, capsys: Capture) -> None:
     model = demo_model("llama")
-    for file in model.iterdir():
-        file.read_bytes()
+    shards = [Path(shard.uri) for shard in Checkpoint.open(model).shards]
+    for shard in shards:
+        read_but_a_page(shard)
+    # A page that the kernel has dropped is no matter: a load would map them all the same.
+    cached, total = residency(shards)
+    assert 0.9 * total < cached < total
     document = plan(capsys, model)
+    # And what is there is left there.
+    assert residency(shards)[0] > 0.9 * total
     assert document["rate_bytes_per_s"] is None
     assert document["rate_source"] == "cached, mapped in place"
     assert document["predicted_load_s"] == 0

@@ -39,6 +39,8 @@ def test_an_image_is_rehearsed_and_stays_as_it_was(
     assert document["next_start"]["tier"] == "restored"
     replicas = {(r["tier"], r["through"], r["weights"]) for r in document["memory"]["replica"]}
     assert ("restored", "http", "mapped") in replicas
+    for replica in document["memory"]["replica"]:
+        assert replica["parts"]["processes"] > 50e6  # clones are counted, too
     assert {path: path.stat().st_size for path in store.rglob("*") if path.is_file()} == before
     # The borrowed names are gone.
     assert all(path.stat().st_nlink == 1 for path in before)

@@ -43,52 +43,52 @@ _TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|)\s*")
 
 
 def add_arguments(parser: Parser) -> None:
+    # Without twins in the environment: other commands mean other things by these words.
     add_trace_arguments(parser)
-    parser.flag("--slo", metavar="TTFT", help="when the first token is to be there, as 2s or 500ms")
-    parser.flag(
+    parser.add_argument(
+        "--slo", metavar="TTFT", help="when the first token is to be there, as 2s or 500ms"
+    )
+    parser.add_argument(
         "--slo-percentile",
         metavar="P",
         type=float,
         default=99.0,
         help="for so many requests of a hundred (99)",
     )
-    parser.flag("--price", type=float, help="what the device that a model holds costs an hour")
-    parser.flag(
+    parser.add_argument(
+        "--price", type=float, help="what the device that a model holds costs an hour"
+    )
+    parser.add_argument(
         "--parked-price",
         type=float,
         help=f"what a parked model costs an hour ({PARKED_SHARE:g} of --price: host memory)",
     )
     choices = parser.add_argument_group("the choices")
-    parser.flag(
+    choices.add_argument(
         "--idle",
         metavar="SECONDS,...",
         default="60",
-        group=choices,
         help="keep-alives to try with each choice that has one (60)",
     )
-    parser.flag(
+    choices.add_argument(
         "--pool",
         metavar="N,...",
-        group=choices,
         help="pools to try (1, and half of the models)",
     )
-    parser.flag(
-        "--policy", metavar="TEXT", action="append", group=choices, help="one more, as serve has it"
+    choices.add_argument(
+        "--policy", metavar="TEXT", action="append", help="one more, as serve has it"
     )
     source = parser.add_argument_group("how long starts take")
-    parser.flag(
-        "--times", metavar="FILE", type=Path, group=source, help="what bench replay or cold printed"
+    source.add_argument(
+        "--times", metavar="FILE", type=Path, help="what bench replay or cold printed"
     )
-    parser.flag(
-        "--model", metavar="DIR", type=Path, group=source, help="predicted for this checkpoint"
-    )
-    parser.flag(
+    source.add_argument("--model", metavar="DIR", type=Path, help="predicted for this checkpoint")
+    source.add_argument(
         "--context",
         type=int,
-        group=source,
         help="tokens that lengths are scaled into (the model's; with --times as they are)",
     )
-    parser.flag("--json", action="store_true", help="print the JSON document alone")
+    parser.add_argument("--json", action="store_true", help="print the JSON document alone")
 
 
 def run(args: argparse.Namespace) -> int:

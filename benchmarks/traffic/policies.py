@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.scaling import FixedKeepAlive, PolicyFactory
+from coldframe.runtime.scaling import FixedKeepAlive, LivePolicy
 from coldframe.runtime.scaling_spec import policy_from
 
 __all__ = ["NEVER", "Chosen", "fixed", "policy", "seconds_or_never", "served"]
@@ -22,7 +24,7 @@ class Chosen:
     """
 
     def __init__(
-        self, text: str, factory: PolicyFactory, keeps: tuple[float | None] | None = None
+        self, text: str, factory: Callable[[], LivePolicy], keeps: tuple[float | None] | None = None
     ) -> None:
         self.text = text
         self.factory = factory
@@ -49,7 +51,7 @@ def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Chosen:
     return Chosen(text, lambda: FixedKeepAlive(idle_s, park_s), (idle_s,))
 
 
-def served(chosen: Chosen, pool: int) -> tuple[list[str], PolicyFactory]:
+def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolicy]]:
     """The flags by which a server follows a policy, and what it makes of them for each model.
 
     Args:

@@ -177,7 +177,7 @@ def test_a_replay_goes_on_where_a_request_is_refused(
     began = "2024-01-01T00:00:0"
     trace.write_text(f"{HEAD}{began}0Z,16,4\n{began}0Z,200,8\n{began}1Z,16,4\n")
     # The second one takes more KV than there is.
-    flags = ("--times", str(times), "--kv-memory", "64KiB", "--output", str(out))
+    flags = ("--times", str(times), "--kv-memory", "128KiB", "--output", str(out))
     found = replayed(demo_model(), trace, no_leaks, *flags, status=1)
     live = found["live"]
     assert (live["requests"], live["refused"], live["failed"]) == (3, 1, 0)

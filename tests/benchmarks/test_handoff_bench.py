@@ -76,7 +76,10 @@ def test_the_benchmark_runs_and_ends_in_one_document(
 
 
 @pytest.mark.heavy
-def test_a_request_that_fails_says_why(demo_model: Make, no_leaks: Path) -> None:
+def test_a_request_that_fails_says_why(
+    demo_model: Make, no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDFRAME_RUN_DIR", str(no_leaks))
     # Room for 32 tokens or so.
     options = ReplicaOptions(str(demo_model("llama", "float32")), kv_bytes=128 << 10)
     with Replica(options) as replica:

@@ -24,6 +24,7 @@ from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+ONCE = ["starting", "warm"]
 TIMES = Times([2.0], [], [0.1], [0.05], Line(0.01, 0.0), Line(0.01, 0.0), "made up")
 
 
@@ -224,12 +225,31 @@ def replayed(model: Path, trace: Path, runs: Path, *flags: str, status: int = 0)
 
 
 def assert_alike(live: dict[str, Any], simulated: dict[str, Any]) -> None:
-    """Devices are held alike, but for what starts took, which may be anything on a busy machine."""
-    starts = [seconds_in(part, "starting") for part in (live, simulated)]
-    other = [seconds_in(part, "warm", "draining") for part in (live, simulated)]
-    off = abs(live["gpu_s"] - simulated["gpu_s"]) - abs(starts[0] - starts[1])
-    assert off <= 0.15 * live["gpu_s"], (starts, other)
-    assert other[0] == pytest.approx(other[1], rel=0.15, abs=abs(starts[0] - starts[1]))
+    """The same states in the same order, and devices held alike within 5 %.
+
+    But for what starts and ends took, each of which may be anything on a busy machine: these were
+    drawn from other ones.
+    """
+    orders = []
+    for part in (live, simulated):
+        found = {
+            name: [stay["state"] for stay in stays if stay["state"] != "draining"]
+            for name, stays in part["states"].items()
+        }
+        orders.append(found)
+        assert part["failed"] == part["refused"] == 0
+    assert orders[0] == orders[1]
+    assert [(a["model"], a["from"]) for a in live["asked"]] == [
+        (a["model"], a["from"]) for a in simulated["asked"]
+    ]
+    for count in ("requests", "cold_starts", "starts"):
+        assert live[count] == simulated[count], count
+    apart = sum(
+        abs(seconds_in(live, state) - seconds_in(simulated, state))
+        for state in ("starting", "draining")
+    )
+    off = abs(live["gpu_s"] - simulated["gpu_s"])
+    assert off <= 0.05 * live["gpu_s"] + apart, (live["gpu_s"], simulated["gpu_s"], apart)
 
 
 @pytest.mark.heavy
@@ -251,11 +271,11 @@ def test_a_simulation_is_as_the_replay(
     for part in (live, simulated):
         assert seconds_in(part, "starting") > 0.3
     assert_alike(live, simulated)
-    # What the server counts itself: the time in which there was a replica.
-    assert live["counted"]["device_s"] == pytest.approx(live["gpu_s"], rel=0.15)
+    # What the server counts itself: the time in which there was a replica, which is there a bit
+    # after the start has begun, and until somebody has read the count.
+    assert live["counted"]["device_s"] == pytest.approx(live["gpu_s"], rel=0.5)
     states = [stay["state"] for stay in live["states"]["m0"] if stay["state"] != "draining"]
-    first = states.index("starting")
-    assert states[first : first + 5] == ["starting", "warm", "zero", "starting", "warm"]
+    assert states == [*(["zero"] if states[0] == "zero" else []), *ONCE, "zero", *ONCE]
     assert len(found["start_times"]["fresh"]) == 2
 
 
@@ -268,7 +288,7 @@ def test_models_that_share_a_device_are_replayed(
     weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
     room = ("--device-memory", str(weights + (5 << 20)), "--kv-memory", str(4 << 20))
     trace = write_trace(tmp_path / "trace.csv", [0.0, 9.0, 18.0, 27.0])
-    found = replayed(model, trace, no_leaks, "--models", "2", "--idle", "60", "--tail", "3", *room)
+    found = replayed(model, trace, no_leaks, "--models", "2", "--idle", "60", *room)
     live, simulated = found["live"], found["simulated"]
     models = [asked["model"] for asked in live["asked"]]
     # Each takes the other one's place.

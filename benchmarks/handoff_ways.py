@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +43,7 @@ class Handed:
     Args:
         ttft_s: To its first token, which the prefill worker makes.
         second_s: From there to its second one.
-        step_s: The median gap between the tokens behind that.
+        step_s: The mean gap between the tokens behind that.
         tokens: Their ids.
     """
 
@@ -148,16 +146,20 @@ class Replicated:
                 replica.cancel(other.request)
         self._others = []
         self._until(lambda: replica.idle)
+        if mine.error is not None:
+            raise mine.error
+        if len(mine.times) != tokens:
+            raise ReplicaError(
+                "an answer is not whole", expected=f"{tokens} tokens", got=len(mine.times)
+            )
         first, second, *_ = mine.times
         held_s = 0.0
         if isinstance(replica, _Forgetful):
             held_s = replica.held_s.pop(mine.request)
             if replica.computed_again == before:
                 raise ReplicaError("the KV was there, and was to be computed again")
-        steps = [b - a for a, b in pairwise(mine.times[1:])]
-        return Handed(
-            first - started, second - first - held_s, statistics.median(steps), tuple(mine.tokens)
-        )
+        step_s = (mine.times[-1] - second) / (tokens - 2)
+        return Handed(first - started, second - first - held_s, step_s, tuple(mine.tokens))
 
     def settle(self) -> None:
         """Lets it find out in peace how large a batch of prompts should be.

@@ -1,14 +1,16 @@
-"""Quantities as people write them: 200MB/s, 4GiB, 1.5k."""
+"""Quantities as people write them: 200MB/s, 4GiB, 1.5k, 500ms."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 
 __all__ = [
     "byte_count",
     "byte_count_or_none",
     "byte_rate",
+    "duration",
     "first_line",
     "human_bytes",
     "human_seconds",
@@ -17,6 +19,9 @@ __all__ = [
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 _BINARY = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 _QUANTITY = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+_SECONDS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0}
+_DURATION = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|)\s*")
 
 
 def byte_count(text: str) -> int:
@@ -59,6 +64,21 @@ def byte_rate(text: str) -> float:
     if (slash and second.strip() != "s") or _QUANTITY.fullmatch(size) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is no rate; write 200MB/s")
     return float(byte_count(size))
+
+
+def duration(text: str) -> float:
+    """Seconds from text such as `500ms`, `2s`, `2` or `5m`.
+
+    Raises:
+        argparse.ArgumentTypeError: It is not such a text, or no time.
+    """
+    match = _DURATION.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 500ms or 1.5s")
+    seconds = float(match[1]) * _SECONDS[match[2]]
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not above zero")
+    return seconds
 
 
 def human_bytes(count: float) -> str:

@@ -11,13 +11,12 @@ or else as they are on another machine, which is said.
 from __future__ import annotations
 
 import argparse
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import document, print_document
+from coldframe.benchmarks.document import document
+from coldframe.benchmarks.output import add_output_arguments, check_output, columns, deliver
 from coldframe.benchmarks.traffic.choices import Choice, Judged, decide
 from coldframe.benchmarks.traffic.played import PARKED_SHARE, Prices
 from coldframe.benchmarks.traffic.policies import (
@@ -33,62 +32,60 @@ from coldframe.benchmarks.traffic.traces import scaled, token_scale
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.units import human_seconds
+from coldframe.runtime.units import duration, human_seconds
 
 __all__ = ["add_arguments", "run"]
 
 _LEAST_CONTEXT = 4
-_UNITS = {"ms": 0.001, "s": 1.0, "": 1.0, "m": 60.0}
-_TIME = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*(ms|s|m|)\s*")
 
 
 def add_arguments(parser: Parser) -> None:
+    # Without twins in the environment: other commands mean other things by these words.
     add_trace_arguments(parser)
-    parser.flag("--slo", metavar="TTFT", help="when the first token is to be there, as 2s or 500ms")
-    parser.flag(
+    parser.add_argument(
+        "--slo", metavar="TTFT", help="when the first token is to be there, as 2s or 500ms"
+    )
+    parser.add_argument(
         "--slo-percentile",
         metavar="P",
         type=float,
         default=99.0,
         help="for so many requests of a hundred (99)",
     )
-    parser.flag("--price", type=float, help="what the device that a model holds costs an hour")
-    parser.flag(
+    parser.add_argument(
+        "--price", type=float, help="what the device that a model holds costs an hour"
+    )
+    parser.add_argument(
         "--parked-price",
         type=float,
         help=f"what a parked model costs an hour ({PARKED_SHARE:g} of --price: host memory)",
     )
     choices = parser.add_argument_group("the choices")
-    parser.flag(
+    choices.add_argument(
         "--idle",
         metavar="SECONDS,...",
         default="60",
-        group=choices,
         help="keep-alives to try with each choice that has one (60)",
     )
-    parser.flag(
+    choices.add_argument(
         "--pool",
         metavar="N,...",
-        group=choices,
         help="pools to try (1, and half of the models)",
     )
-    parser.flag(
-        "--policy", metavar="TEXT", action="append", group=choices, help="one more, as serve has it"
+    choices.add_argument(
+        "--policy", metavar="TEXT", action="append", help="one more, as serve has it"
     )
     source = parser.add_argument_group("how long starts take")
-    parser.flag(
-        "--times", metavar="FILE", type=Path, group=source, help="what bench replay or cold printed"
+    source.add_argument(
+        "--times", metavar="FILE", type=Path, help="what bench replay or cold printed"
     )
-    parser.flag(
-        "--model", metavar="DIR", type=Path, group=source, help="predicted for this checkpoint"
-    )
-    parser.flag(
+    source.add_argument("--model", metavar="DIR", type=Path, help="predicted for this checkpoint")
+    source.add_argument(
         "--context",
         type=int,
-        group=source,
         help="tokens that lengths are scaled into (the model's; with --times as they are)",
     )
-    parser.flag("--json", action="store_true", help="print the JSON document alone")
+    add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         RequestError: The arguments make no sense.
         PlatformError: There is no prediction.
     """
+    check_output(args.output)
     for flag in ("slo", "price"):
         if getattr(args, flag) is None:
             raise RequestError("this must be said", where=f"--{flag}")
@@ -116,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     if context is not None:
         trace["token_scale"] = token_scale(arrivals, context)
         arrivals = scaled(arrivals, trace["token_scale"])
-    choices, left_out = _choices(args, models, times)
+    choices, left_out = _choices(args, models, times, prices)
     names = [f"m{number}" for number in range(models)]
     judged = []
     for choice in choices:
@@ -139,20 +137,17 @@ def run(args: argparse.Namespace) -> int:
         near_ties=near,
         left_out=left_out,
     )
-    if not args.json:
-        _print_table(judged, told)
-    print_document(told)
+    deliver(told, _table(judged, told), args.output, alone=args.json)
     return 0
 
 
 def _slo(text: str) -> float:
-    match = _TIME.fullmatch(text)
-    found = 0.0 if match is None else float(match[1]) * _UNITS[match[2]]
-    if not 0 < found < math.inf:
+    try:
+        return duration(text)
+    except argparse.ArgumentTypeError as error:
         raise RequestError(
             "this is no time to the first token", where="--slo", expected="2s or 500ms", got=text
-        )
-    return found
+        ) from error
 
 
 def _times(args: argparse.Namespace) -> tuple[Times, int | None]:
@@ -178,7 +173,7 @@ def _times(args: argparse.Namespace) -> tuple[Times, int | None]:
 
 
 def _choices(
-    args: argparse.Namespace, models: int, times: Times
+    args: argparse.Namespace, models: int, times: Times, prices: Prices
 ) -> tuple[list[Choice], list[dict[str, str]]]:
     """What is tried, and what is not and why."""
     left_out = []
@@ -214,12 +209,20 @@ def _choices(
     if models == 1:
         why = "of one model alone a pool is no other choice than parked"
         left_out.append({"what": "warm pool", "why": why})
-    found += [Choice(name, policy(name), tier) for name in ("histogram", "next")]
+    found.append(Choice("histogram", policy("histogram"), tier))
+    found.append(Choice("next", policy(_next(prices)), tier))
     for text in args.policy or ():
         chosen = policy(text)
         found.append(Choice(chosen.text, chosen, tier))
     names = [choice.name for choice in found]
     return [c for n, c in enumerate(found) if c.name not in names[:n]], left_out
+
+
+def _next(prices: Prices) -> str:
+    """The policy that reckons with what holding costs, with what it costs here."""
+    if not prices.held:
+        return "next"
+    return f"next:parked={min(1.0, prices.parked / prices.held):g}"
 
 
 def _pools(text: str | None, models: int) -> list[int]:
@@ -236,20 +239,22 @@ def _pools(text: str | None, models: int) -> list[int]:
     return sorted({min(pool, models) for pool in found}) if models > 1 else []
 
 
-def _print_table(judged: Sequence[Judged], told: dict[str, Any]) -> None:
-    width = max(len(one.choice.name) for one in judged)
-    percent = f"p{told['slo_percentile']:g}"
-    head = f"{'':<{width}}  {'cost':>10}  {'cold':>7}  {'p50':>8}  {percent:>8}  {'held':>10}"
-    print(f"{head}  {'parked':>10}")
-    for one in judged:
-        print(
-            f"{one.choice.name:<{width}}  {one.cost:>10.4g}"
-            f"  {one.played.cold_starts / len(one.played.asked):>7.2%}"
-            f"  {human_seconds(one.played.ttft(50)):>8}  {human_seconds(one.slo_s):>8}"
-            f"  {one.played.gpu_s:>8.0f} s  {one.played.parked_s:>8.0f} s"
-            f"{'' if one.meets else '  too late'}"
-        )
-    for left in told["left_out"]:
-        print(f"left out: {left['what']}: {left['why']}")
-    print(f"\nstart times: {told['start_times']['how']}")
-    print(f"\ntake: {told['take']}\n{told['why']}")
+def _table(judged: Sequence[Judged], told: dict[str, Any]) -> list[str]:
+    rows = [["", "cost", "cold", "p50", f"p{told['slo_percentile']:g}", "held", "parked", ""]]
+    rows += [
+        [
+            one.choice.name,
+            f"{one.cost:.4g}",
+            f"{one.played.cold_starts / len(one.played.asked):.2%}",
+            human_seconds(one.played.ttft(50)),
+            human_seconds(one.slo_s),
+            f"{one.played.gpu_s:.0f} s",
+            f"{one.played.parked_s:.0f} s",
+            "" if one.meets else "too late",
+        ]
+        for one in judged
+    ]
+    lines = columns(rows)
+    lines += [f"left out: {left['what']}: {left['why']}" for left in told["left_out"]]
+    lines += ["", f"start times: {told['start_times']['how']}", ""]
+    return [*lines, f"take: {told['take']}", told["why"]]

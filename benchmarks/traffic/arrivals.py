@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from coldframe.benchmarks.traffic.traces import Arrival
+from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
 from coldframe.loader.errors import RequestError
 
 __all__ = ["Ask", "Lengths", "Traffic", "arrival_times"]
@@ -120,15 +120,14 @@ class Traffic:
         """Tokens of the longest request, prompt and answer."""
         if self.trace is None:
             return self.prompt.most + self.answer.most
-        return max(sum(self._scaled(arrival)) for arrival in self._window())
+        return max(arrival.context + arrival.generated for arrival in self._scaled())
 
     @property
     def scale(self) -> float:
         """A trace's tokens are multiplied by this, so that the longest of its requests fits."""
         if self.trace is None:
             return 1.0
-        longest = max(arrival.context + arrival.generated for arrival in self._window())
-        return min(1.0, self.context / longest)
+        return token_scale(self._window(), self.context)
 
     def load(self, rate: float | None, seed: int) -> list[Ask]:
         """A load.
@@ -140,11 +139,11 @@ class Traffic:
         """
         chance = random.Random(seed)
         if self.trace is not None:
-            window = self._window()
+            window = self._scaled()
             pace = 1.0
             if rate is not None:
                 pace = len(window) / rate / self.seconds
-            sizes = [(pace * arrival.at_s, *self._scaled(arrival)) for arrival in window]
+            sizes = [(pace * a.at_s, a.context, a.generated) for a in window]
         else:
             if rate is None:
                 raise RequestError("arrivals need a rate or a trace", where="--rate")
@@ -161,7 +160,5 @@ class Traffic:
         assert self.trace is not None
         return [arrival for arrival in self.trace if arrival.at_s < self.seconds]
 
-    def _scaled(self, arrival: Arrival) -> tuple[int, int]:
-        prompt = max(1, int(arrival.context * self.scale))
-        answer = max(1, int(arrival.generated * self.scale))
-        return min(prompt, self.context - answer), answer
+    def _scaled(self) -> list[Arrival]:
+        return scaled(self._window(), self.scale)

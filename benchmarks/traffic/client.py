@@ -1,8 +1,9 @@
-"""Requests sent when a trace has them come, whatever became of those before: an open loop.
+"""What a replay sends: completions of a trace's lengths, and what became of each.
 
-A client of a closed loop asks less of a server that is slow, and so never sees how slow it is.
-Each request has a connection and, while it lasts, a thread of its own; when it was to be sent and
-when it was is kept, so that a client that is late itself shows.
+Requests go out when the trace has them come, whatever became of those before: an open loop
+(`open_loop`). A client of a closed loop asks less of a server that is slow, and so never sees how
+slow it is. When a request was to be sent and when it was is kept, so that a client that is late
+itself shows.
 """
 
 from __future__ import annotations
@@ -10,102 +11,98 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
 
-from coldframe.benchmarks.http_client import Connection, completion, knock
+from coldframe.benchmarks.servers import Server, knock_at
+from coldframe.benchmarks.traffic.arrivals import Ask
+from coldframe.benchmarks.traffic.open_loop import Record, play, request_bytes
 from coldframe.benchmarks.traffic.traces import Arrival
+from coldframe.loader.errors import PlatformError
 
-__all__ = ["Sent", "ask", "prompt_of", "send_all"]
+__all__ = ["ask", "prompt_of", "send_all"]
 
-_CLIENTS = 256
-_WAIT_S = 300.0
-_KNOCK_S = 10.0
+_LIMIT_S = 600.0
+"""How long an answer may take."""
+_GONE_NS = 2_000_000_000
+"""So long a server that takes no connection is looked at: it has ended, or was too busy."""
 _FIRST_ID = 5
 """Below are tokens that mean the beginning or the end of something."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
-    """A request that was answered (CLOCK_MONOTONIC).
-
-    Args:
-        due_ns: When it was to be sent.
-        sent_ns: When it was.
-        first_ns: When its first token was there.
-        last_ns: When it was answered.
-    """
-
-    due_ns: int
-    sent_ns: int
-    first_ns: int
-    last_ns: int
-
-    @property
-    def ttft_s(self) -> float:
-        return (self.first_ns - self.sent_ns) / 1e9
-
-    @property
-    def late_s(self) -> float:
-        return (self.sent_ns - self.due_ns) / 1e9
-
-
-def prompt_of(number: int, tokens: int, vocabulary: int) -> list[int]:
+def prompt_of(number: int, tokens: int, vocabulary: int) -> tuple[int, ...]:
     """A prompt of so many tokens that begins as no other one's does."""
-    chance = random.Random(number)
-    return [chance.randrange(_FIRST_ID, vocabulary) for _ in range(tokens)]
+    return tuple(random.Random(number).choices(range(_FIRST_ID, vocabulary), k=tokens))
 
 
-def ask(port: int, model: str, prompt: list[int], tokens: int, due_ns: int | None = None) -> Sent:
-    """Asks for a completion.
+def ask(server: Server, model: str, prompt: tuple[int, ...], tokens: int) -> Record:
+    """Asks for a completion, now.
 
     Args:
-        port: The server's, on loopback.
+        server: On loopback.
         model: Its name there.
         prompt: Token ids.
         tokens: How many to make of it.
-        due_ns: When that was to be done; now by default.
 
     Raises:
-        PlatformError: It was not answered.
+        PlatformError: It was not answered, or not with as many.
     """
-    body = completion(model, prompt, tokens, stream=True)
-    started_ns = time.monotonic_ns()
-    sock = knock(port, started_ns + int(_KNOCK_S * 1e9))
-    with Connection(sock, _WAIT_S) as connection:
-        answer = connection.post("/v1/completions", body)
-    return Sent(
-        started_ns if due_ns is None else due_ns, started_ns, answer.first_ns, answer.last_ns
+    wanted = [Ask(0.0, prompt, tokens)]
+    body = request_bytes(model, wanted[0])
+    start = time.monotonic()
+    (found,) = play(
+        server.port, wanted, lambda _: body, _LIMIT_S, start, lost=lambda: _look(server)
     )
+    if not found.whole or found.first_s is None:
+        raise PlatformError(
+            "a request was not answered",
+            where=model,
+            expected=f"{tokens} tokens",
+            got=found.error or f"{found.tokens}",
+        )
+    return found
 
 
 def send_all(
-    port: int,
+    server: Server,
     arrivals: Sequence[Arrival],
     names: Sequence[str],
     vocabulary: int,
-    origin_ns: int,
+    start: float,
     progress: Callable[[int], None],
-) -> list[Sent]:
-    """Sends what a trace has, and waits for all answers.
+) -> list[Record]:
+    """Sends what a trace has, and waits until all of it is over.
 
     Args:
-        port: The server's.
+        server: On loopback.
         arrivals: In their order.
         names: Whom each of them asks.
         vocabulary: Token ids are below that.
-        origin_ns: When the trace begins.
+        start: When the trace begins, by CLOCK_MONOTONIC.
         progress: Called with how many have been sent.
 
     Raises:
-        PlatformError: One was not answered.
+        PlatformError: The server has ended.
     """
-    with ThreadPoolExecutor(_CLIENTS) as clients:
-        waiting = []
-        for number, (arrival, name) in enumerate(zip(arrivals, names, strict=True)):
-            prompt = prompt_of(number, arrival.context, vocabulary)
-            due_ns = origin_ns + int(arrival.at_s * 1e9)
-            time.sleep(max(0.0, (due_ns - time.monotonic_ns()) / 1e9))
-            waiting.append(clients.submit(ask, port, name, prompt, arrival.generated, due_ns))
-            progress(number + 1)
-        return [sent.result() for sent in waiting]
+
+    def request(number: int) -> bytes:
+        arrival = arrivals[number]
+        prompt = prompt_of(number, arrival.context, vocabulary)
+        return request_bytes(names[number], Ask(arrival.at_s, prompt, arrival.generated))
+
+    # Prompts are made one by one: those of a day's trace would be more than memory has.
+    asks = [Ask(arrival.at_s, (), arrival.generated) for arrival in arrivals]
+    return play(
+        server.port,
+        asks,
+        request,
+        _LIMIT_S,
+        start,
+        lambda number: progress(number + 1),
+        lambda: _look(server),
+    )
+
+
+def _look(server: Server) -> None:
+    """Raises PlatformError: Nobody is there any more."""
+    with suppress(OSError):  # it is the client that can take no more of them
+        knock_at(server, time.monotonic_ns() + _GONE_NS).close()

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.http_client import Connection, knock
-from coldframe.benchmarks.servers import Server, coldframe_server
-from coldframe.benchmarks.traffic.client import Sent, send_all
-from coldframe.benchmarks.traffic.played import Asked, Played, Stay
+from coldframe.benchmarks.http_client import Connection
+from coldframe.benchmarks.servers import Server, coldframe_server, knock_at
+from coldframe.benchmarks.traffic.client import send_all
+from coldframe.benchmarks.traffic.open_loop import Record
+from coldframe.benchmarks.traffic.played import Asked, Outcome, Played
 from coldframe.benchmarks.traffic.statelog import changes, met, stays
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import PlatformError
@@ -27,6 +28,8 @@ _LOOK_S = 0.05
 _BEFORE_S = 1.0
 _LOG_S = 0.5
 """How late the log may be at most."""
+_LOGGED = ("--log-level", "info", "--log-format", "json")
+"""What states are read from."""
 _METRIC = re.compile(r"coldframe_(\w+)_total\{([^}]*)\} (\S+)")
 
 
@@ -54,7 +57,7 @@ class Fleet:
         """The server."""
         first, *others = self.places.values()
         named = [flag for name in self.names for flag in ("--model-name", name)]
-        flags = [*map(str, others), *named, *self.flags, *more]
+        flags = [*map(str, others), *named, *self.flags, *more, *_LOGGED]
         return coldframe_server(first, *flags, environment=self.environment, name=None)
 
 
@@ -64,13 +67,13 @@ class Replayed:
 
     Args:
         played: What became of the trace.
-        sent: Its requests.
+        sent: Its requests, as the client saw them.
         counted: What the server has counted meanwhile, of all models: seconds in which it held its
             device (`device_s`), was parked and at zero, and its cold starts.
     """
 
     played: Played
-    sent: Sequence[Sent]
+    sent: Sequence[Record]
     counted: Mapping[str, float]
 
 
@@ -92,44 +95,55 @@ def replay(
             last answer's end at least.
 
     Raises:
-        PlatformError: The server failed, or a request was not answered.
+        PlatformError: The server failed, or its log does not say what its models were.
     """
     names = [fleet.names[number] for number in asks]
-    with fleet.serve(*flags, "--log-format", "json") as server:
+    with fleet.serve(*flags) as server:
         settled(server, {"ready", "zero", "parked"})
         post(server, "/sleep?level=2")
         settled(server, {"zero"})
         before = _counted(server)
-        origin_ns = time.monotonic_ns() + int(_BEFORE_S * 1e9)
+        origin = time.monotonic() + _BEFORE_S
 
         def progress(count: int) -> None:
             if sys.stderr.isatty() or count in (1, len(arrivals)) or count % 100 == 0:
                 end = "\r" if sys.stderr.isatty() and count < len(arrivals) else "\n"
                 print(f"replay: {count} of {len(arrivals)} sent", end=end, file=sys.stderr)
 
-        sent = send_all(server.port, arrivals, names, fleet.vocabulary, origin_ns, progress)
-        until_ns = origin_ns + int((arrivals[-1].at_s + tail_s) * 1e9)
-        until_ns = max(until_ns, *(one.last_ns for one in sent))
-        time.sleep(max(0.0, (until_ns - time.monotonic_ns()) / 1e9))
+        sent = send_all(server, arrivals, names, fleet.vocabulary, origin, progress)
+        ended = [one.end_s for one in sent if one.end_s is not None]
+        lost_s = [] if all(one.whole for one in sent) else [time.monotonic() - origin]
+        seconds = max(arrivals[-1].at_s + tail_s, sent[-1].sent_s, *ended, *lost_s)
+        time.sleep(max(0.0, origin + seconds - time.monotonic()))
         after = _counted(server)
         time.sleep(_LOG_S)
         words = server.words()
-    seconds = (until_ns - origin_ns) / 1e9
-    states: dict[str, list[Stay]] = {}
-    for name in fleet.names:
-        own = [change for change in changes(words, fleet.names) if change.model == name]
-        states[name] = stays(own, origin_ns / 1e9, seconds)
-    asked = []
-    for one, name in zip(sent, names, strict=True):
-        at_s = (one.sent_ns - origin_ns) / 1e9
-        asked.append(Asked(at_s, name, one.ttft_s, met(at_s, states[name])))
+    found = changes(words, fleet.names)
+    states = {
+        name: stays([change for change in found if change.model == name], origin, seconds)
+        for name in fleet.names
+    }
+    asked = [
+        Asked(one.sent_s, name, _ttft_s(one), met(one.sent_s, states[name]), _outcome(one))
+        for one, name in zip(sent, names, strict=True)
+    ]
     counted = {name: after[name] - before[name] for name in after}
     return Replayed(Played(asked, states, seconds), sent, counted)
 
 
+def _outcome(one: Record) -> Outcome:
+    if one.whole and one.first_s is not None:
+        return "answered"
+    return "failed" if one.status in (None, 200) else "refused"
+
+
+def _ttft_s(one: Record) -> float | None:
+    return None if one.first_s is None else one.first_s - one.sent_s
+
+
 def get(server: Server, path: str) -> bytes:
-    """Raises PlatformError: The server does not answer, or not with 200."""
-    with Connection(knock(server.port, time.monotonic_ns() + int(_WAIT_S * 1e9)), _WAIT_S) as c:
+    """Raises PlatformError: The server has ended, does not answer, or not with 200."""
+    with Connection(knock_at(server, time.monotonic_ns() + int(_WAIT_S * 1e9)), _WAIT_S) as c:
         return c.get(path).body
 
 
@@ -137,9 +151,9 @@ def post(server: Server, path: str) -> float:
     """Orders something: how long that took, in seconds.
 
     Raises:
-        PlatformError: The server does not answer, or not with 200.
+        PlatformError: The server has ended, does not answer, or not with 200.
     """
-    with Connection(knock(server.port, time.monotonic_ns() + int(_WAIT_S * 1e9)), _WAIT_S) as c:
+    with Connection(knock_at(server, time.monotonic_ns() + int(_WAIT_S * 1e9)), _WAIT_S) as c:
         return c.post(path, b"").seconds
 
 

@@ -34,17 +34,28 @@ class Loading:
         self._since = 0.0
         self._change = 0
 
-    def add(self, seconds: float, beside: float, call: Callable[[], None]) -> None:
+    def add(self, seconds: float, beside: float, call: Callable[[], None]) -> Callable[[], None]:
         """One more.
 
         Args:
             seconds: How long it takes alone.
             beside: By which part longer for each other one.
             call: Called when it is done.
+
+        Returns:
+            What ends it before.
         """
         self._catch_up()
-        self._starts.append(_Start(seconds, beside, call))
+        start = _Start(seconds, beside, call)
+        self._starts.append(start)
         self._expect()
+        return lambda: self._end(start)
+
+    def _end(self, start: _Start) -> None:
+        if start in self._starts:
+            self._catch_up()
+            self._starts.remove(start)
+            self._expect()
 
     def _pace(self, start: _Start) -> float:
         return 1 / (1 + (len(self._starts) - 1) * start.beside)

@@ -18,9 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from coldframe.benchmarks.servers import Server
 from coldframe.benchmarks.traffic.client import ask, prompt_of
 from coldframe.benchmarks.traffic.live import Fleet, get, post, settled
+from coldframe.benchmarks.traffic.open_loop import Record
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.benchmarks.traffic.statelog import changes
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import PlatformError, RequestError
 
 __all__ = ["measure"]
 
@@ -29,6 +30,9 @@ _TOKENS = 24
 _BATCH = 4
 _QUIET_S = 1.0
 """What a start still does behind its first token is none of the next cycle's."""
+_LOG_S = 10.0
+"""How late the log may be at most."""
+_LOOK_S = 0.05
 _FIRST_NUMBER = 1 << 20
 """Prompts are no replay's."""
 
@@ -103,10 +107,10 @@ class _Cycles:
     def _cycle(self) -> None:
         place = f"model={self._name}"
         self._ends.append(self._end_s(f"/sleep?level=2&{place}"))
-        start = ask(self._server.port, self._name, self._prompt(_SHORT), 2)
-        self._second.append((start.last_ns - start.first_ns) / 1e9)
+        start = ask(self._server, self._name, self._prompt(_SHORT), 2)
+        self._second.append(_behind_s(start))
         tier = json.loads(get(self._server, f"/startup?{place}"))["tier"]
-        self._starts.append((tier, start.ttft_s))
+        self._starts.append((tier, _ttft_s(start)))
         time.sleep(_QUIET_S)
         self._short.append(self._first_token_s(_SHORT))
         self._longer.append(self._first_token_s(self._long))
@@ -130,31 +134,50 @@ class _Cycles:
         settled(self._server, {"zero"})
         with ThreadPoolExecutor(len(self._names)) as clients:
             asked = [
-                clients.submit(ask, self._server.port, name, self._prompt(_SHORT), 2)
+                clients.submit(ask, self._server, name, self._prompt(_SHORT), 2)
                 for name in self._names
             ]
-            self._beside += [one.result().ttft_s for one in asked]
+            self._beside += [_ttft_s(one.result()) for one in asked]
         time.sleep(_QUIET_S)
 
     def _end_s(self, order: str) -> float:
         """Ends the replica: how long that takes by the log; the order is answered before."""
-        ordered_s, wall_s = time.monotonic(), time.time() - time.monotonic()
+        ordered_s = time.monotonic()
         post(self._server, order)
         self._settle("zero")
-        told = changes(self._server.words(), [self._name], wall_s)
-        own = [c.at_s for c in told if c.model == self._name and c.state == "zero"]
-        return max(0.0, own[-1] - ordered_s)
+        late_s = time.monotonic() + _LOG_S
+        while True:
+            told = changes(self._server.words(), self._names)
+            own = [c.at_s for c in told if c.model == self._name and c.state == "zero"]
+            if own and own[-1] >= ordered_s:
+                return own[-1] - ordered_s
+            if time.monotonic() > late_s:
+                raise PlatformError("a server's log does not say that a model is at zero")
+            time.sleep(_LOOK_S)
 
     def _settle(self, state: str) -> None:
         settled(self._server, {state, "zero"})
 
-    def _prompt(self, tokens: int) -> list[int]:
+    def _prompt(self, tokens: int) -> tuple[int, ...]:
         self._number += 1
         return prompt_of(self._number, tokens, self._vocabulary)
 
     def _first_token_s(self, tokens: int) -> float:
-        return ask(self._server.port, self._name, self._prompt(tokens), 2).ttft_s
+        return _ttft_s(ask(self._server, self._name, self._prompt(tokens), 2))
 
     def _step_s(self) -> float:
-        sent = ask(self._server.port, self._name, self._prompt(_SHORT), _TOKENS)
-        return (sent.last_ns - sent.first_ns) / 1e9 / (_TOKENS - 1)
+        return _behind_s(ask(self._server, self._name, self._prompt(_SHORT), _TOKENS)) / (
+            _TOKENS - 1
+        )
+
+
+def _ttft_s(answered: Record) -> float:
+    assert answered.first_s is not None
+    return answered.first_s - answered.sent_s
+
+
+def _behind_s(answered: Record) -> float:
+    """From the first token to the answer's end."""
+    assert answered.first_s is not None
+    assert answered.end_s is not None
+    return answered.end_s - answered.first_s

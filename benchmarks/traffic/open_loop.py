@@ -13,7 +13,7 @@ import gc
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,11 +21,13 @@ from typing import Any
 from coldframe.benchmarks.traffic.arrivals import Ask
 from coldframe.benchmarks.traffic.streams import Stamped, read_stream
 
-__all__ = ["Record", "offer", "request_bytes"]
+__all__ = ["Record", "offer", "play", "request_bytes"]
 
 _LEAD_S = 0.05
 """Before the first request is due, so that all is set up by then."""
 _PREFERRED = 10
+_AHEAD_S = 1.0
+"""So long before it is due a request that is not there yet is made."""
 
 
 @dataclass(slots=True)
@@ -43,6 +45,7 @@ class Record:
         tokens: Tokens of the answer, as the server counts them.
         status: Of HTTP; None where there was no answer.
         error: What went wrong.
+        first_s: When the first event with a token came, be there text of it yet or not.
     """
 
     due_s: float
@@ -54,11 +57,17 @@ class Record:
     tokens: int = 0
     status: int | None = None
     error: str | None = None
+    first_s: float | None = None
+
+    @property
+    def whole(self) -> bool:
+        """Whether the answer ended well, and has as many tokens as were asked for."""
+        return self.end_s is not None and self.error is None and self.tokens == self.asked
 
     @property
     def answered(self) -> bool:
-        """Whether the answer is whole, of as many tokens as were asked for."""
-        return self.end_s is not None and self.tokens == self.asked and bool(self.token_s)
+        """Whether the answer is whole, and there is text in it."""
+        return self.whole and bool(self.token_s)
 
 
 def request_bytes(model: str, ask: Ask) -> bytes:
@@ -91,7 +100,31 @@ def offer(port: int, model: str, asks: Sequence[Ask], limit_s: float) -> list[Re
     """
     requests = [request_bytes(model, ask) for ask in asks]
     with _undisturbed():
-        return asyncio.run(_offer(port, asks, requests, limit_s))
+        start = time.monotonic() + _LEAD_S
+        return play(port, asks, requests.__getitem__, limit_s, start)
+
+
+def play(
+    port: int,
+    asks: Sequence[Ask],
+    request: Callable[[int], bytes],
+    limit_s: float,
+    start: float,
+    sent: Callable[[int], None] = lambda number: None,
+    lost: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """As `offer`, of one model or several, from a moment on.
+
+    Args:
+        port: Of a server on loopback.
+        asks: The load.
+        request: Makes the bytes of the one of that number.
+        limit_s: How long an answer may take.
+        start: When the load begins, by CLOCK_MONOTONIC.
+        sent: Called with the number of each that goes out.
+        lost: Called where no connection could be made; what it raises ends the load.
+    """
+    return asyncio.run(_play(port, asks, request, limit_s, start, sent, lost))
 
 
 @contextmanager
@@ -113,14 +146,23 @@ def _undisturbed() -> Iterator[None]:
         os.setpriority(os.PRIO_PROCESS, 0, before)
 
 
-async def _offer(
-    port: int, asks: Sequence[Ask], requests: Sequence[bytes], limit_s: float
+async def _play(
+    port: int,
+    asks: Sequence[Ask],
+    request: Callable[[int], bytes],
+    limit_s: float,
+    start: float,
+    sent: Callable[[int], None],
+    lost: Callable[[], None],
 ) -> list[Record]:
-    start = time.monotonic() + _LEAD_S
-    each = (
-        _send(port, start + ask.due_s, request, limit_s)
-        for ask, request in zip(asks, requests, strict=True)
-    )
+    async def one(number: int, due: float) -> _Sending:
+        await asyncio.sleep(max(0.0, due - _AHEAD_S - time.monotonic()))
+        data = request(number)
+        await asyncio.sleep(max(0.0, due - time.monotonic()))
+        sent(number)
+        return await _send(port, data, limit_s, lost)
+
+    each = (one(number, start + ask.due_s) for number, ask in enumerate(asks))
     return [
         _record(ask, start, sending)
         for ask, sending in zip(asks, await asyncio.gather(*each), strict=True)
@@ -136,8 +178,7 @@ class _Sending:
     why: str | None = None
 
 
-async def _send(port: int, due: float, request: bytes, limit_s: float) -> _Sending:
-    await asyncio.sleep(max(0.0, due - time.monotonic()))
+async def _send(port: int, request: bytes, limit_s: float, lost: Callable[[], None]) -> _Sending:
     sending = _Sending(time.monotonic(), Stamped())
     try:
         async with asyncio.timeout(limit_s):
@@ -151,6 +192,7 @@ async def _send(port: int, due: float, request: bytes, limit_s: float) -> _Sendi
         sending.why = f"not over after {limit_s:g} s"
     except OSError as error:
         sending.why = error.strerror or str(error)
+        lost()
     return sending
 
 
@@ -170,6 +212,7 @@ def _record(ask: Ask, start: float, sending: _Sending) -> Record:
         found.tokens,
         found.status,
         error,
+        None if found.first_at is None else found.first_at - start,
     )
 
 

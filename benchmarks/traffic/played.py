@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from coldframe.benchmarks.document import percentile
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import PlatformError, RequestError
 
-__all__ = ["HELD", "PARKED_SHARE", "Asked", "From", "Played", "Prices", "Stay"]
+__all__ = ["HELD", "PARKED_SHARE", "Asked", "From", "Outcome", "Played", "Prices", "Stay"]
 
 From = Literal["zero", "parked", "warm"]
+Outcome = Literal["answered", "refused", "failed"]
 HELD = ("starting", "warm", "draining")
 """States in which a model holds its device."""
 PARKED_SHARE = 0.05
@@ -63,14 +64,16 @@ class Asked:
     Args:
         at_s: When it was sent, since the beginning.
         model: Whom it asked.
-        ttft_s: How long its first token took.
+        ttft_s: How long its first token took; None where there was none.
         met: What its model was: `zero` is also who was starting from there or about to be there.
+        outcome: `refused` by a status of HTTP, or `failed`: broken off, or with too few tokens.
     """
 
     at_s: float
     model: str
-    ttft_s: float
+    ttft_s: float | None
     met: From
+    outcome: Outcome = "answered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +104,16 @@ class Played:
     asked: Sequence[Asked]
     states: Mapping[str, Sequence[Stay]]
     seconds: float
+
+    @property
+    def ttfts_s(self) -> list[float]:
+        """How long first tokens took, of requests that were answered."""
+        found = [asked.ttft_s for asked in self.asked if asked.outcome == "answered"]
+        return [ttft_s for ttft_s in found if ttft_s is not None]
+
+    def lost(self, outcome: Outcome) -> int:
+        """How many requests came to that."""
+        return sum(asked.outcome == outcome for asked in self.asked)
 
     @property
     def cold_starts(self) -> int:
@@ -149,19 +162,32 @@ class Played:
         return self.gpu_s * prices.held / 3600 + self.parked_s * prices.parked / 3600
 
     def ttft(self, percent: float) -> float:
-        """A percentile of the times to the first token, 0 to 100, in seconds."""
-        return percentile([asked.ttft_s for asked in self.asked], percent / 100)
+        """A percentile of the times to the first token, 0 to 100, in seconds.
+
+        Raises:
+            PlatformError: No request was answered.
+        """
+        if not self.ttfts_s:
+            raise PlatformError("no request was answered", got=f"{len(self.asked)} requests")
+        return percentile(self.ttfts_s, percent / 100)
 
     def to_json(self, prices: Prices | None) -> dict[str, Any]:
-        """As `played` in `schema.json`."""
-        times = [asked.ttft_s for asked in self.asked]
+        """As `played` in `schema.json`.
+
+        Raises:
+            PlatformError: No request was answered.
+        """
+        ttft = {f"p{percent}": self.ttft(percent) for percent in (50, 90, 99)}
+        times = self.ttfts_s
         return {
             "requests": len(self.asked),
+            "refused": self.lost("refused"),
+            "failed": self.lost("failed"),
             "cold_starts": self.cold_starts,
             "cold_share": self.cold_starts / len(self.asked),
             "starts": self.starts,
             "ttft": {
-                **{f"p{percent}": self.ttft(percent) for percent in (50, 90, 99)},
+                **ttft,
                 "max": max(times),
                 "mean": sum(times) / len(times),
             },
@@ -173,6 +199,12 @@ class Played:
             "asked": [
                 {"at_s": a.at_s, "model": a.model, "ttft_s": a.ttft_s, "from": a.met}
                 for a in self.asked
+                if a.outcome == "answered"
+            ],
+            "unanswered": [
+                {"at_s": a.at_s, "model": a.model, "outcome": a.outcome, "from": a.met}
+                for a in self.asked
+                if a.outcome != "answered"
             ],
             "states": {
                 name: [{"state": s.state, "start_s": s.start_s, "end_s": s.end_s} for s in stays]

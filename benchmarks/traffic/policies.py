@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.scaling import FixedKeepAlive, PolicyFactory
+from coldframe.runtime.flags import Parser
+from coldframe.runtime.scaling import FixedKeepAlive, LivePolicy
 from coldframe.runtime.scaling_spec import policy_from
 
-__all__ = ["NEVER", "Chosen", "fixed", "policy", "seconds_or_never"]
+__all__ = ["NEVER", "Chosen", "fixed", "policy", "seconds_or_never", "served"]
 
 NEVER = "never"
 
@@ -15,23 +18,17 @@ class Chosen:
     """A policy.
 
     Args:
-        text: As it was chosen.
+        text: As `coldframe serve --policy` reads it.
         factory: Makes one for each model.
-        flags: `coldframe serve` follows it with these.
-        idle_s: How long it keeps a model warm, where it is a fixed one; None for ever.
+        keeps: Where it is a fixed one: how long it keeps a model warm, in seconds; None for ever.
     """
 
     def __init__(
-        self,
-        text: str,
-        factory: PolicyFactory,
-        flags: tuple[str, ...],
-        idle_s: float | None = None,
+        self, text: str, factory: Callable[[], LivePolicy], keeps: tuple[float | None] | None = None
     ) -> None:
         self.text = text
         self.factory = factory
-        self.flags = flags
-        self.idle_s = idle_s
+        self.keeps = keeps
 
 
 def policy(text: str) -> Chosen:
@@ -44,19 +41,41 @@ def policy(text: str) -> Chosen:
     one = factory()
     if isinstance(one, FixedKeepAlive):
         return fixed(one.idle_s, one.park_s)
-    return Chosen(text, factory, ("--policy", text))
+    return Chosen(text, factory)
 
 
 def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Chosen:
     """Warm for a time, parked for a time; None for ever."""
     times = [NEVER if found is None else f"{found:g}" for found in (idle_s, park_s)]
     text = "fixed:" + (times[0] if park_s == 0 else ",".join(times))
-    flags: tuple[str, ...] = () if idle_s is None else ("--idle", times[0])
-    if park_s is None and idle_s is not None:
-        flags = ("--policy", text)
-    elif idle_s is not None:
-        flags = (*flags, "--park", times[1])
-    return Chosen(text, lambda: FixedKeepAlive(idle_s, park_s), flags, idle_s)
+    return Chosen(text, lambda: FixedKeepAlive(idle_s, park_s), (idle_s,))
+
+
+def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolicy]]:
+    """The flags by which a server follows a policy, and what it makes of them for each model.
+
+    Args:
+        chosen: The policy.
+        pool: So many models are kept parked.
+
+    Raises:
+        RequestError: `coldframe serve` would refuse these flags.
+    """
+    # Not at the top: `--help` is to come at once.
+    from coldframe.runtime import serve
+    from coldframe.runtime.gateway.platforms.table import PROFILES
+
+    if pool and chosen.keeps is not None:
+        # Only by --idle: who is in a pool stays parked, whatever is said of parking.
+        (idle_s,) = chosen.keeps
+        flags = [*(() if idle_s is None else ("--idle", f"{idle_s:g}")), "--pool", str(pool)]
+    else:
+        flags = ["--policy", chosen.text, *(("--pool", str(pool)) if pool else ())]
+    parser = Parser(exit_on_error=False)
+    serve.add_arguments(parser)
+    args = parser.parse_intermixed_args(flags)  # and not what the environment says
+    serve._settings(args, PROFILES[0], ())
+    return flags, serve._policy(args)
 
 
 def seconds_or_never(text: str, where: str) -> float | None:

@@ -7,42 +7,51 @@ stages that were measured before and after, on other servers of the same and nev
 and the two are held against each other.
 
 Time that is pressed together (`--seconds`, `--speed`) is the trace's alone: starts, keep-alives and
-answers take as long as they take.
+answers take as long as they take. It is looked until the last answer's end, whatever the policy:
+what one holds behind that would count against another that has rested by then.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import document, print_document
+from coldframe.benchmarks.document import document
 from coldframe.benchmarks.harness import warm_page_cache
+from coldframe.benchmarks.output import (
+    add_output_arguments,
+    check_output,
+    columns,
+    deliver,
+    described,
+)
 from coldframe.benchmarks.traffic.live import Fleet, Replayed
 from coldframe.benchmarks.traffic.live import replay as replay_live
 from coldframe.benchmarks.traffic.measure import measure
 from coldframe.benchmarks.traffic.played import Played, Prices
-from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never
+from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never, served
 from coldframe.benchmarks.traffic.sharing import sharing
 from coldframe.benchmarks.traffic.simulate import Setup, simulate
-from coldframe.benchmarks.traffic.stages import StartTier, Times
+from coldframe.benchmarks.traffic.stages import StartTier
 from coldframe.benchmarks.traffic.times import read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
 from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.units import byte_count, human_seconds
 
 __all__ = ["add_arguments", "run"]
 
 _IDLE_S = 5.0
-_TAIL_S = 3.0
 _LEAST_PROMPT = 64
 _MOST_PROMPT = 2048
 
@@ -52,49 +61,57 @@ def add_arguments(parser: Parser) -> None:
         "models", metavar="MODEL", type=Path, nargs="+", help="checkpoints' directories"
     )
     add_trace_arguments(parser)
+    # Without twins in the environment, but for what serve means by them, too: it has its own.
     rest = parser.add_argument_group("what decides when a model rests")
-    parser.flag("--policy", metavar="TEXT", group=rest, help="such as fixed:IDLE,PARK")
-    parser.flag(
-        "--idle", metavar="SECONDS", group=rest, help="warm for so long where nobody asks (5)"
-    )
-    parser.flag("--park", metavar="SECONDS", default="0", group=rest, help="then parked (0)")
-    parser.flag("--pool", type=int, default=0, group=rest, help="so many are kept parked (0)")
+    rest.add_argument("--policy", metavar="TEXT", help="such as fixed:IDLE,PARK")
+    rest.add_argument("--idle", metavar="SECONDS", help="warm for so long where nobody asks (5)")
+    rest.add_argument("--park", metavar="SECONDS", default="0", help="then parked (0)")
+    rest.add_argument("--pool", type=int, default=0, help="so many are kept parked (0)")
     parser.flag(
         "--device-memory", metavar="SIZE", type=byte_count, help="what all models have together"
     )
     parser.flag("--kv-memory", metavar="SIZE", type=byte_count, help="for KV of each model")
-    parser.flag(
+    parser.add_argument(
         "--starts",
         choices=["fresh", "image"],
         default="fresh",
         help="from zero: with fresh processes, or from an image that is made before (fresh)",
     )
-    parser.flag(
+    parser.add_argument(
         "--times", metavar="FILE", type=Path, help="a document with stages, not to be measured"
     )
-    parser.flag(
+    parser.add_argument(
         "--cycles",
         type=int,
         default=3,
         help="how often each stage is measured before and after the replay (3)",
     )
-    parser.flag(
-        "--tail", metavar="SECONDS", type=float, help="behind the last arrival (--idle + 3)"
+    parser.add_argument(
+        "--tail",
+        metavar="SECONDS",
+        type=float,
+        default=0.0,
+        help="look on for so long behind the last arrival (until the last answer's end)",
     )
-    parser.flag("--simulate-only", action="store_true", help="no server: simulate, with --times")
-    parser.flag("--price", type=float, help="of a device, for an hour")
-    parser.flag("--parked-price", type=float, help="of a parked model (a twentieth of --price)")
-    parser.flag("--seed", type=int, default=0, help="of the order of measured starts (0)")
-    parser.flag("--json", action="store_true", help="print the JSON document alone")
+    parser.add_argument(
+        "--simulate-only", action="store_true", help="no server: simulate, with --times"
+    )
+    parser.add_argument("--price", type=float, help="of a device, for an hour")
+    parser.add_argument(
+        "--parked-price", type=float, help="of a parked model (a twentieth of --price)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the order of measured starts (0)")
+    add_output_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Runs the benchmark and prints its table.
+    """Runs the benchmark; the exit status says whether every request was answered.
 
     Raises:
         RequestError: The arguments make no sense.
         PlatformError: A server failed, or there can be no image.
     """
+    check_output(args.output)
     for model in args.models:
         if not model.is_dir():
             raise RequestError("there is no such directory", where="MODEL", got=model)
@@ -112,16 +129,16 @@ def run(args: argparse.Namespace) -> int:
             where="--simulate-only",
             hint="Give --times.",
         )
-    if args.pool < 0:
-        raise RequestError("there cannot be fewer than none", where="--pool", got=args.pool)
+    if not 0 <= args.tail < math.inf:
+        raise RequestError("this is no time", where="--tail", got=args.tail)
     chosen = _policy(args)
+    flags, factory = served(chosen, args.pool)
     prices = None if args.price is None else Prices.of(args.price, args.parked_price)
     arrivals, asks, trace = chosen_trace(args, number)
     context, vocabulary = _limits(args.models)
     scale = token_scale(arrivals, context)
     arrivals = scaled(arrivals, scale)
     trace |= {"token_scale": scale, "time": "arrivals alone are pressed together, if any"}
-    tail_s = (chosen.idle_s or 0.0) + _TAIL_S if args.tail is None else args.tail
     times = None if args.times is None else read_times(args.times)
     tier: StartTier = "restored" if args.starts == "image" else "fresh"
     places = {f"m{n}": args.models[n % len(args.models)] for n in range(number)}
@@ -132,26 +149,24 @@ def run(args: argparse.Namespace) -> int:
             fleet = _fleet(args, places, vocabulary, stack)
             longest = max(arrival.context for arrival in arrivals)
             longest = min(context, max(longest, _LEAST_PROMPT), _MOST_PROMPT)
-            flags = _policy_flags(chosen, args.pool)
             before = measure(fleet, longest, args.cycles) if times is None else times
-            found = replay_live(fleet, flags, arrivals, asks, tail_s)
+            found = replay_live(fleet, flags, arrivals, asks, args.tail)
             # Half of them behind it: a machine that others use is not as fast all the time.
             after = measure(fleet, longest, args.cycles) if times is None else None
             times = before if after is None else before.and_also(after)
     assert times is not None
     setup = Setup(
-        *(tuple(places), times, _kept(chosen, args.pool).factory, tier),
+        *(tuple(places), times, factory, tier),
         begin="zero",
         pool=args.pool,
         sharing=shared,
         seed=args.seed,
     )
-    simulated = _simulated(arrivals, asks, setup, found, tail_s)
-    told = _document(args, trace, chosen, prices, times, found, simulated)
-    if not args.json:
-        _print_table(told)
-    print_document(told)
-    return 0
+    simulated = _simulated(arrivals, asks, setup, found, args.tail)
+    told = _document(args, trace, chosen, prices, setup, found, simulated)
+    deliver(told, _table(told), args.output, alone=args.json)
+    lost = 0 if found is None else found.played.lost("refused") + found.played.lost("failed")
+    return 1 if lost else 0
 
 
 def _policy(args: argparse.Namespace) -> Chosen:
@@ -163,15 +178,6 @@ def _policy(args: argparse.Namespace) -> Chosen:
         return policy(args.policy)
     idle_s = _IDLE_S if args.idle is None else seconds_or_never(args.idle, "--idle")
     return fixed(idle_s, seconds_or_never(args.park, "--park"))
-
-
-def _kept(chosen: Chosen, pool: int) -> Chosen:
-    """Who is in a pool stays parked, whatever the policy says of parking; see `coldframe serve`."""
-    return fixed(chosen.idle_s, None) if pool and chosen.text.startswith("fixed") else chosen
-
-
-def _policy_flags(chosen: Chosen, pool: int) -> list[str]:
-    return [*chosen.flags, *(("--pool", str(pool)) if pool else ())]
 
 
 def _limits(models: list[Path]) -> tuple[int, int]:
@@ -230,16 +236,17 @@ def _document(
     trace: dict[str, Any],
     chosen: Chosen,
     prices: Prices | None,
-    times: Times,
+    setup: Setup,
     found: Replayed | None,
     simulated: Played,
 ) -> dict[str, Any]:
     live = None
     if found is not None:
-        late = [one.late_s for one in found.sent]
+        late = [one.sent_s - one.due_s for one in found.sent]
         live = found.played.to_json(prices) | {
             "counted": dict(found.counted),
             "late": {"mean_s": sum(late) / len(late), "max_s": max(late)},
+            "errors": sorted({one.error for one in found.sent if one.error is not None})[:5],
         }
     second = simulated.to_json(prices)
     return document(
@@ -249,7 +256,10 @@ def _document(
         price=args.price,
         live=live,
         simulated=second,
-        start_times=times.to_json(),
+        models=[described(model, ModelFacts(str(model))) for model in args.models],
+        tier=setup.tier,
+        sharing=None if setup.sharing is None else asdict(setup.sharing),
+        start_times=setup.times.to_json(),
         difference=None
         if live is None
         else {
@@ -264,11 +274,12 @@ def _difference(live: float, simulated: float) -> float:
     return (simulated - live) / live if live else float(simulated)
 
 
-def _print_table(told: dict[str, Any]) -> None:
-    columns = [(name, told[name]) for name in ("live", "simulated") if told[name] is not None]
-    print(f"{'':<26}" + "".join(f"{name:>12}" for name, _ in columns))
+def _table(told: dict[str, Any]) -> list[str]:
+    parts = [(name, told[name]) for name in ("live", "simulated") if told[name] is not None]
     rows: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("requests", lambda p: f"{p['requests']}"),
+        ("refused", lambda p: f"{p['refused']}"),
+        ("failed", lambda p: f"{p['failed']}"),
         ("cold starts", lambda p: f"{p['cold_starts']}"),
         ("cold share", lambda p: f"{p['cold_share']:.1%}"),
         ("starts of a replica", lambda p: f"{p['starts']}"),
@@ -280,8 +291,15 @@ def _print_table(told: dict[str, Any]) -> None:
         ("parked", lambda p: f"{p['parked_s']:.1f} s"),
         ("cost", lambda p: "-" if p["cost"] is None else f"{p['cost']:.4f}"),
     ]
-    for name, told_as in rows:
-        print(f"{name:<26}" + "".join(f"{told_as(part):>12}" for _, part in columns))
+    lines = columns(
+        [
+            ["", *(name for name, _ in parts)],
+            *([name, *(told_as(part) for _, part in parts)] for name, told_as in rows),
+        ]
+    )
+    if told["live"] is not None:
+        lines += [f"not answered: {error}" for error in told["live"]["errors"]]
     if told["difference"] is not None:
         cold, held = told["difference"]["cold_starts"], told["difference"]["gpu_s"]
-        print(f"\nsimulated against live: cold starts {cold:+.1%}, devices held {held:+.1%}")
+        lines.append(f"simulated against live: cold starts {cold:+.1%}, devices held {held:+.1%}")
+    return lines

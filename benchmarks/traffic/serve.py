@@ -15,7 +15,6 @@ All of them get the same requests at the same times.
 from __future__ import annotations
 
 import argparse
-import re
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -38,11 +37,10 @@ from coldframe.benchmarks.traffic.ways import WAYS, left_out, start_way
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.sizing import ModelFacts
-from coldframe.runtime.units import human_seconds
+from coldframe.runtime.units import duration, human_seconds
 
 __all__ = ["add_arguments", "run"]
 
-_DURATION = re.compile(r"([0-9]*\.?[0-9]+)\s*(ms|s)")
 _AT = {"mean": None, "p90": 0.9, "p99": 0.99, "max": 1.0}
 
 
@@ -75,8 +73,8 @@ def add_arguments(parser: Parser) -> None:
             default=usual,
             help=f"tokens of each {what}, N to M ({usual})",
         )
-    parser.add_argument("--slo-ttft", type=_duration, default=0.5, help="for a first token (500ms)")
-    parser.add_argument("--slo-itl", type=_duration, default=0.1, help="for each other one (100ms)")
+    parser.add_argument("--slo-ttft", type=duration, default=0.5, help="for a first token (500ms)")
+    parser.add_argument("--slo-itl", type=duration, default=0.1, help="for each other one (100ms)")
     parser.add_argument(
         "--slo-itl-at",
         choices=list(_AT),
@@ -224,10 +222,3 @@ def _rates(text: str) -> list[float] | str:
     if not rates or not all(0 < rate < 1e6 for rate in rates):
         raise argparse.ArgumentTypeError(f"{text!r} is no rate; write 1,2,4 or auto")
     return rates
-
-
-def _duration(text: str) -> float:
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time; write 500ms or 1.5s")
-    return float(match[1]) * (1e-3 if match[2] == "ms" else 1.0)

@@ -26,7 +26,7 @@ from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.room import Room
-from coldframe.runtime.scaling import PolicyFactory
+from coldframe.runtime.scaling import LivePolicy
 
 __all__ = ["Setup", "Sharing", "simulate"]
 
@@ -65,7 +65,7 @@ class Setup:
 
     names: Sequence[str]
     times: Times
-    policy: PolicyFactory
+    policy: Callable[[], LivePolicy]
     tier: StartTier = "fresh"
     begin: Literal["first", "zero", "warm"] = "first"
     pool: int = 0
@@ -113,7 +113,6 @@ class _Simulation:
         self._setup = setup
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._overdue: list[SimulatedModel] = []
         self._later: list[SimulatedModel] = []
         self._models = [
             SimulatedModel(
@@ -175,22 +174,19 @@ class _Simulation:
                 model.be_warm()
             elif number == 0:
                 model.start()
+            model.look()
 
     def _step(self) -> None:
         """What the front does after everything that has happened."""
-        overdue, self._overdue = self._overdue, []
         later, self._later = self._later, []
-        for model in [*overdue, *later]:
-            model.look()
+        for model in later:
+            model.rise()
         if self.room is not None:
             self._share(self.room)
         if self._setup.pool:
             self._keep_pool()
 
-    def overdue(self, model: SimulatedModel) -> None:
-        self._overdue.append(model)
-
-    def rises_later(self, model: SimulatedModel) -> None:
+    def later(self, model: SimulatedModel) -> None:
         self._later.append(model)
 
     @property
@@ -226,4 +222,4 @@ class _Simulation:
         if loaded < self._setup.pool and all(model.idle for model in models):
             ahead = next((model for model in models if model.may_start_ahead), None)
             if ahead is not None:
-                ahead.start("parked")
+                ahead.start_ahead()

@@ -1,11 +1,13 @@
 """The life of one simulated model: the states of `runtime/supervisor.py`, and what leads to which.
 
 It does what a `Supervisor` does when somebody asks, when nobody does, and when another model wants
-its room, and takes for it as long as was measured. It follows the same schedules as the endpoint.
+its room, and takes for it as long as was measured. It follows its policy by what the endpoint
+itself does so with (`runtime/unasked.py`), on the simulation's clock.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal, Protocol
 
@@ -14,15 +16,12 @@ from coldframe.benchmarks.traffic.service import Ask, Clock, Service
 from coldframe.benchmarks.traffic.stages import Draw, StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.runtime.room import Room
-from coldframe.runtime.scaling import Level, Policy, Schedule
+from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
+from coldframe.runtime.unasked import Unasked
 
 __all__ = ["Needs", "SimulatedModel", "World"]
 
 State = Literal["zero", "starting", "warm", "draining", "parked"]
-
-_RANK = {"zero": 0, "parked": 1, "warm": 2}
-_NO_TIME_S = 1e-9
-"""Of two moments that are the same but for the rounding of their sums, at most."""
 
 
 class Needs:
@@ -43,13 +42,16 @@ class World(Clock, Protocol):
 
     room: Room | None
 
-    def load(self, seconds: float, beside: float, call: Callable[[], None]) -> None:
+    def load(self, seconds: float, beside: float, call: Callable[[], None]) -> Callable[[], None]:
         """Has something called when a start is done that takes so long alone.
 
         Args:
             seconds: Alone.
             beside: See `Times.beside`.
             call: What is called.
+
+        Returns:
+            What ends the start before it is done.
         """
         ...
 
@@ -58,12 +60,8 @@ class World(Clock, Protocol):
         """Whether a model is on its way."""
         ...
 
-    def overdue(self, model: SimulatedModel) -> None:
-        """A model is to rest, or to be there, and the front is to notice it."""
-        ...
-
-    def rises_later(self, model: SimulatedModel) -> None:
-        """A model is to be there and cannot yet: it looks again when something has happened."""
+    def later(self, model: SimulatedModel) -> None:
+        """A model is to go up and cannot yet: it tries again when something has happened."""
         ...
 
 
@@ -88,7 +86,7 @@ class SimulatedModel:
         world: World,
         times: Times,
         tier: StartTier,
-        policy: Policy,
+        policy: LivePolicy,
         needs: Needs,
         *,
         may_park: bool,
@@ -101,8 +99,6 @@ class SimulatedModel:
         """Whether it waits for room."""
         self.ordered = False
         """Whether it was told to be at zero: nobody but who asks starts it then."""
-        self.began_s = 0.0
-        """When its replica was started: the front looks after it every second from then on."""
         self._world = world
         self._policy = policy
         self._needs = needs
@@ -114,20 +110,22 @@ class SimulatedModel:
         self._ends = Draw(times.end, seed)
         self._probe_s = times.prefill(1)
         self._service = Service(world, times, running, self._first_token, self._answered)
-        self._rest: Literal["parked", "zero"] | None = None
+        self._unasked = Unasked(policy, lambda: world.now)
+        self._rest: Level | None = None
         self._gives_way = False
-        self._foregone = False
-        """Whether it had to go, and is not to come back until somebody asks."""
+        self._ahead = False
+        """Whether it goes up before anybody asks, and is not there yet."""
         self._ending = False
+        self._cancel: Callable[[], None] = lambda: None
+        """Ends what is under way."""
         self._used_s = 0.0
         self._roused_s = 0.0
+        self._room_s = 0.0
+        """When there was room for its last start."""
         self._warm_since = 0.0
         self._start_s = 0.0
-        self._idle_since = 0.0
-        self._schedule: Schedule | None = None
-        self._level: Level = "warm"
-        """Where the schedule had it when it was looked at last."""
         self._plan = 0
+        """Which look at its schedule is the next: earlier ones are in vain."""
         self._stays: list[Stay] = []
         self._since = 0.0
 
@@ -135,10 +133,10 @@ class SimulatedModel:
 
     def ask(self, number: int, arrival: Arrival) -> Ask:
         """Takes a request."""
-        self._policy.arrived(self._world.now)
+        self._unasked.asked()
         ask = Ask(number, arrival, self._met)
         self._service.add(ask)
-        self.ordered = self._foregone = False
+        self.ordered = self._ahead = False
         if self.state == "starting":
             self._rest = None  # it was started ahead, to rest until somebody asks
         self._rouse()
@@ -167,20 +165,21 @@ class SimulatedModel:
         self._feed()
         if not self._service.open:
             self._used_s = self._world.now
-            self._begin_idle()
+            self.look()
         if self.state == "draining" and not self._service.inside:
             self._go()
 
     # -- from zero -------------------------------------------------------------------------------
 
-    def start(self, rest: Literal["parked"] | None = None) -> None:
-        """Has it started although nobody asks it.
-
-        Args:
-            rest: Where it is to go as soon as it is there.
-        """
+    def start(self) -> None:
+        """Has it started although nobody asks it."""
         self._rouse()
-        self._rest = rest
+
+    def start_ahead(self, level: Level = "parked") -> None:
+        """Has it started and parked, or warm, unless somebody asks it before it is."""
+        self._ahead = True
+        self._rouse()
+        self._rest = None if level == "warm" else level
 
     def be_warm(self) -> None:
         """Is warm from the beginning, where there is room for it."""
@@ -190,7 +189,7 @@ class SimulatedModel:
             self._world.room.take(self, self._needs.warm)
         self._enter("warm")
         self._service.up = True
-        self._begin_idle()
+        self.look()
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -208,13 +207,31 @@ class SimulatedModel:
             return
         now = self._world.now
         if self.state == "starting":
-            self.began_s = now
-            self._world.load(self._starts(), self._beside, self._loaded)
-        else:
-            self._warm_since, self._gives_way = now, False
-            self._enter("warm")
-            self._feed()
-            self._world.at(now + self._wakes(), self._loaded)
+            self._room_s = now
+            self._cancel = self._world.load(self._starts(), self._beside, self._loaded)
+            return
+        wake_s, self._warm_since, self._gives_way = self._wakes(), now, False
+        if not self._ahead and self.idle:
+            self._unasked.restart()
+        self._ahead = False
+        self._enter("warm")
+        self._feed()
+        self._after(wake_s, lambda: self._woken(wake_s))
+
+    def _after(self, seconds: float, call: Callable[[], None]) -> None:
+        """Has something called then, unless it rests before."""
+        left = True
+
+        def cancel() -> None:
+            nonlocal left
+            left = False
+
+        self._cancel = cancel
+        self._world.at(self._world.now + seconds, lambda: call() if left else None)
+
+    def _woken(self, seconds: float) -> None:
+        self._policy.started("parked", seconds)
+        self._loaded()
 
     def _loaded(self) -> None:
         self._service.begin()
@@ -222,8 +239,8 @@ class SimulatedModel:
         if self.state == "starting" and self.idle:
             # For nobody; who asks meanwhile is behind that.
             self._service.up = False
-            self._world.at(self._world.now + self._probe_s, self._probed)
-        elif not self._service.open:
+            self._after(self._probe_s, self._probed)
+        elif self.idle:
             self.look()
 
     def _probed(self) -> None:
@@ -234,59 +251,73 @@ class SimulatedModel:
     def _become_warm(self) -> None:
         now = self._world.now
         self._warm_since, self._start_s, self._gives_way = now, now - self._roused_s, False
-        # As the endpoint tells a policy that wants to know.
-        started = getattr(self._policy, "started", None)
-        if started is not None:
-            started("zero", self._start_s)
+        self._policy.started("zero", now - self._room_s)
+        if not self._ahead and self.idle:
+            self._unasked.restart()
+        self._ahead = False
         self._enter("warm" if self._rest is None else "draining")
         if self.state == "draining" and not self._service.inside:
             self._go()
-        elif not self._service.open:
-            self._begin_idle() if self._schedule is None else self.look()
+        elif self.idle:
+            self.look()
 
     # -- back to it ------------------------------------------------------------------------------
 
-    def _begin_idle(self) -> None:
-        """Nobody asks from now on."""
-        self._idle_since, self._level = self._world.now, "warm"
-        self._schedule = self._policy.idle(self._world.now)
-        self.look()
-
     def look(self) -> None:
-        """Goes where its schedule has it by now.
-
-        It is started ahead where the schedule has it rise, one at a time with others, and not where
-        it is lower because others had to have its room.
-        """
-        now = self._world.now
-        if self._service.open or self._ending or self._schedule is None:
+        """Goes where its policy has it by now."""
+        if self._service.open or self._ending:
             return
-        idle_s = now - self._idle_since + _NO_TIME_S
-        level = self._schedule.level(idle_s)
-        rises = _RANK[level] > _RANK[self._level] and not self._foregone
-        if level != "warm" and self.state == "warm" and self._service.up:
-            self._rest = level
+        if self.state != "starting":
+            self._unasked.begin()
+        due = self._unasked.due
+        if self.state == "warm" and due != "warm" and self._service.up:
+            self._rest = due
             self._enter("draining")
             self._go()
-        elif level == "zero" and self.state == "parked":
+        elif self.state == "parked" and not self.ordered and due == "zero":
             self._end()
-        elif rises and level == "warm" and self.state == "parked" and self._fits:
-            self._rouse()
-        elif rises and self.state == "zero" and not self.ordered:
-            if self._world.starts_one or not self._fits:
-                self._world.rises_later(self)
-                level = self._level
-            else:
-                self.start("parked" if level == "parked" else None)
-        self._level = level
+        else:
+            self.rise()
+            self._expect()
+
+    def _expect(self) -> None:
+        """Looks again when its schedule has it somewhere else."""
         self._plan += 1
-        next_s, plan = self._schedule.next_s(idle_s), self._plan
-        if next_s is not None:
-            self._world.at(max(now, self._idle_since + next_s), lambda: self._due(plan))
+        now, change_s, plan = self._world.now, self._unasked.change_s, self._plan
+        if change_s < math.inf:
+            # Later than now in any case: sums of seconds are rounded.
+            self._world.at(
+                max(now + change_s, math.nextafter(now, math.inf)), lambda: self._due(plan)
+            )
 
     def _due(self, plan: int) -> None:
-        if plan == self._plan and not self._service.open:
-            self._world.overdue(self)
+        if plan == self._plan:
+            self.look()
+
+    @property
+    def _rising(self) -> Level | None:
+        """The level at which it is to be before somebody asks, where it is lower."""
+        if self._service.open or self._ending or self.ordered:
+            return None
+        level, here = self._unasked.rising, {"zero": 0, "parked": 1}.get(self.state)
+        if level is None or here is None or LEVELS.index(level) <= here:
+            return None
+        # What was put off until it would go again as soon as it is there is not begun.
+        late = here == 0 and self._unasked.change_s <= self._start_s
+        return None if late else level
+
+    def rise(self) -> None:
+        """Goes up where it is to, one start at a time, into room that nobody has."""
+        level = self._rising
+        if level is None:
+            return
+        if not self._fits or (self.state == "zero" and self._world.starts_one):
+            self._world.later(self)
+        elif self.state == "zero":
+            self.start_ahead(level)
+        else:
+            self._ahead = True
+            self._rouse()
 
     def _go(self) -> None:
         if self._rest == "parked":
@@ -295,15 +326,19 @@ class SimulatedModel:
             self._end()
 
     def _park(self) -> None:
+        self._cancel()
         self._service.up, self._rest = False, None
         self._enter("parked")
+        self._unasked.parked()
         if self._world.room is not None:
             self._world.room.shrink(self, self._needs.parked)
         self._again()
 
     def _end(self) -> None:
         if not self._ending:
+            self._cancel()
             self._service.up, self._ending, self.waiting = False, True, False
+            self._ahead = False
             if self._world.room is not None:
                 self._world.room.withdraw(self)
             self._world.at(self._world.now + self._ends(), self._ended)
@@ -338,8 +373,15 @@ class SimulatedModel:
         return self._ending or (self.state == "draining" and gone)
 
     @property
+    def _comes_for_nobody(self) -> bool:
+        """Whether it is on its way before anybody has asked."""
+        return self.state == "starting" and self._ahead and self.idle and not self._ending
+
+    @property
     def can_go(self) -> bool:
         """Whether it may be sent away now: see `Supervisor.can_go`."""
+        if self.state == "starting":
+            return self._comes_for_nobody
         if self.state != "warm":
             return self.state == "parked"
         return self.idle or self._world.now >= self.may_go_s
@@ -363,9 +405,11 @@ class SimulatedModel:
         """Goes, once those that are with the workers have their answers."""
         if self.leaving:
             return
-        self._foregone = True
-        if self.state == "warm":
-            self._gives_way = self._may_park
+        self.ordered, self._unasked.foregone = False, True
+        if self._comes_for_nobody:
+            self._end()
+        elif self.state == "warm":
+            self._gives_way = self._may_park and self._policy.parks
             self._rest = "parked" if self._gives_way else "zero"
             self._enter("draining")
             if not self._service.inside:

@@ -13,6 +13,7 @@ from itertools import pairwise
 from typing import Any
 
 from coldframe.benchmarks.traffic.played import From, Stay
+from coldframe.loader.errors import PlatformError
 
 __all__ = ["Change", "changes", "met", "stays"]
 
@@ -38,12 +39,22 @@ def changes(words: str, names: Sequence[str]) -> list[Change]:
     Args:
         words: The log, in JSON; other lines in it are none of it.
         names: The models. With one alone lines do not name it.
+
+    Raises:
+        PlatformError: It says nothing of any state, which would be taken for zero all the time.
     """
-    return [
+    found = [
         Change(line["at_s"], line.get("model", names[0]), line["to"])
         for line in _lines(words)
         if line["event"] == "state"
     ]
+    if not found:
+        raise PlatformError(
+            "a server's log says nothing of its models' states",
+            expected="lines `state`, which are in a log of level info, in JSON",
+            got=words[-300:].strip() or "nothing",
+        )
+    return found
 
 
 def stays(found: Iterable[Change], origin_s: float, seconds: float) -> list[Stay]:

@@ -44,6 +44,7 @@ class Read:
     Args:
         status: Of HTTP; None where there was not even a head.
         error: What the server says of what went wrong.
+        first_at: When the first event with a token was there, be there text of it yet or not.
         text_at: When each event with text was there.
         end_at: When the event that has the finish reason was; None where there was none.
         tokens: Tokens of the answer, as the server's `usage` has them.
@@ -51,6 +52,7 @@ class Read:
 
     status: int | None = None
     error: str | None = None
+    first_at: float | None = None
     text_at: list[float] = field(default_factory=list)
     end_at: float | None = None
     tokens: int = 0
@@ -73,6 +75,7 @@ def read_stream(stamped: Stamped) -> Read:
         read.error = body.decode(errors="replace")[:300]
         return read
     texts: list[int] = []
+    first: int | None = None
     end: int | None = None
     for event, place in _events(body, places):
         if "error" in event:
@@ -80,11 +83,14 @@ def read_stream(stamped: Stamped) -> Read:
         if event.get("usage"):
             read.tokens = event["usage"]["completion_tokens"]
         for choice in event.get("choices", ()):
+            first = place if first is None else first
             if choice.get("text"):
                 texts.append(place)
             if choice.get("finish_reason") is not None:
                 end = place
     read.text_at = stamped.moments(texts)
+    if first is not None:
+        (read.first_at,) = stamped.moments([first])
     if end is not None:
         (read.end_at,) = stamped.moments([end])
     return read

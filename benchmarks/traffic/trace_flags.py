@@ -14,32 +14,28 @@ __all__ = ["add_trace_arguments", "chosen_trace"]
 
 
 def add_trace_arguments(parser: Parser) -> None:
-    """The flags of `chosen_trace`."""
+    """The flags of `chosen_trace`, without twins in the environment."""
     trace = parser.add_argument_group("the trace")
-    parser.flag("--trace", metavar="FILE", type=Path, group=trace, help="a CSV with the arrivals")
-    parser.flag(
+    trace.add_argument("--trace", metavar="FILE", type=Path, help="a CSV with the arrivals")
+    trace.add_argument(
         "--models",
         dest="number",
         metavar="N",
         type=int,
-        group=trace,
         help="split it by hash over so many models (as many as there are)",
     )
-    parser.flag(
+    trace.add_argument(
         "--skew",
         type=float,
         default=0.0,
-        group=trace,
         help="of the split: model k is asked in proportion to 1 / k ** SKEW (0: all alike)",
     )
-    parser.flag(
-        "--from", dest="from_s", metavar="SECONDS", type=float, default=0.0, group=trace, help="(0)"
+    trace.add_argument(
+        "--from", dest="from_s", metavar="SECONDS", type=float, default=0.0, help="(0)"
     )
-    parser.flag(
-        "--for", dest="for_s", metavar="SECONDS", type=float, group=trace, help="of it (all)"
-    )
-    parser.flag("--seconds", type=float, group=trace, help="press it into so many seconds")
-    parser.flag("--speed", type=float, group=trace, help="or make it so many times as fast (1)")
+    trace.add_argument("--for", dest="for_s", metavar="SECONDS", type=float, help="of it (all)")
+    trace.add_argument("--seconds", type=float, help="press it into so many seconds")
+    trace.add_argument("--speed", type=float, help="or make it so many times as fast (1)")
 
 
 def chosen_trace(

@@ -13,6 +13,7 @@ from coldframe.runtime.units import (
     byte_count,
     byte_count_or_none,
     byte_rate,
+    duration,
     human_bytes,
     human_seconds,
 )
@@ -86,3 +87,17 @@ def test_bytes_for_people_can_be_read_back(count: int) -> None:
 )
 def test_seconds_for_people(seconds: float, text: str) -> None:
     assert human_seconds(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("500ms", 0.5), ("2s", 2.0), ("2", 2.0), (" .25 s ", 0.25), ("1.5m", 90.0)],
+)
+def test_a_duration_is_read(text: str, seconds: float) -> None:
+    assert duration(text) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("text", ["", "0", "0ms", "-1s", "soon", "1h", "nan", "inf", "9" * 400])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        duration(text)

@@ -128,6 +128,8 @@ def test_choices_cost_what_they_do_by_hand(
         assert choice["p99_s"] == pytest.approx(np.percentile(first, 99)), name
         assert choice["p50_s"] == pytest.approx(np.percentile(first, 50)), name
         assert choice["meets_slo"] == (np.percentile(first, 99) <= 5.0)
+    # What reckons with prices reckons with these.
+    assert choices["next"]["policy"] == "next:parked=0.125"
     hours = (moments[-1] + 1.0) / 3600
     assert choices["always on"]["cost"] == pytest.approx(7.2 * hours)
     good = {name: choice["cost"] for name, choice in choices.items() if choice["meets_slo"]}
@@ -323,7 +325,9 @@ def test_the_command_says_what_to_take_without_torch(tmp_path: Path) -> None:
         "import sys; from coldframe.runtime.cli import main; status = main(sys.argv[1:]); "
         "assert 'torch' not in sys.modules; sys.exit(status)"
     )
+    out = tmp_path / "found.json"
     arguments = ["advise", "--trace", str(trace), "--slo", "3s", "--price", "2"]
+    arguments += ["--output", str(out)]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
     )
@@ -331,6 +335,7 @@ def test_the_command_says_what_to_take_without_torch(tmp_path: Path) -> None:
     *table, last = done.stdout.splitlines()
     found = json.loads(last)
     assert f"take: {found['take']}" in table
+    assert json.loads(out.read_text()) == found
     for choice in found["choices"]:
         row = next(line for line in table if line.startswith(f"{choice['name']} "))
         assert f"{choice['cost']:.4g}" in row

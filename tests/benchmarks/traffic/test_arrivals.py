@@ -58,10 +58,10 @@ def test_a_seed_makes_one_load_and_prompts_begin_alike_nowhere() -> None:
 def test_a_trace_is_followed_scaled_into_the_context() -> None:
     trace = [Arrival(0.0, 6000, 400), Arrival(1.5, 300, 20), Arrival(30.0, 9999, 1)]
     traffic = replace(TRAFFIC, trace=trace)
-    assert traffic.scale == 64 / 6400
+    assert traffic.scale == 62 / 6400
     asks = traffic.load(None, 0)
-    assert [(ask.due_s, len(ask.prompt), ask.tokens) for ask in asks] == [(0, 60, 4), (1.5, 3, 1)]
-    assert traffic.longest == 64
+    assert [(ask.due_s, len(ask.prompt), ask.tokens) for ask in asks] == [(0, 58, 4), (1.5, 3, 1)]
+    assert traffic.longest == 62
     # Two requests in 20 seconds, pressed into as much time as makes four a second of them.
     assert [ask.due_s for ask in traffic.load(4.0, 0)] == [0, pytest.approx(1.5 / 40)]
     small = replace(traffic, context=1 << 20)

@@ -8,12 +8,12 @@ import pytest
 from coldframe.benchmarks.traffic.simulate import Setup, simulate
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.benchmarks.traffic.traces import Arrival
-from coldframe.runtime.scaling import FixedKeepAlive, Policy
+from coldframe.runtime.scaling import FixedKeepAlive, LivePolicy
 
 TIMES = Times([4.0], [], [], [], Line(0, 0), Line(0, 0), "made up", beside=1.0)
 
 
-def forever() -> Policy:
+def forever() -> LivePolicy:
     return FixedKeepAlive(None)
 
 
@@ -28,7 +28,7 @@ def forever() -> Policy:
     ],
 )
 def test_starts_at_the_same_time_share(beside: float, expected: list[float]) -> None:
-    policy: Callable[[], Policy] = forever
+    policy: Callable[[], LivePolicy] = forever
     world = Setup(("a", "b"), replace(TIMES, beside=beside), policy, begin="zero")
     arrivals = [Arrival(0.0, 1, 1), Arrival(1.0, 1, 1)]
     played = simulate(arrivals, [0, 1], world)

@@ -54,7 +54,8 @@ class Handler(BaseHTTPRequestHandler):
             if wrong == 3 and place == 1:
                 return
             if wrong == 4:
-                time.sleep(60 * PAUSE_S)
+                self.connection.recv(1)  # until the client has gone
+                return
         self._chunk(event(finish="length", usage={"completion_tokens": count}))
         self.wfile.write(b"0\r\n\r\n")
 
@@ -88,7 +89,7 @@ def port() -> Iterator[int]:
 
 def test_arrivals_do_not_wait_for_answers_and_tokens_have_their_times(port: int) -> None:
     asks = [Ask(0.02 * number, (number, 0), 5) for number in range(12)]
-    records = offer(port, "m", asks, 20.0)
+    records = offer(port, "m", asks, 60.0)
     for ask, one in zip(asks, records, strict=True):
         assert one.answered
         assert one.error is None
@@ -114,7 +115,7 @@ def test_on_one_stream_openais_client_counts_as_ours_does(port: int) -> None:
     with OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
         for ask in (Ask(0.0, (0, 0), 5), Ask(0.0, (1, 0), 1)):
             theirs = _by_openai(client, ask)
-            (ours,) = offer(port, "m", [ask], 20.0)
+            (ours,) = offer(port, "m", [ask], 60.0)
             for seen in (ours, theirs):
                 assert (seen.tokens, len(seen.token_s)) == (ask.tokens, ask.tokens)
                 assert (seen.end_s or 0) - seen.sent_s >= ask.tokens * PAUSE_S
@@ -128,30 +129,37 @@ def test_on_one_stream_openais_client_counts_as_ours_does(port: int) -> None:
         (1, None, "broke off", 0),
         (2, 200, None, 4),
         (3, 200, "broke off", 2),
-        (4, 200, "not over after 0.5 s", 1),
     ],
 )
 def test_what_goes_wrong_is_told_apart(
     port: int, wrong: int, status: int | None, error: str | None, parts: int
 ) -> None:
-    (one,) = offer(port, "m", [Ask(0.0, (0, wrong), 5)], 0.5 if wrong == 4 else 20.0)
+    (one,) = offer(port, "m", [Ask(0.0, (0, wrong), 5)], 60.0)
     assert not one.answered
     assert (one.status, len(one.token_s)) == (status, parts)
     assert (one.error is None) if error is None else (error in (one.error or ""))
     assert (one.end_s is not None) == (wrong == 2)
 
 
+def test_what_is_not_over_in_time_has_failed(port: int) -> None:
+    (one,) = offer(port, "m", [Ask(0.0, (0, 4), 5)], 0.5)
+    assert not one.answered
+    assert one.end_s is None
+    assert one.error == "not over after 0.5 s"
+    assert len(one.token_s) <= 1  # as far as it came by then
+
+
 def test_where_nobody_listens_a_request_has_failed() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
-        (one,) = offer(taken.getsockname()[1], "m", [Ask(0.0, (0, 0), 5)], 20.0)
+        (one,) = offer(taken.getsockname()[1], "m", [Ask(0.0, (0, 0), 5)], 60.0)
     assert (one.status, one.end_s) == (None, None)
     assert one.error
 
 
 def test_the_client_takes_no_more_priority_than_it_gives_back(port: int) -> None:
     before = os.getpriority(os.PRIO_PROCESS, 0)
-    offer(port, "m", [Ask(0.0, (0, 0), 1)], 20.0)
+    offer(port, "m", [Ask(0.0, (0, 0), 1)], 60.0)
     assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 

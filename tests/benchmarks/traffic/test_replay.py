@@ -14,14 +14,17 @@ import jsonschema
 import pytest
 
 from coldframe.benchmarks.document import SCHEMA
-from coldframe.benchmarks.traffic import replay
+from coldframe.benchmarks.traffic import advise, replay
+from coldframe.benchmarks.traffic.played import Asked, Played, Stay
+from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, served
 from coldframe.benchmarks.traffic.sharing import sharing
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import ColdframeError, RequestError
+from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
 from coldframe.runtime.flags import Parser
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+ONCE = ["starting", "warm"]
 TIMES = Times([2.0], [], [0.1], [0.05], Line(0.01, 0.0), Line(0.01, 0.0), "made up")
 
 
@@ -57,7 +60,10 @@ def valid(document: dict[str, Any]) -> dict[str, Any]:
             assert all(a["end_s"] == b["start_s"] for a, b in pairwise(stays)), name
         assert part["gpu_s"] == pytest.approx(seconds_in(part, "starting", "warm", "draining"))
         assert part["parked_s"] == pytest.approx(seconds_in(part, "parked"))
-        assert part["cold_starts"] == sum(asked["from"] == "zero" for asked in part["asked"])
+        every = [*part["asked"], *part["unanswered"]]
+        assert part["cold_starts"] == sum(asked["from"] == "zero" for asked in every)
+        assert part["requests"] == len(every)
+        assert part["refused"] + part["failed"] == len(part["unanswered"])
     return document
 
 
@@ -92,6 +98,11 @@ def test_a_trace_is_simulated_without_a_server(
         (("--policy", "fixed:5", "--idle", "3"), "say the same"),
         (("--policy", "whatever"), "no such policy"),
         (("--pool", "-1"), "fewer than none"),
+        (("--pool", "1", "--idle", "0"), "there must be some"),
+        (("--pool", "1", "--policy", "next"), "fixed alone"),
+        (("--pool", "1", "--policy", "histogram"), "fixed alone"),
+        (("--tail", "-1"), "no time"),
+        (("--output", "/none/out.json"), "cannot be written"),
         (("--price", "-1"), "no price"),
         (("--simulate-only",), "nothing can be measured"),
         (("--cycles", "0"), "must be one"),
@@ -107,6 +118,76 @@ def test_what_makes_no_sense_is_refused(
         replay.run(arguments(demo_model(), "--trace", trace, *flags))
     with pytest.raises(RequestError, match="no such directory"):
         replay.run(arguments(tmp_path / "none", "--trace", trace))
+
+
+def test_other_commands_settings_are_none_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("IDLE", "PARK", "POOL", "POLICY", "MODEL", "CONTEXT", "RATE", "STARTS", "SECONDS"):
+        monkeypatch.setenv(f"COLDFRAME_{name}", "7")
+    for command in (replay, advise):
+        parser = Parser()
+        command.add_arguments(parser)
+        named = ["there"] if command is replay else []
+        assert parser.parse(named) == parser.parse_args(named)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "pool", "flags"),
+    [
+        (fixed(0.0), 0, ["--policy", "fixed:0"]),
+        (fixed(None), 0, ["--policy", "fixed:never"]),
+        (fixed(4.0, 2.5), 0, ["--policy", "fixed:4,2.5"]),
+        (fixed(4.0, None), 0, ["--policy", "fixed:4,never"]),
+        (policy("next:penalty=9"), 0, ["--policy", "next:penalty=9"]),
+        (fixed(4.0, None), 2, ["--idle", "4", "--pool", "2"]),
+        (fixed(None), 2, ["--pool", "2"]),
+    ],
+)
+def test_a_server_follows_what_is_simulated(
+    chosen: Chosen, pool: int, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDFRAME_IDLE", "0.5")
+    told, factory = served(chosen, pool)
+    assert told == flags
+    steps = chosen.factory().idle(0.0).steps
+    # Who is in a pool stays parked.
+    assert factory().idle(0.0).steps[: len(steps)] == steps[: 2 if pool else None]
+
+
+def test_requests_that_were_not_answered_are_told_apart() -> None:
+    asked = [
+        Asked(0.0, "a", 1.0, "zero"),
+        Asked(1.0, "a", 3.0, "warm"),
+        Asked(2.0, "a", 99.0, "warm", "failed"),
+        Asked(3.0, "a", None, "zero", "refused"),
+    ]
+    played = Played(asked, {"a": [Stay("warm", 0.0, 4.0)]}, 4.0).to_json(None)
+    assert (played["requests"], played["failed"], played["refused"]) == (4, 1, 1)
+    assert (played["cold_starts"], played["cold_share"]) == (2, 0.5)
+    assert (played["ttft"]["p50"], played["ttft"]["max"]) == (2.0, 3.0)
+    assert [one["outcome"] for one in played["unanswered"]] == ["failed", "refused"]
+    with pytest.raises(PlatformError, match="no request"):
+        Played(asked[2:], {}, 4.0).to_json(None)
+
+
+def test_a_replay_goes_on_where_a_request_is_refused(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    times, out = tmp_path / "times.json", tmp_path / "found.json"
+    times.write_text(json.dumps(TIMES.to_json()))
+    trace = tmp_path / "trace.csv"
+    began = "2024-01-01T00:00:0"
+    trace.write_text(f"{HEAD}{began}0Z,16,4\n{began}0Z,200,8\n{began}1Z,16,4\n")
+    # The second one takes more KV than there is.
+    flags = ("--times", str(times), "--kv-memory", "128KiB", "--output", str(out))
+    found = replayed(demo_model(), trace, no_leaks, *flags, status=1)
+    live = found["live"]
+    assert (live["requests"], live["refused"], live["failed"]) == (3, 1, 0)
+    assert [one["at_s"] for one in live["asked"]] == sorted(one["at_s"] for one in live["asked"])
+    assert len(live["asked"]) == 2
+    assert any("KV" in error for error in live["errors"])
+    assert json.loads(out.read_text()) == found
+    assert found["tier"] == "fresh"
+    assert found["models"][0]["path"] == str(demo_model())
 
 
 def test_models_take_of_a_device_what_the_endpoint_reckons(
@@ -127,7 +208,7 @@ def test_models_take_of_a_device_what_the_endpoint_reckons(
         sharing([model], 1 << 20, 4 << 20, "cpu")
 
 
-def replayed(model: Path, trace: Path, runs: Path, *flags: str) -> dict[str, Any]:
+def replayed(model: Path, trace: Path, runs: Path, *flags: str, status: int = 0) -> dict[str, Any]:
     done = subprocess.run(
         [
             *(Path(sys.executable).parent / "coldframe", "bench", "replay", model),
@@ -135,20 +216,40 @@ def replayed(model: Path, trace: Path, runs: Path, *flags: str) -> dict[str, Any
         ],
         capture_output=True,
         text=True,
-        env={**os.environ, "COLDFRAME_RUN_DIR": str(runs)},
+        # Settings of a server are none of a replay's.
+        env={**os.environ, "COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_LOG_LEVEL": "warning"},
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return valid(json.loads(done.stdout.splitlines()[-1]))
 
 
 def assert_alike(live: dict[str, Any], simulated: dict[str, Any]) -> None:
-    """Devices are held alike, but for what starts took, which may be anything on a busy machine."""
-    starts = [seconds_in(part, "starting") for part in (live, simulated)]
-    other = [seconds_in(part, "warm", "draining") for part in (live, simulated)]
-    off = abs(live["gpu_s"] - simulated["gpu_s"]) - abs(starts[0] - starts[1])
-    assert off <= 0.15 * live["gpu_s"], (starts, other)
-    assert other[0] == pytest.approx(other[1], rel=0.15, abs=abs(starts[0] - starts[1]))
+    """The same states in the same order, and devices held alike within 5 %.
+
+    But for what starts and ends took, each of which may be anything on a busy machine: these were
+    drawn from other ones.
+    """
+    orders = []
+    for part in (live, simulated):
+        found = {
+            name: [stay["state"] for stay in stays if stay["state"] != "draining"]
+            for name, stays in part["states"].items()
+        }
+        orders.append(found)
+        assert part["failed"] == part["refused"] == 0
+    assert orders[0] == orders[1]
+    assert [(a["model"], a["from"]) for a in live["asked"]] == [
+        (a["model"], a["from"]) for a in simulated["asked"]
+    ]
+    for count in ("requests", "cold_starts", "starts"):
+        assert live[count] == simulated[count], count
+    apart = sum(
+        abs(seconds_in(live, state) - seconds_in(simulated, state))
+        for state in ("starting", "draining")
+    )
+    off = abs(live["gpu_s"] - simulated["gpu_s"])
+    assert off <= 0.05 * live["gpu_s"] + apart, (live["gpu_s"], simulated["gpu_s"], apart)
 
 
 @pytest.mark.heavy
@@ -170,11 +271,11 @@ def test_a_simulation_is_as_the_replay(
     for part in (live, simulated):
         assert seconds_in(part, "starting") > 0.3
     assert_alike(live, simulated)
-    # What the server counts itself: the time in which there was a replica.
-    assert live["counted"]["device_s"] == pytest.approx(live["gpu_s"], rel=0.15)
+    # What the server counts itself: the time in which there was a replica, which is there a bit
+    # after the start has begun, and until somebody has read the count.
+    assert live["counted"]["device_s"] == pytest.approx(live["gpu_s"], rel=0.5)
     states = [stay["state"] for stay in live["states"]["m0"] if stay["state"] != "draining"]
-    first = states.index("starting")
-    assert states[first : first + 5] == ["starting", "warm", "zero", "starting", "warm"]
+    assert states == [*(["zero"] if states[0] == "zero" else []), *ONCE, "zero", *ONCE]
     assert len(found["start_times"]["fresh"]) == 2
 
 
@@ -187,7 +288,7 @@ def test_models_that_share_a_device_are_replayed(
     weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
     room = ("--device-memory", str(weights + (5 << 20)), "--kv-memory", str(4 << 20))
     trace = write_trace(tmp_path / "trace.csv", [0.0, 9.0, 18.0, 27.0])
-    found = replayed(model, trace, no_leaks, "--models", "2", "--idle", "60", "--tail", "3", *room)
+    found = replayed(model, trace, no_leaks, "--models", "2", "--idle", "60", *room)
     live, simulated = found["live"], found["simulated"]
     models = [asked["model"] for asked in live["asked"]]
     # Each takes the other one's place.

@@ -13,7 +13,7 @@ from coldframe.benchmarks.traffic.simulate import Setup, Sharing, simulate
 from coldframe.benchmarks.traffic.stages import Draw, Line, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import DeviceError, RequestError
-from coldframe.runtime.scaling import FixedKeepAlive, Policy, Schedule
+from coldframe.runtime.scaling import FixedKeepAlive, Level, LivePolicy, Schedule
 
 TIMES = Times(
     fresh=[4.0],
@@ -27,11 +27,11 @@ TIMES = Times(
 """A prompt of 100 tokens takes 1 s, and so do ten more tokens."""
 
 
-def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Callable[[], Policy]:
+def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Callable[[], LivePolicy]:
     return lambda: FixedKeepAlive(idle_s, park_s)
 
 
-def setup(policy: Callable[[], Policy], **more: object) -> Setup:
+def setup(policy: Callable[[], LivePolicy], **more: object) -> Setup:
     found = Setup(("a",), TIMES, policy, begin="zero")
     return replace(found, **more)  # type: ignore[arg-type]
 
@@ -109,9 +109,7 @@ def test_no_more_than_so_many_are_with_the_workers() -> None:
 
 
 def test_a_schedule_has_it_there_before_somebody_asks() -> None:
-    class Again:
-        def arrived(self, at_s: float) -> None: ...
-
+    class Again(FixedKeepAlive):
         def idle(self, at_s: float) -> Schedule:
             return Schedule(((0.0, "warm"), (2.0, "zero"), (20.0, "warm"), (30.0, "zero")))
 
@@ -137,6 +135,76 @@ def test_a_schedule_has_it_there_before_somebody_asks() -> None:
     assert [s.state for s in late.states["a"]][-1] == "zero"
 
 
+class Scheduled(FixedKeepAlive):
+    """Has a schedule, and says what it is told of starts."""
+
+    def __init__(self, *steps: tuple[float, Level]) -> None:
+        super().__init__(None, None)
+        self._steps = steps
+        self.told: list[tuple[Level, float]] = []
+
+    def idle(self, at_s: float) -> Schedule:
+        return Schedule(self._steps)
+
+    def started(self, level: Level, seconds: float) -> None:
+        self.told.append((level, pytest.approx(seconds)))
+
+
+def each(*policies: LivePolicy) -> Callable[[], LivePolicy]:
+    left = iter(policies)
+    return lambda: next(left)
+
+
+def test_what_would_go_as_soon_as_it_is_there_is_not_begun() -> None:
+    short = Scheduled((0.0, "warm"), (2.0, "zero"), (20.0, "warm"), (24.5, "zero"))
+    played = simulate(at(0.0), [0], setup(each(short)), 60.0)
+    # Its start takes 5 s.
+    assert [s.state for s in played.states["a"]] == ["starting", "warm", "draining", "zero"]
+
+
+def test_who_is_parked_early_is_parked_for_as_long_as_was_said() -> None:
+    world = setup(fixed(20.0, 10.0), names=("a", "b"), sharing=Sharing(10, 8, 0))
+    played = simulate(at(0.0, 10.0), [0, 1], world, 60.0)
+    # Nobody asks from 6 on; b has its room at 10.
+    assert stays(played, "a") == [
+        ("starting", 0, 5),
+        ("warm", 5, 10),
+        ("parked", 10, 20.25),
+        ("zero", 20.25, 60),
+    ]
+
+
+def test_who_is_to_be_warm_again_is_so_once_there_is_room() -> None:
+    again = Scheduled((0.0, "warm"), (2.0, "parked"), (20.0, "warm"), (50.0, "zero"))
+    policies = each(again, FixedKeepAlive(10.0, 0.0))
+    world = setup(policies, names=("a", "b"), sharing=Sharing(10, 8, 0))
+    played = simulate(at(0.0, 15.0), [0, 1], world, 40.0)
+    # At 26, when it is to be there, b has the room, until it rests at 31 and has ended.
+    assert stays(played, "a") == [
+        ("starting", 0, 5),
+        ("warm", 5, 8),
+        ("parked", 8, 31.25),
+        ("warm", 31.25, 40),
+    ]
+    assert again.told == [("zero", 5.0), ("parked", 0.5)]
+
+
+def test_who_comes_for_nobody_is_in_nobodys_way() -> None:
+    again = Scheduled((0.0, "warm"), (2.0, "zero"), (20.0, "warm"), (50.0, "zero"))
+    other = Scheduled((0.0, "warm"))
+    policies = each(again, other)
+    world = setup(policies, names=("a", "b"), sharing=Sharing(10, 8, 6))
+    played = simulate(at(0.0, 27.0), [0, 1], world, 40.0)
+    assert stays(played, "a")[3:] == [
+        ("zero", 8.25, 26),
+        ("starting", 26, 27.25),
+        ("zero", 27.25, 40),
+    ]
+    assert played.asked[1].ttft_s == pytest.approx(5.25)
+    # A start is as long as it takes from when there is room.
+    assert other.told == [("zero", 5.0)]
+
+
 def test_two_that_do_not_fit_together_take_turns() -> None:
     world = setup(fixed(None), names=("a", "b"), sharing=Sharing(10, 8, 6))
     played = simulate(at(0.0, 10.0), [0, 1], world, 20.0)
@@ -148,8 +216,12 @@ def test_two_that_do_not_fit_together_take_turns() -> None:
     ]
     assert stays(played, "b") == [("zero", 0, 10), ("starting", 10, 15.25), ("warm", 15.25, 20)]
     assert played.asked[1].ttft_s == pytest.approx(5.25)
-    # One whose weights leave the device is parked for that, and soon back.
-    away = simulate(at(0.0, 10.0, 20.0), [0, 1, 0], replace(world, sharing=Sharing(10, 8, 0)), 30.0)
+    # One whose weights leave the device is parked for that, and soon back, if it may be parked.
+    leaves = replace(world, sharing=Sharing(10, 8, 0))
+    ended = simulate(at(0.0, 10.0), [0, 1], leaves, 20.0)
+    assert [s.state for s in ended.states["a"]] == ["starting", "warm", "draining", "zero"]
+    parks = replace(leaves, policy=fixed(None, None))
+    away = simulate(at(0.0, 10.0, 20.0), [0, 1, 0], parks, 30.0)
     assert [s.state for s in away.states["a"]] == ["starting", "warm", "parked", "warm"]
     assert away.asked[2].ttft_s == pytest.approx(1.5)
     with pytest.raises(DeviceError, match="does not fit"):
@@ -236,7 +308,7 @@ def played_of(
 @given(TRACES, POLICIES, WORLDS)
 def test_each_is_answered_once_and_a_model_is_always_something(
     trace: list[tuple[float, int, int, int]],
-    policy: Callable[[], Policy],
+    policy: Callable[[], LivePolicy],
     more: dict[str, object],
 ) -> None:
     world = setup(policy, names=NAMES, **more)
@@ -266,7 +338,7 @@ def test_each_is_answered_once_and_a_model_is_always_something(
 
 @given(TRACES, POLICIES, st.integers(0, 3))
 def test_always_on_has_no_cold_start_and_plain_zero_the_most(
-    trace: list[tuple[float, int, int, int]], policy: Callable[[], Policy], seed: int
+    trace: list[tuple[float, int, int, int]], policy: Callable[[], LivePolicy], seed: int
 ) -> None:
     # With starts that take no time: else who starts later is warm until later, and who comes then
     # may meet it there.

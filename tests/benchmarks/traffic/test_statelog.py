@@ -7,6 +7,7 @@ import pytest
 
 from coldframe.benchmarks.traffic.played import Stay
 from coldframe.benchmarks.traffic.statelog import changes, met, stays
+from coldframe.loader.errors import PlatformError
 
 WALL_S = 1_700_000_000.0
 
@@ -38,6 +39,12 @@ def test_states_are_read_from_a_log() -> None:
     ]
     # A replay that begins later.
     assert [stay.state for stay in stays(found, 13.0, 1.1)] == ["warm", "draining"]
+
+
+@pytest.mark.parametrize("words", ["", "Warning: of somebody else", line(0.0, "ready")])
+def test_a_log_that_says_nothing_of_states_is_not_taken_for_zero(words: str) -> None:
+    with pytest.raises(PlatformError, match="says nothing"):
+        changes(words, ["alone"])
 
 
 @pytest.mark.parametrize(

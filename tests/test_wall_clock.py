@@ -30,7 +30,6 @@ ALLOWED = {
     "runtime/checks/kernel.py": "whether it is right is what is looked into",
     "runtime/compiler.py": AGES,
     "runtime/compiling.py": AGES,
-    "runtime/checks/kernel.py": "whether it is set at all",
     "runtime/gateway/logs.py": FOR_PEOPLE,
     "runtime/gateway/openai/service.py": "OpenAI's `created`",
     "runtime/gateway/templates.py": "`strftime_now` of chat templates",

@@ -35,6 +35,7 @@ from coldframe.benchmarks.handoff_ways import (
     start_replica,
 )
 from coldframe.benchmarks.harness import chosen, warm_page_cache
+from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.output import (
     add_output_arguments,
     check_output,
@@ -111,6 +112,11 @@ def run(args: argparse.Namespace) -> int:
         left_out=missing,
         cells=cells,
         targets=targets,
+        fingerprint=fingerprint(
+            device=args.device,
+            model=args.model,
+            vllm_python=args.vllm_python if any(way.startswith("vllm") for way in ways) else None,
+        ),
     )
     deliver(told, _table(told), args.output, alone=args.json)
     # Another engine rounds bf16 in another order, and may come to other tokens.

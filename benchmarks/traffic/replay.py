@@ -25,6 +25,7 @@ from typing import Any
 
 from coldframe.benchmarks.document import document
 from coldframe.benchmarks.harness import warm_page_cache
+from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.output import (
     add_output_arguments,
     check_output,
@@ -266,6 +267,7 @@ def _document(
             name: _difference(live[name], second[name])
             for name in ("cold_starts", "starts", "gpu_s")
         },
+        fingerprint=fingerprint(device=args.device, model=args.models[0]),
     )
 
 

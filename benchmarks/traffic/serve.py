@@ -22,6 +22,7 @@ from typing import Any
 
 from coldframe.benchmarks.document import document
 from coldframe.benchmarks.harness import chosen, warm_page_cache
+from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.output import (
     add_output_arguments,
     check_output,
@@ -117,6 +118,11 @@ def run(args: argparse.Namespace) -> int:
         loads=bench.loads(),
         highest=bench.highest,
         compared=bench.compared(),
+        fingerprint=fingerprint(
+            device=args.device,
+            model=args.model,
+            vllm_python=args.vllm_python if any(way.startswith("vllm") for way in ways) else None,
+        ),
     )
     deliver(found, _table(found), args.output, alone=args.json)
     bad = sum(load["all"][what] for load in found["loads"] for what in ("failed", "wrong"))

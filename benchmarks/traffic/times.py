@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.document import percentile
+from coldframe.benchmarks.document import parsed, percentile
 from coldframe.benchmarks.harness import coldframe_command
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.errors import PlatformError, RequestError
@@ -47,11 +47,9 @@ def read_times(path: Path) -> Times:
         RequestError: It is none of these.
     """
     try:
-        text = path.read_text(encoding="utf-8").strip()
-        try:
-            found = json.loads(text)
-        except ValueError:
-            found = json.loads(text.splitlines()[-1])
+        found = parsed(path.read_text(encoding="utf-8"))
+        if found is None:
+            raise ValueError("no JSON document")
         if found.get("kind") == "cold":
             return _of_cold(found, str(path))
         return Times.from_json(found.get("start_times", found), str(path))

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, LivePolicy, Schedule
-from coldframe.runtime.scaling_histogram import Forecast, HybridHistogram, IdleHistogram
+from coldframe.runtime.scaling_histogram import HybridHistogram
+from coldframe.runtime.scaling_idle import Forecast, IdleHistogram
 from coldframe.runtime.scaling_next import Costs, NextArrival
 
 ANSWER_S = 1.0

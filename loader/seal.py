@@ -12,7 +12,6 @@ needs no package; the weights have a hash that is as fast as memory (`pieces`).
 from __future__ import annotations
 
 import binascii
-import contextlib
 import json
 import os
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ from coldframe.loader.pieces import (
 )
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.strict_json import describe, parse_object
+from coldframe.loader.whole_file import write_whole
 
 if TYPE_CHECKING:
     from coldframe.loader.checkpoint import Checkpoint
@@ -180,17 +180,8 @@ class Seal:
             PlatformError: It cannot be written.
         """
         path = os.path.join(directory, SEAL_NAME)
-        fresh = os.path.join(directory, f".{SEAL_NAME}.{os.getpid()}.new")
         try:
-            try:
-                with open(fresh, "wb") as file:
-                    file.write(self.encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(fresh, path)
-            finally:
-                with contextlib.suppress(OSError):
-                    os.unlink(fresh)
+            write_whole(path, self.encode(), 0o666)
         except OSError as error:
             raise PlatformError(
                 "the seal cannot be written",

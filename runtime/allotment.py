@@ -65,9 +65,11 @@ class Wish:
         name: Whose it is.
         level: At which level it would be.
         needs: What it takes there, and at those below; a level that is not named takes nothing.
-        benefit: What it is expected to save its clients there, in seconds of waiting.
+        benefit: What it is expected to save its clients there, in seconds of waiting for each
+            second for which it is held (`worth`): of all models over the same time.
         asked: Whether it is being asked.
         levels: The levels at which it may be at all.
+        begin_s: What of the budget is gone before it is up, in seconds: what has less is not begun.
     """
 
     name: str
@@ -76,10 +78,17 @@ class Wish:
     benefit: float = 0.0
     asked: bool = False
     levels: tuple[Level, ...] = LEVELS
+    begin_s: float = 0.0
 
     def need(self, level: Level) -> Need:
         """What it takes there."""
         return self.needs.get(level, Need())
+
+    def fits(self, level: Level, left: Supply) -> bool:
+        """Whether so much is enough for it to be there."""
+        if level != "zero" and left.held_s is not None and left.held_s < self.begin_s:
+            return False
+        return self.need(level).within(left)
 
 
 def allot(wishes: Iterable[Wish], supply: Supply) -> dict[str, Level]:
@@ -105,9 +114,7 @@ def allot(wishes: Iterable[Wish], supply: Supply) -> dict[str, Level]:
     rest = [wish for wish in wishes if not wish.asked]
     for wish in sorted(rest, key=lambda wish: (-_worth(wish, supply), wish.name)):
         below = [level for level in LEVELS[: LEVELS.index(wish.level) + 1] if level in wish.levels]
-        level: Level = next(
-            (level for level in reversed(below) if wish.need(level).within(left)), "zero"
-        )
+        level: Level = next((level for level in reversed(below) if wish.fits(level, left)), "zero")
         found[wish.name] = level
         left = left.less(wish.need(level))
     return found

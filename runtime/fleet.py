@@ -71,7 +71,7 @@ class Fleet:
         models = self._models.values()
         been = any(model.starts and model.state == "zero" for model in models)
         left = all(model.state in ("zero", "failed") and model.idle for model in models)
-        return been and left and not any(model.unasked.will_rise for model in models)
+        return been and left and not any(model.will_rise for model in models)
 
     @property
     def starting(self) -> bool:

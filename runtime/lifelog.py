@@ -34,7 +34,7 @@ class LifeLog:
     ) -> None:
         self.state: State = state
         self.cold_starts = 0
-        """Starts from zero that somebody has waited for."""
+        """Starts from zero, or anew, that somebody has waited for."""
         self.wakes = 0
         """How often somebody has asked while it was parked."""
         self.prewarms: Counter[str] = Counter(begun=0, used=0, late=0, vain=0)
@@ -49,8 +49,13 @@ class LifeLog:
         self._waited_for = False
         log.info("state", to=state, at_s=round(self._since, 6))
 
-    def enter(self, state: State) -> None:
-        """It is in that state from now on; it may be already."""
+    def enter(self, state: State, *, asked: bool = False) -> None:
+        """It is in that state from now on; it may be already.
+
+        Args:
+            state: Which.
+            asked: Whether somebody has asked, and waits.
+        """
         if state == self.state:
             return
         moment = self._clock()
@@ -59,6 +64,8 @@ class LifeLog:
         self.state, self._since = state, moment
         if state == "starting":
             self._waited_for = False
+            if asked:
+                self._wait()
         self._log.info("state", **fields, ahead=self.ahead or None)
 
     def begin_ahead(self) -> None:
@@ -78,7 +85,12 @@ class LifeLog:
             self.ahead = False
         if before == "parked":
             self.wakes += 1
-        if before in ("zero", "starting") and not self._waited_for:
+        if before in ("zero", "starting"):
+            self._wait()
+
+    def _wait(self) -> None:
+        """Somebody waits for the start: with those who do already, it is still one."""
+        if not self._waited_for:
             self.cold_starts += 1
             self._waited_for = True
 

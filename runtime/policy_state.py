@@ -1,19 +1,26 @@
 """What policies have learned, in a file: it outlives the process, and the container with it.
 
-    {"version": 1, "saved_at": seconds since 1970, "models": {name: what its policy knows}}
+    {"version": 1, "saved_at": seconds since 1970, "models": {name: what its policy knows},
+     "others": {name: [saved_at, what its policy knew]}}
 
-It is written now and then, and at the end, whole or not at all. A file that cannot be used is a
-warning: models go on as if nothing had been learned.
+It is written now and then, and at the end, whole or not at all. Several replicas may have one file
+on a volume that they share: what it says of models that this one does not serve stays in it, and of
+those that several serve the last word counts. A file that cannot be used is a warning, and is put
+aside as FILE.bad: models go on as if nothing had been learned.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from typing import Any
 
+from coldframe.loader.whole_file import write_whole
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.unasked import Unasked
 
@@ -25,6 +32,10 @@ _OFTEN_S = 30.0
 _MOST_BYTES = 64 << 20
 _MOST_AWAY_S = 30 * 86400.0
 """What is older says nothing any more."""
+_UNUSABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+
+_Known = dict[str, tuple[float, Any]]
+"""By model: when it was saved, and what."""
 
 
 class PolicyState:
@@ -42,35 +53,38 @@ class PolicyState:
         self._clock = clock
         self._saved_at = clock()
         self._complained = False
+        self._others: _Known = {}
 
     def restore(self, models: Mapping[str, Unasked]) -> None:
-        """Has policies go on from what is there.
+        """Has policies go on from what is there, and tries whether it can be written.
 
         Args:
             models: By the names that clients call them by.
         """
+        refused, known = False, {}
         try:
-            with open(self._path, "rb") as file:
-                found = json.loads(file.read(_MOST_BYTES))
-            if found["version"] != _VERSION:
-                raise ValueError(f"its version is {found['version']!r}")
-            away_s = max(0.0, self._clock() - float(found["saved_at"]))
-            states = dict(found["models"])
+            known = self._read()
         except FileNotFoundError:
-            return
-        except (OSError, ValueError, TypeError, KeyError) as error:
+            pass
+        except _UNUSABLE as error:
+            refused = True
             self._warn(repr(error))
-            return
-        if away_s > _MOST_AWAY_S:
-            self._warn(f"it is {away_s / 86400:.0f} days old")
-            return
         for name, unasked in models.items():
-            if name not in states:
+            if name not in known:
                 continue
+            saved_at, state = known[name]
+            away_s = max(0.0, self._clock() - saved_at)
             try:
-                unasked.policy.restore(states[name], unasked.clock(), away_s)
-            except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                if away_s > _MOST_AWAY_S:
+                    raise ValueError(f"it is {away_s / 86400:.0f} days old")
+                unasked.policy.restore(state, unasked.arrivals(), away_s)
+            except (*_UNUSABLE, OverflowError) as error:
+                refused = True
                 self._warn(f"{name}: {error!r}")
+        self._others = {name: found for name, found in known.items() if name not in models}
+        if refused:
+            self._put_aside()
+        self.save(models.items())
 
     def step(self, models: Iterable[tuple[str, Unasked]]) -> None:
         """Writes it where it is time."""
@@ -80,21 +94,61 @@ class PolicyState:
     def save(self, models: Iterable[tuple[str, Unasked]]) -> None:
         """Writes it."""
         self._saved_at = self._clock()
-        states = {name: unasked.policy.saved(unasked.clock()) for name, unasked in models}
-        document = {"version": _VERSION, "saved_at": self._saved_at, "models": states}
-        fresh = f"{self._path}.{os.getpid()}"
+        states = {name: unasked.policy.saved(unasked.arrivals()) for name, unasked in models}
+        with suppress(*_UNUSABLE):  # which another one has written, and it is replaced
+            self._others |= self._read()
+        self._others = {
+            name: (saved_at, state)
+            for name, (saved_at, state) in self._others.items()
+            if name not in states and self._saved_at - saved_at <= _MOST_AWAY_S
+        }
+        document = {
+            "version": _VERSION,
+            "saved_at": self._saved_at,
+            "models": states,
+            "others": self._others,
+        }
         try:
-            fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            with open(fd, "w", encoding="utf-8") as file:
-                json.dump(document, file)
-            os.replace(fresh, self._path)
+            write_whole(self._path, json.dumps(document).encode())
             self._complained = False
         except OSError as error:
-            with suppress(OSError):
-                os.unlink(fresh)
             if not self._complained:
                 self._complained = True
                 self._warn(f"it cannot be written: {error}")
 
+    def _read(self) -> _Known:
+        """What the file says of all models.
+
+        Raises:
+            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError: It is none.
+        """
+        # A pipe would have this process wait for whoever writes to it.
+        fd = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(fd, "rb") as file:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ValueError("this is no file")
+            found = json.loads(file.read(_MOST_BYTES))
+        if found["version"] != _VERSION:
+            raise ValueError(f"its version is {found['version']!r}")
+        known, latest = {}, _moment(found["saved_at"])
+        for name, (saved_at, state) in found.get("others", {}).items():
+            known[str(name)] = (_moment(saved_at), state)
+        for name, state in found["models"].items():
+            known[str(name)] = (latest, state)
+        return known
+
+    def _put_aside(self) -> None:
+        """What could not be used is not lost by writing over it."""
+        with suppress(OSError):
+            if stat.S_ISREG(os.lstat(self._path).st_mode):
+                os.replace(self._path, f"{self._path}.bad")
+
     def _warn(self, why: str) -> None:
         self._log.warning("policy state", path=self._path, why=why)
+
+
+def _moment(value: Any) -> float:
+    moment = float(value)
+    if not math.isfinite(moment):
+        raise ValueError("this is no time")
+    return moment

@@ -35,6 +35,8 @@ class Resting:
         """Whether they have left, so that others may have the device's memory."""
         self.leaving = False
         """Whether they were told to, and nothing was heard of it since."""
+        self.coming = False
+        """Whether they were told to come back, and are not yet."""
         self.told: dict[str, Any] = {}
         """What was said last of the way there or back: `seconds`, `note`, and `why` it failed."""
         self._to_memory = to_memory
@@ -55,7 +57,7 @@ class Resting:
     def park(self) -> None:
         """Has them leave."""
         self._parked = self.leaving = True
-        self.left = False  # some may have come back since that was heard
+        self.left = self.coming = False  # some may have come back since that was heard
         self._again_at = None
         self._to_memory({"type": "park"})
 
@@ -63,6 +65,7 @@ class Resting:
         """Has them come back, where they were told to leave."""
         if self._parked:
             self._parked = self.leaving = False
+            self.coming = True
             self._since = self._clock()
             self._to_memory({"type": "wake"})
 
@@ -87,6 +90,7 @@ class Resting:
         self.told = {"seconds": body.get("seconds"), "note": body.get("note")}
         self.told["why"] = None if error is None else str(error)
         if error is None:
+            self.coming = self.coming and kind == "parked"
             return
         if kind == "parked":
             self._warn(f"the weights stay on the device: {error}")
@@ -117,6 +121,11 @@ class RestingTogether:
     def leaving(self) -> bool:
         """Whether they were told to, and not all has been heard of it since."""
         return any(device.leaving for device in self._devices)
+
+    @property
+    def coming(self) -> bool:
+        """Whether they were told to come back, and some are not yet."""
+        return any(device.coming for device in self._devices)
 
     @property
     def told(self) -> dict[str, Any]:

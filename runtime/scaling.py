@@ -29,6 +29,9 @@ __all__ = [
     "Policy",
     "PolicyFactory",
     "Schedule",
+    "chance_unknown",
+    "learned_start",
+    "standard",
 ]
 
 Level = Literal["zero", "parked", "warm"]
@@ -155,6 +158,38 @@ class LivePolicy(Policy, Protocol):
         ...
 
 
+_START_ALPHA = 0.5
+"""How much the latest start counts."""
+_MOST_START_S = 3600.0
+
+
+def learned_start(before_s: float, seconds: float) -> float:
+    """How long a start is taken to take, now that one more was seen.
+
+    One that took an hour or longer counts as an hour: it has waited for something else.
+
+    Args:
+        before_s: What it was taken to take.
+        seconds: What it has taken.
+    """
+    if not seconds >= 0:
+        return before_s
+    return before_s + _START_ALPHA * (min(seconds, _MOST_START_S) - before_s)
+
+
+def chance_unknown(idle_s: float, within_s: float) -> float:
+    """How likely somebody asks within so long, where nothing is known of the scale of time.
+
+    Who was silent for t is so for t more, half of the times.
+    """
+    return within_s / (within_s + idle_s) if within_s + idle_s > 0 else 1.0
+
+
+def standard(keep_s: float) -> Schedule:
+    """Warm for so long, then at zero: what a policy says that does not know better."""
+    return Schedule(((0.0, "warm"), (keep_s, "zero")))
+
+
 PolicyFactory = Callable[[], Policy]
 """Makes a policy for each model."""
 
@@ -192,8 +227,7 @@ class FixedKeepAlive:
         pass
 
     def chance(self, idle_s: float, within_s: float) -> float:
-        """As where nothing is known of the scale of time: who was silent for t is so for t more."""
-        return within_s / (within_s + idle_s) if within_s + idle_s > 0 else 1.0
+        return chance_unknown(idle_s, within_s)
 
     def saved(self, at_s: float) -> dict[str, Any]:
         return {"policy": self.name}

@@ -13,7 +13,9 @@ them, Muth 1960), with its smoothed error as the margin: a few numbers, no fitti
 differ by factors, not by sums. A forecast that is wrong by a factor of 2 is none.
 
 Theirs are bins of a minute and functions that load within one. Bins are finer here, and a start is
-begun earlier by as long as it takes.
+begun earlier by as long as it takes. They keep windows of recent days; here is one histogram
+whose counts fade with time, to a half in a week, so that what a model's traffic was does not rule
+for ever over what it has become.
 """
 
 from __future__ import annotations
@@ -22,138 +24,19 @@ import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from coldframe.runtime.scaling import Level, Schedule
+from coldframe.runtime.scaling import (
+    Level,
+    Schedule,
+    chance_unknown,
+    learned_start,
+    standard,
+)
+from coldframe.runtime.scaling_idle import Forecast, IdleHistogram
 
-__all__ = ["Forecast", "HybridHistogram", "IdleHistogram"]
+__all__ = ["HybridHistogram"]
 
-_ALPHA = 0.3
-"""How much the latest idle time counts in the forecast."""
-_LEAST_FORECAST = 3
-_LEAST_MARGIN = 0.15
-"""The paper's margin of a forecast."""
-_SIGMAS = 2.0
-_MOST_MARGIN = math.log(2)
-_START_ALPHA = 0.5
-"""How much the latest start counts."""
-
-
-class IdleHistogram:
-    """Idle times by bins of one width, up to a range.
-
-    Args:
-        bin_s: A bin's width, in seconds.
-        range_s: Idle times up to there are in bins, the others only counted.
-    """
-
-    def __init__(self, bin_s: float, range_s: float) -> None:
-        self.bin_s = bin_s
-        self.counts = [0] * max(1, math.ceil(range_s / bin_s))
-        self.beyond = 0
-        """How many idle times were out of range."""
-        self.within = 0
-        self._squares = 0
-
-    def add(self, idle_s: float) -> None:
-        """Counts one more."""
-        place = int(idle_s / self.bin_s)
-        if place >= len(self.counts):
-            self.beyond += 1
-            return
-        # (c + 1)^2 - c^2: the sum of squares is kept, for the variation at any time.
-        self._squares += 2 * self.counts[place] + 1
-        self.counts[place] += 1
-        self.within += 1
-
-    @property
-    def total(self) -> int:
-        return self.within + self.beyond
-
-    @property
-    def variation(self) -> float:
-        """The coefficient of variation of the bins' counts; 0 where there is nothing in them."""
-        if self.within == 0:
-            return 0.0
-        mean = self.within / len(self.counts)
-        return math.sqrt(max(0.0, self._squares / len(self.counts) - mean * mean)) / mean
-
-    def percentile(self, percent: float, *, up: bool) -> float:
-        """Where so many per cent of the idle times in range are below.
-
-        Args:
-            percent: How many.
-            up: Whether it is rounded up to its bin's end, instead of down to its beginning.
-
-        Returns:
-            Seconds; 0 where there are none.
-        """
-        wanted = max(1, math.ceil(self.within * percent / 100))
-        seen = 0
-        for place, count in enumerate(self.counts):
-            seen += count
-            if seen >= wanted:
-                return (place + up) * self.bin_s
-        return 0.0
-
-    def chance(self, idle_s: float, within_s: float) -> float:
-        """How likely an idle time that has lasted so long ends within so long a time."""
-        ends = self._up_to(idle_s + within_s) - self._up_to(idle_s)
-        left = self.total - self._up_to(idle_s)
-        return min(1.0, max(0.0, ends / left)) if left > 0 else 0.0
-
-    def _up_to(self, seconds: float) -> float:
-        """How many idle times are shorter, taking a bin's to be spread over it."""
-        place = seconds / self.bin_s
-        whole = min(int(place), len(self.counts))
-        part = self.counts[whole] * (place - whole) if whole < len(self.counts) else 0.0
-        return sum(self.counts[:whole]) + part
-
-    def load(self, filled: Mapping[str, int], beyond: int) -> None:
-        """Takes the counts of another one.
-
-        Raises:
-            ValueError, TypeError: They cannot be.
-        """
-        counts = [0] * len(self.counts)
-        for place, count in filled.items():
-            if not 0 <= int(place) < len(counts) or type(count) is not int or count < 0:
-                raise ValueError("these are no counts of such a histogram")
-            counts[int(place)] = count
-        if type(beyond) is not int or beyond < 0:
-            raise ValueError("these are no counts of such a histogram")
-        self.counts, self.beyond, self.within = counts, beyond, sum(counts)
-        self._squares = sum(count * count for count in counts)
-
-
-class Forecast:
-    """The next idle time, by exponential smoothing of the logarithms of those before."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.level = 0.0
-        """The logarithm of the next one, in seconds, as it is expected."""
-        self.variance = 0.0
-        """Of the errors so far, the latest ones foremost."""
-
-    def add(self, idle_s: float) -> None:
-        """One more."""
-        value = math.log(max(idle_s, 1e-3))
-        if self.count == 0:
-            self.level = value
-        else:
-            error = value - self.level
-            # The first error stands for all that there were: none is no reason to be sure.
-            part = 1.0 if self.count == 1 else _ALPHA
-            self.variance += part * (error * error - self.variance)
-            self.level += _ALPHA * error
-        self.count += 1
-
-    @property
-    def window(self) -> tuple[float, float] | None:
-        """Between which seconds the next one ends; None where that cannot be said."""
-        margin = max(math.log1p(_LEAST_MARGIN), _SIGMAS * math.sqrt(self.variance))
-        if self.count < _LEAST_FORECAST or margin > _MOST_MARGIN:
-            return None
-        return math.exp(self.level - margin), math.exp(self.level + margin)
+_OFTEN_S = 3600.0
+"""How often counts fade, in seconds."""
 
 
 class HybridHistogram:
@@ -172,6 +55,7 @@ class HybridHistogram:
         samples: How many idle times there must be.
         rest: Where it is until it is warmed ahead: at `zero` or `parked`.
         start_s: How long a start takes, in seconds, until one was seen (`started`).
+        half_s: After how long an idle time counts for a half, in seconds.
     """
 
     name = "histogram"
@@ -190,6 +74,7 @@ class HybridHistogram:
         samples: int = 8,
         rest: Literal["zero", "parked"] = "zero",
         start_s: float = 5.0,
+        half_s: float = 7 * 86400.0,
     ) -> None:
         self.histogram = IdleHistogram(bin_s, range_s)
         self.forecast = Forecast()
@@ -199,18 +84,27 @@ class HybridHistogram:
         self._keep_s, self._cv, self._oob, self._samples = keep_s, cv, oob, samples
         self._rest: Level = rest
         self._start_s = start_s
+        self._half_s = half_s
+        self._faded_at: float | None = None
         self._idle_since: float | None = None
         self._asked = False
         """Whether somebody has asked since it was idle last."""
         self._ever_asked = False
 
     def arrived(self, at_s: float) -> None:
+        self._fade(at_s)
         if self._idle_since is not None and self._ever_asked:
             idle_s = max(0.0, at_s - self._idle_since)
             self.histogram.add(idle_s)
             self.forecast.add(idle_s)
         self._idle_since = None
         self._asked = self._ever_asked = True
+
+    def _fade(self, at_s: float) -> None:
+        passed_s = 0.0 if self._faded_at is None else at_s - self._faded_at
+        if self._faded_at is None or passed_s >= _OFTEN_S:
+            self._faded_at = at_s
+            self.histogram.fade(0.5 ** (passed_s / self._half_s))
 
     def idle(self, at_s: float) -> Schedule:
         if self._idle_since is None:
@@ -219,31 +113,31 @@ class HybridHistogram:
         if not asked:
             return self._standard("nobody has asked since it was started")
         seen, samples = self.histogram, self.histogram.total
-        if samples < self._samples:
-            return self._standard(f"{samples} idle times of {self._samples} seen")
+        if round(samples) < self._samples:
+            return self._standard(f"{samples:.0f} idle times of {self._samples} seen")
         if seen.beyond >= self._oob * samples:
             return self._forecast()
         if seen.variation < self._cv:
             return self._standard(f"the histogram says nothing: its CV is {seen.variation:.2f}")
         head_s = seen.percentile(self._head, up=False)
         tail_s = seen.percentile(self._tail, up=True)
-        self.why = f"of {samples} idle times {self._head:g} % end by {head_s:g} s"
+        self.why = f"of {samples:.0f} idle times {self._head:g} % end by {head_s:g} s"
         self.why += f", {self._tail:g} % by {tail_s:g} s"
         return self._between(head_s * (1 - self._margin), tail_s * (1 + self._margin))
 
     def started(self, level: Level, seconds: float) -> None:
         if level == self._rest:
-            self._start_s += _START_ALPHA * (seconds - self._start_s)
+            self._start_s = learned_start(self._start_s, seconds)
 
     def chance(self, idle_s: float, within_s: float) -> float:
         seen = self.histogram
-        if seen.total < self._samples or seen.beyond >= self._oob * seen.total:
-            return within_s / (within_s + idle_s) if within_s + idle_s > 0 else 1.0
+        if round(seen.total) < self._samples or seen.beyond >= self._oob * seen.total:
+            return chance_unknown(idle_s, within_s)
         return seen.chance(idle_s, within_s)
 
     def _standard(self, why: str) -> Schedule:
         self.why = f"standard keep-alive: {why}"
-        return Schedule(((0.0, "warm"), (self._keep_s, "zero")))
+        return standard(self._keep_s)
 
     def _forecast(self) -> Schedule:
         window = self.forecast.window
@@ -265,8 +159,9 @@ class HybridHistogram:
         return {
             "policy": self.name,
             "bin_s": seen.bin_s,
-            "counts": {str(i): count for i, count in enumerate(seen.counts) if count},
-            "beyond": seen.beyond,
+            "counts": {str(i): round(n, 6) for i, n in enumerate(seen.counts) if n > 1e-6},
+            "beyond": round(seen.beyond, 6),
+            "faded_s": 0.0 if self._faded_at is None else at_s - self._faded_at,
             "forecast": [self.forecast.count, self.forecast.level, self.forecast.variance],
             "start_s": self._start_s,
             "idle_s": None if self._idle_since is None else at_s - self._idle_since,
@@ -278,11 +173,14 @@ class HybridHistogram:
             raise ValueError("this is of another policy, or of other bins")
         count, level, variance = state["forecast"]
         numbers = [float(value) for value in (level, variance, state["start_s"])]
-        idle_s = state["idle_s"]
+        idle_s, faded_s = state["idle_s"], float(state.get("faded_s", 0.0))
+        if not 0 <= faded_s < math.inf:
+            raise ValueError("this is no time")
         if not all(map(math.isfinite, numbers)) or numbers[1] < 0 or numbers[2] < 0:
             raise ValueError("these are no numbers of a forecast")
         since = None if idle_s is None else at_s - away_s - float(idle_s)
         self.histogram.load(state["counts"], state["beyond"])
+        self._faded_at = at_s - away_s - faded_s
         self.forecast.count, self.forecast.level, self.forecast.variance = int(count), *numbers[:2]
         self._start_s = numbers[2]
         self._idle_since, self._ever_asked = since, bool(state["asked"])

@@ -14,16 +14,21 @@ always warm. With requests by a timer it is at zero in between and there again b
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from coldframe.runtime.scaling import LEVELS, Level, Schedule
+from coldframe.runtime.scaling import (
+    LEVELS,
+    Level,
+    Schedule,
+    chance_unknown,
+    learned_start,
+    standard,
+)
 from coldframe.runtime.scaling_arrivals import EDGES, Arrivals
 
 __all__ = ["Costs", "NextArrival", "cheapest"]
-
-_START_ALPHA = 0.5
-"""How much the latest start counts."""
 
 
 class Costs:
@@ -49,7 +54,7 @@ class Costs:
 
     def started(self, level: Level, seconds: float) -> None:
         """A start has taken so long."""
-        self.start_s[level] += _START_ALPHA * (seconds - self.start_s[level])
+        self.start_s[level] = learned_start(self.start_s[level], seconds)
 
 
 def cheapest(survival: Sequence[float], costs: Costs) -> list[tuple[float, Level]]:
@@ -157,12 +162,12 @@ class NextArrival:
             self._idle_since = at_s
         if not asked:
             self.why = "standard keep-alive: nobody has asked since it was started"
-            return Schedule(((0.0, "warm"), (self._keep_s, "zero")))
+            return standard(self._keep_s)
         self._survival = self.arrivals.survival(at_s)
         if self.arrivals.seen < self._samples:
             self.why = f"standard keep-alive: {self.arrivals.seen} idle times seen"
             self.why += f" of {self._samples}"
-            return Schedule(((0.0, "warm"), (self._keep_s, "zero")))
+            return standard(self._keep_s)
         best = self.arrivals.best
         half = next((e for e, s in zip(EDGES, self._survival, strict=True) if s <= 0.5), None)
         self.why = f"half of the next requests come within {half or EDGES[-1]:.3g} s"
@@ -174,7 +179,7 @@ class NextArrival:
 
     def chance(self, idle_s: float, within_s: float) -> float:
         if self._survival is None or self.arrivals.seen < self._samples:
-            return within_s / (within_s + idle_s) if within_s + idle_s > 0 else 1.0
+            return chance_unknown(idle_s, within_s)
         left = _at(self._survival, idle_s)
         return 1 - _at(self._survival, idle_s + within_s) / left if left > 0 else 0.0
 
@@ -205,6 +210,6 @@ def _at(survival: Sequence[float], seconds: float) -> float:
     """The probability that nobody has come by then, between two edges by their line."""
     if seconds >= EDGES[-1]:
         return survival[-1]
-    place = next(i for i in range(len(EDGES) - 1) if EDGES[i + 1] > seconds)
+    place = bisect_right(EDGES, seconds) - 1
     part = (seconds - EDGES[place]) / (EDGES[place + 1] - EDGES[place])
     return survival[place] + part * (survival[place + 1] - survival[place])

@@ -16,8 +16,9 @@ __all__ = ["POLICY_HELP", "POLICY_NAMES", "policy_from"]
 POLICY_NAMES = ("fixed", "histogram", "next")
 POLICY_HELP = (
     "when it rests and is warmed ahead: fixed:IDLE[,PARK] (seconds, or never); "
-    "histogram[:bin=,range=,head=,tail=,margin=,keep=,cv=,oob=,samples=,rest=zero|parked,start=], "
-    "of each model's idle times; next[:penalty=,parked=,zero=,parked_start=,samples=,keep=], by "
+    "histogram[:bin=,range=,head=,tail=,margin=,keep=,cv=,oob=,samples=,rest=zero|parked,start=,"
+    "half=], of each model's idle times; "
+    "next[:penalty=,parked=,zero=,parked_start=,samples=,keep=], by "
     "what holding it costs against what clients wait"
 )
 _HISTOGRAM: dict[str, tuple[str, float, float]] = {
@@ -32,6 +33,7 @@ _HISTOGRAM: dict[str, tuple[str, float, float]] = {
     "oob": ("oob", 0.0, 1.0),
     "samples": ("samples", 0.0, 1e6),
     "start": ("start_s", -1e-9, 1e6),
+    "half": ("half_s", 0.0, 1e9),
 }
 _COSTS: dict[str, tuple[str, float, float]] = {
     "penalty": ("penalty", 0.0, 1e9),

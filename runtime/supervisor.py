@@ -47,7 +47,7 @@ from coldframe.runtime.router import Listener
 from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.startlog import StartLog
-from coldframe.runtime.unasked import Unasked
+from coldframe.runtime.unasked import Unasked, since_boot
 
 __all__ = ["State", "Supervisor"]
 
@@ -55,7 +55,6 @@ _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
 _TICK_S = 1.0
-_HOUR_S = 3600.0
 _CALM_S = 2.0
 """How long nobody must have asked before it gets ready to rest."""
 _PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
@@ -108,7 +107,7 @@ class Supervisor:
         self._options = options
         # Who is stopped between two requests, as some platforms do it, does not fall asleep by
         # that: it goes on because somebody asks.
-        self.unasked = Unasked(policy, AwakeClock())
+        self.unasked = Unasked(policy, AwakeClock(), since_boot)
         self._recorder = recorder
         self._log = log
         self._asks = Asks(self._has_died)
@@ -118,7 +117,9 @@ class Supervisor:
         self._warm_since = 0.0
         self._start_s = 0.0
         self._started_at = time.monotonic() if began_s is None else began_s
-        """When there was room for the last start."""
+        """When there was room for the last start, or it began anew."""
+        self._woken_at: float | None = None
+        """When it was woken, until it has back what it was parked without."""
         self._rest: Level | None = None
         """What is wanted once those that are with the workers have their answers."""
         self._ordered = False
@@ -225,7 +226,7 @@ class Supervisor:
 
     @state.setter
     def state(self, state: State) -> None:
-        self.life.enter(state)
+        self.life.enter(state, asked=bool(self._asks))
 
     def wake(self) -> None:
         """Has it started, if it is not; the next `step` does so. An order to rest is forgotten."""
@@ -260,6 +261,12 @@ class Supervisor:
         late = here == 0 and self.unasked.change_s <= self._start_s
         return None if late else level
 
+    @property
+    def will_rise(self) -> bool:
+        """Whether it is to go up, now or later, before anybody asks."""
+        stays = self._ordered or self.ends or self.state == "failed"
+        return not stays and self.unasked.will_rise
+
     def rise(self, level: Level) -> None:
         """Goes up to a level before somebody asks, where there is room that nobody else wants."""
         level = min(level, self.unasked.most, key=LEVELS.index)
@@ -273,8 +280,8 @@ class Supervisor:
     def wish(self, name: str) -> Wish:
         """What it would be while nobody asks, or is while somebody does.
 
-        Its benefit is what clients would have to wait for it, in seconds, if they came soon: as
-        likely as its policy holds that to be.
+        Its benefit follows from how soon its policy has somebody ask, and from what it takes until
+        it is there: by the same measure for who is held and for who is to come.
 
         Args:
             name: What it is called.
@@ -283,16 +290,17 @@ class Supervisor:
         held: dict[State, Level] = {"warm": "warm", "starting": "warm", "parked": "parked"}
         level = rising or self._rest or held.get(here, "zero")
         going = here in ("starting", "draining") or self._ordered
-        soon_s = _TICK_S
-        if rising is not None:
-            soon_s = min(self.unasked.change_s, _HOUR_S)
+        asked = bool(self._asks) or (going and not self._ahead)
+        start_s, devices = max(self._start_s, _TICK_S), len(self._options.devices)
+        begins = rising is not None and here == "zero"
         return Wish(
             name,
             level,
-            self._quarters.needs(soon_s * len(self._options.devices)),
-            self.unasked.chance(soon_s) * max(self._start_s, _TICK_S),
-            asked=bool(self._asks) or (going and not self._ahead),
+            self._quarters.needs(_TICK_S * devices),
+            0.0 if asked else self.unasked.worth(start_s, there=here != "zero"),
+            asked=asked,
             levels=LEVELS if self._may_park else ("zero", "warm"),
+            begin_s=start_s * devices if begins else 0.0,
         )
 
     @property
@@ -303,8 +311,13 @@ class Supervisor:
     @property
     def devices_unasked(self) -> int:
         """How many devices are held for nobody."""
-        held = self.state == "warm" or (self.state == "starting" and self._ahead)
-        return len(self._options.devices) if held and not self._asks else 0
+        held = (self.state == "warm" and not self._asks) or self._comes_for_nobody
+        return len(self._options.devices) if held else 0
+
+    @property
+    def _comes_for_nobody(self) -> bool:
+        """Whether it is on its way before anybody has asked."""
+        return self.state == "starting" and self._ahead and not self._asks
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -314,6 +327,7 @@ class Supervisor:
             self._ordered = False
             if self._quarters.take() and self.replica is not None:
                 self.replica.wake()
+                self._woken_at = time.monotonic()
                 self._become_warm()
 
     def sleep(self, level: int) -> None:
@@ -386,12 +400,16 @@ class Supervisor:
             self._log.info("decode", **(self.start_log.decode or {}))
         if self.state == "warm" and not replica.loaded:
             self.state, self._first = "starting", FirstToken()  # it had to start over
+            self._started_at = time.monotonic()
         if replica.known and self.state in ("starting", "warm"):
             self._asks.pass_on(replica)
         if self.state == "starting":
             self._get_warm(replica)
         if self.state == "warm" or self._image.making:
             self._image.step(replica, self.unasked.idle_s)
+        if self._woken_at is not None and _is_back(replica):
+            self.unasked.policy.started("parked", time.monotonic() - self._woken_at)
+            self._woken_at = None
         self._get_rest()
 
     def close(self) -> None:
@@ -455,7 +473,7 @@ class Supervisor:
         return Replica(self._options, self._recorder, launch, self.loop, warn)
 
     def _start(self) -> None:
-        if self._ahead and not self._asks and not self.fits:
+        if self._comes_for_nobody and not self.fits:
             self._stand_down()  # nobody is to go for who is not asked
             return
         if self._relapses.wait_s:
@@ -475,7 +493,7 @@ class Supervisor:
 
     def _stand_down(self) -> None:
         """Does not come before anybody asks."""
-        self._quarters.leave()
+        self._leave()
         self._ahead = self._called = False
         self._rest, self.unasked.foregone = None, True
         self.life.gone()
@@ -555,8 +573,11 @@ class Supervisor:
         """Whether it may be sent to zero for another one.
 
         One that is being asked stays for as long as its start took: where all are asked all the
-        time, half of it at most goes into starts.
+        time, half of it at most goes into starts. One that is started for nobody is in nobody's
+        way.
         """
+        if self.state == "starting":
+            return self._comes_for_nobody
         if self.state != "warm":
             return self.state == "parked"
         if self._image.holds and self._image.urgent:
@@ -569,6 +590,9 @@ class Supervisor:
         Where it may be parked, and its weights then take nothing that others could have, to there.
         """
         if self.leaving:
+            return
+        if self._comes_for_nobody:
+            self._stand_down()
             return
         if self.state == "warm":
             self._gives_way = self._may_park and self._quarters.weights_may_leave
@@ -606,6 +630,7 @@ class Supervisor:
 
     def _park(self, replica: Replica) -> None:
         self._image.rest()
+        self._woken_at = None
         replica.park()
         self._quarters.park()
         self.state, self._rest = "parked", None
@@ -623,7 +648,7 @@ class Supervisor:
     def _leave(self) -> None:
         """Ends the replica."""
         self._image.leave()
-        self._first, self._gives_way = FirstToken(), False
+        self._first, self._gives_way, self._woken_at = FirstToken(), False, None
         replica, self.replica = self.replica, None
         if replica is not None:
             self.start_log.close()
@@ -647,7 +672,8 @@ class Supervisor:
         if isinstance(error, _PASSING):
             error.retry_after_s = SOON_S if self.error is None else _AGAIN_S
         self._asks.lose(error, for_good=self.error is not None)
-        if self._ahead or self.life.ahead:
+        ahead = self._ahead
+        if ahead or self.life.ahead or self.error is not None:
             self._ahead, self.unasked.foregone = False, True
             self.life.gone()
         if not self._asks:
@@ -658,7 +684,8 @@ class Supervisor:
         stays = self.unasked.policy.always and not resting
         if resting and (not self._asks or not self._ordered):
             self._rest = None  # others have the room that it was to make, or it is at zero
-        self._called = not self._was_warm or stays
+        # Who was to come for nobody does not come again at the cost of others.
+        self._called = not ahead and (not self._was_warm or stays)
         self.state = "starting" if self._asks or self._called else "zero"
         self.start_log = StartLog(now(), self._recorder)
 
@@ -676,6 +703,12 @@ class Supervisor:
 
     def _has_died(self) -> bool:
         return self.replica is not None and self.replica.error is not None
+
+
+def _is_back(replica: Replica) -> bool:
+    """Whether a replica has what it was parked without."""
+    places = replica.contexts.places.values()
+    return not replica.resting.coming and all(place == "here" for place in places)
 
 
 def _tier(replica: Replica) -> str | None:

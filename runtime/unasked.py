@@ -1,14 +1,27 @@
-"""A policy's schedule, followed in time: what is to become of a model that nobody asks."""
+"""A policy's schedule, followed in time: what is to become of a model that nobody asks.
+
+There are two clocks. A policy learns when requests come by one that goes on whatever becomes of
+this process, the machine's suspension included: half an hour between two requests is half an hour.
+Its schedule is followed by one that stands still while this process does: who is stopped between
+two requests has not held anything meanwhile, and does not go to rest by that.
+"""
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
 from coldframe.runtime.scaling import LEVELS, Level, LivePolicy, Schedule
+from coldframe.runtime.worth import saved_per_second
 
-__all__ = ["Unasked"]
+__all__ = ["Unasked", "since_boot"]
+
+
+def since_boot() -> float:
+    """Seconds since the machine booted, those included in which it was suspended."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 class Unasked:
@@ -16,22 +29,31 @@ class Unasked:
 
     Args:
         policy: What it follows.
-        clock: Seconds, monotonic; it is looked at often.
+        clock: Seconds, monotonic, by which its schedule goes; it is looked at often.
+        arrivals: Seconds, monotonic, by which requests come; the same where there is none.
     """
 
-    def __init__(self, policy: LivePolicy, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        policy: LivePolicy,
+        clock: Callable[[], float],
+        arrivals: Callable[[], float] | None = None,
+    ) -> None:
         self.policy = policy
         self.clock = clock
+        self.arrivals = arrivals or clock
         self.most: Level = "warm"
         """The level that others leave it; see `coldframe.runtime.allotment`."""
         self.foregone = False
         """Whether it had to go, or died, and is not to come back until somebody asks."""
         self._schedule: Schedule | None = None
         self._since = clock()
+        self._left_at = self.arrivals()
+        """When the last answer ended, as the policy has it."""
 
     def asked(self) -> None:
         """Somebody asks."""
-        self.policy.arrived(self.clock())
+        self.policy.arrived(self.arrivals())
         self._schedule, self.foregone, self.most = None, False, "warm"
 
     def restart(self) -> None:
@@ -41,8 +63,8 @@ class Unasked:
     def begin(self) -> None:
         """Nobody asks from now on, or still."""
         if self._schedule is None:
-            self._since = self.clock()
-            self._schedule = self.policy.idle(self._since)
+            self._since, self._left_at = self.clock(), self.arrivals()
+            self._schedule = self.policy.idle(self._left_at)
 
     def hold(self) -> None:
         """It is not to rest yet. What only goes down from here on waits for that."""
@@ -103,7 +125,17 @@ class Unasked:
 
     def chance(self, within_s: float) -> float:
         """How likely somebody asks within so many seconds."""
-        return self.policy.chance(self.idle_s, within_s)
+        idle_s = 0.0 if self._schedule is None else self.arrivals() - self._left_at
+        return self.policy.chance(idle_s, within_s)
+
+    def worth(self, start_s: float, *, there: bool) -> float:
+        """What it saves its clients, in seconds of waiting, for each second for which it is held.
+
+        Args:
+            start_s: How long its start takes, in seconds.
+            there: Whether it is there already.
+        """
+        return saved_per_second(self.chance, start_s, there=there)
 
     def document(self) -> dict[str, Any]:
         """The policy, where it is in its schedule and why, as JSON values."""

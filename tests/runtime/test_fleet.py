@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,6 +257,30 @@ def test_one_of_the_pool_that_is_sent_to_zero_stays_there_until_somebody_asks(
         fleet["llama"].make_room()  # as for another one, which does not come
         until(fleet, lambda: fleet["llama"].starts == 3)
         until(fleet, lambda: states(fleet) == ["parked"])
+
+
+@pytest.mark.heavy
+def test_one_of_the_pool_that_dies_before_it_is_there_sends_nobody_away(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    sizes = {name: need(models[name]) for name in ("llama", "qwen2")}
+    policy, both = FixedKeepAlive(0.1, None), sum(sizes.values())
+    with fleet_of(places(models, *sizes), no_leaks, both, policy=policy, pool=2) as fleet:
+        qwen2, room = fleet["qwen2"], fleet._room
+        assert room is not None
+        qwen2._options = replace(qwen2.options, throttle=sizes["qwen2"] / 100)
+        until(fleet, lambda: qwen2.replica is not None and qwen2.replica.known)
+        until(fleet, lambda: states(fleet) == ["parked", "starting"])
+        assert qwen2.replica is not None
+        os.kill(qwen2.replica.pids["memory"], signal.SIGKILL)
+        room.total = max(sizes.values())  # in the meantime there is less
+        until(fleet, lambda: qwen2.failures == 1)
+        stays = time.monotonic() + 0.5
+        until(fleet, lambda: time.monotonic() > stays)
+        assert states(fleet) == ["parked", "zero"]
+        assert fleet["llama"].starts == 1
+        room.total = both
+        until(fleet, lambda: qwen2.replica is not None)
 
 
 @pytest.mark.heavy

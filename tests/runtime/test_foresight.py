@@ -8,11 +8,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from coldframe.loader.errors import CheckpointError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.budget import Budget
 from coldframe.runtime.engine.params import SamplingParams
@@ -22,7 +24,10 @@ from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.room import Room
 from coldframe.runtime.scaling import FixedKeepAlive, Level, LivePolicy, Schedule
+from coldframe.runtime.scaling_histogram import HybridHistogram
+from coldframe.runtime.scaling_next import Costs, NextArrival
 from coldframe.runtime.supervisor import Supervisor
+from coldframe.runtime.unasked import since_boot
 from tests.runtime.helpers import Client, expected, prompt_of
 from tests.runtime.serving import Server, greedy, served
 from tests.runtime.snapshots import eventually
@@ -124,6 +129,7 @@ def answers(fleet: Fleet, name: str, model: Path) -> None:
 def later(fleet: Fleet, name: str, seconds: float) -> None:
     """Nobody has asked it for so much longer."""
     fleet[name].unasked._since -= seconds
+    fleet[name].unasked._left_at -= seconds
 
 
 def is_in(fleet: Fleet, name: str, state: str) -> Callable[[], bool]:
@@ -253,6 +259,113 @@ def test_where_there_is_room_for_one_it_is_the_likelier_one(
             until(fleet, lambda: time.monotonic() > stays)
             assert [fleet[name].state for name in policies] == ["zero", "warm"]
             assert fleet["llama"].life.document()["prewarmed"] == 0
+
+
+def asked_every(policy: LivePolicy, seconds: float, times: int = 60) -> LivePolicy:
+    """One that has learned of requests by a timer, the last of them so long ago."""
+    at_s = since_boot() - seconds * (times + 1)
+    for _ in range(times):
+        policy.arrived(at_s)
+        policy.idle(at_s)
+        at_s += seconds
+    return policy
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("kind", ["histogram", "next"])
+def test_who_is_asked_all_the_time_does_not_go_for_who_is_to_be_asked_within_the_hour(
+    models: dict[str, Path], no_leaks: Path, kind: str
+) -> None:
+    def policy() -> LivePolicy:
+        costs = Costs(penalty=500.0, parked=1.0)
+        return HybridHistogram() if kind == "histogram" else NextArrival(costs)
+
+    most = max(need(models[name]) for name in models)
+    policies = {"llama": asked_every(policy(), 3600.0), "qwen2": asked_every(policy(), 5.0)}
+    with fleet_of(models, policies, no_leaks, memory=most) as fleet:
+        llama, qwen2 = fleet["llama"], fleet["qwen2"]
+        answers(fleet, "llama", models["llama"])
+        until(fleet, is_in(fleet, "llama", "zero"))
+        answers(fleet, "qwen2", models["qwen2"])
+        later(fleet, "llama", llama.unasked.change_s + 1e-3)
+        assert llama.rising == "warm"
+        stays = time.monotonic() + 1.0
+        until(fleet, lambda: time.monotonic() > stays)
+        assert [model.state for _, model in fleet] == ["zero", "warm"]
+        assert not qwen2.unasked.foregone
+        # Who has stayed away for long is held no more: the other one is to be asked first.
+        later(fleet, "qwen2", 30.0 if kind == "histogram" else 3000.0)
+        until(fleet, is_in(fleet, "llama", "warm"))
+        assert qwen2.state == "zero"
+
+
+@pytest.mark.heavy
+def test_who_is_asked_does_not_wait_for_a_start_that_nobody_has_asked_for(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    most = max(need(models[name]) for name in models)
+    policies: dict[str, LivePolicy] = {
+        "llama": Script((0.0, "zero"), (1000.0, "warm")),
+        "qwen2": Script((0.0, "warm")),
+    }
+    with fleet_of(models, policies, no_leaks, memory=most) as fleet:
+        llama, qwen2 = fleet["llama"], fleet["qwen2"]
+        answers(fleet, "llama", models["llama"])
+        until(fleet, is_in(fleet, "llama", "zero"))
+        until(fleet, lambda: qwen2.known)
+        llama._options = replace(llama.options, throttle=need(models["llama"]) / 100)
+        later(fleet, "llama", 1000)
+        until(fleet, lambda: llama.replica is not None and llama.replica.known)
+        client = Client()
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        client.request = qwen2.submit(params, client, prompt_ids=tuple(PROMPT))
+        until(fleet, is_in(fleet, "llama", "zero"), 20)
+        until(fleet, lambda: client.done)
+        assert client.tokens == expected(models["qwen2"], tuple(PROMPT), 4)
+        told = llama.life.document()
+        assert (told["prewarmed"], told["prewarmed_in_vain"], llama.starts) == (1, 1, 2)
+        assert llama.failures == 0
+
+
+@pytest.mark.heavy
+def test_an_end_is_not_put_off_for_what_cannot_come(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    policy = Script((0.0, "warm"), (1000.0, "zero"), (2000.0, "warm"))
+    with fleet_of(models, {"llama": policy}, no_leaks) as fleet:
+        answers(fleet, "llama", models["llama"])
+        fleet["llama"].sleep(2)
+        until(fleet, is_in(fleet, "llama", "zero"))
+        assert fleet["llama"].unasked.will_rise  # by its schedule; but it was sent to sleep
+        assert fleet.at_zero
+        answers(fleet, "llama", models["llama"])
+        fleet["llama"].give_up(CheckpointError("these are no weights"))
+        assert fleet["llama"].state == "failed"
+        assert not fleet["llama"].will_rise
+
+
+@pytest.mark.heavy
+def test_who_is_asked_all_the_time_it_goes_is_a_cold_start(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    with fleet_of(models, {"llama": FixedKeepAlive()}, no_leaks) as fleet:
+        llama = fleet["llama"]
+        client, late = Client(), Client()
+        params = SamplingParams(max_tokens=300, ignore_eos=True)
+        client.request = llama.submit(params, client, prompt_ids=tuple(PROMPT))
+        until(fleet, lambda: len(client.events) > 5 and llama.state == "warm")
+        llama.sleep(2)
+        late.request = llama.submit(params, late, prompt_ids=tuple(PROMPT))
+        assert llama.state == "draining"
+        until(fleet, lambda: late.done and client.done)
+        assert (llama.starts, llama.life.cold_starts) == (2, 2)
+        # And one that dies under somebody who has no token yet.
+        last = Client()
+        last.request = llama.submit(params, last, prompt_ids=tuple(PROMPT))
+        assert llama.replica is not None
+        os.kill(llama.replica.pids["memory"], signal.SIGKILL)
+        until(fleet, lambda: last.done)
+        assert (llama.starts, llama.life.cold_starts) == (3, 3)
 
 
 @pytest.mark.heavy

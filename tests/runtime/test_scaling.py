@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, LivePolicy, Schedule
-from coldframe.runtime.scaling_histogram import Forecast, HybridHistogram, IdleHistogram
+from coldframe.runtime.scaling_histogram import HybridHistogram
+from coldframe.runtime.scaling_idle import Forecast, IdleHistogram
 from coldframe.runtime.scaling_next import Costs, NextArrival
 
 ANSWER_S = 1.0
@@ -184,6 +185,32 @@ def test_whom_nobody_has_asked_since_it_was_started_gets_the_standard() -> None:
         assert policy.idle(2e5).steps == ((0.0, "warm"), (77.0, "zero"))
 
 
+def test_traffic_of_long_ago_does_not_rule() -> None:
+    day_s = 86400.0
+    policy = HybridHistogram(start_s=1.0, half_s=day_s)
+    play(policy, every(600, 1440))  # for ten days
+    end_s = 1000 + 1440 * 601.0
+    # Half a day is not enough to be sure.
+    assert play(policy, every(60, 708), end_s).level(300) == "warm"
+    end_s += 708 * 61
+    assert play(policy, every(60, 6 * 1416), end_s).level(300) == "zero"
+    end_s += 6 * 1416 * 61
+    # What was saved fades on while nothing runs.
+    state = json.loads(json.dumps(policy.saved(end_s)))
+    after = HybridHistogram(half_s=day_s)
+    after.restore(state, 5.0, day_s)
+    after.arrived(5.0)
+    assert after.histogram.total == pytest.approx(policy.histogram.total / 2, rel=0.04)
+    # However short each process lives.
+    before = after.histogram.total
+    for _ in range(48):
+        state = after.saved(1805.0)
+        after = HybridHistogram(half_s=day_s)
+        after.restore(state, 5.0, 0.0)
+        after.arrived(5.0)
+    assert after.histogram.total == pytest.approx(before / 2, rel=0.01)
+
+
 def test_idle_times_beyond_its_range_are_forecast() -> None:
     policy = HybridHistogram(range_s=3600.0, start_s=10.0)
     schedule = play(policy, every(20000, 20, jitter=200))
@@ -283,6 +310,25 @@ def test_what_a_start_takes_decides() -> None:
     for _ in range(20):
         quick.started("zero", 60.0)
     assert play(quick, []).level(10) == "warm"
+
+
+@pytest.mark.parametrize("policy", [HybridHistogram(), NextArrival()])
+def test_what_waited_for_something_else_is_no_start(policy: HybridHistogram | NextArrival) -> None:
+    def taken() -> float:
+        found = policy.saved(0.0)["start_s"]
+        return float(found[0] if isinstance(found, list) else found)
+
+    for _ in range(20):
+        policy.started("zero", 8.0)
+    assert taken() == pytest.approx(8.0, abs=0.01)
+    policy.started("zero", 1e9)
+    assert taken() < 2000
+    policy.started("zero", math.nan)
+    policy.started("zero", -1.0)
+    assert taken() < 2000
+    for _ in range(20):
+        policy.started("zero", 8.0)
+    assert taken() == pytest.approx(8.0, abs=0.01)
 
 
 def test_parked_is_chosen_where_it_is_cheap() -> None:

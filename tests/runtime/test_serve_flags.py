@@ -8,13 +8,13 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.gateway.platforms.table import by_name
 from coldframe.runtime.gateway.settings import GatewaySettings
-from coldframe.runtime.serve import _policy, _settings, add_arguments
+from coldframe.runtime.serve_flags import add_arguments, policy_for, settings_for
 
 
 def settings(*arguments: str) -> GatewaySettings:
     parser = Parser()
     add_arguments(parser)
-    return _settings(parser.parse(["m", *arguments]), by_name("generic"), ("m",))
+    return settings_for(parser.parse(["m", *arguments]), by_name("generic"), ("m",))
 
 
 def test_what_they_say() -> None:
@@ -62,8 +62,8 @@ def test_each_model_has_a_policy_of_its_own() -> None:
     parser = Parser()
     add_arguments(parser)
     for text in ("fixed", "fixed:60,600", "histogram:bin=60", "next"):
-        make = _policy(parser.parse(["m", "--policy", text, "--budget", "60"]))
+        make = policy_for(parser.parse(["m", "--policy", text, "--budget", "60"]))
         assert make().name == text.partition(":")[0]
         assert make() is not make()
-    pooled = _policy(parser.parse(["m", "--idle", "5", "--pool", "1"]))()
+    pooled = policy_for(parser.parse(["m", "--idle", "5", "--pool", "1"]))()
     assert pooled.idle(0.0).steps == ((0.0, "warm"), (5.0, "parked"))

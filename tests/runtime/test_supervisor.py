@@ -22,7 +22,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.scaling import FixedKeepAlive
+from coldframe.runtime.scaling import FixedKeepAlive, Level
 from coldframe.runtime.supervisor import Supervisor
 from tests.runtime.helpers import Client, expected, prompt_of
 
@@ -212,6 +212,49 @@ def test_a_request_that_is_held_can_be_taken_back(model: Path, no_leaks: Path) -
         until(supervisor, lambda: supervisor.starts == 2 and supervisor.state == "zero")
         assert client.events == []
         assert client.error is None
+
+
+class Told(FixedKeepAlive):
+    """Writes down what it is told of starts."""
+
+    def __init__(self, idle_s: float | None = None, park_s: float | None = 0.0) -> None:
+        super().__init__(idle_s, park_s)
+        self.starts: list[tuple[Level, float]] = []
+
+    def started(self, level: Level, seconds: float) -> None:
+        self.starts.append((level, seconds))
+
+
+def test_a_policy_is_told_what_starts_and_wakes_take(model: Path, no_leaks: Path) -> None:
+    policy = Told(0.1, None)
+    began = time.monotonic()
+    with supervised(model, no_leaks, policy) as supervisor:
+        until(supervisor, is_in(supervisor, "parked"))
+        assert [level for level, _ in policy.starts] == ["zero"]
+        answers(supervisor, model)
+        until(supervisor, lambda: len(policy.starts) == 2)
+        passed_s = time.monotonic() - began
+        until(supervisor, is_in(supervisor, "parked"))
+        answers(supervisor, model)
+        until(supervisor, lambda: len(policy.starts) == 3)
+        assert [level for level, _ in policy.starts] == ["zero", "parked", "parked"]
+        assert policy.starts[0][1] + policy.starts[1][1] < passed_s
+
+
+@pytest.mark.heavy
+def test_a_start_anew_is_not_as_old_as_the_process(model: Path, no_leaks: Path) -> None:
+    policy = Told()
+    with supervised(model, no_leaks, policy) as supervisor:
+        answers(supervisor, model)
+        supervisor._started_at -= 10800  # three hours later
+        assert supervisor.replica is not None
+        # As where a weight file shrinks under it, or its GPU is lost.
+        supervisor.replica._start_over("its GPU is gone", supervisor.options)
+        until(supervisor, lambda: supervisor.state == "starting")
+        until(supervisor, is_in(supervisor, "warm"))
+        answers(supervisor, model)
+        until(supervisor, lambda: len(policy.starts) == 2)
+        assert 0 < policy.starts[1][1] < 3600
 
 
 # -- deaths ---------------------------------------------------------------------------------------

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +21,10 @@ from coldframe.runtime.budget import Budget
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.lifelog import LifeLog
 from coldframe.runtime.policy_state import PolicyState
-from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, Level, Schedule
+from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, Level, LivePolicy, Schedule
 from coldframe.runtime.scaling_histogram import HybridHistogram
-from coldframe.runtime.scaling_next import NextArrival
-from coldframe.runtime.unasked import Unasked
+from coldframe.runtime.scaling_next import Costs, NextArrival
+from coldframe.runtime.unasked import Unasked, since_boot
 
 
 class Clock:
@@ -155,6 +160,52 @@ def test_it_tells_where_it_is_and_why() -> None:
     assert "20 idle times" in told["why"]
 
 
+def test_a_policy_learns_of_time_in_which_nothing_ran() -> None:
+    """The machine is suspended between two requests: the schedule stands, the idle time is long."""
+    awake, real = Clock(0.0), Clock(50.0)
+    policy = HybridHistogram()
+    unasked = Unasked(policy, awake, real)
+    unasked.asked()
+    unasked.begin()
+    awake.now, real.now = awake.now + 2, real.now + 7200
+    assert unasked.idle_s == 2
+    assert unasked.due == "warm"
+    assert unasked.chance(7200) == pytest.approx(0.5)
+    unasked.asked()
+    assert policy.histogram.counts[720] == 1
+    before = time.monotonic()
+    assert since_boot() >= before  # which does not go on while the machine is suspended
+
+
+def test_what_is_asked_all_the_time_is_worth_more_than_what_is_certain_to_be_asked() -> None:
+    policies: list[Callable[[], LivePolicy]] = [
+        lambda: HybridHistogram(start_s=2.0),
+        lambda: NextArrival(Costs(penalty=200.0, parked=1.0)),
+    ]
+    for make in policies:
+        often, hourly = Clock(), Clock()
+        busy, seldom = Unasked(make(), often), Unasked(make(), hourly)
+        for unasked, clock, every_s in ((busy, often, 5.0), (seldom, hourly, 3600.0)):
+            for _ in range(60):
+                unasked.asked()
+                unasked.begin()
+                clock.now += every_s
+            unasked.asked()
+            unasked.begin()
+        # As it is due to be there: before the earliest that it may be asked.
+        while seldom.rising != "warm":
+            assert seldom.change_s < 3600
+            hourly.now += seldom.change_s + 1e-6
+        assert seldom.chance(3600) > 0.9
+        for idle_s in (0.0, 1.0, 2.0, 1.9):
+            often.now += idle_s
+            held, ahead = busy.worth(2.0, there=True), seldom.worth(2.0, there=False)
+            assert held > 2 * ahead, (make, idle_s)
+        # Who has not come for long is worth nothing against who is about to come.
+        often.now += 600
+        assert busy.worth(2.0, there=True) < ahead
+
+
 # -- what is counted ------------------------------------------------------------------------------
 
 
@@ -211,6 +262,17 @@ def test_starts_are_counted_by_whom_they_were_for() -> None:
     life.gone()
     life.asked("zero")
     assert counted() == [3, 1, 3, 1, 1, 1]
+    life.enter("zero")
+    # Somebody has asked while it went, and was held; then it dies under somebody.
+    life.enter("starting", asked=True)
+    life.asked("starting")
+    assert counted()[0] == 4
+    life.enter("warm")
+    life.enter("starting", asked=True)
+    assert counted()[0] == 5
+    life.enter("warm")
+    life.enter("starting")
+    assert counted()[0] == 5
 
 
 # -- the budget -----------------------------------------------------------------------------------
@@ -259,8 +321,9 @@ def test_what_was_learned_goes_on_in_the_next_process(
     clock.now += 100
     keeper = PolicyState(str(path), Log(process="front"), wall)
     keeper.restore({"m": before})  # there is none yet
+    first = path.read_bytes()  # so that it is known at once whether it can be written
     keeper.step([("m", before)])
-    assert not path.exists()
+    assert path.read_bytes() == first
     wall.now += 31
     keeper.step([("m", before)])
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -275,7 +338,8 @@ def test_what_was_learned_goes_on_in_the_next_process(
     after.begin()
     assert after.document()["schedule"] == [[0.0, "zero"], [530.0, "warm"], [671.0, "zero"]]
     assert isinstance(after.policy, HybridHistogram)
-    assert after.policy.histogram.counts[60] == 21
+    # What was seen an hour ago or two counts a little less.
+    assert 20.8 < after.policy.histogram.counts[60] < 21
     assert isinstance(other.policy, HybridHistogram)
     assert other.policy.histogram.total == 0
     assert logged(capfd) == []
@@ -308,6 +372,76 @@ def test_a_file_that_cannot_be_used_is_a_warning(
         return  # which is no model
     (line,) = logged(capfd)
     assert (line["level"], line["event"], line["path"]) == ("warning", "policy state", str(path))
+    assert (tmp_path / "state.bad").read_bytes() == content
+    assert json.loads(path.read_text())["models"]["m"]["policy"] == "histogram"
+
+
+def test_what_is_said_of_models_that_are_not_served_here_stays(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path, wall, clock = str(tmp_path / "state"), Clock(1e9), Clock()
+    replicas = {}
+    for name in ("one", "two"):
+        learned = timed(clock, 600.0 if name == "one" else 900.0)
+        replicas[name] = (PolicyState(path, Log(process="front"), wall), {name: learned})
+        keeper, models = replicas[name]
+        keeper.save(models.items())
+    for _ in range(2):
+        wall.now += 31
+        for keeper, models in replicas.values():
+            keeper.step(models.items())
+    wall.now += 100
+    both = {name: Unasked(HybridHistogram(), clock) for name in ("one", "two")}
+    PolicyState(path, Log(process="front"), wall).restore(both)
+    for name, unasked in both.items():
+        assert isinstance(unasked.policy, HybridHistogram)
+        assert unasked.policy.histogram.total > 19, name
+    # What nobody serves any more goes in the end.
+    wall.now += 31 * 86400
+    replicas["one"][0].save(replicas["one"][1].items())
+    assert json.loads(Path(path).read_text())["others"] == {}
+    assert logged(capfd) == []
+
+
+def test_nobody_who_knows_the_name_has_it_written_elsewhere(tmp_path: Path) -> None:
+    """In containers that share a volume all are process 1, and links may lie there."""
+    path, victim = tmp_path / "state", tmp_path / "victim"
+    victim.write_text("of somebody else")
+    for name in (f"state.{os.getpid()}", f".state.{os.getpid()}.new", "state.1"):
+        (tmp_path / name).symlink_to(victim)
+    path.symlink_to(victim)
+    PolicyState(str(path), Log(process="front"), Clock()).save([("m", timed(Clock()))])
+    assert victim.read_text() == "of somebody else"
+    assert not path.is_symlink()
+    assert json.loads(path.read_text())["models"]["m"]["policy"] == "histogram"
+
+
+def test_many_writers_leave_one_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    script = (
+        "import sys; from coldframe.loader.whole_file import write_whole\n"
+        "for _ in range(40): write_whole(sys.argv[1], sys.argv[2].encode() * 50000)"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", script, path, word]) for word in "abc"]
+    assert [writer.wait(60) for writer in writers] == [0, 0, 0]
+    assert path.read_text() in [word * 50000 for word in "abc"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_where_it_cannot_be_written_is_said_when_it_begins(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "none" / "state"
+    PolicyState(str(path), Log(process="front"), Clock()).restore({"m": timed(Clock())})
+    (line,) = logged(capfd)
+    assert "cannot be written" in line["why"]
+    # What is no file is left alone.
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):
+        PolicyState(str(tmp_path / name), Log(process="front"), Clock()).restore({})
+    assert (tmp_path / "folder").is_dir()
+    assert len(logged(capfd)) >= 2
 
 
 def test_where_it_cannot_be_written_is_said_once(

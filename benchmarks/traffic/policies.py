@@ -62,8 +62,8 @@ def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolic
         RequestError: `coldframe serve` would refuse these flags.
     """
     # Not at the top: `--help` is to come at once.
-    from coldframe.runtime import serve
     from coldframe.runtime.gateway.platforms.table import PROFILES
+    from coldframe.runtime.serve_flags import add_arguments, policy_for, settings_for
 
     if pool and chosen.keeps is not None:
         # Only by --idle: who is in a pool stays parked, whatever is said of parking.
@@ -72,10 +72,10 @@ def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolic
     else:
         flags = ["--policy", chosen.text, *(("--pool", str(pool)) if pool else ())]
     parser = Parser(exit_on_error=False)
-    serve.add_arguments(parser)
+    add_arguments(parser)
     args = parser.parse_intermixed_args(flags)  # and not what the environment says
-    serve._settings(args, PROFILES[0], ())
-    return flags, serve._policy(args)
+    settings_for(args, PROFILES[0], ())
+    return flags, policy_for(args)
 
 
 def seconds_or_never(text: str, where: str) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,8 +147,9 @@ def test_a_replica_loads_what_the_plan_says(
         assert replica.board.progress.done == document["read_bytes"]
 
 
-def test_a_cached_model_will_be_mapped(demo_model: Make, capsys: Capture) -> None:
-    model = demo_model("llama")
+def test_a_cached_model_will_be_mapped(demo_model: Make, capsys: Capture, tmp_path: Path) -> None:
+    # One of its own: no page can be dropped of a file that another test has mapped.
+    model = shutil.copytree(demo_model("llama"), tmp_path / "model")
     shards = [Path(shard.uri) for shard in Checkpoint.open(model).shards]
     for shard in shards:
         read_but_a_page(shard)

@@ -17,6 +17,7 @@ from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.residency import cached_bytes
+from coldframe.runtime.own_command import coldframe_command
 
 __all__ = [
     "Row",
@@ -104,16 +105,6 @@ def chosen(text: str | None, known: Sequence[str]) -> list[str]:
             "there is nothing to measure", where="--only", expected=", ".join(known), got=repr(text)
         )
     return [name for name in known if name in found]
-
-
-def coldframe_command() -> list[str]:
-    """How `coldframe` is called here: by its script, or where it is not installed without one."""
-    script = Path(sys.executable).parent / "coldframe"
-    if script.exists():
-        return [str(script)]
-    # As the script does it; -P, since nothing in the working directory is meant.
-    code = "import sys; from coldframe.runtime.cli import main; sys.exit(main())"
-    return [sys.executable, "-P", "-c", code]
 
 
 def cold_start(

@@ -18,6 +18,7 @@ from coldframe.benchmarks.gpu_identity import entry
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.free_memory import is_given_back
 from coldframe.runtime.side_process import ask
 
 __all__ = ["fingerprint", "settings_forgotten", "vllm_version"]
@@ -80,6 +81,7 @@ def fingerprint(
         "cpu": _cpu(),
         "cpus": cpu_count(),
         "memory": _memory(),
+        "memory_given_back": is_given_back(),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "torch": version("torch"),

@@ -23,6 +23,7 @@ from coldframe.loader.sources.base import Origin
 from coldframe.runtime.device_choice import AUTO, CPU, choose_device
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.free_memory import add_rest, rest_of
 from coldframe.runtime.planning.document import Subject, plan_document, ranks_of
 from coldframe.runtime.planning.kept import MOST_KEPT
 from coldframe.runtime.planning.node_answers import ask_nodes
@@ -63,6 +64,7 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help="hold so many, and take the medians: for a machine that is busy (1, of at most 5)",
     )
+    add_rest(parser)
     parser.flag(
         "--fresh-probe",
         action="store_true",
@@ -232,6 +234,7 @@ def _rates(
             snapshot=store_options(args),
             anew=args.fresh_probe,
             times=args.rehearsals,
+            rest_s=rest_of(args),
             tell=lambda what: print(f"coldframe: {what}", file=sys.stderr, flush=True),
             free=None if gpu is None else lambda: Target.of(target.choice).available,
             gpu=gpu,

@@ -20,11 +20,11 @@ def unavailable(reason: str) -> NoReturn:
 
 
 def without_settings() -> dict[str, str]:
-    """This process's environment without what coldframe is told by it, but for the device."""
+    """This process's environment without what coldframe is told by it, but for what tests say."""
     return {
         name: value
         for name, value in os.environ.items()
-        if "COLDFRAME" not in name or name == "COLDFRAME_DEVICE"
+        if "COLDFRAME" not in name or name in ("COLDFRAME_DEVICE", "COLDFRAME_REST")
     }
 
 

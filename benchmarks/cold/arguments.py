@@ -22,6 +22,7 @@ from coldframe.benchmarks.harness import fingerprint, words
 from coldframe.benchmarks.output import add_output_arguments, check_output
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.free_memory import add_rest
 from coldframe.runtime.units import byte_count
 
 __all__ = ["about", "add_arguments", "blocks"]
@@ -46,6 +47,7 @@ def add_arguments(parser: Parser) -> None:
         + "; ".join(f"{name}: {what}" for name, what in CONTENDERS.items()),
     )
     parser.flag("--runs", type=int, help="of each cell (7)")
+    add_rest(parser)
     parser.flag("--prompt-tokens", type=int, default=64, help="of the prompt (64)")
     parser.flag("--tokens", type=int, default=8, help="of each answer (8)")
     parser.flag(

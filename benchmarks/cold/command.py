@@ -35,8 +35,11 @@ from coldframe.benchmarks.http_client import FIRST_ID
 from coldframe.benchmarks.interruption import Terminated
 from coldframe.benchmarks.output import deliver
 from coldframe.loader.errors import PlatformError
+from coldframe.runtime.free_memory import rest_of
 
 __all__ = ["add_arguments", "run", "status"]
+
+_REHEARSALS = 3
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,6 +78,7 @@ def run(args: argparse.Namespace) -> int:
         "cold",
         **{name: known[name] for name in ("model", "prompt_tokens", "answer_tokens")},
         runs=rounds.done,
+        rest_s=rounds.rest_s,
         interrupted=rounds.interrupted is not None,
         cells=made,
         left_out=left_out,
@@ -113,9 +117,10 @@ def _measure(
         standby = Standby(args.model, store, scratch / "t", engine)
         with Sources(args.model, scratch) as sources, Progress() as progress:
             starter = Starter(sources, standby, scratch, prompt, args.tokens, no_memory)
+            rehearsals = 0 if args.no_plan else min(args.runs, _REHEARSALS)
             rounds = Rounds(
                 *(args.model, sources, starter, len(prompt), args.tokens),
-                *(measured, rivals, left_out, not args.no_plan),
+                *(measured, rivals, left_out, rehearsals, rest_of(args)),
             )
             rounds.check(progress)
             rounds.warm_up(progress)

@@ -28,7 +28,13 @@ class NoPlan(PlatformError):
 
 
 def plan_of(
-    uri: str, cell: Cell, environment: Mapping[str, str], prompt: int, tokens: int
+    uri: str,
+    cell: Cell,
+    environment: Mapping[str, str],
+    prompt: int,
+    tokens: int,
+    rehearsals: int = 1,
+    rest_s: float = 0.0,
 ) -> dict[str, Any]:
     """The document of `coldframe plan --json` for the conditions of a cell.
 
@@ -38,11 +44,14 @@ def plan_of(
         environment: What its own command finds there.
         prompt: Tokens of the prompt.
         tokens: Of the answer.
+        rehearsals: Of how many it takes the medians: one start is as lucky as one run is.
+        rest_s: How long it rests before each.
 
     Raises:
         NoPlan: It failed.
     """
     command = [*coldframe_command(), "plan", uri, "--json", "--context", str(prompt + tokens)]
+    command += ["--rehearsals", str(rehearsals), "--rest", str(rest_s)]
     if cell.throttle is not None:
         command += ["--rate", f"{cell.throttle:.0f}B/s"]
     try:

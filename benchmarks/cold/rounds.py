@@ -9,6 +9,7 @@ rounds that were finished are kept.
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,7 +46,8 @@ class Rounds:
         cells: Those to be measured; what cannot be leaves the list.
         rivals: Contenders, and what was measured of them.
         left_out: Gets what cannot be measured, for the document.
-        plans: Whether `coldframe plan` is asked for predictions.
+        rehearsals: Of how many `coldframe plan` predicts; 0: it is not asked.
+        rest_s: How long to rest before each start; see `runtime.free_memory`.
         lost: Gets the ids of such cells.
         failed: Gets the ids of those that could be and have failed, contenders' cells among them.
         done: Rounds that are finished.
@@ -60,7 +62,8 @@ class Rounds:
     cells: list[Measured]
     rivals: list[tuple[Contender, Rival]]
     left_out: list[dict[str, str]]
-    plans: bool = True
+    rehearsals: int = 1
+    rest_s: float = 0.0
     lost: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
     done: int = 0
@@ -80,7 +83,7 @@ class Rounds:
             try:
                 with self.starter.conditions(cell) as conditions:
                     self._prepare(cell, conditions)
-                    if self.plans:
+                    if self.rehearsals:
                         measured.plan = self._plan(cell, conditions)
             except NoPlan as error:
                 why = _short(error)
@@ -188,7 +191,7 @@ class Rounds:
     def _start(self, measured: Measured, progress: Progress) -> None:
         cell = measured.cell
         try:
-            start = self.starter.start(cell, partial(self._prepare, cell))
+            start = self.starter.start(cell, partial(self._rested, cell))
         except PlatformError as error:
             progress.step(cell.id, None)
             self.failed.append(cell.id)
@@ -203,6 +206,7 @@ class Rounds:
         contender, rival = pair
         try:
             self._page_cache(rival.cache, weight_files(self.model))
+            time.sleep(self.rest_s)
             outcome = contender.start()
         except ColdframeError as error:
             progress.step(rival.id, None)
@@ -231,6 +235,12 @@ class Rounds:
             files += images
         self._page_cache(cell.cache, files)
 
+    def _rested(self, cell: Cell, conditions: Conditions) -> None:
+        """Prepares a start as it is after a time at zero."""
+        self._prepare(cell, conditions)
+        if not cell.rests:
+            time.sleep(self.rest_s)
+
     def _page_cache(self, cache: str, files: Sequence[Path]) -> None:
         if cache == "cold":
             evict_files(files)
@@ -248,7 +258,13 @@ class Rounds:
         key = (conditions.uri, cell.throttle, tuple(sorted(conditions.environment.items())))
         if key not in self._plans:
             self._plans[key] = plan_of(
-                conditions.uri, cell, conditions.environment, self.prompt, self.tokens
+                conditions.uri,
+                cell,
+                conditions.environment,
+                self.prompt,
+                self.tokens,
+                self.rehearsals,
+                self.rest_s,
             )
         return self._plans[key]
 

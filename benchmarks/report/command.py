@@ -1,7 +1,7 @@
 """`coldframe bench report FILE...`: pictures of what benchmarks have printed.
 
-On stdout a table and a waterfall; `--html` writes the whole report, `--trace` the runs for
-Perfetto.
+On stdout a table and a waterfall; `--html` writes the whole report, `--svg` each of its pictures,
+`--trace` the runs for Perfetto.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from coldframe.benchmarks.report.markup import shown
-from coldframe.benchmarks.report.page import save, write_report
+from coldframe.benchmarks.report.page import save, write_pictures, write_report
 from coldframe.benchmarks.report.reading import read_documents
 from coldframe.benchmarks.report.runs import chosen_runs
 from coldframe.benchmarks.report.terminal import show_waterfall
@@ -27,6 +27,7 @@ def add_arguments(parser: Parser) -> None:
         "files", nargs="+", metavar="FILE", help="what a benchmark printed, whole or its last line"
     )
     parser.add_argument("--html", metavar="OUT.html", help="write the report, one page")
+    parser.add_argument("--svg", metavar="DIR", help="write each picture of the report there")
     parser.add_argument("--trace", metavar="OUT.trace.json", help="write runs for Perfetto")
     parser.add_argument(
         "--run", metavar="CELL[:N]", help="show this run; without N the cell's median one"
@@ -54,6 +55,8 @@ def run(args: argparse.Namespace) -> int:
         save(text, args.trace, "the trace")
     if args.html is not None:
         write_report(documents, args.html)
+    if args.svg is not None:
+        write_pictures(documents, args.svg)
     for document in documents:
         _print_summary(document)
     # One waterfall is enough for a terminal.

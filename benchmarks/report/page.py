@@ -10,13 +10,13 @@ from coldframe.benchmarks.report.advise import advise_section
 from coldframe.benchmarks.report.cold import cold_section
 from coldframe.benchmarks.report.handoff import handoff_section
 from coldframe.benchmarks.report.markup import esc, shown
+from coldframe.benchmarks.report.pictures import PICTURES, pictures_of
 from coldframe.benchmarks.report.replay import replay_section
 from coldframe.benchmarks.report.rows import rows_section
 from coldframe.benchmarks.report.serve import serve_section
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.svg import STYLE
 
-__all__ = ["report_page", "save", "write_report"]
+__all__ = ["report_page", "save", "write_pictures", "write_report"]
 
 _SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "cold": cold_section,
@@ -58,25 +58,6 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
   margin: .3rem 0; font-size: .82rem; } .legend svg { display: inline; margin-right: .4em;
   vertical-align: -1px; }
 summary { cursor: pointer; color: var(--faint); font-size: .85rem; }
-svg .box { fill: var(--request); fill-opacity: .45; stroke: var(--weights); }
-svg .median { stroke: var(--ink); stroke-width: 2.5; }
-svg .run { fill: var(--weights); stroke: var(--paper); stroke-width: .7; }
-svg .move { fill: var(--ink); } svg text.in-move { fill: var(--paper); }
-svg .track { fill: var(--line); }
-svg .s-zero { fill: var(--line); } svg .s-starting { fill: var(--provision); }
-svg .s-warm { fill: var(--engine); } svg .s-draining { fill: var(--request); }
-svg .s-parked { fill: var(--weights); } svg .s-failed { fill: var(--mark); }
-svg .f-zero { fill: var(--mark); } svg .f-parked { fill: var(--weights); }
-svg .f-warm { fill: var(--engine); }
-svg .half { opacity: .45; }
-svg .line { fill: none; stroke-width: 2; } svg .c0 { fill: var(--weights); }
-svg .c1 { fill: var(--mark); } svg .c2 { fill: var(--engine); } svg .c3 { fill: var(--restore); }
-svg .c4 { fill: var(--provision); } svg .l0 { stroke: var(--weights); }
-svg .l1 { stroke: var(--mark); stroke-dasharray: 6 3; } svg .l2 { stroke: var(--engine);
-  stroke-dasharray: 2 2; } svg .l3 { stroke: var(--restore); stroke-dasharray: 8 2 2 2; }
-svg .l4 { stroke: var(--provision); } svg .limit { stroke: var(--mark); stroke-dasharray: 4 3; }
-svg .leader { stroke: var(--faint); }
-svg .dot-text { fill: var(--on-weights); font-weight: 700; } svg .star { fill: var(--mark); }
 """
 
 
@@ -97,7 +78,7 @@ def report_page(documents: Sequence[dict[str, Any]]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{esc(title)}</title><style>{STYLE}{_PAGE}</style></head><body>"
+        f"<title>{esc(title)}</title><style>{PICTURES}{_PAGE}</style></head><body>"
         f"<header><h1>{esc(title)}</h1><p>{esc(kinds)}</p>{_header(documents)}</header>"
         f"<main>{''.join(sections)}</main></body></html>\n"
     )
@@ -153,7 +134,34 @@ def write_report(documents: Sequence[dict[str, Any]], path: str | Path) -> None:
     Raises:
         PlatformError: It cannot be written.
     """
-    save(report_page([{"kind": "rows", **document} for document in documents]), path, "the report")
+    save(_whole(documents), path, "the report")
+
+
+def write_pictures(documents: Sequence[dict[str, Any]], folder: str | Path) -> None:
+    """Writes each picture of the page as an SVG file of its own, named after its id.
+
+    Args:
+        documents: As they were printed; at least one.
+        folder: Made where it is not there; files of the same names are written over.
+
+    Raises:
+        PlatformError: They cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PlatformError(
+            "there is no folder for the pictures",
+            where=folder,
+            got=error.strerror,
+            hint="Give a folder that can be made or written to.",
+        ) from error
+    for ident, drawn in pictures_of(_whole(documents)):
+        save(drawn, Path(folder, f"{ident}.svg"), "a picture")
+
+
+def _whole(documents: Sequence[dict[str, Any]]) -> str:
+    return report_page([{"kind": "rows", **document} for document in documents])
 
 
 def save(text: str, path: str | Path, what: str) -> None:

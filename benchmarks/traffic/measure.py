@@ -37,13 +37,14 @@ _FIRST_NUMBER = 1 << 20
 """Prompts are no replay's."""
 
 
-def measure(fleet: Fleet, context: int, cycles: int) -> Times:
+def measure(fleet: Fleet, context: int, cycles: int, rest_s: float = 0.0) -> Times:
     """The stages of a fleet's first model, which is to be as all others are.
 
     Args:
         fleet: The models; the first alone is asked, and with it the second once in each cycle.
         context: The longest prompt that is asked with, in tokens.
         cycles: How often each stage is measured.
+        rest_s: How long a model is at zero before it is asked; see `runtime.free_memory`.
 
     Raises:
         RequestError: There are no cycles.
@@ -52,12 +53,20 @@ def measure(fleet: Fleet, context: int, cycles: int) -> Times:
     if cycles < 1:
         raise RequestError("there must be one", where="--cycles", got=cycles)
     with fleet.serve() as server:
-        return _Cycles(server, fleet.names, fleet.vocabulary, context).run(cycles)
+        return _Cycles(server, fleet.names, fleet.vocabulary, context, rest_s).run(cycles)
 
 
 class _Cycles:
-    def __init__(self, server: Server, names: Sequence[str], vocabulary: int, context: int) -> None:
+    def __init__(
+        self,
+        server: Server,
+        names: Sequence[str],
+        vocabulary: int,
+        context: int,
+        rest_s: float,
+    ) -> None:
         self._server = server
+        self._rest_s = rest_s
         self._names = names[:2]
         self._name = names[0]
         self._vocabulary = vocabulary
@@ -107,6 +116,7 @@ class _Cycles:
     def _cycle(self) -> None:
         place = f"model={self._name}"
         self._ends.append(self._end_s(f"/sleep?level=2&{place}"))
+        time.sleep(self._rest_s)
         start = ask(self._server, self._name, self._prompt(_SHORT), 2)
         self._second.append(_behind_s(start))
         tier = json.loads(get(self._server, f"/startup?{place}"))["tier"]
@@ -132,6 +142,7 @@ class _Cycles:
         """Two models at the same time: how long the first one's first token takes then."""
         post(self._server, "/sleep?level=2")
         settled(self._server, {"zero"})
+        time.sleep(self._rest_s)
         with ThreadPoolExecutor(len(self._names)) as clients:
             asked = [
                 clients.submit(ask, self._server, name, self._prompt(_SHORT), 2)

@@ -47,6 +47,7 @@ from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.free_memory import add_rest, rest_of
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.units import byte_count, human_seconds
 
@@ -81,6 +82,7 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--times", metavar="FILE", type=Path, help="a document with stages, not to be measured"
     )
+    add_rest(parser)
     parser.add_argument(
         "--cycles",
         type=int,
@@ -144,16 +146,17 @@ def run(args: argparse.Namespace) -> int:
     tier: StartTier = "restored" if args.starts == "image" else "fresh"
     places = {f"m{n}": args.models[n % len(args.models)] for n in range(number)}
     shared = sharing(args.models, args.device_memory, args.kv_memory, args.device)
+    rest = rest_of(args)
     found: Replayed | None = None
     if not args.simulate_only:
         with ExitStack() as stack:
             fleet = _fleet(args, places, vocabulary, stack)
             longest = max(arrival.context for arrival in arrivals)
             longest = min(context, max(longest, _LEAST_PROMPT), _MOST_PROMPT)
-            before = measure(fleet, longest, args.cycles) if times is None else times
+            before = measure(fleet, longest, args.cycles, rest) if times is None else times
             found = replay_live(fleet, flags, arrivals, asks, args.tail)
             # Half of them behind it: a machine that others use is not as fast all the time.
-            after = measure(fleet, longest, args.cycles) if times is None else None
+            after = measure(fleet, longest, args.cycles, rest) if times is None else None
             times = before if after is None else before.and_also(after)
     assert times is not None
     setup = Setup(

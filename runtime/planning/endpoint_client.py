@@ -69,6 +69,8 @@ def first_token_ns(
         "ignore_eos": True,
         "temperature": 0,
         "stream": True,
+        # Else the first event may be the second token's: some tokens are no whole character.
+        "return_token_ids": True,
     }
     head = {"content-type": "application/json"}
     connection.request("POST", "/v1/completions", json.dumps(body).encode(), head)

@@ -47,17 +47,22 @@ class Footprint:
         return self.own + self.weights + self.kv
 
 
-def footprint(pid: int) -> Footprint:
-    """Of a process and all that descend from it.
+def footprint(pid: int, template: int | None = None) -> Footprint:
+    """Of a process and all that descend from it; what ends meanwhile counts for nothing.
 
-    What ends meanwhile counts for nothing.
+    Args:
+        pid: The front of a replica.
+        template: The process that the replica's workers are forks of, where they are: they descend
+            from it. It is not of the replica itself.
     """
     own = weights = kv = 0
     processes: dict[str, int] = {}
-    for each in _tree(pid):
+    forks = [] if template is None else [each for each in _tree(template) if each != template]
+    for each in (*_tree(pid), *forks):
         try:
             mine, of_weights, of_kv = _of(each)
-            name = "front" if each == pid else _name(each)
+            # A fork has the command line of its template.
+            name = "front" if each == pid else "worker" if each in forks else _name(each)
         except OSError:
             continue
         own, weights, kv = own + mine, weights + of_weights, kv + of_kv

@@ -104,6 +104,7 @@ def measure_rates(
     snapshot: SnapshotOptions,
     anew: bool = False,
     times: int = 1,
+    rest_s: float = 0.0,
     free: Callable[[], int] | None = None,
     gpu: Mapping[str, Any] | None = None,
     tell: Callable[[str], None] = lambda what: None,
@@ -121,6 +122,7 @@ def measure_rates(
         snapshot: Where images are.
         anew: Forget what is kept.
         times: How often to rehearse, where that is done.
+        rest_s: How long to rest before each start; see `runtime.free_memory`.
         free: Bytes of the GPU that nobody has, now.
         gpu: What its driver says of it; see `loader.devices.report`.
         tell: Gets what is being rehearsed.
@@ -138,6 +140,7 @@ def measure_rates(
         "shape": asdict(spec),
         "tokens": tokens,
         "maps": maps,
+        "rest_s": rest_s,
         "image": None if image.manifest is None else image.manifest.id,
         "template": template.why is None,
     }
@@ -147,7 +150,7 @@ def measure_rates(
     rates = Rates(path=kept.path)
     if not kept.fresh or kept.count < times:
         started = time.monotonic()
-        rehearsal = _Rehearsal(origin, checkpoint, spec, tokens, device, maps, free, tell)
+        rehearsal = _Rehearsal(origin, checkpoint, spec, tokens, device, maps, rest_s, free, tell)
         _warm_imports()
         for _ in range(times):
             kept.add(rehearsal.hold(image, snapshot, template=template.why is None, why=rates.why))
@@ -213,6 +216,7 @@ class _Rehearsal:
     tokens: int
     device: str
     maps: bool
+    rest_s: float
     free: Callable[[], int] | None
     tell: Callable[[str], None]
 
@@ -246,16 +250,23 @@ class _Rehearsal:
             }
             before = None if self.free is None else self.free()
 
-            def measure(tier: str, environment: Mapping[str, str]) -> dict[str, float]:
-                forks = tier == "template"
+            def measure(
+                tier: str, environment: Mapping[str, str], template: int | None = None
+            ) -> dict[str, float]:
                 self.tell(f"rehearsing {tier} starts of a scale model")
                 if self.maps:
-                    run = rehearse_run(scale, prompt, device, environment, forks=forks)
+                    time.sleep(self.rest_s)
+                    run = rehearse_run(scale, prompt, device, environment, template)
                     cells[f"{tier}/run/mapped"] = _figures(run)
-                run = rehearse_run(scale, prompt, [*device, "--copy"], environment, forks=forks)
+                copied = [*device, "--copy"]
+                time.sleep(self.rest_s)
+                run = rehearse_run(scale, prompt, copied, environment, template)
                 cells[f"{tier}/run/copied"] = _figures(run)
                 weights = "mapped" if self.maps else "copied"
-                served, rests, left = rehearse_serve(scale, prompt, device, environment, self.free)
+                time.sleep(self.rest_s)
+                served, rests, left = rehearse_serve(
+                    scale, prompt, device, environment, self.free, template
+                )
                 cells[f"{tier}/http/{weights}"] = _figures(served)
                 if before is not None and left is not None:
                     found["device_bytes"] = max(0, before - left - scale.nbytes)
@@ -270,8 +281,8 @@ class _Rehearsal:
                     why["restored"] = str(error)
             if template:
                 try:
-                    with scale_template(model, work) as environment:
-                        measure("template", environment)
+                    with scale_template(model, work) as forked:
+                        measure("template", *forked)
                 except (ColdframeError, OSError) as error:
                     why["template"] = str(error)
             return found

@@ -61,8 +61,7 @@ def rehearse_run(
     prompt: Sequence[int],
     arguments: Sequence[str],
     snapshot: Mapping[str, str],
-    *,
-    forks: bool = False,
+    template: int | None = None,
 ) -> Rehearsed:
     """One `coldframe run`.
 
@@ -71,7 +70,7 @@ def rehearse_run(
         prompt: Token ids.
         arguments: More flags.
         snapshot: The environment that says how workers start.
-        forks: Whether they are a template's children, and so not in the memory that is found.
+        template: The process whose forks they are, if any.
 
     Raises:
         PlatformError: It failed.
@@ -79,8 +78,8 @@ def rehearse_run(
     for tokens in _TOKENS:
         if len(prompt) + tokens > scale.spec.context_length:
             break
-        found = _run(scale, prompt, tokens, arguments, snapshot)
-        if forks or found.memory.weights:
+        found = _run(scale, prompt, tokens, arguments, snapshot, template)
+        if found.memory.weights:
             return found
     raise PlatformError(
         "a rehearsal was over before its memory could be looked at",
@@ -94,6 +93,7 @@ def _run(
     tokens: int,
     arguments: Sequence[str],
     snapshot: Mapping[str, str],
+    template: int | None,
 ) -> Rehearsed:
     command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(tokens)]
     timeline = os.path.join(scale.path, "timeline.json")
@@ -102,7 +102,7 @@ def _run(
         # Both workers have computed when some tokens are out.
         read_until(process, _TOKENS[0] // 2, _PATIENCE_S)
         with held(process):
-            memory = footprint(process.pid)
+            memory = footprint(process.pid, template)
         process.communicate(timeout=_PATIENCE_S)
         if process.returncode:
             raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
@@ -116,6 +116,7 @@ def rehearse_serve(
     arguments: Sequence[str],
     snapshot: Mapping[str, str],
     free: Callable[[], int] | None = None,
+    template: int | None = None,
 ) -> tuple[Rehearsed, Resting, int | None]:
     """One `coldframe serve`, asked while it starts, then warm, then parked; as `rehearse_run`.
 
@@ -132,7 +133,8 @@ def rehearse_serve(
         connection = knock(port, process, _PATIENCE_S)
         try:
             ttft_s = (first_token_ns(connection, _MODEL, prompt, _TOKENS[0]) - started_ns) / 1e9
-            memory, left = footprint(process.pid), None if free is None else free()
+            memory = footprint(process.pid, template)
+            left = None if free is None else free()
             startup = ask(connection, "GET", "/startup")
             stages = startup["timeline"]["stages"]
             rests = {}

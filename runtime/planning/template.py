@@ -18,7 +18,7 @@ from coldframe.runtime.planning.scratch import scratch
 from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.places import KEY_DIGITS, template_directory, templates
 
-__all__ = ["Resident", "resident_template", "scale_template"]
+__all__ = ["Resident", "ScaleTemplate", "resident_template", "scale_template"]
 
 _PREFIX = "cf-plan-"
 _PATIENCE_S = 120.0
@@ -28,6 +28,13 @@ class Resident(NamedTuple):
     """Why no template of a model can be forked here; None where one can."""
 
     why: str | None
+
+
+class ScaleTemplate(NamedTuple):
+    """A template of a scale model: the environment in which workers are its forks, and its pid."""
+
+    environment: Mapping[str, str]
+    pid: int
 
 
 def resident_template(origin: Origin, checkpoint: Checkpoint, device: str) -> Resident:
@@ -46,15 +53,12 @@ def resident_template(origin: Origin, checkpoint: Checkpoint, device: str) -> Re
 
 
 @contextmanager
-def scale_template(model: str, work: str) -> Iterator[Mapping[str, str]]:
+def scale_template(model: str, work: str) -> Iterator[ScaleTemplate]:
     """A template of a scale model while the context lasts.
 
     Args:
         model: The scale model's directory.
         work: A folder of our own.
-
-    Returns:
-        The environment in which workers are its forks.
 
     Raises:
         PlatformError: There can be none.
@@ -74,6 +78,6 @@ def scale_template(model: str, work: str) -> Iterator[Mapping[str, str]]:
         )
         try:
             read_until(process, 1, _PATIENCE_S)  # it tells of itself once it is there
-            yield environment
+            yield ScaleTemplate(environment, process.pid)
         finally:
             end_process(process)

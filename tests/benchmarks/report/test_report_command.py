@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -99,12 +101,30 @@ def test_the_command_writes_what_it_is_asked_for(
     assert len(json.loads(trace.read_text())["traceEvents"]) == len(whole) / 3
 
 
+def test_pictures_stand_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file, page, folder = kept(tmp_path, a_cold()), tmp_path / "r.html", tmp_path / "pictures"
+    assert main(["bench", "report", file, "--html", str(page), "--svg", str(folder)]) == 0
+    whole = page.read_text()
+    files = {made.stem: made.read_text() for made in folder.iterdir()}
+    assert set(files) == set(re.findall(r'<svg id="([^"]+)"', whole))
+    assert {"d0-cold-boxes", "d0-cold-roof"} <= set(files)
+    for text in files.values():
+        picture = ElementTree.fromstring(text)
+        assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+        assert text.partition("<title")[2].strip().removesuffix("</svg>") in whole
+        # Every colour that is used has a value in the same file.
+        assert set(re.findall(r"var\((--[a-z-]+)\)", text)) <= set(
+            re.findall(r"(--[a-z-]+):", text)
+        )
+
+
 def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, rows = kept(tmp_path, a_cold()), kept(tmp_path, drawn.rows(), "rows.json")
     nowhere = str(tmp_path / "nowhere" / "x")
     for arguments, told in (
         ([file, "--html", nowhere], "cannot write the report"),
         ([file, "--trace", nowhere], "cannot write the trace"),
+        ([file, "--svg", f"{file}/in"], "no folder for the pictures"),
         ([rows, "--trace", str(tmp_path / "t")], "nothing to trace"),
         ([file, "--run", "three"], "no such run"),
     ):

@@ -17,6 +17,7 @@ import pytest
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.gateway.platforms.table import PROFILES, SIGNS, detect
 from coldframe.runtime.planning import processes
+from coldframe.runtime.planning.footprint import footprint
 from coldframe.runtime.planning.processes import bare_environment, end_process, read_until
 from coldframe.runtime.planning.room import PROCESSES_BYTES, rehearsal_room
 from coldframe.runtime.planning.scratch import PREFIX, scratch
@@ -199,3 +200,26 @@ def test_beside_a_replica_in_a_tight_cgroup_nothing_is_rehearsed(
 def test_what_a_rehearsal_is_called_with_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLDFRAME_CRIU", "/opt/criu")
     assert processes.bare_environment()["COLDFRAME_CRIU"] == "/opt/criu"
+
+
+def test_forks_of_a_template_are_weighed_with_the_replica() -> None:
+    """They descend from the template, not from the front; the template is not the replica's."""
+    code = (
+        "import os, sys; held = bytearray(os.urandom(8 << 20))\n"
+        "if os.fork() == 0:\n"
+        "    mine = bytearray(os.urandom(24 << 20)); os.write(1, b'x'); sys.stdin.read()\n"
+        "else: sys.stdin.read(); os.wait()\n"
+    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        subprocess.Popen([sys.executable, "-c", code], **pipes) as template,
+        subprocess.Popen(["cat"], **pipes) as front,
+    ):
+        read_until(template, 1, 60)
+        alone, whole = footprint(front.pid), footprint(front.pid, template.pid)
+        assert set(alone.processes) == {"front"}
+        assert set(whole.processes) == {"front", "worker"}
+        # Its own pages, and its half of what it has from the template.
+        assert (24 + 4) << 20 <= whole.processes["worker"] < (24 + 8 + 16) << 20
+        template.communicate(b"")
+        front.communicate(b"")

@@ -62,6 +62,11 @@ def test_a_template_that_is_resident_is_rehearsed(demo_model: Make, tmp_path: Pa
         document = plan(tmp_path / "cache", model, COLDFRAME_RUN_DIR=str(runs))
         assert None not in times(document, "template")
         assert document["next_start"]["tier"] == "template"
+        forked = [r for r in document["memory"]["replica"] if r["tier"] == "template"]
+        assert {replica["through"] for replica in forked} == {"run", "http"}
+        for replica in forked:
+            assert replica["parts"]["weights"] > 0
+            assert replica["parts"]["processes"] > 50e6  # forks are counted, too
         assert len(list((runs / f"coldframe-templates-{os.getuid()}").iterdir())) == 1
     finally:
         process.send_signal(signal.SIGTERM)

@@ -153,9 +153,9 @@ def test_a_baseline_that_is_none(
 
 
 def test_a_cold_start_through_http_and_without(
-    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+    own_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:
-    model, output = demo_model(), tmp_path / "found.json"
+    model, output = own_model(), tmp_path / "found.json"
     matrix = ("--tier", "fresh", "--through", "http,run", "--cache", "cold", "--runs", 1)
     done = bench(*(model, *matrix, "--tokens", 4, "--no-plan", "--output", output), runs=no_leaks)
     assert done.returncode == 0, done.stderr
@@ -271,7 +271,7 @@ def test_on_a_terminal_there_is_a_bar_and_else_there_are_lines() -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("criu")
 def test_a_wide_matrix_and_then_against_itself(
-    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+    own_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:
     matrix, was = tmp_path / "matrix.json", tmp_path / "was.json"
     blocks = [
@@ -281,7 +281,7 @@ def test_a_wide_matrix_and_then_against_itself(
         {"tier": ["parked", "warm"], "cache": ["cold", "warm"]},
     ]
     matrix.write_text(json.dumps({"matrix": blocks}))
-    model = demo_model("llama", "bfloat16")
+    model = own_model("llama", "bfloat16")
     done = bench(model, "--matrix", matrix, "--runs", 1, "--output", was, runs=no_leaks)
     assert done.returncode == 0, done.stderr
     found = document(done)

@@ -195,7 +195,7 @@ def read():
                 os._exit(1)
             head += byte
         if not head.startswith(b"HTTP/1.1 206"):
-            os.write(2, head)
+            os.write(2, head.partition(b"\\r")[0])
             os._exit(1)
         while length:
             count = connection.recv_into(view[to : to + length], 0, socket.MSG_WAITALL)

@@ -136,7 +136,7 @@ def test_for_ever(number, child):
 
 
 @contextmanager
-def tests_run(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+def some_run(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
     """`make test` over a few tests, whose files are in a folder, and what they noted, too."""
     (folder / "test_some.py").write_text(TESTS)
     with subprocess.Popen(
@@ -160,7 +160,7 @@ def tests_run(folder: Path, *arguments: str) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.mark.heavy
 def test_a_whole_run(tmp_path: Path) -> None:
-    with tests_run(tmp_path) as process:
+    with some_run(tmp_path) as process:
         said, _ = process.communicate()
     assert process.returncode == 0, said
     assert "16 passed" in said
@@ -179,7 +179,7 @@ def test_a_whole_run(tmp_path: Path) -> None:
 @pytest.mark.heavy
 @pytest.mark.parametrize("to_all", [True, False])
 def test_ctrl_c_ends_all_of_it(tmp_path: Path, to_all: bool) -> None:
-    with tests_run(tmp_path, "-m", "heavy") as process:
+    with some_run(tmp_path, "-m", "heavy") as process:
         notes = tmp_path / "notes"
         eventually(lambda: notes.exists() and len(notes.read_text().split()) == 2, 60)
         started = psutil.Process(process.pid).children(recursive=True)

@@ -72,7 +72,7 @@ def test_a_raw_read_from_sockets_is_of_all_of_it_or_an_error(model: Path) -> Non
             result = load_once("raw sockets", place, more=more, limit_s=60)
             assert result["bytes"] == sum(sizes.values())
             assert result["seconds"] > 0
-        with pytest.raises(PlatformError, match="raw sockets: .*404"):
+        with pytest.raises(PlatformError, match=r"raw sockets: .*404"):
             load_once("raw sockets", place, more={"sizes": {"none.safetensors": 5}})
 
 

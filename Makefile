@@ -39,12 +39,16 @@ criu: build/criu/bin/criu
 build/criu/bin/criu:
 	snapshot/install-criu.sh build/criu
 
+# In as many processes as there are cores, up to four; WORKERS=0 is one after the other, in this one.
+WORKERS ?= auto
+SEVERAL = -n $(WORKERS) --dist worksteal
+
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SEVERAL)
 
 # What takes long: everything that can go wrong with a snapshot, and the benchmarks' own tests.
 test-heavy: setup
-	$(BIN)/python -m pytest -m heavy
+	$(BIN)/python -m pytest -m heavy $(SEVERAL)
 
 # With the real vLLM, in its environment: what it says on the way is not ours to mend.
 test-vllm: setup build/vllm/.tests

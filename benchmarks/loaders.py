@@ -159,17 +159,21 @@ for thread in threads:
 report(time.perf_counter() - started, sum(sizes), cpu() - used)
 """
 
+# Options may name the files and their sizes: no server needs to be asked for them then.
 _RAW_SOCKETS = """
-import http.client, socket, threading, urllib.request
+import socket, threading, urllib.request
 from urllib.parse import urlsplit
 from coldframe.loader.arena import round_up
 from coldframe.loader.devices import open_device
 parts, piece = urlsplit(path), 16 << 20
-names = json.load(urllib.request.urlopen(path + "/model.safetensors.index.json"))["weight_map"]
+sizes = options.get("sizes", {})
+if not sizes:
+    index = urllib.request.urlopen(path + "/model.safetensors.index.json")
+    for name in sorted(set(json.load(index)["weight_map"].values())):
+        head = urllib.request.Request(path + "/" + name, method="HEAD")
+        sizes[name] = int(urllib.request.urlopen(head).headers["Content-Length"])
 jobs, base = [], 0
-for name in sorted(set(names.values())):
-    head = urllib.request.Request(path + "/" + name, method="HEAD")
-    size = int(urllib.request.urlopen(head).headers["Content-Length"])
+for name, size in sizes.items():
     jobs += [(name, at, base + at, min(piece, size - at)) for at in range(0, size, piece)]
     base += round_up(size, 4096)
 started, used = time.perf_counter(), cpu()
@@ -186,8 +190,13 @@ def read():
         connection.sendall((f"GET {parts.path}/{name} HTTP/1.1\\r\\nHost: x\\r\\n"
                             f"Range: bytes={at}-{at + length - 1}\\r\\n\\r\\n").encode())
         head = b""
-        while b"\\r\\n\\r\\n" not in head:
-            head += connection.recv(1)
+        while not head.endswith(b"\\r\\n\\r\\n"):
+            if not (byte := connection.recv(1)):
+                os._exit(1)
+            head += byte
+        if not head.startswith(b"HTTP/1.1 206"):
+            os.write(2, head.partition(b"\\r")[0])
+            os._exit(1)
         while length:
             count = connection.recv_into(view[to : to + length], 0, socket.MSG_WAITALL)
             if not count:
@@ -223,6 +232,8 @@ def load_once(
     model: str,
     python: str = sys.executable,
     environment: Mapping[str, str] | None = None,
+    more: Mapping[str, Any] | None = None,
+    limit_s: float | None = None,
 ) -> dict[str, Any]:
     """Runs one loader once.
 
@@ -231,20 +242,29 @@ def load_once(
         model: The checkpoint's directory or URI.
         python: The interpreter that has the loader installed.
         environment: What the loader finds in its environment besides.
+        more: Options besides its own.
+        limit_s: Seconds that it may take, or None.
 
     Raises:
-        PlatformError: It failed, or is not installed there.
+        PlatformError: It failed, did not end, or is not installed there.
     """
     script, options, its_own = LOADERS[name]
-    done = subprocess.run(
-        [python, "-W", "ignore", "-c", _PROLOGUE + script, model, json.dumps(options)],
-        env={**os.environ, **its_own, **(environment or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    given = json.dumps({**options, **(more or {})})
+    try:
+        done = subprocess.run(
+            [python, "-W", "ignore", "-c", _PROLOGUE + script, model, given],
+            env={**os.environ, **its_own, **(environment or {})},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=limit_s,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PlatformError(
+            "a loader did not end", where=f"{name}: {model}", expected=f"within {limit_s:g} s"
+        ) from error
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
-        raise PlatformError("a loader failed", where=name, got=last)
+        raise PlatformError("a loader failed", where=f"{name}: {model}", got=last)
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result

@@ -93,6 +93,7 @@ class ChainSource:
         self._sources = [self._current]
         self._opening: Origin | None = None
         self._tainted: Source | None = None
+        self._taint: SourceError | None = None
         self._aborted = False
         self._sealed = sealed
         self._givers: set[Source] = set()
@@ -131,14 +132,14 @@ class ChainSource:
                 self._go_on(source, error)
 
     def _check_replaced(self, tainted: Source) -> None:
-        """Raises where no other place has stepped in for one that has changed."""
+        """Raises where no other place has stepped in for one that has changed.
+
+        It raises what the change was seen by: the first who says that it is over is believed.
+        """
         with self._changing:
             if self._current is tainted:
-                raise SourceChanged(
-                    "the checkpoint changed while it was read",
-                    where=self._checkpoint.path,
-                    hint="Start again once whoever writes it is done.",
-                )
+                assert self._taint is not None
+                raise self._taint
 
     def _go_on(self, failed: Source, error: SourceError) -> None:
         """Takes the next place, unless another thread has done so.
@@ -151,7 +152,8 @@ class ChainSource:
                 return
             mixed = isinstance(error, SourceChanged | SourceCorrupt) and not self._sealed
             if mixed:
-                self._tainted = failed  # before the look at what was given: see `read_into`
+                # Before the look at what was given: see `read_into`.
+                self._taint, self._tainted = error, failed
             if self._aborted or (mixed and self._givers):
                 raise error
             for make in self._later:

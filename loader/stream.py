@@ -211,7 +211,10 @@ class Stream:
             self._on_end(self._error)
 
     def _ready(self, stage: int) -> None:
-        self._board.settle(stage, StageState.READY)
+        with self._lock:
+            if self._board.state(stage) is StageState.FAILED:
+                return  # the load was given up meanwhile: nobody waits for it any more
+            self._board.settle(stage, StageState.READY)
         self._recorder.add(f"stage_ready[{stage}]", now())
         self._on_stage(stage)
 
@@ -226,9 +229,10 @@ class Stream:
                 self._error = error
             self._cancelled.set()
         self._abort()
-        for stage in range(len(self._left)):
-            if self._board.state(stage) is StageState.PENDING:
-                self._board.settle(stage, StageState.FAILED)
+        with self._lock:
+            for stage in range(len(self._left)):
+                if self._board.state(stage) is StageState.PENDING:
+                    self._board.settle(stage, StageState.FAILED)
 
 
 def pieces_of(plan: Plan) -> Iterator[tuple[Extent, int, int]]:

@@ -44,6 +44,7 @@ from coldframe.snapshot.safe_folder import (
     is_safe,
     open_folder,
     temporary_name,
+    write_file,
 )
 
 __all__ = ["DirectoryBackend"]
@@ -253,17 +254,10 @@ class _Writer:
         return item
 
     def publish(self, image: str, raw: bytes) -> None:
-        manifests, temporary, name = self._folders.manifests, temporary_name(), f"{image}.json"
         try:
             os.fsync(self._folders.objects)  # the objects' names, before anything names them
-            with open(os.open(temporary, NEW, 0o600, dir_fd=manifests), "wb") as file:
-                file.write(raw)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, name, src_dir_fd=manifests, dst_dir_fd=manifests)
-            os.fsync(manifests)
+            write_file(f"{image}.json", raw, self._folders.manifests)
         except OSError as error:
-            discard(temporary, manifests)
             what, where = "a manifest cannot be written to the store", self._folders.path(MANIFESTS)
             raise failed(what, where, error, len(raw)) from error
 

@@ -17,14 +17,13 @@ from coldframe.loader.errors import NoImage, SnapshotError
 from coldframe.snapshot.graph_file import GraphArchive, check, decode, encode
 from coldframe.snapshot.graph_fingerprint import GraphFingerprint
 from coldframe.snapshot.safe_folder import (
-    NEW,
     READ,
     TEMPORARY,
     check_safe,
     discard,
     failed,
     open_folder,
-    temporary_name,
+    write_file,
 )
 
 __all__ = ["GraphStore", "name_of"]
@@ -105,7 +104,7 @@ class GraphStore:
             _make(self.root)
             folder = open_folder(self.root, None, strict=True)
             try:
-                _publish(name, raw, folder)
+                write_file(name, raw, folder)
                 _prune(folder)
             finally:
                 os.close(folder)
@@ -165,20 +164,6 @@ def _content(name: str, folder: int, path: str) -> bytes:
             )
         check_safe(status, path, "a file")
         return file.read()
-
-
-def _publish(name: str, raw: bytes, folder: int) -> None:
-    temporary = temporary_name()
-    try:
-        with open(os.open(temporary, NEW, 0o600, dir_fd=folder), "wb") as file:
-            file.write(raw)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
-        os.fsync(folder)
-    except BaseException:
-        discard(temporary, folder)
-        raise
 
 
 def _prune(folder: int) -> None:

@@ -23,6 +23,7 @@ __all__ = [
     "is_safe",
     "open_folder",
     "temporary_name",
+    "write_file",
 ]
 
 TEMPORARY = ".writing-"
@@ -93,6 +94,25 @@ def discard(name: str, folder: int) -> None:
     """Removes a file, if it is there and may be."""
     with contextlib.suppress(OSError):
         os.unlink(name, dir_fd=folder)
+
+
+def write_file(name: str, raw: bytes, folder: int) -> None:
+    """Puts a file there whole, or not at all; it and its name are on the disk then.
+
+    Raises:
+        OSError: It cannot be; what had that name is there still.
+    """
+    temporary = temporary_name()
+    try:
+        with open(os.open(temporary, NEW, 0o600, dir_fd=folder), "wb") as file:
+            file.write(raw)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+        os.fsync(folder)
+    except BaseException:
+        discard(temporary, folder)
+        raise
 
 
 def failed(what: str, path: str, error: OSError, needed: int | None = None) -> SnapshotError:

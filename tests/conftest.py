@@ -9,15 +9,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
+from coldframe.loader.cgroup import cpu_count, memory_available
 from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.demo_model import DemoModel, write_demo_model
 from coldframe.snapshot.criu import Criu
 from tests.support import unavailable
+from tests.turns import Turns
 
 # Tests start a thousand interpreters: each would compile what it imports, and pytest all of its own
 # files once more, where the user's environment keeps Python from storing that.
@@ -27,8 +30,29 @@ os.environ["COLDFRAME_REST"] = "0"
 sys.dont_write_bytecode = False
 
 # How long an example takes says more of what else the machine does than of the code.
-settings.register_profile("untimed", deadline=None)
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("untimed")
+
+_MOST_PROCESSES = 4
+_PROCESS_BYTES = 4 << 30
+"""Of one that runs tests: torch and Transformers are in it, and replicas beside it."""
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """The processes of `-n auto`: as many as there are cores and memory for."""
+    return max(1, min(_MOST_PROCESSES, cpu_count(), memory_available() // _PROCESS_BYTES))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """One of several processes learns of its turns, and has its files below a short path."""
+    worker: dict[str, Any] | None = getattr(config, "workerinput", None)
+    if worker is None:
+        return
+    given = Path(config.option.basetemp)  # .../popen-gw0: too long for the sockets below it
+    config.option.basetemp = str(given.with_name(worker["workerid"].removeprefix("gw")))
+    config.pluginmanager.register(Turns(given.parent))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -13,6 +13,7 @@ from typing import Any
 from coldframe.benchmarks.gpu.budget import Outcome
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.whole_file import write_whole
 
 __all__ = ["FORMAT", "build", "file_name", "problems", "read", "succeeded", "write"]
 
@@ -106,9 +107,8 @@ def write(document: dict[str, Any], directory: Path) -> Path:
         raise PlatformError("the results make no document", got="; ".join(wrong))
     directory.mkdir(parents=True, exist_ok=True)
     target = directory / file_name(document)
-    fresh = target.with_suffix(".new")
-    fresh.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return fresh.rename(target)
+    write_whole(str(target), (json.dumps(document, indent=1) + "\n").encode(), 0o666)
+    return target
 
 
 def read(file: Path) -> dict[str, Any]:

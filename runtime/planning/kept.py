@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.loader.whole_file import write_whole
+
 __all__ = ["MOST_KEPT", "Kept", "calibration_directory"]
 
 _VERSION = 1
@@ -82,16 +84,9 @@ class Kept:
             self._entries = []
         self._entries = [*self._entries, _Entry(time.time(), figures)][-MOST_KEPT:]
         document = [{"at": entry.at, "figures": entry.figures} for entry in self._entries]
-        temporary = f"{self.path}.{os.getpid()}"
         with contextlib.suppress(OSError):
             os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-            try:
-                with open(temporary, "x", encoding="utf-8") as file:
-                    json.dump(document, file)
-                os.replace(temporary, self.path)
-            finally:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(temporary)
+            write_whole(self.path, json.dumps(document).encode())
 
     def medians(self) -> Any:
         """The same figures, of each its median over what is kept.

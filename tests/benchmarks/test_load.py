@@ -15,11 +15,12 @@ from coldframe.benchmarks.load import evict
 from coldframe.benchmarks.loaders import load_once
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.residency import cached_bytes
+from tests.loader.web.servers import nginx
 
 
 @pytest.fixture
-def model(demo_model: Callable[..., Path]) -> Path:
-    return demo_model("llama", "bfloat16")
+def model(own_model: Callable[..., Path]) -> Path:
+    return own_model("llama", "bfloat16")
 
 
 def cached(model: Path) -> int:
@@ -61,6 +62,18 @@ def test_loaders_load_all_of_it(model: Path, name: str) -> None:
     assert 0.9 * size < result["bytes"] < 1.2 * size
     assert result["seconds"] > 0
     assert result["peak"] > 0
+
+
+def test_a_raw_read_from_sockets_is_of_all_of_it_or_an_error(model: Path) -> None:
+    sizes = {file.name: file.stat().st_size for file in model.glob("*.safetensors")}
+    with nginx(model.parent) as base:
+        place = f"{base}/{model.name}"
+        for more in ({}, {"sizes": sizes}):
+            result = load_once("raw sockets", place, more=more, limit_s=60)
+            assert result["bytes"] == sum(sizes.values())
+            assert result["seconds"] > 0
+        with pytest.raises(PlatformError, match=r"raw sockets: .*404"):
+            load_once("raw sockets", place, more={"sizes": {"none.safetensors": 5}})
 
 
 @pytest.mark.heavy

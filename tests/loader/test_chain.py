@@ -16,6 +16,8 @@ from coldframe.loader.errors import (
     PlatformError,
     RequestError,
     SourceChanged,
+    SourceCorrupt,
+    SourceError,
     SourceNotFound,
     SourceUnreachable,
 )
@@ -228,33 +230,39 @@ def test_what_a_place_gave_before_it_failed_is_looked_at_again_at_the_end(tmp_pa
     chain.close()
 
 
+class Slow:
+    """The read at 4000 ends only after another has failed, and brings what nobody wants."""
+
+    readers = chunk = verified = None
+    note = ""
+
+    def __init__(self, error: SourceError) -> None:
+        self.error = error
+        self.under_way = threading.Event()
+        self.changed = threading.Event()
+
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        if offset != 4000:
+            raise self.error
+        self.under_way.set()
+        assert self.changed.wait(10)
+        parts[0][:] = bytes(len(parts[0]))
+
+    def finish(self) -> None: ...
+
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def test_what_was_on_its_way_from_a_place_that_changed_is_read_again(tmp_path: Path) -> None:
     first, second = layered(tmp_path / "one"), tmp_path / "two"
     shutil.copytree(first, second)
-    under_way, changed = threading.Event(), threading.Event()
-
-    class Slow:
-        """The first read ends only after the second has failed, and brings what nobody wants."""
-
-        readers = chunk = verified = None
-        note = ""
-
-        def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
-            if offset != 4000:
-                raise SourceChanged("it was written to", where=str(first))
-            under_way.set()
-            assert changed.wait(10)
-            parts[0][:] = bytes(len(parts[0]))
-
-        def finish(self) -> None: ...
-
-        def abort(self) -> None: ...
-
-        def close(self) -> None: ...
+    slow = Slow(SourceChanged("it was written to", where=str(first)))
 
     def open_source(found: Opened) -> Source:
         if found.origin.path == str(first):
-            return Slow()
+            return slow
         return FileSource(found.checkpoint.shards)
 
     opened = Opened(DirectoryOrigin(str(first)), Checkpoint.open(first))
@@ -262,11 +270,39 @@ def test_what_was_on_its_way_from_a_place_that_changed_is_read_again(tmp_path: P
     early = memoryview(bytearray(1000))
     thread = threading.Thread(target=chain.read_into, args=(0, 4000, [early]))
     thread.start()
-    assert under_way.wait(10)
+    assert slow.under_way.wait(10)
     chain.read_into(0, 8000, [memoryview(bytearray(10))])
-    changed.set()
+    slow.changed.set()
     thread.join()
     assert early == shard_files(second)[0].read_bytes()[4000:5000]
+    chain.close()
+
+
+@pytest.mark.parametrize("kind", [SourceChanged, SourceCorrupt])
+def test_whoever_is_heard_of_first_says_what_the_change_was_seen_by(
+    kind: type[SourceError], tmp_path: Path
+) -> None:
+    model = layered(tmp_path / "m")
+    slow = Slow(kind("it was written to", where="bytes 8000-8009", got="status 412"))
+    opened = Opened(DirectoryOrigin(str(model)), Checkpoint.open(model))
+    chain = ChainSource(opened, iter([]), lambda _: slow, lambda uri, error: None, sealed=False)
+    heard: list[ColdframeError] = []
+
+    def read(offset: int) -> None:
+        try:
+            chain.read_into(0, offset, [memoryview(bytearray(10))])
+        except ColdframeError as error:
+            heard.append(error)
+
+    thread = threading.Thread(target=read, args=(4000,))
+    thread.start()
+    assert slow.under_way.wait(10)
+    read(8000)
+    slow.changed.set()
+    thread.join()
+    # Of two threads that end with this, either may be the one whose error ends the load.
+    told = [(type(error), error.what, error.where, error.got) for error in heard]
+    assert told == [(kind, "it was written to", "bytes 8000-8009", "status 412")] * 2
     chain.close()
 
 

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,18 @@ def lease_signal() -> Iterator[None]:
 
 
 class Watched:
-    """A load and what it has said."""
+    """A load and what it has said; `on_stage` is called with each stage by whoever brought it."""
 
-    def __init__(self, root: Path | str, files: Path | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        root: Path | str,
+        files: Path | None = None,
+        on_stage: Callable[[int], None] = lambda stage: None,
+        **options: Any,
+    ) -> None:
         self.said: list[object] = []
         self.ends: list[ColdframeError | None] = []
+        self._on_stage = on_stage
         self.load = Load(
             LoadOptions(str(root), **options),
             open_device("cpu"),
@@ -56,9 +63,13 @@ class Watched:
             files_dir=str(files or Path(root, "unused")),
             on_files=lambda path: self.said.append(f"files in {path}"),
             on_plan=lambda: self.said.append("plan"),
-            on_stage=self.said.append,
+            on_stage=self._stage,
             on_end=self.ends.append,
         )
+
+    def _stage(self, stage: int) -> None:
+        self.said.append(stage)
+        self._on_stage(stage)
 
     def tensors(self) -> dict[str, bytes]:
         """What a worker sees that maps the segments."""

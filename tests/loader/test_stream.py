@@ -225,12 +225,18 @@ def test_a_throttled_link_is_booked_without_gaps_or_gifts() -> None:
     assert idle.book(1) >= early + 0.1 - Throttle._SLACK_S - 0.001
 
 
-def cut_after_first_stage(root: Path, to: int) -> Callable[[int], None]:
-    def cut(stage: int) -> None:
-        if stage == 0:
-            os.truncate(shard_files(root)[0], to)
+class Held(Asked):
+    """A source that gives what is `behind` only once it was `let_go`, however busy the machine."""
 
-    return cut
+    def __init__(self, source: Source, behind: Callable[[int, int], bool]) -> None:
+        super().__init__(source)
+        self.behind = behind
+        self.let_go = threading.Event()
+
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        if self.behind(shard, offset + sum(map(len, parts))):
+            assert self.let_go.wait(20)
+        super().read_into(shard, offset, parts)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -240,11 +246,25 @@ def test_a_file_that_is_cut_meanwhile(
     root = layered(tmp_path / "m", layers=4, nbytes=100_000, shards=1)
     path = shard_files(root)[0]
     size, expected = path.stat().st_size, reference(root)
-    run = start(root, threads=threads, rate=5e6, on_stage=cut_after_first_stage(root, size // 2))
+
+    def cut(stage: int) -> None:
+        if stage == 0:
+            os.truncate(path, size // 2)
+            run.placed.let_go.set()
+
+    run = start(
+        root,
+        threads=threads,
+        wrap=lambda source: Held(source, lambda _, end: end > size // 2),
+        on_stage=cut,
+    )
     error = run.finish()
     assert type(error) is SourceChanged
     assert error.where == str(path)
-    assert (error.expected, error.got) == (f"{size} bytes, unchanged", f"byte {size // 2}")
+    assert error.expected == f"{size} bytes, unchanged"
+    assert error.got is not None
+    at = int(error.got.removeprefix("byte "))
+    assert at == size // 2 if threads == 1 else at >= size // 2  # of several, the first to fail
     assert run.states[0] is StageState.READY
     assert run.states[-1] is StageState.FAILED
     assert StageState.PENDING not in run.states
@@ -268,8 +288,13 @@ def test_a_file_that_is_modified_in_place_never_gets_to_the_last_stage(
                 file.seek(-1, os.SEEK_END)
                 file.write(b"x")
             os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
+            run.placed.let_go.set()
 
-    run = start(root, rate=5e6, on_stage=modify)
+    run = start(
+        root,
+        wrap=lambda source: Held(source, lambda shard, _: shard == 1),
+        on_stage=modify,
+    )
     error = run.finish()
     assert type(error) is SourceChanged
     assert error.what == "a weight file was modified while it was loaded"
@@ -309,6 +334,41 @@ def test_whatever_ends_a_reader_is_reported_once(tmp_path: Path, start: Callable
     assert error.got == "ZeroDivisionError('unexpected')"
     assert set(run.states) == {StageState.FAILED}
     assert run.stages == []
+
+
+def test_a_stage_is_either_given_out_or_has_failed(
+    tmp_path: Path, start: Callable[..., Run]
+) -> None:
+    looked, failing = threading.Event(), threading.Event()
+
+    class Late(Asked):
+        """The first chunk comes when another's failure is just being told."""
+
+        def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+            with self.lock:
+                first = not self.offsets
+                self.offsets.append((shard, offset, 0))
+            if not first:
+                raise SourceError("the disk is gone")
+            assert failing.wait(20)
+            self.source.read_into(shard, offset, parts)
+
+    run = start(layered(tmp_path / "m"), wrap=Late)
+    state = run.board.state
+
+    def watched(stage: int) -> StageState:
+        found = state(stage)
+        if stage == 0 and not looked.is_set():
+            looked.set()
+            failing.set()
+            threading.Event().wait(0.05)  # for a thread that would go on meanwhile
+        return found
+
+    run.board.state = watched  # type: ignore[method-assign]
+    assert type(run.finish()) is SourceError
+    failed = [stage for stage, seen in enumerate(run.states) if seen is StageState.FAILED]
+    assert not set(failed) & set(run.stages)
+    assert len(failed) + len(run.stages) == len(run.plan.stages)
 
 
 def test_nothing_is_touched_after_a_cancel(tmp_path: Path, start: Callable[..., Run]) -> None:

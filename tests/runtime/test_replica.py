@@ -99,7 +99,7 @@ def kill_and_wait(replica: Replica, role: str) -> None:
         "llama",
         pytest.param("mistral", marks=pytest.mark.heavy),
         pytest.param("qwen2", marks=pytest.mark.heavy),
-        "qwen3",
+        pytest.param("qwen3", marks=pytest.mark.heavy),
     ],
 )
 def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, family: str) -> None:
@@ -130,6 +130,7 @@ def test_cached_weights_are_mapped_and_not_copied(demo_model: Make, no_leaks: Pa
     assert client.tokens == expected(model, tuple(prompt_of(7)), 5)
 
 
+@pytest.mark.heavy
 def test_overlap_can_be_switched_off(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     slow = options(model, no_leaks, throttle=size_of(model) / 1.0, overlap=False)
@@ -158,6 +159,7 @@ def test_prefill_runs_ahead_of_the_weights(demo_model: Make, no_leaks: Path) -> 
 # -- deaths ---------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_a_prefill_worker_killed_while_loading(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     prompt = prompt_of(40)
@@ -169,6 +171,7 @@ def test_a_prefill_worker_killed_while_loading(demo_model: Make, no_leaks: Path)
     assert client.tokens == expected(model, tuple(prompt), 8)
 
 
+@pytest.mark.heavy
 def test_a_prefill_worker_killed_between_first_token_and_acknowledgement(
     demo_model: Make, no_leaks: Path
 ) -> None:
@@ -191,6 +194,7 @@ def test_a_prefill_worker_killed_between_first_token_and_acknowledgement(
     assert client.tokens == expected(model, tuple(prompt), 8)
 
 
+@pytest.mark.heavy
 def test_a_decode_worker_killed_before_it_acknowledges(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     prompt = prompt_of(40)
@@ -205,6 +209,7 @@ def test_a_decode_worker_killed_before_it_acknowledges(demo_model: Make, no_leak
     assert client.tokens == expected(model, tuple(prompt), 8)
 
 
+@pytest.mark.heavy
 def test_a_decode_worker_killed_in_mid_stream(demo_model: Make, no_leaks: Path) -> None:
     model = demo_model("llama")
     prompts = [prompt_of(length, seed=length) for length in (5, 33, 80)]
@@ -257,6 +262,7 @@ def test_the_memory_services_death_is_an_error(demo_model: Make, no_leaks: Path)
             ask(replica, prompt_of(3), 2)
 
 
+@pytest.mark.heavy
 def test_no_worker_is_started_for_a_memory_service_that_is_dying(
     demo_model: Make, no_leaks: Path
 ) -> None:
@@ -317,6 +323,7 @@ def test_the_ends_that_generation_config_names_end_an_answer(
     assert client.events[-1].finish == "stop"
 
 
+@pytest.mark.heavy
 def test_the_stored_dtype_counts_where_the_config_names_another(
     demo_model: Make, tmp_path: Path, no_leaks: Path
 ) -> None:
@@ -539,6 +546,7 @@ def test_weights_are_laid_out_anew_in_the_middle_of_an_answer(
     assert late.tokens == expected(model, tuple(prompt_of(9)), 8)
 
 
+@pytest.mark.heavy
 def test_weights_stay_where_they_are_if_wanted(
     demo_model: Make, tmp_path: Path, no_leaks: Path
 ) -> None:

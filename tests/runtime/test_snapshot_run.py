@@ -42,19 +42,14 @@ def spans(document: dict[str, Any], name: str) -> list[dict[str, Any]]:
 # -- the answers ---------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "arguments",
     [
         ("-p", "Once upon a time, a replica slept at zero", "-n", 24),
-        pytest.param(
-            ("-p", "Once upon", "-n", 24, "--temperature", 1.5, "--seed", 7, "--top-p", 0.9),
-            marks=pytest.mark.heavy,
-        ),
+        ("-p", "Once upon", "-n", 24, "--temperature", 1.5, "--seed", 7, "--top-p", 0.9),
         ("--prompt-ids", PROMPT_IDS, "-n", 8, "--logprobs", 2, "--layout", "aligned"),
-        pytest.param(
-            ("--prompt-ids", PROMPT_IDS, "-n", 8, "--threads", 1, "--copy"),
-            marks=pytest.mark.heavy,
-        ),
+        ("--prompt-ids", PROMPT_IDS, "-n", 8, "--threads", 1, "--copy"),
     ],
     ids=["text", "sampled", "aligned", "copied"],
 )
@@ -111,6 +106,7 @@ def test_the_timeline_says_what_a_restore_was(made: Made, commands: Commands) ->
         assert before["end_s"] == after["start_s"]
 
 
+@pytest.mark.heavy
 def test_the_table_names_the_tier_too(made: Made, commands: Commands) -> None:
     asked = ("run", made.model, "-p", "Once", "-n", 2, "--no-snapshot-create")
     done = commands.call(*asked, "--snapshot", made.store)
@@ -233,7 +229,7 @@ def test_as_many_clones_as_there_are_workers(made: Made, no_leaks: Path) -> None
         assert client.tokens == expected(made.model, tuple(prompt), 8)
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
+@pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.heavy), "decode"])
 def test_a_clone_that_is_killed_is_replaced_by_another(
     made: Made, no_leaks: Path, role: str
 ) -> None:
@@ -271,6 +267,7 @@ def test_a_clone_has_the_environment_of_its_own_start(
         assert "ONLY_THE_CREATORS" not in seen
 
 
+@pytest.mark.heavy
 def test_a_large_environment_is_no_obstacle(made: Made, commands: Commands) -> None:
     """More than a socket holds before anybody reads from it."""
     large = {f"LARGE_{n}": "x" * 120_000 for n in range(8)}
@@ -282,6 +279,7 @@ def test_a_large_environment_is_no_obstacle(made: Made, commands: Commands) -> N
 # -- answers first, if so wanted -----------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_clones_answer_their_images_prompt_before_any_other(
     made: Made, commands: Commands, demo_model: Callable[..., Path]
 ) -> None:

@@ -127,9 +127,9 @@ def test_a_template_that_has_ended_has_no_forks(tmp_path: Path) -> None:
 
 
 def test_a_cell_without_a_plan_is_measured_and_the_others_are_asked_for_theirs(
-    demo_model: Callable[..., Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
+    own_model: Callable[..., Path], no_leaks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = demo_model()
+    model = own_model()
     with pytest.raises(NoPlan, match="a plan cannot be made"):
         plan_of(str(model / "none"), FRESH, {}, 3, 2)
     rounds = rounds_of(model, no_leaks)

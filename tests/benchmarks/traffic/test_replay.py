@@ -169,6 +169,7 @@ def test_requests_that_were_not_answered_are_told_apart() -> None:
         Played(asked[2:], {}, 4.0).to_json(None)
 
 
+@pytest.mark.heavy
 def test_a_replay_goes_on_where_a_request_is_refused(
     demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
 ) -> None:

@@ -412,8 +412,13 @@ class _Handler(BaseHTTPRequestHandler):
         size, pause = fault.trickle or (len(body) or 1, 0.0)
         for start in range(0, len(body), size):
             piece = body[start : start + size]
-            self.connection.sendall(piece)
+            # Counted first: whoever has received it may look at once.
             request.sent += len(piece)
+            try:
+                self.connection.sendall(piece)
+            except OSError:
+                request.sent -= len(piece)
+                raise
             if self.proxy.ended.wait(pause):
                 return
 

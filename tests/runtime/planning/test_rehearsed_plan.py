@@ -19,6 +19,9 @@ from tests.runtime.serving import Server, served
 
 KEY = "planted-node-key-123"
 
+# What a page of a library counts for is shared by all who have it mapped: other replicas, too.
+pytestmark = pytest.mark.alone
+
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -18,7 +18,7 @@ from tests.runtime.planning.plans import plan
 from tests.runtime.snapshots import COLDFRAME
 from tests.support import without_settings
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.alone]
 
 Make = Callable[..., Path]
 

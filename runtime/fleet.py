@@ -87,7 +87,8 @@ class Fleet:
     def poll(self, timeout: float) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
         models = self._models.values()
-        self.loop.poll(min(timeout, *(model.wait_s for model in models)))
+        waits = (model.wait_s for model in models)
+        self.loop.poll(min(timeout, self._foresight.wait_s, *waits))
         for model in models:
             model.tick()
 

@@ -281,14 +281,20 @@ def test_starts_are_counted_by_whom_they_were_for() -> None:
 def test_a_budget_is_used_by_who_is_held_and_comes_back_with_time() -> None:
     clock = Clock()
     budget = Budget(360.0, clock)
+    assert budget.wait_s(1.0) == math.inf
+    budget.hold(2)
+    assert budget.wait_s(360 - 190) == pytest.approx(100)
     clock.now += 100
-    budget.spend(2)
+    budget.hold(0)  # from now on; there were two until now
     assert budget.left == pytest.approx(360 - 200 + 10)
+    assert budget.wait_s(0.0) == math.inf
     clock.now += 100
-    budget.spend(0)
+    budget.hold(1)
     assert budget.left == pytest.approx(180)
+    assert budget.wait_s(200.0) == 0
+    budget.hold(0)
     clock.now += 1e6
-    budget.spend(0)
+    budget.hold(0)
     assert budget.left == 360
 
 
@@ -301,10 +307,11 @@ def test_never_more_than_an_hours_budget_and_what_time_has_brought(
     held = 0.0
     for seconds, devices in spans:
         wanted = devices if budget.left > 0 else 0
+        budget.hold(wanted)
         clock.now += seconds
         left = budget.left + seconds * per_hour / 3600
         held += min(seconds * wanted, left)
-        budget.spend(wanted)
+        budget.hold(0)
         assert 0 <= budget.left <= per_hour
     assert held <= per_hour + (clock.now - 1000) * per_hour / 3600 + 1e-6
 

@@ -120,6 +120,8 @@ class Fleet:
             self._state.save((name, model.unasked) for name, model in self)
         for model in self._models.values():
             model.close()
+        if self._state is not None:
+            self._state.close()
 
     def _prepare(self) -> None:
         """What is better done before somebody asks for it; one thing at a time."""

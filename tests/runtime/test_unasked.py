@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypothesis import strategies as st
 from coldframe.runtime.budget import Budget
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.lifelog import LifeLog
+from coldframe.runtime.late_writer import LateWriter
 from coldframe.runtime.policy_state import PolicyState
 from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, Level, LivePolicy, Schedule
 from coldframe.runtime.scaling_histogram import HybridHistogram
@@ -319,6 +321,14 @@ def test_never_more_than_an_hours_budget_and_what_time_has_brought(
 # -- what is kept ---------------------------------------------------------------------------------
 
 
+class Kept(PolicyState):
+    """One whose file is written when it has been told to."""
+
+    def save(self, models: Iterable[tuple[str, Unasked]]) -> None:
+        super().save(models)
+        assert self.flush(30)
+
+
 def test_what_was_learned_goes_on_in_the_next_process(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -326,7 +336,7 @@ def test_what_was_learned_goes_on_in_the_next_process(
     before = timed(clock)
     before.begin()
     clock.now += 100
-    keeper = PolicyState(str(path), Log(process="front"), wall)
+    keeper = Kept(str(path), Log(process="front"), wall)
     keeper.restore({"m": before})  # there is none yet
     first = path.read_bytes()  # so that it is known at once whether it can be written
     keeper.step([("m", before)])
@@ -339,7 +349,7 @@ def test_what_was_learned_goes_on_in_the_next_process(
     later = Clock(5.0)
     after = Unasked(HybridHistogram(start_s=10.0), later)
     other = Unasked(HybridHistogram(), later)
-    PolicyState(str(path), Log(process="front"), wall).restore({"m": after, "new": other})
+    Kept(str(path), Log(process="front"), wall).restore({"m": after, "new": other})
     later.now += 300  # 600 s in all, of which 200 in no process
     after.asked()
     after.begin()
@@ -373,7 +383,7 @@ def test_a_file_that_cannot_be_used_is_a_warning(
     path = tmp_path / "state"
     path.write_bytes(content)
     unasked = Unasked(HybridHistogram(), Clock())
-    PolicyState(str(path), Log(process="front"), Clock(1e9)).restore({"m": unasked})
+    Kept(str(path), Log(process="front"), Clock(1e9)).restore({"m": unasked})
     assert unasked.policy.saved(0.0) == HybridHistogram().saved(0.0)
     if content.endswith(b"[]}"):
         return  # which is no model
@@ -390,7 +400,7 @@ def test_what_is_said_of_models_that_are_not_served_here_stays(
     replicas = {}
     for name in ("one", "two"):
         learned = timed(clock, 600.0 if name == "one" else 900.0)
-        replicas[name] = (PolicyState(path, Log(process="front"), wall), {name: learned})
+        replicas[name] = (Kept(path, Log(process="front"), wall), {name: learned})
         keeper, models = replicas[name]
         keeper.save(models.items())
     for _ in range(2):
@@ -399,7 +409,7 @@ def test_what_is_said_of_models_that_are_not_served_here_stays(
             keeper.step(models.items())
     wall.now += 100
     both = {name: Unasked(HybridHistogram(), clock) for name in ("one", "two")}
-    PolicyState(path, Log(process="front"), wall).restore(both)
+    Kept(path, Log(process="front"), wall).restore(both)
     for name, unasked in both.items():
         assert isinstance(unasked.policy, HybridHistogram)
         assert unasked.policy.histogram.total > 19, name
@@ -417,7 +427,7 @@ def test_nobody_who_knows_the_name_has_it_written_elsewhere(tmp_path: Path) -> N
     for name in (f"state.{os.getpid()}", f".state.{os.getpid()}.new", "state.1"):
         (tmp_path / name).symlink_to(victim)
     path.symlink_to(victim)
-    PolicyState(str(path), Log(process="front"), Clock()).save([("m", timed(Clock()))])
+    Kept(str(path), Log(process="front"), Clock()).save([("m", timed(Clock()))])
     assert victim.read_text() == "of somebody else"
     assert not path.is_symlink()
     assert json.loads(path.read_text())["models"]["m"]["policy"] == "histogram"
@@ -439,14 +449,14 @@ def test_where_it_cannot_be_written_is_said_when_it_begins(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "none" / "state"
-    PolicyState(str(path), Log(process="front"), Clock()).restore({"m": timed(Clock())})
+    Kept(str(path), Log(process="front"), Clock()).restore({"m": timed(Clock())})
     (line,) = logged(capfd)
     assert "cannot be written" in line["why"]
     # What is no file is left alone.
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
-        PolicyState(str(tmp_path / name), Log(process="front"), Clock()).restore({})
+        Kept(str(tmp_path / name), Log(process="front"), Clock()).restore({})
     assert (tmp_path / "folder").is_dir()
     assert len(logged(capfd)) >= 2
 
@@ -455,7 +465,7 @@ def test_where_it_cannot_be_written_is_said_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "none" / "state"
-    keeper = PolicyState(str(path), Log(process="front"), Clock())
+    keeper = Kept(str(path), Log(process="front"), Clock())
     models = [("m", Unasked(NextArrival(), Clock())), ("n", Unasked(FixedKeepAlive(), Clock()))]
     for _ in range(2):
         keeper.save(models)
@@ -464,3 +474,59 @@ def test_where_it_cannot_be_written_is_said_once(
     path.parent.mkdir()
     keeper.save(models)
     assert set(json.loads(path.read_text())["models"]) == {"m", "n"}
+
+
+def test_the_last_word_is_in_the_file_when_the_process_ends(tmp_path: Path) -> None:
+    path, clock = tmp_path / "state", Clock()
+    keeper = PolicyState(str(path), Log(process="front"), Clock(1e9))
+    learned = timed(clock)
+    for number in range(20):
+        learned.asked()
+        learned.begin()
+        clock.now += number
+        keeper.save([("m", learned)])
+    keeper.close()
+    assert json.loads(path.read_text())["models"]["m"] == json.loads(
+        json.dumps(learned.policy.saved(clock.now))
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_slow_disk_is_waited_for_by_its_thread_alone() -> None:
+    begun, goes_on, written = threading.Event(), threading.Event(), []
+
+    def write(number: int) -> None:
+        begun.set()
+        assert goes_on.wait(60)
+        written.append(number)
+
+    writer = LateWriter(write, "test")
+    assert writer.wait(0)  # there is nothing to wait for
+    for number in range(5):
+        writer.give(number)
+        assert begun.wait(60)
+    assert not writer.wait(0.01)
+    goes_on.set()
+    assert writer.wait(60)
+    # One at a time, and what was waiting when something newer came is not written any more.
+    assert written == [0, 4]
+    writer.give(5)
+    assert writer.wait(60)
+    assert written == [0, 4, 5]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_writer_that_fails_is_not_waited_for() -> None:
+    written = []
+
+    def write(number: int) -> None:
+        if number == 0:
+            raise ZeroDivisionError
+        written.append(number)
+
+    writer = LateWriter(write, "test")
+    writer.give(0)
+    assert writer.wait(60)
+    writer.give(1)
+    assert writer.wait(60)
+    assert written == [1]

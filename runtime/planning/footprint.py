@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "tree"]
 
 _KIB = 1024
 _NAMES = {
@@ -54,7 +54,7 @@ def footprint(pid: int) -> Footprint:
     """
     own = weights = kv = 0
     processes: dict[str, int] = {}
-    for each in _tree(pid):
+    for each in tree(pid):
         try:
             mine, of_weights, of_kv = _of(each)
             name = "front" if each == pid else _name(each)
@@ -65,7 +65,8 @@ def footprint(pid: int) -> Footprint:
     return Footprint(own, weights, kv, processes)
 
 
-def _tree(pid: int) -> Iterator[int]:
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that descend from it, as they are found."""
     yield pid
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
@@ -77,7 +78,7 @@ def _tree(pid: int) -> Iterator[int]:
         except OSError:
             continue
         for child in children:
-            yield from _tree(int(child))
+            yield from tree(int(child))
 
 
 def _name(pid: int) -> str:

@@ -325,3 +325,22 @@ def test_who_may_be_held_is_simulated_as_it_is_live(
         ended = [s for stays in part["states"].values() for s in stays if s["state"] == "zero"]
         assert len([s for s in ended if s["start_s"] > 0]) >= len(names)
     assert_alike(live, simulated)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("criu")
+def test_starts_from_an_image_are_replayed(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 0.1, 14.0])
+    model = demo_model("llama", "bfloat16")
+    found = replayed(model, trace, no_leaks, "--starts", "image", "--idle", "4")
+    assert found["tier"] == "restored"
+    # All of them came from it: a start that could not would have been none (`require`).
+    assert found["start_times"]["fresh"] == []
+    assert len(found["start_times"]["restored"]) == 2
+    live, simulated = found["live"], found["simulated"]
+    assert live["starts"] == simulated["starts"] == live["counted"]["starts"] == 2
+    assert live["cold_starts"] == 3
+    assert_alike(live, simulated)

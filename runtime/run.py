@@ -325,6 +325,7 @@ class _Answer:
             "first_byte_s": None if read is None else timeline.seconds(read.start_ns),
             "weights_bytes": replica.facts.get("weights_bytes"),
             "load_processor_s": processor_s,
+            "memory_bytes": _memory(replica) if args.json else None,
             "load_mode": replica.facts.get("mode"),
             "load_mode_reason": replica.facts.get("why"),
             "verified": replica.facts.get("verified"),
@@ -340,6 +341,13 @@ class _Answer:
                 for e in self._events
             ]
         return document
+
+
+def _memory(replica: Replica) -> int | None:
+    """What all its processes have now, behind the answer."""
+    from coldframe.runtime.replica_memory import pss_of
+
+    return pss_of(os.getpid(), replica.pids.values())
 
 
 def warn(what: str) -> None:

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldframe.benchmarks.cold.explain import asked_from, busy_times, load_s, mapped, path_of
+from coldframe.benchmarks.cold.explain import (
+    asked_from,
+    busy_times,
+    load_s,
+    mapped,
+    path_of,
+    rest_timeline,
+)
 from coldframe.loader.timeline import Span
 from coldframe.runtime.timeline import Timeline
 
@@ -119,3 +126,54 @@ def test_how_long_the_load_took_and_whether_it_was_one() -> None:
     assert not mapped(timeline([Span("weight_fetch", "memory", 2, 9, "http"), *ready]))
     assert load_s(timeline(ready)) is None
     assert load_s(timeline([read])) is None
+
+
+def stage(name: str, process: str, start: float, end: float, **more: str) -> dict[str, Any]:
+    return {"name": name, "process": process, "start_s": start, "end_s": end, **more}
+
+
+def test_a_request_to_a_replica_that_is_there_has_a_path_of_its_own() -> None:
+    latest = [
+        stage("prefill[head]", "prefill-0", 99.0, 99.5),  # of the one before
+        stage("queue", "prefill-0", 99.5, 100.003, waits_for="request"),
+        stage("tokenize", "prefill-0", 100.003, 100.004),
+        stage("prefill[0]", "prefill-0", 100.004, 100.006),
+        stage("h2d", "memory", 100.001, 100.005),
+        stage("prefill[head]", "prefill-0", 100.006, 100.008),
+        stage("decode", "decode-1", 100.008, 100.02),
+    ]
+    assert rest_timeline(latest[:3], 100.0, 0.01, 0.001) is None  # its prefill has not come yet
+    told = rest_timeline(latest, 100.0, 0.010, 0.001)
+    assert told is not None
+    assert told["ttft_s"] == 0.010
+    assert [s["name"] for s in told["stages"]] == [
+        *("queue", "queue", "h2d", "tokenize", "prefill[0]", "prefill[head]", "decode")
+    ]
+    assert min(s["start_s"] for s in told["stages"]) == 0
+    path = path_of(told, 0.010)
+    want = {
+        ("gateway", "queue"): 0.001,
+        ("memory", "h2d"): 0.002,  # what came beside computing was not waited for
+        ("prefill-0", "tokenize"): 0.001,
+        ("prefill-0", "prefill"): 0.004,
+        ("client", "first_token"): 0.002,
+    }
+    assert path == pytest.approx(want)
+    # What nobody tells of is said to be that.
+    dull = [s for s in latest if s["name"] != "h2d"]
+    told = rest_timeline(dull, 100.0, 0.010, 0.001)
+    assert told is not None
+    assert told["unattributed_s"] == pytest.approx(0.002)
+    assert sum(path_of(told, 0.010).values()) == pytest.approx(0.010)
+
+
+@given(spans, st.integers(0, 30), st.integers(1, 20), st.integers(0, 25))
+def test_the_parts_of_a_rests_path_are_all_of_it(
+    found: list[Span], sent: int, ttft: int, queue: int
+) -> None:
+    head = Span("prefill[head]", "prefill-0", sent, sent + 5)
+    told = rest_timeline(timeline([*found, head])["stages"], sent, ttft, queue)
+    assert told is not None
+    assert sum(path_of(told, ttft).values()) == pytest.approx(ttft)
+    assert all(step["start_s"] < step["end_s"] for step in told["critical_path"])
+    assert all(0 <= s["start_s"] <= s["end_s"] for s in told["stages"])

@@ -144,6 +144,8 @@ class _Simulation:
         host = None if sharing is None or sharing.host is None else self._host_left
         self._foresight = Foresight(self.room, budget, host, lambda: self.now)
         self._looks_at = math.inf
+        self._rising: set[SimulatedModel] = set()
+        """Of whom it is looked whether they may; of many models most are none of these."""
 
     def _host_left(self) -> int:
         """Bytes of the host's memory that no parked model has."""
@@ -203,13 +205,18 @@ class _Simulation:
         """What the front does after everything that has happened."""
         if self.room is not None:
             self._share(self.room)
-        self._foresight.step((model.name, model) for model in self._models)
+        if self._rising or self._setup.budget is not None or self._foresight.wait_s < math.inf:
+            self._foresight.step((model.name, model) for model in self._models)
+            self._rising = {model for model in self._rising if model.rising is not None}
         if self._setup.pool:
             self._keep_pool()
         looks_at = self.now + self._foresight.wait_s
         if looks_at < math.inf and not self.now < self._looks_at <= looks_at:
             self._looks_at = looks_at
             self.at(looks_at, lambda: None)
+
+    def rises(self, model: SimulatedModel) -> None:
+        self._rising.add(model)
 
     @property
     def starts_one(self) -> bool:

@@ -61,6 +61,10 @@ class World(Clock, Protocol):
         """
         ...
 
+    def rises(self, model: SimulatedModel) -> None:
+        """A model is to go up: it is seen to until it is there, or is not to be any more."""
+        ...
+
 
 class SimulatedModel(Candidate):
     """One model.
@@ -302,6 +306,8 @@ class SimulatedModel(Candidate):
         elif self.state == "parked" and not self._ordered and due == "zero":
             self._end()
         else:
+            if self.rising is not None:
+                self._world.rises(self)
             self._expect()
 
     def _expect(self) -> None:

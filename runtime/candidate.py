@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 
 from coldframe.runtime.allotment import Need, Wish
 from coldframe.runtime.lifelog import State
@@ -98,18 +99,25 @@ class Candidate(ABC):
         level = rising or self._rest or held.get(here, "zero")
         going = here in ("starting", "draining") or self._ordered
         asked = not self.idle or (going and not self._ahead)
-        start_s = max(self._start_s, HELD_S)
         free = asked or level == "zero"  # whoever takes nothing, or is not asked for it, has it
-        begins = rising is not None and here == "zero"
+        start_s, held_s = max(self._start_s, HELD_S), HELD_S * self.devices
+        needs = dict(self.needs(held_s))
+        if self._comes_for_nobody:  # whatever it is to be: it holds its devices until then
+            needs["parked"] = replace(needs["parked"], held_s=held_s)
         return Wish(
             name,
             level,
-            self.needs(HELD_S * self.devices),
+            needs,
             0.0 if free else self.unasked.worth(start_s, there=here != "zero"),
             asked=asked,
             levels=LEVELS if self.unasked.policy.parks else ("zero", "warm"),
-            begin_s=start_s * self.devices if begins else 0.0,
+            begin_s=self.begin_s if rising is not None and here == "zero" else 0.0,
         )
+
+    @property
+    def begin_s(self) -> float:
+        """What of the budget is gone before it is up, in seconds."""
+        return max(self._start_s, HELD_S) * self.devices
 
     @property
     def bytes_parked(self) -> int:

@@ -142,6 +142,6 @@ class Fleet:
         if loaded >= self._pool or not all(model.idle for model in models):
             return
         for model in models:
-            if model.may_start_ahead:
+            if model.may_start_ahead and self._foresight.may_begin(model):
                 model.start_ahead()
                 return

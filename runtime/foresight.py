@@ -82,6 +82,10 @@ class Foresight:
             wait_s = min(wait_s, self.budget.wait_s(self._held * HELD_S))
         return max(wait_s, self._looked_at + _OFTEN_S - self._clock(), _SOON_S)
 
+    def may_begin(self, model: Candidate) -> bool:
+        """Whether what is left of the budget is enough for a start that nobody has asked for."""
+        return self.budget is None or self.budget.left >= model.begin_s
+
     def _count(self, models: _Models) -> None:
         """Who is held for nobody from now on."""
         self._held = sum(model.devices_unasked for _, model in models)

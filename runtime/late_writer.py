@@ -20,11 +20,15 @@ class LateWriter(Generic[_What]):
 
     Args:
         write: Is called in a thread, by one at a time; may take as long as it likes.
+        failed: Gets what it raises, in that thread.
         name: The thread's.
     """
 
-    def __init__(self, write: Callable[[_What], None], name: str) -> None:
+    def __init__(
+        self, write: Callable[[_What], None], failed: Callable[[Exception], None], name: str
+    ) -> None:
         self._write = write
+        self._failed = failed
         self._name = name
         self._changed = threading.Condition()
         self._next: list[_What] = []
@@ -55,8 +59,5 @@ class LateWriter(Generic[_What]):
                 what = self._next.pop()
             try:
                 self._write(what)
-            except BaseException:
-                with self._changed:
-                    self._busy, self._next = False, []
-                    self._changed.notify_all()
-                raise
+            except Exception as error:  # noqa: BLE001 - what comes next is written all the same
+                self._failed(error)

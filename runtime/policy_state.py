@@ -69,7 +69,7 @@ class PolicyState:
         self._complained = False
         self._others: _Known = {}
         """Of models that are not served here; the writer's, once there is something to write."""
-        self._writer = LateWriter(self._write, "policy-state")
+        self._writer = LateWriter(self._write, self._failed, "policy-state")
 
     def restore(self, models: Mapping[str, Unasked]) -> None:
         """Has policies go on from what is there, and tries whether it can be written.
@@ -136,13 +136,13 @@ class PolicyState:
             f'{{"version": {_VERSION}, "saved_at": {json.dumps(learned.saved_at)}, '
             f'"models": {learned.states}, "others": {json.dumps(self._others)}}}'
         )
-        try:
-            write_whole(self._path, document.encode())
-            self._complained = False
-        except OSError as error:
-            if not self._complained:
-                self._complained = True
-                self._warn(f"it cannot be written: {error}")
+        write_whole(self._path, document.encode())
+        self._complained = False
+
+    def _failed(self, error: Exception) -> None:
+        if not self._complained:
+            self._complained = True
+            self._warn(f"it cannot be written: {error}")
 
     def _read(self) -> _Known:
         """What the file says of all models.

@@ -81,8 +81,8 @@ def unpredicted(cell: Cell) -> str | None:
     """
     if cell.engine == "vllm" and not cell.rests:
         return (
-            "a vLLM engine comes up beside the workers that make the first token, and what it takes "
-            "of the processors meanwhile is in no rehearsal of `coldframe plan`"
+            "a vLLM engine comes up beside the workers that make the first token, and what it "
+            "takes of the processors meanwhile is in no rehearsal of `coldframe plan`"
         )
     return None
 

@@ -271,9 +271,7 @@ def _check_tier(cell: Cell, tier: str | None, engine: str | None) -> None:
         )
 
 
-def _of_request(
-    connection: Connection, answer: Answer, ttft_s: float
-) -> dict[str, Any] | None:
+def _of_request(connection: Connection, answer: Answer, ttft_s: float) -> dict[str, Any] | None:
     """What became of a request to a replica that was there; None where its spans do not come."""
     queue_s = _timing(answer).get("queue", 0.0)
     until = time.monotonic() + _SPANS_S

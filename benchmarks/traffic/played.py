@@ -1,8 +1,8 @@
 """What became of a trace: who waited how long, which models were in which state, what it cost.
 
 The same for a replay and for a simulation. Of several models each holds a device of its own for
-this: `gpu_s` is the sum over them, `held_s` the time in which at least one was held, which is what a
-device costs that they share. Who waits for room on a device that it shares is *starting*, as the
+this: `gpu_s` is the sum over them, `held_s` the time in which at least one was held, which is what
+a device costs that they share. Who waits for room on a device that it shares is *starting*, as the
 endpoint says it.
 """
 

@@ -249,6 +249,7 @@ class _Simulation:
             model.make_room()
         loaded = sum(model.state != "zero" for model in models)
         if loaded < self._setup.pool and all(model.idle for model in models):
-            ahead = next((model for model in models if model.may_start_ahead), None)
+            ready = (model for model in models if model.may_start_ahead)
+            ahead = next(filter(self._foresight.may_begin, ready), None)
             if ahead is not None:
                 ahead.start_ahead()

@@ -115,9 +115,7 @@ def _run(
     return Rehearsed(replace(worker, busy=busy, stream_s=stream_s, streamed=streamed), memory)
 
 
-def _stream(
-    scale: ScaleModel, document: Mapping[str, Any], up_s: float
-) -> tuple[float, float]:
+def _stream(scale: ScaleModel, document: Mapping[str, Any], up_s: float) -> tuple[float, float]:
     """What a byte of the weights took of the processors, and how many had come at a moment.
 
     Weights that are mapped where they lie do not come.

@@ -133,38 +133,37 @@ def stage(name: str, process: str, start: float, end: float, **more: str) -> dic
 
 
 def test_a_request_to_a_replica_that_is_there_has_a_path_of_its_own() -> None:
+    bit = 1 / 1024  # of a second: sums of these are exact
+    sent_s, ttft_s, queue_s = 128.0, 10 * bit, bit
     latest = [
-        stage("prefill[head]", "prefill-0", 99.0, 99.5),  # of the one before
-        stage("queue", "prefill-0", 99.5, 100.003, waits_for="request"),
-        stage("tokenize", "prefill-0", 100.003, 100.004),
-        stage("prefill[0]", "prefill-0", 100.004, 100.006),
-        stage("h2d", "memory", 100.001, 100.005),
-        stage("prefill[head]", "prefill-0", 100.006, 100.008),
-        stage("decode", "decode-1", 100.008, 100.02),
+        stage("prefill[head]", "prefill-0", sent_s - 2, sent_s - 1),  # of the one before
+        stage("queue", "prefill-0", sent_s - 1, sent_s + 3 * bit, waits_for="request"),
+        stage("tokenize", "prefill-0", sent_s + 3 * bit, sent_s + 4 * bit),
+        stage("prefill[0]", "prefill-0", sent_s + 4 * bit, sent_s + 6 * bit),
+        stage("h2d", "memory", sent_s + bit, sent_s + 5 * bit),
+        stage("prefill[head]", "prefill-0", sent_s + 6 * bit, sent_s + 8 * bit),
+        stage("decode", "decode-1", sent_s + 8 * bit, sent_s + 20 * bit),
     ]
-    assert rest_timeline(latest[:3], 100.0, 0.01, 0.001) is None  # its prefill has not come yet
-    told = rest_timeline(latest, 100.0, 0.010, 0.001)
+    assert rest_timeline(latest[:3], sent_s, ttft_s, queue_s) is None  # it has not come yet
+    told = rest_timeline(latest, sent_s, ttft_s, queue_s)
     assert told is not None
-    assert told["ttft_s"] == 0.010
+    assert told["ttft_s"] == ttft_s
     assert [s["name"] for s in told["stages"]] == [
         *("queue", "queue", "h2d", "tokenize", "prefill[0]", "prefill[head]", "decode")
     ]
     assert min(s["start_s"] for s in told["stages"]) == 0
-    path = path_of(told, 0.010)
-    want = {
-        ("gateway", "queue"): 0.001,
-        ("memory", "h2d"): 0.002,  # what came beside computing was not waited for
-        ("prefill-0", "tokenize"): 0.001,
-        ("prefill-0", "prefill"): 0.004,
-        ("client", "first_token"): 0.002,
+    assert path_of(told, ttft_s) == {
+        ("gateway", "queue"): bit,
+        ("memory", "h2d"): 2 * bit,  # what came beside computing was not waited for
+        ("prefill-0", "tokenize"): bit,
+        ("prefill-0", "prefill"): 4 * bit,
+        ("client", "first_token"): 2 * bit,
     }
-    assert path == pytest.approx(want)
     # What nobody tells of is said to be that.
-    dull = [s for s in latest if s["name"] != "h2d"]
-    told = rest_timeline(dull, 100.0, 0.010, 0.001)
+    told = rest_timeline([s for s in latest if s["name"] != "h2d"], sent_s, ttft_s, queue_s)
     assert told is not None
-    assert told["unattributed_s"] == pytest.approx(0.002)
-    assert sum(path_of(told, 0.010).values()) == pytest.approx(0.010)
+    assert told["unattributed_s"] == 2 * bit
+    assert sum(path_of(told, ttft_s).values()) == ttft_s
 
 
 @given(spans, st.integers(0, 30), st.integers(1, 20), st.integers(0, 25))

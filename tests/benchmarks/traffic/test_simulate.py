@@ -408,7 +408,9 @@ WORLDS = st.fixed_dictionaries(
         "begin": st.sampled_from(["zero", "first", "warm"]),
         "pool": st.sampled_from([0, 0, 1, 2]),
         "running": st.sampled_from([1, 2, 32]),
-        "sharing": st.sampled_from([None, shared(10, 8, 6), shared(17, 8, 6), shared(10, 8, 0), MIXED]),
+        "sharing": st.sampled_from(
+            [None, shared(10, 8, 6), shared(17, 8, 6), shared(10, 8, 0), MIXED]
+        ),
         "budget": st.sampled_from([None, None, 2.0, 30.0]),
         "seed": st.integers(0, 3),
     }

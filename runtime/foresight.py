@@ -56,7 +56,7 @@ class Foresight:
         self._limited = False
         self._rises = False
         self._held = 0
-        self._seen: list[tuple[str, str, str | None]] = []
+        self._seen: Sequence[tuple[str, str, str | None]] = ()
 
     def step(self, models: Iterable[tuple[str, Candidate]]) -> None:
         """Goes on; to be called after something has happened."""

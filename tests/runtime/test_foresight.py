@@ -408,7 +408,7 @@ def test_a_budget_ends_what_is_held_for_nobody(models: dict[str, Path], no_leaks
 def test_a_start_for_nobody_ends_where_the_budget_does(
     models: dict[str, Path], no_leaks: Path
 ) -> None:
-    budget = Budget(3600.0)
+    budget = Budget(360.0)
     policy = Script((0.0, "zero"), (1000.0, "warm"))
     with fleet_of(models, {"llama": policy}, no_leaks, budget=budget) as fleet:
         llama = fleet["llama"]
@@ -438,7 +438,7 @@ def test_a_start_for_nobody_ends_where_the_budget_does(
 def test_a_start_that_somebody_waits_for_goes_on_without_a_budget(
     models: dict[str, Path], no_leaks: Path
 ) -> None:
-    budget = Budget(3600.0)
+    budget = Budget(360.0)
     policy = Script((0.0, "zero"), (1000.0, "warm"))
     with fleet_of(models, {"llama": policy}, no_leaks, budget=budget) as fleet:
         llama = fleet["llama"]

@@ -82,6 +82,9 @@ class MemoryService:
         self._run_dir = run_dir
         self._listener: socket.socket | None = None
         self._load: Load | None = None
+        self._load_began_s = 0.0
+        self._processor_s: float | None = None
+        """Processor time that the load has taken, once it has ended."""
         self._load_ended = False
         self._ready: list[int] = []
         self._planned = False
@@ -240,6 +243,7 @@ class MemoryService:
         if client is not self._owner or self._load is not None:
             raise ReplicaError("only the owner loads, and once", where=client.key)
         wanted = LoadOptions.from_wire(options)
+        self._load_began_s = time.process_time()
         try:
             self._device = open_device(wanted.device)
         except DeviceError as error:
@@ -321,6 +325,8 @@ class MemoryService:
         spans = [span.to_wire() for span in self._recorder.drain()]
         if error is None:
             assert self._load is not None
+            if self._processor_s is None:
+                self._processor_s = time.process_time() - self._load_began_s
             body: dict[str, Any] = {"type": "loaded", **self._facts(self._load)}
         else:
             self._failure = error
@@ -333,14 +339,14 @@ class MemoryService:
         if self._load is not None and self._failure is None and self._load.proven:
             self._kv.weights_are_proven()
 
-    @staticmethod
-    def _facts(load: Load) -> dict[str, Any]:
+    def _facts(self, load: Load) -> dict[str, Any]:
         """What the owner is told of a load that has ended well."""
         return {
             "mode": load.mode,
             "why": load.why,
             "verified": load.verified,
             "peers_at": load.peers_at,
+            "processor_s": self._processor_s,
         }
 
     def _attached(self) -> Iterator[Connection]:

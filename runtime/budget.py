@@ -6,6 +6,7 @@ Whoever is being asked costs it nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from coldframe.loader.awake import AwakeClock
@@ -26,13 +27,25 @@ class Budget:
     def __init__(self, per_hour: float, clock: Callable[[], float] | None = None) -> None:
         self.left = per_hour
         self._per_hour = per_hour
+        self._held = 0
         # A process that its platform has stopped is not held.
         self._clock = clock or AwakeClock()
         self._at_s = self._clock()
 
-    def spend(self, devices: int) -> None:
-        """So many devices have been held for nobody since this was called last."""
+    def hold(self, devices: int) -> None:
+        """So many devices are held for nobody from now on; those until now have cost what they
+        did."""
         moment = self._clock()
         passed_s, self._at_s = moment - self._at_s, moment
-        filled = self.left + passed_s * (self._per_hour / _HOUR_S - devices)
+        filled = self.left - passed_s * self._drain
         self.left = min(self._per_hour, max(0.0, filled))
+        self._held = devices
+
+    def wait_s(self, seconds: float) -> float:
+        """In how long there is less left than so many seconds; infinite where it is never."""
+        return max(0.0, self.left - seconds) / self._drain if self._drain > 0 else math.inf
+
+    @property
+    def _drain(self) -> float:
+        """How much there is less in a second."""
+        return self._held - self._per_hour / _HOUR_S

@@ -87,7 +87,8 @@ class Fleet:
     def poll(self, timeout: float) -> None:
         """Handles what has happened; waits for something at most so many seconds."""
         models = self._models.values()
-        self.loop.poll(min(timeout, *(model.wait_s for model in models)))
+        waits = (model.wait_s for model in models)
+        self.loop.poll(min(timeout, self._foresight.wait_s, *waits))
         for model in models:
             model.tick()
 
@@ -119,6 +120,8 @@ class Fleet:
             self._state.save((name, model.unasked) for name, model in self)
         for model in self._models.values():
             model.close()
+        if self._state is not None:
+            self._state.close()
 
     def _prepare(self) -> None:
         """What is better done before somebody asks for it; one thing at a time."""
@@ -139,6 +142,6 @@ class Fleet:
         if loaded >= self._pool or not all(model.idle for model in models):
             return
         for model in models:
-            if model.may_start_ahead:
+            if model.may_start_ahead and self._foresight.may_begin(model):
                 model.start_ahead()
                 return

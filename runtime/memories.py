@@ -35,7 +35,7 @@ _SILENCE_S = 30.0
 """How long a memory service may leave a question unanswered, in seconds: its loop does nothing
 that takes long, and the workers wait for it."""
 _SEND_TIMEOUT_S = 10
-_OF_THE_LOAD = ("mode", "why", "verified", "peers_at")
+_OF_THE_LOAD = ("mode", "why", "verified", "peers_at", "processor_s")
 _CONTEXT_ANSWERS = {"probe": "probed", "checkpoint": "checkpointed", "restore": "restored"}
 
 

@@ -40,10 +40,18 @@ _QUICK_S = 0.1
 
 
 class Bandwidth(NamedTuple):
-    """How the weights will come: bytes per second, and how that is known."""
+    """How the weights will come: bytes per second, how that is known, and what it takes.
+
+    Attributes:
+        rate: Bytes a second.
+        source: How that is known.
+        processor_s: Processor time that a byte took on its way to memory that was there already;
+            None where that was not looked at.
+    """
 
     rate: float
     source: str
+    processor_s: float | None = None
 
 
 def probe(origin: Origin, checkpoint: Checkpoint, plan: Plan, *, maps: bool = True) -> Bandwidth:
@@ -135,6 +143,7 @@ class _Reading:
 
     def probe(self) -> Bandwidth:
         """Reads until time is up, or all has been read."""
+        ran = time.process_time()
         started = time.monotonic()
         self._ends = started + self._seconds
         with ThreadPoolExecutor(_THREADS) as pool:
@@ -152,7 +161,8 @@ class _Reading:
                 expected=f"some bytes in {_LATEST_S:g} s",
                 hint="Give the path's bandwidth, as --rate 2GB/s.",
             )
-        return Bandwidth(self._done / (time.monotonic() - started), "probed")
+        took, ran = time.monotonic() - started, time.process_time() - ran
+        return Bandwidth(self._done / took, "probed", ran / self._done)
 
     def _read(self) -> None:
         size = self._first

@@ -304,10 +304,12 @@ class _Answer:
             recorder.add("decode", self._times[1], self._times[-1])
         recorder.add("last_token", self._times[-1], self._times[-1])
         timeline = Timeline([*recorder.drain(), *replica.spans], self._exec_ns, first)
+        processor_s = replica.facts.get("processor_s")
         if args.timeline:
             from coldframe.runtime.timeline_export import write
 
-            write(timeline, args.timeline)
+            load = {"mode": replica.facts.get("mode"), "processor_s": processor_s}
+            write(timeline, args.timeline, {"load": load})
         if not self._quiet and not args.quiet:
             from coldframe.runtime.timeline_text import render
 
@@ -322,6 +324,8 @@ class _Answer:
             "load_s": None if last_ready is None else timeline.seconds(last_ready),
             "first_byte_s": None if read is None else timeline.seconds(read.start_ns),
             "weights_bytes": replica.facts.get("weights_bytes"),
+            "load_processor_s": processor_s,
+            "memory_bytes": _memory(replica) if args.json else None,
             "load_mode": replica.facts.get("mode"),
             "load_mode_reason": replica.facts.get("why"),
             "verified": replica.facts.get("verified"),
@@ -337,6 +341,13 @@ class _Answer:
                 for e in self._events
             ]
         return document
+
+
+def _memory(replica: Replica) -> int | None:
+    """What all its processes have now, behind the answer."""
+    from coldframe.runtime.replica_memory import pss_of
+
+    return pss_of(os.getpid(), replica.pids.values())
 
 
 def warn(what: str) -> None:

@@ -14,6 +14,8 @@ __all__ = ["StartLog"]
 
 _SPANS_NS = 2_000_000_000
 """How long after the first token spans of the start may still come."""
+_MOST_LATEST = 256
+"""So many spans of requests behind the start are kept."""
 _FAILED = "vllm_failed"
 _BRIDGE = ("takeover", _FAILED)
 """The front's spans of a vLLM engine."""
@@ -45,6 +47,8 @@ class StartLog:
         """What has come since then of engines that did not come up, and..."""
         self._try: list[Span] = []
         """... of the one that may."""
+        self._latest: deque[Span] = deque(maxlen=_MOST_LATEST)
+        """Of requests behind the start."""
         self.decode: dict[str, str | None] | None = None
         """Who decodes, why not vLLM where it should, how that has come up, and why as no clone;
         None where no vLLM is wanted."""
@@ -70,8 +74,8 @@ class StartLog:
             if self._late and not replica.awaits_engine:
                 self.close()
         else:
-            # Every request to come has spans, too.
-            self._recorder.drain()
+            # Every request to come has spans, too: the latest ones are enough.
+            self._latest += [*self._recorder.drain(), *replica.spans]
             replica.spans.clear()
         before, self.decode = self.decode, _decode(replica)
         engines = [None if told is None else told["engine"] for told in (before, self.decode)]
@@ -100,11 +104,16 @@ class StartLog:
                 "load_mode": facts.get("mode"),
                 "verified": facts.get("verified"),
             }
-        return {**self._told, "decode": self.decode}  # which goes on after the start
+        # These go on after the start.
+        stages = Timeline(self._latest, self.began_ns, None).to_json()["stages"]
+        latest = {"began_ns": self.began_ns, "stages": stages}
+        return {**self._told, "decode": self.decode, "latest": latest}
 
     def _take(self, replica: Replica) -> None:
         self._facts = replica.facts
         spans = [*self._recorder.drain(), *replica.spans]
+        if self.first_token_ns is not None:
+            self._latest += spans
         replica.spans.clear()
         if not self._late:
             self._spans += spans

@@ -17,6 +17,7 @@ is room for it, and may be sent to zero for another one.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import (
@@ -27,8 +28,9 @@ from coldframe.loader.errors import (
     SourceUnreachable,
 )
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime.allotment import Wish
+from coldframe.runtime.allotment import Need
 from coldframe.runtime.asks import SOON_S, Asks, FirstToken
+from coldframe.runtime.candidate import Candidate
 from coldframe.runtime.creating import NextImage
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.params import SamplingParams
@@ -44,7 +46,7 @@ from coldframe.runtime.relapses import Relapses
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.room import Room
 from coldframe.runtime.router import Listener
-from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
+from coldframe.runtime.scaling import Level, LivePolicy
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.startlog import StartLog
 from coldframe.runtime.unasked import Unasked, since_boot
@@ -54,7 +56,6 @@ __all__ = ["State", "Supervisor"]
 _ROOM_S = 0.05
 """How soon to ask for room again: who has it may be left alone no longer."""
 _LONG_S = 60.0
-_TICK_S = 1.0
 _CALM_S = 2.0
 """How long nobody must have asked before it gets ready to rest."""
 _PASSING = (DeviceLost, PlatformError, ReplicaError, SourceUnreachable)
@@ -64,7 +65,7 @@ _AGAIN_S = 60.0
 """After so long a model that has failed of that may be asked again, in seconds."""
 
 
-class Supervisor:
+class Supervisor(Candidate):
     """One model, started, watched, put to rest and started again.
 
     Args:
@@ -238,9 +239,13 @@ class Supervisor:
         self._rouse()
 
     @property
-    def may_start_ahead(self) -> bool:
-        """Whether it could be there before somebody asks, and nobody has ordered it to zero."""
-        return self.state == "zero" and not self._ordered and not self.ends and self.fits
+    def devices(self) -> int:
+        """How many devices it holds while it is held."""
+        return len(self._options.devices)
+
+    def needs(self, held_s: float) -> Mapping[Level, Need]:
+        """What it takes at each level, as far as that is known; see `Candidate`."""
+        return self._quarters.needs(held_s)
 
     def start_ahead(self, level: Level = "parked") -> None:
         """Has it started and parked, or warm, unless somebody asks it before it is."""
@@ -248,18 +253,7 @@ class Supervisor:
         self._rouse()
         self._ahead, self._called = True, True
         self._rest = None if level == "warm" else level
-
-    @property
-    def rising(self) -> Level | None:
-        """The level at which it is to be before somebody asks, where it is lower."""
-        if self._asks or self._ordered or self.ends:
-            return None
-        level, here = self.unasked.rising, {"zero": 0, "parked": 1}.get(self.state)
-        if level is None or here is None or LEVELS.index(level) <= here:
-            return None
-        # What was put off until it would go again as soon as it is there is not begun.
-        late = here == 0 and self.unasked.change_s <= self._start_s
-        return None if late else level
+        self.unasked.most = "warm"  # what it had to leave to others before is over
 
     @property
     def will_rise(self) -> bool:
@@ -267,57 +261,14 @@ class Supervisor:
         stays = self._ordered or self.ends or self.state == "failed"
         return not stays and self.unasked.will_rise
 
-    def rise(self, level: Level) -> None:
-        """Goes up to a level before somebody asks, where there is room that nobody else wants."""
-        level = min(level, self.unasked.most, key=LEVELS.index)
-        if level != "zero" and self.may_start_ahead:
-            self.start_ahead(level)
-        elif self.state == "parked" and level == "warm" and not self._ordered and self.fits:
-            self.life.begin_ahead()
-            self._ahead = True
-            self._rouse()
+    def _wake_ahead(self) -> None:
+        self.life.begin_ahead()
+        self._ahead = True
+        self._rouse()
 
-    def wish(self, name: str) -> Wish:
-        """What it would be while nobody asks, or is while somebody does.
-
-        Its benefit follows from how soon its policy has somebody ask, and from what it takes until
-        it is there: by the same measure for who is held and for who is to come.
-
-        Args:
-            name: What it is called.
-        """
-        rising, here = self.rising, self.state
-        held: dict[State, Level] = {"warm": "warm", "starting": "warm", "parked": "parked"}
-        level = rising or self._rest or held.get(here, "zero")
-        going = here in ("starting", "draining") or self._ordered
-        asked = bool(self._asks) or (going and not self._ahead)
-        start_s, devices = max(self._start_s, _TICK_S), len(self._options.devices)
-        begins = rising is not None and here == "zero"
-        return Wish(
-            name,
-            level,
-            self._quarters.needs(_TICK_S * devices),
-            0.0 if asked else self.unasked.worth(start_s, there=here != "zero"),
-            asked=asked,
-            levels=LEVELS if self._may_park else ("zero", "warm"),
-            begin_s=start_s * devices if begins else 0.0,
-        )
-
-    @property
-    def bytes_parked(self) -> int:
-        """Bytes of host memory that its weights have while it is parked."""
-        return int(self._quarters.needs(0.0)["parked"].host) if self.state == "parked" else 0
-
-    @property
-    def devices_unasked(self) -> int:
-        """How many devices are held for nobody."""
-        held = (self.state == "warm" and not self._asks) or self._comes_for_nobody
-        return len(self._options.devices) if held else 0
-
-    @property
-    def _comes_for_nobody(self) -> bool:
-        """Whether it is on its way before anybody has asked."""
-        return self.state == "starting" and self._ahead and not self._asks
+    def follow(self) -> None:
+        """Goes where it may still be, which others have less of now."""
+        self.step()
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -383,6 +334,7 @@ class Supervisor:
             self._rouse()
         elif self.state == "parked" and self._quarters.waiting:
             self._rouse() if self._called else self._quarters.withdraw()
+        self._give_up_the_start()
         if self.state == "starting" and self.replica is None:
             self._start()
         if self.replica is not None:

@@ -24,8 +24,13 @@ body { margin: 2em auto; max-width: 66rem; padding: 0 1rem; background: var(--pa
 """
 
 
-def write(timeline: Timeline, path: str) -> None:
+def write(timeline: Timeline, path: str, more: Mapping[str, Any] | None = None) -> None:
     """Writes the timeline to a file: `.html` a page, `.trace.json` a Chrome trace, else JSON.
+
+    Args:
+        timeline: What happened.
+        path: The file.
+        more: What else a JSON document has.
 
     Raises:
         PlatformError: The file cannot be written.
@@ -35,7 +40,7 @@ def write(timeline: Timeline, path: str) -> None:
     elif path.endswith(".trace.json"):
         text = json.dumps(chrome_trace(timeline))
     else:
-        text = json.dumps(timeline.to_json(), indent=1)
+        text = json.dumps({**timeline.to_json(), **(more or {})}, indent=1)
     try:
         with open(path, "w", encoding="utf-8") as file:
             file.write(text)

@@ -22,6 +22,7 @@ __all__ = [
     "load_s",
     "mapped",
     "path_of",
+    "rest_timeline",
 ]
 
 WEIGHTS = ("weight_read", "weight_fetch")
@@ -88,6 +89,79 @@ def path_of(timeline: Mapping[str, Any], ttft_s: float) -> dict[Key, float]:
     for key, seconds in _behind(timeline, ended_s, ttft_s):
         found[key] = found.get(key, 0.0) + seconds
     return found
+
+
+def rest_timeline(
+    stages: Iterable[Mapping[str, Any]], sent_s: float, ttft_s: float, queue_s: float
+) -> dict[str, Any] | None:
+    """What became of a request to a replica that was there, as `Timeline.to_json` has a start.
+
+    Args:
+        stages: The latest of the replica's, in seconds from some moment on.
+        sent_s: When the request was sent, likewise.
+        ttft_s: How long its first token took, at the client.
+        queue_s: How long it waited in the gateway.
+
+    Returns:
+        The stages and the path, in seconds from the request on; None where its prefill is not among
+        them (yet).
+    """
+    shifted = [
+        {**stage, "start_s": stage["start_s"] - sent_s, "end_s": stage["end_s"] - sent_s}
+        for stage in stages
+    ]
+    # Whoever waited for the request had done so before.
+    own = [
+        {**stage, "start_s": max(0.0, stage["start_s"])}
+        for stage in shifted
+        if stage["end_s"] > 0 and (stage["start_s"] >= 0 or "waits_for" in stage)
+    ]
+    heads = [stage for stage in own if stage["name"] == "prefill[head]"]
+    if not heads:
+        return None
+    path = _rest_path(own, heads[0], ttft_s, min(queue_s, ttft_s))
+    waited = {"name": "queue", "process": "gateway", "start_s": 0.0, "end_s": queue_s}
+    return {
+        "ttft_s": ttft_s,
+        "stages": sorted([waited, *own], key=lambda stage: (stage["start_s"], stage["end_s"])),
+        "critical_path": path,
+        "unattributed_s": sum(
+            (step["end_s"] - step["start_s"] for step in path if step["name"] == UNATTRIBUTED[1]),
+            0.0,
+        ),
+    }
+
+
+def _rest_path(
+    stages: Sequence[Mapping[str, Any]], head: Mapping[str, Any], ttft_s: float, queue_s: float
+) -> list[dict[str, Any]]:
+    """Each moment until the first token: the gateway's, the worker's, or on the way between."""
+    busy = [stage for stage in stages if "waits_for" not in stage]
+    worker = [stage for stage in busy if stage["process"] == head["process"]]
+    # Of a GPU the weights may have to come back first.
+    others = [stage for stage in busy if stage["process"].startswith("memory")]
+    made_s = min(head["end_s"], ttft_s)
+    edges = {moment for s in (*worker, *others) for moment in (s["start_s"], s["end_s"])}
+    edges |= {0.0, queue_s, made_s, ttft_s}
+    cuts = sorted(edge for edge in edges if 0.0 <= edge <= ttft_s)
+    path: list[dict[str, Any]] = []
+    for left, right in pairwise(cuts):
+        here = [s for s in worker if s["start_s"] <= left and s["end_s"] >= right]
+        here = here or [s for s in others if s["start_s"] <= left and s["end_s"] >= right]
+        name, process = "first_token", "client"
+        if left < made_s and here:
+            owner = max(here, key=lambda stage: float(stage["start_s"]))
+            name, process = owner["name"], owner["process"]
+        elif left < min(queue_s, made_s):
+            name, process = "queue", "gateway"
+        elif left < made_s:
+            process, name = UNATTRIBUTED
+        step = {"name": name, "process": process, "start_s": left, "end_s": right}
+        if path and (path[-1]["name"], path[-1]["process"]) == (name, process):
+            path[-1]["end_s"] = right
+        else:
+            path.append(step)
+    return path
 
 
 def _behind(timeline: Mapping[str, Any], from_s: float, to_s: float) -> Iterable[tuple[Key, float]]:

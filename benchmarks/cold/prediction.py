@@ -17,7 +17,14 @@ from coldframe.benchmarks.harness import coldframe_command
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError
 
-__all__ = ["NoPlan", "plan_of", "predicted", "predicted_memory", "predicted_ttft"]
+__all__ = [
+    "NoPlan",
+    "plan_of",
+    "predicted",
+    "predicted_memory",
+    "predicted_ttft",
+    "unpredicted",
+]
 
 _LIMIT_S = 600.0
 _END_S = 15.0
@@ -73,6 +80,20 @@ def plan_of(
             "a plan says nothing", where=" ".join(command), got=done.stdout[-300:] or "no word"
         ) from error
     return found
+
+
+def unpredicted(cell: Cell) -> str | None:
+    """Why a plan says nothing of a cell's first token; None where it may.
+
+    The first token is the native workers', whoever decodes; so where the engine comes up behind it,
+    or is there and idle, a plan for these holds.
+    """
+    if cell.engine == "vllm" and not cell.rests:
+        return (
+            "a vLLM engine comes up beside the workers that make the first token, and what it "
+            "takes of the processors meanwhile is in no rehearsal of `coldframe plan`"
+        )
+    return None
 
 
 def predicted_ttft(plan: Mapping[str, Any], cell: Cell) -> tuple[float | None, str | None]:
@@ -137,10 +158,13 @@ def predicted(
         return None
     ttft: float | None = None
     pss: float | None = None
-    why: str | None = "the plan is of a replica without a vLLM engine"
-    if cell.engine == "native":
+    why = unpredicted(cell)
+    if why is None:
         ttft, why = predicted_ttft(plan, cell)
+    if cell.engine == "native":
         pss = predicted_memory(plan, cell, mapped)
+    elif why is None:
+        why = "the memory of a vLLM engine is not predicted"
     return {
         "ttft_s": ttft,
         "memory_bytes": pss,

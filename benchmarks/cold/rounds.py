@@ -19,7 +19,7 @@ from typing import Any
 from coldframe.benchmarks.cold.ceiling import DIRECT, SOCKETS, ceiling_rate
 from coldframe.benchmarks.cold.contender import Contender
 from coldframe.benchmarks.cold.matrix import Cell
-from coldframe.benchmarks.cold.prediction import NoPlan, plan_of
+from coldframe.benchmarks.cold.prediction import NoPlan, plan_of, unpredicted
 from coldframe.benchmarks.cold.progress import Progress
 from coldframe.benchmarks.cold.sources import Sources, weight_files
 from coldframe.benchmarks.cold.starts import Conditions, Starter
@@ -83,7 +83,7 @@ class Rounds:
             try:
                 with self.starter.conditions(cell) as conditions:
                     self._prepare(cell, conditions)
-                    if self.rehearsals:
+                    if self.rehearsals and self._may_be_predicted(cell):
                         measured.plan = self._plan(cell, conditions)
             except NoPlan as error:
                 why = _short(error)
@@ -252,6 +252,13 @@ class Rounds:
             if way != "disk":
                 read_s(weight_files(self.model))
             return ceiling_rate(place, self.model)
+
+    def _may_be_predicted(self, cell: Cell) -> bool:
+        """Whether a plan says anything of a cell; why not is in `left_out` else."""
+        why = unpredicted(cell)
+        if why is not None:
+            self.left_out.append({"what": f"the prediction of {cell.id}", "why": why})
+        return why is None
 
     def _plan(self, cell: Cell, conditions: Conditions) -> dict[str, Any]:
         """One plan for all cells under the same conditions."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coldframe.benchmarks.cold.explain import Key, asked_from, mapped, path_of
+from coldframe.benchmarks.cold.explain import Key, asked_from, mapped, path_of, rest_timeline
 from coldframe.benchmarks.cold.matrix import Cell
 from coldframe.benchmarks.cold.sources import Sources
 from coldframe.benchmarks.cold.standby import Standby, Template
@@ -47,10 +47,11 @@ class Start:
         ttft_s: From the exec, or from the request to a replica at rest, until the first token.
         last_token_s: From there until the last one.
         tokens: Their ids.
-        timeline: What the replica says of it, as `Timeline.to_json` makes it; None of a rest.
+        timeline: What the replica says of it, as `Timeline.to_json` makes it: of a rest, from the
+            request on, and None where it does not say.
         path: What the first token was waiting for, in seconds.
-        memory: PSS of all its processes after the answer, in bytes; None where it has ended by
-            then, or where that cannot be told.
+        memory: PSS of all its processes after the answer, in bytes; None where that cannot be
+            told.
         mapped: Whether its weights were mapped where the page cache has them, not copied.
     """
 
@@ -172,7 +173,8 @@ class Starter:
         tokens, last = tuple(found["token_ids"]), found["token_times_s"][-1]
         ttft = found["ttft_s"]
         path = path_of(timeline, ttft)
-        return Start(ttft, last, tokens, timeline, path, None, mapped(timeline))
+        memory = found.get("memory_bytes")
+        return Start(ttft, last, tokens, timeline, path, memory, mapped(timeline))
 
     def _over_http(self, cell: Cell, conditions: Conditions) -> Start:
         body = completion("m", self._prompt, self._tokens, stream=True, ids=True)
@@ -188,8 +190,9 @@ class Starter:
                 began = answer.sent_ns if cell.rests else server.started_ns
                 ttft, last = ((t - began) / 1e9 for t in (answer.first_ns, answer.last_ns))
                 if cell.rests:
-                    path = _waited(answer, ttft)
-                    return Start(ttft, last, tokens, None, path, memory, mapped(first))
+                    told = _of_request(connection, answer, ttft)
+                    path = _waited(answer, ttft) if told is None else path_of(told, ttft)
+                    return Start(ttft, last, tokens, told, path, memory, mapped(first))
                 startup = _explained(connection, server.since_exec(answer.sent_ns))
         _check_tier(cell, startup["tier"], (startup.get("decode") or {}).get("tier"))
         timeline = startup["timeline"]
@@ -268,13 +271,34 @@ def _check_tier(cell: Cell, tier: str | None, engine: str | None) -> None:
         )
 
 
-def _waited(answer: Answer, ttft_s: float) -> dict[Key, float]:
-    """Where the time to the first token went, by what the gateway says of the request."""
+def _of_request(connection: Connection, answer: Answer, ttft_s: float) -> dict[str, Any] | None:
+    """What became of a request to a replica that was there; None where its spans do not come."""
+    queue_s = _timing(answer).get("queue", 0.0)
+    until = time.monotonic() + _SPANS_S
+    while time.monotonic() < until:
+        said = json.loads(connection.get("/startup").body)
+        latest = said["latest"]
+        sent_s = (answer.sent_ns - latest["began_ns"]) / 1e9
+        told = rest_timeline(latest["stages"], sent_s, ttft_s, queue_s)
+        if told is not None:
+            return told
+        time.sleep(0.02)
+    return None
+
+
+def _timing(answer: Answer) -> dict[str, float]:
+    """What the gateway says of a request, in seconds."""
     said = {}
     for part in answer.headers.get("server-timing", "").split(","):
         name, _, duration = part.strip().partition(";dur=")
         if duration:
             said[name] = float(duration) / 1e3
+    return said
+
+
+def _waited(answer: Answer, ttft_s: float) -> dict[Key, float]:
+    """Where the time to the first token went, by what the gateway says of the request."""
+    said = _timing(answer)
     queue = min(said.get("queue", 0.0), ttft_s)
     replica = min(said.get("first_token", 0.0), ttft_s) - queue
     found = {("gateway", "queue"): queue, ("replica", "first_token"): max(replica, 0.0)}

@@ -1,8 +1,9 @@
 """`coldframe advise --trace FILE --slo TTFT --price X`: which way to scale pays for a trace.
 
 Each choice is simulated: what it costs, how many requests have to wait for a start, and whether
-enough of them have their first token in time. The one to take is the cheapest that keeps the limit;
-where none does, the one that comes nearest.
+enough of them have their first token in time. Where a device has not room for all models
+(`--device-memory`), or they are to keep within a budget, each choice is simulated with that. The
+one to take is the cheapest that keeps the limit; where none does, the one that comes nearest.
 
 Starts are as long as they were measured (`--times`), as `coldframe plan` predicts them (`--model`),
 or else as they are on another machine, which is said.
@@ -11,7 +12,9 @@ or else as they are on another machine, which is said.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,22 @@ from coldframe.benchmarks.traffic.policies import (
     policy,
     seconds_or_never,
 )
-from coldframe.benchmarks.traffic.simulate import Setup, simulate
+from coldframe.benchmarks.traffic.sharing import Shared, sharing, sharing_of_weights
+from coldframe.benchmarks.traffic.simulate import Setup, Sharing, simulate
 from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.times import DEFAULT_CONTEXT, DEFAULTS, predicted, read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
 from coldframe.benchmarks.traffic.traces import scaled, token_scale
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.units import duration, human_seconds
+from coldframe.runtime.units import byte_count, duration, human_seconds
 
 __all__ = ["add_arguments", "run"]
 
 _LEAST_CONTEXT = 4
+_GPU = "cuda"
 
 
 def add_arguments(parser: Parser) -> None:
@@ -74,6 +80,39 @@ def add_arguments(parser: Parser) -> None:
     )
     choices.add_argument(
         "--policy", metavar="TEXT", action="append", help="one more, as serve has it"
+    )
+    limits = parser.add_argument_group("what there is for all models, where that is not enough")
+    limits.add_argument(
+        "--budget",
+        metavar="SECONDS",
+        type=float,
+        help="device seconds in an hour for which models may be held for nobody (no limit)",
+    )
+    limits.add_argument(
+        "--device-memory",
+        metavar="SIZE",
+        type=byte_count,
+        help="of the device that they share (each has one of its own)",
+    )
+    limits.add_argument(
+        "--weights",
+        metavar="SIZE,...",
+        help="of each model, in their order, further ones as the last (those of --model)",
+    )
+    limits.add_argument(
+        "--kv-memory", metavar="SIZE", type=byte_count, help="of each (as the endpoint chooses)"
+    )
+    limits.add_argument(
+        "--device",
+        choices=[CPU, _GPU],
+        default=_GPU,
+        help="from a GPU parked weights leave for host memory, from a CPU's they do not (cuda)",
+    )
+    limits.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        type=byte_count,
+        help="for weights that are parked there (no limit)",
     )
     source = parser.add_argument_group("how long starts take")
     source.add_argument(
@@ -114,14 +153,28 @@ def run(args: argparse.Namespace) -> int:
     if context is not None:
         trace["token_scale"] = token_scale(arrivals, context)
         arrivals = scaled(arrivals, trace["token_scale"])
+    shared = _shared(args, models)
+    budget: float | None = args.budget
+    if budget is not None and not 0 < budget < math.inf:
+        raise RequestError("there must be some", where="--budget", got=budget)
     choices, left_out = _choices(args, models, times, prices)
     names = [f"m{number}" for number in range(models)]
     judged = []
     for choice in choices:
-        setup = Setup(names, times, choice.chosen.factory, choice.tier, choice.begin, choice.pool)
+        setup = Setup(
+            names,
+            times,
+            choice.chosen.factory,
+            choice.tier,
+            choice.begin,
+            choice.pool,
+            sharing=shared,
+            budget=budget,
+        )
         played = simulate(arrivals, asks, setup, arrivals[-1].at_s)
         reached = played.ttft(percent)
-        judged.append(Judged(choice, played, played.cost(prices), reached, reached <= slo_s))
+        cost = played.cost(prices, shared=shared is not None)
+        judged.append(Judged(choice, played, cost, reached, reached <= slo_s))
     best, why, near = decide(judged, slo_s, percent)
     told = document(
         "advise",
@@ -131,6 +184,8 @@ def run(args: argparse.Namespace) -> int:
         price=prices.held,
         parked_price=prices.parked,
         start_times=times.to_json(),
+        sharing=None if shared is None else asdict(shared),
+        budget=budget,
         choices=[one.to_json() for one in judged],
         take=best.choice.name,
         why=why,
@@ -170,6 +225,46 @@ def _times(args: argparse.Namespace) -> tuple[Times, int | None]:
         own = int(read_config(str(args.model)).get("max_position_embeddings", DEFAULT_CONTEXT))
         return predicted(args.model), context or own
     return DEFAULTS, context or DEFAULT_CONTEXT
+
+
+def _shared(args: argparse.Namespace, models: int) -> Sharing | None:
+    """The device that models share, where it is said how much there is of it."""
+    if args.device_memory is None:
+        for flag in ("weights", "kv_memory", "host_memory"):
+            if getattr(args, flag) is not None:
+                raise RequestError(
+                    "nothing is said of the device that models share",
+                    where=f"--{flag.replace('_', '-')}",
+                    hint="Give --device-memory, too.",
+                )
+        return None
+    device = CPU if args.device == CPU else f"{_GPU}:0"
+    shared = Shared(args.device_memory, args.kv_memory, device, args.host_memory)
+    if args.weights is not None:
+        try:
+            weights = [byte_count(part) for part in args.weights.split(",")]
+        except argparse.ArgumentTypeError as error:
+            raise RequestError(
+                "these are no sizes of weights",
+                where="--weights",
+                expected="one or more, such as 16GB,140GB",
+                got=args.weights,
+            ) from error
+        if len(weights) > models:
+            raise RequestError(
+                "there are more sizes than models",
+                where="--weights",
+                expected=f"at most {models}",
+                got=len(weights),
+            )
+        return sharing_of_weights(weights, shared)
+    if args.model is None:
+        raise RequestError(
+            "it is not known what models take of the device",
+            where="--device-memory",
+            hint="Give --weights, or --model.",
+        )
+    return sharing([args.model], shared)
 
 
 def _choices(

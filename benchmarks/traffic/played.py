@@ -1,8 +1,9 @@
 """What became of a trace: who waited how long, which models were in which state, what it cost.
 
 The same for a replay and for a simulation. Of several models each holds a device of its own for
-this: `gpu_s` is the sum over them, `held_s` the time in which at least one was held. Who waits for
-room on a device that it shares is *starting*, as the endpoint says it.
+this: `gpu_s` is the sum over them, `held_s` the time in which at least one was held, which is what
+a device costs that they share. Who waits for room on a device that it shares is *starting*, as the
+endpoint says it.
 """
 
 from __future__ import annotations
@@ -158,8 +159,15 @@ class Played:
             if stay.state in states
         )
 
-    def cost(self, prices: Prices) -> float:
-        return self.gpu_s * prices.held / 3600 + self.parked_s * prices.parked / 3600
+    def cost(self, prices: Prices, *, shared: bool = False) -> float:
+        """What it costs.
+
+        Args:
+            prices: Of an hour.
+            shared: Whether models share one device, which is paid for once while any holds it.
+        """
+        held_s = self.held_s if shared else self.gpu_s
+        return held_s * prices.held / 3600 + self.parked_s * prices.parked / 3600
 
     def ttft(self, percent: float) -> float:
         """A percentile of the times to the first token, 0 to 100, in seconds.
@@ -171,8 +179,8 @@ class Played:
             raise PlatformError("no request was answered", got=f"{len(self.asked)} requests")
         return percentile(self.ttfts_s, percent / 100)
 
-    def to_json(self, prices: Prices | None) -> dict[str, Any]:
-        """As `played` in `schema.json`.
+    def to_json(self, prices: Prices | None, *, shared: bool = False) -> dict[str, Any]:
+        """As `played` in `schema.json`; see `cost`.
 
         Raises:
             PlatformError: No request was answered.
@@ -195,7 +203,7 @@ class Played:
             "held_s": self.held_s,
             "parked_s": self.parked_s,
             "seconds": self.seconds,
-            "cost": None if prices is None else self.cost(prices),
+            "cost": None if prices is None else self.cost(prices, shared=shared),
             "asked": [
                 {"at_s": a.at_s, "model": a.model, "ttft_s": a.ttft_s, "from": a.met}
                 for a in self.asked

@@ -51,12 +51,15 @@ def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Chosen:
     return Chosen(text, lambda: FixedKeepAlive(idle_s, park_s), (idle_s,))
 
 
-def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolicy]]:
+def served(
+    chosen: Chosen, pool: int, budget: float | None = None
+) -> tuple[list[str], Callable[[], LivePolicy]]:
     """The flags by which a server follows a policy, and what it makes of them for each model.
 
     Args:
         chosen: The policy.
         pool: So many models are kept parked.
+        budget: Device seconds in an hour for which models may be held for nobody.
 
     Raises:
         RequestError: `coldframe serve` would refuse these flags.
@@ -71,6 +74,8 @@ def served(chosen: Chosen, pool: int) -> tuple[list[str], Callable[[], LivePolic
         flags = [*(() if idle_s is None else ("--idle", f"{idle_s:g}")), "--pool", str(pool)]
     else:
         flags = ["--policy", chosen.text, *(("--pool", str(pool)) if pool else ())]
+    if budget is not None:
+        flags += ["--budget", f"{budget:g}"]
     parser = Parser(exit_on_error=False)
     add_arguments(parser)
     args = parser.parse_intermixed_args(flags)  # and not what the environment says

@@ -38,14 +38,16 @@ from coldframe.benchmarks.traffic.live import replay as replay_live
 from coldframe.benchmarks.traffic.measure import measure
 from coldframe.benchmarks.traffic.played import Played, Prices
 from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, seconds_or_never, served
-from coldframe.benchmarks.traffic.sharing import sharing
-from coldframe.benchmarks.traffic.simulate import Setup, simulate
+from coldframe.benchmarks.traffic.sharing import Shared, sharing
+from coldframe.benchmarks.traffic.simulate import Setup, Sharing, simulate
 from coldframe.benchmarks.traffic.stages import StartTier
 from coldframe.benchmarks.traffic.times import read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
 from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
+from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.free_memory import add_rest, rest_of
 from coldframe.runtime.sizing import ModelFacts
@@ -69,6 +71,12 @@ def add_arguments(parser: Parser) -> None:
     rest.add_argument("--idle", metavar="SECONDS", help="warm for so long where nobody asks (5)")
     rest.add_argument("--park", metavar="SECONDS", default="0", help="then parked (0)")
     rest.add_argument("--pool", type=int, default=0, help="so many are kept parked (0)")
+    rest.add_argument(
+        "--budget",
+        metavar="SECONDS",
+        type=float,
+        help="for how many device seconds in an hour models may be held for nobody (no limit)",
+    )
     parser.flag(
         "--device-memory", metavar="SIZE", type=byte_count, help="what all models have together"
     )
@@ -135,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.tail < math.inf:
         raise RequestError("this is no time", where="--tail", got=args.tail)
     chosen = _policy(args)
-    flags, factory = served(chosen, args.pool)
+    flags, factory = served(chosen, args.pool, args.budget)
     prices = None if args.price is None else Prices.of(args.price, args.parked_price)
     arrivals, asks, trace = chosen_trace(args, number)
     context, vocabulary = _limits(args.models)
@@ -145,7 +153,7 @@ def run(args: argparse.Namespace) -> int:
     times = None if args.times is None else read_times(args.times)
     tier: StartTier = "restored" if args.starts == "image" else "fresh"
     places = {f"m{n}": args.models[n % len(args.models)] for n in range(number)}
-    shared = sharing(args.models, args.device_memory, args.kv_memory, args.device)
+    shared = None if args.device_memory is None else _sharing(args, list(places.values()))
     rest = rest_of(args)
     found: Replayed | None = None
     if not args.simulate_only:
@@ -164,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
         begin="zero",
         pool=args.pool,
         sharing=shared,
+        budget=args.budget,
         seed=args.seed,
     )
     simulated = _simulated(arrivals, asks, setup, found, args.tail)
@@ -182,6 +191,22 @@ def _policy(args: argparse.Namespace) -> Chosen:
         return policy(args.policy)
     idle_s = _IDLE_S if args.idle is None else seconds_or_never(args.idle, "--idle")
     return fixed(idle_s, seconds_or_never(args.park, "--park"))
+
+
+def _sharing(args: argparse.Namespace, places: list[Path]) -> Sharing:
+    """What each model takes of the device's memory, and of the host's while it is parked."""
+    host = None if args.device == CPU else memory_available()
+    return sharing(places, Shared(args.device_memory, args.kv_memory, args.device, host))
+
+
+def _told(chosen: Chosen, args: argparse.Namespace) -> str:
+    """The policy, and what it has to keep within."""
+    text = chosen.text
+    if args.pool:
+        text += f", pool of {args.pool}"
+    if args.budget is not None:
+        text += f", budget of {args.budget:g} s an hour"
+    return text
 
 
 def _limits(models: list[Path]) -> tuple[int, int]:
@@ -244,19 +269,21 @@ def _document(
     found: Replayed | None,
     simulated: Played,
 ) -> dict[str, Any]:
+    shared = setup.sharing is not None
     live = None
     if found is not None:
         late = [one.sent_s - one.due_s for one in found.sent]
-        live = found.played.to_json(prices) | {
+        live = found.played.to_json(prices, shared=shared) | {
             "counted": dict(found.counted),
             "late": {"mean_s": sum(late) / len(late), "max_s": max(late)},
             "errors": sorted({one.error for one in found.sent if one.error is not None})[:5],
         }
-    second = simulated.to_json(prices)
+    second = simulated.to_json(prices, shared=shared)
     return document(
         "replay",
         trace=trace,
-        policy=chosen.text + (f", pool of {args.pool}" if args.pool else ""),
+        policy=_told(chosen, args),
+        budget=args.budget,
         price=args.price,
         live=live,
         simulated=second,

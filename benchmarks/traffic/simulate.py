@@ -2,8 +2,9 @@
 
 Pure and without chance but for a seed: the same arguments give the same answer. It is made of the
 policies that the endpoint follows (`runtime/scaling.py`), of the room that it has them share
-(`runtime/room.py`), of each model's life (`simulated_model.py`) and of stages as long as they were
-measured (`stages.py`).
+(`runtime/room.py`), of what decides who may be held and who comes before anybody asks
+(`runtime/foresight.py`, with the allotment and the budget), of each model's life
+(`simulated_model.py`) and of stages as long as they were measured (`stages.py`).
 
 It leaves out what models take from each other by computing at the same time on one device, the
 making of images, and deaths.
@@ -21,29 +22,37 @@ from typing import Literal
 from coldframe.benchmarks.traffic.loading import Loading
 from coldframe.benchmarks.traffic.played import Asked, Played
 from coldframe.benchmarks.traffic.service import Ask
-from coldframe.benchmarks.traffic.simulated_model import Needs, SimulatedModel
+from coldframe.benchmarks.traffic.simulated_model import SimulatedModel, Takes
 from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import RequestError
+from coldframe.runtime.budget import Budget
+from coldframe.runtime.foresight import Foresight
 from coldframe.runtime.room import Room
 from coldframe.runtime.scaling import LivePolicy
 
-__all__ = ["Setup", "Sharing", "simulate"]
+__all__ = ["Setup", "Sharing", "Takes", "simulate"]
+
+_NOTHING = Takes(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Sharing:
-    """A device that models share.
+    """A device that models share, and the host's memory behind it.
 
     Args:
         memory: Its bytes.
-        warm: Bytes that a model takes: weights and KV.
-        parked: Bytes that it keeps while it is parked; 0 where its weights leave the device.
+        takes: What models take of it, in their order; further ones take as much as the last.
+        host: Bytes of the host's memory for weights that are parked there; None for no limit.
     """
 
     memory: int
-    warm: int
-    parked: int
+    takes: Sequence[Takes]
+    host: int | None = None
+
+    def of(self, number: int) -> Takes:
+        """What a model takes, by its number."""
+        return self.takes[min(number, len(self.takes) - 1)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +69,8 @@ class Setup:
         pool: So many are kept parked (`serve --pool`).
         running: Requests that a model's workers get at once (`serve --max-running`).
         sharing: The device, where it does not hold them all.
+        budget: For how many seconds in an hour devices may be held for nobody, of all models
+            together (`serve --budget`); None for no limit.
         seed: Of the order in which measured runs are drawn.
     """
 
@@ -71,6 +82,7 @@ class Setup:
     pool: int = 0
     running: int = 32
     sharing: Sharing | None = None
+    budget: float | None = None
     seed: int = 0
 
 
@@ -106,14 +118,14 @@ class _Simulation:
         self.now = 0.0
         sharing = setup.sharing
         self.room = None if sharing is None else Room(sharing.memory)
-        needs = Needs(0, 0) if sharing is None else Needs(sharing.warm, sharing.parked)
+        takes = [_NOTHING if sharing is None else sharing.of(n) for n in range(len(setup.names))]
         if self.room is not None:
-            self.room.fit(needs.warm, setup.names[0])
+            for name, needs in zip(setup.names, takes, strict=True):
+                self.room.fit(needs.warm, name)
         self.load = Loading(self).add
         self._setup = setup
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
-        self._later: list[SimulatedModel] = []
         self._models = [
             SimulatedModel(
                 name,
@@ -121,13 +133,25 @@ class _Simulation:
                 setup.times,
                 setup.tier,
                 setup.policy(),
-                needs,
-                may_park=sharing is not None and sharing.parked == 0,
+                takes[number],
+                may_park=sharing is not None and takes[number].parked == 0,
                 running=setup.running,
                 seed=setup.seed + number,
             )
             for number, name in enumerate(setup.names)
         ]
+        budget = None if setup.budget is None else Budget(setup.budget, lambda: self.now)
+        host = None if sharing is None or sharing.host is None else self._host_left
+        self._foresight = Foresight(self.room, budget, host, lambda: self.now)
+        self._looks_at = math.inf
+        self._rising: set[SimulatedModel] = set()
+        """Of whom it is looked whether they may; of many models most are none of these."""
+
+    def _host_left(self) -> int:
+        """Bytes of the host's memory that no parked model has."""
+        assert self._setup.sharing is not None
+        held = sum(model.bytes_parked for model in self._models)
+        return (self._setup.sharing.host or 0) - held
 
     def at(self, moment_s: float, call: Callable[[], None]) -> None:
         heapq.heappush(self._events, (moment_s, next(self._numbers), call))
@@ -169,25 +193,30 @@ class _Simulation:
     def _begin(self) -> None:
         for number, model in enumerate(self._models):
             if self._setup.begin == "zero":
-                model.ordered = True
+                model.order_to_zero()
             elif self._setup.begin == "warm":
                 model.be_warm()
             elif number == 0:
                 model.start()
             model.look()
+        self._step()
 
     def _step(self) -> None:
         """What the front does after everything that has happened."""
-        later, self._later = self._later, []
-        for model in later:
-            model.rise()
         if self.room is not None:
             self._share(self.room)
+        if self._rising or self._setup.budget is not None or self._foresight.wait_s < math.inf:
+            self._foresight.step((model.name, model) for model in self._models)
+            self._rising = {model for model in self._rising if model.rising is not None}
         if self._setup.pool:
             self._keep_pool()
+        looks_at = self.now + self._foresight.wait_s
+        if looks_at < math.inf and not self.now < self._looks_at <= looks_at:
+            self._looks_at = looks_at
+            self.at(looks_at, lambda: None)
 
-    def later(self, model: SimulatedModel) -> None:
-        self._later.append(model)
+    def rises(self, model: SimulatedModel) -> None:
+        self._rising.add(model)
 
     @property
     def starts_one(self) -> bool:
@@ -220,6 +249,7 @@ class _Simulation:
             model.make_room()
         loaded = sum(model.state != "zero" for model in models)
         if loaded < self._setup.pool and all(model.idle for model in models):
-            ahead = next((model for model in models if model.may_start_ahead), None)
+            ready = (model for model in models if model.may_start_ahead)
+            ahead = next(filter(self._foresight.may_begin, ready), None)
             if ahead is not None:
                 ahead.start_ahead()

@@ -2,39 +2,45 @@
 
 It does what a `Supervisor` does when somebody asks, when nobody does, and when another model wants
 its room, and takes for it as long as was measured. It follows its policy by what the endpoint
-itself does so with (`runtime/unasked.py`), on the simulation's clock.
+itself does so with (`runtime/unasked.py`), on the simulation's clock, and is one of those among
+whom memory and the budget are allotted, as a `Supervisor` is (`runtime/candidate.py`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from coldframe.benchmarks.traffic.played import From, Stay
 from coldframe.benchmarks.traffic.service import Ask, Clock, Service
 from coldframe.benchmarks.traffic.stages import Draw, StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
+from coldframe.runtime.allotment import Need
+from coldframe.runtime.candidate import Candidate
 from coldframe.runtime.room import Room
-from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
+from coldframe.runtime.scaling import Level, LivePolicy
 from coldframe.runtime.unasked import Unasked
 
-__all__ = ["Needs", "SimulatedModel", "World"]
+__all__ = ["SimulatedModel", "Takes", "World"]
 
 State = Literal["zero", "starting", "warm", "draining", "parked"]
 
 
-class Needs:
-    """What a model needs of a device that it shares, in bytes.
+@dataclass(frozen=True, slots=True)
+class Takes:
+    """What a model takes of a device that it shares, in bytes.
 
     Args:
         warm: Weights and KV.
-        parked: What stays while it is parked: the weights, or 0 where these leave the device.
+        parked: What stays there while it is parked: the weights, or 0 where these leave it.
+        host: What it takes of the host's memory then, where they do.
     """
 
-    def __init__(self, warm: int, parked: int) -> None:
-        self.warm = warm
-        self.parked = parked
+    warm: int
+    parked: int
+    host: int = 0
 
 
 class World(Clock, Protocol):
@@ -55,17 +61,12 @@ class World(Clock, Protocol):
         """
         ...
 
-    @property
-    def starts_one(self) -> bool:
-        """Whether a model is on its way."""
-        ...
-
-    def later(self, model: SimulatedModel) -> None:
-        """A model is to go up and cannot yet: it tries again when something has happened."""
+    def rises(self, model: SimulatedModel) -> None:
+        """A model is to go up: it is seen to until it is there, or is not to be any more."""
         ...
 
 
-class SimulatedModel:
+class SimulatedModel(Candidate):
     """One model.
 
     Args:
@@ -74,7 +75,7 @@ class SimulatedModel:
         times: How long its stages take.
         tier: How it starts from zero.
         policy: When it rests.
-        needs: Of the room, where there is one.
+        takes: Of the room, where there is one.
         may_park: Whether it may be parked for another one's sake, where that gives all its room.
         running: How many requests are with its workers at once.
         seed: Of the order of the measured runs.
@@ -87,21 +88,21 @@ class SimulatedModel:
         times: Times,
         tier: StartTier,
         policy: LivePolicy,
-        needs: Needs,
+        takes: Takes,
         *,
         may_park: bool,
         running: int,
         seed: int,
     ) -> None:
         self.name = name
-        self.state: State = "zero"
         self.waiting = False
         """Whether it waits for room."""
-        self.ordered = False
-        """Whether it was told to be at zero: nobody but who asks starts it then."""
+        self.ends = False
+        self._state: State = "zero"
+        self._ordered = False
         self._world = world
         self._policy = policy
-        self._needs = needs
+        self._takes = takes
         self._may_park = may_park
         self._starts = Draw(times.start(tier), seed)
         self._beside = times.beside
@@ -110,7 +111,7 @@ class SimulatedModel:
         self._ends = Draw(times.end, seed)
         self._probe_s = times.prefill(1)
         self._service = Service(world, times, running, self._first_token, self._answered)
-        self._unasked = Unasked(policy, lambda: world.now)
+        self.unasked = Unasked(policy, lambda: world.now)
         self._rest: Level | None = None
         self._gives_way = False
         self._ahead = False
@@ -133,10 +134,10 @@ class SimulatedModel:
 
     def ask(self, number: int, arrival: Arrival) -> Ask:
         """Takes a request."""
-        self._unasked.asked()
+        self.unasked.asked()
         ask = Ask(number, arrival, self._met)
         self._service.add(ask)
-        self.ordered = self._ahead = False
+        self._ordered = self._ahead = False
         if self.state == "starting":
             self._rest = None  # it was started ahead, to rest until somebody asks
         self._rouse()
@@ -180,16 +181,43 @@ class SimulatedModel:
         self._ahead = True
         self._rouse()
         self._rest = None if level == "warm" else level
+        self.unasked.most = "warm"  # what it had to leave to others before is over
 
     def be_warm(self) -> None:
         """Is warm from the beginning, where there is room for it."""
-        if not self._fits:
+        if not self.fits:
             return
         if self._world.room is not None:
-            self._world.room.take(self, self._needs.warm)
+            self._world.room.take(self, self._takes.warm)
         self._enter("warm")
         self._service.up = True
         self.look()
+
+    @property
+    def state(self) -> State:
+        """Which it is in."""
+        return self._state
+
+    @property
+    def rising(self) -> Level | None:
+        """The level at which it is to be before somebody asks, where it is lower."""
+        return None if self._ending else super().rising
+
+    def follow(self) -> None:
+        """Goes where it may still be, which others have less of now."""
+        self.look()
+
+    def order_to_zero(self) -> None:
+        """Was sent there: nobody but who asks starts it."""
+        self._ordered = True
+
+    def _wake_ahead(self) -> None:
+        self._ahead = True
+        self._rouse()
+
+    def _stand_down(self) -> None:
+        self.unasked.foregone = True
+        self._end()
 
     def _rouse(self) -> None:
         if self.state == "zero":
@@ -202,7 +230,7 @@ class SimulatedModel:
     def take_room(self) -> None:
         """Goes on where there is room for it; others are sent away for it."""
         room = self._world.room
-        self.waiting = room is not None and not room.take(self, self._needs.warm)
+        self.waiting = room is not None and not room.take(self, self._takes.warm)
         if self.waiting:
             return
         now = self._world.now
@@ -212,7 +240,7 @@ class SimulatedModel:
             return
         wake_s, self._warm_since, self._gives_way = self._wakes(), now, False
         if not self._ahead and self.idle:
-            self._unasked.restart()
+            self.unasked.restart()
         self._ahead = False
         self._enter("warm")
         self._feed()
@@ -253,7 +281,7 @@ class SimulatedModel:
         self._warm_since, self._start_s, self._gives_way = now, now - self._roused_s, False
         self._policy.started("zero", now - self._room_s)
         if not self._ahead and self.idle:
-            self._unasked.restart()
+            self.unasked.restart()
         self._ahead = False
         self._enter("warm" if self._rest is None else "draining")
         if self.state == "draining" and not self._service.inside:
@@ -264,26 +292,28 @@ class SimulatedModel:
     # -- back to it ------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Goes where its policy has it by now."""
+        """Goes where its policy has it by now, and where others leave it."""
+        self._give_up_the_start()
         if self._service.open or self._ending:
             return
         if self.state != "starting":
-            self._unasked.begin()
-        due = self._unasked.due
+            self.unasked.begin()
+        due = self.unasked.due
         if self.state == "warm" and due != "warm" and self._service.up:
             self._rest = due
             self._enter("draining")
             self._go()
-        elif self.state == "parked" and not self.ordered and due == "zero":
+        elif self.state == "parked" and not self._ordered and due == "zero":
             self._end()
         else:
-            self.rise()
+            if self.rising is not None:
+                self._world.rises(self)
             self._expect()
 
     def _expect(self) -> None:
         """Looks again when its schedule has it somewhere else."""
         self._plan += 1
-        now, change_s, plan = self._world.now, self._unasked.change_s, self._plan
+        now, change_s, plan = self._world.now, self.unasked.change_s, self._plan
         if change_s < math.inf:
             # Later than now in any case: sums of seconds are rounded.
             self._world.at(
@@ -293,31 +323,6 @@ class SimulatedModel:
     def _due(self, plan: int) -> None:
         if plan == self._plan:
             self.look()
-
-    @property
-    def _rising(self) -> Level | None:
-        """The level at which it is to be before somebody asks, where it is lower."""
-        if self._service.open or self._ending or self.ordered:
-            return None
-        level, here = self._unasked.rising, {"zero": 0, "parked": 1}.get(self.state)
-        if level is None or here is None or LEVELS.index(level) <= here:
-            return None
-        # What was put off until it would go again as soon as it is there is not begun.
-        late = here == 0 and self._unasked.change_s <= self._start_s
-        return None if late else level
-
-    def rise(self) -> None:
-        """Goes up where it is to, one start at a time, into room that nobody has."""
-        level = self._rising
-        if level is None:
-            return
-        if not self._fits or (self.state == "zero" and self._world.starts_one):
-            self._world.later(self)
-        elif self.state == "zero":
-            self.start_ahead(level)
-        else:
-            self._ahead = True
-            self._rouse()
 
     def _go(self) -> None:
         if self._rest == "parked":
@@ -329,16 +334,16 @@ class SimulatedModel:
         self._cancel()
         self._service.up, self._rest = False, None
         self._enter("parked")
-        self._unasked.parked()
+        self.unasked.parked()
         if self._world.room is not None:
-            self._world.room.shrink(self, self._needs.parked)
+            self._world.room.shrink(self, self._takes.parked)
         self._again()
 
     def _end(self) -> None:
         if not self._ending:
             self._cancel()
             self._service.up, self._ending, self.waiting = False, True, False
-            self._ahead = False
+            self._ahead, self._rest = False, "zero"
             if self._world.room is not None:
                 self._world.room.withdraw(self)
             self._world.at(self._world.now + self._ends(), self._ended)
@@ -392,20 +397,31 @@ class SimulatedModel:
         return self._warm_since + self._start_s
 
     @property
-    def may_start_ahead(self) -> bool:
-        """Whether it could be there before somebody asks."""
-        return self.state == "zero" and not self.ordered and self._fits
+    def fits(self) -> bool:
+        """Whether it could start now without anybody being sent away."""
+        room = self._world.room
+        if room is None:
+            return True
+        if room.awaited(self):
+            return False
+        return self._takes.warm - room.held(self) <= room.free
 
     @property
-    def _fits(self) -> bool:
-        room = self._world.room
-        return room is None or self._needs.warm <= room.free
+    def devices(self) -> int:
+        """How many devices it holds while it is held."""
+        return 1
+
+    def needs(self, held_s: float) -> Mapping[Level, Need]:
+        """What it takes at each level; see `Candidate`."""
+        takes = self._takes
+        warm, parked = Need(takes.warm, 0, held_s), Need(takes.parked, takes.host)
+        return {"warm": warm, "parked": parked}
 
     def make_room(self) -> None:
         """Goes, once those that are with the workers have their answers."""
         if self.leaving:
             return
-        self.ordered, self._unasked.foregone = False, True
+        self._ordered, self.unasked.foregone = False, True
         if self._comes_for_nobody:
             self._end()
         elif self.state == "warm":
@@ -426,7 +442,7 @@ class SimulatedModel:
             self._since = now
         elif self._stays and self._stays[-1].state == state:
             self._since = self._stays.pop().start_s  # it was something else for no time
-        self.state = state
+        self._state = state
 
     def stays(self, seconds: float) -> list[Stay]:
         """What it was from 0 on until so many seconds, the last of these stays included."""

@@ -19,6 +19,8 @@
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
       "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null,
+      "latest": {"stages" of the latest requests behind the start, in seconds from "began_ns" on,
+        which is CLOCK_MONOTONIC},
       "policy": {"name", "why": what the schedule follows from, "idle_s": for how long nobody asks,
         "schedule": [[from so many idle seconds on, "zero" | "parked" | "warm"], ...], "next":
         {"in_s", "level"} or null, "most": the level that others leave it, "budget_left_s"},
@@ -77,6 +79,7 @@ class Startup(TypedDict):
     failures: int
     queue: Queue
     timeline: Mapping[str, Any] | None
+    latest: NotRequired[Mapping[str, Any] | None]
     policy: NotRequired[Mapping[str, Any] | None]
     states: NotRequired[Mapping[str, Any] | None]
     models: NotRequired[Mapping[str, InShort]]

@@ -67,7 +67,8 @@ def paths_of(
         return Bandwidth(rate, "given"), dict.fromkeys(("cold", "warm"), Path(rate)), None
     now = probe(subject.origin, subject.checkpoint, subject.plan, maps=subject.maps)
     if subject.origin.path is None:
-        return now, {"cold": Path(now.rate), "warm": "no page cache has what is elsewhere"}, None
+        far = Path(now.rate, stream_s=now.processor_s)
+        return now, {"cold": far, "warm": "no page cache has what is elsewhere"}, None
     disk = probe_cold(subject.checkpoint, subject.plan)
     warm = Path(math.inf) if subject.maps else Path(now.rate)
     return now, {"cold": Path(disk.rate), "warm": warm}, disk

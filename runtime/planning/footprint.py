@@ -13,7 +13,7 @@ from pathlib import Path
 
 from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
 
-__all__ = ["Footprint", "footprint"]
+__all__ = ["Footprint", "footprint", "forks_of", "tree"]
 
 _KIB = 1024
 _NAMES = {
@@ -57,8 +57,8 @@ def footprint(pid: int, template: int | None = None) -> Footprint:
     """
     own = weights = kv = 0
     processes: dict[str, int] = {}
-    forks = [] if template is None else [each for each in _tree(template) if each != template]
-    for each in (*_tree(pid), *forks):
+    forks = forks_of(template)
+    for each in (*tree(pid), *forks):
         try:
             mine, of_weights, of_kv = _of(each)
             # A fork has the command line of its template.
@@ -70,7 +70,8 @@ def footprint(pid: int, template: int | None = None) -> Footprint:
     return Footprint(own, weights, kv, processes)
 
 
-def _tree(pid: int) -> Iterator[int]:
+def tree(pid: int) -> Iterator[int]:
+    """A process and all that descend from it, as they are found."""
     yield pid
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
@@ -82,7 +83,12 @@ def _tree(pid: int) -> Iterator[int]:
         except OSError:
             continue
         for child in children:
-            yield from _tree(int(child))
+            yield from tree(int(child))
+
+
+def forks_of(template: int | None) -> list[int]:
+    """All that descend from a template, without itself; none where there is none."""
+    return [] if template is None else [each for each in tree(template) if each != template]
 
 
 def _name(pid: int) -> str:

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from coldframe.runtime.planning.endpoint_client import ask, first_token_ns, free
 from coldframe.runtime.planning.footprint import Footprint, footprint
 from coldframe.runtime.planning.law import Worker
 from coldframe.runtime.planning.processes import end_process, held, read_until, start_process
+from coldframe.runtime.planning.processor import processor_s
 from coldframe.runtime.planning.scale_model import ScaleModel
 
 __all__ = ["Rehearsed", "Resting", "rehearse_run", "rehearse_serve", "worker_of"]
@@ -98,16 +99,35 @@ def _run(
     command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(tokens)]
     timeline = os.path.join(scale.path, "timeline.json")
     command += ["--ignore-eos", "--quiet", "--timeline", timeline, *arguments]
-    with _process(command, snapshot, stdout=subprocess.PIPE) as (process, _):
+    with _process(command, snapshot, stdout=subprocess.PIPE) as (process, started_ns):
         # Both workers have computed when some tokens are out.
         read_until(process, _TOKENS[0] // 2, _PATIENCE_S)
         with held(process):
+            passed_s = (time.monotonic_ns() - started_ns) / 1e9
+            busy = processor_s(process.pid, template) / passed_s
             memory = footprint(process.pid, template)
         process.communicate(timeout=_PATIENCE_S)
         if process.returncode:
             raise PlatformError("a rehearsal failed", got=f"exit status {process.returncode}")
     document = json.loads(Path(timeline).read_bytes())
-    return Rehearsed(worker_of(document["stages"], document["ttft_s"]), memory)
+    worker = worker_of(document["stages"], document["ttft_s"])
+    stream_s, streamed = _stream(scale, document, worker.up_s)
+    return Rehearsed(replace(worker, busy=busy, stream_s=stream_s, streamed=streamed), memory)
+
+
+def _stream(scale: ScaleModel, document: Mapping[str, Any], up_s: float) -> tuple[float, float]:
+    """What a byte of the weights took of the processors, and how many had come at a moment.
+
+    Weights that are mapped where they lie do not come.
+    """
+    load = document["load"]
+    if load["mode"] != "copied" or load["processor_s"] is None:
+        return 0.0, 0.0
+    began = _first_byte_s(document["stages"])
+    ends = [s["end_s"] for s in document["stages"] if s["name"].startswith("stage_ready[")]
+    took = max(ends, default=began) - began
+    part = (up_s - began) / took if took > 0 else 1.0
+    return load["processor_s"] / scale.nbytes, scale.nbytes * min(1.0, max(0.0, part))
 
 
 def rehearse_serve(
@@ -133,6 +153,8 @@ def rehearse_serve(
         connection = knock(port, process, _PATIENCE_S)
         try:
             ttft_s = (first_token_ns(connection, _MODEL, prompt, _TOKENS[0]) - started_ns) / 1e9
+            passed_s = (time.monotonic_ns() - started_ns) / 1e9
+            busy = processor_s(process.pid, template) / passed_s
             memory = footprint(process.pid, template)
             left = None if free is None else free()
             startup = ask(connection, "GET", "/startup")
@@ -147,7 +169,8 @@ def rehearse_serve(
                 rests[rest] = (first_token_ns(connection, _MODEL, other, _TOKENS[0]) - asked) / 1e9
         finally:
             connection.close()
-    return Rehearsed(worker_of(stages, ttft_s), memory), Resting(rests), left
+    worker = replace(worker_of(stages, ttft_s), busy=busy)
+    return Rehearsed(worker, memory), Resting(rests), left
 
 
 def worker_of(stages: Sequence[Mapping[str, Any]], ttft_s: float) -> Worker:

@@ -34,6 +34,7 @@ _MOST_EMBEDDING = 128 << 20
 _LEAST_VOCABULARY = 2048
 _MOST_COMPANION = 500_000_000
 _STEP = 4 << 20
+_WEIGHTS = "model.safetensors"
 _SMALL = {"BF16": b"\x80\x3a", "F16": b"\x00\x14", "F32": b"\x00\x00\x80\x3a"}
 """2^-10."""
 _LARGER = {"BF16": b"\x80\x3b", "F16": b"\x00\x1c", "F32": b"\x00\x00\x80\x3b"}
@@ -55,6 +56,11 @@ class ScaleModel:
     spec: ModelSpec
     nbytes: int
     head_share: float
+
+    @property
+    def files(self) -> list[str]:
+        """Those with its weights."""
+        return [os.path.join(self.path, _WEIGHTS)]
 
 
 def write_scale_model(
@@ -163,7 +169,7 @@ def _write_weights(directory: str, spec: ModelSpec) -> int:
     head = "model.embed_tokens.weight" if spec.tied else "lm_head.weight"
     step = _SMALL[spec.dtype] * (_STEP // spec.dtype_bytes)
     data = encode_header(entries, {"format": "pt"})
-    with Path(directory, "model.safetensors").open("xb") as file:
+    with Path(directory, _WEIGHTS).open("xb") as file:
         file.write(data)
         for entry in entries:
             at, left = file.tell(), entry.nbytes

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.plan import Plan
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec
@@ -43,19 +44,27 @@ def starts(
                 if tier in _RESTS:
                     start |= _rest(rates, plan, tier, through, device)
                 else:
-                    start |= _cold(rates, plan, tier, paths[cache], through)
+                    start |= _cold(rates, plan, tier, paths[cache], through, device)
                 found.append(start)
     return found
 
 
-def _cold(rates: Rates, plan: Plan, tier: str, path: Path | str, through: str) -> dict[str, Any]:
+def _cold(
+    rates: Rates, plan: Plan, tier: str, path: Path | str, through: str, device: str
+) -> dict[str, Any]:
     if isinstance(path, str):
         return _none(path)
     worker = _worker(rates, tier, through, mapped=path.rate == math.inf)
     if worker is None:
         return _none(rates.why.get(tier, "it was not rehearsed"))
     stages = [stage.nbytes for stage in plan.stages]
-    found = predict(replace(worker, head_s=worker.head_s / rates.head_share), path, stages)
+    found = predict(
+        replace(worker, head_s=worker.head_s / rates.head_share),
+        path,
+        stages,
+        cpu_count(),
+        computes_there=device == CPU,
+    )
     return {"ttft_s": found.ttft_s, "parts": found.parts, "why": None}
 
 
@@ -77,6 +86,8 @@ def _worker(rates: Rates, tier: str, through: str, *, mapped: bool) -> Worker | 
         first_byte_s=up.worker.first_byte_s,
         up_s=up.worker.up_s,
         out_s=up.worker.out_s,
+        busy=up.worker.busy,
+        streamed=up.worker.streamed,
     )
 
 

@@ -197,3 +197,47 @@ def test_a_handoff_from_token_to_token(demo_model: Make, no_leaks: Path) -> None
             assert cell["tokens_equal"] is True  # float32: both engines draw the same
             assert cell["bytes"] == cells[f"shared/{length}/{busy}"]["bytes"]
             assert min(cell["second"]["median"], cell["step"]["median"]) > 0
+
+
+def test_cold_starts_with_an_engine(demo_model: Make, no_leaks: Path, tmp_path: Path) -> None:
+    matrix = tmp_path / "matrix.json"
+    blocks = [
+        {"tier": ["fresh"], "cache": "warm", "engine": ["vllm", "bridge"]},
+        {"tier": ["warm"], "cache": ["warm"], "engine": ["bridge"]},
+    ]
+    matrix.write_text(json.dumps({"matrix": blocks}))
+    command = [Path(sys.executable).parent / "coldframe", "bench", "cold", demo_model()]
+    arguments = ["--matrix", matrix, "--runs", 1, "--tokens", 6]
+    engine = ["--vllm-python", sys.executable, "--vllm-kv", "64MiB"]
+    done = subprocess.run(
+        [str(word) for word in (*command, *arguments, *engine)],
+        capture_output=True,
+        text=True,
+        env={**without_settings(), "COLDFRAME_RUN_DIR": str(no_leaks), "HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    cells = {cell["id"]: cell for cell in found["cells"]}
+    alone, bridge, warm = (
+        f"{tier}/warm/disk/{engine}/http"
+        for tier, engine in (("fresh", "vllm"), ("fresh", "bridge"), ("warm", "bridge"))
+    )
+    assert set(cells) == {alone, bridge, warm}
+    for cell in cells.values():
+        assert cell["tokens_equal"] is True  # float32: both engines draw the same
+        assert 0 < cell["ttft"]["median"] < cell["last_token"]["median"]
+        path = [share["seconds"]["runs"][0] for share in cell["path"]]
+        assert sum(path) == pytest.approx(cell["ttft"]["median"])
+        assert cell["memory"]["median"] > 200 << 20
+    # The first token is the native workers', and with the engine alone the second waits for it.
+    behind = [cells[name]["last_token"]["median"] - cells[name]["ttft"]["median"] for name in cells]
+    assert behind[list(cells).index(alone)] == max(behind)
+    assert cells[warm]["ttft"]["median"] < cells[bridge]["ttft"]["median"]
+    # What a plan may say, and why it says nothing of the rest.
+    assert cells[bridge]["prediction"]["ttft_s"] > 0
+    assert "vLLM engine" in cells[bridge]["prediction"]["why"]
+    assert cells[alone]["prediction"] is None
+    (left_out,) = found["left_out"]
+    assert left_out["what"] == f"the prediction of {alone}"
+    assert "beside the workers" in left_out["why"]

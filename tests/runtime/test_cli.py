@@ -221,6 +221,8 @@ def test_the_document(demo_model: Make, no_leaks: Path, tmp_path: Path, kind: st
     )
     assert 0.3 * 0.9 < document["load_s"] < document["ttft_s"]
     assert document["load_mode"] == "copied"
+    assert document["load_processor_s"] > 0
+    assert document["memory_bytes"] > 100 << 20  # two workers with torch, at least
     stages = document["stages"]
     assert {stage["process"] for stage in stages} == {"front", "memory", "prefill-0", "decode-1"}
     assert all(0 <= stage["start_s"] <= stage["end_s"] for stage in stages)

@@ -404,6 +404,58 @@ def test_a_budget_ends_what_is_held_for_nobody(models: dict[str, Path], no_leaks
         assert llama.starts == 2
 
 
+@pytest.mark.heavy
+def test_a_start_for_nobody_ends_where_the_budget_does(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    budget = Budget(360.0)
+    policy = Script((0.0, "zero"), (1000.0, "warm"))
+    with fleet_of(models, {"llama": policy}, no_leaks, budget=budget) as fleet:
+        llama = fleet["llama"]
+        answers(fleet, "llama", models["llama"])
+        until(fleet, is_in(fleet, "llama", "zero"))
+        # The weights of the next start take minutes.
+        llama._options = replace(llama.options, throttle=need(models["llama"]) / 300)
+        later(fleet, "llama", 1000)
+        until(fleet, lambda: llama.replica is not None and llama.replica.known)
+        assert (llama.state, llama.devices_unasked) == ("starting", 1)
+        budget.left = 1.5  # others have had the rest
+        until(fleet, is_in(fleet, "llama", "zero"), 60)
+        assert llama.replica is None
+        told = llama.life.document()
+        assert (told["prewarmed"], told["prewarmed_in_vain"], llama.starts) == (1, 1, 2)
+        assert llama.failures == 0
+        # Nor is it begun again before somebody asks.
+        stays = time.monotonic() + 1.0
+        until(fleet, lambda: time.monotonic() > stays)
+        assert (llama.state, llama.starts) == ("zero", 2)
+        llama._options = replace(llama.options, throttle=None)
+        answers(fleet, "llama", models["llama"])
+        assert llama.starts == 3
+
+
+@pytest.mark.heavy
+def test_a_start_that_somebody_waits_for_goes_on_without_a_budget(
+    models: dict[str, Path], no_leaks: Path
+) -> None:
+    budget = Budget(360.0)
+    policy = Script((0.0, "zero"), (1000.0, "warm"))
+    with fleet_of(models, {"llama": policy}, no_leaks, budget=budget) as fleet:
+        llama = fleet["llama"]
+        answers(fleet, "llama", models["llama"])
+        until(fleet, is_in(fleet, "llama", "zero"))
+        llama._options = replace(llama.options, throttle=need(models["llama"]) / 3)
+        later(fleet, "llama", 1000)
+        until(fleet, lambda: llama.replica is not None and llama.replica.known)
+        client = Client()
+        params = SamplingParams(max_tokens=4, ignore_eos=True)
+        client.request = llama.submit(params, client, prompt_ids=tuple(PROMPT))
+        budget.left = 0.0
+        until(fleet, lambda: client.done)
+        assert client.tokens == expected(models["llama"], tuple(PROMPT), 4)
+        assert (llama.starts, llama.life.document()["prewarmed_late"]) == (2, 1)
+
+
 def startup(server: Server) -> dict[str, Any]:
     found: dict[str, Any] = server.get("/startup").json()
     return found

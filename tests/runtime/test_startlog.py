@@ -110,3 +110,31 @@ def test_without_an_engine_nothing_is_said_of_it() -> None:
     alone = StartLog(now(), Recorder("front"))
     assert not alone.step(cast(Replica, replica(VllmOptions(alone=True))))
     assert alone.document()["decode"] == told("vllm")
+
+
+def test_of_requests_behind_the_start_the_latest_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    began = now()
+    log, there = StartLog(began, Recorder("front")), replica(None)
+    there.answered = False
+    there.spans.append(Span("weight_read", "memory", began, began + 1))
+    log.step(cast(Replica, there))
+    assert log.document()["latest"] == {"began_ns": began, "stages": []}
+    there.answered = True
+    log.step(cast(Replica, there))
+    # While the start's log is open, and when it is closed.
+    for moment, open_ in ((1, True), (2, False)):
+        there.spans.append(Span("prefill[head]", "prefill-0", began, began + moment * 10**9))
+        log.step(cast(Replica, there))
+        assert log.open is open_
+        monkeypatch.setattr(startlog, "_SPANS_NS", -1)
+        log.step(cast(Replica, there))
+    told = log.document()
+    assert [stage["end_s"] for stage in told["latest"]["stages"]] == [1.0, 2.0]
+    assert len(told["timeline"]["stages"]) == 2
+    for number in range(1000):
+        there.spans.append(Span(f"prefill[{number}]", "prefill-0", began, began + number))
+        log.step(cast(Replica, there))
+        assert there.spans == []
+    stages = log.document()["latest"]["stages"]
+    assert len(stages) == 256
+    assert stages[-1]["name"] == "prefill[999]"

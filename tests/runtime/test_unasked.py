@@ -8,8 +8,9 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from hypothesis import strategies as st
 
 from coldframe.runtime.budget import Budget
 from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.late_writer import LateWriter
 from coldframe.runtime.lifelog import LifeLog
 from coldframe.runtime.policy_state import PolicyState
 from coldframe.runtime.scaling import LEVELS, FixedKeepAlive, Level, LivePolicy, Schedule
@@ -281,14 +283,20 @@ def test_starts_are_counted_by_whom_they_were_for() -> None:
 def test_a_budget_is_used_by_who_is_held_and_comes_back_with_time() -> None:
     clock = Clock()
     budget = Budget(360.0, clock)
+    assert budget.wait_s(1.0) == math.inf
+    budget.hold(2)
+    assert budget.wait_s(360 - 190) == pytest.approx(100)
     clock.now += 100
-    budget.spend(2)
+    budget.hold(0)  # from now on; there were two until now
     assert budget.left == pytest.approx(360 - 200 + 10)
+    assert budget.wait_s(0.0) == math.inf
     clock.now += 100
-    budget.spend(0)
+    budget.hold(1)
     assert budget.left == pytest.approx(180)
+    assert budget.wait_s(200.0) == 0
+    budget.hold(0)
     clock.now += 1e6
-    budget.spend(0)
+    budget.hold(0)
     assert budget.left == 360
 
 
@@ -301,15 +309,24 @@ def test_never_more_than_an_hours_budget_and_what_time_has_brought(
     held = 0.0
     for seconds, devices in spans:
         wanted = devices if budget.left > 0 else 0
+        budget.hold(wanted)
         clock.now += seconds
         left = budget.left + seconds * per_hour / 3600
         held += min(seconds * wanted, left)
-        budget.spend(wanted)
+        budget.hold(0)
         assert 0 <= budget.left <= per_hour
     assert held <= per_hour + (clock.now - 1000) * per_hour / 3600 + 1e-6
 
 
 # -- what is kept ---------------------------------------------------------------------------------
+
+
+class Kept(PolicyState):
+    """One whose file is written when it has been told to."""
+
+    def save(self, models: Iterable[tuple[str, Unasked]]) -> None:
+        super().save(models)
+        assert self.flush(30)
 
 
 def test_what_was_learned_goes_on_in_the_next_process(
@@ -319,7 +336,7 @@ def test_what_was_learned_goes_on_in_the_next_process(
     before = timed(clock)
     before.begin()
     clock.now += 100
-    keeper = PolicyState(str(path), Log(process="front"), wall)
+    keeper = Kept(str(path), Log(process="front"), wall)
     keeper.restore({"m": before})  # there is none yet
     first = path.read_bytes()  # so that it is known at once whether it can be written
     keeper.step([("m", before)])
@@ -332,7 +349,7 @@ def test_what_was_learned_goes_on_in_the_next_process(
     later = Clock(5.0)
     after = Unasked(HybridHistogram(start_s=10.0), later)
     other = Unasked(HybridHistogram(), later)
-    PolicyState(str(path), Log(process="front"), wall).restore({"m": after, "new": other})
+    Kept(str(path), Log(process="front"), wall).restore({"m": after, "new": other})
     later.now += 300  # 600 s in all, of which 200 in no process
     after.asked()
     after.begin()
@@ -366,7 +383,7 @@ def test_a_file_that_cannot_be_used_is_a_warning(
     path = tmp_path / "state"
     path.write_bytes(content)
     unasked = Unasked(HybridHistogram(), Clock())
-    PolicyState(str(path), Log(process="front"), Clock(1e9)).restore({"m": unasked})
+    Kept(str(path), Log(process="front"), Clock(1e9)).restore({"m": unasked})
     assert unasked.policy.saved(0.0) == HybridHistogram().saved(0.0)
     if content.endswith(b"[]}"):
         return  # which is no model
@@ -383,7 +400,7 @@ def test_what_is_said_of_models_that_are_not_served_here_stays(
     replicas = {}
     for name in ("one", "two"):
         learned = timed(clock, 600.0 if name == "one" else 900.0)
-        replicas[name] = (PolicyState(path, Log(process="front"), wall), {name: learned})
+        replicas[name] = (Kept(path, Log(process="front"), wall), {name: learned})
         keeper, models = replicas[name]
         keeper.save(models.items())
     for _ in range(2):
@@ -392,7 +409,7 @@ def test_what_is_said_of_models_that_are_not_served_here_stays(
             keeper.step(models.items())
     wall.now += 100
     both = {name: Unasked(HybridHistogram(), clock) for name in ("one", "two")}
-    PolicyState(path, Log(process="front"), wall).restore(both)
+    Kept(path, Log(process="front"), wall).restore(both)
     for name, unasked in both.items():
         assert isinstance(unasked.policy, HybridHistogram)
         assert unasked.policy.histogram.total > 19, name
@@ -410,7 +427,7 @@ def test_nobody_who_knows_the_name_has_it_written_elsewhere(tmp_path: Path) -> N
     for name in (f"state.{os.getpid()}", f".state.{os.getpid()}.new", "state.1"):
         (tmp_path / name).symlink_to(victim)
     path.symlink_to(victim)
-    PolicyState(str(path), Log(process="front"), Clock()).save([("m", timed(Clock()))])
+    Kept(str(path), Log(process="front"), Clock()).save([("m", timed(Clock()))])
     assert victim.read_text() == "of somebody else"
     assert not path.is_symlink()
     assert json.loads(path.read_text())["models"]["m"]["policy"] == "histogram"
@@ -432,14 +449,14 @@ def test_where_it_cannot_be_written_is_said_when_it_begins(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "none" / "state"
-    PolicyState(str(path), Log(process="front"), Clock()).restore({"m": timed(Clock())})
+    Kept(str(path), Log(process="front"), Clock()).restore({"m": timed(Clock())})
     (line,) = logged(capfd)
     assert "cannot be written" in line["why"]
     # What is no file is left alone.
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")
     for name in ("folder", "pipe"):
-        PolicyState(str(tmp_path / name), Log(process="front"), Clock()).restore({})
+        Kept(str(tmp_path / name), Log(process="front"), Clock()).restore({})
     assert (tmp_path / "folder").is_dir()
     assert len(logged(capfd)) >= 2
 
@@ -448,7 +465,7 @@ def test_where_it_cannot_be_written_is_said_once(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "none" / "state"
-    keeper = PolicyState(str(path), Log(process="front"), Clock())
+    keeper = Kept(str(path), Log(process="front"), Clock())
     models = [("m", Unasked(NextArrival(), Clock())), ("n", Unasked(FixedKeepAlive(), Clock()))]
     for _ in range(2):
         keeper.save(models)
@@ -457,3 +474,59 @@ def test_where_it_cannot_be_written_is_said_once(
     path.parent.mkdir()
     keeper.save(models)
     assert set(json.loads(path.read_text())["models"]) == {"m", "n"}
+
+
+def test_the_last_word_is_in_the_file_when_the_process_ends(tmp_path: Path) -> None:
+    path, clock = tmp_path / "state", Clock()
+    keeper = PolicyState(str(path), Log(process="front"), Clock(1e9))
+    learned = timed(clock)
+    for number in range(20):
+        learned.asked()
+        learned.begin()
+        clock.now += number
+        keeper.save([("m", learned)])
+    keeper.close()
+    assert json.loads(path.read_text())["models"]["m"] == json.loads(
+        json.dumps(learned.policy.saved(clock.now))
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_slow_disk_is_waited_for_by_its_thread_alone() -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+    written: list[int] = []
+    wrong: list[Exception] = []
+
+    def write(number: int) -> None:
+        begun.set()
+        assert goes_on.wait(60)
+        written.append(number)
+
+    writer = LateWriter(write, wrong.append, "test")
+    assert writer.wait(0)  # there is nothing to wait for
+    for number in range(5):
+        writer.give(number)
+        assert begun.wait(60)
+    assert not writer.wait(0.01)
+    goes_on.set()
+    assert writer.wait(60)
+    # One at a time, and what was waiting when something newer came is not written any more.
+    assert written == [0, 4]
+    writer.give(5)
+    assert writer.wait(60)
+    assert (written, wrong) == ([0, 4, 5], [])
+
+
+def test_what_cannot_be_written_keeps_nobody_from_the_next() -> None:
+    written: list[int] = []
+    wrong: list[Exception] = []
+
+    def write(number: int) -> None:
+        written.append(1 // number)
+
+    writer = LateWriter(write, wrong.append, "test")
+    for number in (0, 1):
+        writer.give(number)
+        assert writer.wait(60)
+    assert written == [1]
+    assert [type(error) for error in wrong] == [ZeroDivisionError]

@@ -82,8 +82,11 @@ def _check_cell(cell: dict[str, Any], runs: int, reference: Sequence[int]) -> No
             assert all(0 <= a <= b + 1e-9 for a, b in pairs)
     rests = cell["tier"] in ("parked", "warm")
     assert cell["clock"] == ("request" if rests else "exec")
-    assert all((start["timeline"] is None) is rests for start in cell["starts"])
-    assert (cell["memory"] is None) is (cell["through"] == "run")
+    for start in cell["starts"]:
+        # Of a rest it begins with the request.
+        assert start["timeline"]["ttft_s"] is not None
+        assert any(stage["name"] == "prefill[head]" for stage in start["timeline"]["stages"])
+    assert cell["memory"]["min"] > 100 << 20
     assert cell["evicted"] is (True if cell["cache"] == "cold" else None)
     if cell["ratio"] is not None:
         rates = cell["ceiling"]["rate"]["runs"]

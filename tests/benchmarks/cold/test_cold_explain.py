@@ -8,7 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldframe.benchmarks.cold.explain import asked_from, busy_times, load_s, mapped, path_of
+from coldframe.benchmarks.cold.explain import (
+    asked_from,
+    busy_times,
+    load_s,
+    mapped,
+    path_of,
+    rest_timeline,
+)
 from coldframe.loader.timeline import Span
 from coldframe.runtime.timeline import Timeline
 
@@ -119,3 +126,53 @@ def test_how_long_the_load_took_and_whether_it_was_one() -> None:
     assert not mapped(timeline([Span("weight_fetch", "memory", 2, 9, "http"), *ready]))
     assert load_s(timeline(ready)) is None
     assert load_s(timeline([read])) is None
+
+
+def stage(name: str, process: str, start: float, end: float, **more: str) -> dict[str, Any]:
+    return {"name": name, "process": process, "start_s": start, "end_s": end, **more}
+
+
+def test_a_request_to_a_replica_that_is_there_has_a_path_of_its_own() -> None:
+    bit = 1 / 1024  # of a second: sums of these are exact
+    sent_s, ttft_s, queue_s = 128.0, 10 * bit, bit
+    latest = [
+        stage("prefill[head]", "prefill-0", sent_s - 2, sent_s - 1),  # of the one before
+        stage("queue", "prefill-0", sent_s - 1, sent_s + 3 * bit, waits_for="request"),
+        stage("tokenize", "prefill-0", sent_s + 3 * bit, sent_s + 4 * bit),
+        stage("prefill[0]", "prefill-0", sent_s + 4 * bit, sent_s + 6 * bit),
+        stage("h2d", "memory", sent_s + bit, sent_s + 5 * bit),
+        stage("prefill[head]", "prefill-0", sent_s + 6 * bit, sent_s + 8 * bit),
+        stage("decode", "decode-1", sent_s + 8 * bit, sent_s + 20 * bit),
+    ]
+    assert rest_timeline(latest[:3], sent_s, ttft_s, queue_s) is None  # it has not come yet
+    told = rest_timeline(latest, sent_s, ttft_s, queue_s)
+    assert told is not None
+    assert told["ttft_s"] == ttft_s
+    assert [s["name"] for s in told["stages"]] == [
+        *("queue", "queue", "h2d", "tokenize", "prefill[0]", "prefill[head]", "decode")
+    ]
+    assert min(s["start_s"] for s in told["stages"]) == 0
+    assert path_of(told, ttft_s) == {
+        ("gateway", "queue"): bit,
+        ("memory", "h2d"): 2 * bit,  # what came beside computing was not waited for
+        ("prefill-0", "tokenize"): bit,
+        ("prefill-0", "prefill"): 4 * bit,
+        ("client", "first_token"): 2 * bit,
+    }
+    # What nobody tells of is said to be that.
+    told = rest_timeline([s for s in latest if s["name"] != "h2d"], sent_s, ttft_s, queue_s)
+    assert told is not None
+    assert told["unattributed_s"] == 2 * bit
+    assert sum(path_of(told, ttft_s).values()) == ttft_s
+
+
+@given(spans, st.integers(0, 30), st.integers(1, 20), st.integers(0, 25))
+def test_the_parts_of_a_rests_path_are_all_of_it(
+    found: list[Span], sent: int, ttft: int, queue: int
+) -> None:
+    head = Span("prefill[head]", "prefill-0", sent, sent + 5)
+    told = rest_timeline(timeline([*found, head])["stages"], sent, ttft, queue)
+    assert told is not None
+    assert sum(path_of(told, ttft).values()) == pytest.approx(ttft)
+    assert all(step["start_s"] < step["end_s"] for step in told["critical_path"])
+    assert all(0 <= s["start_s"] <= s["end_s"] for s in told["stages"])

@@ -14,7 +14,12 @@ from hypothesis import strategies as st
 from coldframe.benchmarks.cold.contender import Outcome
 from coldframe.benchmarks.cold.explain import path_of
 from coldframe.benchmarks.cold.matrix import Cell
-from coldframe.benchmarks.cold.prediction import predicted_memory, predicted_ttft
+from coldframe.benchmarks.cold.prediction import (
+    predicted,
+    predicted_memory,
+    predicted_ttft,
+    unpredicted,
+)
 from coldframe.benchmarks.cold.starts import Start
 from coldframe.benchmarks.cold.summary import (
     THROTTLE,
@@ -199,3 +204,18 @@ def test_which_prediction_is_a_cells() -> None:
     assert predicted_memory(PLAN, warm, True) == 5  # it had started fresh
     assert predicted_memory(PLAN, restored, False) is None
     assert predicted_memory({}, COLD, False) is None
+
+
+def test_the_first_token_is_predicted_where_no_engine_comes_up_beside_it() -> None:
+    bridge, alone, rests = (
+        Cell(tier, "cold" if tier == "fresh" else "warm", "disk", None, engine, "http")
+        for tier, engine in (("fresh", "bridge"), ("fresh", "vllm"), ("warm", "vllm"))
+    )
+    assert [unpredicted(cell) is None for cell in (COLD, bridge, alone, rests)] == [
+        *(True, True, False, True)
+    ]
+    for cell, ttft_s in ((bridge, 2.0), (rests, 0.5), (alone, None)):
+        told = predicted(PLAN, cell, ttft_s=1.0, memory=7.0, mapped=False)
+        assert told is not None
+        assert (told["ttft_s"], told["memory_bytes"]) == (ttft_s, None)
+        assert "vLLM engine" in told["why"]

@@ -175,6 +175,38 @@ def test_who_is_as_good_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[s
     }
 
 
+def test_what_there_is_not_enough_of_is_in_every_choice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trace = write_trace(tmp_path / "trace.csv", [20.0 * number for number in range(30)])
+    flags = ("--trace", trace, "--times", write_times(tmp_path / "times.json"))
+    flags = (*flags, "--slo", "20s", "--price", 3.6, "--models", 2, "--idle", "300")
+    alone = advised(capsys, *flags)
+    assert (alone["sharing"], alone["budget"]) == (None, None)
+    sizes = ("--device-memory", "40GiB", "--weights", "20GiB,10GiB", "--kv-memory", "4GiB")
+    shared = advised(capsys, *flags, *sizes, "--device", "cpu")
+    assert [takes["warm"] for takes in shared["sharing"]["takes"]] == [24 << 30, 14 << 30]
+    small = advised(capsys, *flags, *sizes[2:], "--device-memory", "30GiB", "--device", "cpu")
+
+    def cold(found: dict[str, Any], name: str = "snapshot + zero, idle 300 s") -> int:
+        (choice,) = [one for one in found["choices"] if one["name"] == name]
+        return int(choice["cold_starts"])
+
+    # Both are kept where both fit; else they take turns.
+    assert cold(alone) == cold(shared) == 2
+    assert cold(small) > 2
+    assert cold(small, "always on") > 0
+    # A device that they share is paid for once.
+    prices = {name: found["choices"][0]["cost"] for name, found in (("a", alone), ("s", shared))}
+    assert prices["s"] == pytest.approx(prices["a"] / 2)
+    # And of a budget not much is left by then.
+    limited = advised(capsys, *flags, "--budget", 60)
+    assert limited["budget"] == 60
+    assert cold(limited) > 2
+    always = next(one for one in limited["choices"] if one["name"] == "always on")
+    assert always["gpu_s"] < 0.5 * alone["choices"][0]["gpu_s"]
+
+
 def test_times_that_are_not_known_leave_choices_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -317,6 +349,13 @@ def test_what_makes_no_sense_is_refused(tmp_path: Path) -> None:
     assert "--from" in with_flags(**{"from": "100"})
     assert "no such directory" in with_flags(model=tmp_path / "none")
     assert "--times, --model" in with_flags(model=tmp_path, times=trace)
+    assert "--budget" in with_flags(budget="0")
+    assert "--budget" in with_flags(budget="nan")
+    assert "--device-memory" in with_flags(device_memory="1GB")
+    assert "--device-memory" in with_flags(weights="1GB")
+    assert "--device-memory" in with_flags(host_memory="1GB")
+    assert "--weights" in with_flags(device_memory="1GB", weights="none")
+    assert "--weights" in with_flags(device_memory="1GB", weights="1GB,2GB")
 
 
 def test_the_command_says_what_to_take_without_torch(tmp_path: Path) -> None:

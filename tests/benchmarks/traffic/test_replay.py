@@ -17,7 +17,7 @@ from coldframe.benchmarks.document import SCHEMA
 from coldframe.benchmarks.traffic import advise, replay
 from coldframe.benchmarks.traffic.played import Asked, Played, Stay
 from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, served
-from coldframe.benchmarks.traffic.sharing import sharing
+from coldframe.benchmarks.traffic.sharing import Shared, sharing, sharing_of_weights
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
@@ -196,17 +196,20 @@ def test_models_take_of_a_device_what_the_endpoint_reckons(
 ) -> None:
     model = demo_model()
     weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
-    assert sharing([model], None, None, "cpu") is None
-    found = sharing([model], 64 << 20, 4 << 20, "cpu")
-    assert found is not None
-    assert (found.memory, found.parked) == (64 << 20, weights)
-    assert weights + (3 << 20) < found.warm <= weights + (4 << 20)
-    gpu = sharing([model], 8 << 30, 4 << 20, "cuda:0")
-    assert gpu is not None
-    assert gpu.parked == 0
+    found = sharing([model, model], Shared(64 << 20, 4 << 20, "cpu"))
+    (one, other) = found.takes
+    assert (found.memory, one.parked, one.host) == (64 << 20, weights, 0)
+    assert one == other
+    assert weights + (3 << 20) < one.warm <= weights + (4 << 20)
+    gpu = sharing([model], Shared(8 << 30, 4 << 20, "cuda:0", 1 << 30)).of(3)
+    assert (gpu.parked, gpu.host) == (0, weights)
     assert gpu.warm > weights + (1 << 30)
     with pytest.raises(ColdframeError):
-        sharing([model], 1 << 20, 4 << 20, "cpu")
+        sharing([model], Shared(1 << 20, 4 << 20, "cpu"))
+    # Where only sizes are known: with the KV that an endpoint would choose.
+    told = sharing_of_weights([5 << 30, 2 << 30], Shared(40 << 30, None, "cpu"))
+    assert [takes.warm for takes in told.takes] == [9 << 30, 6 << 30]
+    assert told.of(7).parked == 2 << 30
 
 
 def replayed(model: Path, trace: Path, runs: Path, *flags: str, status: int = 0) -> dict[str, Any]:
@@ -297,4 +300,48 @@ def test_models_that_share_a_device_are_replayed(
     assert starts > 1
     assert live["starts"] == simulated["starts"] == starts
     assert live["cold_starts"] == simulated["cold_starts"] == starts
+    assert_alike(live, simulated)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(400)
+def test_who_may_be_held_is_simulated_as_it_is_live(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    """Three models, room for two, and a budget that is used up before the last ones are asked."""
+    model = demo_model()
+    weights = sum(tensor.nbytes for tensor in Checkpoint.open(str(model)).tensors.values())
+    room = ("--device-memory", str(2 * (weights + (5 << 20))), "--kv-memory", str(4 << 20))
+    moments = [0.0, 9.0, 18.0, 27.0, 45.0, 54.0]
+    trace = write_trace(tmp_path / "trace.csv", moments)
+    flags = ("--models", "3", "--idle", "600", "--budget", "30", "--tail", "12", *room)
+    found = replayed(model, trace, no_leaks, *flags)
+    live, simulated = found["live"], found["simulated"]
+    assert found["budget"] == 30
+    assert len(found["sharing"]["takes"]) == 3
+    # The budget ends what the keep-alive would hold for ten minutes.
+    names = {asked["model"] for asked in live["asked"]}
+    assert len(names) > 1
+    for part in (live, simulated):
+        ended = [s for stays in part["states"].values() for s in stays if s["state"] == "zero"]
+        assert len([s for s in ended if s["start_s"] > 0]) >= len(names)
+    assert_alike(live, simulated)
+
+
+@pytest.mark.heavy
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("criu")
+def test_starts_from_an_image_are_replayed(
+    demo_model: Callable[..., Path], no_leaks: Path, tmp_path: Path
+) -> None:
+    trace = write_trace(tmp_path / "trace.csv", [0.0, 0.1, 14.0])
+    model = demo_model("llama", "bfloat16")
+    found = replayed(model, trace, no_leaks, "--starts", "image", "--idle", "4")
+    assert found["tier"] == "restored"
+    # All of them came from it: a start that could not would have been none (`require`).
+    assert found["start_times"]["fresh"] == []
+    assert len(found["start_times"]["restored"]) == 2
+    live, simulated = found["live"], found["simulated"]
+    assert live["starts"] == simulated["starts"] == live["counted"]["starts"] == 2
+    assert live["cold_starts"] == 3
     assert_alike(live, simulated)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldframe.benchmarks.traffic.played import HELD, Played
-from coldframe.benchmarks.traffic.simulate import Setup, Sharing, simulate
+from coldframe.benchmarks.traffic.simulate import Setup, Sharing, Takes, simulate
 from coldframe.benchmarks.traffic.stages import Draw, Line, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import DeviceError, RequestError
@@ -25,6 +25,14 @@ TIMES = Times(
     how="made up",
 )
 """A prompt of 100 tokens takes 1 s, and so do ten more tokens."""
+
+
+def shared(memory: int, warm: int, parked: int) -> Sharing:
+    """A device of which all models take as much."""
+    return Sharing(memory, [Takes(warm, parked)])
+
+
+MIXED = Sharing(12, [Takes(8, 6), Takes(4, 0, 3), Takes(3, 0, 3)], 4)
 
 
 def fixed(idle_s: float | None, park_s: float | None = 0.0) -> Callable[[], LivePolicy]:
@@ -136,11 +144,16 @@ def test_a_schedule_has_it_there_before_somebody_asks() -> None:
 
 
 class Scheduled(FixedKeepAlive):
-    """Has a schedule, and says what it is told of starts."""
+    """Has a schedule, and says what it is told of starts.
 
-    def __init__(self, *steps: tuple[float, Level]) -> None:
+    Args:
+        steps: Its steps.
+        scale_s: Within so long somebody asks with a half's chance, at any time.
+    """
+
+    def __init__(self, *steps: tuple[float, Level], scale_s: float | None = None) -> None:
         super().__init__(None, None)
-        self._steps = steps
+        self._steps, self._scale_s = steps, scale_s
         self.told: list[tuple[Level, float]] = []
 
     def idle(self, at_s: float) -> Schedule:
@@ -148,6 +161,11 @@ class Scheduled(FixedKeepAlive):
 
     def started(self, level: Level, seconds: float) -> None:
         self.told.append((level, pytest.approx(seconds)))
+
+    def chance(self, idle_s: float, within_s: float) -> float:
+        if self._scale_s is None:
+            return super().chance(idle_s, within_s)
+        return within_s / (within_s + self._scale_s)
 
 
 def each(*policies: LivePolicy) -> Callable[[], LivePolicy]:
@@ -163,7 +181,7 @@ def test_what_would_go_as_soon_as_it_is_there_is_not_begun() -> None:
 
 
 def test_who_is_parked_early_is_parked_for_as_long_as_was_said() -> None:
-    world = setup(fixed(20.0, 10.0), names=("a", "b"), sharing=Sharing(10, 8, 0))
+    world = setup(fixed(20.0, 10.0), names=("a", "b"), sharing=shared(10, 8, 0))
     played = simulate(at(0.0, 10.0), [0, 1], world, 60.0)
     # Nobody asks from 6 on; b has its room at 10.
     assert stays(played, "a") == [
@@ -177,7 +195,7 @@ def test_who_is_parked_early_is_parked_for_as_long_as_was_said() -> None:
 def test_who_is_to_be_warm_again_is_so_once_there_is_room() -> None:
     again = Scheduled((0.0, "warm"), (2.0, "parked"), (20.0, "warm"), (50.0, "zero"))
     policies = each(again, FixedKeepAlive(10.0, 0.0))
-    world = setup(policies, names=("a", "b"), sharing=Sharing(10, 8, 0))
+    world = setup(policies, names=("a", "b"), sharing=shared(10, 8, 0))
     played = simulate(at(0.0, 15.0), [0, 1], world, 40.0)
     # At 26, when it is to be there, b has the room, until it rests at 31 and has ended.
     assert stays(played, "a") == [
@@ -193,7 +211,7 @@ def test_who_comes_for_nobody_is_in_nobodys_way() -> None:
     again = Scheduled((0.0, "warm"), (2.0, "zero"), (20.0, "warm"), (50.0, "zero"))
     other = Scheduled((0.0, "warm"))
     policies = each(again, other)
-    world = setup(policies, names=("a", "b"), sharing=Sharing(10, 8, 6))
+    world = setup(policies, names=("a", "b"), sharing=shared(10, 8, 6))
     played = simulate(at(0.0, 27.0), [0, 1], world, 40.0)
     assert stays(played, "a")[3:] == [
         ("zero", 8.25, 26),
@@ -206,7 +224,7 @@ def test_who_comes_for_nobody_is_in_nobodys_way() -> None:
 
 
 def test_two_that_do_not_fit_together_take_turns() -> None:
-    world = setup(fixed(None), names=("a", "b"), sharing=Sharing(10, 8, 6))
+    world = setup(fixed(None), names=("a", "b"), sharing=shared(10, 8, 6))
     played = simulate(at(0.0, 10.0), [0, 1], world, 20.0)
     assert stays(played, "a") == [
         ("starting", 0, 5),
@@ -217,7 +235,7 @@ def test_two_that_do_not_fit_together_take_turns() -> None:
     assert stays(played, "b") == [("zero", 0, 10), ("starting", 10, 15.25), ("warm", 15.25, 20)]
     assert played.asked[1].ttft_s == pytest.approx(5.25)
     # One whose weights leave the device is parked for that, and soon back, if it may be parked.
-    leaves = replace(world, sharing=Sharing(10, 8, 0))
+    leaves = replace(world, sharing=shared(10, 8, 0))
     ended = simulate(at(0.0, 10.0), [0, 1], leaves, 20.0)
     assert [s.state for s in ended.states["a"]] == ["starting", "warm", "draining", "zero"]
     parks = replace(leaves, policy=fixed(None, None))
@@ -225,12 +243,12 @@ def test_two_that_do_not_fit_together_take_turns() -> None:
     assert [s.state for s in away.states["a"]] == ["starting", "warm", "parked", "warm"]
     assert away.asked[2].ttft_s == pytest.approx(1.5)
     with pytest.raises(DeviceError, match="does not fit"):
-        simulate(at(0.0), [0], replace(world, sharing=Sharing(7, 8, 6)))
+        simulate(at(0.0), [0], replace(world, sharing=shared(7, 8, 6)))
 
 
 def test_who_is_being_asked_stays_as_long_as_its_start_took() -> None:
     busy = [Arrival(0.0, 100, 1000), Arrival(6.0, 100, 11)]
-    world = setup(fixed(None), names=("a", "b"), sharing=Sharing(10, 8, 6))
+    world = setup(fixed(None), names=("a", "b"), sharing=shared(10, 8, 6))
     played = simulate(busy, [0, 1], world)
     # a is warm at 5, and asked until 105: it may be sent away at 10, and goes with its answer.
     found = {s.state: s for s in played.states["a"]}
@@ -247,6 +265,109 @@ def test_a_pool_has_as_many_parked_as_it_is_to() -> None:
     assert [s.state for s in played.states["c"]][-1] == "parked"
     ahead = simulate(at(50.0), [0], replace(world, pool=2, begin="first"), 60.0)
     assert [s.state for s in ahead.states["b"]] == ["zero", "starting", "parked"]
+
+
+# -- who may be held, where not all can be ---------------------------------------------------------
+
+
+def test_a_budget_ends_what_is_held_for_nobody() -> None:
+    played = simulate(at(0.0), [0], setup(fixed(None), budget=10.0), 60.0)
+    # Idle from 6 on, and held while there is a second left for it: an hour's budget fills it with
+    # 1 in 360 meanwhile.
+    states = played.states["a"]
+    assert [s.state for s in states] == ["starting", "warm", "draining", "zero"]
+    assert states[1].end_s == pytest.approx(6 + 9.0 / (1 - 10 / 3600), abs=0.3)
+    # Whoever asks again costs none of it, and then it is held for what is left: nearly nothing.
+    again = simulate(at(0.0, 30.0), [0, 0], setup(fixed(None), budget=10.0), 60.0)
+    assert again.cold_starts == 2
+    last = [stay for stay in again.states["a"] if stay.state == "warm"][-1]
+    assert last.end_s - last.start_s == pytest.approx(1.0, abs=0.6)  # its answer
+
+
+def test_of_two_that_are_held_the_one_asked_longer_ago_goes_first() -> None:
+    world = setup(fixed(None), names=("a", "b"), budget=20.0)
+    played = simulate(at(0.0, 6.0), [0, 1], world, 60.0)
+    warm = {name: [s for s in played.states[name] if s.state == "warm"] for name in "ab"}
+    assert {name: len(stays) for name, stays in warm.items()} == {"a": 1, "b": 1}
+    # a is idle from 6 on, b from 12 on; at 18 two seconds are left, which both need.
+    assert warm["a"][0].end_s == pytest.approx(12 + (20 - 6 - 2) / 2, abs=0.5)
+    assert warm["b"][0].end_s == pytest.approx(19.0, abs=0.6)
+
+
+def test_who_is_parked_costs_none_of_the_budget() -> None:
+    played = simulate(at(0.0), [0], setup(fixed(None, None), budget=10.0), 60.0)
+    assert [s.state for s in played.states["a"]] == ["starting", "warm", "parked"]
+
+
+def test_who_is_to_come_waits_for_one_that_is_worth_more() -> None:
+    """Until nobody has asked that one for so long that it is worth less, and goes for it."""
+
+    def policies() -> Callable[[], LivePolicy]:
+        rises = Scheduled((0.0, "zero"), (20.0, "warm"), (1000.0, "zero"), scale_s=60.0)
+        return each(rises, FixedKeepAlive())
+
+    world = setup(policies(), names=("a", "b"), sharing=shared(10, 8, 6))
+    played = simulate(at(0.0, 19.0), [0, 1], world, 600.0)
+    # a is to come at 26; b is idle from 25 on.
+    starts = [s.start_s for s in played.states["a"] if s.state == "starting"]
+    b = played.states["b"]
+    assert [s.state for s in b] == ["zero", "starting", "warm", "draining", "zero"]
+    assert b[2].end_s > 30.0
+    assert starts == [0.0, pytest.approx(b[3].end_s, abs=1.1)]
+    # Where there is room for both nobody waits.
+    wide = replace(world, policy=policies(), sharing=shared(16, 8, 6))
+    both = simulate(at(0.0, 19.0), [0, 1], wide, 600.0)
+    starts = [s.start_s for s in both.states["a"] if s.state == "starting"]
+    assert starts == [0.0, pytest.approx(26.0, abs=0.3)]
+    assert [s.state for s in both.states["b"]] == ["zero", "starting", "warm"]
+
+
+def test_a_start_for_nobody_ends_where_the_budget_does() -> None:
+    fresh = [4.0, 40.0]
+    seed = next(number for number in range(100) if drawn(fresh, number))
+    rises = Scheduled((0.0, "zero"), (20.0, "warm"), (1000.0, "zero"))
+    world = setup(each(rises), times=replace(TIMES, fresh=fresh), seed=seed)
+    # It is to be there 20 s after 6, and takes 40 s this time.
+    free = simulate(at(0.0), [0], world, 200.0)
+    states = ["starting", "warm", "draining", "zero", "starting"]
+    assert [s.state for s in free.states["a"]] == [*states, "warm"]
+    assert free.states["a"][4].end_s == pytest.approx(66.0, abs=0.1)
+    short = simulate(at(0.0), [0], replace(world, policy=each(rises), budget=20.0), 200.0)
+    assert [s.state for s in short.states["a"]] == [*states, "zero"]
+    assert short.states["a"][4].end_s == pytest.approx(26 + 19 + 0.25, abs=0.5)
+    # Somebody who asks meanwhile has it go on: now somebody waits for it.
+    asked = replace(world, policy=each(rises), budget=20.0)
+    late = simulate(at(0.0, 40.0), [0, 0], asked, 100.0)
+    assert [s.state for s in late.states["a"]][:6] == [*states, "warm"]
+    assert late.asked[1].met == "zero"
+
+
+def drawn(runs: list[float], seed: int) -> bool:
+    """Whether that seed has the runs drawn in their order."""
+    draw = Draw(runs, seed)
+    return [draw() for _ in runs] == runs
+
+
+def test_weights_that_are_parked_take_the_hosts_memory() -> None:
+    sharing = Sharing(10, [Takes(8, 0, 8)], 8)
+    world = setup(fixed(2.0, None), names=("a", "b"), sharing=sharing, budget=1000.0)
+    played = simulate(at(0.0, 20.0), [0, 1], world, 60.0)
+    # There is room for one: for that which somebody has asked more lately.
+    assert {name: played.states[name][-1].state for name in "ab"} == {"a": "zero", "b": "parked"}
+    wide = replace(world, sharing=Sharing(10, [Takes(8, 0, 8)], 16))
+    both = simulate(at(0.0, 20.0), [0, 1], wide, 60.0)
+    assert {name: both.states[name][-1].state for name in "ab"} == {"a": "parked", "b": "parked"}
+
+
+def test_models_of_several_sizes_have_the_room_that_they_need() -> None:
+    sharing = Sharing(12, [Takes(8, 0), Takes(4, 0), Takes(3, 0)])
+    world = setup(fixed(None), names=("a", "b", "c"), sharing=sharing)
+    played = simulate(at(0.0, 10.0, 20.0), [0, 1, 2], world, 40.0)
+    # a and b fit together; for c a has to go, which was asked longest ago.
+    last = {name: played.states[name][-1].state for name in "abc"}
+    assert last == {"a": "zero", "b": "warm", "c": "warm"}
+    with pytest.raises(DeviceError, match="does not fit"):
+        simulate(at(0.0), [0], replace(world, sharing=Sharing(7, [Takes(4, 0), Takes(8, 0)])))
 
 
 def test_runs_are_drawn_alike_often() -> None:
@@ -287,7 +408,10 @@ WORLDS = st.fixed_dictionaries(
         "begin": st.sampled_from(["zero", "first", "warm"]),
         "pool": st.sampled_from([0, 0, 1, 2]),
         "running": st.sampled_from([1, 2, 32]),
-        "sharing": st.sampled_from([None, Sharing(10, 8, 6), Sharing(17, 8, 6), Sharing(10, 8, 0)]),
+        "sharing": st.sampled_from(
+            [None, shared(10, 8, 6), shared(17, 8, 6), shared(10, 8, 0), MIXED]
+        ),
+        "budget": st.sampled_from([None, None, 2.0, 30.0]),
         "seed": st.integers(0, 3),
     }
 )

@@ -16,15 +16,22 @@ trap 'rm -rf "$work"' EXIT
 # apt's own user reads and writes here.
 chmod 755 "$work"
 
-mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -E '/debian/?$' | head -n 1)
-security=$(apt-get indextargets --format '$(REPO_URI)' 'Created-By: Packages' | grep -E '/debian-security/?$' | head -n 1)
-test -n "$mirror" || { echo "base.sh: apt knows no mirror of Debian's; run apt-get update" >&2; exit 1; }
+uri_of() { # NAME of an archive
+    apt-get indextargets --format "\$(REPO_URI)" "Created-By: Packages" | grep -E "/$1/?\$" | head -n 1
+}
+mirror=$(uri_of debian)
+if test -z "$mirror"; then
+    apt-get -qq update
+    mirror=$(uri_of debian)
+fi
+test -n "$mirror" || { echo "base.sh: apt knows no mirror of Debian's" >&2; exit 1; }
+security=$(uri_of debian-security)
 security=${security:-${mirror%/}-security}
 
 # How this machine reaches it: proxies, certificates, whatever is set.
 apt-config dump --no-empty --format '%f "%v";%n' Acquire | grep -v '^Acquire::\(Languages\|IndexTargets\|GzipIndexes\)' >"$work/acquire" || true
 
-packages="python3.11 python3.11-minimal python3.11-venv libpython3.11-stdlib libpython3.11-minimal"
+packages="python3.11 python3.11-minimal python3.11-venv libpython3.11-stdlib libpython3.11-minimal libmpdec3"
 mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/debs"
 for suite in bookworm bookworm-security; do
     case $suite in *-security) uri=$security ;; *) uri=$mirror ;; esac

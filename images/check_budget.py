@@ -21,7 +21,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from importlib.metadata import Distribution, distributions
-from importlib.util import cache_from_source
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +72,7 @@ def _part(found: Distribution, tag: str) -> Part:
 
 def _byte_code(path: Path, tag: str) -> Iterator[Path]:
     if path.suffix == ".py":
-        name = Path(cache_from_source(str(path))).name
-        stem = name.split(".")[0]
-        yield path.parent / "__pycache__" / f"{stem}.cpython-{tag}.pyc"
+        yield path.parent / "__pycache__" / f"{path.stem}.cpython-{tag}.pyc"
 
 
 def _needs(requirements: Sequence[str]) -> Iterator[str]:

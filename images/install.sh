@@ -35,6 +35,7 @@ if test -d "$site/botocore/data"; then
         esac
     done
 fi
+rm -rf "$layer/share"
 find "$layer" -type f \( -name '*.a' -o -name '*.pyi' \) -delete
 # Of programs only ours is ever called.
 test ! -d "$layer/bin" || find "$layer/bin" -type f ! -name coldframe -delete

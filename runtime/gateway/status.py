@@ -60,6 +60,7 @@ class Status:
         told = await model.ask("startup")
         document = self._document(model, told["timeline"], told.get("decode"))
         document["policy"], document["states"] = told.get("policy"), told.get("states")
+        document["no_clone"] = (told.get("snapshot") or {}).get("why")
         return JsonResponse(document)
 
     async def placement(self, _: Request) -> Response:

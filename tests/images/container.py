@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-import shutil
 import subprocess
 import tempfile
 import threading
@@ -86,7 +85,9 @@ class Container:
         self.process = process
         self.pid = pid
         self._base = base
-        self._network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
+        self._network: int | None = None
+        with suppress(FileNotFoundError):  # a command that has ended already
+            self._network = os.open(f"/proc/{pid}/ns/net", os.O_RDONLY | os.O_CLOEXEC)
 
     @property
     def log(self) -> str:
@@ -95,6 +96,7 @@ class Container:
 
     def inside(self, ask: Callable[[], Any]) -> Any:
         """Calls something in a thread that is in the container's network."""
+        assert self._network is not None, self.log
         found: list[Any] = []
 
         def work() -> None:
@@ -163,7 +165,8 @@ class Container:
         subprocess.run(words, capture_output=True, check=False, timeout=60)
         self.process.kill()
         self.process.wait(_END_S)
-        os.close(self._network)
+        if self._network is not None:
+            os.close(self._network)
 
 
 @contextmanager
@@ -176,7 +179,27 @@ def container(root: Path, config: Mapping[str, Any], platform: Platform) -> Iter
         platform: What it is granted.
     """
     # A socket's path is short, and pytest's own folders are not.
-    base = Path(tempfile.mkdtemp(prefix="cf-"))
+    with tempfile.TemporaryDirectory(prefix="cf-") as place, _copied(root, Path(place)) as own:
+        yield from _run(own, config, platform, Path(place))
+
+
+@contextmanager
+def _copied(root: Path, base: Path) -> Iterator[Path]:
+    """A root file system of its own, over the image's: places to mount something at are made in it."""
+    upper, work, merged = (base / name for name in ("upper", "work", "root"))
+    for folder in (upper, work, merged):
+        folder.mkdir()
+    layers = f"lowerdir={root},upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=True)
+    try:
+        yield merged
+    finally:
+        subprocess.run(["umount", "--lazy", merged], check=True)
+
+
+def _run(
+    root: Path, config: Mapping[str, Any], platform: Platform, base: Path
+) -> Iterator[Container]:
     name = base.name
     (base / "state").mkdir()
     (base / "bundle").mkdir()
@@ -200,7 +223,6 @@ def container(root: Path, config: Mapping[str, Any], platform: Platform) -> Iter
         else:
             process.kill()
             process.wait(_END_S)
-        shutil.rmtree(base, ignore_errors=True)
 
 
 def _crun(base: Path) -> list[str]:

@@ -74,5 +74,5 @@ ENV PATH=/opt/coldframe/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/s
 USER 65532:65532
 WORKDIR /
 EXPOSE 8000
-ENTRYPOINT ["/usr/bin/tini", "--", "/opt/coldframe/bin/coldframe"]
+ENTRYPOINT ["/usr/bin/tini", "-s", "--", "/opt/coldframe/bin/coldframe"]
 CMD ["serve"]

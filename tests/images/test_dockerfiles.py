@@ -15,7 +15,7 @@ from tests.images.building import IMAGES, REPOSITORY
 from tests.support import unavailable
 
 DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
-SERVING = [path for path in DOCKERFILES if path.name != "baked.Dockerfile"]
+SERVING = [IMAGES / f"{name}.Dockerfile" for name in ("cpu", "cuda", "vllm")]
 SCRIPTS = sorted(IMAGES.glob("*.sh"))
 
 

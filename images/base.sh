@@ -31,7 +31,7 @@ security=${security:-${mirror%/}-security}
 # How this machine reaches it: proxies, certificates, whatever is set.
 apt-config dump --no-empty --format '%f "%v";%n' Acquire | grep -v '^Acquire::\(Languages\|IndexTargets\|GzipIndexes\)' >"$work/acquire" || true
 
-packages="python3.11 python3.11-minimal python3.11-venv libpython3.11-stdlib libpython3.11-minimal libmpdec3"
+packages="python3.11 python3.11-minimal python3.11-venv libpython3.11-stdlib libpython3.11-minimal"
 mkdir -p "$work/lists/partial" "$work/cache/archives/partial" "$work/debs"
 for suite in bookworm bookworm-security; do
     case $suite in *-security) uri=$security ;; *) uri=$mirror ;; esac
@@ -45,6 +45,12 @@ apt update
 # shellcheck disable=SC2086 # several packages
 (cd "$work/debs" && apt download $packages)
 
+# ensurepip's package asks for a distutils that nothing here imports, so it is unpacked, not installed.
+export inside='
+    mkdir /tmp/unpacked && mv /tmp/debs/python3.11-venv_*.deb /tmp/unpacked/ &&
+    apt-get install -y -qq --no-install-recommends python3-pip-whl python3-setuptools-whl /tmp/debs/*.deb &&
+    dpkg-deb -x /tmp/unpacked/*.deb / && rm -rf /tmp/debs /tmp/unpacked'
+
 mmdebstrap --quiet --mode=root --variant=minbase --format=tar --keyring="$keyring" \
     --include=ca-certificates,netbase,tzdata \
     --aptopt="$work/acquire" \
@@ -52,7 +58,7 @@ mmdebstrap --quiet --mode=root --variant=minbase --format=tar --keyring="$keyrin
     --dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
     --dpkgopt='path-exclude=/usr/share/info/*' --dpkgopt='path-exclude=/usr/share/lintian/*' \
     --customize-hook="copy-in $work/debs /tmp" \
-    --customize-hook='chroot "$1" sh -c "apt-get install -y -qq --no-install-recommends /tmp/debs/*.deb && rm -rf /tmp/debs"' \
+    --customize-hook='chroot "$1" sh -c "$inside"' \
     trixie "$target" \
     "deb [signed-by=$keyring] $mirror trixie main" \
     "deb [signed-by=$keyring] $mirror trixie-updates main" \

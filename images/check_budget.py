@@ -145,7 +145,7 @@ def listed(file: Path) -> set[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prints what layers take; returns 1 where one takes more than it may, or has what it may not."""
+    """Prints what layers take; returns 1 where that is more, or something else, than it may be."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("image", help="which one, as in budget.toml")
     parser.add_argument("root", type=Path, nargs="?", help="its root file system")

@@ -1,4 +1,4 @@
-"""`coldframe bench image MODEL`: the files that a cold start opens, for whoever pulls images lazily.
+"""`coldframe bench image MODEL`: what a cold start opens of its image, for who pulls it lazily.
 
 Run it in the container whose image is meant, as root with CAP_SYS_ADMIN. `coldframe serve` is
 started twice. The first start says which files there are; they are dropped from the page cache, and
@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from coldframe.benchmarks.document import document
 from coldframe.benchmarks.harness import fingerprint

@@ -27,7 +27,10 @@ REPOSITORY = Path(__file__).parents[2]
 IMAGES = REPOSITORY / "images"
 CACHE = REPOSITORY / "build" / "images"
 TOOLS = ("buildah", "crun", "mmdebstrap")
-_IN_IMAGE = ("loader", "snapshot", "runtime", "benchmarks")
+_INPUTS = (
+    *(f"images/{name}" for name in ("cpu.Dockerfile", "install.sh", "torch.txt", "wheels.txt")),
+    *("pyproject.toml", "README.md", "LICENSE", "loader", "snapshot", "runtime", "benchmarks"),
+)
 _BUILD_S = 1500
 _LEFT_OUT = ("__pycache__", "k8s")
 
@@ -113,9 +116,8 @@ class Builder:
     def cpu(self) -> str:
         """The image of cpu.Dockerfile; made where its inputs have changed."""
         base = self.base()
-        inputs = [IMAGES, *(REPOSITORY / name for name in _IN_IMAGE)]
-        files = [REPOSITORY / name for name in ("pyproject.toml", "README.md", "constraints.txt")]
-        image = f"localhost/coldframe:cpu-{digest(*inputs, *files)}-{base[-16:]}"
+        inputs = digest(*(REPOSITORY / name for name in _INPUTS))
+        image = f"localhost/coldframe:cpu-{inputs}-{base[-16:]}"
         if not self.has(image):
             config, folders = pip_settings()
             pip = self._cache / "pip.conf"
@@ -162,7 +164,7 @@ class Builder:
 
 
 def pip_settings() -> tuple[str, list[str]]:
-    """This machine's pip, for a build: one file with all its settings, and the folders they name."""
+    """This machine's pip, for a build: its settings as one file, and the folders they name."""
     words = [sys.executable, "-m", "pip", "config", "list"]
     said = subprocess.run(words, capture_output=True, text=True, check=True).stdout
     settings: dict[str, str] = {}
@@ -204,5 +206,3 @@ def requirements_unmet(site: Path) -> set[str]:
             if there is None or not requirement.specifier.contains(there.version, prereleases=True):
                 missing.add(f"{name} wants {requirement}")
     return missing
-
-

@@ -27,19 +27,24 @@ __all__ = ["FOR_CRIU", "Container", "Platform", "container"]
 
 _NEW_NETWORK = 0x40000000
 _END_S = 60.0
-_DEFAULT = """CHOWN DAC_OVERRIDE FOWNER FSETID KILL MKNOD NET_BIND_SERVICE SETFCAP SETGID SETPCAP
-SETUID SYS_CHROOT AUDIT_WRITE""".split()
-FOR_CRIU = tuple(
-    f"CAP_{name}"
-    for name in (*_DEFAULT, "SYS_ADMIN", "SYS_PTRACE", "NET_ADMIN", "SYS_TIME", "CHECKPOINT_RESTORE")
+_DEFAULT = (
+    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "SETFCAP"),
+    *("SETGID", "SETPCAP", "SETUID", "SYS_CHROOT", "AUDIT_WRITE"),
 )
+_MORE = ("SYS_ADMIN", "SYS_PTRACE", "NET_ADMIN", "SYS_TIME", "CHECKPOINT_RESTORE")
+FOR_CRIU = tuple(f"CAP_{name}" for name in (*_DEFAULT, *_MORE))
 """What root has in a container by default, and what docs/snapshots.md asks for besides."""
 _OWN_NAMESPACES = 0x7E020000  # of clone(2): mounts, cgroups, hostname, IPC, users, PIDs, network
-_REFUSED = """mount umount2 pivot_root unshare setns ptrace bpf keyctl perf_event_open userfaultfd
-fanotify_init move_mount open_tree fsopen fsmount process_vm_readv kcmp""".split()
-_MASKED = """/proc/acpi /proc/kcore /proc/keys /proc/latency_stats /proc/timer_list
-/proc/sched_debug /proc/scsi /sys/firmware""".split()
-_READ_ONLY = "/proc/bus /proc/fs /proc/irq /proc/sys /proc/sysrq-trigger".split()
+_REFUSED = [
+    *("mount", "umount2", "move_mount", "open_tree", "fsopen", "fsmount", "pivot_root"),
+    *("unshare", "setns", "ptrace", "process_vm_readv", "kcmp"),
+    *("bpf", "keyctl", "perf_event_open", "userfaultfd", "fanotify_init"),
+]
+_MASKED = [
+    *("/proc/acpi", "/proc/kcore", "/proc/keys", "/proc/latency_stats", "/proc/timer_list"),
+    *("/proc/sched_debug", "/proc/scsi", "/sys/firmware"),
+]
+_READ_ONLY = ["/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +190,7 @@ def container(root: Path, config: Mapping[str, Any], platform: Platform) -> Iter
 
 @contextmanager
 def _copied(root: Path, base: Path) -> Iterator[Path]:
-    """A root file system of its own, over the image's: places to mount something at are made in it."""
+    """A root file system of its own over the image's: mount points are made in it."""
     upper, work, merged = (base / name for name in ("upper", "work", "root"))
     for folder in (upper, work, merged):
         folder.mkdir()
@@ -239,9 +244,7 @@ def _started(process: subprocess.Popen[bytes], base: Path) -> int:
     raise AssertionError("crun does not start the container")
 
 
-def _spec(
-    root: Path, config: Mapping[str, Any], platform: Platform, name: str
-) -> dict[str, Any]:
+def _spec(root: Path, config: Mapping[str, Any], platform: Platform, name: str) -> dict[str, Any]:
     """The container as crun is told of it: config.json of the OCI runtime's specification."""
     entrypoint, command = config["Entrypoint"], config.get("Cmd") or []
     user = platform.user
@@ -260,13 +263,15 @@ def _spec(
             "args": [*entrypoint, *(command if platform.args is None else platform.args)],
             "env": [f"{key}={value}" for key, value in {**own, **platform.env}.items()],
             "cwd": config.get("WorkingDir") or "/",
-            "capabilities": {
-                kind: capabilities for kind in ("bounding", "effective", "permitted")
-            },
+            "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "noNewPrivileges": not capabilities,
             "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1 << 16, "hard": 1 << 20}],
         },
-        "mounts": [*_SYSTEM_MOUNTS, *_bound(platform.mounts, "ro"), *_bound(platform.writable, "rw")],
+        "mounts": [
+            *_SYSTEM_MOUNTS,
+            *_bound(platform.mounts, "ro"),
+            *_bound(platform.writable, "rw"),
+        ],
         "linux": {
             "namespaces": [
                 {"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")
@@ -312,7 +317,9 @@ def _filter() -> dict[str, Any]:
     """All is allowed but what Docker's own profile refuses those without CAP_SYS_ADMIN."""
     return {
         "defaultAction": "SCMP_ACT_ALLOW",
-        "architectures": ["SCMP_ARCH_X86_64" if os.uname().machine == "x86_64" else "SCMP_ARCH_AARCH64"],
+        "architectures": [
+            "SCMP_ARCH_X86_64" if os.uname().machine == "x86_64" else "SCMP_ARCH_AARCH64"
+        ],
         "syscalls": [
             {"names": _REFUSED, "action": "SCMP_ACT_ERRNO", "errnoRet": 1},
             # Its flags lie in memory, where a filter cannot look; so libc takes clone.
@@ -323,7 +330,12 @@ def _filter() -> dict[str, Any]:
                     "action": "SCMP_ACT_ERRNO",
                     "errnoRet": 1,
                     "args": [
-                        {"index": 0, "value": 1 << bit, "valueTwo": 1 << bit, "op": "SCMP_CMP_MASKED_EQ"}
+                        {
+                            "index": 0,
+                            "value": 1 << bit,
+                            "valueTwo": 1 << bit,
+                            "op": "SCMP_CMP_MASKED_EQ",
+                        }
                     ],
                 }
                 for bit in range(32)

@@ -138,9 +138,7 @@ def expected(model: Path) -> str:
 
 
 @pytest.mark.parametrize("name", PLATFORMS)
-def test_it_keeps_a_platforms_contract(
-    image: Image, model: Path, expected: str, name: str
-) -> None:
+def test_it_keeps_a_platforms_contract(image: Image, model: Path, expected: str, name: str) -> None:
     contract = PLATFORMS[name]
     # So slow that the first probes meet a replica that loads.
     platform = without_rights(contract, model, env={"COLDFRAME_THROTTLE": "500KB/s"})
@@ -289,7 +287,9 @@ def test_who_dies_is_replaced_and_nobody_stays_a_zombie(
 
         def answers() -> bool:
             with suppress(httpx.TransportError):
-                return _text(container.post(contract.port, "/v1/completions", ASK).json()) == expected
+                return (
+                    _text(container.post(contract.port, "/v1/completions", ASK).json()) == expected
+                )
             return False
 
         eventually(answers, seconds=60)
@@ -324,7 +324,7 @@ def baked(
     mounted: Callable[[str], Image],
     model: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Image]:
+) -> Image:
     """The image with a snapshot in it, made in a container of that very image."""
     store = tmp_path_factory.mktemp("store")
     platform = Platform(
@@ -339,7 +339,7 @@ def baked(
         assert container.end(240) == 0, container.log
     assert any(store.iterdir())
     name = "localhost/coldframe:cpu-baked"
-    yield mounted(builder.baked(image.name, store, name))
+    return mounted(builder.baked(image.name, store, name))
 
 
 @contextmanager
@@ -350,9 +350,7 @@ def served(image: Image, model: Path, **rights: Any) -> Iterator[Container]:
         yield container
 
 
-def test_clones_of_a_snapshot_in_the_image_answer(
-    baked: Image, model: Path, expected: str
-) -> None:
+def test_clones_of_a_snapshot_in_the_image_answer(baked: Image, model: Path, expected: str) -> None:
     rights = {"user": (0, 0), "capabilities": FOR_CRIU, "confined": False}
     with served(baked, model, env={"COLDFRAME_SNAPSHOT": "require"}, **rights) as container:
         answer = container.post(8000, "/v1/completions", ASK)

@@ -91,6 +91,10 @@ def test_what_nothing_reads_is_not_there(image: Image) -> None:
 def test_criu_is_the_distributions(image: Image) -> None:
     assert any((image.root / place / "criu").exists() for place in ("usr/sbin", "usr/bin"))
     status = (image.root / "var/lib/dpkg/status").read_text()
-    found = re.search(r"^Package: criu\nStatus: install ok installed$.*?^Version: (\d+)\.(\d+)", status, re.M | re.S)
+    found = re.search(
+        r"^Package: criu\nStatus: install ok installed$.*?^Version: (\d+)\.(\d+)",
+        status,
+        re.M | re.S,
+    )
     assert found is not None
     assert (int(found[1]), int(found[2])) >= (4, 1)

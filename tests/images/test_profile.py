@@ -33,5 +33,9 @@ def test_a_start_is_profiled_in_the_container(image: Image, model: Path, tmp_pat
     assert not any(path.startswith(("/models", "/tmp", "/out")) for path in paths)
     # Byte code is there, so that no source is opened.
     assert not [path for path in paths if path.endswith(".py")]
-    whole = sum(file.stat().st_size for file in image.root.rglob("*") if file.is_file() and not file.is_symlink())
+    whole = sum(
+        file.stat().st_size
+        for file in image.root.rglob("*")
+        if file.is_file() and not file.is_symlink()
+    )
     assert found["total"]["bytes"] < whole

@@ -265,7 +265,6 @@ def _spec(root: Path, config: Mapping[str, Any], platform: Platform, name: str) 
             "cwd": config.get("WorkingDir") or "/",
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), capabilities),
             "noNewPrivileges": not capabilities,
-            "rlimits": [{"type": "RLIMIT_NOFILE", "soft": 1 << 16, "hard": 1 << 20}],
         },
         "mounts": [
             *_SYSTEM_MOUNTS,

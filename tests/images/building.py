@@ -26,7 +26,7 @@ from tests.support import unavailable
 REPOSITORY = Path(__file__).parents[2]
 IMAGES = REPOSITORY / "images"
 CACHE = REPOSITORY / "build" / "images"
-TOOLS = ("buildah", "crun", "mmdebstrap")
+TOOLS = ("buildah", "runc", "mmdebstrap")
 _INPUTS = (
     *(f"images/{name}" for name in ("cpu.Dockerfile", "install.sh", "torch.txt", "wheels.txt")),
     *("pyproject.toml", "README.md", "LICENSE", "loader", "snapshot", "runtime", "benchmarks"),

@@ -1,4 +1,4 @@
-"""A root file system run by crun as a platform runs a container: its limits, rights and signals.
+"""A root file system run by runc as a platform runs a container: its limits, rights and signals.
 
 The container has a network of its own with nothing but a loopback in it; who asks it something does
 so from a thread that has entered that network.
@@ -80,8 +80,8 @@ class Container:
 
     Args:
         name: Of it and its cgroup.
-        process: crun, which ends as it does.
-        base: Its bundle, its log and crun's state.
+        process: runc, which ends as it does.
+        base: Its bundle, its log and runc's state.
         pid: Its first process, as this machine numbers it.
     """
 
@@ -139,7 +139,7 @@ class Container:
 
     def signal(self, name: str) -> None:
         """Sends its first process a signal, as platforms do."""
-        self.crun("kill", self.name, name)
+        self.runc("kill", self.name, name)
 
     def end(self, limit: float = _END_S) -> int:
         """Its exit status, once it has ended.
@@ -151,22 +151,22 @@ class Container:
 
     def pids(self) -> list[int]:
         """All of its processes, as this machine numbers them."""
-        return [int(word) for word in json.loads(self.crun("ps", "--format=json", self.name))]
+        return [int(word) for word in json.loads(self.runc("ps", "--format", "json", self.name))]
 
     def status(self, pid: int) -> dict[str, str]:
         """What /proc has of one of its processes."""
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
-    def crun(self, *arguments: str) -> str:
-        words = [*_crun(self._base), *arguments]
+    def runc(self, *arguments: str) -> str:
+        words = [*_runc(self._base), *arguments]
         done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=60)
         assert done.returncode == 0, f"{' '.join(words)}: {done.stderr}"
         return done.stdout
 
     def close(self) -> None:
         """Ends it at once, where it runs, with all that it has started."""
-        words = [*_crun(self._base), "delete", "--force", self.name]
+        words = [*_runc(self._base), "delete", "--force", self.name]
         subprocess.run(words, capture_output=True, check=False, timeout=60)
         self.process.kill()
         self.process.wait(_END_S)
@@ -212,7 +212,7 @@ def _run(
     words = ["run", "--bundle", str(base / "bundle"), "--pid-file", str(base / "pid"), name]
     with (base / "log").open("wb") as log:
         process = subprocess.Popen(
-            [*_crun(base), *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            [*_runc(base), *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log
         )
     running = None
     try:
@@ -230,8 +230,8 @@ def _run(
             process.wait(_END_S)
 
 
-def _crun(base: Path) -> list[str]:
-    return ["crun", "--root", str(base / "state"), "--cgroup-manager=cgroupfs"]
+def _runc(base: Path) -> list[str]:
+    return ["runc", "--root", str(base / "state")]
 
 
 def _started(process: subprocess.Popen[bytes], base: Path) -> int:
@@ -241,11 +241,11 @@ def _started(process: subprocess.Popen[bytes], base: Path) -> int:
             return int((base / "pid").read_text())
         assert process.poll() is None, (base / "log").read_text(errors="replace")
         time.sleep(0.005)
-    raise AssertionError("crun does not start the container")
+    raise AssertionError("runc does not start the container")
 
 
 def _spec(root: Path, config: Mapping[str, Any], platform: Platform, name: str) -> dict[str, Any]:
-    """The container as crun is told of it: config.json of the OCI runtime's specification."""
+    """The container as runc is told of it: config.json of the OCI runtime's specification."""
     entrypoint, command = config["Entrypoint"], config.get("Cmd") or []
     user = platform.user
     if user is None:

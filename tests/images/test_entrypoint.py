@@ -19,13 +19,12 @@ from openai import OpenAI
 from tests.images.building import Builder
 from tests.images.conftest import Image
 from tests.images.container import FOR_CRIU, Container, Platform
-from tests.runtime.helpers import prompt_of
-from tests.runtime.serving import greedy
+from tests.runtime.serving import greedy, ids_of
 from tests.runtime.snapshots import eventually
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
-PROMPT = [5, *prompt_of(23)]
+PROMPT = "Once upon a time a replica slept"
 COUNT = 6
 ASK: dict[str, Any] = {"prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
 LIMIT = 3 << 30
@@ -108,7 +107,7 @@ PLATFORMS = {
         "/alive",
         "/answer",
         lambda fields: {"instances": [fields]},
-        lambda answer: _text(answer["predictions"][0]),
+        lambda answer: str(answer["predictions"][0]),
         30,
     ),
 }
@@ -131,7 +130,7 @@ def startup(container: Container, port: int) -> Any:
 
 @pytest.fixture(scope="module")
 def expected(model: Path) -> str:
-    return greedy(model, tuple(PROMPT), COUNT)
+    return greedy(model, ids_of(model, PROMPT), COUNT)
 
 
 # -- contracts ------------------------------------------------------------------------------------

@@ -194,12 +194,28 @@ def _copied(root: Path, base: Path) -> Iterator[Path]:
     upper, work, merged = (base / name for name in ("upper", "work", "root"))
     for folder in (upper, work, merged):
         folder.mkdir()
-    layers = f"lowerdir={root},upperdir={upper},workdir={work}"
+    layers = f"lowerdir={_layers(root)},upperdir={upper},workdir={work}"
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=True)
     try:
         yield merged
     finally:
         subprocess.run(["umount", "--lazy", merged], check=True)
+
+
+def _layers(root: Path) -> str:
+    """The folders that an image's root file system lies over, the uppermost first.
+
+    One overlay over another is what no container has; there a mapped file has a mount that its
+    process does not know, and CRIU cannot tell where it is.
+    """
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        mount, _, rest = line.partition(" - ")
+        if mount.split()[4] == str(root):
+            options = dict(part.partition("=")[::2] for part in rest.split()[2].split(","))
+            # Where they are many, buildah names them from its own folder on.
+            layers = [options["upperdir"], *options["lowerdir"].split(":")]
+            return ":".join(str(root.parents[1] / layer) for layer in layers)
+    raise AssertionError(f"{root} is no mount")
 
 
 def _run(

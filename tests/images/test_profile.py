@@ -31,8 +31,12 @@ def test_a_start_is_profiled_in_the_container(image: Image, model: Path, tmp_pat
     assert any(path.endswith("/torch/lib/libtorch_cpu.so") for path in paths)
     assert any("coldframe/runtime/gateway" in path for path in paths)
     assert not any(path.startswith(("/models", "/tmp", "/out")) for path in paths)
-    # Byte code is there, so that no source is opened.
-    assert not [path for path in paths if path.endswith(".py")]
+    # Byte code is there: the few sources that are opened torch and others read as text.
+    sources, compiled = (
+        [path for path in paths if path.endswith(suffix)] for suffix in (".py", ".pyc")
+    )
+    assert len(sources) < len(compiled) / 20
+    assert 0 < found["total"]["read_bytes"] <= found["total"]["measured_bytes"]
     whole = sum(
         file.stat().st_size
         for file in image.root.rglob("*")

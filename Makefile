@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy test-vllm lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system images-system criu demo test test-heavy test-vllm test-images lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -49,6 +49,17 @@ test: setup
 # What takes long: everything that can go wrong with a snapshot, and the benchmarks' own tests.
 test-heavy: setup
 	$(BIN)/python -m pytest -m heavy $(SEVERAL)
+
+# The image for a CPU, built from its Dockerfile without an engine and run as platforms run it: as root. What was
+# built is kept in build/images.
+test-images: setup images-system
+	$(BIN)/python -m pytest -m images tests/images tests/benchmarks/test_image_bench.py
+
+# buildah carries Dockerfiles out, mmdebstrap makes what they begin with, runc runs what comes of it.
+images-system:
+	@missing=""; \
+	for program in buildah runc mmdebstrap; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
 # With the real vLLM, in its environment: what it says on the way is not ours to mend.
 test-vllm: setup build/vllm/.tests

@@ -20,6 +20,10 @@ BENCHMARKS = {
         "from the exec to the first token, by tier, page cache, source and engine",
     ),
     "gpu": ("coldframe.benchmarks.gpu.command", "all that a machine with a GPU can tell"),
+    "image": (
+        "coldframe.benchmarks.image.command",
+        "the files that a cold start opens, for images that are pulled lazily",
+    ),
     "graphs": ("coldframe.benchmarks.graph_archive", "captured steps saved and rebuilt, no GPU"),
     "interference": (
         "coldframe.benchmarks.interference",

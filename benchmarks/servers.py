@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,7 @@ def coldframe_server(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     name: str | None = "m",
+    under: Sequence[str] = (),
 ) -> Iterator[Server]:
     """`coldframe serve` while the context lasts.
 
@@ -119,12 +120,14 @@ def coldframe_server(
         arguments: More flags.
         name: What the model is called; None where `arguments` say that.
         environment: What to change in this process's; workers start fresh where it says nothing.
+        under: A command that runs it.
 
     Raises:
         PlatformError: It did not end in good order.
     """
     port = _free_port()
     command = [
+        *under,
         *(str(Path(sys.executable).parent / "coldframe"), "serve", str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *(() if name is None else ("--model-name", name)),

@@ -43,7 +43,9 @@ def cached_bytes(fd: int, offset: int, length: int) -> int:
     first = offset - offset % mmap.PAGESIZE
     span = offset + length - first
     pages = _by_cachestat(fd, first, span)
-    if pages is None:
+    if not pages:
+        # None is also said of an overlay's files, as a container's image has them: their pages are
+        # another file's, which a mapping leads to.
         pages = _by_mincore(fd, first, span)
     missing = -(-span // mmap.PAGESIZE) - pages
     return max(0, length - missing * mmap.PAGESIZE)

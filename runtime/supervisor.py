@@ -483,7 +483,13 @@ class Supervisor(Candidate):
             self.unasked.policy.started("zero", time.monotonic() - self._started_at)
             self._become_warm()
             self._image.started(replica)
-            self._log.info("ready", first_token_s=first_s, tier=tier, load_s=replica.load_s)
+            self._log.info(
+                "ready",
+                first_token_s=first_s,
+                tier=tier,
+                no_clone=replica.facts.get("snapshot", {}).get("why"),
+                load_s=replica.load_s,
+            )
             return
         if self._first.why is not None:
             self._log.warning("no first token", why=str(self._first.why))

@@ -6,12 +6,14 @@ them. It is a program, called as one; what it must be told for our worker is her
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
 from dataclasses import dataclass
 
-from coldframe.loader.errors import SnapshotError
+from coldframe.loader.errors import PlatformError, SnapshotError
+from coldframe.snapshot.linux import NEW_MOUNTS, make_mounts_private, mount_proc, unshare
 
 __all__ = ["OLDEST", "Criu", "last_error"]
 
@@ -64,6 +66,9 @@ class Criu:
     def check(self, *, user: bool = False) -> None:
         """Asks it whether this kernel has what it needs, and this process what it takes.
 
+        Where this is root it is asked as it will be called: with a /proc of its own. That of a
+        container is read-only where CRIU says which number the next process gets.
+
         In a user namespace it says no for want of things that no worker has, such as open TCP
         connections, so there it is not asked: what it cannot do, it says when it comes to that.
 
@@ -84,6 +89,7 @@ class Criu:
                 env=_ENVIRONMENT,
                 timeout=_CHECK_S,
                 check=False,
+                preexec_fn=_with_own_proc if os.geteuid() == 0 else None,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
             raise SnapshotError("CRIU cannot be asked", where=self.path, got=str(error)) from error
@@ -133,6 +139,14 @@ class Criu:
             *_no_plugins(work),
             *(["--unprivileged"] if user else []),
         ]
+
+
+def _with_own_proc() -> None:
+    """Between fork and exec: where it may not be, the program says itself what is missing."""
+    with contextlib.suppress(PlatformError):
+        unshare(NEW_MOUNTS)
+        make_mounts_private()
+        mount_proc()
 
 
 def _no_plugins(folder: str) -> list[str]:

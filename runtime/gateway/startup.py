@@ -8,6 +8,7 @@
       "rate": bytes a second, or null,
       "eta_s": seconds until the weights are in, or null,
       "tier": "image" | "template" | "fresh" | null,
+      "no_clone": why workers are none of a better tier, or null,
       "device": "cpu" | "cuda:N" | "cuda:N, cuda:M", where it computes, or null at zero,
       "device_why": why there, where nobody has named it, or null,
       "contexts": of the workers, while parked on a GPU: {"away": 2, "of": 2, "bytes" they took,
@@ -80,6 +81,7 @@ class Startup(TypedDict):
     queue: Queue
     timeline: Mapping[str, Any] | None
     latest: NotRequired[Mapping[str, Any] | None]
+    no_clone: NotRequired[str | None]
     policy: NotRequired[Mapping[str, Any] | None]
     states: NotRequired[Mapping[str, Any] | None]
     models: NotRequired[Mapping[str, InShort]]

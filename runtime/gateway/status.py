@@ -61,6 +61,7 @@ class Status:
         document = self._document(model, told["timeline"], told.get("decode"))
         document["policy"], document["states"] = told.get("policy"), told.get("states")
         document["latest"] = told.get("latest")
+        document["no_clone"] = (told.get("snapshot") or {}).get("why")
         return JsonResponse(document)
 
     async def placement(self, _: Request) -> Response:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 from coldframe.loader.residency import _by_cachestat, _by_mincore, cached_bytes
 from tests.loader.weights import evict
+from tests.support import unavailable
 
 PAGES = 100
 
@@ -104,3 +106,23 @@ def test_a_file_larger_than_the_memory_can_be_asked_about(tmp_path: Path) -> Non
     assert whole(fd) == 0
     assert _by_mincore(fd, 0, 1 << 36) == 0
     os.close(fd)
+
+
+def test_files_of_a_container_are_looked_at_through_its_overlay(tmp_path: Path) -> None:
+    image, upper, work, root = (tmp_path / name for name in ("image", "upper", "work", "root"))
+    for folder in (image, upper, work, root):
+        folder.mkdir()
+    (image / "weights").write_bytes(os.urandom(PAGES * mmap.PAGESIZE))
+    layers = f"lowerdir={image},upperdir={upper},workdir={work}"
+    mount = ["mount", "-t", "overlay", "overlay", "-o", layers, str(root)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode != 0:
+        unavailable("an overlay cannot be mounted here")
+    try:
+        evict(image / "weights")
+        fd = os.open(root / "weights", os.O_RDONLY)
+        assert whole(fd) == 0
+        assert os.pread(fd, PAGES * mmap.PAGESIZE, 0)
+        assert whole(fd) == PAGES * mmap.PAGESIZE
+        os.close(fd)
+    finally:
+        subprocess.run(["umount", root], check=True)

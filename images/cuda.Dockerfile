@@ -1,0 +1,66 @@
+# coldframe on NVIDIA GPUs. Built from the repository's root: images/build.sh cuda, docs/images.md.
+#
+# No image of CUDA's is below it, neither runtime nor devel: torch's packages bring the libraries that
+# it runs with, in the versions that it was made for, and the driver's come from the host. What they
+# would bring besides is a second copy, or a compiler. Layers as in cpu.Dockerfile; those of the
+# libraries, which change with torch's CUDA alone, are apart.
+ARG PYTHON=3.11
+ARG BASE=python:3.11-slim-trixie@sha256:9534e5a8e315485d4061ed659af0fd78a284c015f9b73661b41d6bab25604534
+
+FROM ${BASE} AS tools
+ARG PYTHON
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+RUN "python${PYTHON}" -m venv /opt/coldframe
+COPY images/install.sh images/split-nvidia.sh /build/
+
+# PyPI's build, with what it asks for: which libraries those are is torch's to say.
+FROM tools AS torch
+ARG TORCH=2.13.0
+COPY images/torch.txt /build/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /build/install.sh torch -c /build/torch.txt "torch==${TORCH}" \
+    && /build/split-nvidia.sh
+
+FROM tools AS wheels
+COPY images/wheels.txt images/wheels-cuda.txt /build/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /build/install.sh wheels --no-deps -r /build/wheels.txt -r /build/wheels-cuda.txt
+
+FROM tools AS code
+COPY pyproject.toml README.md LICENSE /src/
+COPY loader /src/loader
+COPY snapshot /src/snapshot
+COPY runtime /src/runtime
+COPY benchmarks /src/benchmarks
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /build/install.sh code --no-deps /src
+
+FROM ${BASE} AS runtime
+ARG PYTHON
+# As in cpu.Dockerfile.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends criu tini \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
+    && "python${PYTHON}" -m venv --without-pip /opt/coldframe \
+    && groupadd --gid 65532 coldframe \
+    && useradd --uid 65532 --gid 65532 --no-log-init --no-create-home --home-dir /tmp \
+        --shell /usr/sbin/nologin coldframe \
+    && install -d /var/lib/coldframe/snapshots
+COPY --from=torch /layers/cudnn/ /opt/coldframe/
+COPY --from=torch /layers/nvidia/ /opt/coldframe/
+COPY --from=torch /layers/triton/ /opt/coldframe/
+COPY --from=torch /layers/torch/ /opt/coldframe/
+COPY --from=wheels /layers/wheels/ /opt/coldframe/
+COPY --from=code /layers/code/ /opt/coldframe/
+# The variables have NVIDIA's container toolkit bring the driver's libraries; `utility` is nvidia-smi.
+ENV PATH=/opt/coldframe/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
+    PYTHONDONTWRITEBYTECODE=1 \
+    COLDFRAME_SNAPSHOT_STORE=/var/lib/coldframe/snapshots \
+    NVIDIA_VISIBLE_DEVICES=all \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER 65532:65532
+WORKDIR /
+EXPOSE 8000
+ENTRYPOINT ["/usr/bin/tini", "-s", "--", "/opt/coldframe/bin/coldframe"]
+CMD ["serve"]

@@ -1,0 +1,93 @@
+"""What can be said of the Dockerfiles without building them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from tests.images.building import IMAGES, REPOSITORY
+from tests.support import unavailable
+
+DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
+SERVING = [IMAGES / f"{name}.Dockerfile" for name in ("cpu", "cuda", "vllm")]
+SCRIPTS = sorted(IMAGES.glob("*.sh"))
+
+
+def pinned(file: str) -> dict[str, str]:
+    found = re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", (IMAGES / file).read_text(), re.M)
+    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in found}
+
+
+def name_of(path: Path) -> str:
+    return path.name
+
+
+def test_hadolint_finds_nothing() -> None:
+    beside = Path(sys.executable).parent / "hadolint"
+    hadolint = str(beside) if beside.exists() else shutil.which("hadolint")
+    if hadolint is None:
+        unavailable("hadolint is not installed")
+    words = [hadolint, "--failure-threshold", "style", *DOCKERFILES]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=name_of)
+def test_scripts_are_of_the_plain_shell(path: Path) -> None:
+    subprocess.run(["sh", "-n", path], check=True)
+    assert path.stat().st_mode & 0o111 == 0o111
+
+
+@pytest.mark.parametrize("path", SERVING, ids=name_of)
+def test_bases_are_pinned_and_entrypoints_in_exec_form(path: Path) -> None:
+    text = path.read_text()
+    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.M)
+    images = re.findall(r"^FROM (\S+) AS \w+$", text, re.M)
+    stages = set(re.findall(r"^FROM \S+ AS (\w+)$", text, re.M))
+    assert images, text
+    assert set(images) <= {"${BASE}", *stages}
+    # The last stage: nobody's but a number's, and what it runs needs no shell.
+    last = text.rpartition("\nFROM ")[2]
+    assert re.search(r"^USER \d+:\d+$", last, re.M)
+    assert re.search(r'^ENTRYPOINT \[.*"/opt/coldframe/bin/coldframe"\]$', last, re.M)
+    assert re.search(r'^CMD \["serve"\]$', last, re.M)
+    assert "VOLUME" not in last
+    # This project changes most often, so its layer is the last one.
+    assert re.findall(r"^COPY .*$", last, re.M)[-1].startswith("COPY --from=code ")
+
+
+def test_one_base_below_all() -> None:
+    bases = {re.search(r"^ARG BASE=(\S+)$", path.read_text(), re.M) for path in SERVING}
+    assert len({base[1] for base in bases if base is not None}) == 1
+
+
+def test_versions_are_those_that_the_tests_run_with() -> None:
+    lines = (REPOSITORY / "constraints.txt").read_text()
+    tested = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lines, re.M))
+    tested = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in tested.items()}
+    for file in ("torch.txt", "wheels.txt", "wheels-cuda.txt"):
+        for name, version in pinned(file).items():
+            assert version == tested.get(name, version), f"{file}: {name}"
+    for path in SERVING:
+        asked = re.search(r"^ARG TORCH=([0-9.]+)(?:\+cpu)?$", path.read_text(), re.M)
+        assert asked is not None
+        assert asked[1] == tested["torch"]
+
+
+def test_all_that_the_project_needs_is_in_the_image() -> None:
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["s3"]]
+    names = {re.split(r"[\[><=!~ ]", text)[0].replace("_", "-").lower() for text in wanted}
+    assert names - {"torch"} <= {*pinned("wheels.txt"), *pinned("torch.txt")}
+    assert pinned("wheels-cuda.txt").keys() >= {"cuda-bindings"}
+
+
+def test_nothing_names_a_registry() -> None:
+    for path in [*DOCKERFILES, *SCRIPTS, *IMAGES.glob("*.txt")]:
+        assert not re.search(r"https?://", path.read_text()), path

@@ -22,8 +22,8 @@ from coldframe.loader.sources.base import SEALED, Origin, Source
 
 __all__ = ["ChainSource", "Opened", "Places", "first_that_opens"]
 
-Places = Iterator[Callable[[], Origin]]
-"""What makes each of several places, in the order in which they are tried."""
+Places = Iterator[Callable[[], "Origin | Opened"]]
+"""What makes each of several places, or opens it, in the order in which they are tried."""
 
 OpenSource = Callable[["Opened"], Source]
 
@@ -49,7 +49,10 @@ def first_that_opens(origins: Places, failures: list[ColdframeError]) -> Opened:
     for make in origins:
         origin: Origin | None = None
         try:
-            origin = make()
+            made = make()
+            if isinstance(made, Opened):
+                return made
+            origin = made
             return Opened(origin, Checkpoint.open(origin))
         except ColdframeError as error:
             if origin is not None:
@@ -157,10 +160,12 @@ class ChainSource:
             for make in self._later:
                 origin: Origin | None = None
                 try:
-                    origin = self._opening = make()
+                    made = make()
+                    opened = made if isinstance(made, Opened) else None
+                    origin = self._opening = made if opened is None else opened.origin
                     if self._aborted:
                         raise error
-                    found = Checkpoint.open(origin)
+                    found = Checkpoint.open(origin) if opened is None else opened.checkpoint
                     self._check_same(found)
                     source = self._open_source(Opened(origin, found))
                 except ColdframeError as refused:

@@ -22,11 +22,17 @@ from functools import partial
 
 from coldframe.loader.chain import Opened, Places, first_that_opens
 from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.errors import ColdframeError, SourceBusy, SourceError, SourceUnreachable
+from coldframe.loader.errors import (
+    ColdframeError,
+    SourceBusy,
+    SourceChanged,
+    SourceError,
+    SourceUnreachable,
+)
 from coldframe.loader.location import Peer
 from coldframe.loader.peer_choice import Candidate, Wanted, is_awaited, others, ranked
 from coldframe.loader.peer_directory import PeerDirectory
-from coldframe.loader.peer_node import LOADING, Node, Root, hashed
+from coldframe.loader.peer_node import LOADED, LOADING, Node, Root, hashed
 from coldframe.loader.peer_pace import Pace
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.web.peer import PeerOrigin
@@ -193,6 +199,10 @@ class Following:
         if not any(each.facts.state == LOADING or each.facts.fingerprint for each in found):
             return None
         wanted = self._wanted()
+        for peer, facts in found:
+            if facts.state in (LOADING, LOADED) and not wanted.met_by(facts):
+                what = "the peer has another model, or another version of it"
+                self._failures.append(SourceChanged(what, where=peer.uri))
         for candidate in ranked(found, wanted, self._node.id, done):
             try:
                 seat = self._sit(candidate.peer, wanted, done)

@@ -1,9 +1,9 @@
-"""`coldframe bench peers MODEL`: replicas that start at once, and take their weights from a warm one.
+"""`coldframe bench peers MODEL`: replicas that start at once, fed by one that is warm.
 
 Each is on a host of its own, behind a link that is the bottleneck (`hosts`). In each run one starts
-alone, then several at once, each with the addresses of all; then several that all read from the warm
-one, as they would without a row. A replica is ready when its first token is out, which was asked for
-as soon as it listened. What the warm one has sent says who has read from whom.
+alone, then several at once, each with the addresses of all; then several that all read from the
+warm one, as they would without a row. A replica is ready when its first token is out, which was
+asked for as soon as it listened. What the warm one has sent says who has read from whom.
 """
 
 from __future__ import annotations
@@ -196,9 +196,7 @@ def start_at_once(
     return [Started(*answers[number], sent) for number in range(len(rest))]
 
 
-def _first_token(
-    network: Network, host: Host, server: Server
-) -> tuple[float, tuple[int, ...]]:
+def _first_token(network: Network, host: Host, server: Server) -> tuple[float, tuple[int, ...]]:
     """Asks as soon as somebody listens; seconds from the exec to the first token, and all."""
     deadline = time.monotonic() + _WAIT_S
     with Connection(_knock(network, host, server, deadline), _WAIT_S) as connection:

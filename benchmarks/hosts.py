@@ -4,8 +4,8 @@
                           |
                         here: whoever asks the hosts how they are, by a link without a limit
 
-A link has its rate in each direction, by a token bucket (tc-tbf) at both of its ends. The namespaces
-have no names: each is held by a process, and goes with it, whatever happens to us.
+A link has its rate in each direction, by a token bucket (tc-tbf) at both of its ends. The
+namespaces have no names: each is held by a process, and goes with it, whatever happens to us.
 """
 
 from __future__ import annotations
@@ -187,9 +187,7 @@ def _namespace() -> Iterator[int]:
 
 def _in(holder: int, *command: str) -> None:
     entering = ["nsenter", f"--net=/proc/{holder}/ns/net", "--", *command]
-    done = subprocess.run(
-        entering, capture_output=True, text=True, check=False, timeout=_COMMAND_S
-    )
+    done = subprocess.run(entering, capture_output=True, text=True, check=False, timeout=_COMMAND_S)
     if done.returncode:
         raise _unavailable(" ".join(command), done.stderr.strip())
 

@@ -1,11 +1,11 @@
 """A load that takes its weights from a node that has them, or is about to.
 
-Who that is, is found anew each time one is needed: at the start, and when the one that was read from
-has died, failed or all but stopped. The place that the user named stands behind all of them. It is
-opened beside the asking, headers alone, since its fingerprint says which peers have the same.
+Who that is, is found anew each time one is needed: at the start, and when the one that was read
+from has died, failed or all but stopped. The place that the user named stands behind all of them.
+It is opened beside the asking, headers alone, since its fingerprint says which peers have the same.
 
-    all peers asked at once -> the best of those that have it -> a seat there, or at one of its readers
-                            -> somebody who starts as we do is to be waited for
+    all peers asked at once -> the best that has it: a seat there, or at one of its readers
+                            -> somebody who starts as we do: asked again soon
                             -> nobody: the place itself
 
 What has come in stays in: the chain of sources (`chain`) asks the next place for the rest alone.
@@ -37,6 +37,7 @@ from coldframe.loader.peer_pace import Pace
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.web.peer import PeerOrigin
 from coldframe.loader.web.peer_talk import Elsewhere, NodeFacts, PeerTalk, Seat
+from coldframe.loader.web.pool import cancelled_error
 
 __all__ = ["Following", "FollowingLimits", "root_of"]
 
@@ -366,6 +367,8 @@ class _Probe:
         self._opened: Opened | None = None
         self._error: ColdframeError | None = None
         self._taken = False
+        self._opening: Origin | None = None
+        self._closed = False
         self._over = threading.Event()
         threading.Thread(target=self._run, name="peer-probe", daemon=True).start()
 
@@ -393,19 +396,32 @@ class _Probe:
         return self._opened
 
     def close(self) -> None:
-        """Closes what nobody has taken."""
-        # What still waits for a network is left to the end of the process.
-        if self._over.is_set() and self._opened is not None and not self._taken:
+        """Closes what nobody has taken, and ends what still waits for a network."""
+        self._closed = True
+        if not self._over.is_set():
+            if self._opening is not None:
+                self._opening.close()
+        elif self._opened is not None and not self._taken:
             self._opened.origin.close()
 
     def _run(self) -> None:
         try:
-            self._opened = first_that_opens(self._places, [])
+            self._opened = first_that_opens(map(self._noting, self._places), [])
         except ColdframeError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - who waits must hear of it
             self._error = SourceError("the place behind the peers broke", got=repr(error))
         self._over.set()
+
+    def _noting(self, make: Callable[[], Origin | Opened]) -> Callable[[], Origin | Opened]:
+        def noted() -> Origin | Opened:
+            if self._closed:
+                raise cancelled_error()
+            made = make()
+            self._opening = made.origin if isinstance(made, Opened) else made
+            return made
+
+        return noted
 
 
 def root_of(opened: Opened) -> Root | None:

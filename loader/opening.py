@@ -104,9 +104,7 @@ def open_peer(
     from coldframe.loader.web.peer import peer_origin
 
     limits = replace(_limits(True), hedges=0, first_connections=2, connections=32)
-    return peer_origin(
-        location, throttle, fingerprint=fingerprint, in_a_row=True, limits=limits
-    )
+    return peer_origin(location, throttle, fingerprint=fingerprint, in_a_row=True, limits=limits)
 
 
 def _limits(hurry: bool) -> Limits:

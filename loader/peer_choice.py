@@ -1,7 +1,7 @@
 """Which of several peers to take weights from.
 
-Whoever is loaded before who is loading, then whoever has fewer readers, then whoever has more of the
-bytes. Among equals each node draws its own order: else all who start together would ask the same.
+Whoever is loaded before who is loading, then whoever has fewer readers, then whoever has more of
+the bytes. Among equals each node draws its own order, or all who start together would ask the same.
 
 Where nobody has anything yet, those who start together must not all go to the store. The least of
 their ids goes there, and the others wait until it is a peer to read from.

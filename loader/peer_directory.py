@@ -1,7 +1,7 @@
 """Where peers are to be found: a list, a name that stands for all of them, or a file.
 
-What is found are addresses and no more. Whether anybody is there, and what they have, they are asked
-themselves, each time anew.
+What is found are addresses and no more. Whether anybody is there, and what they have, they are
+asked themselves, each time anew.
 """
 
 from __future__ import annotations

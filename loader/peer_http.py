@@ -55,8 +55,8 @@ READERS = "/v1/readers/"
 PLAN_HEADER = "X-Coldframe-Plan"
 CHECKPOINT_HEADER = "X-Coldframe-Checkpoint"
 
-# What a node says that wants to read: where it serves itself (`HOST:PORT`, or `:PORT` at the address
-# that it asks from), nodes that it could not read from, and how many bytes it has already.
+# What a node says that wants to read: where it serves itself (`HOST:PORT`, or `:PORT` at the
+# address that it asks from), nodes that it could not read from, and how many bytes it has already.
 SERVES_HEADER = "X-Coldframe-Serves"
 AVOID_HEADER = "X-Coldframe-Avoid"
 DONE_HEADER = "X-Coldframe-Done"

@@ -1,9 +1,9 @@
 """Who reads from a node, and whom it sends on to one of those instead.
 
-A node's uplink is what its readers share: one reader gets all of it, two get half each, and both are
-ready after twice the time. So a node has few seats, one by default, and whoever comes when they are
-taken is told to ask one of the readers. That one does the same. Nodes that start together are thus
-in a chain, each behind the one that came before it, and nobody plans it.
+A node's uplink is what its readers share: one reader gets all of it, two get half each, and both
+are ready after twice the time. So a node has few seats, one by default, and whoever comes when they
+are taken is told to ask one of the readers. That one does the same. Nodes that start together are
+thus in a row, each behind the one that came before it, and nobody plans it.
 
 A seat is a lease: a reader that is not heard of for a while has lost it.
 """

@@ -1,10 +1,10 @@
 """What a memory service has for its peers: the files of the checkpoint, out of its arena.
 
 A peer asks for ranges of files, whatever its own plan and layout are; the plan says where in the
-arena they lie and which stage brings them. `Gate` says which bytes are in: those of whole stages, and
-of a stage that is still on its way those that have come. Whoever takes them on to the next node is
-thus a chunk behind, not a stage. Where the host can look at the arena nothing is copied: what goes
-out are views of it.
+arena they lie and which stage brings them. `Gate` says which bytes are in: those of whole stages,
+and of a stage that is still on its way those that have come. Whoever takes them on to the next node
+is thus a chunk behind, not a stage. Where the host can look at the arena nothing is copied: what
+goes out are views of it.
 """
 
 from __future__ import annotations

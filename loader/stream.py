@@ -51,8 +51,8 @@ class Stream:
         abort: Called when a chunk has failed: ends the waiting of the readers.
         stop: Called by `cancel`: when it returns nobody is told of a chunk any more, but for those
             who are in a `fetch`.
-        on_chunk: Called with an extent and the offsets in its file between which bytes of it are in,
-            before its stage may be complete; from any thread. The last ones come after `finish`.
+        on_chunk: Called with an extent and the offsets in its file between which bytes of it are
+            in, before its stage may be complete; from any thread. The last comes after `finish`.
         on_stage: Called with a stage's index once its bytes are in; from any thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.

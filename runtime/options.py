@@ -84,7 +84,8 @@ class ReplicaOptions:
         copy: Never map weight files in place.
         cache: A directory that keeps what comes over a network; None keeps nothing.
         cache_bytes: How much it may keep.
-        peers: `HOST:PORT` of nodes to take the weights from before any other place, if they have them.
+        peers: `HOST:PORT` of nodes to take the weights from before any other place, if they have
+            them.
         peers_from: Where more of them are found; see `loader.peer_directory`.
         peer_readers: How many may take the weights from here at once.
         serve_peers: `HOST:PORT` where the weights are given to peers; None gives none.

@@ -18,9 +18,7 @@ WANTED = Wanted(MODEL, PRINT)
 
 
 def node(name: str, state: str = LOADED, **more: object) -> Candidate:
-    facts = NodeFacts(
-        hashed(name)[:32], MODEL, PRINT, None, state, state == LOADING, True, 100, 0
-    )
+    facts = NodeFacts(hashed(name)[:32], MODEL, PRINT, None, state, state == LOADING, True, 100, 0)
     if state == CHOOSING:
         facts = replace(facts, fingerprint=None, done=0)
     return Candidate(Peer(name, 9400), replace(facts, **more))  # type: ignore[arg-type]

@@ -53,9 +53,7 @@ def put(peer: Serving, target: str, method: str = "PUT", **headers: str) -> tupl
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     connection = http.client.HTTPConnection(peer.host, peer.port, timeout=20)
     try:
-        connection.request(
-            method, target, headers={"Authorization": f"Bearer {TOKEN}", **named}
-        )
+        connection.request(method, target, headers={"Authorization": f"Bearer {TOKEN}", **named})
         response = connection.getresponse()
         return response.status, response.read()
     finally:

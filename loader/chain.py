@@ -161,13 +161,14 @@ class ChainSource:
                 origin: Origin | None = None
                 try:
                     made = make()
-                    opened = made if isinstance(made, Opened) else None
-                    origin = self._opening = made if opened is None else opened.origin
+                    place = made.origin if isinstance(made, Opened) else made
+                    origin = self._opening = place
                     if self._aborted:
                         raise error
-                    found = Checkpoint.open(origin) if opened is None else opened.checkpoint
-                    self._check_same(found)
-                    source = self._open_source(Opened(origin, found))
+                    opened = made if isinstance(made, Opened) else None
+                    opened = opened or Opened(place, Checkpoint.open(place))
+                    self._check_same(opened.checkpoint)
+                    source = self._open_source(opened)
                 except ColdframeError as refused:
                     if origin is not None:
                         origin.close()
@@ -176,10 +177,10 @@ class ChainSource:
                     error.hint += f" {type(refused).__name__}: {refused.what} in {refused.where}."
                     continue
                 self._opening = None
-                self._origins.append(origin)
+                self._origins.append(place)
                 self._sources.append(source)
                 self._current = source
-                self._on_change(origin.uri, error)
+                self._on_change(place.uri, error)
                 return
             raise error
 

@@ -128,7 +128,7 @@ class Load:
         self._keeping: Keeping | None = None
         self._sharing: Sharing | None = None
         self._node: Node | None = None
-        self._following: Following | None = None
+        self._peers: Following | None = None
         self._memory: ParkableMemory | None = None
         self._parked: ParkedWeights | None = None
         self._cached = 0.0
@@ -202,7 +202,7 @@ class Load:
             from coldframe.loader.keeping import Keeping
 
             self._keeping = Keeping(options.cache, options.cache_bytes)
-        places = origins_of(
+        places: Places = origins_of(
             [*options.sources, options.model],
             self._throttle,
             # An empty cache steps in for nobody.
@@ -211,13 +211,13 @@ class Load:
         if self._node is not None and (options.peers or options.peers_from):
             from coldframe.loader.joining import follow
 
-            self._following = follow(options, self._node, self._throttle, places, self.peers_at)
-            places = self._following.places()
+            self._peers = follow(options, self._node, self._throttle, places, self.peers_at)
+            places = self._peers.places()
         with self._recorder.span("checkpoint_open"):
             opened, places = self._open(places)
         self._checkpoint = opened.checkpoint
         config = opened.checkpoint.config_raw
-        spare = None if self._following is None else self._following.spare
+        spare = None if self._peers is None else self._peers.spare
         self._companions.bring(opened.origin, config, stay=not self._from_cache, spare=spare)
         local = opened.origin.path is not None
         with self._recorder.span("plan"):
@@ -280,8 +280,8 @@ class Load:
             self._from_cache = True
             self._origins.append(kept.origin)
             return kept, places
-        if self._following is not None:
-            self.why = self._following.why
+        if self._peers is not None:
+            self.why = self._peers.why
         elif failures:
             self.why = "; ".join(f"{error.where}: {error.what}" for error in failures)
         self._origins.append(opened.origin)
@@ -291,8 +291,8 @@ class Load:
         if kept is None:
             return opened, places
         self.why = "from the cache"
-        if self._following is not None:
-            self._following.ended()
+        if self._peers is not None:
+            self._peers.ended()
         self._from_cache = True
         self._origins.append(kept.origin)
         return kept, chain([lambda: opened.origin], places)
@@ -513,8 +513,8 @@ class Load:
             self._distrust(error)
         if self._node is not None:
             self._node.ended(failed=error is not None)
-        if self._following is not None:
-            self._following.ended()
+        if self._peers is not None:
+            self._peers.ended()
         if self._sharing is not None:
             self._sharing.end(error)
         self._on_end(error)
@@ -696,8 +696,8 @@ class Load:
     def close(self) -> None:
         """Stops the stream and gives everything back."""
         self._closing = True
-        if self._following is not None:
-            self._following.close()
+        if self._peers is not None:
+            self._peers.close()
         if self._source is not None:
             self._source.abort()
         if self._sharing is not None:

@@ -227,7 +227,9 @@ def test_a_place_that_is_out_of_reach_is_no_hindrance(
     with peer_of(model, node=Node(gone)) as peer, peer_of(model, node=Node("else")) as other:
         new = start(place_of(other), place_of(peer), root=gone)
         new.finish()
-        assert str(new.load.why).startswith(f"from peer://{place_of(peer)}; peer://{place_of(other)}")
+        assert str(new.load.why).startswith(
+            f"from peer://{place_of(peer)}; peer://{place_of(other)}"
+        )
         assert new.tensors() == reference(model)
 
 
@@ -444,7 +446,7 @@ def test_it_can_be_ended_while_it_waits_for_others(
         thread.start()
         time.sleep(0.1)
         assert thread.is_alive()
-        made.load._following.close()  # type: ignore[union-attr]
+        made.load._peers.close()  # type: ignore[union-attr]
         thread.join(30)
         assert not thread.is_alive()
         made.close()

@@ -209,9 +209,7 @@ def test_from_a_peer_that_has_it(
             assert tokens_of(replica) == answer
 
 
-def test_a_new_replica_is_fed_by_a_warm_one(
-    model: Path, answer: list[int], no_leaks: Path
-) -> None:
+def test_a_new_replica_is_fed_by_a_warm_one(model: Path, answer: list[int], no_leaks: Path) -> None:
     with memory_only(model, no_leaks, serve_peers="127.0.0.1:0") as warm:
         wait_for(warm, lambda: warm.loaded)
         at = warm.facts["peers_at"]

@@ -55,6 +55,8 @@ class FollowingLimits:
 
     Attributes:
         ask_s: Until all peers must have said how they are.
+        more_s: And once one of them has said that it can be read from: a dead address must not keep
+            us from a warm one.
         choose_s: Until one of those who start as we do must have found its own source.
         seat_s: Likewise for one that a peer has sent us on to.
         probe_s: Until the place behind the peers must be open where some peer could be used.
@@ -62,6 +64,7 @@ class FollowingLimits:
     """
 
     ask_s: float = 2.0
+    more_s: float = 0.2
     choose_s: float = 20.0
     seat_s: float = 5.0
     probe_s: float = 5.0
@@ -264,18 +267,18 @@ class Following:
             answered(None, None)
 
         threading.Thread(target=ask_each, name="peer-ask", daemon=True).start()
+        deadline = time.monotonic() + self._limits.ask_s
+        useful = False
         with asked:
-            in_time = asked.wait_for(lambda: open_questions == 0, self._limits.ask_s)
+            while open_questions and (left := deadline - time.monotonic()) > 0:
+                asked.wait(left)
+                if not useful and any(each.facts.state in (LOADING, LOADED) for each in found):
+                    useful = True
+                    deadline = min(deadline, time.monotonic() + self._limits.more_s)
             self._failures += failures
-            if not in_time:
-                self._failures.append(
-                    SourceUnreachable(
-                        "not all peers have answered",
-                        where="peers",
-                        expected=f"within {self._limits.ask_s:g} s",
-                        got=f"{open_questions} have not",
-                    )
-                )
+            if open_questions:
+                what = f"{open_questions} of them said nothing in time"
+                self._failures.append(SourceUnreachable(what, where="peers"))
             return list(found)
 
     def _sit(self, first: Peer, wanted: Wanted, done: int | None) -> Seat:

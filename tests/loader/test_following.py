@@ -27,6 +27,7 @@ from coldframe.loader.peer_node import CHOOSING, LOADED, LOADING, Node
 from coldframe.loader.peer_pace import Pace
 from coldframe.loader.peer_server import ServerLimits
 from coldframe.loader.timeline import Recorder
+from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.peer_talk import NodeFacts, PeerTalk
 from tests.loader.peers import TOKEN, Serving
 from tests.loader.weights import arena_tensors, layered, reference, sealed
@@ -184,6 +185,22 @@ def test_dead_addresses_and_its_own_are_passed_over(
     new.finish()
     assert new.load.why is not None
     assert new.load.why.startswith(f"from peer://{warm.at}; peer://127.0.0.1:")
+
+
+def test_one_that_says_nothing_keeps_nobody_from_a_warm_one(
+    start: Callable[..., Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    brief(monkeypatch, ask_s=600.0)
+    talk = partial(PeerTalk, limits=Limits(connect_s=600.0, stall_s=600.0))
+    monkeypatch.setattr(joining, "PeerTalk", talk)
+    warm = start()
+    warm.finish()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        new = start(f"127.0.0.1:{silent.getsockname()[1]}", warm.at)
+        new.finish()
+        silent.accept()[0].close()
+    why = f"from peer://{warm.at}; peers: 1 of them said nothing in time"
+    assert new.load.why == why
 
 
 def test_without_any_peer_the_place_itself(model: Path, start: Callable[..., Replica]) -> None:

@@ -47,6 +47,7 @@ BENCHMARKS = {
         "from the first token to the second: KV handed over, to whom, or computed again",
     ),
     "endpoint": ("coldframe.benchmarks.endpoint", "over HTTP: cold, warm, crowded, beside vLLM's"),
+    "peers": ("coldframe.benchmarks.fan_out", "replicas that feed one another when several start"),
     "snapshot": ("coldframe.benchmarks.snapshot", "images of warm workers, made and restored"),
     "swap": ("coldframe.benchmarks.swap", "two models that share a device's memory, in turn"),
     "spine": ("coldframe.benchmarks.spine", "one cold start and its decode, against their limits"),

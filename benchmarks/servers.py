@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from coldframe.benchmarks.hosts import Host
 from coldframe.benchmarks.http_client import knock
 from coldframe.benchmarks.interruption import end, guarded, unbroken
 from coldframe.benchmarks.memory import process_memory
@@ -23,6 +24,7 @@ from coldframe.loader.errors import PlatformError
 __all__ = [
     "VLLM_DTYPES",
     "Server",
+    "coldframe_at",
     "coldframe_server",
     "knock_at",
     "plain_server",
@@ -134,6 +136,32 @@ def coldframe_server(
         *arguments,
     ]
     changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **(environment or {})}
+    with _process(command, port, changed, "COLDFRAME_EXEC_NS") as server:
+        yield server
+
+
+@contextmanager
+def coldframe_at(
+    host: Host, model: Path | str, port: int, *arguments: str, environment: Mapping[str, str]
+) -> Iterator[Server]:
+    """`coldframe serve` on a host of `hosts` while the context lasts; its workers start fresh.
+
+    Args:
+        host: The host.
+        model: A checkpoint's directory, or where else it is.
+        port: Where it listens, at the host's address.
+        arguments: More flags.
+        environment: What to change in this process's.
+
+    Raises:
+        PlatformError: It did not end in good order.
+    """
+    command = host.command(
+        *(str(Path(sys.executable).parent / "coldframe"), "serve", str(model)),
+        *("--host", host.address, "--port", str(port), "--model-name", "m"),
+        *arguments,
+    )
+    changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **environment}
     with _process(command, port, changed, "COLDFRAME_EXEC_NS") as server:
         yield server
 

@@ -22,8 +22,8 @@ from coldframe.loader.sources.base import SEALED, Origin, Source
 
 __all__ = ["ChainSource", "Opened", "Places", "first_that_opens"]
 
-Places = Iterator[Callable[[], Origin]]
-"""What makes each of several places, in the order in which they are tried."""
+Places = Iterator[Callable[[], "Origin | Opened"]]
+"""What makes each of several places, or opens it, in the order in which they are tried."""
 
 OpenSource = Callable[["Opened"], Source]
 
@@ -49,7 +49,10 @@ def first_that_opens(origins: Places, failures: list[ColdframeError]) -> Opened:
     for make in origins:
         origin: Origin | None = None
         try:
-            origin = make()
+            made = make()
+            if isinstance(made, Opened):
+                return made
+            origin = made
             return Opened(origin, Checkpoint.open(origin))
         except ColdframeError as error:
             if origin is not None:
@@ -159,12 +162,15 @@ class ChainSource:
             for make in self._later:
                 origin: Origin | None = None
                 try:
-                    origin = self._opening = make()
+                    made = make()
+                    place = made.origin if isinstance(made, Opened) else made
+                    origin = self._opening = place
                     if self._aborted:
                         raise error
-                    found = Checkpoint.open(origin)
-                    self._check_same(found)
-                    source = self._open_source(Opened(origin, found))
+                    opened = made if isinstance(made, Opened) else None
+                    opened = opened or Opened(place, Checkpoint.open(place))
+                    self._check_same(opened.checkpoint)
+                    source = self._open_source(opened)
                 except ColdframeError as refused:
                     if origin is not None:
                         origin.close()
@@ -173,10 +179,10 @@ class ChainSource:
                     error.hint += f" {type(refused).__name__}: {refused.what} in {refused.where}."
                     continue
                 self._opening = None
-                self._origins.append(origin)
+                self._origins.append(place)
                 self._sources.append(source)
                 self._current = source
-                self._on_change(origin.uri, error)
+                self._on_change(place.uri, error)
                 return
             raise error
 

@@ -16,6 +16,7 @@ from coldframe.loader.errors import (
     ReplicaError,
     SourceCredentials,
     SourceDenied,
+    SourceError,
     SourceNotFound,
 )
 from coldframe.loader.files import read_whole
@@ -61,7 +62,14 @@ class Companions:
         self._there = threading.Event()
         self._error: ColdframeError | None = None
 
-    def bring(self, origin: Origin, config: bytes, *, stay: bool) -> None:
+    def bring(
+        self,
+        origin: Origin,
+        config: bytes,
+        *,
+        stay: bool,
+        spare: Callable[[], Origin | None] | None = None,
+    ) -> None:
         """Fetches them, in a thread of its own.
 
         Args:
@@ -70,6 +78,7 @@ class Companions:
                 again it could be another.
             stay: Whether that is a directory that will be there as long as they are needed; then
                 they are left in it.
+            spare: Another place that has the same, where the first one fails.
         """
         if stay and origin.path is not None:
             self._directory = origin.path
@@ -77,14 +86,22 @@ class Companions:
             self._on_there(origin.path)
         else:
             thread = threading.Thread(
-                target=self._fetch, args=(origin, config), name="companions", daemon=True
+                target=self._fetch, args=(origin, config, spare), name="companions", daemon=True
             )
             thread.start()
 
-    def _fetch(self, origin: Origin, config: bytes) -> None:
+    def _fetch(
+        self, origin: Origin, config: bytes, spare: Callable[[], Origin | None] | None
+    ) -> None:
         started = now()
         try:
-            _fetch_all(origin, config, self._directory)
+            try:
+                _fetch_all(origin, config, self._directory)
+            except SourceError:
+                other = None if spare is None else spare()
+                if other is None or other is origin:
+                    raise
+                _fetch_all(other, config, self._directory)
         except ColdframeError as error:
             self._error = error
         except Exception as error:  # noqa: BLE001 - a thread must report whatever ends it

@@ -47,7 +47,9 @@ from coldframe.loader.timeline import Recorder
 
 # What only some loads need is imported by those.
 if TYPE_CHECKING:
+    from coldframe.loader.following import Following
     from coldframe.loader.keeping import Keeping
+    from coldframe.loader.peer_node import Node
     from coldframe.loader.sharing import Sharing
 
 __all__ = ["Load"]
@@ -125,6 +127,8 @@ class Load:
         self._landing: Landing | None = None
         self._keeping: Keeping | None = None
         self._sharing: Sharing | None = None
+        self._node: Node | None = None
+        self._peers: Following | None = None
         self._memory: ParkableMemory | None = None
         self._parked: ParkedWeights | None = None
         self._cached = 0.0
@@ -183,33 +187,46 @@ class Load:
         Raises:
             ColdframeError: The checkpoint is bad, cannot be read or does not fit.
         """
+        try:
+            self._begin()
+        except BaseException:
+            if self._node is not None:
+                self._node.ended(failed=True)
+            raise
+
+    def _begin(self) -> None:
         options = self._options
         self._throttle = None if options.throttle is None else Throttle(options.throttle)
-        if options.serve_peers is not None:
-            from coldframe.loader.sharing import Sharing
-
-            self._sharing = Sharing(options.serve_peers, options.peer_token)
+        self._join_peers()
         if options.cache is not None:
             from coldframe.loader.keeping import Keeping
 
             self._keeping = Keeping(options.cache, options.cache_bytes)
-        places = origins_of(
+        places: Places = origins_of(
             [*options.sources, options.model],
             self._throttle,
             # An empty cache steps in for nobody.
             hurry_last=any(self._keeping.knows(uri) for uri in self._uris if self._keeping),
         )
+        if self._node is not None and (options.peers or options.peers_from):
+            from coldframe.loader.joining import follow
+
+            self._peers = follow(options, self._node, self._throttle, places, self.peers_at)
+            places = self._peers.places()
         with self._recorder.span("checkpoint_open"):
             opened, places = self._open(places)
         self._checkpoint = opened.checkpoint
         config = opened.checkpoint.config_raw
-        self._companions.bring(opened.origin, config, stay=not self._from_cache)
+        spare = None if self._peers is None else self._peers.spare
+        self._companions.bring(opened.origin, config, stay=not self._from_cache, spare=spare)
         local = opened.origin.path is not None
         with self._recorder.span("plan"):
             rank = Rank(options.rank, options.ranks)
             self.plan = Plan.build(opened.checkpoint, layout=self._layout(local), rank=rank)
             mapped = local and self._may_map(opened.checkpoint)
         self.board = Board([stage.nbytes for stage in self.plan.stages])
+        if self._node is not None:
+            self._node.opened(self.plan.fingerprint, lambda: self.board.progress)
         if mapped:
             try:
                 self._map(opened.checkpoint)
@@ -218,6 +235,20 @@ class Load:
                 raise
         else:
             self._copy(opened, places)
+
+    def _join_peers(self) -> None:
+        """Is a node among others from here on, where that was asked for."""
+        options = self._options
+        if options.serve_peers is None and not options.peers and not options.peers_from:
+            return
+        from coldframe.loader.peer_node import Node
+
+        model, whole = parse_location(options.model).uri, options.ranks == 1
+        self._node = Node(model, readers=options.peer_readers, whole=whole)
+        if options.serve_peers is not None:
+            from coldframe.loader.sharing import Sharing
+
+            self._sharing = Sharing(options.serve_peers, options.peer_token, self._node)
 
     def _layout(self, local: bool) -> Layout:
         """How the weights are to lie."""
@@ -249,7 +280,9 @@ class Load:
             self._from_cache = True
             self._origins.append(kept.origin)
             return kept, places
-        if failures:
+        if self._peers is not None:
+            self.why = self._peers.why
+        elif failures:
             self.why = "; ".join(f"{error.where}: {error.what}" for error in failures)
         self._origins.append(opened.origin)
         if self._keeping is None or opened.origin.path is not None:
@@ -258,6 +291,8 @@ class Load:
         if kept is None:
             return opened, places
         self.why = "from the cache"
+        if self._peers is not None:
+            self._peers.ended()
         self._from_cache = True
         self._origins.append(kept.origin)
         return kept, chain([lambda: opened.origin], places)
@@ -426,6 +461,7 @@ class Load:
             finish=source.finish,
             abort=self._give_up,
             stop=stop,
+            on_chunk=None if self._sharing is None else self._chunk_in,
             on_stage=self._stage_ready,
             on_end=self._ended,
             recorder=self._recorder,
@@ -438,13 +474,21 @@ class Load:
         )
         self._stream.start()
 
+    def _chunk_in(self, extent: Extent, start: int, stop: int) -> None:
+        if self._sharing is not None:
+            self._check_unchanged()
+            self._sharing.arrived(extent.shard, start, stop)
+
     def _stage_ready(self, stage: int) -> None:
         if self._sharing is not None:
-            if self._from_directory and self._source is not None and not self._sealed:
-                # Who takes the bytes on must not keep those of a file that changed meanwhile.
-                self._source.finish()
+            self._check_unchanged()
             self._sharing.ready(stage)
         self._on_stage(stage)
+
+    def _check_unchanged(self) -> None:
+        """Who takes the bytes on must not keep those of a file that changed meanwhile."""
+        if self._from_directory and self._source is not None and not self._sealed:
+            self._source.finish()
 
     def _give_up(self) -> None:
         """A reader has failed: the others need not wait for anything any more."""
@@ -467,6 +511,10 @@ class Load:
         self.verified = (source and source.verified) or self._unverified
         if error is not None:
             self._distrust(error)
+        if self._node is not None:
+            self._node.ended(failed=error is not None)
+        if self._peers is not None:
+            self._peers.ended()
         if self._sharing is not None:
             self._sharing.end(error)
         self._on_end(error)
@@ -648,6 +696,8 @@ class Load:
     def close(self) -> None:
         """Stops the stream and gives everything back."""
         self._closing = True
+        if self._peers is not None:
+            self._peers.close()
         if self._source is not None:
             self._source.abort()
         if self._sharing is not None:

@@ -22,6 +22,9 @@ class LoadOptions:
         layout: How the arena is laid out; None takes what measures best for the source.
         cache: A directory that keeps what comes over a network, or None.
         cache_bytes: How much it may keep.
+        peers: `HOST:PORT` of nodes that may have the model: asked before any other place.
+        peers_from: Where more of them are found; see `peer_directory`.
+        peer_readers: How many may read from here at once; others are sent on to those.
         serve_peers: `HOST:PORT` where the arena is served to peers, or None.
         peer_token: What they must send.
         device: Where the weights go, as `devices.open_device` takes it.
@@ -40,6 +43,9 @@ class LoadOptions:
     layout: str | None = None
     cache: str | None = None
     cache_bytes: int = 0
+    peers: tuple[str, ...] = ()
+    peers_from: tuple[str, ...] = ()
+    peer_readers: int = 1
     serve_peers: str | None = None
     peer_token: str | None = None
     device: str = "cpu"
@@ -52,4 +58,5 @@ class LoadOptions:
 
     @staticmethod
     def from_wire(data: dict[str, Any]) -> LoadOptions:
-        return LoadOptions(**{**data, "sources": tuple(data.get("sources", ()))})
+        lists = ("sources", "peers", "peers_from")
+        return LoadOptions(**{**data, **{name: tuple(data.get(name, ())) for name in lists}})

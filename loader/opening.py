@@ -19,8 +19,9 @@ from coldframe.loader.throttle import Throttle
 if TYPE_CHECKING:
     from coldframe.loader.web.address import Address
     from coldframe.loader.web.limits import Limits
+    from coldframe.loader.web.peer import PeerOrigin
 
-__all__ = ["open_origin", "origins_of"]
+__all__ = ["open_origin", "open_peer", "origins_of"]
 
 _HURRY_S, _HURRIED_STALL_S = 2.0, 5.0
 """A place that has another one behind it is given up when it has refused or failed for so long, or
@@ -85,6 +86,25 @@ def open_origin(
             from coldframe.loader.web.peer import peer_origin
 
             return peer_origin(location, throttle, limits=replace(_limits(hurry), hedges=0))
+
+
+def open_peer(
+    location: Peer, fingerprint: str | None, throttle: Throttle | None = None
+) -> PeerOrigin:
+    """A peer in a row of them: given up soon, and asked for pieces that can be handed on.
+
+    Args:
+        location: The peer.
+        fingerprint: The checkpoint that it must serve.
+        throttle: A limit on what comes over a network.
+
+    Raises:
+        SourceCredentials: The token is none that could be sent.
+    """
+    from coldframe.loader.web.peer import peer_origin
+
+    limits = replace(_limits(True), hedges=0, first_connections=2, connections=32)
+    return peer_origin(location, throttle, fingerprint=fingerprint, in_a_row=True, limits=limits)
 
 
 def _limits(hurry: bool) -> Limits:

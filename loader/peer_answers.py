@@ -34,13 +34,15 @@ from coldframe.loader.peer_http import (
 )
 from coldframe.loader.serving import Offer
 
-__all__ = ["Refusal", "Wait", "answer", "busy"]
+__all__ = ["About", "Refusal", "Wait", "answer", "busy", "whole_answer"]
+
+About = Callable[[Request], Answer | None]
+"""Answers what is asked about the node itself; None where something else is asked for."""
 
 _MAX_FILE_BYTES = 100 << 20  # as much as an index may have
 # What a start needs beside weights is named so. Whatever else is in the directory is nobody's.
 _FILE_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 _RETRY_S = "1"
-_JSON = "application/json"
 _BYTES = "application/octet-stream"
 
 
@@ -69,12 +71,15 @@ class Refusal(Exception):
     ) -> None:
         super().__init__(status)
         wire = error.to_wire() if state is None else {**error.to_wire(), "state": state}
-        named = {name.replace("_", "-"): value for name, value in headers.items()}
-        self.answer = _whole(json.dumps(wire).encode(), _JSON, status, named)
+        self.answer = whole_answer(json.dumps(wire).encode(), status, **headers)
 
 
 def answer(
-    request: Request, bearer: bytes | None, offered: Callable[[float], Offer | None], wait: Wait
+    request: Request,
+    bearer: bytes | None,
+    offered: Callable[[float], Offer | None],
+    wait: Wait,
+    about: About = lambda request: None,
 ) -> Answer:
     """The answer to a request.
 
@@ -83,12 +88,16 @@ def answer(
         bearer: What `Authorization` must be, or None.
         offered: What is served; waits for it so many seconds at most.
         wait: Waits as long as the client may have to.
+        about: Asked first.
 
     Raises:
         Refusal: It is not granted.
         RequestError: It makes no sense.
     """
     _check_bearer(request, bearer)
+    told = about(request)
+    if told is not None:
+        return told
     target = request.target
     if target != PLAN and not target.startswith((FILES, SHARDS)):
         raise Refusal(404, SourceNotFound("there is nothing of that name"))
@@ -104,7 +113,7 @@ def answer(
     _until(wait, known, planned=False)
     assert offer is not None
     if target == PLAN:
-        return _whole(json.dumps(offer.to_wire()).encode(), _JSON)
+        return whole_answer(json.dumps(offer.to_wire()).encode())
     _check_expected(request, offer)
     if target.startswith(FILES):
         return _file(request, offer, unquote(target.removeprefix(FILES)))
@@ -182,7 +191,7 @@ def _shard(request: Request, offer: Offer, shard: Shard, wait: Wait) -> Answer:
             hint="Load from where it loads, or from a peer that has the whole model.",
         )
         raise Refusal(409, error)
-    _until(wait, lambda timeout: offer.gate.wait(found.stages, timeout))
+    _until(wait, lambda timeout: offer.gate.wait_for(shard.name, found.needs, timeout))
     try:
         offer.fill(shard.name, found)
     except ColdframeError as error:
@@ -209,8 +218,8 @@ def _part(request: Request, size: int, tag: str) -> tuple[ByteRange, Answer]:
     return part, Answer(206, given, part.stop - part.start)
 
 
-def _whole(
-    body: bytes, kind: str, status: int = 200, headers: dict[str, str] | None = None
-) -> Answer:
-    given = {"Content-Type": kind, **(headers or {})}
+def whole_answer(body: bytes, status: int = 200, **headers: str) -> Answer:
+    """An answer of JSON; an underscore in the name of a header is a hyphen."""
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    given = {"Content-Type": "application/json", **named}
     return Answer(status, given, len(body), (memoryview(body),))

@@ -3,6 +3,9 @@
     GET /v1/plan            what is served: plan hash, fingerprint, shards, how far the load is
     GET /v1/files/NAME      a small file: config, index, tokenizer, seal
     GET /v1/shards/NAME     bytes of a shard, as they lie in the arena; `Range` and `If-Match`
+    GET /v1/node            who this is, how far its load is, and how many read from it; at once
+    PUT /v1/readers/ID      asks to be a reader, or to stay one; 307 names another node to ask
+    DELETE /v1/readers/ID   is none any more
 
 HTTP/1.1 (RFC 9110, RFC 9112) without request bodies and without chunks. A request that one could
 read in two ways is refused. This module does no I/O.
@@ -20,11 +23,16 @@ from typing import Any
 from coldframe.loader.errors import RequestError
 
 __all__ = [
+    "AVOID_HEADER",
     "CHECKPOINT_HEADER",
+    "DONE_HEADER",
     "FILES",
     "MAX_HEAD_BYTES",
+    "NODE",
     "PLAN",
     "PLAN_HEADER",
+    "READERS",
+    "SERVES_HEADER",
     "SHARDS",
     "TOKEN_VARIABLE",
     "Answer",
@@ -40,10 +48,18 @@ TOKEN_VARIABLE = "COLDFRAME_PEER_TOKEN"
 PLAN = "/v1/plan"
 FILES = "/v1/files/"
 SHARDS = "/v1/shards/"
+NODE = "/v1/node"
+READERS = "/v1/readers/"
 
 # What the client has planned; another plan, or another checkpoint, is refused with 412.
 PLAN_HEADER = "X-Coldframe-Plan"
 CHECKPOINT_HEADER = "X-Coldframe-Checkpoint"
+
+# What a node says that wants to read: where it serves itself (`HOST:PORT`, or `:PORT` at the
+# address that it asks from), nodes that it could not read from, and how many bytes it has already.
+SERVES_HEADER = "X-Coldframe-Serves"
+AVOID_HEADER = "X-Coldframe-Avoid"
+DONE_HEADER = "X-Coldframe-Done"
 
 MAX_HEAD_BYTES = 16 << 10
 

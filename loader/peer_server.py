@@ -24,6 +24,8 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.peer_answers import Refusal, answer, busy
 from coldframe.loader.peer_http import MAX_HEAD_BYTES, Answer, Request, parse_request
 from coldframe.loader.peer_listener import check_access
+from coldframe.loader.peer_node import Node
+from coldframe.loader.peer_seating import about_node
 from coldframe.loader.serving import Offer
 
 __all__ = ["PeerServer", "ServerLimits"]
@@ -63,6 +65,7 @@ class PeerServer:
         listener: A listening socket (see `peer_listener`); closed with the server.
         token: What peers must send, or None: then only this machine may ask.
         limits: How much, and for how long.
+        node: What is told of this replica, and who reads from it; None tells nothing.
 
     Raises:
         PlatformError: The token cannot be used, or there is none and others than this machine
@@ -70,8 +73,13 @@ class PeerServer:
     """
 
     def __init__(
-        self, listener: socket.socket, token: str | None, limits: ServerLimits = ServerLimits()
+        self,
+        listener: socket.socket,
+        token: str | None,
+        limits: ServerLimits = ServerLimits(),
+        node: Node | None = None,
     ) -> None:
+        self._node = node
         self._listener = listener
         self._limits = limits
         try:
@@ -170,7 +178,10 @@ class PeerServer:
                 return False
             request = parse_request(head)
             wait = _Wait(connection if request.interim else None, self._limits)
-            given = answer(request, self._bearer, self._offered, wait)
+            host = connection.getpeername()[0]
+            given = answer(
+                request, self._bearer, self._offered, wait, lambda asked: self._about(asked, host)
+            )
         except RequestError as error:
             given = Refusal(400, error).answer
         except Refusal as refusal:
@@ -222,6 +233,9 @@ class PeerServer:
             if not received:
                 return None
             buffer += received
+
+    def _about(self, request: Request, host: str) -> Answer | None:
+        return None if self._node is None else about_node(request, self._node, host)
 
     def _offered(self, timeout: float) -> Offer | None:
         with self._changed:

@@ -1,8 +1,10 @@
 """What a memory service has for its peers: the files of the checkpoint, out of its arena.
 
 A peer asks for ranges of files, whatever its own plan and layout are; the plan says where in the
-arena they lie and which stage brings them. `Gate` says which stages are in. Where the host can look
-at the arena nothing is copied: what goes out are views of it.
+arena they lie and which stage brings them. `Gate` says which bytes are in: those of whole stages,
+and of a stage that is still on its way those that have come. Whoever takes them on to the next node
+is thus a chunk behind, not a stage. Where the host can look at the arena nothing is copied: what
+goes out are views of it.
 """
 
 from __future__ import annotations
@@ -11,16 +13,17 @@ import json
 import threading
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from coldframe.loader.checkpoint import INDEX_NAME, WEIGHTS_NAME, Checkpoint, Shard
 from coldframe.loader.errors import CheckpointError, ColdframeError, SourceNotFound
+from coldframe.loader.intervals import Intervals
 from coldframe.loader.memory import Memory
 from coldframe.loader.plan import Plan
 
-__all__ = ["Bytes", "Gate", "Offer", "ReadRest", "ReadSmall"]
+__all__ = ["Bytes", "Gate", "Need", "Offer", "ReadRest", "ReadSmall"]
 
 _REST = 1 << 20  # bytes in one request
 _COPIED = 256 << 20  # likewise, of an arena that cannot be looked at
@@ -32,16 +35,25 @@ ReadRest = Callable[[str, int, memoryview], None]
 """Fills a buffer with bytes of a shard from an offset on, from where the checkpoint comes from."""
 
 
-class Gate:
-    """Which stages may be given out, for threads that wait for them.
+class Need(NamedTuple):
+    """Bytes of a shard that are wanted, and the stage that brings them."""
 
-    A stage that is said to be ready must not change any more: where bytes are verified, they have
-    been; where a file may be changed under the reader, it has been looked at again.
+    stage: int
+    start: int
+    stop: int
+
+
+class Gate:
+    """Which bytes may be given out, for threads that wait for them.
+
+    What is said to be there must not change any more: where bytes are verified, they have been;
+    where a file may be changed under the reader, it has been looked at again.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._ready: set[int] = set()
+        self._arrived: dict[str, Intervals] = {}
         self._ended = False
         self._error: ColdframeError | None = None
 
@@ -51,6 +63,12 @@ class Gate:
             self._ready.add(stage)
             self._changed.notify_all()
 
+    def arrived(self, shard: str, start: int, stop: int) -> None:
+        """Some bytes of a stage that is not complete yet are in, and are the right ones."""
+        with self._changed:
+            self._arrived.setdefault(shard, Intervals()).add(start, stop)
+            self._changed.notify_all()
+
     def end(self, error: ColdframeError | None) -> None:
         """The load is over: all is in, or it failed and nothing is given out any more; once."""
         with self._changed:
@@ -58,11 +76,12 @@ class Gate:
                 self._ended, self._error = True, error
             self._changed.notify_all()
 
-    def wait(self, stages: Iterable[int], timeout: float) -> bool:
-        """Waits until all of some stages are in.
+    def wait_for(self, shard: str, needs: Sequence[Need], timeout: float) -> bool:
+        """Waits until some bytes of a shard are in, whether or not the stages are that they are of.
 
         Args:
-            stages: Their indices.
+            shard: Its name.
+            needs: The bytes.
             timeout: Seconds at most.
 
         Returns:
@@ -71,10 +90,18 @@ class Gate:
         Raises:
             ColdframeError: The load failed.
         """
+
+        def there() -> bool:
+            found = self._arrived.get(shard)
+            return all(
+                need.stage in self._ready
+                or (found is not None and found.covers(need.start, need.stop))
+                for need in needs
+            )
+
         deadline = time.monotonic() + timeout
-        wanted = set(stages)
         with self._changed:
-            while self._error is None and not wanted <= self._ready:
+            while self._error is None and not there():
                 left = deadline - time.monotonic()
                 if left <= 0:
                     return False
@@ -105,7 +132,7 @@ class Bytes:
     """Consecutive bytes of a shard.
 
     Attributes:
-        stages: What brings them; nothing of them may be read before.
+        needs: Those of them that the load brings; nothing of them may be read before it has.
         parts: Where they are, one after the other.
         rest: Those parts that are not in the arena but buffers to be filled, and their offsets in
             the shard; see `Offer.fill`.
@@ -113,7 +140,7 @@ class Bytes:
             there.
     """
 
-    stages: frozenset[int]
+    needs: tuple[Need, ...]
     parts: tuple[memoryview, ...]
     rest: tuple[tuple[int, memoryview], ...]
     copied: tuple[tuple[int, memoryview], ...] = ()
@@ -193,7 +220,7 @@ class Offer:
         """
         shard = self.shards[name]
         parts: list[memoryview] = []
-        stages: set[int] = set()
+        needs: list[Need] = []
         rest: list[tuple[int, memoryview]] = []
         copied: list[tuple[int, memoryview]] = []
         at = start
@@ -216,7 +243,7 @@ class Offer:
                     view = memoryview(bytearray(until - at))
                     copied.append((place, view))
                 parts.append(view.toreadonly())
-                stages.add(piece.stage)
+                needs.append(Need(piece.stage, at, until))
                 index += 1
             else:
                 until = stop if piece is None else min(stop, piece.start)
@@ -226,7 +253,7 @@ class Offer:
                 rest.append((at, buffer))
                 parts.append(buffer)
             at = until
-        return Bytes(frozenset(stages), tuple(parts), tuple(rest), tuple(copied))
+        return Bytes(tuple(needs), tuple(parts), tuple(rest), tuple(copied))
 
     def fill(self, name: str, found: Bytes) -> None:
         """Reads what is not to be looked at in the arena to its places among the parts.

@@ -10,6 +10,7 @@ from coldframe.loader.companions import COMPANIONS
 from coldframe.loader.errors import ColdframeError, PlatformError, SourceNotFound
 from coldframe.loader.memory import HostMemory, Memory
 from coldframe.loader.peer_listener import listen
+from coldframe.loader.peer_node import Node
 from coldframe.loader.peer_server import PeerServer
 from coldframe.loader.plan import Plan
 from coldframe.loader.seal import SEAL_NAME
@@ -25,12 +26,13 @@ class Sharing:
     Args:
         address: Where it listens, `HOST:PORT`.
         token: What peers must send, or None: then only this machine may ask.
+        node: What is told of this replica.
 
     Raises:
         PlatformError: It cannot listen there, or may not without a token.
     """
 
-    def __init__(self, address: str, token: str | None) -> None:
+    def __init__(self, address: str, token: str | None, node: Node) -> None:
         host, _, port = address.rpartition(":")
         if not port.isdecimal():
             raise PlatformError(
@@ -40,8 +42,9 @@ class Sharing:
                 got=address,
                 hint="Give a host and a port, such as 0.0.0.0:7000; port 0 takes any.",
             )
-        self._server = PeerServer(listen(host.strip("[]"), int(port)), token)
+        self._server = PeerServer(listen(host.strip("[]"), int(port)), token, node=node)
         self._offer: Offer | None = None
+        self._shards: list[str] = []
         self._mapped: Reservation | None = None
 
     @property
@@ -71,6 +74,7 @@ class Sharing:
             self._mapped = Reservation(plan.arena_bytes)
             self._mapped.attach(memory)
             memory = HostMemory(self._mapped.view())
+        self._shards = [shard.name for shard in checkpoint.shards]
         index = {shard.name: number for number, shard in enumerate(checkpoint.shards)}
 
         def small(name: str, limit: int) -> bytes:
@@ -90,6 +94,11 @@ class Sharing:
             sealed=checkpoint.seal is not None,
         )
         self._server.offer(self._offer)
+
+    def arrived(self, shard: int, start: int, stop: int) -> None:
+        """Some bytes of a shard are in."""
+        if self._offer is not None:
+            self._offer.gate.arrived(self._shards[shard], start, stop)
 
     def ready(self, stage: int) -> None:
         """A stage is in."""

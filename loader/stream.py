@@ -51,6 +51,8 @@ class Stream:
         abort: Called when a chunk has failed: ends the waiting of the readers.
         stop: Called by `cancel`: when it returns nobody is told of a chunk any more, but for those
             who are in a `fetch`.
+        on_chunk: Called with an extent and the offsets in its file between which bytes of it are
+            in, before its stage may be complete; from any thread. The last comes after `finish`.
         on_stage: Called with a stage's index once its bytes are in; from any thread.
         on_end: Called once at the end, with the error that ended it early or None; not after
             `cancel`.
@@ -72,6 +74,7 @@ class Stream:
         finish: Callable[[], None],
         abort: Callable[[], None] = lambda: None,
         stop: Callable[[], None] = lambda: None,
+        on_chunk: Callable[[Extent, int, int], None] | None = None,
         on_stage: Callable[[int], None],
         on_end: Callable[[ColdframeError | None], None],
         recorder: Recorder,
@@ -87,6 +90,7 @@ class Stream:
         self._finish = finish
         self._abort = abort
         self._stop = stop
+        self._on_chunk = on_chunk
         self._on_stage = on_stage
         self._on_end = on_end
         self._recorder = recorder
@@ -166,28 +170,27 @@ class Stream:
         with self._lock:
             self._under_way += 1
         try:
-            arrived = partial(self._arrived, chunk.extent.stage, length, due)
+            arrived = partial(self._arrived, chunk, due)
             self._fetch(chunk.extent, chunk.start, chunk.stop, arrived)
         except BaseException:
             with self._lock:
                 self._under_way -= 1
             raise
 
-    def _arrived(
-        self, stage: int, length: int, due: float | None, error: ColdframeError | None
-    ) -> None:
+    def _arrived(self, chunk: _Chunk, due: float | None, error: ColdframeError | None) -> None:
         try:
             if error is not None:
                 raise error
             if due is None or not self._cancelled.wait(max(0.0, due - time.monotonic())):
-                self._count(stage, length)
+                self._count(chunk)
         except Exception as failure:  # noqa: BLE001 - this may be another's thread
             self._fail(failure)
         with self._lock:
             self._under_way -= 1
         self._maybe_end()
 
-    def _count(self, stage: int, length: int) -> None:
+    def _count(self, chunk: _Chunk) -> None:
+        stage, length = chunk.extent.stage, chunk.stop - chunk.start
         self._board.advance(stage, length)
         with self._lock:
             self._left[stage] -= length
@@ -197,6 +200,8 @@ class Stream:
             # Before the last stage is given out: a file that was replaced meanwhile may have
             # given old bytes to some stages and new ones to others.
             self._finish()
+        if self._on_chunk is not None:
+            self._on_chunk(chunk.extent, chunk.start, chunk.stop)
         if complete:
             self._ready(stage)
 

@@ -233,6 +233,9 @@ class Launch:
                 "layout": options.layout_to_load,
                 "cache": options.cache,
                 "cache_bytes": options.cache_bytes,
+                "peers": list(options.peers),
+                "peers_from": list(options.peers_from),
+                "peer_readers": options.peer_readers,
                 "serve_peers": options.serve_peers,
                 "device": memory.device,
                 # An empty one is none, as where a platform sets all variables that it knows.
@@ -313,7 +316,8 @@ class Launch:
     def _directory(self) -> str | None:
         """Where the model's files are, if they are here."""
         location = parse_location(self.options.model)
-        here = isinstance(location, Directory) and not self.options.sources
+        elsewhere = self.options.sources or self.options.peers or self.options.peers_from
+        here = isinstance(location, Directory) and not elsewhere
         return location.path if isinstance(location, Directory) and here else None
 
     def start_worker(self, role: str, tiers: Tiers | None = None, group: str = "") -> WorkerProcess:

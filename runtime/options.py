@@ -84,6 +84,10 @@ class ReplicaOptions:
         copy: Never map weight files in place.
         cache: A directory that keeps what comes over a network; None keeps nothing.
         cache_bytes: How much it may keep.
+        peers: `HOST:PORT` of nodes to take the weights from before any other place, if they have
+            them.
+        peers_from: Where more of them are found; see `loader.peer_directory`.
+        peer_readers: How many may take the weights from here at once.
         serve_peers: `HOST:PORT` where the weights are given to peers; None gives none.
         verify: Hold the weights against the checkpoint's seal, where it has one.
         realign: Lay them out anew behind the first token, where they lie badly for the kernels.
@@ -132,6 +136,9 @@ class ReplicaOptions:
     copy: bool = False
     cache: str | None = None
     cache_bytes: int = 100 << 30
+    peers: tuple[str, ...] = ()
+    peers_from: tuple[str, ...] = ()
+    peer_readers: int = 1
     serve_peers: str | None = None
     verify: bool = True
     realign: bool = False

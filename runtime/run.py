@@ -19,6 +19,7 @@ from coldframe.runtime.flags import Parser
 from coldframe.runtime.kv_flags import add_kv_arguments, kv_options
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.peer_flags import add_peer_arguments, peer_options
 from coldframe.runtime.snapshot_flags import add_snapshot_arguments, snapshot_options
 from coldframe.runtime.units import byte_count, byte_rate
 from coldframe.runtime.worker_flags import add_worker_arguments, worker_options
@@ -91,12 +92,6 @@ def add_replica_arguments(parser: Parser) -> None:
         help="how much the cache may hold (100GiB)",
     )
     parser.flag(
-        "--serve-peers",
-        metavar="HOST:PORT",
-        help="give the weights to other replicas, which name it as peer://HOST:PORT; also while "
-        "they still load (the token is in COLDFRAME_PEER_TOKEN)",
-    )
-    parser.flag(
         "--no-verify", action="store_true", help="do not hold the weights against their seal"
     )
     parser.flag(
@@ -113,6 +108,7 @@ def add_replica_arguments(parser: Parser) -> None:
         action="store_true",
         help="wait for all weights before the prefill, to measure what overlapping is worth",
     )
+    add_peer_arguments(parser)
     add_snapshot_arguments(parser)
     add_kv_arguments(parser)
     add_worker_arguments(parser)
@@ -152,10 +148,10 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         layout=args.layout,
         cache=args.cache,
         cache_bytes=args.cache_size,
-        serve_peers=args.serve_peers,
         throttle=args.throttle,
         overlap=not args.no_overlap,
         snapshot=snapshot_options(args),
+        **peer_options(args),
         **kv_options(args),
         **worker_options(args),
     )
@@ -211,7 +207,8 @@ def run(args: argparse.Namespace) -> int:
             )
             document = answer.report(replica, args)
             reason = replica.facts.get("why")
-            if reason and (options.sources or options.cache) and not args.json:
+            followed = options.peers or options.peers_from
+            if reason and (options.sources or options.cache or followed) and not args.json:
                 print(f"coldframe: {reason}", file=sys.stderr)
             if options.cache is not None:
                 # The answer is out; what it cost to come here shall not be paid again.

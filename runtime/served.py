@@ -22,6 +22,8 @@ __all__ = ["memory_to_share", "named_models"]
 _ALONE = {
     "source": "A place holds one model; name it as MODEL.",
     "serve_peers": "An address serves one model's peers.",
+    "peers": "A peer has one model.",
+    "peers_from": "Peers have one model.",
     "chat_template": "A template is one model's; put it into the checkpoint.",
 }
 """Flags that say something of one model, and what to do instead."""

@@ -102,6 +102,7 @@ class StartLog:
                 "device_why": facts.get("device_why"),
                 "snapshot": facts.get("snapshot"),
                 "load_mode": facts.get("mode"),
+                "load_mode_reason": facts.get("why"),
                 "verified": facts.get("verified"),
             }
         # These go on after the start.

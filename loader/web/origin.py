@@ -163,6 +163,9 @@ class WebOrigin:
     def open_source(self, shards: Sequence[Shard], *, sealed: bool = False) -> WebSource:
         with self._lock:
             self._users += 1
+        return self._make_source(shards, sealed)
+
+    def _make_source(self, shards: Sequence[Shard], sealed: bool) -> WebSource:
         checksums = None if sealed else self._checksums
         return WebSource(self._reader, shards, checksums, self._leave)
 
@@ -254,7 +257,7 @@ class WebSource:
         closed: Called once at the end.
     """
 
-    chunk = None
+    chunk: int | None = None
 
     def __init__(
         self,

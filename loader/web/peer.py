@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from coldframe.loader.errors import (
@@ -38,8 +38,11 @@ from coldframe.loader.throttle import Throttle
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.http import bearer, later, other_error, refusal_error, status_of
 from coldframe.loader.web.limits import Limits
-from coldframe.loader.web.origin import WebOrigin
+from coldframe.loader.web.origin import WebOrigin, WebSource
 from coldframe.loader.web.ranges import Opening, RangeReader
+
+if TYPE_CHECKING:
+    from coldframe.loader.checkpoint import Shard
 
 __all__ = ["PLAN_FILE", "PeerAddress", "PeerOrigin", "peer_origin"]
 
@@ -51,6 +54,8 @@ _SMALL_FILE = 512 << 10
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What is slow waits for a stage, and would wait on a second connection too.
 _LIMITS = Limits(hedges=0)
+_PARTS = 256
+_LEAST_CHUNK, _SEALED_CHUNK, _MOST_CHUNK = 256 << 10, 1 << 20, 8 << 20
 
 
 def peer_origin(
@@ -59,6 +64,8 @@ def peer_origin(
     *,
     token: str | None = None,
     plan_hash: str | None = None,
+    fingerprint: str | None = None,
+    in_a_row: bool = False,
     limits: Limits = _LIMITS,
 ) -> PeerOrigin:
     """The checkpoint that a peer serves. Nothing is asked of it yet.
@@ -68,13 +75,17 @@ def peer_origin(
         throttle: A limit on the rate.
         token: What it wants to hear; None takes `COLDFRAME_PEER_TOKEN`, if it is set.
         plan_hash: What it must have planned, or None.
+        fingerprint: The checkpoint that it must serve, or None for whichever it does.
+        in_a_row: Whether others may read from here what comes from there, as it comes: then it is
+            asked for in smaller pieces, since a node is behind by what it has asked for.
         limits: Patience and concurrency.
 
     Raises:
         SourceCredentials: The token is none that could be sent.
     """
     address = PeerAddress(location, token, plan_hash)
-    return PeerOrigin(address, _Reader(address, throttle=throttle, limits=limits))
+    reader = _Reader(address, throttle=throttle, limits=limits)
+    return PeerOrigin(address, reader, fingerprint, in_a_row=in_a_row)
 
 
 class PeerOrigin(WebOrigin):
@@ -83,10 +94,22 @@ class PeerOrigin(WebOrigin):
     Args:
         address: The peer.
         reader: Reads from it.
+        fingerprint: The checkpoint that it must serve; None for whichever it does.
+        in_a_row: See `peer_origin`.
     """
 
-    def __init__(self, address: PeerAddress, reader: _Reader) -> None:
+    def __init__(
+        self,
+        address: PeerAddress,
+        reader: _Reader,
+        fingerprint: str | None = None,
+        *,
+        in_a_row: bool = False,
+    ) -> None:
         super().__init__(reader)
+        self._wanted = fingerprint
+        self._in_a_row = in_a_row
+        self._given_up: str | None = None
         self._peer = address
         self._peer_reader = reader
 
@@ -99,8 +122,66 @@ class PeerOrigin(WebOrigin):
         found = _Served.parse(
             self._peer_reader.read_small(PLAN_FILE, _MAX_PLAN_BYTES), self._peer.uri_of(PLAN_FILE)
         )
+        if self._wanted is not None and found.fingerprint != self._wanted:
+            raise SourceChanged(
+                "the peer serves another model, or another version of it",
+                where=self.uri,
+                expected=self._wanted,
+                got=found.fingerprint,
+            )
         self._peer.expect(found.fingerprint)
         self._peer_reader.header_ends = found.header_ends
+
+    @property
+    def left_why(self) -> str | None:
+        """Why nothing more can come from it, where that says nothing of what has come."""
+        if self._given_up is None and self._peer.replaced:
+            return "the peer has been replaced by one with another model"
+        return self._given_up
+
+    def give_up(self, why: str) -> None:
+        """Ends all reads, so that another source can go on; from any thread.
+
+        Args:
+            why: What their error says.
+        """
+        self._given_up = why
+        self._peer_reader.cancel()
+
+    def _make_source(self, shards: Sequence[Shard], sealed: bool) -> WebSource:
+        if not self._in_a_row:
+            return WebSource(self._peer_reader, shards, None, self._leave)
+        source = _PeerSource(self, self._peer_reader, shards, None, self._leave)
+        # Powers of two; where there is a seal, whole pieces of it.
+        part = sum(shard.size for shard in shards) // _PARTS
+        least = _SEALED_CHUNK if sealed else _LEAST_CHUNK
+        source.chunk = min(_MOST_CHUNK, max(least, 1 << part.bit_length()))
+        return source
+
+
+class _PeerSource(WebSource):
+    """The weights of a peer that another source can go on from.
+
+    What it gave is right even if it is given up or replaced: an arena does not change, and each
+    answer is of the version that was asked for.
+    """
+
+    def __init__(self, origin: PeerOrigin, *given: Any) -> None:
+        super().__init__(*given)
+        self._origin = origin
+
+    def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
+        try:
+            super().read_into(shard, offset, parts)
+        except SourceError:
+            why = self._origin.left_why
+            if why is None:
+                raise
+            raise SourceUnreachable(
+                why,
+                where=self._origin.uri,
+                hint="Look at that node, and at the network between here and there.",
+            ) from None
 
 
 class _Reader(RangeReader):
@@ -160,6 +241,9 @@ class PeerAddress:
         token: What it wants to hear; None takes `COLDFRAME_PEER_TOKEN`, if it is set.
         plan_hash: What it must have planned, or None.
 
+    Attributes:
+        replaced: Whether another model has answered there than the one that was asked for.
+
     Raises:
         SourceCredentials: The token is none that could be sent.
     """
@@ -168,6 +252,7 @@ class PeerAddress:
         self, location: Peer, token: str | None = None, plan_hash: str | None = None
     ) -> None:
         self._location = location
+        self.replaced = False
         token = os.environ.get(TOKEN_VARIABLE) if token is None else token
         self._fixed = {"User-Agent": "coldframe"}
         if token:
@@ -216,6 +301,7 @@ class PeerAddress:
                 "Load from where it loads, or from a peer that has the whole model.",
             )
         if refusal.status == 412:
+            self.replaced = True
             raise SourceChanged(
                 "the peer serves another model, or another version of it",
                 where=refusal.what,

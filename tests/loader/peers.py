@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from coldframe.loader.board import Progress
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.memory import HostMemory
 from coldframe.loader.peer_listener import listen
+from coldframe.loader.peer_node import Node
 from coldframe.loader.peer_server import PeerServer, ServerLimits
 from coldframe.loader.placing import Placer
 from coldframe.loader.plan import Plan
@@ -46,6 +48,7 @@ class Serving:
         limits: As for `PeerServer`.
         loaded: Whether all of it is in at once.
         port: Where; 0 takes a free port.
+        node: What it tells of itself.
     """
 
     def __init__(
@@ -56,17 +59,31 @@ class Serving:
         limits: ServerLimits = DEFAULT,
         loaded: bool = True,
         port: int = 0,
+        node: Node | None = None,
     ) -> None:
         checkpoint = Checkpoint.open(root)
         self.memory = memoryview(bytearray(Plan.build(checkpoint).arena_bytes))
         self.checkpoint, self.plan, self.offer = offer_of(root, self.memory)
         self.files = FileSource(checkpoint.shards)
-        self.server = PeerServer(listen("127.0.0.1", port), token, limits)
+        self.server = PeerServer(listen("127.0.0.1", port), token, limits, node)
+        if node is not None:
+            node.opened(self.offer.fingerprint, self._progress)
+        self.node = node
+        self._done = 0
         self.server.offer(self.offer)
         self.host, self.port = self.server.address
         if loaded:
             self.bring(*range(len(self.plan.stages)))
-            self.offer.gate.end(None)
+            self.finish()
+
+    def finish(self) -> None:
+        """All of it is in."""
+        self.offer.gate.end(None)
+        if self.node is not None:
+            self.node.ended(failed=False)
+
+    def _progress(self) -> Progress:
+        return Progress(self._done, self.plan.weights_bytes)
 
     def bring(self, *stages: int) -> None:
         """Reads stages from the disk, then lets them be served."""
@@ -74,6 +91,7 @@ class Serving:
         for stage in stages:
             for extent in self.plan.stages[stage].extents:
                 placer.fetch(extent, extent.file_offset, extent.file_offset + extent.length)
+            self._done += self.plan.stages[stage].nbytes
             self.offer.gate.ready(stage)
 
     def close(self) -> None:
@@ -88,11 +106,12 @@ def serving(
     token: str | None = TOKEN,
     limits: ServerLimits = DEFAULT,
     loaded: bool = True,
+    node: Node | None = None,
 ) -> Iterator[Serving]:
     """A server for the length of a block, after which no thread or descriptor is left."""
     fds = len(os.listdir("/proc/self/fd"))
     with no_threads_left():
-        peer = Serving(root, token=token, limits=limits, loaded=loaded)
+        peer = Serving(root, token=token, limits=limits, loaded=loaded, node=node)
         try:
             yield peer
         finally:

@@ -370,7 +370,7 @@ def test_bytes_are_found_wherever_the_plan_puts_them(
     assert found is not None
     offer.fill(shard.name, found)
     assert b"".join(found.parts) == content[start:stop]
-    assert found.stages == ({0} if any(touched) else set())
+    assert {need.stage for need in found.needs} == ({0} if any(touched) else set())
     assert all(touched) == (not found.rest)
 
 

@@ -17,6 +17,7 @@ from coldframe.runtime.served import memory_to_share, named_models
 
 def named(*models: str, environ: dict[str, str] | None = None, **more: Any) -> dict[str, str]:
     given = {"model_name": None, "source": None, "serve_peers": None, "chat_template": None}
+    given |= {"peers": None, "peers_from": None}
     args = Namespace(models=list(models), **{**given, **more})
     return named_models(args, by_name("generic"), environ or {})
 

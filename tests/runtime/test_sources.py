@@ -209,6 +209,17 @@ def test_from_a_peer_that_has_it(
             assert tokens_of(replica) == answer
 
 
+def test_a_new_replica_is_fed_by_a_warm_one(model: Path, answer: list[int], no_leaks: Path) -> None:
+    with memory_only(model, no_leaks, serve_peers="127.0.0.1:0") as warm:
+        wait_for(warm, lambda: warm.loaded)
+        at = warm.facts["peers_at"]
+        more = {"peers": (f"127.0.0.1:{free_port()}", at), "serve_peers": "127.0.0.1:0"}
+        with Replica(options(model, no_leaks, **more)) as replica:
+            assert tokens_of(replica) == answer
+            assert replica.facts["why"].startswith(f"from peer://{at}; ")
+            assert replica.facts["mode"] == "copied"
+
+
 @pytest.mark.heavy
 def test_from_a_peer_of_a_peer_that_is_still_loading(
     model: Path, answer: list[int], no_leaks: Path

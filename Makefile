@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy test-vllm lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system criu demo docs docs-pictures test test-heavy test-vllm lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -24,13 +24,14 @@ demo: setup
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots --quiet $(PROMPT)
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots $(PROMPT)
 
-# What the tests run beside Python: nginx serves ranges, Chromium shows the page, g++ compiles decode steps (for
+# What the tests run beside Python: nginx serves ranges, curl asks, Chromium shows the page, g++ compiles decode steps (for
 # images, too). Only what is missing, and only as root.
 system:
 	@missing=""; \
 	command -v nginx >/dev/null || test -x /usr/sbin/nginx || missing="nginx-light"; \
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$$missing chromium chromium-driver"; \
 	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v curl >/dev/null || missing="$$missing curl"; \
 	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
 # CRIU freezes and restores workers. Into build/criu where this system has none that is new enough.
@@ -67,6 +68,16 @@ lint: setup build/types/coldframe
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/docs: with all warnings errors, and without a network.
+docs: setup
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going docs build/docs
+
+# The pictures in it, of starts on this machine.
+docs-pictures: setup
+	$(BIN)/coldframe demo-model $(DEMO) --size base
+	$(BIN)/coldframe bench cold $(DEMO) --beside transformers,fastapi --output build/cold.json
+	$(BIN)/python docs/pictures.py build/cold.json
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -16,7 +16,7 @@ from coldframe.benchmarks.report.serve import serve_section
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.svg import STYLE
 
-__all__ = ["report_page", "save", "write_report"]
+__all__ = ["PICTURES", "report_page", "save", "write_report"]
 
 _SECTIONS: dict[str, Callable[[dict[str, Any], str], str]] = {
     "cold": cold_section,
@@ -58,6 +58,9 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
   margin: .3rem 0; font-size: .82rem; } .legend svg { display: inline; margin-right: .4em;
   vertical-align: -1px; }
 summary { cursor: pointer; color: var(--faint); font-size: .85rem; }
+"""
+
+PICTURES = """
 svg .box { fill: var(--request); fill-opacity: .45; stroke: var(--weights); }
 svg .median { stroke: var(--ink); stroke-width: 2.5; }
 svg .run { fill: var(--weights); stroke: var(--paper); stroke-width: .7; }
@@ -78,6 +81,7 @@ svg .l4 { stroke: var(--provision); } svg .limit { stroke: var(--mark); stroke-d
 svg .leader { stroke: var(--faint); }
 svg .dot-text { fill: var(--on-weights); font-weight: 700; } svg .star { fill: var(--mark); }
 """
+"""The style of what is drawn, beside that of `STYLE`."""
 
 
 def report_page(documents: Sequence[dict[str, Any]]) -> str:
@@ -97,7 +101,7 @@ def report_page(documents: Sequence[dict[str, Any]]) -> str:
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<link rel="icon" href="data:,">'
-        f"<title>{esc(title)}</title><style>{STYLE}{_PAGE}</style></head><body>"
+        f"<title>{esc(title)}</title><style>{STYLE}{_PAGE}{PICTURES}</style></head><body>"
         f"<header><h1>{esc(title)}</h1><p>{esc(kinds)}</p>{_header(documents)}</header>"
         f"<main>{''.join(sections)}</main></body></html>\n"
     )

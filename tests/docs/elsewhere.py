@@ -138,6 +138,14 @@ REASONS: list[tuple[str, Reason]] = [
     (r"make test-vllm$", Lane("test-vllm")),
     (r"make docs$", Lane("docs")),
     (r"make format$", Recipe("format", "ruff format .", Lane("lint"))),
+    (
+        r"make docs-pictures$",
+        Recipe(
+            "docs-pictures",
+            "docs/pictures.py build/cold.json",
+            Tested("tests/docs/test_pictures.py", "test_pictures_stand_alone", ("docs.pictures",)),
+        ),
+    ),
     (r"make bench$", Recipe("bench", "coldframe bench spine", _SPINE)),
     (r"make gpu( ARGS=.*)?$", Recipe("gpu", "-m coldframe.benchmarks.gpu $(ARGS)", _GPU)),
     # Benchmarks: with less to do, in tests of their own.

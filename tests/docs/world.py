@@ -291,6 +291,7 @@ def _free_port() -> int:
 
 _BY = {
     # Models and files.
+    r"\[MODEL\]": lambda world, _: str(world.model),
     r"(?<=serve )A B\b": lambda world, _: f"{world.model} {world._made('other', 'qwen3')}",
     r"\b(?:MODEL|SRC)\b(?!=)": lambda world, _: str(world.model),
     r"\bDST\b": lambda world, _: str(world.scratch / "packed"),
@@ -300,7 +301,6 @@ _BY = {
     r"(?<=--trace )(?:FILE|[a-z_]+\.csv)": lambda world, _: world.file("trace.csv", _TRACE),
     r"(?<=--nodes )FILE\b": lambda world, _: world.file("nodes.json", _NODES),
     r"/var/cache/\w+": lambda world, _: str(world.scratch / "kept"),
-    r"\[MODEL\]": lambda world, _: str(world.model),
     # Places.
     r"BUCKET/PREFIX": lambda world, _: "bucket/prefix",
     r"https://models\.example\.com/[\w.-]+": lambda world, _: f"{world._web}/model",

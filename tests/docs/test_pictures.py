@@ -10,7 +10,7 @@ import pytest
 
 from coldframe.runtime.stage_groups import GROUPS
 from docs.pictures import ROWS, START, main
-from tests.benchmarks.report.drawn import a_timeline, cold_cell, cold_document
+from tests.benchmarks.report.drawn import a_timeline, cold, cold_cell
 from tests.docs.commands import ROOT
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -22,7 +22,7 @@ MOST_BYTES = 200_000
 def drawn(tmp_path: Path) -> Path:
     cells = [cold_cell(START, [a_timeline(2.3), a_timeline(2.1), a_timeline(2.2)])]
     cells += [cold_cell(ident, [a_timeline(0.5), a_timeline(0.6)]) for ident in list(ROWS)[:3]]
-    (tmp_path / "cold.json").write_text(json.dumps(cold_document(cells)))
+    (tmp_path / "cold.json").write_text(json.dumps(cold(cells)))
     assert main([str(tmp_path / "cold.json"), "--into", str(tmp_path / "into")]) == 0
     return tmp_path / "into"
 
@@ -54,7 +54,7 @@ def test_a_document_without_that_start_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "cold.json"
-    file.write_text(json.dumps(cold_document([cold_cell("one/two", [a_timeline(1.0)])])))
+    file.write_text(json.dumps(cold([cold_cell("one/two", [a_timeline(1.0)])])))
     assert main([str(file), "--into", str(tmp_path / "into")]) == 1
     assert START in capsys.readouterr().err
     assert not (tmp_path / "into").exists()

@@ -25,9 +25,8 @@ TROUBLE = (DOCS / "troubleshooting.md").read_text()
 
 
 def test_every_command_has_a_section_with_all_its_flags() -> None:
-    told = dict(
-        zip(*[iter(re.split(r"^## (.+)$", commands() + benchmarks(), flags=re.MULTILINE)[1:])] * 2)
-    )
+    parts = re.split(r"^## (.+)$", commands() + benchmarks(), flags=re.MULTILINE)[1:]
+    told = dict(zip(parts[::2], parts[1::2], strict=True))
     assert set(told) == {
         *(f"coldframe {name}" for name in COMMANDS),
         *(f"coldframe bench {name}" for name in BENCHMARKS),

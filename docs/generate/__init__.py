@@ -13,10 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 __all__ = ["MADE", "filled"]
 
 _MARK = re.compile(r"^<!-- made: ([a-z-]+)(?: (\S+))? -->$", re.MULTILINE)
+_LINK = re.compile(r"\[([^\]\n]+)\]\((\.\./[^)#\s]+)\)")
+_DOCS = Path(__file__).parents[1]
 
 
 def _flags(_: str) -> str:
@@ -83,7 +86,11 @@ MADE: dict[str, Callable[[str], str]] = {
 def filled(page: str) -> str:
     """A page with all that it asks for.
 
+    A file of the repository that it links to goes along with the site. A folder cannot: where a page
+    links to one, only the words are left.
+
     Raises:
         KeyError: It asks for something that is not made.
     """
-    return _MARK.sub(lambda mark: MADE[mark[1]](mark[2] or "").strip(), page)
+    page = _MARK.sub(lambda mark: MADE[mark[1]](mark[2] or "").strip(), page)
+    return _LINK.sub(lambda link: link[1] if (_DOCS / link[2]).is_dir() else link[0], page)

@@ -226,15 +226,29 @@ REASONS: list[tuple[str, Reason]] = [
             ("--engine",),
         ),
     ),
-    # Of others.
-    (r"aws s3 cp ", Foreign("aws", "an account")),
-    (r"gcloud storage hmac create ", Foreign("gcloud", "an account")),
 ]
 """Lines, as regular expressions of their beginnings, and why they are not run; the first counts."""
 
 
+FOREIGN: dict[str, Reason] = {
+    program: Foreign(program, why)
+    for program, why in {
+        "aws": "an account",
+        "docker": "an engine",
+        "gcloud": "an account",
+        "helm": "a cluster",
+        "kubectl": "a cluster",
+        "podman": "an engine",
+    }.items()
+}
+"""Programs for what tests have none of, whatever they are told to do."""
+
+
 def reason_for(line: Line) -> Reason | None:
     """Why a line is not run here; None for those that are."""
-    return next((reason for pattern, reason in REASONS if re.match(pattern, line.text)), None)
+    for pattern, reason in REASONS:
+        if re.match(pattern, line.text):
+            return reason
+    return FOREIGN.get(line.program)
 
 

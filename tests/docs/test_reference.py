@@ -178,6 +178,11 @@ def test_a_page_that_asks_for_what_is_not_made_is_wrong() -> None:
         filled("<!-- made: nothing -->")
 
 
+def test_a_link_to_a_folder_is_its_words() -> None:
+    assert filled("[all](../loader) of [it](../loader/arena.py)") == "all of [it](../loader/arena.py)"
+    assert filled("[none](../nowhere)") == "[none](../nowhere)"
+
+
 def test_the_landing_pages_figures_are_the_readmes() -> None:
     readme = (ROOT / "README.md").read_text()
     minute = (DOCS / "index.md").read_text().partition("## In a minute")[2].partition("\n## ")[0]

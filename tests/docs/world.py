@@ -145,6 +145,7 @@ class World:
             "COLDFRAME_HOST": "127.0.0.1",
             "COLDFRAME_RUN_DIR": str(self._runs),
             "COLDFRAME_PEER_TOKEN": _TOKEN,
+            "KEY": "none",
             "XDG_CACHE_HOME": str(self.scratch / "cache"),
             "HF_HOME": str(self.scratch / "hub"),
             "AWS_CONFIG_FILE": str(self.scratch / "aws-config"),

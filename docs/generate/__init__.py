@@ -15,79 +15,32 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from docs.generate import errors, flags, metrics, settings
+
 __all__ = ["MADE", "filled"]
 
 _MARK = re.compile(r"^<!-- made: ([a-z-]+)(?: (\S+))? -->$", re.MULTILINE)
 _LINK = re.compile(r"\[([^\]\n]+)\]\((\.\./[^)#\s]+)\)")
 _DOCS = Path(__file__).parents[1]
 
-
-def _flags(_: str) -> str:
-    from docs.generate.flags import commands
-
-    return commands()
-
-
-def _benchmark_flags(_: str) -> str:
-    from docs.generate.flags import benchmarks
-
-    return benchmarks()
-
-
-def _settings(_: str) -> str:
-    from docs.generate.settings import settings
-
-    return settings()
-
-
-def _others(_: str) -> str:
-    from docs.generate.settings import others
-
-    return others()
-
-
-def _metrics(_: str) -> str:
-    from docs.generate.metrics import metrics
-
-    return metrics()
-
-
-def _codes(_: str) -> str:
-    from docs.generate.errors import codes
-
-    return codes()
-
-
-def _tree(_: str) -> str:
-    from docs.generate.errors import tree
-
-    return tree()
-
-
-def _error(name: str) -> str:
-    from docs.generate.errors import facts
-
-    return facts(name)
-
-
 MADE: dict[str, Callable[[str], str]] = {
-    "benchmark-flags": _benchmark_flags,
-    "codes": _codes,
-    "error": _error,
-    "errors": _tree,
-    "flags": _flags,
-    "metrics": _metrics,
-    "others": _others,
-    "settings": _settings,
+    "benchmark-flags": lambda _: flags.benchmarks(),
+    "codes": lambda _: errors.codes(),
+    "error": errors.facts,
+    "errors": lambda _: errors.tree(),
+    "flags": lambda _: flags.commands(),
+    "metrics": lambda _: metrics.metrics(),
+    "others": lambda _: settings.others(),
+    "settings": lambda _: settings.settings(),
 }
-"""What a page may ask for; an argument behind the name goes to it."""
+"""What a page may ask for; the word behind the name, where there is one, goes to it."""
 
 
 def filled(page: str) -> str:
     """A page with all that it asks for.
 
-    A file of the repository that it links to goes along with the site. A folder cannot: where a page
-    links to one, only the words are left.
+    A file of the repository that it links to goes along with the site. A folder cannot: where a
+    page links to one, only the words are left.
 
     Raises:
         KeyError: It asks for something that is not made.

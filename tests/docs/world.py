@@ -61,6 +61,7 @@ class World:
         self._runs = Path(tempfile.mkdtemp(prefix="cf-"))
         self._models = scratch / "models"
         self._targets: set[str] = set()
+        self._ports: dict[str, int] = {}
         self.model = self.made("model", "llama")
 
     def __enter__(self) -> World:
@@ -71,6 +72,10 @@ class World:
         left = list(self._runs.iterdir())
         shutil.rmtree(self._runs)
         assert left == [], f"left behind: {left}"
+
+    def port(self, shown: str) -> int:
+        """A port that is free, the same one for each that the pages show."""
+        return self._ports.setdefault(shown, _free_port())
 
     @property
     def shard(self) -> str:
@@ -235,7 +240,7 @@ class World:
         settings = {**(settings or self.environment()), "COLDFRAME_PORT": str(port)}
         settings.setdefault("COLDFRAME_SNAPSHOT", "off")
         found = calls(text)[0]
-        said = text
+        said = text = re.sub(r"--port \d+", f"--port {port}", text)
         # The command itself is to be the process that gets the signal.
         for assignment in found.environment:
             name = assignment.partition("=")[0]
@@ -325,7 +330,10 @@ _BY = {
     r"(?<=peer://)(?:that-host|10\.0\.0\.7):9400": lambda world, _: world._peer,
     r"(?<=http://)that-host:9400": lambda world, _: world._peer,
     r"(?<=shards/)model\.safetensors": lambda world, _: world.shard,
-    r"0\.0\.0\.0:9400": lambda world, _: f"127.0.0.1:{_free_port()}",
+    r"\b(?:0\.0\.0\.0|127\.0\.0\.1|10\.0\.0\.\d+):(94\d\d)\b": (
+        lambda world, found: f"127.0.0.1:{world.port(found[1])}"
+    ),
+    r"(?<=dns://)[\w-]+:(94\d\d)": lambda world, found: f"localhost:{world.port(found[1])}",
     r"http://127\.0\.0\.1:8000": lambda world, _: world._server,
     # Secrets.
     r"COLDFRAME_PEER_TOKEN=\.\.\.": lambda world, _: f"COLDFRAME_PEER_TOKEN={_TOKEN}",

@@ -25,8 +25,6 @@ root_doc = "index"
 exclude_patterns = ["generate"]
 nitpicky = True
 smartquotes = False  # two dashes are those of a flag
-# A guide that is still to be written is named by a pattern in the contents (index.md).
-suppress_warnings = ["toc.empty_glob"]
 highlight_language = "text"
 myst_heading_anchors = 4
 

@@ -89,10 +89,11 @@ def _alone(picture: str, legend: str) -> str:
     width, height = float(size[1]), float(size[2]) + (_LEGEND if legend else 0)
     below = element("g", legend, transform=f"translate(0 {size[2]})") if legend else ""
     paper = element("rect", width="100%", height="100%", style="fill: var(--paper)")
+    style = html.escape(STYLE + PICTURES, quote=False)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}"'
         f' width="{width:g}" height="{height:g}">'
-        f"<style>{html.escape(STYLE + PICTURES, quote=False)}</style>{paper}{picture}{below}</svg>\n"
+        f"<style>{style}</style>{paper}{picture}{below}</svg>\n"
     )
 
 

@@ -21,6 +21,7 @@ __all__ = ["MADE", "filled"]
 
 _MARK = re.compile(r"^<!-- made: ([a-z-]+)(?: (\S+))? -->$", re.MULTILINE)
 _LINK = re.compile(r"\[([^\]\n]+)\]\((\.\./[^)#\s]+)\)")
+_MAYBE = re.compile(r"^([a-z-]+)\?\n", re.MULTILINE)
 _DOCS = Path(__file__).parents[1]
 
 MADE: dict[str, Callable[[str], str]] = {
@@ -40,10 +41,14 @@ def filled(page: str) -> str:
     """A page with all that it asks for.
 
     A file of the repository that it links to goes along with the site. A folder cannot: where a
-    page links to one, only the words are left.
+    page links to one, only the words are left. A line of contents that ends in a question mark is
+    of a page that need not be there.
 
     Raises:
         KeyError: It asks for something that is not made.
     """
     page = _MARK.sub(lambda mark: MADE[mark[1]](mark[2] or "").strip(), page)
+    page = _MAYBE.sub(
+        lambda name: f"{name[1]}\n" if (_DOCS / f"{name[1]}.md").exists() else "", page
+    )
     return _LINK.sub(lambda link: link[1] if (_DOCS / link[2]).is_dir() else link[0], page)

@@ -1,13 +1,14 @@
 """The error classes as the code has them, and what a client over HTTP is told of each.
 
-An `ApiError` has one of a few codes. What each of them means cannot be read from the code; that they
-are all here, and none that is no more, a test sees to.
+An `ApiError` has one of a few codes. What each of them means cannot be read from the code; that
+they are all here, and none that is no more, a test sees to.
 """
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from coldframe.loader import errors
@@ -32,10 +33,16 @@ CODES: dict[str, tuple[str, str]] = {
     "invalid_value": ("400", "a field with a value that it cannot have"),
     "missing_required_parameter": ("400", "a field that has to be there is not"),
     "model_error": ("500", "the model cannot be served, and no later try will find that mended"),
-    "model_not_found": ("404", "this server has no model of that name; the message has those it has"),
+    "model_not_found": (
+        "404",
+        "this server has no model of that name; the message has those it has",
+    ),
     "no_chat_template": ("400", "the model has no chat template: send a prompt, or give it one"),
     "overloaded": ("503", "too many large bodies are being received at once"),
-    "queue_full": ("503", "cold, and as many wait as may; `eta_s` says for how long (`--max-waiting`)"),
+    "queue_full": (
+        "503",
+        "cold, and as many wait as may; `eta_s` says for how long (`--max-waiting`)",
+    ),
     "replica_error": ("503", "the replica died, or cannot go on just now; ask again"),
     "request_timeout": ("408", "the body did not come in time"),
     "request_too_large": ("400, 413", "the body is larger or nested deeper than it may be"),
@@ -61,6 +68,7 @@ class Found:
         self.where = where
 
 
+@cache
 def family() -> dict[str, Found]:
     """All classes of errors by name, those above before those below: read, not imported."""
     defined = [found for floor in _FLOORS for found in _classes(_ROOT / floor)]
@@ -71,6 +79,14 @@ def family() -> dict[str, Found]:
         known.update((found.name, found) for found in below)
         grown = bool(below)
     return known
+
+
+@cache
+def _docstring(where: str, name: str) -> str:
+    for node in ast.walk(ast.parse((_ROOT / where).read_bytes())):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return ast.get_docstring(node) or ""
+    raise KeyError(name)
 
 
 def _classes(folder: Path) -> Iterator[Found]:
@@ -97,11 +113,8 @@ def tree() -> str:
 
 
 def _said(found: Found) -> str:
-    for node in ast.walk(ast.parse((_ROOT / found.where).read_bytes())):
-        if isinstance(node, ast.ClassDef) and node.name == found.name:
-            text = (ast.get_docstring(node) or "").splitlines()[0].rstrip(".")
-            return cell(text[0].lower() + text[1:])
-    raise KeyError(found.name)
+    text = _docstring(found.where, found.name).splitlines()[0].rstrip(".")
+    return cell(text[0].lower() + text[1:])
 
 
 def facts(name: str) -> str:

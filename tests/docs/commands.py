@@ -1,7 +1,7 @@
 """The commands that the README and the pages show, as they stand there.
 
-A command is a line of a block of shell (fenced as `sh`, `bash` or `console`, or indented and beginning
-with a program), or a span of code in a sentence that begins with `coldframe`.
+A command is a line of a block of shell (fenced as `sh`, `bash` or `console`, or indented and
+beginning with a program), or a span of code in a sentence that begins with `coldframe`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ PAGES = [
 
 _FENCED = {"sh", "bash", "shell", "console"}
 _PROGRAMS = {
-    *("aws", "coldframe", "curl", "docker", "export", "gcloud", "helm", "kubectl", "make", "podman"),
+    *(
+        "aws",
+        "coldframe",
+        "curl",
+        "docker",
+        "export",
+        "gcloud",
+        "helm",
+        "kubectl",
+        "make",
+        "podman",
+    ),
     *("pip", "python", "python3", "vllm"),
 }
 """What an indented block begins with, if it is one of commands."""

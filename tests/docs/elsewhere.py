@@ -108,7 +108,9 @@ class Foreign:
     def problem(self, line: Line) -> str | None:
         if line.program != self.program:
             return f"it runs {line.program}, not {self.program}"
-        system = re.search(r"^system:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        system = re.search(
+            r"^system:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
         assert system is not None
         # What is installed for the tests could be run here.
         if re.search(rf"(?<![\w-]){self.program}(?![\w-])", system[1]):
@@ -177,7 +179,11 @@ REASONS: list[tuple[str, Reason]] = [
     ),
     (
         r"coldframe bench report ",
-        _bench("report/test_report_command.py", "test_the_command_writes_what_it_is_asked_for", "report"),
+        _bench(
+            "report/test_report_command.py",
+            "test_the_command_writes_what_it_is_asked_for",
+            "report",
+        ),
     ),
     (r"coldframe bench rest ", _bench("test_rest.py", _WHOLE, "rest")),
     (
@@ -250,5 +256,3 @@ def reason_for(line: Line) -> Reason | None:
         if re.match(pattern, line.text):
             return reason
     return FOREIGN.get(line.program)
-
-

@@ -86,7 +86,9 @@ def flags_of(words: tuple[str, ...]) -> list[str]:
     return [found for word in words for found in re.findall(r"^\[?(--[a-z][a-z-]*)", word)]
 
 
-@pytest.mark.parametrize(("where", "text"), [pytest.param(*s, id=f"{s[0]} {s[1]}"[:100]) for s in spans()])
+@pytest.mark.parametrize(
+    ("where", "text"), [pytest.param(*s, id=f"{s[0]} {s[1]}"[:100]) for s in spans()]
+)
 def test_what_a_sentence_names_is_there(where: str, text: str) -> None:
     """It may be a part of a command; then what it has must be of that command."""
     for call in calls(text) or [Call((), "coldframe", tuple(text.split()[1:]))]:
@@ -109,7 +111,8 @@ def test_a_flag_that_there_is_not_is_found() -> None:
 
 
 @pytest.mark.parametrize(
-    "target", sorted({c.arguments[0] for _, n in LINES for c in calls(n.text) if c.program == "make"})
+    "target",
+    sorted({c.arguments[0] for _, n in LINES for c in calls(n.text) if c.program == "make"}),
 )
 def test_the_makefile_has_the_target(target: str) -> None:
     done = subprocess.run(

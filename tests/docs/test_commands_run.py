@@ -1,7 +1,7 @@
 """Every command that the README and the pages show is run as it stands there.
 
-Models, buckets, hosts and keys are those of `world`. Commands for which `elsewhere` has a reason are
-left out; a block's others are run in their order, as its reader would.
+Models, buckets, hosts and keys are those of `world`. Commands for which `elsewhere` has a reason
+are left out; a block's others are run in their order, as its reader would.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is made from the code has all of the code in it, and what is said beside it is about that."""
+"""What is made from the code has all of it in it, and what is said beside it is about that."""
 
 from __future__ import annotations
 
@@ -124,7 +124,9 @@ def test_the_family_is_that_of_the_running_code() -> None:
 
     mine = {name for name in below(ColdframeError) if not name.startswith("_")}
     # What tests define for themselves is none of the code's.
-    assert set(family()) >= {name for name in mine if name in (ROOT / "loader/errors.py").read_text()}
+    assert set(family()) >= {
+        name for name in mine if name in (ROOT / "loader/errors.py").read_text()
+    }
     assert {"MemoryServiceGone", "NoPlan"} <= set(family())
 
 
@@ -179,8 +181,15 @@ def test_a_page_that_asks_for_what_is_not_made_is_wrong() -> None:
 
 
 def test_a_link_to_a_folder_is_its_words() -> None:
-    assert filled("[all](../loader) of [it](../loader/arena.py)") == "all of [it](../loader/arena.py)"
+    assert (
+        filled("[all](../loader) of [it](../loader/arena.py)") == "all of [it](../loader/arena.py)"
+    )
     assert filled("[none](../nowhere)") == "[none](../nowhere)"
+
+
+def test_a_page_that_need_not_be_there_is_in_the_contents_once_it_is() -> None:
+    assert filled("serving?\nnowhere?\nvllm\n") == "serving\nvllm\n"
+    assert filled("Is it?\n") == "Is it?\n"
 
 
 def test_the_landing_pages_figures_are_the_readmes() -> None:

@@ -67,7 +67,7 @@ class Page(HTMLParser):
 
 def build(source: Path, target: Path) -> subprocess.CompletedProcess[str]:
     """What `make docs` does, without a way to a network."""
-    nowhere = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy")}
+    nowhere = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     return subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-E", "-a", "-W", "--keep-going", source, target],
         cwd=ROOT,

@@ -38,13 +38,17 @@ _REPOSITORIES = ("org/name", "meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen3-8B"
 _TOKEN = "correct-horse-battery"
 _END_S = 60.0
 _LIMIT_S = 300.0
-_BATCH = '{"custom_id": "r1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}\n'
+_BATCH = (
+    '{"custom_id": "r1", "method": "POST", "url": "/v1/completions", "body": {"prompt": "Hi"}}\n'
+)
 _TRACE = """TIMESTAMP,ContextTokens,GeneratedTokens
 2023-11-16 18:17:03.0,40,4
 2023-11-16 18:17:04.5,20,6
 2023-11-16 18:18:30.0,30,5
 """
-_NODES = '[{"name": "a", "memory_free": "64GiB", "rate": "2GB/s", "weights": "disk", "state": "zero"}]'
+_NODES = (
+    '[{"name": "a", "memory_free": "64GiB", "rate": "2GB/s", "weights": "disk", "state": "zero"}]'
+)
 
 
 class World:

@@ -90,7 +90,8 @@ class Recipe:
         )
         if found is None or self.says not in found[1]:
             return f"make {self.target} does not say {self.says!r}"
-        return self.like.problem(line)
+        lane = self.like if isinstance(self.like, Lane) else None
+        return self.like.problem(line if lane is None else Line(f"make {lane.target}"))
 
 
 @dataclass(frozen=True)

@@ -324,6 +324,7 @@ _BY = {
     r"\bOUT\.jsonl\b": lambda world, _: str(world.scratch / "out.jsonl"),
     r"(?<=--trace )(?:FILE|[a-z_]+\.csv)": lambda world, _: world.file("trace.csv", _TRACE),
     r"(?<=--nodes )FILE\b": lambda world, _: world.file("nodes.json", _NODES),
+    r"(?<=--cache )DIR\b": lambda world, _: str(world.scratch / "kept"),
     r"/var/cache/\w+": lambda world, _: str(world.scratch / "kept"),
     # Places.
     r"BUCKET/PREFIX": lambda world, _: "bucket/prefix",

@@ -21,7 +21,18 @@ from tests.docs.elsewhere import REASONS, reason_for
 
 BLOCKS = blocks()
 LINES = [(block, line) for block in BLOCKS for line in block.lines]
-RUN_HERE = {"coldframe", "curl", "dd", "export", "make", "mkdir", "openssl", "printf", "truncate"}
+RUN_HERE = {
+    "coldframe",
+    "curl",
+    "dd",
+    "export",
+    "make",
+    "mkdir",
+    "openssl",
+    "printf",
+    "sed",
+    "truncate",
+}
 """What `test_commands_run` runs, where no reason is given why not."""
 # What stands for a value that is a number or a quantity.
 VALUES = {"N": "1", "RATE": "200MB/s", "SECONDS": "1", "SIZE": "1GiB", "TOKENS": "1"}

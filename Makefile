@@ -73,10 +73,11 @@ lint: setup build/types/coldframe
 docs: setup
 	$(BIN)/python -m sphinx -q -E -a -W --keep-going docs build/docs
 
-# The pictures in it, of starts on this machine.
+# The pictures in it, of starts on this machine; of vLLM where `make bench-vllm` has been made.
 docs-pictures: setup
 	$(BIN)/coldframe demo-model $(DEMO) --size base
-	$(BIN)/coldframe bench cold $(DEMO) --beside transformers,fastapi --output build/cold.json
+	$(BIN)/coldframe bench cold $(DEMO) --beside transformers,fastapi,vllm,vllm-compiled-kept \
+		$(if $(wildcard build/vllm/bin/python),--vllm-python build/vllm/bin/python) --output build/cold.json
 	$(BIN)/python docs/pictures.py build/cold.json
 
 format: setup

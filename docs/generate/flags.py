@@ -16,6 +16,7 @@ from docs.generate.markdown import cell, code, table
 
 __all__ = ["benchmarks", "commands", "parsers", "twins"]
 
+_HEADS = ("", "variable", "default", "")
 _BINARY = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
@@ -48,17 +49,20 @@ def _is_benchmark(name: str) -> bool:
 
 def _section(name: str, summary: str, parser: Parser) -> str:
     parts = [f"## {name}\n", f"{cell(summary[0].upper() + summary[1:])}.\n"]
-    for group in parser._action_groups:
+    # The first two groups are argparse's own, and need no names.
+    positional, optional, *named = parser._action_groups
+    plain = [*positional._group_actions, *optional._group_actions]
+    parts.append(table(_HEADS, _rows(parser, [action for action in plain if _told(action)])))
+    for group in named:
         actions = [action for action in group._group_actions if _told(action)]
         if not actions:
             continue
         title = group.title or ""
-        # argparse's own two names say nothing that the first column does not.
-        if title not in ("positional arguments", "options", None):
+        if title:
             parts.append(f"*{cell(title[0].upper() + title[1:])}*\n")
         if group.description:
             parts.append(f"{cell(group.description)}\n")
-        parts.append(table(["", "variable", "default", ""], _rows(parser, actions)))
+        parts.append(table(_HEADS, _rows(parser, actions)))
     return "\n".join(parts)
 
 

@@ -107,7 +107,7 @@ def test_nothing_is_loaded_from_elsewhere(site: Path, pages: dict[Path, Page]) -
             parts = urlsplit(address)
             assert parts.scheme in ("", "data"), f"{path.name}: {address}"
             assert not parts.netloc, f"{path.name}: {address}"
-            if not parts.scheme:
+            if parts.path and not parts.scheme:
                 assert (path.parent / unquote(parts.path)).is_file(), f"{path.name}: {address}"
         assert not elsewhere(page.styles), path.name
     for sheet in site.rglob("*.css"):

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system images-system criu demo test test-heavy test-vllm test-images lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system images-system criu demo docs docs-pictures test test-heavy test-vllm test-dynamo test-images lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -24,15 +24,15 @@ demo: setup
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots --quiet $(PROMPT)
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots $(PROMPT)
 
-# What the tests run beside Python: nginx serves ranges, Chromium shows the page, iproute2 makes hosts and links of a rate,
-# g++ compiles decode steps (for
-# images, too). Only what is missing, and only as root.
+# What the tests run beside Python: nginx serves ranges, curl asks, Chromium shows the page, iproute2 makes hosts and
+# links of a rate, g++ compiles decode steps (for images, too). Only what is missing, and only as root.
 system:
 	@missing=""; \
 	command -v nginx >/dev/null || test -x /usr/sbin/nginx || missing="nginx-light"; \
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$$missing chromium chromium-driver"; \
 	command -v g++ >/dev/null || missing="$$missing g++"; \
 	command -v ip >/dev/null && command -v tc >/dev/null || missing="$$missing iproute2"; \
+	command -v curl >/dev/null || missing="$$missing curl"; \
 	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
 # CRIU freezes and restores workers. Into build/criu where this system has none that is new enough.
@@ -84,6 +84,17 @@ lint: setup build/types/coldframe
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The site, in build/docs: with all warnings errors, and without a network.
+docs: setup
+	$(BIN)/python -m sphinx -q -E -a -W --keep-going docs build/docs
+
+# The pictures in it, of starts on this machine; of vLLM where `make bench-vllm` has been made.
+docs-pictures: setup
+	$(BIN)/coldframe demo-model $(DEMO) --size base
+	$(BIN)/coldframe bench cold $(DEMO) --beside transformers,fastapi,vllm,vllm-compiled-kept \
+		$(if $(wildcard build/vllm/bin/python),--vllm-python build/vllm/bin/python) --output build/cold.json
+	$(BIN)/python docs/pictures.py build/cold.json
 
 format: setup
 	$(BIN)/ruff check --fix .

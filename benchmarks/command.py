@@ -7,11 +7,12 @@ import os
 import signal
 from contextlib import nullcontext
 from importlib import import_module
+from types import ModuleType
 
 from coldframe.runtime.device_choice import CPU, choose_device
 from coldframe.runtime.flags import Parser
 
-__all__ = ["BENCHMARKS", "add_arguments", "run"]
+__all__ = ["BENCHMARKS", "add_arguments", "parser_of", "run"]
 
 BENCHMARKS = {
     "batching": ("coldframe.benchmarks.batching", "how large a batch of prompts should be"),
@@ -79,6 +80,21 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("rest", nargs=argparse.REMAINDER, help="its own arguments; try --help")
 
 
+def parser_of(name: str) -> tuple[ModuleType, Parser]:
+    """A benchmark's module, and what reads its arguments.
+
+    Args:
+        name: One of `BENCHMARKS`.
+    """
+    module_name, summary = BENCHMARKS[name]
+    module = import_module(module_name)
+    parser = Parser(prog=f"coldframe bench {name}", description=summary)
+    module.add_arguments(parser)
+    if name in _ON_DEVICE:
+        parser.flag("--device", default=CPU, help="what replicas compute on: cpu or cuda:N (cpu)")
+    return module, parser
+
+
 def run(args: argparse.Namespace) -> int:
     """Runs one benchmark.
 
@@ -89,13 +105,8 @@ def run(args: argparse.Namespace) -> int:
         ColdframeError: It cannot be run.
         KeyboardInterrupt: Ctrl-C has ended it.
     """
-    module_name, summary = BENCHMARKS[args.bench]
-    module = import_module(module_name)
-    parser = Parser(prog=f"coldframe bench {args.bench}", description=summary)
-    module.add_arguments(parser)
+    module, parser = parser_of(args.bench)
     on_device = args.bench in _ON_DEVICE
-    if on_device:
-        parser.flag("--device", default=CPU, help="what replicas compute on: cpu or cuda:N (cpu)")
     wanted = parser.parse(args.rest)
     if on_device:
         # For the commands that it starts, too.

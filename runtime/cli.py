@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from types import ModuleType
 
-__all__ = ["COMMANDS", "main"]
+    from coldframe.runtime.flags import Parser
+
+__all__ = ["COMMANDS", "main", "parser_of"]
 
 COMMANDS = {
     "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
@@ -127,6 +129,16 @@ def _call(name: str, arguments: list[str]) -> int:
 
 
 def _parse(name: str, arguments: list[str]) -> tuple[ModuleType, Namespace]:
+    module, parser = parser_of(name)
+    return module, parser.parse(arguments)
+
+
+def parser_of(name: str) -> tuple[ModuleType, Parser]:
+    """A command's module, and what reads its arguments.
+
+    Args:
+        name: One of `COMMANDS`.
+    """
     from importlib import import_module
 
     from coldframe.runtime.flags import Parser
@@ -135,7 +147,7 @@ def _parse(name: str, arguments: list[str]) -> tuple[ModuleType, Namespace]:
     module = import_module(module_name)
     parser = Parser(prog=f"coldframe {name}", description=f"{summary[0].upper()}{summary[1:]}.")
     module.add_arguments(parser)
-    return module, parser.parse(arguments)
+    return module, parser
 
 
 def _usage() -> str:

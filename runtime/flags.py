@@ -40,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         self._twins.append((action, twin))
         action.help = f"{action.help or ''} [{twin}]".lstrip()
 
+    def twins(self) -> dict[str, str]:
+        """The environment's name of each flag that has one, by the attribute that it sets."""
+        return {action.dest: twin for action, twin in self._twins}
+
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parses the command line, with what the environment gives for flags that are absent.
 

@@ -59,6 +59,7 @@ dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; fon
   vertical-align: -1px; }
 summary { cursor: pointer; color: var(--faint); font-size: .85rem; }
 """
+"""The style of what is drawn, beside that of `STYLE`."""
 
 
 def report_page(documents: Sequence[dict[str, Any]]) -> str:

@@ -1,0 +1,259 @@
+"""Commands of the pages that are not run here: which test runs them, or what they need.
+
+Each reason is checked: a test that is named exists and names the command, a lane is one that
+continuous integration runs, and a program that is not ours is one that nothing here installs.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from dataclasses import dataclass
+from typing import Protocol
+
+from tests.docs.commands import ROOT, Line
+
+__all__ = ["REASONS", "Reason", "reason_for"]
+
+
+class Reason(Protocol):
+    """Why a command is not run here."""
+
+    def problem(self, line: Line) -> str | None:
+        """What is wrong with the reason, for this line; None where it holds."""
+
+
+@dataclass(frozen=True)
+class Tested:
+    """A test runs it, with other arguments.
+
+    Args:
+        file: The test's, from the repository's root.
+        test: Its name.
+        words: What the file must say, to be about this command.
+    """
+
+    file: str
+    test: str
+    words: tuple[str, ...]
+
+    def problem(self, line: Line) -> str | None:
+        path = ROOT / self.file
+        if not path.exists():
+            return f"there is no {self.file}"
+        text = path.read_text()
+        tree = ast.parse(text)
+        names = [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        if self.test not in names:
+            return f"there is no {self.test} in {self.file}"
+        missing = [word for word in self.words if word not in text]
+        return f"{self.file} does not say {missing}" if missing else None
+
+
+@dataclass(frozen=True)
+class Lane:
+    """Continuous integration runs it itself, or a target that needs it.
+
+    Args:
+        target: Of the Makefile, as `.ci/run` calls it.
+    """
+
+    target: str
+
+    def problem(self, line: Line) -> str | None:
+        if f"make {self.target}\n" not in (ROOT / ".ci" / "run").read_text():
+            return f".ci/run does not make {self.target}"
+        wanted = line.text.removeprefix("make ").split()[0]
+        if wanted == self.target:
+            return None
+        needs = re.search(rf"^{self.target}:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return None if needs and wanted in needs[1].split() else f"{self.target} needs no {wanted}"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Its recipe is of commands that are tested: what it runs is looked at, and not run.
+
+    Args:
+        target: Of the Makefile.
+        says: What its recipe must contain.
+        like: How that is tested.
+    """
+
+    target: str
+    says: str
+    like: Reason
+
+    def problem(self, line: Line) -> str | None:
+        found = re.search(
+            rf"^{self.target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
+        if found is None or self.says not in found[1]:
+            return f"make {self.target} does not say {self.says!r}"
+        lane = self.like if isinstance(self.like, Lane) else None
+        return self.like.problem(line if lane is None else Line(f"make {lane.target}"))
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """It is a program of others for a service of others, that nothing of ours installs.
+
+    Args:
+        program: Its name.
+        why: What it needs besides.
+    """
+
+    program: str
+    why: str
+
+    def problem(self, line: Line) -> str | None:
+        if line.program != self.program:
+            return f"it runs {line.program}, not {self.program}"
+        system = re.search(
+            r"^system:\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE
+        )
+        assert system is not None
+        # What is installed for the tests could be run here.
+        if re.search(rf"(?<![\w-]){self.program}(?![\w-])", system[1]):
+            return f"{self.program} is installed for the tests"
+        return None if self.why else "what else does it need?"
+
+
+def _bench(file: str, test: str, name: str) -> Tested:
+    return Tested(f"tests/benchmarks/{file}", test, (f'"bench", "{name}"',))
+
+
+_WHOLE = "test_the_benchmark_runs_and_ends_in_one_document"
+_SPINE = _bench("test_spine.py", _WHOLE, "spine")
+_VLLM = "tests/runtime/integrations/vllm"
+_GPU = Tested(
+    "tests/benchmarks/test_gpu_budget.py",
+    "test_without_a_gpu_it_says_so_and_writes_nothing",
+    ("coldframe.benchmarks.gpu",),
+)
+
+REASONS: list[tuple[str, Reason]] = [
+    # Targets.
+    (r"make (setup|lint)$", Lane("lint")),
+    (r"make criu$", Lane("criu")),
+    (r"make test$", Lane("test")),
+    (r"make test-heavy$", Lane("test-heavy")),
+    (r"make test-vllm$", Lane("test-vllm")),
+    (r"make docs$", Lane("docs")),
+    (r"make format$", Recipe("format", "ruff format .", Lane("lint"))),
+    (
+        r"make docs-pictures$",
+        Recipe(
+            "docs-pictures",
+            "docs/pictures.py build/cold.json",
+            Tested("tests/docs/test_pictures.py", "test_pictures_stand_alone", ("docs.pictures",)),
+        ),
+    ),
+    (r"make bench$", Recipe("bench", "coldframe bench spine", _SPINE)),
+    (r"make gpu( ARGS=.*)?$", Recipe("gpu", "-m coldframe.benchmarks.gpu $(ARGS)", _GPU)),
+    # Benchmarks: with less to do, in tests of their own.
+    (r"coldframe bench batching ", _bench("test_batching.py", _WHOLE, "batching")),
+    (
+        r"coldframe bench cold ",
+        Tested(
+            "tests/benchmarks/cold/test_cold_command.py",
+            "test_a_wide_matrix_and_then_against_itself",
+            ('"bench", "cold"', "--baseline", "--output"),
+        ),
+    ),
+    (r"coldframe bench endpoint ", _bench("test_endpoint.py", _WHOLE, "endpoint")),
+    (r"coldframe bench gpu", _GPU),
+    (r"coldframe bench handoff ", _bench("test_handoff_bench.py", _WHOLE, "handoff")),
+    (r"coldframe bench interference ", _bench("test_interference.py", _WHOLE, "interference")),
+    (
+        r"coldframe bench kills ",
+        _bench("test_kills.py", "test_arrivals_are_answered_while_processes_are_killed", "kills"),
+    ),
+    (
+        r"coldframe bench load ",
+        _bench("test_load.py", "test_the_benchmark_leaves_out_what_is_not_installed", "load"),
+    ),
+    (r"coldframe bench prefix ", _bench("test_prefix_bench.py", _WHOLE, "prefix")),
+    (
+        r"coldframe bench replay ",
+        _bench("traffic/test_replay.py", "test_a_simulation_is_as_the_replay", "replay"),
+    ),
+    (
+        r"coldframe bench report ",
+        _bench(
+            "report/test_report_command.py",
+            "test_the_command_writes_what_it_is_asked_for",
+            "report",
+        ),
+    ),
+    (r"coldframe bench rest ", _bench("test_rest.py", _WHOLE, "rest")),
+    (
+        r"coldframe bench serve ",
+        _bench(
+            "traffic/test_serve_bench.py", "test_rates_are_offered_to_each_way_in_turn", "serve"
+        ),
+    ),
+    (r"coldframe bench spine ", _SPINE),
+    (r"coldframe bench swap ", _bench("test_swap.py", _WHOLE, "swap")),
+    (r"coldframe bench turns ", _bench("test_turns.py", _WHOLE, "turns")),
+    # With vLLM, in its environment.
+    (
+        r"vllm serve MODEL --load-format coldframe$",
+        Tested(
+            f"{_VLLM}/test_real_serve.py",
+            "test_the_command_with_weights_from_a_web_server",
+            ("vllm_servers",),
+        ),
+    ),
+    (
+        r"vllm serve .*\"source\": \"s3://bucket/model\"",
+        Tested(f"{_VLLM}/test_real_serve.py", "test_weights_from_elsewhere", ("s3://",)),
+    ),
+    (
+        r"vllm serve .*\"memory_service\"",
+        Tested(
+            f"{_VLLM}/test_real_serve.py",
+            "test_the_command_beside_a_replica_that_has_the_weights",
+            ("memory_service",),
+        ),
+    ),
+    (
+        r"coldframe serve .*--decode native,vllm",
+        Tested(
+            f"{_VLLM}/test_real_bridge_served.py",
+            "test_a_server_whose_decode_is_taken_over",
+            ("--decode", "native,vllm"),
+        ),
+    ),
+    (
+        r"coldframe snapshot create .*--engine vllm",
+        Tested(
+            f"{_VLLM}/test_real_frozen.py",
+            "test_a_clone_answers_as_a_fresh_engine_with_the_weights_that_it_is_given",
+            ("--engine",),
+        ),
+    ),
+]
+"""Lines, as regular expressions of their beginnings, and why they are not run; the first counts."""
+
+
+FOREIGN: dict[str, Reason] = {
+    program: Foreign(program, why)
+    for program, why in {
+        "aws": "an account",
+        "docker": "an engine",
+        "gcloud": "an account",
+        "helm": "a cluster",
+        "kubectl": "a cluster",
+        "podman": "an engine",
+    }.items()
+}
+"""Programs for what tests have none of, whatever they are told to do."""
+
+
+def reason_for(line: Line) -> Reason | None:
+    """Why a line is not run here; None for those that are."""
+    for pattern, reason in REASONS:
+        if re.match(pattern, line.text):
+            return reason
+    return FOREIGN.get(line.program)

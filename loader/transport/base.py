@@ -49,17 +49,24 @@ class Way:
     Args:
         transport: Of `TRANSPORTS`.
         address: `HOST:PORT`, or the path of a socket.
-        host: See `host_id`; of `shared` alone.
+        host: See `host_id`; of `shared` alone, as
+        device: what kind of device has the blocks.
         agent: What a NIXL agent says of itself, and where the blocks are in its memory.
     """
 
     transport: str
     address: str = ""
     host: str = ""
+    device: str = ""
     agent: Mapping[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        found = {"transport": self.transport, "address": self.address, "host": self.host}
+        found: dict[str, Any] = {
+            "transport": self.transport,
+            "address": self.address,
+            "host": self.host,
+            "device": self.device,
+        }
         return found | ({} if self.agent is None else {"agent": dict(self.agent)})
 
     @classmethod
@@ -70,6 +77,7 @@ class Way:
             _text(fields, "transport"),
             _text(fields, "address"),
             _text(fields, "host"),
+            _text(fields, "device"),
             None if agent is None else _object(agent, "agent"),
         )
 

@@ -103,7 +103,7 @@ class Given:
                 got=digest_of(there[: self.kv_tokens]),
             )
         kv_tokens = 0 if self.ticket is None else min(self.kv_tokens, len(ids) - 1)
-        ticket = None if self.ticket is None else self.ticket.to_wire()
+        ticket = None if self.ticket is None or not kv_tokens else self.ticket.to_wire()
         return Handoff(job, self.fingerprint, self.kv_format, (), kv_tokens, "", ticket)
 
     def to_params(self) -> dict[str, Any]:

@@ -112,6 +112,11 @@ class Handoff:
         """Whether no more than the last token is to be computed."""
         return self.kv_tokens == len(self.job.prompt_ids or ()) + len(self.job.generated_ids) - 1
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it comes from another replica, so that nobody of this one vouches for it."""
+        return not self.domain
+
     def to_wire(self) -> dict[str, Any]:
         return {
             "version": VERSION,

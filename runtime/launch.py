@@ -24,7 +24,7 @@ from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.first_words import FirstWords
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
-from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions, TransferOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.restorer_process import RestorerProcess
@@ -239,6 +239,11 @@ class Launch:
                 "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }
         )
+        transfer = options.transfer
+        if transfer != TransferOptions():
+            ways = {"transports": list(transfer.transports), "keyed": transfer.keyed}
+            place = {"listen": transfer.listen, "advertise": transfer.advertise}
+            memory.channel.send({"type": "transfer", **place, **ways})
 
     def start_workers(self) -> None:
         """Starts the workers that the first token needs; the others are to follow (`later`).

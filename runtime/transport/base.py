@@ -84,6 +84,11 @@ class Given:
             ticket,
         )
 
+    @classmethod
+    def nothing(cls) -> Given:
+        """What stands for it where no other replica has begun with a request."""
+        return cls(digest_of(()), 0, (), None, "", "", None)
+
     def handoff(self, job: Job) -> Handoff:
         """The request as a worker here is to get it.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from coldframe.loader.errors import ReplicaError, RequestError
+from coldframe.loader.errors import ReplicaError, RequestError, TransferRefused
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Emission, Sequence
@@ -120,8 +120,12 @@ class _DecodeRole:
                 self._worker.client.renew(request)
 
     def _take(self, handoff: Handoff) -> None:
-        handoff = self._checked(handoff)
         job = handoff.job
+        try:
+            handoff = self._checked(handoff)
+        except TransferRefused as error:
+            self._worker.refuse(job, error)
+            return
         if self._seen.get(job.request, -1) < job.attempt:
             self._seen[job.request] = job.attempt
             if not self._admit(handoff):
@@ -129,15 +133,25 @@ class _DecodeRole:
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
     def _checked(self, handoff: Handoff) -> Handoff:
-        """A hand-off of this model: what its KV is of is said by a worker of this replica.
+        """A hand-off of this model, with KV in the format of its KV, or none.
 
-        Another replica's is as good as its word: where that does not fit, the KV is as if lost.
+        Raises:
+            ReplicaError: It is of another model, by a worker of this replica.
+            TransferRefused: The same, by another replica.
         """
         expected = (self._worker.plan.fingerprint, kv_format(self._worker.spec.dtype))
         got = (handoff.fingerprint, handoff.kv_format)
-        if handoff.foreign and got != expected:
-            return replace(handoff, kv_tokens=0, ticket=None)
-        if not handoff.foreign and got != expected:
+        if handoff.foreign and got[0] in ("", expected[0]):
+            return handoff if got == expected else replace(handoff, kv_tokens=0, ticket=None)
+        if handoff.foreign:
+            raise TransferRefused(
+                "this request was begun with another model",
+                where=handoff.job.request,
+                expected=expected[0],
+                got=got[0],
+                hint="Start both replicas from the same checkpoint.",
+            )
+        if got != expected:
             raise ReplicaError(
                 "a hand-off from another model",
                 where=handoff.job.request,

@@ -239,8 +239,8 @@ class ReplicaOptions:
         )
 
     def device_of(self, role: str) -> str:
-        """Where a role's workers compute."""
-        return self.scales[role].device or self.device
+        """Where a role's workers compute; of those on other hosts, where KV goes to them from."""
+        return self.scales["prefill" if role == "remote" else role].device or self.device
 
     @property
     def layout_to_load(self) -> str | None:

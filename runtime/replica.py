@@ -503,7 +503,8 @@ class Replica:
 
     @property
     def workers(self) -> Mapping[str, WorkerProcess]:
-        return self._workforce.workers
+        here = self._workforce.workers
+        return {name: worker for name, worker in here.items() if worker.role != "remote"}
 
     def device_of(self, role: str) -> str:
         return self.options.device_of(role)

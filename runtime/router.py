@@ -289,7 +289,7 @@ class Router:
             role: `prefill` or `decode`.
             group: Whose requests it takes.
             domain: Workers of the same one reach the same KV.
-            engine: `native` or `vllm`.
+            engine: `native`, `vllm`, or `remote` for one that is in another replica.
         """
         self._workers[worker] = _Worker(role, group, domain, engine, heard=self._clock())
         self._give_out()
@@ -546,7 +546,7 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
-        found.elsewhere = self._workers[worker].engine == "vllm"  # with KV of its own
+        found.elsewhere = self._workers[worker].engine != "native"  # with KV of its own
         if (
             found.handoff is not None
             and not found.elsewhere

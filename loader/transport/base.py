@@ -26,7 +26,17 @@ from typing import Any, Protocol
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import TransferRefused
 
-__all__ = ["TRANSPORTS", "Run", "Taker", "Ticket", "Way", "host_id", "new_token", "runs_of"]
+__all__ = [
+    "TRANSPORTS",
+    "Run",
+    "Taker",
+    "Ticket",
+    "Way",
+    "host_id",
+    "new_token",
+    "parse_address",
+    "runs_of",
+]
 
 TRANSPORTS = ("shared", "nixl", "tcp")
 """By name, the way that costs least first."""
@@ -190,6 +200,18 @@ class Taker(Protocol):
             TransferError: They could not be had. Nothing is written to the arena any more.
         """
         ...
+
+
+def parse_address(text: str) -> tuple[str, int] | None:
+    """`HOST:PORT` or `[HOST]:PORT`; None where it is neither."""
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        return None
+    if not colon or not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
+        return None
+    return host, int(port)
 
 
 def new_token() -> str:

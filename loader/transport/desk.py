@@ -19,11 +19,19 @@ from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError, TransferRefused
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.ledger import Blocks
-from coldframe.loader.transport.base import TRANSPORTS, Ticket, Way, host_id, new_token, runs_of
+from coldframe.loader.transport.base import (
+    TRANSPORTS,
+    Ticket,
+    Way,
+    host_id,
+    new_token,
+    parse_address,
+    runs_of,
+)
 from coldframe.loader.transport.giver import Giver
 from coldframe.loader.transport.offers import Offer, Offers
 from coldframe.loader.transport.registry import OpenTaker, check_names, open_takers
-from coldframe.loader.transport.secure import parse_address, read_secret
+from coldframe.loader.transport.secure import read_secret
 from coldframe.loader.transport.takes import Take, TakeThreads, ways_from
 from coldframe.loader.wire import MAX_FDS
 
@@ -139,6 +147,8 @@ class TransferDesk:
             listener, secret, self._offers, lambda: self._arena, lambda: self._kv.block_bytes
         )
         host, port, *_ = listener.getsockname()
+        if advertise == "":
+            return f":{port}"  # who passes a ticket on knows by which address it reaches the other
         host = advertise or _reachable(host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 

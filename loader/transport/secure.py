@@ -31,6 +31,7 @@ from hashlib import blake2b
 from typing import Any
 
 from coldframe.loader.errors import TransferBroken, TransferDenied
+from coldframe.loader.transport.base import parse_address
 
 __all__ = [
     "SECRET",
@@ -38,7 +39,6 @@ __all__ = [
     "SecureSocket",
     "dial",
     "greet",
-    "parse_address",
     "read_secret",
     "welcome",
 ]
@@ -234,17 +234,6 @@ class SecureSocket:
             raise TransferBroken("a message is no JSON object")
         return body
 
-
-def parse_address(text: str) -> tuple[str, int] | None:
-    """`HOST:PORT` or `[HOST]:PORT`; None where it is neither."""
-    host, colon, port = text.rpartition(":")
-    if host.startswith("[") and host.endswith("]"):
-        host = host[1:-1]
-    elif ":" in host:
-        return None
-    if not colon or not host or not (port.isascii() and port.isdecimal()) or int(port) > 65535:
-        return None
-    return host, int(port)
 
 
 def dial(

@@ -15,9 +15,9 @@ from contextlib import suppress
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferError
 from coldframe.loader.memory import borrowed
-from coldframe.loader.transport.base import Run, Ticket, Way
+from coldframe.loader.transport.base import Run, Ticket, Way, parse_address
 from coldframe.loader.transport.giver import PURPOSE
-from coldframe.loader.transport.secure import SecureSocket, dial, parse_address
+from coldframe.loader.transport.secure import SecureSocket, dial
 
 __all__ = ["TcpTaker"]
 

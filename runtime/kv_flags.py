@@ -10,7 +10,7 @@ from typing import Any
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import DEFAULT_BYTES, KvStoreOptions
-from coldframe.loader.transport.base import TRANSPORTS
+from coldframe.loader.transport.base import DEFAULT_WAYS, TRANSPORTS
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import TransferOptions
 from coldframe.runtime.units import byte_count, byte_count_or_none
@@ -58,8 +58,9 @@ def add_kv_arguments(parser: Parser) -> None:
     flag(
         "--kv-ways",
         metavar="NAME,...",
-        default=",".join(TRANSPORTS),
-        help=f"how KV may go to other replicas, and come ({','.join(TRANSPORTS)})",
+        default=",".join(DEFAULT_WAYS),
+        help=f"how KV may go to other replicas, and come: {', '.join(TRANSPORTS)} "
+        f"({','.join(DEFAULT_WAYS)})",
     )
     flag(
         "--kv-check",

@@ -7,7 +7,7 @@ from typing import Any
 
 from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
-from coldframe.loader.transport.base import TRANSPORTS
+from coldframe.loader.transport.base import DEFAULT_WAYS
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.vllm_spec import VllmOptions
@@ -96,7 +96,7 @@ class TransferOptions:
 
     listen: str | None = None
     advertise: str | None = None
-    transports: tuple[str, ...] = TRANSPORTS
+    transports: tuple[str, ...] = DEFAULT_WAYS
     keyed: bool = False
     ttl_s: float = 30.0
 

@@ -27,6 +27,7 @@ from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import TransferRefused
 
 __all__ = [
+    "DEFAULT_WAYS",
     "TRANSPORTS",
     "Run",
     "Taker",
@@ -40,13 +41,14 @@ __all__ = [
 
 TRANSPORTS = ("shared", "nixl", "tcp")
 """By name, the way that costs least first."""
+DEFAULT_WAYS = ("shared", "tcp")
+"""What is gone where nothing is said: NIXL is for those who have it, and a fabric for it."""
 VERSION = 1
 _MOST_BLOCKS = 1 << 20
 _MOST_BLOCK_BYTES = 1 << 30
 _MOST_TTL_S = 3600.0
 _TOKEN_BYTES = 16
 _TEXT = 512
-_AGENT_TEXT = 64 << 10
 
 Run = tuple[int, int, int]
 """Neighbouring blocks: the first here, the first in the ticket's order, and how many."""
@@ -61,35 +63,26 @@ class Way:
         address: `HOST:PORT`, or the path of a socket.
         host: See `host_id`; of `shared` alone, as
         device: what kind of device has the blocks.
-        agent: What a NIXL agent says of itself, and where the blocks are in its memory.
     """
 
     transport: str
     address: str = ""
     host: str = ""
     device: str = ""
-    agent: Mapping[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
-        found: dict[str, Any] = {
+        return {
             "transport": self.transport,
             "address": self.address,
             "host": self.host,
             "device": self.device,
         }
-        return found | ({} if self.agent is None else {"agent": dict(self.agent)})
 
     @classmethod
     def from_wire(cls, data: Any) -> Way:
         fields = _object(data, "ways")
-        agent = fields.get("agent")
-        return cls(
-            _text(fields, "transport"),
-            _text(fields, "address"),
-            _text(fields, "host"),
-            _text(fields, "device"),
-            None if agent is None else _object(agent, "agent"),
-        )
+        names = ("transport", "address", "host", "device")
+        return cls(*(_text(fields, name) for name in names))
 
 
 @dataclass(frozen=True, slots=True)

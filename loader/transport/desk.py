@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.connection import Connection
 from coldframe.loader.devices.base import Arena, Device
@@ -20,7 +20,7 @@ from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError,
 from coldframe.loader.kvdesk import KvDesk
 from coldframe.loader.ledger import Blocks
 from coldframe.loader.transport.base import (
-    TRANSPORTS,
+    DEFAULT_WAYS,
     Ticket,
     Way,
     host_id,
@@ -34,6 +34,9 @@ from coldframe.loader.transport.registry import OpenTaker, check_names, open_tak
 from coldframe.loader.transport.secure import read_secret
 from coldframe.loader.transport.takes import Take, TakeThreads, ways_from
 from coldframe.loader.wire import MAX_FDS
+
+if TYPE_CHECKING:
+    from coldframe.loader.transport.nixl import NixlAgent
 
 __all__ = ["TransferDesk"]
 
@@ -65,7 +68,8 @@ class TransferDesk:
         self._fail = fail
         self._device = device
         self._path = path
-        self._order: tuple[str, ...] = TRANSPORTS
+        self._order: tuple[str, ...] = DEFAULT_WAYS
+        self._agent: NixlAgent | None = None
         self._keyed = False
         self._address = ""
         self._giver: Giver | None = None
@@ -125,7 +129,9 @@ class TransferDesk:
         try:
             self._order = check_names(transports, "transports")
             self._keyed = keyed
-            if listen is not None and "tcp" in self._order:
+            if "nixl" in self._order:
+                self._open_agent()
+            if listen is not None and set(self._order) - {"shared"}:
                 self._address = self._listen(listen, advertise)
                 self._send(connection, {"type": "gives_at", "address": self._address})
         except ColdframeError as error:
@@ -144,13 +150,27 @@ class TransferDesk:
             )
         listener = _bound(*place, listen)
         self._giver = Giver(
-            listener, secret, self._offers, lambda: self._arena, lambda: self._kv.block_bytes
+            *(listener, secret, self._offers, lambda: self._arena, lambda: self._kv.block_bytes),
+            None if self._agent is None else self._agent.offer,
         )
         host, port, *_ = listener.getsockname()
         if advertise == "":
             return f":{port}"  # who passes a ticket on knows by which address it reaches the other
         host = advertise or _reachable(host)
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def _open_agent(self) -> None:
+        from coldframe.loader.transport.nixl import NixlAgent, nixl_package
+
+        if nixl_package() is None:
+            raise PlatformError(
+                "KV cannot go by NIXL here",
+                where="nixl",
+                expected="nixl_cu12 or nixl_cu13",
+                got="neither is installed",
+                hint="Install it: pip install 'coldframe[nixl]'.",
+            )
+        self._agent = NixlAgent(lambda: self._arena, self._device)
 
     def on_offer(
         self,
@@ -200,7 +220,7 @@ class TransferDesk:
             if name == "shared":
                 kind = self._device().name.partition(":")[0]
                 ways.append(Way(name, self._path, host_id(), kind))
-            elif name == "tcp" and self._address:
+            elif self._address:
                 ways.append(Way(name, self._address))
         return ways
 
@@ -320,7 +340,7 @@ class TransferDesk:
     def _open_takers(self) -> dict[str, OpenTaker]:
         if self._takers is None:
             self._takers = open_takers(
-                self._order, self._device(), read_secret(), keyed=self._keyed
+                *(self._order, self._device(), read_secret(), self._agent), keyed=self._keyed
             )
         return self._takers
 

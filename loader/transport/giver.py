@@ -6,6 +6,8 @@ Behind the handshake (`secure`) a client may ask, any number of times, in messag
         -> {"nbytes"}, then the blocks as they are, then their keyed hash where it was wished
     {"do": "taken", "token"}            all are there: the offer is over
         -> {"taken"}
+    {"do": "lend", "token"}             where they are, for who reads them by other means, until
+        -> {"blocks", ...}              it says something more, or hangs up
     each instead                        -> {"error"}
 
 Blocks are sent from the arena itself, and copied out piece by piece where the host cannot look at
@@ -37,6 +39,7 @@ PURPOSE = "kv"
 _MOST_CONNECTIONS = 128
 _IDLE_S = 60.0
 _STALL_S = 30.0
+_LENT_S = 120.0
 _PIECE = 4 << 20
 _MOST_RUNS = 1 << 16
 
@@ -50,6 +53,8 @@ class Giver:
         offers: What there is.
         arena: Tells where the blocks are, once there are any.
         block_bytes: Tells how large one is, likewise.
+        lend: Says what there is to say of the arena to who reads it by other means; None where
+            nobody may.
     """
 
     def __init__(
@@ -59,12 +64,14 @@ class Giver:
         offers: Offers,
         arena: Callable[[], Arena],
         block_bytes: Callable[[], int],
+        lend: Callable[[], dict[str, Any]] | None = None,
     ) -> None:
         self._listener = listener
         self._secret = secret
         self._offers = offers
         self._arena = arena
         self._block_bytes = block_bytes
+        self._lend_by = lend
         self._lock = threading.Lock()
         self._open: dict[socket.socket, threading.Thread] = {}
         self._closing = False
@@ -131,6 +138,8 @@ class Giver:
                 self._give(client, token, asked)
             case "taken":
                 client.send({"taken": self._offers.take(token)})
+            case "lend":
+                self._lend(client, token)
             case other:
                 raise TransferBroken("a client wants something unknown", got=repr(other)[:80])
 
@@ -141,6 +150,22 @@ class Giver:
                 self._send(client, places, keyed=asked.get("keyed") is True)
         except TransferRefused as refusal:
             client.send({"error": refusal.to_wire()})
+
+    def _lend(self, client: SecureSocket, token: str) -> None:
+        try:
+            if self._lend_by is None:
+                raise TransferRefused("KV is not lent here")
+            told = self._lend_by()
+            # Who reads is not to be stopped from here: it is waited for, though not for ever.
+            with self._offers.reading(token, _let_read) as offer:
+                client.send({**told, "blocks": list(offer.blocks)})
+                client.sock.settimeout(_LENT_S)
+                said = client.recv()
+        except TransferRefused as refusal:
+            client.send({"error": refusal.to_wire()})
+            return
+        if said is not None:
+            self._answer(client, said)
 
     def _send(self, client: SecureSocket, places: list[tuple[int, int]], *, keyed: bool) -> None:
         arena, size = self._arena(), self._block_bytes()
@@ -183,6 +208,10 @@ def _places(offer: Offer, runs: Any) -> list[tuple[int, int]]:
 
 def _not_there() -> TransferRefused:
     return TransferRefused("these blocks are not in the offer")
+
+
+def _let_read() -> None:
+    """See `Giver._lend`."""
 
 
 def _shut(sock: socket.socket) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from coldframe.loader.devices.base import Device
 from coldframe.loader.errors import RequestError
 from coldframe.loader.transport.base import TRANSPORTS, Taker
+
+if TYPE_CHECKING:
+    from coldframe.loader.transport.nixl import NixlAgent
 
 __all__ = ["OpenTaker", "check_names", "open_takers"]
 
@@ -38,7 +41,12 @@ def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
 
 
 def open_takers(
-    names: Sequence[str], device: Device, secret: bytes | None, *, keyed: bool
+    names: Sequence[str],
+    device: Device,
+    secret: bytes | None,
+    agent: NixlAgent | None,
+    *,
+    keyed: bool,
 ) -> dict[str, OpenTaker]:
     """Those that are to be used.
 
@@ -46,6 +54,7 @@ def open_takers(
         names: Of `TRANSPORTS`.
         device: Where blocks are to go.
         secret: For those that ask another host.
+        agent: Of this process, for NIXL.
         keyed: Whether blocks from there are held against a hash of theirs.
     """
     found: dict[str, OpenTaker] = {}
@@ -57,4 +66,8 @@ def open_takers(
         from coldframe.loader.transport.tcp import TcpTaker
 
         found["tcp"] = TcpTaker(secret, keyed=keyed)
+    if agent is not None:
+        from coldframe.loader.transport.nixl import NixlTaker
+
+        found["nixl"] = NixlTaker(secret, agent)
     return found

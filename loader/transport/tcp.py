@@ -19,7 +19,7 @@ from coldframe.loader.transport.base import Run, Ticket, Way, parse_address
 from coldframe.loader.transport.giver import PURPOSE
 from coldframe.loader.transport.secure import SecureSocket, dial
 
-__all__ = ["TcpTaker"]
+__all__ = ["TcpTaker", "has_ended"]
 
 STREAMS = 4
 """Connections for one request's KV, at most: one alone does not fill a fast link."""
@@ -170,7 +170,7 @@ class TcpTaker:
             for entry in list(self._kept):
                 if entry[0] < late or (found is None and entry[1] == address):
                     self._kept.remove(entry)
-                    if entry[0] < late or _has_ended(entry[2]):
+                    if entry[0] < late or has_ended(entry[2]):
                         entry[2].close()
                     else:
                         found = entry[2]
@@ -184,7 +184,7 @@ class TcpTaker:
             self._kept.append((time.monotonic(), address, connection))
 
 
-def _has_ended(connection: SecureSocket) -> bool:
+def has_ended(connection: SecureSocket) -> bool:
     """Whether the other side has hung up; nobody says anything between two questions."""
     import select
 

@@ -23,7 +23,7 @@ from coldframe.loader.errors import (
 )
 from coldframe.loader.ledger import Blocks
 from coldframe.loader.process import remove_run_dir
-from coldframe.loader.transport.base import TRANSPORTS, new_token
+from coldframe.loader.transport.base import DEFAULT_WAYS, new_token
 from coldframe.loader.transport.secure import SecureSocket, dial
 from tests.loader.test_service import Service, failed, until
 from tests.loader.weights import layered
@@ -73,7 +73,7 @@ class Side(Service):
         self,
         model: Path,
         *,
-        ways: tuple[str, ...] = TRANSPORTS,
+        ways: tuple[str, ...] = DEFAULT_WAYS,
         listen: str | None = "127.0.0.1:0",
         blocks: int = BLOCKS,
         block_bytes: int = BLOCK,

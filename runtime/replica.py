@@ -269,6 +269,12 @@ class Replica:
         return self._router.prefilled_by_decode
 
     @property
+    def remotes_up(self) -> int:
+        """Decode workers on other hosts that are connected."""
+        workers = self._workforce.workers.values()
+        return sum(worker.role == "remote" and worker.up for worker in workers)
+
+    @property
     def staff(self) -> dict[str, dict[str, int]]:
         """By role: how many workers start, are up, and are to go."""
         return self._workforce.counts

@@ -123,8 +123,7 @@ def front(
 
 
 def connected(replica: Replica, count: int = 1) -> bool:
-    here = replica._workforce.workers.values()
-    return sum(worker.role == "remote" and worker.up for worker in here) == count
+    return replica.remotes_up == count
 
 
 def test_another_host_decodes(model: Path, no_leaks: Path, stack: ExitStack) -> None:

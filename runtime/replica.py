@@ -125,6 +125,7 @@ class Replica:
                 self._launch.start_workers()
             while self._launch.workers:
                 self._workforce.adopt(self._launch.workers.pop(0))
+            self._workforce.connect_remotes()
             if not self.options.hold_load:
                 self._read_facts()
         except BaseException:

@@ -197,6 +197,11 @@ class Workforce:
         self.adopt(worker)
         return worker.name
 
+    def connect_remotes(self) -> None:
+        """Connects to the decode workers on other hosts that are due."""
+        if not self._vllm_alone:
+            self._remotes.step()
+
     def end(self, worker: WorkerProcess, why: str) -> None:
         """Ends a worker that has nothing to do."""
         self._remove(worker, why)
@@ -430,7 +435,7 @@ class Workforce:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:
             self.start_rest()
-        self._remotes.step()
+        self.connect_remotes()
         for worker in [w for w in self.workers.values() if w.role != ROLE]:
             patience_s = _START_S[worker.role]
             late = now() - int(patience_s * 1e9)
@@ -458,7 +463,7 @@ class Workforce:
 
     def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
         """Whether what broke a worker need not break the next."""
-        if isinstance(error, ReplicaError) or worker.restoring:
+        if isinstance(error, ReplicaError) or worker.restoring or worker.role == ROLE:
             return True
         if worker.role == "vllm" and self.bridge.wanted:
             return True  # nor does it break those who decode without it
@@ -595,6 +600,8 @@ class Workforce:
 
     def _remove(self, worker: WorkerProcess, why: str) -> None:
         self._reap(worker)
+        if worker.role == ROLE:
+            self._remotes.died(worker.name, why)
         self._router.worker_gone(worker.name, why)
 
     def _reap(self, worker: WorkerProcess) -> int:

@@ -308,7 +308,7 @@ class TransferDesk:
         try:
             wanted = Ticket.from_wire(ticket)
             self._check(wanted, written)
-            ways = ways_from(wanted, dict(self._open_takers()), self._order)
+            ways = ways_from(wanted, self._open_takers(), self._order)
         except ColdframeError as error:
             self._answer(connection, None, error=error)
             return

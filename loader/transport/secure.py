@@ -163,7 +163,7 @@ class SecureSocket:
         """
         try:
             data = self.sock.recv(_READ, socket.MSG_DONTWAIT)
-        except BlockingIOError:
+        except (BlockingIOError, TimeoutError):
             return [], self._ended
         except OSError:
             data = b""

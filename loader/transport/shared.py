@@ -8,6 +8,7 @@ is the device's own, as between two devices of one replica (`beside`).
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Sequence
 
 from coldframe.loader.arena import Segment
@@ -40,8 +41,13 @@ class SharedTaker:
             return "the sender is on another machine"
         if way.device != self._kind:
             return f"the sender's KV is on {way.device or 'no device'}, not on {self._kind}"
-        if not os.access(way.address, os.R_OK | os.W_OK):
+        try:
+            found = os.stat(way.address)
+        except (OSError, ValueError):
             return "the sender's socket is out of reach from here"
+        # A ticket says where to knock: at nobody's but a memory service's of this user.
+        if not stat.S_ISSOCK(found.st_mode) or found.st_uid != os.geteuid():
+            return "what the sender calls its socket is none of this user's"
         return None
 
     def take(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from coldframe.loader.connection import Connection
@@ -129,7 +129,7 @@ class TakeThreads:
 
 
 def ways_from(
-    ticket: Ticket, takers: dict[str, Taker], order: Sequence[str]
+    ticket: Ticket, takers: Mapping[str, Taker], order: Sequence[str]
 ) -> list[tuple[Taker, Way]]:
     """The ways of a ticket that can be gone from here.
 

@@ -77,20 +77,16 @@ class TcpTaker:
         streams = max(1, min(self._streams, nbytes // _LEAST))
         parts = _parts(runs, streams)
         errors: list[ColdframeError] = []
-        open_now: list[SecureSocket] = []
-
-        def stop() -> None:
-            for connection in list(open_now):
-                connection.hang_up()
+        hanging = _Connections()
 
         def fetch(part: Sequence[Run]) -> None:
             try:
-                self._fetch(ticket, way, part, arena, open_now)
+                self._fetch(ticket, way, part, arena, hanging)
             except ColdframeError as error:
                 errors.append(error)
-                stop()  # of what is missing a part, the rest is of no use
+                hanging.stop()  # of what is missing a part, the rest is of no use
 
-        watch(stop)
+        watch(hanging.stop)
         others = [
             threading.Thread(target=fetch, args=(part,), name="kv-take", daemon=True)
             for part in parts[1:]
@@ -110,11 +106,11 @@ class TcpTaker:
         way: Way,
         runs: Sequence[Run],
         arena: Arena,
-        open_now: list[SecureSocket],
+        hanging: _Connections,
     ) -> None:
         connection = self._connection(way.address)
-        open_now.append(connection)
         try:
+            hanging.add(connection)
             wanted = [[there, count] for _, there, count in runs]
             asked = {"do": "blocks", "token": ticket.token, "runs": wanted, "keyed": self._keyed}
             nbytes = self._ask(connection, asked).get("nbytes")
@@ -139,7 +135,7 @@ class TcpTaker:
             connection.close()
             raise
         finally:
-            open_now.remove(connection)
+            hanging.remove(connection)
         self._keep(way.address, connection)
 
     def _say_taken(self, ticket: Ticket, way: Way) -> None:
@@ -182,6 +178,38 @@ class TcpTaker:
     def _keep(self, address: str, connection: SecureSocket) -> None:
         with self._lock:
             self._kept.append((time.monotonic(), address, connection))
+
+
+class _Connections:
+    """Those over which one request's KV comes, and whether it is to come no more."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._open: list[SecureSocket] = []
+        self._stopped = False
+
+    def add(self, connection: SecureSocket) -> None:
+        """One more.
+
+        Raises:
+            TransferBroken: It is broken off already.
+        """
+        with self._lock:
+            if self._stopped:
+                raise TransferBroken("nobody waits for this any more")
+            self._open.append(connection)
+
+    def remove(self, connection: SecureSocket) -> None:
+        with self._lock:
+            if connection in self._open:
+                self._open.remove(connection)
+
+    def stop(self) -> None:
+        """Breaks all of them off; any thread may call it."""
+        with self._lock:
+            self._stopped = True
+            for connection in self._open:
+                connection.hang_up()
 
 
 def has_ended(connection: SecureSocket) -> bool:

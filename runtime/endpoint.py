@@ -252,10 +252,15 @@ class Endpoint:
             listener.close()
 
     def _over(self) -> bool:
-        taken = self._takeover is not None and not self._takeover.idle and self._error is None
-        if self._drained and not (taken and self._phase == "draining"):
+        if self._drained and not (self._phase == "draining" and self._is_elsewhere):
             return True
         return self._drain_until is not None and time.monotonic() > self._drain_until
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether another replica waits for what is here: answers, or KV."""
+        answers = self._takeover is not None and not self._takeover.idle
+        return answers or any(model.given for _, model in self._fleet)
 
     def _step(self) -> None:
         """What there is to do after something has happened."""

@@ -224,6 +224,11 @@ class Supervisor:
         self.life.asked(before)
         return name
 
+    @property
+    def given(self) -> int:
+        """Requests that were given away, and whose KV nobody has taken yet."""
+        return 0 if self.replica is None else self.replica.given
+
     def cancel(self, name: str) -> None:
         """Forgets a request."""
         self._asks.cancel(name, self.replica)

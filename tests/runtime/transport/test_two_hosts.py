@@ -67,7 +67,7 @@ def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:
             decode = f"native,tcp://{second.address}:7000"
             front = served(
                 model,
-                *("--port", 8000, "--decode", decode, "--decode-share", 1),
+                *("--port", 8000, "--decode", decode),
                 under=first.under,
                 COLDFRAME_KV_SECRET=SECRET,
             )
@@ -75,7 +75,7 @@ def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:
                 eventually(lambda: ready(first), seconds=60)
                 body = {
                     **{"prompt": PROMPT, "temperature": 0, "ignore_eos": True},
-                    **{"max_tokens": 400, "n": 1},
+                    **{"max_tokens": 200, "n": 1},
                 }
                 url = "http://127.0.0.1:8000/v1/completions"
                 clients = [first.start(url, body) for _ in range(6)]

@@ -240,7 +240,8 @@ class _DecodeRole:
 
     def _cancel(self, request: str) -> None:
         self._moved.discard(request)
-        if self._waiting.pop(request, None) is not None and self._bringing.pop(request, None):
+        if self._waiting.pop(request, None) is not None and request in self._bringing:
+            del self._bringing[request]
             self._pool.abandon(request)
         self._seen.pop(request, None)
         sequence = self._decoder.remove(request)

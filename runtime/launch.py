@@ -44,9 +44,7 @@ _VLLM_WORKER = (
     "from coldframe.loader.process import speak_up; speak_up(); "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
-_REMOTE = (
-    "from coldframe.runtime.transport.remote import main; main(3, int(sys.argv[1]), first_ns)"
-)
+_REMOTE = "from coldframe.runtime.transport.remote import main; main(3, int(sys.argv[1]), first_ns)"
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
 

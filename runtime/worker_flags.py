@@ -26,8 +26,8 @@ def add_worker_arguments(parser: Parser) -> None:
         (
             "decode",
             "|vllm|native,vllm|tcp://HOST:PORT",
-            "; vllm has a vLLM engine decode, native,vllm once that is up; tcp://HOST:PORT a worker "
-            "on another host, beside others where commas are between them",
+            "; vllm has a vLLM engine decode, native,vllm once that is up; tcp://HOST:PORT a "
+            "worker on another host, beside others where commas are between them",
         ),
     ):
         flag(

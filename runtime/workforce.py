@@ -391,7 +391,6 @@ class Workforce:
         role, engine = ("decode", "vllm") if worker.role == "vllm" else (worker.role, "native")
         self._router.worker_added(worker.name, role, worker.group, place.device, engine)
 
-
     # -- while they live -------------------------------------------------------------------------
 
     def send(self, name: str, message: dict[str, Any], fds: Sequence[int] = ()) -> None:

@@ -205,14 +205,14 @@ class TransferDesk:
             self._send(connection, body)
             return
         offer = Offer(token, request, tuple(blocks[:written]), time.monotonic() + ttl_s)
+        size, ways = self._kv.block_bytes, tuple(self._ways())
         ticket = Ticket(
-            *(token, request, fingerprint, kv_format),
-            *(self._kv.block_bytes, written, kv_tokens, ttl_s, tuple(self._ways())),
+            token, request, fingerprint, kv_format, size, written, kv_tokens, ttl_s, ways
         )
         self._offered[token] = (offer, connection)
         self._offers.add(offer)
-        body = {"type": "offered", "request": request, "ticket": ticket.to_wire()}
-        self._send(connection, body)
+        told = {"type": "offered", "request": request, "ticket": ticket.to_wire()}
+        self._send(connection, told)
 
     def _ways(self) -> list[Way]:
         ways = []
@@ -425,7 +425,9 @@ def _reachable(host: str) -> str:
     pod = os.environ.get("POD_IP")
     if pod:
         return pod
-    family, far = (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
+    family, far = (
+        (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
+    )
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         try:
             sock.connect((far, 9))  # nothing is sent: it asks which way that would be
@@ -439,6 +441,4 @@ def _reachable(host: str) -> str:
 
 
 def _no_address(text: str) -> PlatformError:
-    return PlatformError(
-        "this is no address to give KV at", got=repr(text), expected="HOST:PORT"
-    )
+    return PlatformError("this is no address to give KV at", got=repr(text), expected="HOST:PORT")

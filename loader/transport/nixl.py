@@ -6,7 +6,7 @@ as it reads, and says when it is through. What is read goes past all that, by UC
 neither authenticated nor held against anything, and whoever has an agent's metadata can read all of
 the arena that it has registered. It is for fabrics that are trusted.
 
-The wheels' bindings are used as they are: their Python API imports torch, and this process has none.
+The wheels' bindings are used as they are: their Python API imports torch, which is not for here.
 """
 
 from __future__ import annotations
@@ -80,7 +80,11 @@ class NixlAgent:
             self._start()
             metadata = self._agent.getLocalMD()
             address = self._arena().address
-        return {"metadata": base64.b64encode(metadata).decode(), "address": address, **self._place()}
+        return {
+            "metadata": base64.b64encode(metadata).decode(),
+            "address": address,
+            **self._place(),
+        }
 
     def read(
         self,

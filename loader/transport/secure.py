@@ -235,7 +235,6 @@ class SecureSocket:
         return body
 
 
-
 def dial(
     address: str, secret: bytes, purpose: str, *, timeout_s: float, most: int = 1 << 20
 ) -> SecureSocket:

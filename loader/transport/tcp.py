@@ -40,7 +40,9 @@ class TcpTaker:
         streams: Connections for one request, at most.
     """
 
-    def __init__(self, secret: bytes | None, *, keyed: bool = False, streams: int = STREAMS) -> None:
+    def __init__(
+        self, secret: bytes | None, *, keyed: bool = False, streams: int = STREAMS
+    ) -> None:
         self._secret = secret
         self._keyed = keyed
         self._streams = streams
@@ -139,7 +141,7 @@ class TcpTaker:
         self._keep(way.address, connection)
 
     def _say_taken(self, ticket: Ticket, way: Way) -> None:
-        """The sender may have its blocks back; if it does not hear that, it has them a bit later."""
+        """The sender may have its blocks back; if it does not hear that, it has them later."""
         with suppress(TransferError):
             connection = self._connection(way.address)
             try:

@@ -128,9 +128,7 @@ class _Remote:
         wait_s = _FIRST_WAIT_S
         while True:
             try:
-                far = dial(
-                    self._address, secret, PURPOSE, timeout_s=_CONNECT_S, most=MOST_MESSAGE
-                )
+                far = dial(self._address, secret, PURPOSE, timeout_s=_CONNECT_S, most=MOST_MESSAGE)
             except TransferBroken:
                 if self._control.wait_readable(wait_s):
                     os._exit(0)  # nothing is said to one that is not up, but that it is to go

@@ -39,7 +39,7 @@ class Side:
         def run() -> None:
             try:
                 self.found = part()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - raised where it is joined
                 self.error = error
 
         self._thread = threading.Thread(target=run)
@@ -103,7 +103,9 @@ def test_bytes_between_messages_come_as_they_are(
     assert client.keyed(outgoing=True).digest() != client.keyed(outgoing=False).digest()
 
 
-@pytest.mark.parametrize(("secret", "purpose"), [(b"another secret than theirs", "kv"), (SECRET, "decode")])
+@pytest.mark.parametrize(
+    ("secret", "purpose"), [(b"another secret than theirs", "kv"), (SECRET, "decode")]
+)
 def test_who_knows_another_secret_or_wants_something_else_is_sent_away(
     secret: bytes, purpose: str, ends: tuple[socket.socket, socket.socket]
 ) -> None:

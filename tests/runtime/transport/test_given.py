@@ -16,9 +16,7 @@ from coldframe.runtime.transport.base import KEY, Given
 
 PROMPT = tuple(range(100, 140))
 JOB = Job("r1", 2, SamplingParams(seed=7), prompt_ids=PROMPT, generated_ids=(5,))
-TICKET = Ticket(
-    new_token(), "r1", "f", "k", 4096, 2, 40, 30.0, (Way("tcp", "127.0.0.1:7000"),)
-)
+TICKET = Ticket(new_token(), "r1", "f", "k", 4096, 2, 40, 30.0, (Way("tcp", "127.0.0.1:7000"),))
 GIVEN = Given.of(Handoff(JOB, "f", "k", (3, 4), 40, "cpu"), TICKET)
 
 
@@ -85,5 +83,7 @@ def test_without_a_ticket_all_of_it_is_computed() -> None:
         found = given.handoff(JOB)
         assert (found.kv_tokens, found.ticket) == (0, None)
         assert found.foreign
-    one = GIVEN.of(Handoff(replace(JOB, prompt_ids=(1,), generated_ids=()), "f", "k", (), 0, ""), TICKET)
+    one = GIVEN.of(
+        Handoff(replace(JOB, prompt_ids=(1,), generated_ids=()), "f", "k", (), 0, ""), TICKET
+    )
     assert one.handoff(replace(JOB, prompt_ids=(1,), generated_ids=())).ticket is None

@@ -1,4 +1,4 @@
-"""Prefill and decode on two hosts: clients ask the one, the other answers, and its end is a pause."""
+"""Prefill and decode on two hosts: clients ask the one, the other answers; its end is a pause."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_what_one_host_begins_the_other_ends(check: bool, model: Path) -> None:
 
 
 def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:
-    """Whoever decodes elsewhere is given up; what it had goes on here, where the KV may be still."""
+    """Whoever decodes elsewhere is given up; what it had goes on here."""
     expected = greedy(model, ids_of(model, PROMPT), COUNT)
     with two_hosts() as (first, second):
         place = {"listen": second.address, "port": 7000, "under": second.under}
@@ -74,8 +74,11 @@ def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:
             with front:
                 eventually(lambda: ready(first), seconds=60)
                 body = {
-                    **{"prompt": PROMPT, "temperature": 0, "ignore_eos": True},
-                    **{"max_tokens": 200, "n": 1},
+                    "prompt": PROMPT,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "max_tokens": 200,
+                    "n": 1,
                 }
                 url = "http://127.0.0.1:8000/v1/completions"
                 clients = [first.start(url, body) for _ in range(6)]

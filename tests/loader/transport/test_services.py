@@ -24,9 +24,11 @@ from coldframe.loader.errors import (
 from coldframe.loader.ledger import Blocks
 from coldframe.loader.process import remove_run_dir
 from coldframe.loader.transport.base import DEFAULT_WAYS, new_token
+from coldframe.loader.transport.nixl import nixl_package
 from coldframe.loader.transport.secure import SecureSocket, dial
 from tests.loader.test_service import Service, failed, until
 from tests.loader.weights import layered
+from tests.support import unavailable
 
 BLOCK = 60_000
 BLOCKS = 32
@@ -159,9 +161,12 @@ class Side(Service):
 Open = Callable[..., Side]
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("keyed", [False, True])
+@pytest.mark.parametrize(
+    ("way", "keyed"), [("shared", False), ("tcp", False), ("tcp", True), ("nixl", False)]
+)
 def test_blocks_come_over_as_they_are(way: str, keyed: bool, open_service: Open) -> None:
+    if way == "nixl" and nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,), keyed=keyed)
     receiver.open("before")
     first, second = receiver.assign("before", 2), None
@@ -302,12 +307,13 @@ def test_a_ticket_that_does_not_fit_here_is_refused(
     assert receiver.used() == 0
 
 
-def test_a_dead_sender_is_an_error_and_no_wait(open_service: Open) -> None:
-    sender, receiver = open_service(ways=("tcp",)), open_service(ways=("tcp",))
+@pytest.mark.parametrize("way", WAYS)
+def test_a_dead_sender_is_an_error_and_no_wait(way: str, open_service: Open) -> None:
+    sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)
     ticket = sender.offer("a", 3)
     sender.child.kill()
-    with pytest.raises(TransferBroken):
+    with pytest.raises((TransferBroken, TransferRefused)):
         receiver.bring("b", ticket, 3)
     until(lambda: receiver.used() == 0)
 

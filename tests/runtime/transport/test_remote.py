@@ -72,14 +72,24 @@ class Worker(Server):
     killed = False
 
     @property
+    def port(self) -> int:
+        """That of HTTP."""
+        if not self._port:
+            self._port = self._told_of('"listening"')
+        return self._port
+
+    @property
     def listens_at(self) -> int:
         """The port where requests are passed on."""
+        return self._told_of('"takes requests over"')
+
+    def _told_of(self, what: str) -> int:
         found: list[int] = []
 
         def told() -> bool:
             assert self.process.poll() is None, self.log
             for line in self.log.splitlines():
-                if '"takes requests over"' in line:
+                if what in line:
                     found.append(int(line.partition(" port ")[2].partition('"')[0]))
             return bool(found)
 
@@ -147,6 +157,7 @@ def test_another_host_decodes(model: Path, no_leaks: Path, stack: ExitStack) -> 
     wait_for(replica, free)
 
 
+@pytest.mark.heavy
 def test_its_death_is_a_pause(model: Path, no_leaks: Path, stack: ExitStack) -> None:
     """What one of two had in hand goes on in the other, at the token that is due."""
     workers = [stack.enter_context(decode_worker(model)) for _ in range(2)]
@@ -162,6 +173,7 @@ def test_its_death_is_a_pause(model: Path, no_leaks: Path, stack: ExitStack) -> 
         assert client.tokens == expected(model, tuple(prompt), 200)
 
 
+@pytest.mark.heavy
 def test_one_that_is_told_to_go_ends_what_it_has(
     model: Path, no_leaks: Path, stack: ExitStack
 ) -> None:
@@ -175,6 +187,7 @@ def test_one_that_is_told_to_go_ends_what_it_has(
     assert client.tokens == expected(model, tuple(prompt_of(20)), 100)
 
 
+@pytest.mark.heavy
 def test_strangers_get_nothing(model: Path, stack: ExitStack) -> None:
     worker = stack.enter_context(decode_worker(model))
     with socket.create_connection(("127.0.0.1", worker.listens_at), timeout=30) as stranger:

@@ -198,13 +198,14 @@ class _DecodeRole:
         return True
 
     def _fit(self, job: Job) -> Job:
-        """A request that no prefill worker of this replica has looked at.
+        """A request that no prefill worker of this replica has looked at, its prompt tokenised.
 
         Raises:
             RequestError: It cannot be served.
         """
         ids = token_ids(self._worker, job)
         room = self._worker.kv.blocks * BLOCK_TOKENS
+        job = replace(job, prompt=None, prompt_ids=ids)
         return bounded(job, len(ids), self._worker.spec.context_length, room)
 
     def _tell_of_kv(self, request: str, began: int, *, claimed: bool) -> None:

@@ -316,10 +316,6 @@ class Replica:
             raise self._error
         if kv is None and self.options.decodes_only:
             kv = Given.nothing()
-        if kv is not None and not prompt_ids:
-            raise RequestError(
-                "this replica decodes what was tokenised elsewhere", where="prompt_ids", got="none"
-            )
         if self._load_started_ns is None:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:

@@ -531,11 +531,12 @@ class Router:
         found.job = replace(found.job, attempt=found.job.attempt + 1, generated_ids=generated)
         if found.handoff is not None:
             prompt = found.handoff.job.prompt_ids
-            assert prompt is not None
             kv_tokens = found.handoff.kv_tokens
-            if len(generated) > len(found.handoff.job.generated_ids) and not found.elsewhere:
+            advanced = len(generated) > len(found.handoff.job.generated_ids)
+            if advanced and not found.elsewhere and prompt is not None:
                 kv_tokens = len(prompt) + len(generated) - 1
-            found.job = replace(found.job, prompt=None, prompt_ids=prompt)
+            if prompt is not None:  # else nobody has tokenised it, where there is no prefill
+                found.job = replace(found.job, prompt=None, prompt_ids=prompt)
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
         found.elsewhere = False
 

@@ -170,7 +170,7 @@ class _DecodeRole:
         """
         job = handoff.job
         try:
-            if handoff.foreign:
+            if handoff.foreign or job.prompt_ids is None:
                 job = self._fit(job)
         except RequestError as error:
             self._seen.pop(job.request)

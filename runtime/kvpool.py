@@ -111,9 +111,9 @@ class KvPool:
             `comes_later`.
         """
         self.comes_later = False
+        if not kv_tokens:
+            return False
         if domain != self._domain:
-            if not kv_tokens:
-                return False
             return self._bring(sequence, kv_tokens, ticket)
         blocks = self._client.claim(sequence.request, sequence.attempt)
         if blocks is None:

@@ -97,9 +97,11 @@ class _DecodeRole:
         for handoff in list(self._waiting.values()):
             if self._pool.is_on_its_way(handoff.job.request):
                 continue
-            if not self._pool.may_take or not self._admit(handoff):
+            if not self._pool.may_take:
                 break
-            del self._waiting[handoff.job.request]
+            if self._admit(handoff):
+                del self._waiting[handoff.job.request]
+                block = False  # there is a step to be made
         self._renew()
         for message in self._worker.messages(block=block):
             came = True

@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system criu demo test test-heavy test-vllm lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system criu demo test test-heavy test-vllm test-dynamo lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,14 @@ build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt Makefile
 	build/vllm/bin/python -m pip install --quiet --no-deps -e .
 	build/vllm/bin/python -m pip install --quiet -c constraints.txt lz4 xxhash boto3 awscrt \
 	  pytest pytest-timeout hypothesis "moto[server]" trustme
+	touch $@
+
+# With NVIDIA Dynamo's front end, from its environment, and workers from ours.
+test-dynamo: setup build/dynamo/.ready
+	$(BIN)/python -m pytest -m dynamo tests/runtime/integrations/dynamo tests/benchmarks/test_dynamo_benchmark.py
+
+build/dynamo/.ready: benchmarks/install-dynamo.sh
+	PYTHON=$(PYTHON) benchmarks/install-dynamo.sh build/dynamo
 	touch $@
 
 # mypy sees the repository as the package it is installed as.

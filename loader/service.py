@@ -4,14 +4,15 @@ It streams the weights, tells who is attached when a stage is in, and keeps the 
 blocks. Its one owner, at the other end of the inherited socket, says what to load; when the
 owner ends, so does the service, and removes the run directory behind both.
 
-Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
-`hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped` (from
-workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see
-`parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see `contextdesk`.
+Messages in:  `load`, `kv`, `settle`, `usage`, `watch` (from the owner), `open`, `release` (from
+gateways), `hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped`
+(from workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from
+workers), see `parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see
+`contextdesk`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
-`kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
-`claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`, `checkpointed`,
-`restored`.
+`kv_shrunk`, `kv_keys`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`,
+`assigned`, `claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`,
+`checkpointed`, `restored`.
 """
 
 from __future__ import annotations
@@ -124,6 +125,7 @@ class MemoryService:
         while self._running:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 self._dispatch(key)
+            self._kv.tell_changes()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_S
                 self._check_lease()
@@ -351,6 +353,7 @@ class MemoryService:
         load = self._load
         body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
         if not client.attached:  # the owner watches, and maps nothing
+            body["fingerprint"] = load.plan.fingerprint
             if not load.local:  # where the headers are out of its reach
                 placements = load.plan.placements.values()
                 body["tensors"] = [[p.name, p.dtype, p.shape] for p in placements]

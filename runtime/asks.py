@@ -45,11 +45,14 @@ class Asks:
         prompt: str | None,
         prompt_ids: tuple[int, ...] | None,
         add_special: bool,
+        generated_ids: tuple[int, ...] = (),
     ) -> str:
         """Holds a request: its name; see `Replica.submit`."""
         self._numbers += 1
         name = f"s{self._numbers}"
-        self._open[name] = _Ask(self, name, params, listener, prompt, prompt_ids, add_special)
+        self._open[name] = _Ask(
+            *(self, name, params, listener), prompt, prompt_ids, add_special, generated_ids
+        )
         return name
 
     def cancel(self, name: str, replica: Replica | None) -> None:
@@ -72,6 +75,7 @@ class Asks:
                     prompt=ask.prompt,
                     prompt_ids=ask.prompt_ids,
                     add_special=ask.add_special,
+                    generated_ids=ask.generated_ids,
                 )
             except ColdframeError:
                 return  # the replica's own, which is handled as that
@@ -126,6 +130,7 @@ class _Ask:
     prompt: str | None
     prompt_ids: tuple[int, ...] | None
     add_special: bool
+    generated_ids: tuple[int, ...]
     request: str | None = field(default=None, init=False)
     """Its id with the replica; None while it is held."""
     tokens: int = field(default=0, init=False)

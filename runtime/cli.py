@@ -19,6 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
+    "worker": ("coldframe.runtime.worker_command", "a replica behind NVIDIA Dynamo's front end"),
     "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
     "batch": (
         "coldframe.runtime.batch_command",
@@ -33,8 +34,10 @@ COMMANDS = {
     "doctor": ("coldframe.runtime.doctor", "what this machine can do, and what it lacks"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
-_COLD_STARTS = {"run", "serve", "batch"}
+_COLD_STARTS = {"run", "serve", "worker", "batch"}
 """Commands that load a model: the memory service starts before their arguments are read."""
+_SERVERS = {"serve", "worker"}
+"""Those of them that listen: their port is bound first of all."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,7 +103,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
     started: dict[str, object] = {}
     try:
-        if cold and name == "serve":
+        if cold and name in _SERVERS:
             from coldframe.runtime.ending import Ending
             from coldframe.runtime.gateway.listen import bind_early, take_secrets
 
@@ -113,7 +116,7 @@ def _call(name: str, arguments: list[str]) -> int:
 
             started["memory"] = MemoryProcess()
             started["restorer"] = likely_restorer(arguments)
-            if name == "serve":
+            if name in _SERVERS:
                 started["gateway"] = GatewayProcess()
         module, args = _parse(name, arguments)
         for key, value in started.items():

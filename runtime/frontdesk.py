@@ -171,6 +171,7 @@ class FrontDesk:
                 prompt=text,
                 prompt_ids=None if ids is None else tuple(_number(i) for i in ids),
                 add_special=body["add_special"] is True,
+                generated_ids=tuple(_number(i) for i in body.get("generated_ids", ())),
             )
             self._requests[number] = model, request
         except ColdframeError as error:

@@ -190,13 +190,15 @@ class Router:
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
         add_special: bool = True,
+        generated_ids: tuple[int, ...] = (),
         group: str = "",
     ) -> None:
         """Takes a request; it waits where there is no worker of its group yet."""
         seeded = params.with_seed()
-        job = Job(request, 0, seeded, prompt, prompt_ids, add_special=add_special)
+        job = Job(request, 0, seeded, prompt, prompt_ids, generated_ids, add_special)
         engine = params.needs or self._only
-        self._requests[request] = _Request(job, listener, group, engine)
+        found = _Request(job, listener, group, engine, generated=list(generated_ids))
+        self._requests[request] = found
         self._transport.to_memory({"type": "open", "request": request})
         self._give_out()
 

@@ -35,6 +35,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.kvwatch import KvWatch
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.lifelog import LifeLog, State
 from coldframe.runtime.loop import Loop
@@ -77,6 +78,7 @@ class Supervisor:
         began_ns: When that began, CLOCK_MONOTONIC; None to start when somebody asks.
         room: The device's memory, where others want some of it.
         alone: Whether there is nothing to serve where the first start is none.
+        watch: Told which KV is there for requests to come.
 
     Raises:
         ColdframeError: The first start is none, and it is alone.
@@ -94,7 +96,9 @@ class Supervisor:
         room: Room | None = None,
         *,
         alone: bool = True,
+        watch: KvWatch | None = None,
     ) -> None:
+        self.watch = watch
         self.loop = loop
         began_s = None if began_ns is None else began_ns / 1e9
         self.life = LifeLog(log, "zero" if began_s is None else "starting", began_s)
@@ -193,6 +197,7 @@ class Supervisor:
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
         add_special: bool = True,
+        generated_ids: tuple[int, ...] = (),
     ) -> str:
         """Takes a request, and wakes the replica for it: its id; see `Replica.submit`.
 
@@ -205,8 +210,15 @@ class Supervisor:
         if before == "starting" and not self._ordered:
             self._rest = None  # it was started ahead, to rest until somebody asks
         self._ahead = False
+        if self.watch is not None and prompt_ids is not None:
+            listener = self.watch.follow(prompt_ids, generated_ids, listener)
         name = self._asks.add(
-            params, listener, prompt=prompt, prompt_ids=prompt_ids, add_special=add_special
+            params,
+            listener,
+            prompt=prompt,
+            prompt_ids=prompt_ids,
+            add_special=add_special,
+            generated_ids=generated_ids,
         )
         self.unasked.asked()
         self._rouse()
@@ -470,7 +482,7 @@ class Supervisor:
         def warn(what: str) -> None:
             self._log.warning("not as asked", why=what)
 
-        return Replica(self._options, self._recorder, launch, self.loop, warn)
+        return Replica(self._options, self._recorder, launch, self.loop, warn, self.watch)
 
     def _start(self) -> None:
         if self._comes_for_nobody and not self.fits:

@@ -137,11 +137,13 @@ class Generation:
         params: Sampling.
         add_special: Whether the tokenizer puts its own tokens around the text; a chat template
             has put them there already.
+        generated: Tokens of the answer that the client has from elsewhere, behind a prompt of ids.
     """
 
     prompt: str | tuple[int, ...]
     params: SamplingParams
     add_special: bool = True
+    generated: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -213,17 +213,18 @@ class Line:
             work.stream.submitted()
             generation = work.generation
             text = isinstance(generation.prompt, str)
-            self._send(
-                {
-                    "type": "submit",
-                    "id": number,
-                    "model": self._model,
-                    "params": generation.params.to_wire(),
-                    "prompt": generation.prompt if text else None,
-                    "prompt_ids": None if text else generation.prompt,
-                    "add_special": generation.add_special,
-                }
-            )
+            body = {
+                "type": "submit",
+                "id": number,
+                "model": self._model,
+                "params": generation.params.to_wire(),
+                "prompt": generation.prompt if text else None,
+                "prompt_ids": None if text else generation.prompt,
+                "add_special": generation.add_special,
+            }
+            if generation.generated:
+                body["generated_ids"] = generation.generated
+            self._send(body)
 
     # -- no place --------------------------------------------------------------------------------
 

@@ -112,7 +112,12 @@ def bench() -> Iterator[Bench]:
 def test_a_request_and_its_tokens(bench: Bench) -> None:
     bench.says(GOOD)
     ((listener, asked),) = bench.replica.open.values()
-    assert asked == {"prompt": "once", "prompt_ids": None, "add_special": True}
+    assert asked == {
+        "prompt": "once",
+        "prompt_ids": None,
+        "add_special": True,
+        "generated_ids": (),
+    }
     listener.on_token(TokenEvent(0, 7, " a", None, -0.5, ((8, -1.0),), 3, (b"\xff", b"b"), 2))
     listener.on_token(TokenEvent(1, 9, "", "stop", None, (), 3))
     assert bench.hears() == {

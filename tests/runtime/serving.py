@@ -172,6 +172,7 @@ def served(
     *flags: object,
     front: Mapping[str, object] | None = None,
     under: Sequence[str] = (),
+    verb: str = "serve",
     **env: str,
 ) -> Iterator[Server]:
     """Runs the command on a port of its own; afterwards it has ended well and left nothing.
@@ -181,6 +182,7 @@ def served(
         flags: Further ones.
         front: Constants of modules that are others in the front, such as how long it waits.
         under: A command that runs it.
+        verb: The subcommand.
         env: Further variables of its environment.
     """
     # A socket's path is short, and pytest's own folders are not.
@@ -192,7 +194,7 @@ def served(
     program = [COLDFRAME]
     if front is not None:
         program = [sys.executable, "-P", "-c", _PATCHED, json.dumps(front)]
-    command = [*under, *program, "serve", model, "--host", "127.0.0.1", "--port", 0, *flags]
+    command = [*under, *program, verb, model, "--host", "127.0.0.1", "--port", 0, *flags]
     with log.open("wb") as stderr:
         process = subprocess.Popen(
             [str(word) for word in command], env=clean | mine, stderr=stderr, stdout=stderr

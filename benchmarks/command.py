@@ -19,6 +19,7 @@ BENCHMARKS = {
         "coldframe.benchmarks.cold.command",
         "from the exec to the first token, by tier, page cache, source and engine",
     ),
+    "dynamo": ("coldframe.benchmarks.dynamo", "what Dynamo's front end adds to a warm request"),
     "gpu": ("coldframe.benchmarks.gpu.command", "all that a machine with a GPU can tell"),
     "graphs": ("coldframe.benchmarks.graph_archive", "captured steps saved and rebuilt, no GPU"),
     "interference": (

@@ -24,6 +24,7 @@ __all__ = [
     "VLLM_DTYPES",
     "Server",
     "coldframe_server",
+    "dynamo_front",
     "knock_at",
     "plain_server",
     "vllm_server",
@@ -111,21 +112,23 @@ def coldframe_server(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     name: str | None = "m",
+    verb: str = "serve",
 ) -> Iterator[Server]:
-    """`coldframe serve` while the context lasts.
+    """`coldframe serve`, or another command that listens, while the context lasts.
 
     Args:
         model: A checkpoint's directory, or where else it is.
         arguments: More flags.
         name: What the model is called; None where `arguments` say that.
         environment: What to change in this process's; workers start fresh where it says nothing.
+        verb: The command.
 
     Raises:
         PlatformError: It did not end in good order.
     """
     port = _free_port()
     command = [
-        *(str(Path(sys.executable).parent / "coldframe"), "serve", str(model)),
+        *(str(Path(sys.executable).parent / "coldframe"), verb, str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *(() if name is None else ("--model-name", name)),
         *arguments,
@@ -179,6 +182,27 @@ def vllm_server(
         **({} if cache is None else {name: str(cache) for name in _COMPILED}),
     }
     with _process(command, port, changed) as server:
+        yield server
+
+
+@contextmanager
+def dynamo_front(python: Path, environment: Mapping[str, str]) -> Iterator[Server]:
+    """NVIDIA Dynamo's front end with its KV-aware router, on loopback, while the context lasts.
+
+    Args:
+        python: An interpreter that has it.
+        environment: What to change in this process's: where workers register, for one.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    port = _free_port()
+    command = [
+        *(str(python), "-m", "dynamo.frontend", "--router-mode", "kv"),
+        *("--http-host", "127.0.0.1", "--http-port", str(port)),
+        *("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"),
+    ]
+    with _process(command, port, {**os.environ, **environment}) as server:
         yield server
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import sys
 import tempfile
@@ -102,10 +101,10 @@ class _Found:
             Row("Dynamo's front end adds to a request", _added(whole.total), "ms", _MOST_MS),
             Row("  to the first token of a stream", _added(streamed.first), "ms", _MOST_MS),
             Row("  to each further token", further, "ms"),
-            Row("a request for one token at the gateway", whole.total["gateway"], "ms"),
+            Row("a request for one token: at the gateway", whole.total["gateway"], "ms"),
             Row("  through the front end", whole.total["dynamo"], "ms"),
-            Row("a stream's first token at the gateway", streamed.first["gateway"], "ms"),
-            Row("  through the front end", streamed.first["dynamo"], "ms"),
+            Row("a stream's first token: at the gateway", streamed.first["gateway"], "ms"),
+            Row("  likewise through the front end", streamed.first["dynamo"], "ms"),
         ]
 
 
@@ -125,8 +124,11 @@ def _measured(model: Path, python: Path, pairs: int) -> _Found:
         environment = {
             "DYN_FILE_KV": str(Path(folder, "kv")),
             "DYN_TCP_RPC_HOST": "127.0.0.1",
+            "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+            "DYN_EVENT_PLANE_HOST": "127.0.0.1",
             "DYN_LOG": "warn",
             "HF_HUB_OFFLINE": "1",
+            "HOME": folder,  # it keeps what models' files it has read
             "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.5",
         }
         front = stack.enter_context(dynamo_front(python, environment))
@@ -145,7 +147,7 @@ def _measured(model: Path, python: Path, pairs: int) -> _Found:
             for times, tokens in ((found.whole, 1), (found.streamed, _STREAMED)):
                 # Each goes first as often as the other.
                 for way in ways if number % 2 else reversed(ways):
-                    body = _body(next(prompts), tokens, stream=tokens > 1)
+                    body = completion(_NAME, next(prompts), tokens, stream=tokens > 1)
                     answer = ways[way].post("/v1/completions", body)
                     if number >= 0:
                         times.add(way, answer)
@@ -158,7 +160,7 @@ def _until_known(front: Connection, deadline_ns: int) -> None:
     """Waits until the front end has found the worker and got an answer from it."""
     while True:
         try:
-            front.post("/v1/completions", _body([5] * _PROMPT_TOKENS, 1, stream=False))
+            front.post("/v1/completions", completion(_NAME, [5] * _PROMPT_TOKENS, 1, stream=False))
         except PlatformError:
             if time.monotonic_ns() > deadline_ns:
                 raise
@@ -173,9 +175,3 @@ def _prompts() -> Iterator[list[int]]:
         head = [FIRST_ID + number // base % 97 for base in (1, 97, 97 * 97)]
         yield head + [FIRST_ID + (7 * i + number) % 97 for i in range(_PROMPT_TOKENS - len(head))]
 
-
-def _body(prompt: list[int], tokens: int, *, stream: bool) -> bytes:
-    body = json.loads(completion(_NAME, prompt, tokens, stream=stream))
-    # As Dynamo's front end has it: it knows no such field beside.
-    body["nvext"] = {"ignore_eos": body.pop("ignore_eos")}
-    return json.dumps(body).encode()

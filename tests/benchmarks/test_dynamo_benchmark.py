@@ -43,7 +43,7 @@ def test_the_benchmark_runs_and_ends_in_one_document(demo_model: Callable[..., P
     assert done.returncode == (0 if all(row["met"] is not False for row in rows.values()) else 1)
     through, own = (
         rows[name]["runs"]
-        for name in ("  through the front end", "a request for one token at the gateway")
+        for name in ("  through the front end", "a request for one token: at the gateway")
     )
     assert min(own) > 0
     assert len(added["runs"]) == len(through)

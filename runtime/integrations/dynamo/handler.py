@@ -12,8 +12,8 @@ the tokens that the client has.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -91,7 +91,7 @@ class Handler:
 
     async def generate(
         self, request: Mapping[str, Any], context: Context | None = None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         """A request's answer, chunk by chunk.
 
         Raises:
@@ -100,10 +100,11 @@ class Handler:
         self._open += 1
         self._idle.clear()
         try:
-            async for chunk in self._answer(request, context):
-                yield chunk
+            async with aclosing(self._answer(request, context)) as answer:
+                async for chunk in answer:
+                    yield chunk
         except ApiError as error:
-            raise self._error(error) from error
+            raise self._error(error) from None  # Dynamo logs it with all that is behind it
         finally:
             self._open -= 1
             if not self._open:
@@ -111,14 +112,15 @@ class Handler:
 
     async def _answer(
         self, request: Mapping[str, Any], context: Context | None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         card = await self._engine.card(self._model)
         generations = generations_of(request, card)
         prompt_tokens = len(request["token_ids"])
         counts = Counts(prompt_tokens)
         if self._role == "prefill":
-            async for chunk in self._prefill(generations[0], counts, context):
-                yield chunk
+            async with aclosing(self._prefill(generations[0], counts, context)) as chunks:
+                async for chunk in chunks:
+                    yield chunk
             return
         if self._role == "decode" and len(generations) == 1:
             first = first_token_of(request)
@@ -128,28 +130,30 @@ class Handler:
                 if piece.finish is not None:
                     return
                 generations = (_behind(first, generations[0]),)
-        async for piece in self._pieces(generations, context):
-            yield chunk_of(piece, counts)
+        async with aclosing(self._pieces(generations, context)) as pieces:
+            async for piece in pieces:
+                yield chunk_of(piece, counts)
         if context is not None and context.is_stopped():
             yield cancelled(counts)
 
     async def _prefill(
         self, generation: Generation, counts: Counts, context: Context | None
-    ) -> AsyncIterator[Chunk]:
+    ) -> AsyncGenerator[Chunk, None]:
         params = generation.params.with_seed()
         assert params.seed is not None
         asked = replace(generation, params=replace(params, max_tokens=1))
-        async for piece in self._pieces((asked,), context):
-            # Dynamo asks for one token of it; whether the answer ends there is not known here.
-            finish = "stop" if piece.finish == "stop" else None
-            first = FirstToken(replace(piece, finish=finish), params.seed, piece.prompt_tokens)
-            chunk = chunk_of(piece, counts)
-            chunk["disaggregated_params"] = {"kv_transfer_params": first.to_params()}
-            yield chunk
+        async with aclosing(self._pieces((asked,), context)) as pieces:
+            async for piece in pieces:
+                # Dynamo asks for one token; whether the answer ends there is not known here.
+                finish = "stop" if piece.finish == "stop" else None
+                first = FirstToken(replace(piece, finish=finish), params.seed, piece.prompt_tokens)
+                chunk = chunk_of(piece, counts)
+                chunk["disaggregated_params"] = {"kv_transfer_params": first.to_params()}
+                yield chunk
 
     async def _pieces(
         self, generations: tuple[Generation, ...], context: Context | None
-    ) -> AsyncIterator[Piece]:
+    ) -> AsyncGenerator[Piece, None]:
         """The pieces of an answer; none from the moment on that nobody wants them any more."""
         size = _TOKEN_BYTES * sum(len(generation.prompt) for generation in generations)
         stream = self._engine.submit(self._model, generations, size=size)

@@ -34,7 +34,7 @@ class EventPublisher(Protocol):
 class LoadPublisher(Protocol):
     """Dynamo's `WorkerMetricsPublisher`."""
 
-    def publish(self, dp_rank: int | None, kv_used_blocks: int) -> None: ...
+    def publish(self, *, kv_used_blocks: int) -> None: ...
 
 
 class KvEvents:
@@ -106,7 +106,7 @@ class LoadCount:
         self._telling = None
         if self.blocks != self._told:
             self._told = self.blocks
-            self._publisher.publish(None, self.blocks)
+            self._publisher.publish(kv_used_blocks=self.blocks)
 
 
 def _blocks(tokens: int) -> int:

@@ -94,14 +94,15 @@ class DynamoWorker:
             endpoint=endpoint,
             model_path=self._directory(facts),
             model_name=self._name,
-            context_length=card.context_length,
             kv_cache_block_size=facts["block_tokens"],
             runtime_config=self._runtime_config(bindings, card, facts),
             custom_template_path=settings.chat_template,
             ignore_weights=True,
         )
-        if settings.role != "decode":  # whose router does not look for what a prompt begins with
-            events = bindings.KvEventPublisher(endpoint, kv_block_size=facts["block_tokens"])
+        if settings.role != "decode":
+            events = bindings.KvEventPublisher(
+                endpoint, kv_block_size=facts["block_tokens"], enable_local_indexer=True
+            )
             self._engine.on_kv_events = KvEvents(events).take
         self._log.info("registered", path=settings.path, role=settings.role, model=self._name)
         await asyncio.shield(self._served)
@@ -160,6 +161,9 @@ class DynamoWorker:
 
     def _runtime_config(self, bindings: Bindings, card: ModelCard, facts: dict[str, Any]) -> Any:
         config = bindings.ModelRuntimeConfig()
+        config.context_length = card.context_length
+        tells = self._settings.role != "decode"  # whose router looks for no blocks
+        config.enable_local_indexer = config.kv_event_publishing_enabled = tells
         if facts["kv_blocks"] is not None:
             config.total_kv_blocks = facts["kv_blocks"]
         config.max_num_seqs = self._settings.most_running

@@ -6,7 +6,7 @@ without etcd and NATS.
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import shutil
 import socket
 import subprocess
@@ -24,8 +24,8 @@ from tests.runtime.serving import Server, served
 from tests.runtime.snapshots import eventually
 from tests.support import unavailable, without_settings
 
-PYTHON = Path(os.environ.get("DYNAMO_PYTHON", "build/dynamo/bin/python")).absolute()
-"""An interpreter that has the front end: `make build/dynamo/.ready`."""
+PYTHON = Path(sys.executable)
+"""The front end is in the environment that the tests run in: `make test-dynamo`."""
 MODEL = "m"
 _END_S = 30.0
 _START_S = 90.0
@@ -98,8 +98,8 @@ class Cluster:
 
 
 def asked(prompt: object, count: int) -> dict[str, Any]:
-    """A body for exactly so many tokens, at our gateway and, by `nvext`, at Dynamo's front end."""
-    return {"prompt": prompt, "max_tokens": count, "nvext": {"ignore_eos": True}}
+    """A body for exactly so many tokens."""
+    return {"prompt": prompt, "max_tokens": count, "ignore_eos": True}
 
 
 def environment(base: Path) -> dict[str, str]:
@@ -107,8 +107,11 @@ def environment(base: Path) -> dict[str, str]:
     return {
         "DYN_FILE_KV": str(base / "kv"),
         "DYN_TCP_RPC_HOST": "127.0.0.1",
+        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
+        "DYN_EVENT_PLANE_HOST": "127.0.0.1",
         "DYN_LOG": "info",
         "HF_HUB_OFFLINE": "1",
+        "HOME": str(base),  # it keeps what models' files it has read
         "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.5",
     }
 
@@ -121,8 +124,8 @@ def cluster(*flags: object, migrations: int = 3) -> Iterator[Cluster]:
         flags: Further ones.
         migrations: How many workers may die under a request.
     """
-    if not PYTHON.exists():
-        unavailable(f"there is no NVIDIA Dynamo at {PYTHON}: make build/dynamo/.ready")
+    if importlib.util.find_spec("dynamo") is None:
+        unavailable("there is no NVIDIA Dynamo in this environment: make test-dynamo")
     base = Path(tempfile.mkdtemp(prefix="dyn-"))
     port, log = free_port(), base / "frontend.log"
     command = [

@@ -29,7 +29,7 @@ Make = Callable[..., Path]
 
 @pytest.fixture(scope="module")
 def model(demo_model: Make) -> Path:
-    return demo_model("llama", "float32")
+    return demo_model("qwen3", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -109,8 +109,7 @@ class Published:
     def __init__(self) -> None:
         self.calls: list[Any] = []
 
-    def publish(self, dp_rank: int | None, kv_used_blocks: int) -> None:
-        assert dp_rank is None
+    def publish(self, *, kv_used_blocks: int) -> None:
         self.calls.append(kv_used_blocks)
 
     def publish_stored(self, *args: Any, parent_hash: int | None = None) -> None:

@@ -22,7 +22,7 @@ PROMPT = prompt_of(70)
 
 @pytest.fixture(scope="module")
 def model(demo_model: Make) -> Path:
-    return demo_model("llama", "float32")
+    return demo_model("qwen3", "float32")
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,16 @@
 
 One worker, asked in turns: through the front end with its KV-aware router, and at the gateway that
 the worker has itself. So both ways end at the same replica, and what lies between their times is
-the front end, its router and its request plane. Prompts are token ids, and no two are the same:
+the front end, its router and its request plane. It runs in the environment that has both: build/dynamo.
+Prompts are token ids, and no two are the same:
 neither way finds more in KV than the other.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import itertools
-import os
 import sys
 import tempfile
 import time
@@ -38,13 +39,6 @@ _NAME = "m"
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("model", metavar="MODEL", type=Path, help="a checkpoint's directory")
     parser.flag("--pairs", type=int, default=100, help="requests of each kind, each way (100)")
-    parser.flag(
-        "--dynamo-python",
-        metavar="PATH",
-        type=Path,
-        default=Path("build/dynamo/bin/python"),
-        help="an interpreter that has Dynamo's front end (build/dynamo/bin/python, by make)",
-    )
     parser.flag("--json", action="store_true", help="print the JSON document alone")
 
 
@@ -53,20 +47,19 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         RequestError: The arguments make no sense.
-        PlatformError: The front end or the worker failed.
+        PlatformError: The front end or the worker failed, or is not installed.
     """
     if not args.model.is_dir():
         raise RequestError("there is no such directory", where="MODEL", got=args.model)
     if args.pairs < 1:
         raise RequestError("there must be one", where="--pairs", got=args.pairs)
-    if not os.access(args.dynamo_python, os.X_OK):
-        raise RequestError(
-            "there is no such interpreter",
-            where="--dynamo-python",
-            got=args.dynamo_python,
-            hint="make build/dynamo/.ready installs one.",
+    if importlib.util.find_spec("dynamo") is None:
+        raise PlatformError(
+            "Dynamo's front end and its runtime are not installed beside this",
+            where="import dynamo",
+            hint="`make build/dynamo/.tests`, then build/dynamo/bin/coldframe bench dynamo MODEL",
         )
-    found = _measured(args.model, args.dynamo_python, args.pairs)
+    found = _measured(args.model, args.pairs)
     rows = found.rows()
     more = {"model": str(args.model), "pairs": args.pairs}
     print_rows(rows, more, table=not args.json)
@@ -112,7 +105,7 @@ def _added(times: dict[str, list[float]]) -> list[float]:
     return [a - b for a, b in zip(times["dynamo"], times["gateway"], strict=True)]
 
 
-def _measured(model: Path, python: Path, pairs: int) -> _Found:
+def _measured(model: Path, pairs: int) -> _Found:
     """Measures in a front end and a worker that are started for that.
 
     Raises:
@@ -131,7 +124,7 @@ def _measured(model: Path, python: Path, pairs: int) -> _Found:
             "HOME": folder,  # it keeps what models' files it has read
             "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0.5",
         }
-        front = stack.enter_context(dynamo_front(python, environment))
+        front = stack.enter_context(dynamo_front(Path(sys.executable), environment))
         flags = ("--dynamo", "--discovery-backend", "file", "--event-plane", "zmq")
         worker = stack.enter_context(
             coldframe_server(model, *flags, environment=environment, name=_NAME, verb="worker")
@@ -174,4 +167,3 @@ def _prompts() -> Iterator[list[int]]:
     for number in itertools.count(1):
         head = [FIRST_ID + number // base % 97 for base in (1, 97, 97 * 97)]
         yield head + [FIRST_ID + (7 * i + number) % 97 for i in range(_PROMPT_TOKENS - len(head))]
-

@@ -45,7 +45,7 @@ def add_arguments(parser: Parser) -> None:
         "--discovery-backend",
         metavar="NAME",
         group=group,
-        help="where it registers: kubernetes, etcd, file or mem ($DYN_DISCOVERY_BACKEND, else etcd)",
+        help="where it registers: kubernetes, etcd, file, mem ($DYN_DISCOVERY_BACKEND, else etcd)",
     )
     parser.flag(
         "--request-plane",
@@ -82,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
             got=len(args.models),
             hint="Start one worker for each.",
         )
-    check_installed()
     template = args.chat_template
     args.dynamo_settings = DynamoSettings.of(
         args.role,
@@ -96,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         most_running=args.max_running,
         grace_s=_grace_s(),
     )
+    check_installed()
     from coldframe.runtime import serve
 
     return serve.run(args)

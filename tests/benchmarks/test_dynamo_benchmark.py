@@ -10,7 +10,6 @@ import jsonschema
 import pytest
 
 from coldframe.benchmarks.document import SCHEMA
-from tests.runtime.integrations.dynamo.cluster import PYTHON
 
 BENCH = [Path(sys.executable).parent / "coldframe", "bench", "dynamo"]
 
@@ -19,7 +18,6 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(tmp_path: Pat
     for arguments, word in (
         ([tmp_path / "none"], "no such directory"),
         ([tmp_path, "--pairs", "0"], "--pairs"),
-        ([tmp_path, "--dynamo-python", tmp_path / "python"], "make build/dynamo"),
     ):
         done = subprocess.run([*BENCH, *arguments], capture_output=True, text=True, check=False)
         assert done.returncode == 1
@@ -29,7 +27,7 @@ def test_what_cannot_be_measured_is_refused_before_anything_starts(tmp_path: Pat
 @pytest.mark.dynamo
 def test_the_benchmark_runs_and_ends_in_one_document(demo_model: Callable[..., Path]) -> None:
     done = subprocess.run(
-        [*BENCH, demo_model("llama", "bfloat16"), "--pairs", "3", "--dynamo-python", PYTHON],
+        [*BENCH, demo_model("llama", "bfloat16"), "--pairs", "3"],
         capture_output=True,
         text=True,
         check=False,

@@ -1,4 +1,4 @@
-"""What Dynamo's router is told of a worker: which prompts it has KV of, and how much there is to do.
+"""What Dynamo's router is told of a worker: which prompts it has KV of, and how much to do.
 
 It needs neither to be right: what it does not know of costs a prompt computed twice, no more.
 """

@@ -16,6 +16,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.gateway.api import ApiError, Generation, ModelCard
+from coldframe.runtime.gateway.openai.sampling import seed_of
 
 __all__ = ["generations_of"]
 
@@ -27,7 +28,6 @@ _DEFAULTS: Mapping[str, float] = {
     "repetition_penalty": 1.0,
 }
 """What a checkpoint may have other defaults for."""
-_SEEDS = 1 << 63
 
 _UNSUPPORTED: Mapping[str, Mapping[str, tuple[object, ...]]] = {
     "sampling_options": {
@@ -82,10 +82,8 @@ def generations_of(request: Mapping[str, Any], card: ModelCard) -> tuple[Generat
         )
     ids = tuple(prompt)
     count = _part(request, "sampling_options").get("n") or 1
-    if count > 1 and params.seed is not None:
-        seeds = [(params.seed + i + _SEEDS) % (2 * _SEEDS) - _SEEDS for i in range(count)]
-        return tuple(Generation(ids, replace(params, seed=seed)) for seed in seeds)
-    return tuple(Generation(ids, params) for _ in range(count))
+    seeds = [seed_of(params.seed, choice) for choice in range(count)]
+    return tuple(Generation(ids, replace(params, seed=seed)) for seed in seeds)
 
 
 def _params(request: Mapping[str, Any], card: ModelCard) -> SamplingParams:

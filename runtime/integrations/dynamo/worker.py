@@ -184,4 +184,3 @@ class DynamoWorker:
                 shutil.copy(os.path.join(directory, name), self._files)
         os.chmod(self._files, 0o755)
         return self._files
-

@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,13 @@ def test_what_there_is_not_is_an_error_of_the_clients(
     assert answer.status_code == status, answer.text
 
 
+def is_routed(
+    front: Cluster, workers: list[Server], prompt: list[int], expected: list[int]
+) -> bool:
+    """Whether a prompt goes to the worker that it is expected at."""
+    return served_by(workers, lambda: front.text(prompt, 1)) == expected
+
+
 def test_a_prompt_goes_to_the_worker_that_has_its_kv(
     front: Cluster, workers: list[Server], model: Path
 ) -> None:
@@ -150,11 +158,7 @@ def test_a_prompt_goes_to_the_worker_that_has_its_kv(
         body = {"prompt": prompt, "max_tokens": 1, "ignore_eos": True}
         assert workers[place].post("/v1/completions", body).status_code == 200
         expected = [int(number == place) for number in range(2)]
-        longer = [*prompt, 5]
-
-        def routed() -> bool:
-            return served_by(workers, lambda: front.text([*longer], 1)) == expected
-
+        routed = partial(is_routed, front, workers, [*prompt, 5], expected)
         eventually(routed, seconds=30)
         found = front.complete([*prompt, 6], 4)
         assert found["usage"]["prompt_tokens_details"]["cached_tokens"] >= 768
@@ -240,4 +244,3 @@ def stream(front: Cluster, prompt: list[int], count: int) -> Iterator[str]:
             for choice in json.loads(line.removeprefix("data: "))["choices"]:
                 if choice["text"]:
                     yield choice["text"]
-

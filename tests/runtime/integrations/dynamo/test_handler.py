@@ -1,4 +1,4 @@
-"""A worker's part of a request by its role, without Dynamo: what comes in, goes out, and is freed."""
+"""A worker's part of a request by its role, without Dynamo: what goes out, and what is freed."""
 
 from __future__ import annotations
 
@@ -156,9 +156,7 @@ async def test_an_answer_comes_token_by_token() -> None:
 
 @at_once
 async def test_choices_have_numbers() -> None:
-    chunks = await Bench().answer(
-        sampling_options={"n": 2}, stop_conditions={"max_tokens": 2}
-    )
+    chunks = await Bench().answer(sampling_options={"n": 2}, stop_conditions={"max_tokens": 2})
     assert [(chunk["index"], chunk["token_ids"]) for chunk in chunks] == [
         (0, [8]),
         (0, [9]),
@@ -341,7 +339,11 @@ async def test_what_cannot_be_understood_is_refused(change: dict[str, Any]) -> N
 
 
 def test_a_first_token_survives_its_way() -> None:
-    piece = Piece(0, 8, "", None, 3, TokenLogprob(8, -0.1, b"\xf0"), (TokenLogprob(8, -0.1, b"\xf0"),), 1)
+    piece = Piece(
+        0, 8, "", None, 3, TokenLogprob(8, -0.1, b"\xf0"), (TokenLogprob(8, -0.1, b"\xf0"),), 1
+    )
     first = FirstToken(piece, -5, 3)
-    asked = request(prefill_result={"disaggregated_params": {"kv_transfer_params": first.to_params()}})
+    asked = request(
+        prefill_result={"disaggregated_params": {"kv_transfer_params": first.to_params()}}
+    )
     assert first_token_of(asked) == replace(first)

@@ -1,4 +1,4 @@
-"""Dynamo's requests as ours: the same sampling as the gateway's own, and what there is not refused."""
+"""Dynamo's requests as ours: sampled as those to our gateway, and refused as they are."""
 
 from __future__ import annotations
 
@@ -111,9 +111,12 @@ def test_a_form_of_the_answer_is_vllms_to_see_to(guided: Any, expected: Structur
         ("prompt_embeds", {"prompt_embeds": "AAAA"}),
         ("multi_modal_data", {"multi_modal_data": {"image_url": []}}),
         ("routing.lora_name", {"routing": {"lora_name": "l"}}),
-        ("guided_decoding.structural_tag", {"sampling_options": {"guided_decoding": {"structural_tag": {}}}}),
+        (
+            "guided_decoding.structural_tag",
+            {"sampling_options": {"guided_decoding": {"structural_tag": {}}}},
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_there_is_not_is_refused_by_name(where: str, parts: dict[str, Any]) -> None:
     with pytest.raises(ApiError) as raised:
         generations_of(request(**parts), CARD)

@@ -41,9 +41,9 @@ def rests(worker: Server) -> bool:
 
 
 def test_requests_before_the_weights_are_held(front: Cluster, model: Path) -> None:
-    with front.worker(model, "--throttle", "2MB/s") as worker:
+    with front.worker(model, "--throttle", "500kB/s") as worker:
         eventually(lambda: MODEL in front.models(), seconds=60)
-        assert not worker.get("/startup").json()["ready"]
+        assert worker.get("/readyz").status_code == 503
         front.ready()
         text = front.text(PROMPT, 8)
         assert text == greedy(model, tuple(PROMPT), 8)

@@ -2,9 +2,8 @@
 
 One worker, asked in turns: through the front end with its KV-aware router, and at the gateway that
 the worker has itself. So both ways end at the same replica, and what lies between their times is
-the front end, its router and its request plane. It runs in the environment that has both: build/dynamo.
-Prompts are token ids, and no two are the same:
-neither way finds more in KV than the other.
+the front end, its router and its request plane. Prompts are token ids, and no two are the same:
+neither way finds more in KV than the other. It runs where both are installed, as in build/dynamo.
 """
 
 from __future__ import annotations

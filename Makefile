@@ -24,13 +24,14 @@ demo: setup
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots --quiet $(PROMPT)
 	$(BIN)/coldframe run $(DEMO) --snapshot build/snapshots $(PROMPT)
 
-# What the tests run beside Python: nginx serves ranges, Chromium shows the page, g++ compiles decode steps (for
-# images, too). Only what is missing, and only as root.
+# What the tests run beside Python: nginx serves ranges, Chromium shows the page, iproute2 makes two hosts of one,
+# g++ compiles decode steps (for images, too). Only what is missing, and only as root.
 system:
 	@missing=""; \
 	command -v nginx >/dev/null || test -x /usr/sbin/nginx || missing="nginx-light"; \
 	command -v chromium >/dev/null && command -v chromedriver >/dev/null || missing="$$missing chromium chromium-driver"; \
 	command -v g++ >/dev/null || missing="$$missing g++"; \
+	command -v ip >/dev/null || missing="$$missing iproute2"; \
 	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
 # CRIU freezes and restores workers. Into build/criu where this system has none that is new enough.

@@ -6,6 +6,8 @@ tokens behind them. By the length of the prompt, with nobody else decoding and w
 
     shared      within a device: the KV stays where it is, blocks change hands
     devices     to a decode worker on a second GPU, which copies it there
+    tcp         to a decode worker in a replica of its own, as on another host: over loopback
+    nixl        the same, the KV by NIXL
     vllm        to a vLLM engine, which copies it into its own (`bench vllm-handoff` looks inside)
     recomputed  the KV is gone, as when its lease has run out: a decode worker computes it again
     cold        shared, in a cold start: `handoff` and `decode` of its timeline

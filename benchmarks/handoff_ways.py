@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coldframe.benchmarks.decode_host import decode_host, lacks_nixl, transfer_by
 from coldframe.benchmarks.harness import cold_start
 from coldframe.benchmarks.pacing import prompt_ids
 from coldframe.benchmarks.peers import lacks_vllm
@@ -25,7 +26,8 @@ from coldframe.runtime.vllm_spec import VllmOptions
 
 __all__ = ["FIRST_ID", "WAYS", "Handed", "Replicated", "cold_handoff", "left_out", "start_replica"]
 
-WAYS = ("shared", "devices", "vllm", "recomputed", "cold")
+WAYS = ("shared", "devices", "tcp", "nixl", "vllm", "recomputed", "cold")
+_ELSEWHERE = ("tcp", "nixl")
 FIRST_ID = 5
 """Ids below it are a tokenizer's own."""
 _SHORT = 64
@@ -60,6 +62,8 @@ def left_out(wanted: list[str], args: argparse.Namespace) -> list[dict[str, str]
         why["devices"] = f"it takes two GPUs, and there are {gpus()}"
     elif args.device == CPU:
         why["devices"] = "it takes two GPUs, and --device is cpu"
+    if "nixl" in wanted and (lacks := lacks_nixl()) is not None:
+        why["nixl"] = lacks
     if "vllm" in wanted and (lacks := lacks_vllm(args.vllm_python)) is not None:
         why["vllm"] = lacks
     if args.pin and cpu_count() < 2:
@@ -96,17 +100,23 @@ def start_replica(stack: ExitStack, way: str, args: argparse.Namespace) -> Repli
         first = args.device
         second = "cuda:1" if first == "cuda:0" else "cuda:0"
         more = {"prefill": Scale(1, 1, first), "decode": Scale(1, 1, second)}
+    elif way in _ELSEWHERE:
+        flags = ["--device", args.device, *(["--pin"] if args.pin else [])]
+        address = stack.enter_context(decode_host(args.model, way, flags))
+        more = {"decode": Scale(0, 0), "remotes": (address,), "transfer": transfer_by(way)}
     options = ReplicaOptions(str(args.model), device=args.device, pin=args.pin, **more)
     replica = stack.enter_context(kind(options))
     deadline = time.monotonic() + _START_S
     # One that does not come up fails by itself; this is for one that does neither.
     roles = ["prefill", "vllm" if way == "vllm" else "decode"]
-    replica.run_until(
-        lambda: (
-            (replica.known and replica.loaded and all(replica.staff[r]["up"] for r in roles))
-            or time.monotonic() > deadline
-        )
-    )
+
+    def is_up() -> bool:
+        ups = [replica.staff[role]["up"] for role in roles]
+        if way in _ELSEWHERE:
+            ups[-1] = replica.remotes_up
+        return replica.known and replica.loaded and all(ups)
+
+    replica.run_until(lambda: is_up() or time.monotonic() > deadline)
     if time.monotonic() > deadline:
         raise ReplicaError("it did not come up", where=way, expected=f"within {_START_S:g} s")
     replicated = Replicated(replica)

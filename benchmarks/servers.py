@@ -24,7 +24,7 @@ __all__ = [
     "VLLM_DTYPES",
     "Server",
     "coldframe_server",
-    "dynamo_front",
+    "free_port",
     "knock_at",
     "plain_server",
     "vllm_server",
@@ -112,7 +112,7 @@ def coldframe_server(
     *arguments: str,
     environment: Mapping[str, str] | None = None,
     name: str | None = "m",
-    verb: str = "serve",
+    command: str = "serve",
 ) -> Iterator[Server]:
     """`coldframe serve`, or another command that listens, while the context lasts.
 
@@ -121,20 +121,20 @@ def coldframe_server(
         arguments: More flags.
         name: What the model is called; None where `arguments` say that.
         environment: What to change in this process's; workers start fresh where it says nothing.
-        verb: The command.
+        command: `serve`, or another that has its flags.
 
     Raises:
         PlatformError: It did not end in good order.
     """
-    port = _free_port()
-    command = [
-        *(str(Path(sys.executable).parent / "coldframe"), verb, str(model)),
+    port = free_port()
+    words = [
+        *(str(Path(sys.executable).parent / "coldframe"), command, str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *(() if name is None else ("--model-name", name)),
         *arguments,
     ]
     changed = {**os.environ, "COLDFRAME_SNAPSHOT": "off", **(environment or {})}
-    with _process(command, port, changed, "COLDFRAME_EXEC_NS") as server:
+    with _process(words, port, changed, "COLDFRAME_EXEC_NS") as server:
         yield server
 
 
@@ -165,7 +165,7 @@ def vllm_server(
     Raises:
         PlatformError: It failed.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         *(str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)),
         *("--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port)),
@@ -217,7 +217,7 @@ def plain_server(model: Path, device: str = "cpu") -> Iterator[Server]:
     Raises:
         PlatformError: It failed.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         *(sys.executable, "-m", "uvicorn", "--app-dir", str(_PLAIN_APP), "plain_app:app"),
         *("--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"),
@@ -291,7 +291,7 @@ def _visible(device: str) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": number or "0"} if kind == "cuda" else {}
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """One that was free just now: whoever knocks must know it before it is bound."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -109,6 +109,10 @@ class MemoryClient:
         """Whether the weights were away when this came, so that there is nothing to map yet."""
         self._unwanted = False
         self._attached: tuple[int, int] | None = None
+        self.lost_why: ColdframeError | None = None
+        """Why KV was lost that was to be brought from another replica last."""
+        self._bringing: set[str] = set()
+        """Requests whose KV is on its way from another replica."""
         self._seen = -1
         self._clock = AwakeClock()
         self._seen_at = self._clock()
@@ -300,7 +304,13 @@ class MemoryClient:
         return blocks
 
     def bring(
-        self, request: str, attempt: int, count: int, written: int, keys: Sequence[str] = ()
+        self,
+        request: str,
+        attempt: int,
+        count: int,
+        written: int,
+        keys: Sequence[str] = (),
+        ticket: dict[str, Any] | None = None,
     ) -> Blocks | None:
         """Has the KV of a request brought here from where another device's workers wrote it.
 
@@ -310,16 +320,31 @@ class MemoryClient:
             count: How many blocks it is to have here.
             written: How many of them, from the first, hold KV; see `BlockLedger.claim`.
             keys: Of its first blocks: those that are published here need not be brought.
+            ticket: For the KV where it is in another replica. Then this does not wait for it: ask
+                again when it is no more on its way (`is_on_its_way`); `on_event` is called then.
 
         Returns:
-            Its blocks here, or None where it cannot have them at the moment (see `assign`), or
-            its KV is lost.
+            Its blocks here, or None where it cannot have them at the moment (see `assign`), its
+            KV is on its way, or it is lost (`lost_why`).
         """
         self._refused, self._refused_at = True, time.monotonic()
         body = {"type": "bring", "request": request, "attempt": attempt, "count": count}
-        answer = self._ask({**body, "written": written, "keys": list(keys)})
-        self._refused = answer["blocks"] is None and not answer["lost"]
+        body |= {"written": written, "keys": list(keys)}
+        if ticket is not None:
+            body["ticket"] = ticket
+            self._bringing.add(request)  # first: that it is here may come right behind the answer
+        answer = self._ask(body)
+        pending = answer.get("pending", False)
+        if not pending:
+            self._bringing.discard(request)
+        self._refused = answer["blocks"] is None and not answer["lost"] and not pending
+        error = answer.get("error")
+        self.lost_why = None if error is None else ColdframeError.from_wire(error)
         return None if answer["blocks"] is None else Blocks(answer["blocks"], answer["reused"])
+
+    def is_on_its_way(self, request: str) -> bool:
+        """Whether the KV of a request is being brought from another replica."""
+        return request in self._bringing
 
     def drop(self, request: str) -> None:
         """Lets a request's blocks go: this worker touches them no more.
@@ -442,6 +467,8 @@ class MemoryClient:
                 self._answers.append(message)
             case "available":
                 self._refused = False
+            case "fetched":
+                self._bringing.discard(body["request"])
 
     def _reserve(self, size: int, base: int) -> Mapping:
         held = self._reserved.pop(base, None)

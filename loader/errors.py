@@ -27,6 +27,10 @@
     │   ├── NoCheckpoint       contexts cannot be checkpointed here
     │   └── ContextPoisoned    a process's context is neither here nor there: kill the process
     ├── RequestError         this request cannot be served; the replica goes on
+    ├── TransferError        KV could not be brought from another replica: compute it again
+    │   ├── TransferRefused    the sender has no such KV any more, or it does not fit here
+    │   ├── TransferDenied     the two do not have the same secret
+    │   └── TransferBroken     the sender cannot be reached, or was lost on the way
     ├── ReplicaError         a process of the replica died or stalled
     └── PlatformError        the machine lacks what is needed
 
@@ -67,6 +71,10 @@ __all__ = [
     "NoCheckpoint",
     "ContextPoisoned",
     "RequestError",
+    "TransferError",
+    "TransferRefused",
+    "TransferDenied",
+    "TransferBroken",
     "ReplicaError",
     "PlatformError",
 ]
@@ -292,6 +300,26 @@ class RequestError(ColdframeError):
     """This request cannot be served; the replica goes on."""
 
     default_hint = "Change the request."
+
+
+class TransferError(ColdframeError):
+    """KV of a request could not be brought from another replica."""
+
+    default_hint = "Nothing is lost: the request is computed again."
+
+
+class TransferRefused(TransferError):
+    """The sender has no such KV any more, or it is not what the receiver could use."""
+
+
+class TransferDenied(TransferError):
+    """Sender and receiver do not have the same secret."""
+
+    default_hint = "Give both the same file in COLDFRAME_KV_SECRET_FILE."
+
+
+class TransferBroken(TransferError):
+    """The sender cannot be reached, or was lost on the way."""
 
 
 class ReplicaError(ColdframeError):

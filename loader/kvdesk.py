@@ -87,8 +87,11 @@ class KvDesk:
         self._known = False
         self._identity: str | None = None
         self._proven = False
-        self._watcher: Connection | None = None
-        """Who is told which keys come and go."""
+        self.is_written: Callable[[Connection, str], bool] = lambda *_: False
+        """Asked whether blocks that a worker lets go of are written to by somebody else, who lets
+        them go when that ends."""
+        self.on_released: Callable[[str], None] = lambda _: None
+        """Told of each request that has ended."""
 
     def open_arena(
         self,
@@ -245,6 +248,16 @@ class KvDesk:
             for segment in segments[1:]:
                 self._send_grown(worker, segment)
 
+    @property
+    def arena(self) -> Arena | None:
+        """Where the blocks are, once there are any."""
+        return self._arena
+
+    @property
+    def block_bytes(self) -> int:
+        """Of one block."""
+        return int(self._offer.get("block_bytes", 0))
+
     def usage(self) -> KvUsage:
         """What the ledger counts; nothing before the arena."""
         return KvUsage() if self._ledger is None else self._ledger.usage
@@ -338,6 +351,7 @@ class KvDesk:
 
     def on_release(self, connection: Connection, request: str) -> None:
         self._books.release(request)
+        self.on_released(request)
         if self._preparer is not None:
             self._preparer.tidy()
         self._tell_available()
@@ -449,22 +463,47 @@ class KvDesk:
             written: How many of them are to hold KV.
             keys: See `on_assign`.
         """
-        self._discarding, self._asked = False, True
-        self._check_keys(connection, keys)
-        got = self._assign(connection.key, request, attempt, count, keys)
-        connection.waits_for_blocks = got is None
+        got = self.assign_for(connection, request, attempt, count, keys)
         if got is None or self._arena is None:
             body = {"type": "brought", "blocks": None, "reused": 0, "lost": False}
             self._send(connection, body)
             return
-        if self._store is not None:
-            self._store.forgotten(got.forgotten)
         connection.busy += 1
 
         def done(there: bool) -> None:
             self._post(lambda: self._brought(connection, request, got, there))
 
         bring(request, attempt, got.blocks[:written], got.reused, self._arena, done)
+
+    def assign_for(
+        self, connection: Connection, request: str, attempt: int, count: int, keys: list[str]
+    ) -> Blocks | None:
+        """Gives a worker a request's blocks, for somebody else to write to; see `on_assign`."""
+        self._discarding, self._asked = False, True
+        self._check_keys(connection, keys)
+        got = self._assign(connection.key, request, attempt, count, keys)
+        connection.waits_for_blocks = got is None
+        if got is not None and self._store is not None:
+            self._store.forgotten(got.forgotten)
+        return got
+
+    def claim_for(self, holder: str, request: str, attempt: int) -> list[int] | None:
+        """The blocks of a request that was handed over, for a holder that is no worker."""
+        return self._books.claim(holder, request, attempt)
+
+    def let_go(self, holder: str, request: str, *, leased: bool = False) -> None:
+        """Such a holder, or a worker, has no more use for them.
+
+        Args:
+            holder: Who had them.
+            request: Whose they are.
+            leased: Whether another worker may claim them still.
+        """
+        if leased:
+            self._books.drop(holder, request, time.monotonic())
+        else:
+            self._books.finish(holder, request)
+        self._tell_available()
 
     def _brought(self, connection: Connection, request: str, got: Blocks, there: bool) -> None:
         connection.busy -= 1
@@ -484,6 +523,8 @@ class KvDesk:
         self._tell_available()
 
     def on_finish(self, connection: Connection, request: str) -> None:
+        if self.is_written(connection, request):
+            return
         self._books.finish(connection.key, request)
         self._tell_available()
 

@@ -4,11 +4,11 @@ It streams the weights, tells who is attached when a stage is in, and keeps the 
 blocks. Its one owner, at the other end of the inherited socket, says what to load; when the
 owner ends, so does the service, and removes the run directory behind both.
 
-Messages in:  `load`, `kv`, `settle`, `usage`, `watch` (from the owner), `open`, `release` (from
-gateways), `hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped`
-(from workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from
-workers), see `parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see
-`contextdesk`.
+Messages in:  `load`, `kv`, `settle`, `usage` (from the owner), `open`, `release` (from gateways),
+`hello`, `assign`, `publish`, `claim`, `bring`, `drop`, `finish`, `renew`, `remapped` (from
+workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached` (from workers), see
+`parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see `contextdesk`; of KV
+that travels, `transport.desk`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
 `kv_shrunk`, `kv_keys`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`,
 `assigned`, `claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`,
@@ -28,7 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.arena import Segment
 from coldframe.loader.connection import Connection
@@ -45,12 +45,17 @@ from coldframe.loader.process import collect_garbage, remove_run_dir
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import MAX_FDS, Channel, Message
 
+# What only those need whose KV travels.
+if TYPE_CHECKING:
+    from coldframe.loader.transport.desk import TransferDesk
+
 __all__ = ["MemoryService", "SOCKET_NAME", "main"]
 
 SOCKET_NAME = "memory.sock"
 _TICK_S = 1.0
 _SEND_TIMEOUT_S = 10
 _OPENING_S = 0.2
+_OF_TRANSFERS = ("transfer", "offer", "lend", "lent_back")
 
 
 class MemoryService:
@@ -110,6 +115,7 @@ class MemoryService:
             *(self._owner, self._send, self._post, self._hold, lambda: self._device),
             *(recorder, open_contexts),
         )
+        self._transfers: TransferDesk | None = None
         self._running = True
 
     def run(self) -> None:
@@ -130,9 +136,13 @@ class MemoryService:
                 next_tick = time.monotonic() + _TICK_S
                 self._check_lease()
                 self._kv.tick()
+                if self._transfers is not None:
+                    self._transfers.tick()
 
     def close(self) -> None:
         device_is_used = not self._contexts.close()
+        if self._transfers is not None:
+            self._transfers.close()
         self._kv.close()
         self._park.close()
         if self._load is not None:
@@ -204,6 +214,8 @@ class MemoryService:
         client.close()
         if client is self._owner:
             self._running = False
+        if self._transfers is not None:
+            self._transfers.gone(client)
         self._kv.gone(client)
         self._park.gone(client)
         self._finish_move()
@@ -231,6 +243,8 @@ class MemoryService:
         handler = getattr(self, f"_on_{message.kind}", None)
         for desk in (self._kv, self._park, self._contexts):
             handler = handler or getattr(desk, f"on_{message.kind}", None)
+        if handler is None and message.kind in _OF_TRANSFERS:
+            handler = getattr(self._open_transfers(), f"on_{message.kind}")
         if handler is None:
             raise ReplicaError("unknown message", where=client.key, got=message.kind)
         body = {key: value for key, value in message.body.items() if key != "type"}
@@ -541,7 +555,21 @@ class MemoryService:
             raise ReplicaError("only the owner gives memory back", where=client.key)
         self._kv.discard()
 
-    def _on_bring(self, client: Connection, **wanted: Any) -> None:
+    def _open_transfers(self) -> TransferDesk:
+        if self._transfers is None:
+            from coldframe.loader.transport.desk import TransferDesk
+
+            self._transfers = TransferDesk(
+                *(self._kv, self._send, self._post, self._report),
+                lambda: self._device,
+                os.path.join(self._run_dir, SOCKET_NAME),
+            )
+        return self._transfers
+
+    def _on_bring(self, client: Connection, ticket: Any = None, **wanted: Any) -> None:
+        if ticket is not None:
+            self._open_transfers().bring(client, ticket, **wanted)
+            return
         from coldframe.loader.beside import LoadBeside
 
         if not isinstance(self._load, LoadBeside):

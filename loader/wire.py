@@ -110,7 +110,8 @@ class Channel:
                 if fds:
                     rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))]
                     frame = frame[self._sock.sendmsg([frame], rights) :]
-                self._sock.sendall(frame)
+                if frame:  # who has all of it may have answered, and gone, by now
+                    self._sock.sendall(frame)
         except OSError as error:
             raise ReplicaError(
                 "a process of the replica is gone or no longer reads",

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
-from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.errors import ColdframeError, ReplicaError, TransferRefused
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.router import Listener, TokenEvent
+from coldframe.runtime.transport.base import Given, Taken
 
 __all__ = ["SOON_S", "Asks", "FirstToken"]
 
@@ -46,12 +48,15 @@ class Asks:
         prompt_ids: tuple[int, ...] | None,
         add_special: bool,
         generated_ids: tuple[int, ...] = (),
+        give: bool = False,
+        kv: Given | None = None,
     ) -> str:
         """Holds a request: its name; see `Replica.submit`."""
         self._numbers += 1
         name = f"s{self._numbers}"
         self._open[name] = _Ask(
-            *(self, name, params, listener), prompt, prompt_ids, add_special, generated_ids
+            *(self, name, params, listener, prompt, prompt_ids, add_special, generated_ids),
+            *(give, kv),
         )
         return name
 
@@ -76,7 +81,12 @@ class Asks:
                     prompt_ids=ask.prompt_ids,
                     add_special=ask.add_special,
                     generated_ids=ask.generated_ids,
+                    give=ask.give,
+                    kv=ask.kv,
                 )
+            except TransferRefused as refusal:
+                del self._open[ask.name]
+                ask.listener.on_error(refusal)
             except ColdframeError:
                 return  # the replica's own, which is handled as that
 
@@ -131,6 +141,8 @@ class _Ask:
     prompt_ids: tuple[int, ...] | None
     add_special: bool
     generated_ids: tuple[int, ...]
+    give: bool
+    kv: Given | None
     request: str | None = field(default=None, init=False)
     """Its id with the replica; None while it is held."""
     tokens: int = field(default=0, init=False)
@@ -141,6 +153,10 @@ class _Ask:
         if event.finish is not None:
             self.asks.answered(self.name)
         self.listener.on_token(event)
+
+    def on_given(self, given: Given) -> None:
+        self.asks.answered(self.name)
+        cast("Taken", self.listener).on_given(given)
 
     def on_error(self, error: ColdframeError) -> None:
         self.asks.given_up(self.name, error)

@@ -19,7 +19,7 @@ __all__ = ["COMMANDS", "main"]
 
 COMMANDS = {
     "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
-    "worker": ("coldframe.runtime.worker_command", "a replica behind NVIDIA Dynamo's front end"),
+    "worker": ("coldframe.runtime.worker_command", "a replica whose requests come from others"),
     "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
     "batch": (
         "coldframe.runtime.batch_command",

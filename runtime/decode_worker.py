@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
-from coldframe.loader.errors import ReplicaError, RequestError
+from coldframe.loader.errors import ReplicaError, RequestError, TransferRefused
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import RENEW_S, Handoff
+from coldframe.runtime.handoff import RENEW_S, Handoff, Job
+from coldframe.runtime.options import BLOCK_TOKENS
+from coldframe.runtime.prompts import bounded, token_ids
 from coldframe.runtime.worker import Worker, kv_format
 
 __all__ = ["run"]
@@ -43,6 +46,8 @@ class _DecodeRole:
         self._moved: set[str] = set()
         """Requests given back for another engine: their leases are renewed until that has them."""
         self._renew_at = 0.0
+        self._bringing: dict[str, int] = {}
+        """Since when the KV of each request is on its way from another replica."""
 
     def run(self) -> None:
         while True:
@@ -90,9 +95,13 @@ class _DecodeRole:
         """Takes what the front says, for which it may wait a second. Whether it said anything."""
         came = False
         for handoff in list(self._waiting.values()):
-            if not self._pool.may_take or not self._admit(handoff):
+            if self._pool.is_on_its_way(handoff.job.request):
+                continue
+            if not self._pool.may_take:
                 break
-            del self._waiting[handoff.job.request]
+            if self._admit(handoff):
+                del self._waiting[handoff.job.request]
+                block = False  # there is a step to be made
         self._renew()
         for message in self._worker.messages(block=block):
             came = True
@@ -114,16 +123,36 @@ class _DecodeRole:
 
     def _take(self, handoff: Handoff) -> None:
         job = handoff.job
-        self._check(handoff)
+        try:
+            handoff = self._checked(handoff)
+        except TransferRefused as error:
+            self._worker.refuse(job, error)
+            return
         if self._seen.get(job.request, -1) < job.attempt:
             self._seen[job.request] = job.attempt
             if not self._admit(handoff):
                 self._waiting[job.request] = handoff
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
-    def _check(self, handoff: Handoff) -> None:
+    def _checked(self, handoff: Handoff) -> Handoff:
+        """A hand-off of this model, with KV in the format of its KV, or none.
+
+        Raises:
+            ReplicaError: It is of another model, by a worker of this replica.
+            TransferRefused: The same, by another replica.
+        """
         expected = (self._worker.plan.fingerprint, kv_format(self._worker.spec.dtype))
         got = (handoff.fingerprint, handoff.kv_format)
+        if handoff.foreign and got[0] in ("", expected[0]):
+            return handoff if got == expected else replace(handoff, kv_tokens=0, ticket=None)
+        if handoff.foreign:
+            raise TransferRefused(
+                "this request was begun with another model",
+                where=handoff.job.request,
+                expected=expected[0],
+                got=got[0],
+                hint="Start both replicas from the same checkpoint.",
+            )
         if got != expected:
             raise ReplicaError(
                 "a hand-off from another model",
@@ -131,6 +160,7 @@ class _DecodeRole:
                 expected=expected,
                 got=got,
             )
+        return handoff
 
     def _admit(self, handoff: Handoff) -> bool:
         """Takes a request in with its KV, or, where that is lost, with blocks to compute it again.
@@ -141,9 +171,21 @@ class _DecodeRole:
             Whether it is settled; else try again when something has changed.
         """
         job = handoff.job
+        try:
+            if handoff.foreign or job.prompt_ids is None:
+                job = self._fit(job)
+        except RequestError as error:
+            self._seen.pop(job.request)
+            self._worker.refuse(job, error)
+            return True
         assert job.prompt_ids is not None
         sequence = self._worker.sequence(job, job.prompt_ids)
-        claimed = self._pool.claim(sequence, handoff.kv_tokens, handoff.domain)
+        began = self._bringing.setdefault(job.request, now()) if handoff.ticket else 0
+        claimed = self._pool.claim(sequence, handoff.kv_tokens, handoff.domain, handoff.ticket)
+        if not claimed and self._pool.comes_later:
+            return False
+        if handoff.ticket is not None:
+            self._tell_of_kv(job.request, began, claimed=claimed)
         if not claimed:
             try:
                 if not self._pool.take(sequence):
@@ -156,6 +198,25 @@ class _DecodeRole:
             self._behind[job.request] = now()
         self._decoder.admit(sequence)
         return True
+
+    def _fit(self, job: Job) -> Job:
+        """A request that no prefill worker of this replica has looked at, its prompt tokenised.
+
+        Raises:
+            RequestError: It cannot be served.
+        """
+        ids = token_ids(self._worker, job)
+        room = self._worker.kv.blocks * BLOCK_TOKENS
+        job = replace(job, prompt=None, prompt_ids=ids)
+        return bounded(job, len(ids), self._worker.spec.context_length, room)
+
+    def _tell_of_kv(self, request: str, began: int, *, claimed: bool) -> None:
+        """For the timeline: how long KV was on its way from another replica, or why it was not."""
+        self._bringing.pop(request, None)
+        why = self._pool.lost_why
+        note = "from another replica" if claimed or why is None else f"computed again: {why}"
+        self._worker.recorder.add("handoff", began, note=note)
+        self._worker.report_spans()
 
     def _caught_up(self, sequence: Sequence) -> None:
         """A request has a token: all before that is in the KV."""
@@ -182,7 +243,9 @@ class _DecodeRole:
 
     def _cancel(self, request: str) -> None:
         self._moved.discard(request)
-        self._waiting.pop(request, None)
+        if self._waiting.pop(request, None) is not None and request in self._bringing:
+            del self._bringing[request]
+            self._pool.abandon(request)
         self._seen.pop(request, None)
         sequence = self._decoder.remove(request)
         if sequence is not None:

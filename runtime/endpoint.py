@@ -29,6 +29,7 @@ from coldframe.runtime.jobs import JobFetcher
 from coldframe.runtime.workforce import ending
 
 if TYPE_CHECKING:
+    from coldframe.runtime.transport.takeover import Takeover
     from coldframe.runtime.whereabouts import Whereabouts
 
 __all__ = ["Endpoint"]
@@ -64,6 +65,7 @@ class Endpoint:
         log: Gets what happens.
         chat_template: A file with the operator's own, in place of the checkpoint's.
         jobs: Fetches requests from a queue.
+        takeover: Takes requests from other replicas.
         exit_at_zero: Whether this ends where nobody asks any more, instead of waiting at zero.
     """
 
@@ -78,6 +80,7 @@ class Endpoint:
         chat_template: str | None = None,
         jobs: JobFetcher | None = None,
         *,
+        takeover: Takeover | None = None,
         exit_at_zero: bool = False,
     ) -> None:
         self._fleet = fleet
@@ -88,6 +91,7 @@ class Endpoint:
         self._log = log
         self._exit_at_zero = exit_at_zero
         self._jobs = jobs
+        self._takeover = takeover
         self._phase: str | None = None
         """`draining` or `failed`, where this is about to end."""
         self._error: ColdframeError | None = None
@@ -229,11 +233,9 @@ class Endpoint:
         self._log.info("draining", seconds=self._settings.drain_s)
         self._drain_until = time.monotonic() + self._settings.drain_s
         self._fleet.drain()
-        if self._settings.dynamo is not None:
-            grace_s = float(self._settings.dynamo["grace_s"])
-            self._leave_until = time.monotonic() + grace_s + _LEAVE_S
-            self._desk.send({"type": "leave"})
-        elif self._jobs is not None:
+        if self._takeover is not None:
+            self._takeover.drain()
+        if self._jobs is not None:
             self._jobs.drain()  # the rest follows when it has ended
         else:
             self._drain_gateway()
@@ -255,6 +257,8 @@ class Endpoint:
         """Ends the gateway."""
         if self._jobs is not None:
             self._jobs.close()
+        if self._takeover is not None:
+            self._takeover.close()
         self._desk.close()
         self._gateway.child.kill()
         self._end_lent()
@@ -265,14 +269,22 @@ class Endpoint:
             listener.close()
 
     def _over(self) -> bool:
-        if self._drained:
+        if self._drained and not (self._phase == "draining" and self._is_elsewhere):
             return True
         return self._drain_until is not None and time.monotonic() > self._drain_until
+
+    @property
+    def _is_elsewhere(self) -> bool:
+        """Whether another replica waits for what is here: answers, or KV."""
+        answers = self._takeover is not None and not self._takeover.idle
+        return answers or any(model.given for _, model in self._fleet)
 
     def _step(self) -> None:
         """What there is to do after something has happened."""
         self._desk.flush()  # the tokens first
         self._desk.watch()
+        if self._takeover is not None:
+            self._takeover.step()
         self._replace_gateway()
         self._fleet.step()
         if self._fleet.error is not None and self._error is None:

@@ -18,6 +18,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.fleet import Fleet
 from coldframe.runtime.router import TokenEvent
 from coldframe.runtime.supervisor import Supervisor
+from coldframe.runtime.transport.base import Given
 
 __all__ = ["FrontDesk"]
 
@@ -172,6 +173,8 @@ class FrontDesk:
                 prompt_ids=None if ids is None else tuple(_number(i) for i in ids),
                 add_special=body["add_special"] is True,
                 generated_ids=tuple(_number(i) for i in body.get("generated_ids", ())),
+                give=body.get("give") is True,
+                kv=Given.from_params(body.get("kv")),
             )
             self._requests[number] = model, request
         except ColdframeError as error:
@@ -196,6 +199,12 @@ class FrontDesk:
                 *(event.prompt_tokens, own, top, event.cached_tokens),
             ]
         )
+
+    def given(self, number: int, given: Given) -> None:
+        """Another replica is to go on with one of its requests."""
+        self._requests.pop(number, None)
+        self.flush()
+        self.send({"type": "given", "id": number, "params": given.to_params()})
 
     def refuse(self, number: int, error: ColdframeError) -> None:
         """One of its requests has failed."""
@@ -229,6 +238,9 @@ class _Listener:
 
     def on_token(self, event: TokenEvent) -> None:
         self._desk.token(self._number, event)
+
+    def on_given(self, given: Given) -> None:
+        self._desk.given(self._number, given)
 
     def on_error(self, error: ColdframeError) -> None:
         self._desk.refuse(self._number, error)

@@ -30,7 +30,7 @@ from coldframe.runtime.engine.params import SamplingParams
 
 __all__ = ["Handoff", "Job", "RENEW_S", "VERSION"]
 
-VERSION = 3
+VERSION = 4
 RENEW_S = 5.0
 """How often a sender renews the leases of what was not acknowledged yet, in seconds."""
 
@@ -94,7 +94,9 @@ class Handoff:
         blocks: The KV blocks, from the first token on.
         kv_tokens: Tokens whose keys and values are in them: all but the last one, where the request
             has been computed so far.
-        domain: The device that has them: a worker on another one reaches them by a copy only.
+        domain: The device that has them: a worker on another one reaches them by a copy only. Empty
+            where they are in another replica.
+        ticket: For its KV in another replica (`coldframe.loader.transport`), where it is there.
     """
 
     job: Job
@@ -103,11 +105,17 @@ class Handoff:
     blocks: tuple[int, ...]
     kv_tokens: int
     domain: str
+    ticket: dict[str, Any] | None = None
 
     @property
     def whole(self) -> bool:
         """Whether no more than the last token is to be computed."""
         return self.kv_tokens == len(self.job.prompt_ids or ()) + len(self.job.generated_ids) - 1
+
+    @property
+    def foreign(self) -> bool:
+        """Whether it comes from another replica, so that nobody of this one vouches for it."""
+        return not self.domain
 
     def to_wire(self) -> dict[str, Any]:
         return {
@@ -118,6 +126,7 @@ class Handoff:
             "blocks": self.blocks,
             "kv_tokens": self.kv_tokens,
             "domain": self.domain,
+            "ticket": self.ticket,
         }
 
     @classmethod
@@ -141,4 +150,5 @@ class Handoff:
             tuple(data["blocks"]),
             data["kv_tokens"],
             data["domain"],
+            data["ticket"],
         )

@@ -10,7 +10,9 @@ from typing import Any
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import DEFAULT_BYTES, KvStoreOptions
+from coldframe.loader.transport.base import DEFAULT_WAYS, TRANSPORTS
 from coldframe.runtime.flags import Parser
+from coldframe.runtime.options import TransferOptions
 from coldframe.runtime.units import byte_count, byte_count_or_none
 
 __all__ = ["add_kv_arguments", "kv_options"]
@@ -46,6 +48,57 @@ def add_kv_arguments(parser: Parser) -> None:
         help="host memory for KV that has left its own; parked, too (none: on a CPU both are the "
         "same memory)",
     )
+    flag(
+        "--kv-listen",
+        metavar="HOST:PORT",
+        help="give KV to other hosts there, by ticket (to this machine alone; where there are "
+        "decode workers on others, at any port; the secret is in COLDFRAME_KV_SECRET_FILE)",
+    )
+    flag("--kv-advertise", metavar="HOST", help="what other hosts call that one (found out)")
+    flag(
+        "--kv-ways",
+        metavar="NAME,...",
+        default=",".join(DEFAULT_WAYS),
+        help=f"how KV may go to other replicas, and come: {', '.join(TRANSPORTS)} "
+        f"({','.join(DEFAULT_WAYS)})",
+    )
+    flag(
+        "--kv-check",
+        action="store_true",
+        help="hold KV that comes from another host against a keyed hash, which takes a core a "
+        "gigabyte or so per second on both sides",
+    )
+    flag(
+        "--kv-ttl",
+        metavar="SECONDS",
+        type=float,
+        default=TransferOptions().ttl_s,
+        help="how long KV is kept for who has a ticket (30)",
+    )
+
+
+def transfer_options(args: argparse.Namespace, *, remotes: bool) -> TransferOptions:
+    """How KV goes to other replicas, and comes from them.
+
+    Args:
+        args: The flags.
+        remotes: Whether some of those who decode are on other hosts.
+
+    Raises:
+        RequestError: A value says nothing that can be.
+    """
+    from coldframe.loader.transport.registry import check_names
+
+    names = [name.strip() for name in args.kv_ways.split(",")]
+    if not 0 < args.kv_ttl <= 3600:
+        raise RequestError(
+            "this is no time", where="--kv-ttl", expected="0 to 3600 seconds", got=args.kv_ttl
+        )
+    listen, advertise = args.kv_listen or None, args.kv_advertise or None
+    if remotes and listen is None:
+        listen, advertise = "0.0.0.0:0", ""
+    ways = check_names(names, "--kv-ways")
+    return TransferOptions(listen, advertise, ways, args.kv_check, args.kv_ttl)
 
 
 def kv_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -9,10 +9,10 @@ lies in a block of the request's own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.client import MemoryClient
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.runtime.prefix import PrefixKeys
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class KvPool:
         self._domain = domain
         self._keys = keys
         self._settle = settle
+        self.comes_later = False
+        """Whether what was claimed last is to be claimed again, once something has changed."""
 
     @property
     def may_take(self) -> bool:
@@ -88,20 +90,31 @@ class KvPool:
         # The last token is computed in any case: what follows it is what is asked for.
         return self._keys_of(sequence, sequence.tokens - 1)
 
-    def claim(self, sequence: Sequence, kv_tokens: int, domain: str) -> bool:
+    def claim(
+        self,
+        sequence: Sequence,
+        kv_tokens: int,
+        domain: str,
+        ticket: dict[str, Any] | None = None,
+    ) -> bool:
         """Takes over the KV of a sequence that was handed over.
 
         Args:
             sequence: Whose.
             kv_tokens: How many of its tokens there is KV of.
             domain: The device that has it. From another one it is brought here.
+            ticket: For it, where it is in another replica.
 
         Returns:
             Whether it is here now. Else it is lost, or there are no blocks at the moment to bring
-            it to.
+            it to. From another replica it may also be on its way: ask again where it
+            `comes_later`.
         """
+        self.comes_later = False
+        if not kv_tokens:
+            return False
         if domain != self._domain:
-            return self._bring(sequence, kv_tokens)
+            return self._bring(sequence, kv_tokens, ticket)
         blocks = self._client.claim(sequence.request, sequence.attempt)
         if blocks is None:
             return False
@@ -110,13 +123,28 @@ class KvPool:
         sequence.cached_tokens = min(kv_tokens, len(sequence.prompt_ids))
         return True
 
-    def _bring(self, sequence: Sequence, kv_tokens: int) -> bool:
+    def is_on_its_way(self, request: str) -> bool:
+        """Whether the KV of a request is being brought from another replica."""
+        return self._client.is_on_its_way(request)
+
+    @property
+    def lost_why(self) -> ColdframeError | None:
+        """Why KV could not be brought from another replica, where that was so last."""
+        return self._client.lost_why
+
+    def abandon(self, request: str) -> None:
+        """Nobody waits any more for KV that is on its way."""
+        self._client.finish(request)
+
+    def _bring(self, sequence: Sequence, kv_tokens: int, ticket: dict[str, Any] | None) -> bool:
         needed = self._blocks_of(sequence.most_tokens)
         if needed > self._blocks:
             return False  # which is said where it asks for blocks to compute it in
         written, keys = self._blocks_of(kv_tokens), self.keys(sequence)
-        got = self._client.bring(sequence.request, sequence.attempt, needed, written, keys)
+        request, attempt = sequence.request, sequence.attempt
+        got = self._client.bring(request, attempt, needed, written, keys, ticket)
         if got is None:
+            self.comes_later = ticket is not None and self._client.lost_why is None
             return False
         sequence.blocks = got.blocks
         # Others may have left more of it here than there was over there.

@@ -24,7 +24,7 @@ from coldframe.runtime.early import MemoryProcess
 from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.first_words import FirstWords
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
-from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.options import ReplicaOptions, SnapshotOptions, TransferOptions
 from coldframe.runtime.tiers import Tiers
 from coldframe.snapshot.cloner import CloneChild, Cloner
 from coldframe.snapshot.restorer_process import RestorerProcess
@@ -44,6 +44,7 @@ _VLLM_WORKER = (
     "from coldframe.loader.process import speak_up; speak_up(); "
     "main(3, int(sys.argv[1]), first_ns, *sys.argv[2:])"
 )
+_REMOTE = "from coldframe.runtime.transport.remote import main; main(3, int(sys.argv[1]), first_ns)"
 _FIRST_BYTE_S = 0.2
 _MEMORY_END_S = 5.0
 
@@ -96,9 +97,12 @@ class WorkerProcess:
         cloner: Cloner | None = None,
         group: str = "",
         words: FirstWords | None = None,
+        address: str = "",
     ) -> None:
         self.name = name
         self.role = role
+        self.address = address
+        """Of the decode worker on another host that it stands for."""
         self.group = group
         self.child = child
         self.channel = channel
@@ -239,6 +243,11 @@ class Launch:
                 "peer_token": os.environ.get("COLDFRAME_PEER_TOKEN") or None,
             }
         )
+        transfer = options.transfer
+        if transfer != TransferOptions():
+            ways = {"transports": list(transfer.transports), "keyed": transfer.keyed}
+            place = {"listen": transfer.listen, "advertise": transfer.advertise}
+            memory.channel.send({"type": "transfer", **place, **ways})
 
     def start_workers(self) -> None:
         """Starts the workers that the first token needs; the others are to follow (`later`).
@@ -360,6 +369,32 @@ class Launch:
         finally:
             theirs.close()
         return WorkerProcess(name, role, child, ours, cloner, group, words)
+
+    def start_remote(self, address: str) -> WorkerProcess:
+        """Starts a process that stands for a decode worker on another host.
+
+        Args:
+            address: `HOST:PORT` of that one.
+
+        Raises:
+            PlatformError: It cannot be started.
+        """
+        name = f"remote-{self._names}"
+        self._names += 1
+        ours, theirs = Channel.pair()
+        started = now()
+        try:
+            # It shows the secret, and needs nothing that is installed.
+            child = spawn_python(
+                *(_REMOTE, [str(started)], theirs.fileno(), dict(os.environ)), site_packages=False
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self._recorder.add("process_spawn", started, note=name)
+        return WorkerProcess(name, "remote", child, ours, address=address)
 
     def _spawn_vllm(self, arguments: list[str], fd: int, words: FirstWords) -> Child:
         assert self.options.vllm is not None

@@ -75,6 +75,14 @@ class Owner(Protocol):
         """One of them is dead."""
         ...
 
+    def memory_offered(self, request: str, ticket: dict[str, Any] | None) -> None:
+        """The KV of a request is kept for whoever has the ticket; or it is not there any more."""
+        ...
+
+    def memory_offer_over(self, request: str, *, taken: bool) -> None:
+        """It is kept no longer."""
+        ...
+
 
 class _Link:
     """One memory service, and what it has said last of itself."""
@@ -240,6 +248,18 @@ class Memories:
         self._orders[_CONTEXT_ANSWERS[message["type"]], message["name"]] = done
         self._send(link, message)
 
+    def offer(self, device: str, message: Mapping[str, Any]) -> None:
+        """Has one of them keep the KV of a request for another replica.
+
+        The owner hears of what comes of it (`memory_offered`, `memory_offer_over`).
+
+        Args:
+            device: That of the KV.
+            message: See `TransferDesk.on_offer`.
+        """
+        link = next(link for link in self._links if link.memory.device == device)
+        self._send(link, {"type": "offer", **message})
+
     def has_left(self, device: str) -> bool:
         """Whether the weights have left a device."""
         return any(link.resting.left for link in self._links if link.memory.device == device)
@@ -315,6 +335,12 @@ class Memories:
                 done = self._orders.pop((kind, body["name"]), None)
                 if done is not None:
                     done(body)
+            case "offered":
+                self._owner.memory_offered(body["request"], body["ticket"])
+            case "offer_over":
+                self._owner.memory_offer_over(body["request"], taken=body["taken"])
+            case "gives_at":
+                self._facts["gives_at"] = body["address"]
             case "usage":
                 link.usage = {name: body[name] for name in USAGE}
                 self._add_up()

@@ -7,12 +7,20 @@ from typing import Any
 
 from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.transport.base import DEFAULT_WAYS
 from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.identity import Identity
 
-__all__ = ["BLOCK_TOKENS", "ReplicaOptions", "ScalingOptions", "SnapshotOptions", "model_name"]
+__all__ = [
+    "BLOCK_TOKENS",
+    "ReplicaOptions",
+    "ScalingOptions",
+    "SnapshotOptions",
+    "TransferOptions",
+    "model_name",
+]
 
 BLOCK_TOKENS = 32
 """Tokens in a KV block; the same in all processes of a replica."""
@@ -75,6 +83,25 @@ class ScalingOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """How KV goes to other replicas, and comes from them.
+
+    Args:
+        listen: `HOST:PORT` where other hosts can take it; None gives it to this machine alone.
+        advertise: What others call that host; None finds out.
+        transports: The ways that may be gone, of `loader.transport.base.TRANSPORTS`.
+        keyed: Whether what comes from another host is held against a keyed hash.
+        ttl_s: For how long KV is kept for who has a ticket, in seconds.
+    """
+
+    listen: str | None = None
+    advertise: str | None = None
+    transports: tuple[str, ...] = DEFAULT_WAYS
+    keyed: bool = False
+    ttl_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaOptions:
     """One model on one machine.
 
@@ -108,6 +135,8 @@ class ReplicaOptions:
             none.
         graphs: Whether decode steps are captured where a device can do that, and replayed.
         kv_store: Where KV is kept that leaves its memory; None keeps none.
+        transfer: How KV goes to other replicas, and comes from them.
+        remotes: `HOST:PORT` of each decode worker on another host.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
@@ -150,6 +179,8 @@ class ReplicaOptions:
     local_prefill: int = 64
     graphs: bool = True
     kv_store: KvStoreOptions | None = None
+    transfer: TransferOptions = TransferOptions()
+    remotes: tuple[str, ...] = ()
     lease_s: float = 30.0
     threads: int | None = None
     device: str = "cpu"
@@ -208,8 +239,8 @@ class ReplicaOptions:
         )
 
     def device_of(self, role: str) -> str:
-        """Where a role's workers compute."""
-        return self.scales[role].device or self.device
+        """Where a role's workers compute; of those on other hosts, where KV goes to them from."""
+        return self.scales["prefill" if role == "remote" else role].device or self.device
 
     @property
     def layout_to_load(self) -> str | None:
@@ -228,6 +259,11 @@ class ReplicaOptions:
         if self.device_of("prefill") == CPU:
             return "a CPU has none"
         return "--checkpoint off" if self.checkpoint == "off" else None
+
+    @property
+    def decodes_only(self) -> bool:
+        """Whether there is nobody who computes prompts as such: decode workers get all requests."""
+        return self.scales["prefill"].most == 0 and not self.vllm_serves_all
 
     @property
     def vllm_alone(self) -> bool:

@@ -20,6 +20,7 @@ from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
+from coldframe.loader.transport.base import Ticket
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.bridge import Bridge
 from coldframe.runtime.contexts import Contexts
@@ -27,8 +28,9 @@ from coldframe.runtime.device_faults import DeviceFaults
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
-from coldframe.runtime.kvwatch import KvWatch
+from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.launch import Launch, WorkerProcess
+from coldframe.runtime.loads import blocks_of
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.memories import Memories
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions, SnapshotOptions
@@ -36,6 +38,7 @@ from coldframe.runtime.prefix import PrefixKeys, kv_format
 from coldframe.runtime.resting import RestingTogether
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand
+from coldframe.runtime.transport.base import Given
 from coldframe.runtime.workforce import Workforce
 
 __all__ = ["Replica"]
@@ -77,6 +80,7 @@ class Replica:
         self._error: ColdframeError | None = None
         self._next_tick = 0.0
         self._requests = 0
+        self._given: set[str] = set()
         self._load_started_ns = None if options.hold_load else now()
         self._closed = False
         self._clock = AwakeClock()
@@ -129,6 +133,7 @@ class Replica:
                 self._launch.start_workers()
             while self._launch.workers:
                 self._workforce.adopt(self._launch.workers.pop(0))
+            self._workforce.connect_remotes()
             if not self.options.hold_load:
                 self._read_facts()
         except BaseException:
@@ -273,6 +278,12 @@ class Replica:
         return self._router.prefilled_by_decode
 
     @property
+    def remotes_up(self) -> int:
+        """Decode workers on other hosts that are connected."""
+        workers = self._workforce.workers.values()
+        return sum(worker.role == "remote" and worker.up for worker in workers)
+
+    @property
     def staff(self) -> dict[str, dict[str, int]]:
         """By role: how many workers start, are up, and are to go."""
         return self._workforce.counts
@@ -287,6 +298,9 @@ class Replica:
         add_special: bool = True,
         generated_ids: tuple[int, ...] = (),
         group: str = "",
+        give: bool = False,
+        kv: Given | None = None,
+        generated_ids: tuple[int, ...] = (),
     ) -> str:
         """Takes a request and returns its id; the answer comes to the listener during `poll`.
 
@@ -299,12 +313,20 @@ class Replica:
             generated_ids: Tokens of the answer that the client has from elsewhere, behind
                 `prompt_ids`: it goes on from there.
             group: Of the workers that are to serve it; see `add_clones`.
+            give: Whether another replica goes on with it behind its first token; see
+                `coldframe.runtime.transport.base`.
+            kv: What another replica has given with it.
+            generated_ids: Tokens that the client has; only with `kv`, or where nobody computes
+                prompts as such.
 
         Raises:
             ColdframeError: The replica cannot go on.
+            TransferRefused: What was given is of another request.
         """
         if self._error is not None:
             raise self._error
+        if kv is None and self.options.decodes_only:
+            kv = Given.nothing()
         if self._load_started_ns is None:
             raise ReplicaError("nothing is being loaded yet", hint="Call start_load first.")
         if not self.known:
@@ -325,6 +347,9 @@ class Replica:
             add_special=add_special,
             generated_ids=generated_ids,
             group=group,
+            give=give,
+            kv=kv,
+            generated_ids=generated_ids,
         )
         if self._gate is None or self._gate.open or group:
             go()
@@ -346,7 +371,14 @@ class Replica:
     def cancel(self, request: str) -> None:
         if self._gate is not None:
             self._gate.cancel(request)
+        if request in self._given:
+            self.to_memory({"type": "release", "request": request})
         self._router.cancel(request)
+
+    @property
+    def given(self) -> int:
+        """Requests that were given away, and whose KV nobody has taken yet."""
+        return len(self._given)
 
     def start_load(self) -> None:
         """Loads a model whose load was held (`ReplicaOptions.hold_load`)."""
@@ -472,11 +504,24 @@ class Replica:
     def kill(self, worker: str) -> None:
         self._workforce.kill(worker)
 
+    def offer(self, request: str, handoff: Handoff) -> None:
+        offered = {
+            "request": request,
+            "attempt": handoff.job.attempt,
+            "written": blocks_of(handoff.kv_tokens),
+            "kv_tokens": handoff.kv_tokens,
+            "fingerprint": handoff.fingerprint,
+            "kv_format": handoff.kv_format,
+            "ttl_s": self.options.transfer.ttl_s,
+        }
+        self._memories.offer(handoff.domain, offered)
+
     # -- ContextsOwner ---------------------------------------------------------------------------
 
     @property
     def workers(self) -> Mapping[str, WorkerProcess]:
-        return self._workforce.workers
+        here = self._workforce.workers
+        return {name: worker for name, worker in here.items() if worker.role != "remote"}
 
     def device_of(self, role: str) -> str:
         return self.options.device_of(role)
@@ -572,6 +617,17 @@ class Replica:
             )
         )
 
+    def memory_offered(self, request: str, ticket: dict[str, Any] | None) -> None:
+        given = self._router.offered(request, None if ticket is None else Ticket.from_wire(ticket))
+        if given and ticket is not None:
+            self._given.add(request)
+        else:
+            self.to_memory({"type": "release", "request": request})
+
+    def memory_offer_over(self, request: str, *, taken: bool) -> None:
+        self._given.discard(request)
+        self.to_memory({"type": "release", "request": request})
+
     # -- Owner, for the workers ------------------------------------------------------------------
 
     def fail(self, error: ColdframeError) -> None:
@@ -659,6 +715,7 @@ class Replica:
             options: What the replica is to be from now on.
             dead: A worker that has been reaped already.
         """
+        self._given.clear()  # their KV ends with the memory service
         gone = self._workforce.close()
         if dead is not None:
             gone.append(dead.name)

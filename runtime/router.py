@@ -18,12 +18,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.transport.base import Ticket
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.loads import TextGauge, blocks_of
+from coldframe.runtime.transport.base import Given, Taken
 
 __all__ = ["Listener", "Router", "TokenEvent", "Transport"]
 
@@ -72,6 +74,10 @@ class Transport(Protocol):
 
     def to_memory(self, message: dict[str, Any]) -> None: ...
 
+    def offer(self, request: str, handoff: Handoff) -> None:
+        """Has the KV of a request kept for another replica; `offered` follows."""
+        ...
+
     def kill(self, worker: str) -> None:
         """Ends a worker that hangs; `worker_gone` follows."""
         ...
@@ -106,6 +112,10 @@ class _Request:
     """Whether its last tokens were made in KV that no other worker reaches."""
     sender: str | None = None
     """The prefill worker that renews the lease until the `ack`."""
+    give: bool = False
+    """Whether another replica is to go on with it behind its first token."""
+    offered: bool = False
+    """Whether it waits for a ticket to be given away with."""
     blameless: int = 0
     """Attempts that ended with engines which never were up, and so never saw it."""
 
@@ -192,12 +202,32 @@ class Router:
         add_special: bool = True,
         generated_ids: tuple[int, ...] = (),
         group: str = "",
+        give: bool = False,
+        kv: Given | None = None,
+        generated_ids: tuple[int, ...] = (),
     ) -> None:
-        """Takes a request; it waits where there is no worker of its group yet."""
+        """Takes a request; it waits where there is no worker of its group yet.
+
+        Args:
+            request: Its id.
+            params: What is asked for.
+            listener: Gets the answer; see `Taken` for one that is given away.
+            prompt: The prompt as text, or
+            prompt_ids: as token ids.
+            add_special: Whether the tokenizer puts its own tokens around the text.
+            group: Of the workers that are to serve it.
+            give: Whether another replica goes on with it behind its first token.
+            kv: What another replica has given with it; decode workers serve it then.
+            generated_ids: Tokens that the client has.
+
+        Raises:
+            TransferRefused: What was given is of another request.
+        """
         seeded = params.with_seed()
         job = Job(request, 0, seeded, prompt, prompt_ids, generated_ids, add_special)
         engine = params.needs or self._only
-        found = _Request(job, listener, group, engine, generated=list(generated_ids))
+        found = _Request(job, listener, group, engine, list(generated_ids), give=give)
+        found.handoff = None if kv is None else kv.handoff(job)
         self._requests[request] = found
         self._transport.to_memory({"type": "open", "request": request})
         self._give_out()
@@ -260,7 +290,7 @@ class Router:
             role: `prefill` or `decode`.
             group: Whose requests it takes.
             domain: Workers of the same one reach the same KV.
-            engine: `native` or `vllm`.
+            engine: `native`, `vllm`, or `remote` for one that is in another replica.
         """
         self._workers[worker] = _Worker(role, group, domain, engine, heard=self._clock())
         self._give_out()
@@ -393,7 +423,11 @@ class Router:
 
     def _give_out(self) -> None:
         """Places what waits, in the order in which it came, as far as there are workers for it."""
-        waiting = [request for request, found in self._requests.items() if found.worker is None]
+        waiting = [
+            request
+            for request, found in self._requests.items()
+            if found.worker is None and not found.offered
+        ]
         if not waiting:
             return
         loads = self._loads()
@@ -498,11 +532,12 @@ class Router:
         found.job = replace(found.job, attempt=found.job.attempt + 1, generated_ids=generated)
         if found.handoff is not None:
             prompt = found.handoff.job.prompt_ids
-            assert prompt is not None
             kv_tokens = found.handoff.kv_tokens
-            if len(generated) > len(found.handoff.job.generated_ids) and not found.elsewhere:
+            advanced = len(generated) > len(found.handoff.job.generated_ids)
+            if advanced and not found.elsewhere and prompt is not None:
                 kv_tokens = len(prompt) + len(generated) - 1
-            found.job = replace(found.job, prompt=None, prompt_ids=prompt)
+            if prompt is not None:  # else nobody has tokenised it, where there is no prefill
+                found.job = replace(found.job, prompt=None, prompt_ids=prompt)
             found.handoff = replace(found.handoff, job=found.job, kv_tokens=kv_tokens)
         found.elsewhere = False
 
@@ -513,14 +548,15 @@ class Router:
         if found is None or index != len(found.generated):
             return
         found.generated.append(token)
-        found.elsewhere = self._workers[worker].engine == "vllm"  # with KV of its own
+        found.elsewhere = self._workers[worker].engine != "native"  # with KV of its own
         if (
             found.handoff is not None
             and not found.elsewhere
             and found.handoff.domain != self._workers[worker].domain
         ):
             # It was brought there, or computed again.
-            found.handoff = replace(found.handoff, domain=self._workers[worker].domain)
+            domain = self._workers[worker].domain
+            found.handoff = replace(found.handoff, domain=domain, ticket=None)
         if index == 0 and found.job.prompt is not None:
             self._gauge.learn(found.job.prompt, prompt_tokens)
         if finish is not None:
@@ -551,6 +587,23 @@ class Router:
             self.prefilled_by_decode += not handoff.whole
         # With what is only known since it was tokenised: how much the context leaves.
         found.job = replace(found.job, params=job.params)
+        if found.give:
+            found.offered = True
+            self._transport.offer(job.request, handoff)
+
+    def offered(self, request: str, ticket: Ticket | None) -> bool:
+        """There is a ticket for the KV of a request, or none to be had: it is given away.
+
+        Returns:
+            Whether somebody has it now; else nobody waits for it any more.
+        """
+        found = self._requests.get(request)
+        if found is None or found.handoff is None or not found.offered:
+            return False
+        self._thank_sender(request, found)
+        del self._requests[request]
+        cast("Taken", found.listener).on_given(Given.of(found.handoff, ticket))
+        return True
 
     def _acknowledged(self, worker: str, request: str, attempt: int) -> None:
         found = self._current(worker, request, attempt)

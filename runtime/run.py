@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from coldframe.loader.errors import ColdframeError, PlatformError, SourceError
 from coldframe.loader.timeline import Recorder, now, process_start_ns
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.kv_flags import add_kv_arguments, kv_options
+from coldframe.runtime.kv_flags import add_kv_arguments, kv_options, transfer_options
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.snapshot_flags import add_snapshot_arguments, snapshot_options
@@ -143,6 +143,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         DeviceError: Workers are to be on several devices, or there is not so much memory.
         PlatformError: A directory cannot be used.
     """
+    workers = worker_options(args)
     return ReplicaOptions(
         model=args.model,
         sources=tuple(args.source or ()),
@@ -156,8 +157,9 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         throttle=args.throttle,
         overlap=not args.no_overlap,
         snapshot=snapshot_options(args),
+        transfer=transfer_options(args, remotes=bool(workers["remotes"])),
         **kv_options(args),
-        **worker_options(args),
+        **workers,
     )
 
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from coldframe.loader.errors import RequestError
+from coldframe.loader.transport.base import parse_address
 from coldframe.runtime.device_choice import parse_device
 
 __all__ = ["MOST_WORKERS", "DecodeSpec", "Scale"]
@@ -14,6 +15,7 @@ MOST_WORKERS = 256
 """Of one role in one replica: a number with a digit too many shall not fill the machine."""
 _VLLM = re.compile(r"vllm(?:@(.*))?", re.DOTALL)
 _NATIVE = "native"
+_REMOTE = "tcp://"
 _SPEC = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:@(.*))?", re.DOTALL)
 
 
@@ -83,11 +85,13 @@ class DecodeSpec:
         vllm: Whether there is a vLLM engine. Beside native workers it takes their place once it
             is up.
         vllm_device: Where that computes; None for where the replica does.
+        remotes: `HOST:PORT` of decode workers on other hosts.
     """
 
     native: Scale | None
     vllm: bool = False
     vllm_device: str | None = None
+    remotes: tuple[str, ...] = ()
 
     @property
     def scale(self) -> Scale:
@@ -98,6 +102,8 @@ class DecodeSpec:
     def parse(cls, text: str, where: str = "--decode") -> DecodeSpec:
         """Reads what `Scale` does, `vllm`, `vllm@cuda:0`, or both as `native,vllm` or `1-4,vllm`.
 
+        Beside them, or alone, `tcp://HOST:PORT` for each decode worker on another host.
+
         Args:
             text: What to read.
             where: Whose it is, for the error.
@@ -107,24 +113,31 @@ class DecodeSpec:
         """
         native: Scale | None = None
         vllm: re.Match[str] | None = None
-        for part in text.split(","):
-            engine = _VLLM.fullmatch(part.strip())
+        parts = [part.strip() for part in text.split(",")]
+        remotes = tuple(part[len(_REMOTE) :] for part in parts if part.startswith(_REMOTE))
+        if any(parse_address(remote) is None for remote in remotes):
+            raise _no_engines(text, where)
+        for part in parts:
+            if part.startswith(_REMOTE):
+                continue
+            engine = _VLLM.fullmatch(part)
             if (vllm if engine else native) is not None:
                 raise _no_engines(text, where)
             if engine is not None:
                 vllm = engine
             else:
-                native = Scale() if part.strip() == _NATIVE else Scale.parse(part, where)
+                native = Scale() if part == _NATIVE else Scale.parse(part, where)
         if vllm is None:
-            return cls(native)
-        return cls(native, True, None if vllm[1] is None else parse_device(vllm[1], where))
+            return cls(native, remotes=remotes)
+        device = None if vllm[1] is None else parse_device(vllm[1], where)
+        return cls(native, True, device, remotes)
 
 
 def _no_engines(text: str, where: str) -> RequestError:
     return RequestError(
         "this does not say who decodes",
         where=where,
-        expected="native workers, a vLLM engine, or one of each",
+        expected="native workers, a vLLM engine, or one of each; and tcp://HOST:PORT",
         got=repr(text),
-        hint="Write 2, 1-4, vllm, vllm@cuda:0 or native,vllm.",
+        hint="Write 2, 1-4, vllm, vllm@cuda:0, native,vllm or native,tcp://HOST:PORT.",
     )

@@ -15,6 +15,7 @@ from coldframe.runtime.gateway.keys import load_keys
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.run import replica_options
+from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.serve_flags import add_arguments, policy_for, settings_for
 from coldframe.runtime.served import memory_to_share, named_models
 from coldframe.snapshot.identity import Identity, service_identity
@@ -27,8 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["add_arguments", "run"]
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, listen: str | None = None) -> int:
     """Runs the command: until it is told to end, or the replica cannot go on.
+
+    Args:
+        args: The flags.
+        listen: `HOST:PORT` where requests are taken over from other replicas, to be decoded; none
+            of this one's workers computes prompts then.
 
     Raises:
         ColdframeError: It cannot go on.
@@ -61,6 +67,12 @@ def run(args: argparse.Namespace) -> int:
     log.info("listening", address=bound, platform=profile.name, model=", ".join(models))
     for warning in keys.warnings:
         log.warning("access", why=warning)
+    taking = None
+    if listen is not None:
+        from coldframe.runtime.transport.takeover import open_listener
+
+        options = replace(options, prefill=Scale(0, 0))
+        taking = open_listener(listen)
     launch = Launch(options, recorder, args.memory, args.restorer)
     launch.start_workers()
     imported = now()
@@ -109,6 +121,11 @@ def run(args: argparse.Namespace) -> int:
 
                 key = keys.keys[0] if keys.keys else None
                 jobs = JobFetcher(listeners[0].getsockname()[1], key, user)
+            takeover = None
+            if taking is not None:
+                from coldframe.runtime.transport.takeover import Takeover
+
+                takeover = Takeover(*taking, fleet.first, log)
             endpoint = Endpoint(
                 fleet,
                 listeners,
@@ -118,6 +135,7 @@ def run(args: argparse.Namespace) -> int:
                 log,
                 args.chat_template,
                 jobs,
+                takeover=takeover,
                 exit_at_zero=args.on_idle == "exit",
             )
             args.ending.follow(loop.watch, endpoint.drain)

@@ -48,6 +48,7 @@ from coldframe.runtime.router import Listener
 from coldframe.runtime.scaling import LEVELS, Level, LivePolicy
 from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.startlog import StartLog
+from coldframe.runtime.transport.base import Given
 from coldframe.runtime.unasked import Unasked, since_boot
 
 __all__ = ["State", "Supervisor"]
@@ -198,6 +199,8 @@ class Supervisor:
         prompt_ids: tuple[int, ...] | None = None,
         add_special: bool = True,
         generated_ids: tuple[int, ...] = (),
+        give: bool = False,
+        kv: Given | None = None,
     ) -> str:
         """Takes a request, and wakes the replica for it: its id; see `Replica.submit`.
 
@@ -219,11 +222,18 @@ class Supervisor:
             prompt_ids=prompt_ids,
             add_special=add_special,
             generated_ids=generated_ids,
+            give=give,
+            kv=kv,
         )
         self.unasked.asked()
         self._rouse()
         self.life.asked(before)
         return name
+
+    @property
+    def given(self) -> int:
+        """Requests that were given away, and whose KV nobody has taken yet."""
+        return 0 if self.replica is None else self.replica.given
 
     def cancel(self, name: str) -> None:
         """Forgets a request."""

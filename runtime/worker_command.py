@@ -1,63 +1,37 @@
-"""`coldframe worker`: a replica whose requests come from NVIDIA Dynamo's front end.
+"""`coldframe worker`: a replica whose requests come from other replicas' fronts.
 
 It is `coldframe serve` with another way in beside its port, where probes, metrics and the timeline
-of a start are, as there; see `integrations.dynamo`.
+of a start are, as there; see `transport.takeover`.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags import Parser
-from coldframe.runtime.integrations.dynamo.settings import ROLES, DynamoSettings, check_installed
 from coldframe.runtime.serve_flags import add_arguments as add_serve_arguments
 
 __all__ = ["add_arguments", "run"]
 
-_GRACE_VARIABLE = "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS"
-_GRACE_S = 1.0
+ROLES = ("decode",)
 
 
 def add_arguments(parser: Parser) -> None:
-    group = parser.add_argument_group("who sends requests (by default Dynamo's own variables say)")
-    parser.flag(
-        "--dynamo",
-        action="store_true",
-        group=group,
-        help="register with NVIDIA Dynamo; needs `pip install 'coldframe[dynamo]'`",
-    )
+    group = parser.add_argument_group("who sends requests")
     parser.flag(
         "--role",
         choices=ROLES,
-        default="aggregated",
+        default="decode",
         group=group,
-        help="answer requests as a whole, make the first token of each, or the others (aggregated)",
-    )
-    for name, meaning in (
-        ("namespace", "Dynamo's namespace ($DYN_NAMESPACE, else dynamo)"),
-        ("component", "its component ($DYN_COMPONENT, else prefill of that role, else backend)"),
-        ("endpoint", "its endpoint ($DYN_ENDPOINT_NAME, else generate)"),
-    ):
-        parser.flag(f"--{name}", metavar="NAME", group=group, help=meaning)
-    parser.flag(
-        "--discovery-backend",
-        metavar="NAME",
-        group=group,
-        help="where it registers: kubernetes, etcd, file, mem ($DYN_DISCOVERY_BACKEND, else etcd)",
+        help="make all tokens of an answer but the first (decode)",
     )
     parser.flag(
-        "--request-plane",
-        metavar="NAME",
+        "--listen",
+        metavar="HOST:PORT",
         group=group,
-        help="how requests come: tcp, http or nats ($DYN_REQUEST_PLANE, else tcp)",
-    )
-    parser.flag(
-        "--event-plane",
-        metavar="NAME",
-        group=group,
-        help="how KV events go: zmq or nats ($DYN_EVENT_PLANE, else what goes with the discovery)",
+        help="where other replicas, started with --decode tcp://HOST:PORT, pass requests on (the "
+        "secret is in COLDFRAME_KV_SECRET_FILE)",
     )
     add_serve_arguments(parser)
 
@@ -66,12 +40,13 @@ def run(args: argparse.Namespace) -> int:
     """Runs the command: until it is told to end, or the replica cannot go on.
 
     Raises:
-        ColdframeError: It cannot go on, or there is nothing that it could be a worker of.
+        ColdframeError: It cannot go on, or there is nobody that it could be a worker of.
     """
-    if not args.dynamo:
+    if args.listen is None:
         raise RequestError(
             "a worker is somebody's",
-            where="--dynamo",
+            where="--listen",
+            expected="HOST:PORT",
             hint="Give it, or serve without anybody in front by `coldframe serve`.",
         )
     if len(args.models) > 1:
@@ -82,34 +57,6 @@ def run(args: argparse.Namespace) -> int:
             got=len(args.models),
             hint="Start one worker for each.",
         )
-    template = args.chat_template
-    args.dynamo_settings = DynamoSettings.of(
-        args.role,
-        namespace=args.namespace,
-        component=args.component,
-        endpoint=args.endpoint,
-        discovery=args.discovery_backend,
-        request_plane=args.request_plane,
-        event_plane=args.event_plane,
-        chat_template=None if template is None else os.path.abspath(template),
-        most_running=args.max_running,
-        grace_s=_grace_s(),
-    )
-    check_installed()
     from coldframe.runtime import serve
 
-    return serve.run(args)
-
-
-def _grace_s() -> float:
-    """How long requests are taken after it has left the discovery, in seconds."""
-    text = os.environ.get(_GRACE_VARIABLE, "")
-    try:
-        seconds = float(text) if text else _GRACE_S
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 3600:
-        raise RequestError(
-            "this is no time", where=_GRACE_VARIABLE, expected="0 or more seconds", got=text
-        )
-    return seconds
+    return serve.run(args, args.listen)

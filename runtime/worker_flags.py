@@ -25,8 +25,9 @@ def add_worker_arguments(parser: Parser) -> None:
         ("prefill", "", ""),
         (
             "decode",
-            "|vllm|native,vllm",
-            "; vllm has a vLLM engine decode, native,vllm once that is up",
+            "|vllm|native,vllm|tcp://HOST:PORT",
+            "; vllm has a vLLM engine decode, native,vllm once that is up; tcp://HOST:PORT a "
+            "worker on another host, beside others where commas are between them",
         ),
     ):
         flag(
@@ -113,6 +114,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "prefill": prefill,
         "decode": decode.scale,
+        "remotes": decode.remotes,
         "vllm": vllm_options(args, decode),
         "device": choice.device,
         "device_why": choice.why,

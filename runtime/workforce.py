@@ -42,13 +42,15 @@ from coldframe.runtime.sizing import ModelFacts
 from coldframe.runtime.staffing import Staffing
 from coldframe.runtime.thaws import Order, Thaws
 from coldframe.runtime.tiers import Tiers
+from coldframe.runtime.transport.remotes import ENGINE, ROLE, Remotes
 
 __all__ = ["Owner", "Workforce", "ending", "init_message"]
 
 _CRASHES = 6
 _CRASH_WINDOW_S = 60.0
 _START_S = {"prefill": 300.0, "decode": 300.0, "vllm": 900.0}
-"""How long a worker may take to be up, in seconds: vLLM may compile the model first."""
+"""How long a worker may take to be up, in seconds: vLLM may compile the model first. One on
+another host is up when that is."""
 _SEND_TIMEOUT_S = 10
 _PUT_OFF_NS = 1_000_000_000
 
@@ -146,6 +148,7 @@ class Workforce:
         self.awaits_engine = vllm is not None
         """Whether there is to be a vLLM engine, and none has been up yet."""
         self._vllm = vllm
+        self._remotes = Remotes(self, launch.options.remotes, recorder, warn)
         router.longest = None  # what another start's engine had room for
         self._staffing = Staffing(
             *(self, router, recorder, launch.options), stands_in_for=self.bridge.stands_in_for
@@ -187,6 +190,17 @@ class Workforce:
     def start(self, role: str) -> None:
         """Starts a worker in the best way that is left."""
         self.adopt(self._launch.start_worker(role))
+
+    def start_remote(self, address: str) -> str:
+        """Starts the process that stands for a decode worker on another host: its name."""
+        worker = self._launch.start_remote(address)
+        self.adopt(worker)
+        return worker.name
+
+    def connect_remotes(self) -> None:
+        """Connects to the decode workers on other hosts that are due."""
+        if not self._vllm_alone:
+            self._remotes.step()
 
     def end(self, worker: WorkerProcess, why: str) -> None:
         """Ends a worker that has nothing to do."""
@@ -366,9 +380,14 @@ class Workforce:
             return
         worker.told = True
         options = self._shelf.options(self._launch.options)
-        init = init_message(worker.name, worker.role, options, model, self._shelf.root)
+        if worker.role == ROLE:
+            init = _remote_init(worker, options)
+        else:
+            init = init_message(worker.name, worker.role, options, model, self._shelf.root)
         self.send(worker.name, init, [memory.fileno()])
         memory.close()
+        if worker.role == ROLE:
+            return  # the router hears of it when that one is up
         role, engine = ("decode", "vllm") if worker.role == "vllm" else (worker.role, "native")
         self._router.worker_added(worker.name, role, worker.group, place.device, engine)
 
@@ -415,7 +434,8 @@ class Workforce:
             return
         if self._launch.later and now() - started_ns > _PUT_OFF_NS:
             self.start_rest()
-        for worker in list(self.workers.values()):
+        self.connect_remotes()
+        for worker in [w for w in self.workers.values() if w.role != ROLE]:
             patience_s = _START_S[worker.role]
             late = now() - int(patience_s * 1e9)
             if not worker.up and max(worker.child.spawned_ns, started_ns) < late:
@@ -442,7 +462,7 @@ class Workforce:
 
     def _is_its_own(self, error: ColdframeError, worker: WorkerProcess) -> bool:
         """Whether what broke a worker need not break the next."""
-        if isinstance(error, ReplicaError) or worker.restoring:
+        if isinstance(error, ReplicaError) or worker.restoring or worker.role == ROLE:
             return True
         if worker.role == "vllm" and self.bridge.wanted:
             return True  # nor does it break those who decode without it
@@ -487,6 +507,12 @@ class Workforce:
                     else:
                         self._owner.fail(error)
                 case kind:
+                    if kind == "leaving":
+                        self._router.retire(worker.name)
+                    if kind == "up" and worker.role == ROLE:
+                        self._remotes.is_up(worker.name)
+                        domain = f"tcp://{worker.address}"
+                        self._router.worker_added(worker.name, "decode", "", domain, ENGINE)
                     if kind == "up":
                         worker.up = True
                         self.awaits_engine = self.awaits_engine and worker.role != "vllm"
@@ -511,6 +537,10 @@ class Workforce:
         if worker.trying is not None:
             self._shelf.lost(worker.name, worker.trying)
         if self._owner.died(worker, code):
+            return
+        if worker.role == ROLE:
+            self._remotes.died(worker.name, end)
+            self._router.worker_gone(worker.name, end)
             return
         if self._bury_engine(worker, end):
             return
@@ -569,6 +599,8 @@ class Workforce:
 
     def _remove(self, worker: WorkerProcess, why: str) -> None:
         self._reap(worker)
+        if worker.role == ROLE:
+            self._remotes.died(worker.name, why)
         self._router.worker_gone(worker.name, why)
 
     def _reap(self, worker: WorkerProcess) -> int:
@@ -609,6 +641,17 @@ def init_message(
         "device": options.device_of(role),
         "clock_shift_ns": clock_shift_ns(),
         **({} if vllm is None else {"kv_bytes": vllm.kv_bytes, "args": dict(vllm.args)}),
+    }
+
+
+def _remote_init(worker: WorkerProcess, options: ReplicaOptions) -> dict[str, Any]:
+    """What a process is told that stands for a decode worker on another host."""
+    return {
+        "type": "init",
+        "name": worker.name,
+        "parent": os.getpid(),
+        "address": worker.address,
+        "ttl_s": options.transfer.ttl_s,
     }
 
 

@@ -138,12 +138,16 @@ class Generation:
         add_special: Whether the tokenizer puts its own tokens around the text; a chat template
             has put them there already.
         generated: Tokens of the answer that the client has from elsewhere, behind a prompt of ids.
+        give: Whether another replica goes on with it behind its first token (`Stream.given`).
+        kv: What another replica has given with it; see `coldframe.runtime.transport.base`.
     """
 
     prompt: str | tuple[int, ...]
     params: SamplingParams
     add_special: bool = True
     generated: tuple[int, ...] = ()
+    give: bool = False
+    kv: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,13 @@ class Stream(Protocol):
 
     Iterating raises ApiError where one of them failed. Leaving the iteration early, or `cancel`,
     frees all that they hold.
+
+    Attributes:
+        given: What is to be said to the replica that goes on with it, where it was given away and
+            its last piece has come.
     """
+
+    given: Mapping[str, Any] | None
 
     def __aiter__(self) -> AsyncIterator[Piece]: ...
 

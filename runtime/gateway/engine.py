@@ -162,6 +162,10 @@ class FrontEngine:
                     line = self._hall.line_of(item[0])
                     if line is not None:  # else its request has gone meanwhile
                         line.token(item[0], item, _piece)
+            case "given":
+                line = self._hall.line_of(body["id"])
+                if line is not None:
+                    line.given(body["id"], body["params"])
             case "failed":
                 line = self._hall.line_of(body["id"])
                 if line is not None:

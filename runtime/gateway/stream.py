@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
+from typing import Any
 
 from coldframe.runtime.gateway.api import ApiError, Generation, Piece
 from coldframe.runtime.gateway.exchange import CURRENT
@@ -45,6 +46,7 @@ class RequestStream:
         self.open: dict[int, Work] = {}
         self.deadline: asyncio.TimerHandle | None = None
         self.exchange = CURRENT.get()
+        self.given: Mapping[str, Any] | None = None
         self._leave = leave
         self._entered = time.monotonic()
         self._submitted: float | None = None
@@ -108,6 +110,13 @@ class RequestStream:
             if piece.finish is not None:
                 self.exchange.finished(piece.finish)
         self._pieces.append(piece)
+        self._wake()
+
+    def give(self, params: Mapping[str, Any]) -> None:
+        """Another replica goes on with it."""
+        self.given = params
+        if self.exchange is not None:
+            self.exchange.finished("length")
         self._wake()
 
     def fail(self, error: ApiError) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,13 +172,25 @@ class Line:
             stream.answered()
         stream.add(made)
         if made.finish is not None:
-            del self._running[work.id], stream.open[work.id]
-            self._hall.release(work.id)
-            self._ended.append(asyncio.get_running_loop().time())
-            if not stream.open:
-                stream.trace.end(made.finish)
-                self._close(stream)
-            self._advance()
+            self._is_over(work, made.finish)
+
+    def given(self, number: int, params: Mapping[str, Any]) -> None:
+        """Another replica goes on with a sequence."""
+        work = self._running.get(number)
+        if work is not None:
+            self._is_over(work, "length")
+            work.stream.give(params)
+
+    def _is_over(self, work: Work, finish: str) -> None:
+        """A sequence has its last token."""
+        stream = work.stream
+        del self._running[work.id], stream.open[work.id]
+        self._hall.release(work.id)
+        self._ended.append(asyncio.get_running_loop().time())
+        if not stream.open:
+            stream.trace.end(finish)
+            self._close(stream)
+        self._advance()
 
     def failed(self, number: int, error: ApiError) -> None:
         """A sequence has failed, and its request with it."""
@@ -224,6 +236,10 @@ class Line:
             }
             if generation.generated:
                 body["generated_ids"] = generation.generated
+            if generation.give:
+                body["give"] = True
+            if generation.kv is not None:
+                body["kv"] = dict(generation.kv)
             self._send(body)
 
     # -- no place --------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def test_the_benchmark_runs_and_ends_in_one_document(
     done = subprocess.run(
         [
             *(Path(sys.executable).parent / "coldframe", "bench", "handoff", model),
-            *("--ways", "shared,devices,recomputed,cold", "--prompt-tokens", "40,300,4000"),
+            *("--ways", "shared,devices,tcp,recomputed,cold", "--prompt-tokens", "40,300,4000"),
             *("--busy", "0,2", "--runs", "1", "--answer-tokens", "6", "--output", out),
         ],
         capture_output=True,
@@ -49,7 +49,7 @@ def test_the_benchmark_runs_and_ends_in_one_document(
     if handoff_ways.gpus() < 2:
         assert "two GPUs" in missing.pop("devices")
     cells = {cell["id"]: cell for cell in found["cells"]}
-    ways = ["shared", "recomputed"]
+    ways = ["shared", "tcp", "recomputed"]
     assert set(cells) >= {
         *(f"{way}/{length}/{busy}" for way in ways for length in (40, 300) for busy in (0, 2)),
         "cold/40/0",

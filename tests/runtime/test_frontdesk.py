@@ -117,6 +117,8 @@ def test_a_request_and_its_tokens(bench: Bench) -> None:
         "prompt_ids": None,
         "add_special": True,
         "generated_ids": (),
+        "give": False,
+        "kv": None,
     }
     listener.on_token(TokenEvent(0, 7, " a", None, -0.5, ((8, -1.0),), 3, (b"\xff", b"b"), 2))
     listener.on_token(TokenEvent(1, 9, "", "stop", None, (), 3))

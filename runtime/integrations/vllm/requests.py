@@ -100,7 +100,10 @@ class Requests:
         # What was given here before anybody knew what fits: the client has a token already.
         job = bounded(job, len(ids), self._context)
         sequence = self._worker.sequence(job, ids)
-        if handoff is not None and self._worker.knows(handoff):
+        asked = None
+        if handoff is not None and handoff.foreign:
+            self._check_foreign(handoff)
+        elif handoff is not None and self._worker.knows(handoff):
             # Both engines draw alike, and what has a grammar is never handed over.
             asked = ask(
                 job,
@@ -108,8 +111,7 @@ class Requests:
                 kv_transfer_params=consume(handoff, "fast"),
                 mode="fast",
             )
-        else:
-            asked = ask(job, self._worker.spec.eos_token_ids)
+        asked = asked or ask(job, self._worker.spec.eos_token_ids)
         running = _Running(job, sequence, asked.known)
         if job.params.structured is not None:
             self._forming[job.request] = running
@@ -117,6 +119,22 @@ class Requests:
         else:
             self._engine.add(job.request, asked)
             self._running[job.request] = running
+
+    def _check_foreign(self, handoff: Handoff) -> None:
+        """A request of another replica's: its KV is computed again, by the same weights.
+
+        Raises:
+            RequestError: They are others.
+        """
+        ours = self._worker.plan.fingerprint
+        if handoff.fingerprint not in ("", ours):
+            raise RequestError(
+                "this request was begun with another model",
+                where=handoff.job.request,
+                expected=ours,
+                got=handoff.fingerprint,
+                hint="Start both replicas from the same checkpoint.",
+            )
 
     def _emissions(self, running: _Running, made: Made) -> list[Emission]:
         """What a client gets of what a step has made for its request."""

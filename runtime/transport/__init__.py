@@ -1,0 +1,1 @@
+"""KV between replicas, and workers that decode on another host."""

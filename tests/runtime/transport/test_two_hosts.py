@@ -1,0 +1,91 @@
+"""Prefill and decode on two hosts: clients ask the one, the other answers; its end is a pause."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.serving import greedy, ids_of, served
+from tests.runtime.snapshots import eventually
+from tests.runtime.transport.hosts import Host, answer, two_hosts
+from tests.runtime.transport.test_remote import SECRET, decode_worker
+
+pytestmark = pytest.mark.heavy
+
+PROMPT = "Once upon a time, a replica slept at zero"
+COUNT = 24
+
+
+@pytest.fixture
+def model(demo_model: Callable[..., Path]) -> Path:
+    return demo_model("llama")
+
+
+def complete(host: Host, count: int) -> tuple[int, str]:
+    body = {"prompt": PROMPT, "temperature": 0, "max_tokens": count, "ignore_eos": True}
+    status, text = host.ask("http://127.0.0.1:8000/v1/completions", body)
+    return status, json.loads(text)["choices"][0]["text"] if status == 200 else text
+
+
+def ready(host: Host, port: int = 8000) -> bool:
+    return host.ask(f"http://127.0.0.1:{port}/readyz", seconds=5)[0] == 200
+
+
+@pytest.mark.parametrize("check", [False, True])
+def test_what_one_host_begins_the_other_ends(check: bool, model: Path) -> None:
+    flags = ["--kv-check"] if check else []
+    expected = greedy(model, ids_of(model, PROMPT), COUNT)
+    with two_hosts() as (first, second):
+        place = {"listen": second.address, "port": 7000, "under": second.under}
+        with decode_worker(model, *flags, **place) as worker:
+            front = served(
+                model,
+                *("--port", 8000, "--decode", f"tcp://{second.address}:7000"),
+                under=first.under,
+                COLDFRAME_KV_SECRET=SECRET,
+            )
+            with front as server:
+                eventually(lambda: ready(first), seconds=60)
+                assert complete(first, COUNT) == (200, expected)
+                startup = json.loads(second.ask(f"http://{second.address}:8000/startup")[1])
+                text = json.dumps(startup)
+                assert "from another replica" in text, text
+                assert "computed again" not in text
+                assert server.process.poll() is None
+            assert worker.process.poll() is None
+
+
+def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:
+    """Whoever decodes elsewhere is given up; what it had goes on here."""
+    expected = greedy(model, ids_of(model, PROMPT), COUNT)
+    with two_hosts() as (first, second):
+        place = {"listen": second.address, "port": 7000, "under": second.under}
+        with decode_worker(model, **place) as worker:
+            decode = f"native,tcp://{second.address}:7000"
+            front = served(
+                model,
+                *("--port", 8000, "--decode", decode),
+                under=first.under,
+                COLDFRAME_KV_SECRET=SECRET,
+            )
+            with front:
+                eventually(lambda: ready(first), seconds=60)
+                body = {
+                    "prompt": PROMPT,
+                    "temperature": 0,
+                    "ignore_eos": True,
+                    "max_tokens": 200,
+                    "n": 1,
+                }
+                url = "http://127.0.0.1:8000/v1/completions"
+                clients = [first.start(url, body) for _ in range(6)]
+                second.unplug()
+                for client in clients:
+                    status, text = answer(client)
+                    assert status == 200, text
+                    found = json.loads(text)["choices"][0]["text"]
+                    assert found.startswith(expected)
+            assert worker.process.poll() is None

@@ -126,7 +126,7 @@ def _measured(model: Path, pairs: int) -> _Found:
         front = stack.enter_context(dynamo_front(Path(sys.executable), environment))
         flags = ("--dynamo", "--discovery-backend", "file", "--event-plane", "zmq")
         worker = stack.enter_context(
-            coldframe_server(model, *flags, environment=environment, name=_NAME, verb="worker")
+            coldframe_server(model, *flags, environment=environment, name=_NAME, command="worker")
         )
         deadline = time.monotonic_ns() + int(_WAIT_S * 1e9)
         ways = {

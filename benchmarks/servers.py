@@ -24,6 +24,7 @@ __all__ = [
     "VLLM_DTYPES",
     "Server",
     "coldframe_server",
+    "dynamo_front",
     "free_port",
     "knock_at",
     "plain_server",
@@ -196,7 +197,7 @@ def dynamo_front(python: Path, environment: Mapping[str, str]) -> Iterator[Serve
     Raises:
         PlatformError: It failed.
     """
-    port = _free_port()
+    port = free_port()
     command = [
         *(str(python), "-m", "dynamo.frontend", "--router-mode", "kv"),
         *("--http-host", "127.0.0.1", "--http-port", str(port)),

@@ -87,6 +87,8 @@ class KvDesk:
         self._known = False
         self._identity: str | None = None
         self._proven = False
+        self._watcher: Connection | None = None
+        """Who is told which keys come and go."""
         self.is_written: Callable[[Connection, str], bool] = lambda *_: False
         """Asked whether blocks that a worker lets go of are written to by somebody else, who lets
         them go when that ends."""

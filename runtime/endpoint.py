@@ -235,7 +235,11 @@ class Endpoint:
         self._fleet.drain()
         if self._takeover is not None:
             self._takeover.drain()
-        if self._jobs is not None:
+        if self._settings.dynamo is not None:
+            grace_s = float(self._settings.dynamo["grace_s"])
+            self._leave_until = time.monotonic() + grace_s + _LEAVE_S
+            self._desk.send({"type": "leave"})
+        elif self._jobs is not None:
             self._jobs.drain()  # the rest follows when it has ended
         else:
             self._drain_gateway()

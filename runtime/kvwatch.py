@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.prefix import PrefixKeys
 from coldframe.runtime.router import Listener, TokenEvent
+from coldframe.runtime.transport.base import Given, Taken
 
 __all__ = ["KvWatch", "block_hash"]
 
@@ -180,3 +181,6 @@ class _Follower:
 
     def on_error(self, error: ColdframeError) -> None:
         self._listener.on_error(error)
+
+    def on_given(self, given: Given) -> None:
+        cast("Taken", self._listener).on_given(given)

@@ -29,6 +29,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
 from coldframe.runtime.handoff import Handoff
+from coldframe.runtime.kvwatch import KvWatch
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loads import blocks_of
 from coldframe.runtime.loop import Loop
@@ -296,7 +297,6 @@ class Replica:
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
         add_special: bool = True,
-        generated_ids: tuple[int, ...] = (),
         group: str = "",
         give: bool = False,
         kv: Given | None = None,
@@ -345,7 +345,6 @@ class Replica:
             prompt=prompt,
             prompt_ids=prompt_ids,
             add_special=add_special,
-            generated_ids=generated_ids,
             group=group,
             give=give,
             kv=kv,

@@ -200,7 +200,6 @@ class Router:
         prompt: str | None = None,
         prompt_ids: tuple[int, ...] | None = None,
         add_special: bool = True,
-        generated_ids: tuple[int, ...] = (),
         group: str = "",
         give: bool = False,
         kv: Given | None = None,

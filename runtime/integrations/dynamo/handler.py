@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Context", "Handler", "Load"]
 
+_GO_ON = 2
+"""Tokens that an answer is to have at least, for another worker to go on with it."""
 _TOKEN_BYTES = 8
 """What a token of a request that waits takes, about."""
 
@@ -129,7 +131,7 @@ class Handler:
                 yield chunk_of(piece, counts)
                 if piece.finish is not None:
                     return
-                generations = (_behind(first, generations[0]),)
+                generations = (_behind(first, generations[0], request),)
         async with aclosing(self._pieces(generations, context)) as pieces:
             async for piece in pieces:
                 yield chunk_of(piece, counts)
@@ -141,20 +143,34 @@ class Handler:
     ) -> AsyncGenerator[Chunk, None]:
         params = generation.params.with_seed()
         assert params.seed is not None
-        asked = replace(generation, params=replace(params, max_tokens=1))
-        async with aclosing(self._pieces((asked,), context)) as pieces:
+        # Dynamo asks for one token; whether the answer goes on behind it is not known here, and its
+        # KV is kept for that.
+        asked = replace(generation, params=replace(params, max_tokens=_GO_ON), give=True)
+        given: list[Mapping[str, Any] | None] = []
+        chunk: Chunk | None = None
+        async with aclosing(self._pieces((asked,), context, given.append)) as pieces:
             async for piece in pieces:
-                # Dynamo asks for one token; whether the answer ends there is not known here.
                 finish = "stop" if piece.finish == "stop" else None
                 first = FirstToken(replace(piece, finish=finish), params.seed, piece.prompt_tokens)
                 chunk = chunk_of(piece, counts)
                 chunk["disaggregated_params"] = {"kv_transfer_params": first.to_params()}
-                yield chunk
+        if chunk is not None:
+            chunk["disaggregated_params"]["kv_transfer_params"] |= given[0] or {}
+            yield chunk
 
     async def _pieces(
-        self, generations: tuple[Generation, ...], context: Context | None
+        self,
+        generations: tuple[Generation, ...],
+        context: Context | None,
+        given: Callable[[Mapping[str, Any] | None], None] = lambda _: None,
     ) -> AsyncGenerator[Piece, None]:
-        """The pieces of an answer; none from the moment on that nobody wants them any more."""
+        """The pieces of an answer; none from the moment on that nobody wants them any more.
+
+        Args:
+            generations: The sequences.
+            context: Says when nobody wants them.
+            given: Told at the end what another replica is to know that goes on with it.
+        """
         size = _TOKEN_BYTES * sum(len(generation.prompt) for generation in generations)
         stream = self._engine.submit(self._model, generations, size=size)
         numbers = [self._load.begin(len(generation.prompt)) for generation in generations]
@@ -163,6 +179,7 @@ class Handler:
                 async for piece in stream:
                     self._load.token(numbers[piece.choice])
                     yield piece
+            given(stream.given)
         finally:
             stream.cancel()
             for number in numbers:
@@ -176,12 +193,13 @@ def _as_asked(piece: Piece, generation: Generation) -> Piece:
     return piece
 
 
-def _behind(first: FirstToken, generation: Generation) -> Generation:
-    """What is left of a request when its first token is there."""
+def _behind(first: FirstToken, generation: Generation, request: Mapping[str, Any]) -> Generation:
+    """What is left of a request when its first token is there; with its KV where that is kept."""
+    kv = request["prefill_result"]["disaggregated_params"]["kv_transfer_params"]
     params = generation.params
     if params.seed is None:
         params = replace(params, seed=first.seed, drawn=True)
-    return replace(generation, params=params, generated=(first.piece.token,))
+    return replace(generation, params=params, generated=(first.piece.token,), kv=kv)
 
 
 @contextmanager

@@ -208,7 +208,8 @@ def served(
         assert process.wait(_END_S) in server.ends_with, server.log
         eventually(lambda: not left_behind(runs))
         assert list(runs.iterdir()) == [], server.log
-        assert "Traceback" not in _REFUSED.sub("", server.log), server.log
+        if -9 not in server.ends_with:  # else it was cut off wherever it was
+            assert "Traceback" not in _REFUSED.sub("", server.log), server.log
         assert not (server.bound and server.listens())
     except BaseException:
         print(server.log, file=sys.stderr)  # pytest shows it with the failure

@@ -15,10 +15,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coldframe.loader.errors import RequestError
+from coldframe.loader.errors import ColdframeError, RequestError
+from coldframe.runtime import worker_command
+from coldframe.runtime.flags import Parser
 from coldframe.runtime.options import ReplicaOptions, TransferOptions
 from coldframe.runtime.replica import Replica
 from coldframe.runtime.scale_spec import DecodeSpec, Scale
+from coldframe.runtime.transport.takeover import open_listener
 from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
 from tests.runtime.serving import COLDFRAME, Server
 from tests.runtime.snapshots import eventually, left_behind
@@ -206,3 +209,34 @@ def test_what_decode_says() -> None:
     for text in ("tcp://", "tcp://h", "tcp://h:x", "udp://h:1", "tcp://h:1,"):
         with pytest.raises(RequestError):
             DecodeSpec.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["m"], "--listen"),
+        (["m", "n", "--listen", "127.0.0.1:0"], "one model"),
+    ],
+)
+def test_a_worker_that_is_nobodys_is_refused(arguments: list[str], word: str) -> None:
+    parser = Parser()
+    worker_command.add_arguments(parser)
+    with pytest.raises(RequestError, match=word):
+        worker_command.run(parser.parse(arguments))
+
+
+@pytest.mark.parametrize(
+    ("address", "secret", "word"),
+    [
+        ("nowhere", SECRET, "no address"),
+        ("127.0.0.1:0", "", "there is none"),
+        ("127.0.0.1:0", "short", "no secret"),
+        ("192.0.2.1:7000", SECRET, "cannot be reached at this address"),
+    ],
+)
+def test_nobody_listens_who_could_not_tell_friend_from_stranger(
+    address: str, secret: str, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLDFRAME_KV_SECRET", secret)
+    with pytest.raises(ColdframeError, match=word):
+        open_listener(address)

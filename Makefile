@@ -74,6 +74,22 @@ build/vllm/.tests: build/vllm/.ready pyproject.toml constraints.txt Makefile
 	  pytest pytest-timeout hypothesis "moto[server]" trustme
 	touch $@
 
+# With NVIDIA Dynamo, in its environment: it wants another pydantic than ours has. Where it has nothing of its own
+# there, torch for one, it finds what is in .venv.
+test-dynamo: build/dynamo/.tests
+	build/dynamo/bin/python -m pytest -m dynamo tests/runtime/integrations/dynamo tests/benchmarks/test_dynamo_benchmark.py
+
+build/dynamo/.tests: build/dynamo/.ready $(VENV)/.ready pyproject.toml Makefile
+	build/dynamo/bin/python -m pip install --quiet --no-deps -e .
+	build/dynamo/bin/python -c "import sysconfig as s, subprocess as p; ours = s.get_path('purelib'); \
+	  theirs = p.check_output(['$(BIN)/python', '-c', 'import sysconfig as s; print(s.get_path(\"purelib\"))'], text=True).strip(); \
+	  open(ours + '/zz-beside.pth', 'w').write(f'import site; site.addsitedir({theirs!r})\n')"
+	touch $@
+
+build/dynamo/.ready: benchmarks/install-dynamo.sh
+	PYTHON=$(PYTHON) benchmarks/install-dynamo.sh build/dynamo
+	touch $@
+
 # mypy sees the repository as the package it is installed as.
 build/types/coldframe:
 	mkdir -p build/types

@@ -20,6 +20,7 @@ BENCHMARKS = {
         "coldframe.benchmarks.cold.command",
         "from the exec to the first token, by tier, page cache, source and engine",
     ),
+    "dynamo": ("coldframe.benchmarks.dynamo", "what Dynamo's front end adds to a warm request"),
     "gpu": ("coldframe.benchmarks.gpu.command", "all that a machine with a GPU can tell"),
     "image": (
         "coldframe.benchmarks.image.command",

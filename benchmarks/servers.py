@@ -26,6 +26,7 @@ __all__ = [
     "Server",
     "coldframe_at",
     "coldframe_server",
+    "dynamo_front",
     "free_port",
     "knock_at",
     "plain_server",
@@ -117,7 +118,7 @@ def coldframe_server(
     under: Sequence[str] = (),
     command: str = "serve",
 ) -> Iterator[Server]:
-    """`coldframe serve` while the context lasts.
+    """`coldframe serve`, or another command that listens, while the context lasts.
 
     Args:
         model: A checkpoint's directory, or where else it is.
@@ -213,6 +214,27 @@ def vllm_server(
         **({} if cache is None else {name: str(cache) for name in _COMPILED}),
     }
     with _process(command, port, changed) as server:
+        yield server
+
+
+@contextmanager
+def dynamo_front(python: Path, environment: Mapping[str, str]) -> Iterator[Server]:
+    """NVIDIA Dynamo's front end with its KV-aware router, on loopback, while the context lasts.
+
+    Args:
+        python: An interpreter that has it.
+        environment: What to change in this process's: where workers register, for one.
+
+    Raises:
+        PlatformError: It failed.
+    """
+    port = free_port()
+    command = [
+        *(str(python), "-m", "dynamo.frontend", "--router-mode", "kv"),
+        *("--http-host", "127.0.0.1", "--http-port", str(port)),
+        *("--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"),
+    ]
+    with _process(command, port, {**os.environ, **environment}) as server:
         yield server
 
 

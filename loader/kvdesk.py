@@ -87,6 +87,8 @@ class KvDesk:
         self._known = False
         self._identity: str | None = None
         self._proven = False
+        self._watcher: Connection | None = None
+        """Who is told which keys come and go."""
         self.is_written: Callable[[Connection, str], bool] = lambda *_: False
         """Asked whether blocks that a worker lets go of are written to by somebody else, who lets
         them go when that ends."""
@@ -120,6 +122,8 @@ class KvDesk:
         if self._ledger is not None:
             raise ReplicaError("the KV has been sized already")
         self._ledger = BlockLedger(blocks or 0, lease_s, self._grow)
+        if self._watcher is not None:
+            self._ledger.watch()
         self._offer = {"block_bytes": block_bytes}
         kept = None if store is None else KvStoreOptions.from_wire(store)
 
@@ -309,6 +313,8 @@ class KvDesk:
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended, and with it what it held and whose requests it kept alive."""
+        if connection is self._watcher:
+            self._watcher = None
         if self._ledger is None:
             return
         self._ledger.gateway_gone(connection.key)
@@ -415,6 +421,24 @@ class KvDesk:
         new = self._books.publish(connection.key, request, keys)
         if self._store is not None:
             self._store.published(new)
+
+    def on_watch(self, connection: Connection) -> None:
+        """Tells the owner from now on which keys are published, and which are forgotten."""
+        if connection.key != "owner":
+            raise ReplicaError("only the owner watches keys", where=connection.key)
+        self._watcher = connection
+        if self._ledger is not None:
+            self._ledger.watch()
+
+    def tell_changes(self) -> None:
+        """Tells who watches; to be called when messages have been answered."""
+        if self._watcher is None or self._ledger is None:
+            return
+        changes = self._ledger.take_changes()
+        if changes:
+            stored = [key for key, published in changes.items() if published]
+            removed = [key for key, published in changes.items() if not published]
+            self._send(self._watcher, {"type": "kv_keys", "stored": stored, "removed": removed})
 
     def on_claim(self, connection: Connection, request: str, attempt: int) -> None:
         blocks = self._books.claim(connection.key, request, attempt)

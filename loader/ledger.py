@@ -126,6 +126,8 @@ class BlockLedger:
         """The keys of the published blocks."""
         self._unused: dict[str, None] = {}
         """Keys that no request refers to, in the order in which they are forgotten."""
+        self._changes: dict[str, bool] | None = None
+        """Of keys that came or went since `take_changes`, whether they are published now."""
 
     @property
     def free(self) -> int:
@@ -151,10 +153,31 @@ class BlockLedger:
             return False
         self._returned.clear()
         self._next = 0
+        for key in self._published:
+            self._changed(key, published=False)
         self._published.clear()
         self._key_of.clear()
         self._unused.clear()
         return True
+
+    def watch(self) -> None:
+        """From now on, what is published and what is forgotten is kept for `take_changes`."""
+        self._changes = dict.fromkeys(self._published, True)
+
+    def take_changes(self) -> dict[str, bool]:
+        """Whether the keys that came or went since the last time are published now.
+
+        In the order of their last change; none where nobody watches.
+        """
+        if not self._changes:
+            return {}
+        changes, self._changes = self._changes, {}
+        return changes
+
+    def _changed(self, key: str, *, published: bool) -> None:
+        if self._changes is not None:
+            self._changes.pop(key, None)  # the latest is the last
+            self._changes[key] = published
 
     def open(self, request: str, gateway: str) -> None:
         """A request comes to life; it ends with `release` or with its gateway."""
@@ -379,6 +402,7 @@ class BlockLedger:
             else:
                 self._published[key] = _Published(block, 1)
                 self._key_of[block] = key
+                self._changed(key, published=True)
                 new.append((key, block))
             owner.keys.append(key)
         return new
@@ -405,6 +429,7 @@ class BlockLedger:
         block = self._published.pop(key).block
         del self._key_of[block]
         forgotten.append((key, block))
+        self._changed(key, published=False)
         return block
 
     def _find(self, keys: Sequence[str]) -> list[str]:

@@ -10,9 +10,9 @@ workers); of weights at rest `keep`, `park`, `wake` (from the owner), `detached`
 `parking`; of contexts `probe`, `checkpoint`, `restore` (from the owner), see `contextdesk`; of KV
 that travels, `transport.desk`.
 Messages out: `device`, `sized`, `files`, `plan` (board and segments), `kv`, `kv_grown`,
-`kv_shrunk`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`, `assigned`,
-`claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`, `checkpointed`,
-`restored`.
+`kv_shrunk`, `kv_keys`, `stage`, `remap`, `relaid`, `failed`, `loaded`, `moved`, `kept`, `usage`,
+`assigned`, `claimed`, `dropped`, `available`, `detach`, `attach`, `parked`, `woken`,
+`checkpointed`, `restored`.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class MemoryService:
         while self._running:
             for key, _ in self._selector.select(max(0.0, next_tick - time.monotonic())):
                 self._dispatch(key)
+            self._kv.tell_changes()
             if time.monotonic() >= next_tick:
                 next_tick = time.monotonic() + _TICK_S
                 self._check_lease()
@@ -372,6 +373,7 @@ class MemoryService:
         load = self._load
         body = {"type": "plan", "mode": load.mode, "weights_bytes": load.plan.weights_bytes}
         if not client.attached:  # the owner watches, and maps nothing
+            body["fingerprint"] = load.plan.fingerprint
             if not load.local:  # where the headers are out of its reach
                 placements = load.plan.placements.values()
                 body["tensors"] = [[p.name, p.dtype, p.shape] for p in placements]

@@ -21,7 +21,10 @@ __all__ = ["COMMANDS", "main", "parser_of"]
 
 COMMANDS = {
     "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
-    "worker": ("coldframe.runtime.worker_command", "a replica whose requests come from others"),
+    "worker": (
+        "coldframe.runtime.worker_command",
+        "a replica behind Dynamo or others' fronts",
+    ),
     "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
     "batch": (
         "coldframe.runtime.batch_command",

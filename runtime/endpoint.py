@@ -49,6 +49,8 @@ _GATEWAY_AT_ONCE = 3
 """So many deaths within a window are answered at once; each further one is waited behind longer."""
 _GATEWAY_DELAY_S = 0.2
 _GATEWAY_MOST_DELAY_S = 5.0
+_LEAVE_S = 5.0
+"""How long a gateway gets to leave Dynamo's discovery, in seconds, beside the time of grace."""
 
 
 class Endpoint:
@@ -99,6 +101,8 @@ class Endpoint:
         self._stillborn = 0
         self._gateway_at: float | None = None
         """When the next gateway is started, where there is none."""
+        self._leave_until: float | None = None
+        """Until when the gateway may take to leave Dynamo's discovery, before it drains."""
         self._lent: Child | None = None
         """A process for chat templates that the gateway may not have been able to start."""
         self._lent_at = -_LEND_S
@@ -121,6 +125,7 @@ class Endpoint:
                 "sleep1": lambda name: self._sleep(name, 1),
                 "sleep2": lambda name: self._sleep(name, 2),
                 "wake_up": self._wake,
+                "registration": self._registration,
             },
             self._settings.max_running * len(self._settings.models),
             self._on_message,
@@ -132,12 +137,15 @@ class Endpoint:
             tuple(listener.fileno() for listener in self._listeners),
         )
         self._announcer.begin(self._desk.send)
+        for _, model in self._fleet:
+            if model.watch is not None:
+                model.watch.forget()  # whoever was told is another one now
 
     def _gateway_gone(self) -> None:
         status = _status(self._gateway)
         why = "it hung" if status is None else ending(status)
         self._end_lent()
-        if self._phase is not None:
+        if self._phase is not None or self._leave_until is not None:
             self._drained = True
             return
         if self._gateway_accepted:
@@ -174,6 +182,8 @@ class Endpoint:
                 self._drained = True
             case "templates":
                 self._lend_templates()
+            case "left":
+                self._left()
 
     def _lend_templates(self) -> None:
         """Starts a process for chat templates, in the place of one that has died."""
@@ -206,7 +216,8 @@ class Endpoint:
         """
         try:
             while not self._over():
-                busy = self._fleet.starting or self._gateway_at is not None
+                waits = (self._gateway_at, self._leave_until)
+                busy = self._fleet.starting or any(wait is not None for wait in waits)
                 self._fleet.poll(_PROGRESS_S if busy else 1.0)
                 self._step()
         finally:
@@ -224,9 +235,19 @@ class Endpoint:
         self._fleet.drain()
         if self._takeover is not None:
             self._takeover.drain()
-        if self._jobs is not None:
+        if self._settings.dynamo is not None:
+            grace_s = float(self._settings.dynamo["grace_s"])
+            self._leave_until = time.monotonic() + grace_s + _LEAVE_S
+            self._desk.send({"type": "leave"})
+        elif self._jobs is not None:
             self._jobs.drain()  # the rest follows when it has ended
         else:
+            self._drain_gateway()
+
+    def _left(self) -> None:
+        """No front end sends anything any more, or it has taken too long to tell them."""
+        if self._leave_until is not None:
+            self._leave_until = None
             self._drain_gateway()
 
     def _drain_gateway(self) -> None:
@@ -274,8 +295,11 @@ class Endpoint:
             self._fail(self._fleet.error)
         if self._error is not None:
             return
+        if self._leave_until is not None and time.monotonic() > self._leave_until:
+            self._left()
         self._watch_jobs()
         self._tell()
+        self._tell_kv()
         if self._exit_at_zero and self._fleet.at_zero and self._drain_until is None:
             self.drain()
 
@@ -300,6 +324,13 @@ class Endpoint:
     def _tell(self) -> None:
         """Tells the gateway how far the models are, where that has changed."""
         self._announcer.tell(self._desk.send, self._phase, self._error)
+
+    def _tell_kv(self) -> None:
+        """Tells the gateway which KV has come and gone, where somebody wants to know."""
+        for name, model in self._fleet:
+            events = [] if model.watch is None else model.watch.take()
+            if events:
+                self._desk.send({"type": "kv_events", "model": name, "events": events})
 
     # -- what the gateway asks -------------------------------------------------------------------
 
@@ -327,6 +358,11 @@ class Endpoint:
             pids |= {"front": os.getpid(), "gateway": self._gateway.child.pid}
         stats = model.count.stats(model.start_log.timeline(), pids)
         return replace(stats, prewarms=dict(model.life.prewarms)).to_wire()
+
+    def _registration(self, name: str) -> dict[str, Any]:
+        from coldframe.runtime.integrations.dynamo.registration import registration_of
+
+        return registration_of(self._fleet[name])
 
     def _sleep(self, name: str, level: int) -> dict[str, Any]:
         self._fleet[name].sleep(level)

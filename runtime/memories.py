@@ -36,6 +36,7 @@ _SILENCE_S = 30.0
 that takes long, and the workers wait for it."""
 _SEND_TIMEOUT_S = 10
 _OF_THE_LOAD = ("mode", "why", "verified", "peers_at", "processor_s")
+_OF_THE_PLAN = ("mode", "weights_bytes", "fingerprint")
 _CONTEXT_ANSWERS = {"probe": "probed", "checkpoint": "checkpointed", "restore": "restored"}
 
 
@@ -64,6 +65,10 @@ class Owner(Protocol):
 
     def memory_is_loaded(self) -> None:
         """All weights are on all devices, or somewhere else than before."""
+        ...
+
+    def memory_has_keys(self, stored: list[str], removed: list[str]) -> None:
+        """These blocks of KV can be found by their keys from now on, and those no more."""
         ...
 
     def memory_died(self, why: str) -> None:
@@ -263,6 +268,10 @@ class Memories:
         """Asks all of them what is in use; a new `usage` is there when all have answered."""
         self.send({"type": "usage"})
 
+    def watch_keys(self) -> None:
+        """Has the first one tell which blocks of KV can be found."""
+        self._send(self._first, {"type": "watch"})
+
     def watch(self) -> None:
         """Ends one that hangs; to be called about once a second."""
         if self._closed:
@@ -360,7 +369,7 @@ class Memories:
                     self._owner.memory_has_files(body["path"], self._tensors)
             case "plan":
                 self.board = BoardView(message.fds[0])
-                self._facts |= {"mode": body["mode"], "weights_bytes": body["weights_bytes"]}
+                self._facts |= {name: body[name] for name in _OF_THE_PLAN}
                 self._tensors = body.get("tensors")
                 if self._tensors is not None and self._path is not None:
                     self._owner.memory_has_files(self._path, self._tensors)
@@ -368,6 +377,8 @@ class Memories:
                 self._add_spans(self._first, body["spans"])
                 self._facts |= {name: body[name] for name in _OF_THE_LOAD}
                 self._owner.memory_is_loaded()
+            case "kv_keys":
+                self._owner.memory_has_keys(body["stored"], body["removed"])
             case "kept":
                 self._facts |= {"kept": True, "kept_why_not": body["why"]}
 

@@ -29,11 +29,13 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.gate import Gate
 from coldframe.runtime.handoff import Handoff
+from coldframe.runtime.kvwatch import KvWatch
 from coldframe.runtime.launch import Launch, WorkerProcess
 from coldframe.runtime.loads import blocks_of
 from coldframe.runtime.loop import Loop
 from coldframe.runtime.memories import Memories
-from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions, SnapshotOptions
+from coldframe.runtime.prefix import PrefixKeys, kv_format
 from coldframe.runtime.resting import RestingTogether
 from coldframe.runtime.router import Listener, Router
 from coldframe.runtime.sizing import ModelFacts, StoredTensor, facts_at_hand
@@ -54,6 +56,7 @@ class Replica:
         launch: Its processes, where they were started before this module was imported.
         loop: Whose it is to call, where others use it too; it stays open then.
         warn: Told where it does not go as it was asked for: on the CPU instead of a GPU.
+        watch: Told which KV is there for requests to come.
 
     Use it as a context manager, or call `close`: it leaves nothing behind.
 
@@ -68,6 +71,7 @@ class Replica:
         launch: Launch | None = None,
         loop: Loop | None = None,
         warn: Callable[[str], None] = lambda _: None,
+        watch: KvWatch | None = None,
     ) -> None:
         self.options = options
         self.recorder = recorder or Recorder("front")
@@ -82,6 +86,7 @@ class Replica:
         self._closed = False
         self._clock = AwakeClock()
         self._warn = warn
+        self._watch = watch
         self.faults = DeviceFaults(warn)
         """What has befallen its device."""
         self._router = Router(self, self._clock)
@@ -112,6 +117,10 @@ class Replica:
         self._memories = Memories(
             self._launch, self.loop, self._clock, self.facts, self, self._warn
         )
+        if self._watch is not None:
+            self._watch.begin(self._prefix_keys)
+            if self.options.prefix_cache:
+                self._memories.watch_keys()
         selector = self.loop.selector
         self._workforce = Workforce(
             *(self._launch, selector, self._router, self.recorder, self._memories.order),
@@ -301,6 +310,8 @@ class Replica:
             prompt: The prompt as text, or
             prompt_ids: as token ids.
             add_special: Whether the tokenizer puts its own tokens around the text.
+            generated_ids: Tokens of the answer that the client has from elsewhere, behind
+                `prompt_ids`: it goes on from there.
             group: Of the workers that are to serve it; see `add_clones`.
             give: Whether another replica goes on with it behind its first token; see
                 `coldframe.runtime.transport.base`.
@@ -472,6 +483,8 @@ class Replica:
         if self._closed:
             return
         self._closed = True
+        if self._watch is not None:
+            self._watch.lost()
         self._workforce.close()
         self._memories.close()
         self._launch.close()
@@ -563,6 +576,18 @@ class Replica:
             self._take_facts(ModelFacts(path, stored, vllm=self.options.vllm_alone))
         except ColdframeError as error:
             self.fail(error)
+
+    def memory_has_keys(self, stored: list[str], removed: list[str]) -> None:
+        if self._watch is not None:
+            self._watch.changed(stored, removed)
+
+    def _prefix_keys(self) -> PrefixKeys | None:
+        """What names KV blocks of this model; None while that is not known."""
+        fingerprint = self.facts.get("fingerprint")
+        if fingerprint is None or self._model is None or not self.spec.native:
+            return None
+        layout = kv_format(self.spec.dtype)
+        return PrefixKeys(fingerprint, layout, BLOCK_TOKENS, self.spec.rope)
 
     def memory_is_loaded(self) -> None:
         if self.loaded and self._loaded_ns is None:

@@ -18,11 +18,12 @@ from coldframe.runtime.run import replica_options
 from coldframe.runtime.scale_spec import Scale
 from coldframe.runtime.serve_flags import add_arguments, policy_for, settings_for
 from coldframe.runtime.served import memory_to_share, named_models
-from coldframe.snapshot.identity import service_identity
+from coldframe.snapshot.identity import Identity, service_identity
 
 # The rest is imported when the processes are on their way: see `run`.
 if TYPE_CHECKING:
     from coldframe.runtime.gateway.platforms.table import Profile
+    from coldframe.runtime.integrations.dynamo.settings import DynamoSettings
 
 __all__ = ["add_arguments", "run"]
 
@@ -50,10 +51,17 @@ def run(args: argparse.Namespace, listen: str | None = None) -> int:
     args.model = next(iter(models.values()))
     user = service_identity(args.user)
     options = replace(replica_options(args), user=user)
+    dynamo: DynamoSettings | None = getattr(args, "dynamo_settings", None)
+    if dynamo is not None and not args.user:
+        # What it registers with is its own: a directory, an account's token.
+        user = Identity.current()
     room, options = memory_to_share(options, len(models), args.device_memory, memory_available)
     keys = load_keys(args.secrets, loopback=_is_loopback(listeners))
     settings = replace(
-        settings_for(args, profile, tuple(models)), user=user.to_wire(), keys=keys.keys
+        settings_for(args, profile, tuple(models)),
+        user=user.to_wire(),
+        keys=keys.keys,
+        dynamo=None if dynamo is None else dynamo.to_wire(),
     )
     log = Log(args.log_format, args.log_level, process="front", secrets=keys.keys)
     log.info("listening", address=bound, platform=profile.name, model=", ".join(models))
@@ -71,6 +79,7 @@ def run(args: argparse.Namespace, listen: str | None = None) -> int:
     from coldframe.runtime.budget import Budget
     from coldframe.runtime.endpoint import Endpoint
     from coldframe.runtime.fleet import Fleet
+    from coldframe.runtime.kvwatch import KvWatch
     from coldframe.runtime.loop import Loop
     from coldframe.runtime.policy_state import PolicyState
     from coldframe.runtime.supervisor import Supervisor
@@ -95,6 +104,7 @@ def run(args: argparse.Namespace, listen: str | None = None) -> int:
                     exec_ns if first else None,
                     room,
                     alone=len(models) == 1,
+                    watch=None if dynamo is None or dynamo.role == "decode" else KvWatch(),
                 )
             except ColdframeError as error:
                 from coldframe.runtime.farewell import turn_away

@@ -37,6 +37,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frontcount import FrontCount
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.kvwatch import KvWatch
 from coldframe.runtime.launch import Launch
 from coldframe.runtime.lifelog import LifeLog, State
 from coldframe.runtime.loop import Loop
@@ -79,6 +80,7 @@ class Supervisor(Candidate):
         began_ns: When that began, CLOCK_MONOTONIC; None to start when somebody asks.
         room: The device's memory, where others want some of it.
         alone: Whether there is nothing to serve where the first start is none.
+        watch: Told which KV is there for requests to come.
 
     Raises:
         ColdframeError: The first start is none, and it is alone.
@@ -96,7 +98,9 @@ class Supervisor(Candidate):
         room: Room | None = None,
         *,
         alone: bool = True,
+        watch: KvWatch | None = None,
     ) -> None:
+        self.watch = watch
         self.loop = loop
         began_s = None if began_ns is None else began_ns / 1e9
         self.life = LifeLog(log, "zero" if began_s is None else "starting", began_s)
@@ -210,6 +214,8 @@ class Supervisor(Candidate):
         if before == "starting" and not self._ordered:
             self._rest = None  # it was started ahead, to rest until somebody asks
         self._ahead = False
+        if self.watch is not None and prompt_ids is not None:
+            listener = self.watch.follow(prompt_ids, generated_ids, listener)
         name = self._asks.add(
             params,
             listener,
@@ -438,7 +444,7 @@ class Supervisor(Candidate):
         def warn(what: str) -> None:
             self._log.warning("not as asked", why=what)
 
-        return Replica(self._options, self._recorder, launch, self.loop, warn)
+        return Replica(self._options, self._recorder, launch, self.loop, warn, self.watch)
 
     def _start(self) -> None:
         if self._comes_for_nobody and not self.fits:

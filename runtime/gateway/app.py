@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import os
 import socket
-from collections.abc import Coroutine, Iterator
-from typing import Any
+from collections.abc import Coroutine, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,6 +37,9 @@ from coldframe.runtime.gateway.served import ServedModel
 from coldframe.runtime.gateway.settings import GatewaySettings
 from coldframe.runtime.gateway.shape import Shape, shape_of
 from coldframe.runtime.gateway.tracing import ColdStart, Tracing, open_tracing
+
+if TYPE_CHECKING:
+    from coldframe.runtime.integrations.dynamo.worker import DynamoWorker
 
 __all__ = ["Gateway"]
 
@@ -76,6 +79,8 @@ class Gateway:
         self.metrics = Metrics()
         self._tracing = open_tracing(os.environ, lambda why: self.log.warning("tracing", why=why))
         self._drain_s = settings.drain_s
+        self._dynamo_settings = settings.dynamo
+        self._dynamo: DynamoWorker | None = None
         self.engine = FrontEngine(channel, settings, self.metrics, self._on_phase, self._front_gone)
         limits = HttpLimits(connections=connection_limit())
         self._renderer = renderer
@@ -114,10 +119,33 @@ class Gateway:
 
     async def serve(self) -> None:
         """Serves until it is told to drain, and all open requests have their answers."""
+        if self._dynamo_settings is not None:
+            self._beside(self._serve_dynamo(self._dynamo_settings))
         try:
             await self._server.serve(sockets=self._listeners)
+            if self._dynamo is not None:
+                await self._dynamo.close()
         finally:
             await asyncio.to_thread(self._close)
+
+    async def _serve_dynamo(self, settings: Mapping[str, Any]) -> None:
+        """Answers Dynamo, too; without it this gateway ends, and the front starts another."""
+        from coldframe.runtime.integrations.dynamo.settings import DynamoSettings
+        from coldframe.runtime.integrations.dynamo.worker import DynamoWorker
+
+        worker = DynamoWorker(DynamoSettings.from_wire(settings), self.engine, self.log)
+        self._dynamo = worker
+
+        async def leave() -> None:
+            await worker.leave()
+            self.engine.say({"type": "left"})
+
+        self.engine.on_leave = lambda: self._beside(leave())
+        try:
+            await worker.run()
+        except Exception as error:  # noqa: BLE001 - whatever it is, it may pass
+            self.log.error("not registered with Dynamo", why=f"{type(error).__name__}: {error}")
+            self._server.should_exit = self._server.force_exit = True
 
     def _close(self) -> None:
         self._renderer.close()

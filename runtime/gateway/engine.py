@@ -55,6 +55,10 @@ class FrontEngine:
         self._on_end = on_end
         self._loop = asyncio.get_running_loop()
         self._templates: asyncio.Future[Channel] | None = None
+        self.on_kv_events: Callable[[list[list[Any]]], None] = lambda _: None
+        """Gets which KV has come and gone, where somebody wants to know."""
+        self.on_leave: Callable[[], None] = lambda: None
+        """Called when it is to leave whoever sends it requests beside HTTP."""
         self._link = FrontLink(channel, self._on_message, self._front_gone)
         send = self._link.send
         self._hall = Hall(settings.max_waiting_bytes)
@@ -177,6 +181,10 @@ class FrontEngine:
                     lent.close()  # nobody waits for it any more
                 else:
                     self._templates.set_result(lent)
+            case "kv_events":
+                self.on_kv_events(body["events"])
+            case "leave":
+                self.on_leave()
             case "ping":
                 self.say({"type": "pong"})
             case "answer":

@@ -30,6 +30,8 @@ class GatewaySettings:
         log_level: The least that is logged.
         user: Whom the gateway runs as: an identity's JSON values.
         keys: The API keys; with none, everybody may ask.
+        dynamo: How it is registered with Dynamo (`integrations.dynamo.settings`), as JSON values;
+            None where it is not.
     """
 
     models: tuple[str, ...]
@@ -46,6 +48,7 @@ class GatewaySettings:
     log_level: str = "info"
     user: Mapping[str, Any] | None = None
     keys: tuple[str, ...] = field(default=(), repr=False)
+    dynamo: Mapping[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

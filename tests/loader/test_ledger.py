@@ -703,3 +703,29 @@ LedgerMachine.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 TestLedgerMachine = LedgerMachine.TestCase
+
+
+# -- who watches -----------------------------------------------------------------------------------
+
+
+def test_nobody_watches_and_nothing_is_kept(ledger: BlockLedger) -> None:
+    serve(ledger, "s", 2, "xy")
+    assert ledger.take_changes() == {}
+
+
+def test_changes_are_what_is_published_now_and_was_not() -> None:
+    ledger = BlockLedger(4, lease_s=LEASE)
+    serve(ledger, "a", 2, "xx")
+    ledger.watch()
+    assert ledger.take_changes() == {"x": True, "xx": True}
+    serve(ledger, "b", 2, "xx")
+    assert ledger.take_changes() == {}
+    serve(ledger, "c", 3, "yyy")
+    changes = ledger.take_changes()
+    assert changes == {"xx": False, "y": True, "yy": True, "yyy": True}
+    assert ledger.found(keys("xx")) == 1
+    assert ledger.found(keys("yyy")) == 3
+    serve(ledger, "d", 4, "xyxy")
+    assert {key for key, there in ledger.take_changes().items() if there} == {"xy", "xyx", "xyxy"}
+    assert ledger.reset()
+    assert set(ledger.take_changes().values()) == {False}

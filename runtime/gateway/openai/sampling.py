@@ -22,7 +22,7 @@ from coldframe.runtime.gateway.openai.problems import (
 )
 from coldframe.runtime.gateway.openai.requests import MAX_BIASES, Request
 
-__all__ = ["choices"]
+__all__ = ["choices", "seed_of"]
 
 _LOWEST_SEED = -(1 << 63)
 _SEEDS = (1 << 63) + (1 << 64)
@@ -76,7 +76,7 @@ def choices(
         params.validate(card.vocab_size)
     except RequestError as error:
         raise _told(error, request) from None
-    return tuple(replace(params, seed=_seed(request.seed, i)) for i in range(request.n or 1))
+    return tuple(replace(params, seed=seed_of(request.seed, i)) for i in range(request.n or 1))
 
 
 def _value(request: Request, card: ModelCard, name: str) -> Any:
@@ -89,7 +89,8 @@ def _value(request: Request, card: ModelCard, name: str) -> Any:
     return 0 if name == "top_k" and value == -1 else value
 
 
-def _seed(seed: int | None, choice: int) -> int | None:
+def seed_of(seed: int | None, choice: int) -> int | None:
+    """The seed of one of several choices, where the request has one; each draws differently."""
     return None if seed is None else (seed + choice - _LOWEST_SEED) % _SEEDS + _LOWEST_SEED
 
 

@@ -1,0 +1,154 @@
+"""Prefill and decode as workers of their own behind Dynamo: the same answers, whoever dies."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.runtime.helpers import prompt_of
+from tests.runtime.integrations.dynamo.cluster import (
+    MODEL,
+    Cluster,
+    asked,
+    cluster,
+    kill,
+    running,
+    served_by,
+)
+from tests.runtime.integrations.dynamo.test_aggregated import LONG, stream
+from tests.runtime.serving import Server, greedy, together
+from tests.runtime.snapshots import eventually
+
+pytestmark = pytest.mark.dynamo
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def model(demo_model: Make) -> Path:
+    return demo_model("qwen3", "float32")
+
+
+@pytest.fixture(scope="module")
+def front() -> Iterator[Cluster]:
+    with cluster() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pair(model: Path, front: Cluster) -> Iterator[list[Server]]:
+    """A prefill worker and a decode worker."""
+    with ExitStack() as stack:
+        roles = ("prefill", "decode")
+        found = [stack.enter_context(front.worker(model, role=role)) for role in roles]
+        for worker in found:
+            worker.ready()
+        front.ready()
+        eventually(lambda: served_by(found, lambda: front.text("Once", 4)) == [1, 1], seconds=60)
+        yield found
+
+
+def test_both_have_their_part_of_an_answer(front: Cluster, pair: list[Server], model: Path) -> None:
+    prompt = prompt_of(100, 1)
+    texts: list[str] = []
+    assert served_by(pair, lambda: texts.append(front.text(prompt, 12))) == [1, 1]
+    assert texts == [greedy(model, tuple(prompt), 12)]
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"max_tokens": 1},
+        {"temperature": 0.9, "seed": 5},
+        {"frequency_penalty": 1.5},
+        {"stop": ["e"]},
+        {"logprobs": 2},
+    ],
+)
+def test_two_answer_as_one(front: Cluster, pair: list[Server], more: dict[str, object]) -> None:
+    body = {"model": MODEL, "prompt": "a a a a", "max_tokens": 12, "temperature": 0, **more}
+    (mine,) = pair[1].post("/v1/completions", body).json()["choices"]
+    (found,) = front.post("/v1/completions", **body).json()["choices"]
+    assert (found["text"], found["finish_reason"]) == (mine["text"], mine["finish_reason"])
+    if "logprobs" in more:
+        theirs, ours = found["logprobs"]["token_logprobs"], mine["logprobs"]["token_logprobs"]
+        assert theirs == pytest.approx(ours, abs=1e-4)
+
+
+def test_a_chat_comes_from_both(front: Cluster, pair: list[Server]) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is Python?"}],
+        "max_tokens": 12,
+        "temperature": 0,
+    }
+    (mine,) = pair[1].post("/v1/chat/completions", body).json()["choices"]
+    (found,) = front.post("/v1/chat/completions", **body).json()["choices"]
+    assert found["message"]["content"] == mine["message"]["content"]
+
+
+def test_many_at_once(front: Cluster, pair: list[Server], model: Path) -> None:
+    prompts = [prompt_of(40 + 10 * seed, seed) for seed in range(8)]
+    texts = together([lambda p=p: front.text(p, 10) for p in prompts])
+    assert texts == [greedy(model, tuple(p), 10) for p in prompts]
+
+
+def test_a_decode_worker_that_dies_in_mid_answer_is_stood_in_for(
+    front: Cluster, pair: list[Server], model: Path
+) -> None:
+    prompt = prompt_of(60, 5)
+    with front.worker(model, role="decode") as second:
+        second.ready()
+        eventually(lambda: both_decode(front, [pair[1], second]), seconds=60)
+        while True:
+            parts = stream(front, prompt, LONG)
+            text = next(parts)
+            if running(second) == 1:
+                break
+            parts.close()
+        kill(second)
+        text += "".join(parts)
+    assert text == greedy(model, tuple(prompt), LONG)
+
+
+def test_a_prefill_worker_that_dies_under_a_request_is_stood_in_for(
+    front: Cluster, pair: list[Server], model: Path
+) -> None:
+    """It holds requests while its weights come, and dies before they are there."""
+    prompts = [prompt_of(50, 20 + seed) for seed in range(4)]
+    expected = [greedy(model, tuple(p), 6) for p in prompts]
+    dead = threading.Event()
+    answers: list[list[str]] = []
+
+    def ask() -> None:
+        while not dead.is_set():
+            answers.append(together([lambda p=p: front.text(p, 6) for p in prompts]))
+
+    with front.worker(model, "--throttle", "20kB/s", role="prefill") as second:
+
+        def watch() -> None:
+            try:
+                eventually(lambda: waiting(second) > 0, seconds=60)
+            finally:
+                kill(second)
+                dead.set()
+
+        together([ask, watch])
+    assert answers == [expected] * len(answers)
+
+
+def waiting(worker: Server) -> int:
+    queue = worker.get("/startup").json()["queue"]
+    return int(queue["running"]) + int(queue["waiting"])
+
+
+def both_decode(front: Cluster, workers: list[Server]) -> bool:
+    def ask() -> None:
+        prompts = [prompt_of(30, seed) for seed in range(6)]
+        together([lambda p=p: front.post("/v1/completions", **asked(p, 24)) for p in prompts])
+
+    return all(served_by(workers, ask))

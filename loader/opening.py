@@ -26,6 +26,8 @@ __all__ = ["open_origin", "open_peer", "origins_of"]
 _HURRY_S, _HURRIED_STALL_S = 2.0, 5.0
 """A place that has another one behind it is given up when it has refused or failed for so long, or
 when a connection that stood is silent for so long."""
+_ROW_S = 0.5
+"""Likewise where it is a peer in a row, and others wait behind us."""
 
 
 def origins_of(
@@ -101,9 +103,13 @@ def open_peer(
     Raises:
         SourceCredentials: The token is none that could be sent.
     """
-    from coldframe.loader.web.peer import peer_origin
+    from coldframe.loader.web.peer import ROW_CONNECTIONS, peer_origin
 
-    limits = replace(_limits(True), hedges=0, first_connections=2, connections=32)
+    # One that refuses connections has died, and its weights with it.
+    limits = replace(_limits(True), patience_s=_ROW_S)
+    limits = replace(
+        limits, hedges=0, first_connections=ROW_CONNECTIONS, connections=ROW_CONNECTIONS
+    )
     return peer_origin(location, throttle, fingerprint=fingerprint, in_a_row=True, limits=limits)
 
 

@@ -44,7 +44,7 @@ from coldframe.loader.web.ranges import Opening, RangeReader
 if TYPE_CHECKING:
     from coldframe.loader.checkpoint import Shard
 
-__all__ = ["PLAN_FILE", "PeerAddress", "PeerOrigin", "peer_origin"]
+__all__ = ["PLAN_FILE", "ROW_CONNECTIONS", "PeerAddress", "PeerOrigin", "peer_origin"]
 
 PLAN_FILE = "plan"
 """The name under which an address finds what the peer says about itself."""
@@ -54,6 +54,13 @@ _SMALL_FILE = 512 << 10
 _FINGERPRINT = re.compile(r"[0-9a-f]{64}")
 # What is slow waits for a stage, and would wait on a second connection too.
 _LIMITS = Limits(hedges=0)
+_ROW_READERS = 4
+ROW_CONNECTIONS = _ROW_READERS + 2
+"""For a peer in a row: as many as ever read at once, with those who hash meanwhile (`verify`).
+
+With fewer, a reader of a later piece could have the connection that an earlier one waits for, and
+what is asked for late is late for the whole row.
+"""
 _PARTS = 256
 _LEAST_CHUNK, _SEALED_CHUNK, _MOST_CHUNK = 256 << 10, 1 << 20, 8 << 20
 
@@ -169,6 +176,10 @@ class _PeerSource(WebSource):
     def __init__(self, origin: PeerOrigin, *given: Any) -> None:
         super().__init__(*given)
         self._origin = origin
+
+    @property
+    def readers(self) -> int:
+        return _ROW_READERS
 
     def read_into(self, shard: int, offset: int, parts: Sequence[memoryview]) -> None:
         try:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader import joining, opening
+from coldframe.loader import joining
 from coldframe.loader.arena import Reservation
 from coldframe.loader.board import StageState
 from coldframe.loader.devices import open_device
@@ -40,7 +40,6 @@ STAGES = 6
 @pytest.fixture(autouse=True)
 def settings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setenv("COLDFRAME_PEER_TOKEN", TOKEN)
-    monkeypatch.setattr(opening, "_HURRY_S", 0.2)
     before = signal.signal(signal.SIGIO, lambda *_: None)
     yield
     signal.signal(signal.SIGIO, before)

@@ -154,16 +154,19 @@ def test_a_slice_and_another_model(peer: Serving) -> None:
         TALK.seat(at(peer), A)
 
 
-def test_a_wrong_token_and_who_is_no_node(model: Path, peer: Serving) -> None:
-    with pytest.raises(SourceCredentials) as caught:
-        PeerTalk("wrong").node(at(peer))
-    assert "COLDFRAME_PEER_TOKEN" in caught.value.hint
+def test_who_tells_nothing_of_itself_and_nobody(model: Path) -> None:
     with serving(model) as plain, pytest.raises(SourceNotFound):
         TALK.node(at(plain))
     with listen("127.0.0.1", 0) as free:
         nobody = Peer(*free.getsockname())
     with pytest.raises(SourceUnreachable):
         TALK.node(nobody)
+
+
+def test_a_wrong_token(peer: Serving) -> None:
+    with pytest.raises(SourceCredentials) as caught:
+        PeerTalk("wrong").node(at(peer))
+    assert "COLDFRAME_PEER_TOKEN" in caught.value.hint
 
 
 @pytest.mark.parametrize("said", [1, {}, {"version": 2}, {"version": 1, "node": "me"}])

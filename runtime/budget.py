@@ -22,10 +22,16 @@ class Budget:
     Args:
         per_hour: How many there are in an hour.
         clock: Monotonic seconds.
+        left: How many there are at first; by default as many as in an hour.
     """
 
-    def __init__(self, per_hour: float, clock: Callable[[], float] | None = None) -> None:
-        self.left = per_hour
+    def __init__(
+        self,
+        per_hour: float,
+        clock: Callable[[], float] | None = None,
+        left: float | None = None,
+    ) -> None:
+        self.left = per_hour if left is None else left
         self._per_hour = per_hour
         self._held = 0
         # A process that its platform has stopped is not held.

@@ -70,11 +70,13 @@ class Replayed:
         sent: Its requests, as the client saw them.
         counted: What the server has counted meanwhile, of all models: seconds in which it held its
             device (`device_s`), was parked and at zero, and its cold starts.
+        budget_left_s: What was left of the server's budget when it began; None without one.
     """
 
     played: Played
     sent: Sequence[Record]
     counted: Mapping[str, float]
+    budget_left_s: float | None
 
 
 def replay(
@@ -102,6 +104,7 @@ def replay(
         settled(server, {"ready", "zero", "parked"})
         post(server, "/sleep?level=2")
         settled(server, {"zero"})
+        budget_left_s = json.loads(get(server, "/startup"))["policy"]["budget_left_s"]
         before = _counted(server)
         origin = time.monotonic() + _BEFORE_S
 
@@ -128,7 +131,7 @@ def replay(
         for one, name in zip(sent, names, strict=True)
     ]
     counted = {name: after[name] - before[name] for name in after}
-    return Replayed(Played(asked, states, seconds), sent, counted)
+    return Replayed(Played(asked, states, seconds), sent, counted, budget_left_s)
 
 
 def _outcome(one: Record) -> Outcome:

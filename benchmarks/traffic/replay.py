@@ -173,6 +173,7 @@ def run(args: argparse.Namespace) -> int:
         pool=args.pool,
         sharing=shared,
         budget=args.budget,
+        budget_left=None if found is None else found.budget_left_s,
         seed=args.seed,
     )
     simulated = _simulated(arrivals, asks, setup, found, args.tail)

@@ -71,6 +71,7 @@ class Setup:
         sharing: The device, where it does not hold them all.
         budget: For how many seconds in an hour devices may be held for nobody, of all models
             together (`serve --budget`); None for no limit.
+        budget_left: How much there is of it at first; None for all.
         seed: Of the order in which measured runs are drawn.
     """
 
@@ -83,6 +84,7 @@ class Setup:
     running: int = 32
     sharing: Sharing | None = None
     budget: float | None = None
+    budget_left: float | None = None
     seed: int = 0
 
 
@@ -140,7 +142,9 @@ class _Simulation:
             )
             for number, name in enumerate(setup.names)
         ]
-        budget = None if setup.budget is None else Budget(setup.budget, lambda: self.now)
+        budget = None
+        if setup.budget is not None:
+            budget = Budget(setup.budget, lambda: self.now, setup.budget_left)
         host = None if sharing is None or sharing.host is None else self._host_left
         self._foresight = Foresight(self.room, budget, host, lambda: self.now)
         self._looks_at = math.inf

@@ -48,7 +48,7 @@ class Worker:
         layer_s: What each further layer takes, with the first touch of its weights.
         head_s: What the final norm, the head and the draw take.
         out_s: What the token takes from there to whoever asked.
-        busy: Processors that were busy meanwhile, in the mean of all of the replica's processes.
+        busy: Processors that were busy meanwhile, in the mean: with the replica, or with others.
         stream_s: Processor time that a byte of the weights takes on its way from the disk.
         streamed: Bytes that had come by then.
     """

@@ -25,7 +25,7 @@ from coldframe.runtime.planning.endpoint_client import ask, first_token_ns, free
 from coldframe.runtime.planning.footprint import Footprint, footprint
 from coldframe.runtime.planning.law import Worker
 from coldframe.runtime.planning.processes import end_process, held, read_until, start_process
-from coldframe.runtime.planning.processor import processor_s
+from coldframe.runtime.planning.processor import busy_processors, idle_s
 from coldframe.runtime.planning.scale_model import ScaleModel
 
 __all__ = ["Rehearsed", "Resting", "rehearse_run", "rehearse_serve", "worker_of"]
@@ -99,12 +99,13 @@ def _run(
     command = ["run", scale.path, "--prompt-ids", ",".join(map(str, prompt)), "-n", str(tokens)]
     timeline = os.path.join(scale.path, "timeline.json")
     command += ["--ignore-eos", "--quiet", "--timeline", timeline, *arguments]
+    idle_before_s = idle_s()
     with _process(command, snapshot, stdout=subprocess.PIPE) as (process, started_ns):
         # Both workers have computed when some tokens are out.
         read_until(process, _TOKENS[0] // 2, _PATIENCE_S)
         with held(process):
             passed_s = (time.monotonic_ns() - started_ns) / 1e9
-            busy = processor_s(process.pid, template) / passed_s
+            busy = busy_processors(process.pid, passed_s, idle_before_s, template)
             memory = footprint(process.pid, template)
         process.communicate(timeout=_PATIENCE_S)
         if process.returncode:
@@ -149,12 +150,13 @@ def rehearse_serve(
     port = free_port()
     command = ["serve", scale.path, "--host", "127.0.0.1", "--port", str(port)]
     command += ["--platform", "generic", "--model-name", _MODEL, *arguments]
+    idle_before_s = idle_s()
     with _process(command, snapshot, stdout=subprocess.DEVNULL) as (process, started_ns):
         connection = knock(port, process, _PATIENCE_S)
         try:
             ttft_s = (first_token_ns(connection, _MODEL, prompt, _TOKENS[0]) - started_ns) / 1e9
             passed_s = (time.monotonic_ns() - started_ns) / 1e9
-            busy = processor_s(process.pid, template) / passed_s
+            busy = busy_processors(process.pid, passed_s, idle_before_s, template)
             memory = footprint(process.pid, template)
             left = None if free is None else free()
             startup = ask(connection, "GET", "/startup")

@@ -22,7 +22,7 @@ Start = Callable[[], Cloner]
 def start(stored: Stored, tmp_path: Path) -> Iterator[Start]:
     """Starts a cloner for the tiny worker; nothing of it may be left."""
     cloners: list[Cloner] = []
-    before = mounts()
+    before = mounts(tmp_path)
 
     def spawn() -> Cloner:
         cloner = Cloner.spawn_restorer()
@@ -36,7 +36,7 @@ def start(stored: Stored, tmp_path: Path) -> Iterator[Start]:
         below = inside(cloner)
         cloner.close()
         until(lambda below=below: all(gone(pid) for pid in below))  # type: ignore[misc]
-    assert mounts() == before
+    assert mounts(tmp_path) == before
 
 
 def inside(cloner: Cloner) -> list[int]:

@@ -185,7 +185,7 @@ class Clones:
 
 
 def test_what_it_knows_survives_and_clones_are_apart(image: Image, tmp_path: Path) -> None:
-    before, fds = mounts(), descriptors()
+    before, fds = mounts(tmp_path), descriptors()
     clones = Clones(image, tmp_path)
     controls = [clones.start() for _ in range(8)]
     for number, control in enumerate(controls):
@@ -195,7 +195,7 @@ def test_what_it_knows_survives_and_clones_are_apart(image: Image, tmp_path: Pat
     clones.started()
     outside = [init.inside() for init, _ in clones.clones]
     assert len(set(outside)) == 8
-    assert mounts() == before
+    assert mounts(tmp_path) == before
     assert clones.end() == [0] * 8
     assert all(gone(pid) for pid in outside)
     assert descriptors() == fds

@@ -43,11 +43,11 @@ MAIN = "from coldframe.snapshot.freezer import main; main(3, int(sys.argv[1]), f
 
 
 @pytest.fixture(autouse=True)
-def _nothing_is_left() -> Iterator[None]:
+def _nothing_is_left(tmp_path: Path) -> Iterator[None]:
     children = psutil.Process().children(recursive=True)
-    before, fds = mounts(), descriptors()
+    before, fds = mounts(tmp_path), descriptors()
     yield
-    assert mounts() == before
+    assert mounts(tmp_path) == before
     assert descriptors() <= fds  # what others left may have been collected meanwhile
     assert psutil.Process().children(recursive=True) == children
 

@@ -63,7 +63,7 @@ def order(stored: Stored, work: Path, **other: Any) -> str:
 
 
 def test_eight_at_once_from_one_image(stored: Stored, tmp_path: Path) -> None:
-    before, fds = mounts(), descriptors()
+    before, fds = mounts(tmp_path), descriptors()
     cloner = Cloner.spawn_restorer()
     cloner.prepare(wanted(stored.store, None, tmp_path))
     clones = [ask_for(cloner, f"clone-{number}") for number in range(8)]
@@ -84,7 +84,7 @@ def test_eight_at_once_from_one_image(stored: Stored, tmp_path: Path) -> None:
     # It has the image in a tmpfs that nobody else sees.
     seen = Path(f"/proc/{restorer}/mountinfo").read_text()
     assert f" {tmp_path}/clones " in seen
-    assert mounts() == before
+    assert mounts(tmp_path) == before
     assert list((tmp_path / "clones").iterdir()) == []
     names = [span[0] for span in cloner.spans]
     assert names == ["interpreter", "imports", "snapshot_check", "snapshot_read"]
@@ -93,7 +93,7 @@ def test_eight_at_once_from_one_image(stored: Stored, tmp_path: Path) -> None:
     until(lambda: all(gone(child.pid) for child, _ in clones))
     for _, control in clones:
         control.close()
-    assert mounts() == before
+    assert mounts(tmp_path) == before
     assert descriptors() == fds
 
 
@@ -251,14 +251,14 @@ def test_a_clone_that_has_just_died_is_told_by_how_it_died(stored: Stored, tmp_p
 
 
 def test_nothing_outlives_a_front_that_is_killed(stored: Stored, tmp_path: Path) -> None:
-    before = mounts()
+    before = mounts(tmp_path)
     with running("front", order(stored, tmp_path), "3") as (front, report):
         assert report["errors"] == []
         inits = [psutil.Process(pid).ppid() for pid in report["clones"]]
         front.kill()
         for pid in (report["restorer"], *inits, *report["clones"]):
             until(lambda pid=pid: gone(pid))  # type: ignore[misc]
-    assert mounts() == before
+    assert mounts(tmp_path) == before
     shutil.rmtree(tmp_path / "clones")  # as the sweep of run directories does
 
 
@@ -279,7 +279,7 @@ def test_nor_does_a_criu_that_hangs(criu: Any, stored: Stored, tmp_path: Path) -
 
 
 def test_a_restorer_that_is_killed_takes_its_clones_along(stored: Stored, tmp_path: Path) -> None:
-    before = mounts()
+    before = mounts(tmp_path)
     cloner = Cloner.spawn_restorer()
     cloner.prepare(wanted(stored.store, stored.manifest, tmp_path))
     clones = [ask_for(cloner, f"clone-{number}") for number in range(2)]
@@ -296,7 +296,7 @@ def test_a_restorer_that_is_killed_takes_its_clones_along(stored: Stored, tmp_pa
     for _, control in clones:
         assert control.recv(5) is None
         control.close()
-    assert mounts() == before
+    assert mounts(tmp_path) == before
 
 
 def test_a_pid_1_that_is_killed_takes_its_clone_along(stored: Stored, tmp_path: Path) -> None:
@@ -432,7 +432,7 @@ def test_without_privileges_it_says_so(stored: Stored, tmp_path: Path) -> None:
 )
 def test_in_a_user_namespace(stored: Stored, tmp_path: Path, under: list[str]) -> None:
     allowed(under)
-    before = mounts()
+    before = mounts(tmp_path)
     with running("front", order(stored, tmp_path), "2", under=under) as (front, report):
         assert report["errors"] == []
         assert [value[:2] for value in report["values"]] == [[41, 1000]] * 2
@@ -442,7 +442,7 @@ def test_in_a_user_namespace(stored: Stored, tmp_path: Path, under: list[str]) -
         front.kill()
         for pid in (report["restorer"], *report["clones"]):
             until(lambda pid=pid: gone(pid))  # type: ignore[misc]
-    assert mounts() == before
+    assert mounts(tmp_path) == before
 
 
 @pytest.mark.parametrize("under", [NO_ADMIN, ["unshare", "--user", "--map-root-user"]])

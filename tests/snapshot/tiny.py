@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ from coldframe.snapshot.restoring import restore
 from coldframe.snapshot.store import open_store
 
 ROOT = Path(__file__).parents[2]
+_OTHERS = (Path(tempfile.gettempdir()), ROOT / "build", Path("/var/lib/containers"))
 CODE = f"sys.path.insert(0, {str(ROOT)!r}); from tests.snapshot.tiny import main; main()"
 ENVIRONMENT = {"PATH": os.defpath}
 
@@ -295,9 +297,19 @@ def running(
         process.wait(20)
 
 
-def mounts() -> list[str]:
-    """What is mounted in this process's namespace."""
-    return Path("/proc/self/mountinfo").read_text().splitlines()
+def mounts(ours: Path | None = None) -> list[str]:
+    """What is mounted in this process's namespace, but for what others have in folders of theirs.
+
+    Args:
+        ours: A temporary folder that is not others'.
+    """
+
+    def counts(line: str) -> bool:
+        point = Path(line.split()[4])
+        theirs = any(folder in point.parents for folder in _OTHERS)
+        return not theirs or (ours is not None and point.is_relative_to(ours))
+
+    return list(filter(counts, Path("/proc/self/mountinfo").read_text().splitlines()))
 
 
 def descriptors(pid: int | str = "self") -> int:

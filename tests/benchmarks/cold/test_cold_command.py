@@ -29,6 +29,7 @@ STAGES = {
     *("snapshot_restore", "hooks", "checkpoint_open", "plan", "weight_read", "weight_fetch"),
     *("attach", "tokenizer", "kv_alloc", "warmup", "ready", "queue", "tokenize", "prefill"),
     *("first_token", "handoff", "decode", "last_token", "unattributed", "stage_ready", "files"),
+    "weights_return",
 }
 
 

@@ -277,6 +277,10 @@ def test_a_budget_ends_what_is_held_for_nobody() -> None:
     states = played.states["a"]
     assert [s.state for s in states] == ["starting", "warm", "draining", "zero"]
     assert states[1].end_s == pytest.approx(6 + 9.0 / (1 - 10 / 3600), abs=0.3)
+    # What was used before is not there.
+    used = setup(fixed(None), budget=10.0, budget_left=5.0)
+    less = simulate(at(0.0), [0], used, 60.0)
+    assert less.states["a"][1].end_s == pytest.approx(states[1].end_s - 5.0, abs=0.3)
     # Whoever asks again costs none of it, and then it is held for what is left: nearly nothing.
     again = simulate(at(0.0, 30.0), [0, 0], setup(fixed(None), budget=10.0), 60.0)
     assert again.cold_starts == 2

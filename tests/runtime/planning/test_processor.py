@@ -9,8 +9,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.residency import cached_bytes
-from coldframe.runtime.planning.processor import drop_files, load_files, processor_s
+from coldframe.runtime.planning.processor import (
+    busy_processors,
+    drop_files,
+    idle_s,
+    load_files,
+    processor_s,
+)
 
 SPIN = """
 import subprocess, sys, time
@@ -38,6 +45,12 @@ def test_the_time_of_a_process_and_of_all_below_it(tmp_path: Path) -> None:
             child = psutil.Process(process.pid).children()
             times = [each.cpu_times() for each in (psutil.Process(process.pid), *child)]
             told = sum(t.user + t.system + t.children_user + t.children_system for t in times)
+            # Where others have been idle for long enough, it is what this one has run itself.
+            seconds = 10.0
+            alone = busy_processors(process.pid, seconds, idle_s() - cpu_count() * seconds)
+            assert alone == pytest.approx(found / seconds, abs=0.05)
+            # And where nobody was idle all of them were busy.
+            assert busy_processors(process.pid, seconds, idle_s()) >= cpu_count() - 0.5
             # Itself, one that has ended, and one that is there.
             assert found >= 0.3 + 0.4 + 0.3 - 0.1
             assert found == pytest.approx(told, abs=0.1)

@@ -1,0 +1,155 @@
+"""The manifests of images/k8s: built as `kubectl apply -k` builds them, by kustomize's own code."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pykustomize
+import yaml
+
+FOLDER = Path(__file__).parents[2] / "images" / "k8s"
+CRDS = Path(__file__).parent / "crds"
+IMAGE = "registry.example/coldframe:"
+"""What our images begin with, for a user to put another name in its place."""
+
+Document = dict[str, Any]
+
+
+def _kustomizations(kind: str) -> list[str]:
+    found = []
+    for path in sorted(FOLDER.rglob("kustomization.yaml")):
+        if yaml.safe_load(path.read_text())["kind"] == kind:
+            found.append(str(path.parent.relative_to(FOLDER)))
+    return found
+
+
+OVERLAYS = [name for name in _kustomizations("Kustomization") if name != "base"]
+"""What is there to be applied as it is."""
+COMPONENTS = _kustomizations("Component")
+
+_BEHIND_SNAPSHOTS = "components/user-namespace"
+_MODELS = {"components/model-volume", "components/model-s3"}
+
+
+def with_all_components(overlay: str) -> tuple[str, ...]:
+    """An overlay, and the components that may be added to it and are not in it."""
+    inside = {name for name in COMPONENTS if name in _within(overlay)}
+    more = [name for name in COMPONENTS if name not in inside | _MODELS | {_BEHIND_SNAPSHOTS}]
+    return (overlay, *more, _BEHIND_SNAPSHOTS)
+
+
+COMBINED = [
+    with_all_components(name) for name in OVERLAYS if not name.startswith("dynamo")
+]
+"""Everything at once: components must not be in one another's way."""
+
+
+@functools.cache
+def _within(overlay: str) -> frozenset[str]:
+    """The kustomizations that one is made of, its own name among them."""
+    folder = FOLDER / overlay
+    said = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    found = {overlay}
+    for name in [*said.get("resources", ()), *said.get("components", ())]:
+        other = (folder / name).resolve()
+        if other.is_dir():
+            found |= _within(str(other.relative_to(FOLDER)))
+    return frozenset(found)
+
+
+def is_privileged(name: Sequence[str] | str) -> bool:
+    """Whether a set of manifests asks for more than the restricted standard gives."""
+    names = [name] if isinstance(name, str) else name
+    return any("components/snapshots" in _within(part) for part in names)
+
+
+@functools.cache
+def built(*names: str) -> tuple[Document, ...]:
+    """The objects that an overlay stands for.
+
+    Args:
+        names: An overlay, and components that are added to it.
+    """
+    if len(names) == 1:
+        return _build(FOLDER / names[0])
+    with tempfile.TemporaryDirectory() as folder:
+        resources, *components = (os.path.relpath(FOLDER / name, folder) for name in names)
+        said = {
+            "apiVersion": "kustomize.config.k8s.io/v1beta1",
+            "kind": "Kustomization",
+            "resources": [resources],
+            "components": components,
+        }
+        (Path(folder) / "kustomization.yaml").write_text(json.dumps(said))
+        return _build(Path(folder))
+
+
+def _build(folder: Path) -> tuple[Document, ...]:
+    result = asyncio.run(pykustomize.build(str(folder)))
+    return tuple(yaml.safe_load_all(result.yaml))
+
+
+def one(documents: Sequence[Document], kind: str, name: str | None = None) -> Document:
+    """The one object of a kind, and of a name."""
+    found = [
+        document
+        for document in documents
+        if document["kind"] == kind and name in (None, document["metadata"]["name"])
+    ]
+    assert len(found) == 1, (kind, name, len(found))
+    return found[0]
+
+
+@dataclass(frozen=True)
+class Pod:
+    """What a workload makes pods of.
+
+    Args:
+        name: The workload's, and where it has several, the part's.
+        kind: `Deployment`, `Service` (Knative's) or `DynamoGraphDeployment`.
+        labels: Of the pods.
+        spec: As Kubernetes has it; Knative's with fields of its own.
+    """
+
+    name: str
+    kind: str
+    labels: dict[str, str]
+    spec: dict[str, Any]
+
+    @property
+    def containers(self) -> list[dict[str, Any]]:
+        return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
+
+
+def pods(documents: Sequence[Document]) -> Iterator[Pod]:
+    """The pods that come of some objects."""
+    for document in documents:
+        kind, name = document["kind"], document["metadata"]["name"]
+        if kind == "DynamoGraphDeployment":
+            for part in document["spec"]["components"]:
+                template = part["podTemplate"]
+                labels = template.get("metadata", {}).get("labels", {})
+                yield Pod(f"{name}/{part['name']}", kind, labels, template["spec"])
+        elif "template" in document.get("spec", {}):
+            template = document["spec"]["template"]
+            yield Pod(name, kind, template["metadata"].get("labels", {}), template["spec"])
+
+
+def ours(pod: Pod) -> Iterator[dict[str, Any]]:
+    """A pod's containers that run `coldframe`."""
+    for container in pod.containers:
+        if container["image"].startswith(IMAGE) and "dynamo.frontend" not in container["args"]:
+            yield container
+
+
+def environment(container: dict[str, Any]) -> dict[str, str]:
+    """The variables whose values a manifest says; those of Secrets have none here."""
+    return {entry["name"]: entry["value"] for entry in container["env"] if "value" in entry}

@@ -35,21 +35,25 @@ OVERLAYS = [name for name in _kustomizations("Kustomization") if name != "base"]
 """What is there to be applied as it is."""
 COMPONENTS = _kustomizations("Component")
 
-_BEHIND_SNAPSHOTS = "components/user-namespace"
-_MODELS = {"components/model-volume", "components/model-s3"}
+_RIGHTS = ("components/snapshots", "components/user-namespace")
+_MODELS = ("components/model-volume", "components/model-s3")
+_PLAIN = [name for name in COMPONENTS if name not in (*_RIGHTS, *_MODELS)]
 
 
-def with_all_components(overlay: str) -> tuple[str, ...]:
-    """An overlay, and the components that may be added to it and are not in it."""
-    inside = {name for name in COMPONENTS if name in _within(overlay)}
-    more = [name for name in COMPONENTS if name not in inside | _MODELS | {_BEHIND_SNAPSHOTS}]
-    return (overlay, *more, _BEHIND_SNAPSHOTS)
-
-
-COMBINED = [
-    with_all_components(name) for name in OVERLAYS if not name.startswith("dynamo")
-]
-"""Everything at once: components must not be in one another's way."""
+def _combined() -> list[tuple[str, ...]]:
+    """Each overlay with every component that does not say what is said already."""
+    found = []
+    for overlay in OVERLAYS:
+        if overlay.startswith("dynamo"):  # its parts are in a list of its own
+            continue
+        inside = _within(overlay)
+        plain = [name for name in _PLAIN if name not in inside]
+        rights = [name for name in _RIGHTS if name not in inside]
+        if not rights[1:]:  # it has snapshots
+            found.append((overlay, *plain, *rights))
+        else:
+            found += [(overlay, *plain), (overlay, *plain, *rights)]
+    return found
 
 
 @functools.cache
@@ -69,6 +73,10 @@ def is_privileged(name: Sequence[str] | str) -> bool:
     """Whether a set of manifests asks for more than the restricted standard gives."""
     names = [name] if isinstance(name, str) else name
     return any("components/snapshots" in _within(part) for part in names)
+
+
+COMBINED = _combined()
+"""Everything at once: components must not be in one another's way."""
 
 
 @functools.cache

@@ -1,0 +1,100 @@
+"""The capabilities of components/snapshots: enough for CRIU to freeze and to restore, and none spare."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coldframe.snapshot import linux
+from coldframe.snapshot.criu import Criu
+from tests.images.k8s import built, ours, pods
+from tests.runtime.serving import COLDFRAME
+from tests.support import unavailable, without_settings
+
+pytestmark = pytest.mark.heavy
+
+Make = Callable[..., Path]
+
+REPORT = """
+import json
+from coldframe.snapshot.check import snapshot_report
+print(json.dumps(snapshot_report()))
+"""
+
+
+def given() -> list[str]:
+    """The capabilities that the manifest gives, as setpriv calls them."""
+    (pod,) = pods(built("deployment-snapshots"))
+    (container,) = ours(pod)
+    return [name.lower() for name in container["securityContext"]["capabilities"]["add"]]
+
+
+def under(capabilities: Iterable[str]) -> list[str]:
+    """What runs a command as root with those capabilities, and no way to any other."""
+    if os.geteuid() != 0:
+        unavailable("to give capabilities away wants root")
+    kept = ",".join(["-all", *(f"+{name}" for name in capabilities)])
+    return ["setpriv", "--inh-caps", "-all", "--ambient-caps", "-all", "--bounding-set", kept]
+
+
+def report(capabilities: Iterable[str]) -> dict[str, Any]:
+    done = subprocess.run(
+        [*under(capabilities), sys.executable, "-P", "-c", REPORT],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env=without_settings(),
+    )
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def coldframe(*words: object, **env: str) -> dict[str, Any]:
+    """Runs a command with the manifest's capabilities: what it says as JSON."""
+    done = subprocess.run(
+        [*under(given()), COLDFRAME, *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=without_settings() | env,
+    )
+    assert done.returncode == 0, done.stderr
+    return dict(json.loads(done.stdout.splitlines()[-1])) if done.stdout.startswith("{") else {}
+
+
+def test_they_are_enough_without_a_user_namespace(criu: Criu) -> None:
+    found = report(given())
+    assert found["error"] is None
+    assert found["namespaces"] == "root"
+
+
+def test_without_one_that_a_restore_takes_they_are_not(criu: Criu) -> None:
+    for name in (name.removeprefix("CAP_").lower() for name in linux._NEEDED):
+        left = [other for other in given() if other != name]
+        assert len(left) == len(given()) - 1
+        assert report(left)["namespaces"] != "root", name
+
+
+def test_a_worker_is_frozen_and_comes_back_with_them(
+    criu: Criu, demo_model: Make, tmp_path: Path
+) -> None:
+    model, store = demo_model(), tmp_path / "images"
+    runs = Path("/tmp") / f"cf-{os.getpid()}"
+    runs.mkdir()
+    try:
+        place = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_USER": "65532"}
+        coldframe("snapshot", "create", model, "--snapshot-store", store, **place)
+        asked = ("--prompt-ids", "5,6,7", "-n", "4", "--json")
+        require = ("--snapshot", "require", "--snapshot-store", store)
+        told = coldframe("run", model, *asked, *require, **place)
+        assert told["snapshot"]["tier"] == "image"
+        assert list(runs.iterdir()) == []
+    finally:
+        runs.rmdir()

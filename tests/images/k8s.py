@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pykustomize
 import yaml
 
 FOLDER = Path(__file__).parents[2] / "images" / "k8s"
@@ -79,30 +79,58 @@ COMBINED = _combined()
 """Everything at once: components must not be in one another's way."""
 
 
-@functools.cache
+_BUILD = """
+import asyncio, json, sys
+from pykustomize import Kustomizer
+
+async def build(folders):
+    kustomizer = Kustomizer()
+    return [(await kustomizer.build(folder)).yaml for folder in folders]
+
+print(json.dumps(asyncio.run(build(json.load(sys.stdin)))))
+"""
+# In a process of its own: kustomize is Go, whose runtime brings threads and signal handlers.
+
+
 def built(*names: str) -> tuple[Document, ...]:
     """The objects that an overlay stands for.
 
     Args:
-        names: An overlay, and components that are added to it.
+        names: An overlay, and components that are added to it; of `OVERLAYS` or `COMBINED`.
     """
-    if len(names) == 1:
-        return _build(FOLDER / names[0])
-    with tempfile.TemporaryDirectory() as folder:
-        resources, *components = (os.path.relpath(FOLDER / name, folder) for name in names)
-        said = {
-            "apiVersion": "kustomize.config.k8s.io/v1beta1",
-            "kind": "Kustomization",
-            "resources": [resources],
-            "components": components,
-        }
-        (Path(folder) / "kustomization.yaml").write_text(json.dumps(said))
-        return _build(Path(folder))
+    return _all_built()[names]
 
 
-def _build(folder: Path) -> tuple[Document, ...]:
-    result = asyncio.run(pykustomize.build(str(folder)))
-    return tuple(yaml.safe_load_all(result.yaml))
+@functools.cache
+def _all_built() -> dict[tuple[str, ...], tuple[Document, ...]]:
+    sets = [*((name,) for name in OVERLAYS), *COMBINED]
+    with tempfile.TemporaryDirectory() as scratch:
+        folders = []
+        for number, names in enumerate(sets):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            resources, *components = (os.path.relpath(FOLDER / name, folder) for name in names)
+            said = {
+                "apiVersion": "kustomize.config.k8s.io/v1beta1",
+                "kind": "Kustomization",
+                "resources": [resources],
+                "components": components,
+            }
+            (folder / "kustomization.yaml").write_text(json.dumps(said))
+            folders.append(str(folder))
+        done = subprocess.run(
+            [sys.executable, "-P", "-c", _BUILD],
+            input=json.dumps(folders),
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+    assert done.returncode == 0, done.stderr
+    made = [tuple(yaml.load_all(text, _LOADER)) for text in json.loads(done.stdout)]
+    return dict(zip(sets, made, strict=True))
+
+
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def one(documents: Sequence[Document], kind: str, name: str | None = None) -> Document:

@@ -113,7 +113,7 @@ def test_with_snapshots_they_may_what_our_code_asks_for_and_no_more(names: tuple
     in_user_namespace = "components/user-namespace" in names
     for pod in pods(built(*names)):
         allowed = {"runAsNonRoot", "runAsUser", "allowPrivilegeEscalation", "capabilities.add"}
-        if pod.kind == "Deployment":
+        if pod.kind != "Service":
             allowed |= {"appArmorProfile"}
             if in_user_namespace:
                 allowed |= {"procMount"}
@@ -125,7 +125,7 @@ def test_with_snapshots_they_may_what_our_code_asks_for_and_no_more(names: tuple
             assert context["allowPrivilegeEscalation"] is True
             # Images are what runs: no group of the pod's may write them.
             assert "fsGroup" not in pod.spec.get("securityContext", {})
-        if pod.kind == "Deployment":
+        if pod.kind != "Service":
             assert pod.spec.get("hostUsers", True) is not in_user_namespace
 
 
@@ -185,13 +185,13 @@ def test_services_policies_and_budgets_mean_pods_and_ports_that_there_are(
             wanted = {port["targetPort"] for port in spec["ports"]}
         elif document["kind"] == "NetworkPolicy":
             chosen = _selected(documents, spec["podSelector"]["matchLabels"])
-            wanted = {port["port"] for rule in spec["ingress"] for port in rule["ports"]}
+            wanted = {port["port"] for rule in spec["ingress"] for port in rule.get("ports", ())}
             for rule in spec["ingress"]:
                 for peer in rule.get("from", ()):
                     assert _selected(documents, peer["podSelector"]["matchLabels"])
         elif document["kind"] == "PodDisruptionBudget":
             chosen, wanted = _selected(documents, spec["selector"]["matchLabels"]), set()
-        elif document["kind"] == "Deployment":
+        elif document["kind"] in ("Deployment", "StatefulSet"):
             labels = spec["selector"]["matchLabels"]
             chosen, wanted = _selected(documents, labels), set()
             assert [pod.name for pod in chosen] == [document["metadata"]["name"]]

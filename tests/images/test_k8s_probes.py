@@ -68,3 +68,15 @@ def test_a_ready_server_is_both(demo_model: Make, tmp_path: Path) -> None:
         assert {server.get(path).status_code for _, path in probes()} == {200}
 
 
+
+
+def test_what_an_autoscaler_goes_by_is_told(demo_model: Make, tmp_path: Path) -> None:
+    wanted = {
+        metric["pods"]["metric"]["name"]
+        for overlay in OVERLAYS
+        for document in built(overlay)
+        if document["kind"] == "HorizontalPodAutoscaler"
+        for metric in document["spec"]["metrics"]
+    }
+    with served(demo_model(), *flags(), **variables(tmp_path)) as server:
+        assert wanted <= set(server.metrics())

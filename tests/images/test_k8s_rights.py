@@ -15,7 +15,7 @@ import pytest
 from coldframe.snapshot import linux
 from coldframe.snapshot.criu import Criu
 from tests.images.k8s import built, ours, pods
-from tests.runtime.serving import COLDFRAME
+from tests.runtime.serving import COLDFRAME, served
 from tests.support import unavailable, without_settings
 
 pytestmark = pytest.mark.heavy
@@ -56,19 +56,6 @@ def report(capabilities: Iterable[str]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def coldframe(*words: object, **env: str) -> dict[str, Any]:
-    """Runs a command with the manifest's capabilities: what it says as JSON."""
-    done = subprocess.run(
-        [*under(given()), COLDFRAME, *map(str, words)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env=without_settings() | env,
-    )
-    assert done.returncode == 0, done.stderr
-    return dict(json.loads(done.stdout.splitlines()[-1])) if done.stdout.startswith("{") else {}
-
-
 def test_they_are_enough_without_a_user_namespace(criu: Criu) -> None:
     found = report(given())
     assert found["error"] is None
@@ -86,15 +73,21 @@ def test_a_worker_is_frozen_and_comes_back_with_them(
     criu: Criu, demo_model: Make, tmp_path: Path
 ) -> None:
     model, store = demo_model(), tmp_path / "images"
-    runs = Path("/tmp") / f"cf-{os.getpid()}"
-    runs.mkdir()
-    try:
-        place = {"COLDFRAME_RUN_DIR": str(runs), "COLDFRAME_USER": "65532"}
-        coldframe("snapshot", "create", model, "--snapshot-store", store, **place)
-        asked = ("--prompt-ids", "5,6,7", "-n", "4", "--json")
-        require = ("--snapshot", "require", "--snapshot-store", store)
-        told = coldframe("run", model, *asked, *require, **place)
-        assert told["snapshot"]["tier"] == "image"
-        assert list(runs.iterdir()) == []
-    finally:
-        runs.rmdir()
+    create = [COLDFRAME, "snapshot", "create", model, "--snapshot-store", store]
+    done = subprocess.run(
+        [*under(given()), *map(str, create)],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        env=without_settings(),
+    )
+    assert done.returncode == 0, done.stderr
+    require = {"COLDFRAME_SNAPSHOT": "require", "COLDFRAME_SNAPSHOT_STORE": str(store)}
+    with served(model, under=under(given()), **require) as server:
+        server.ready()
+        assert server.complete(max_tokens=4)
+        assert server.metrics()["coldframe_coldstarts_total{image}"] == 1
+        # What faces the network is nobody's who has any right.
+        status = Path(f"/proc/{server.gateway().pid}/status").read_text()
+        assert "\nUid:\t65532\t65532\t65532\t65532\n" in status
+        assert "\nCapPrm:\t0000000000000000\n" in status

@@ -182,7 +182,7 @@ def pods(documents: Sequence[Document]) -> Iterator[Pod]:
 def ours(pod: Pod) -> Iterator[dict[str, Any]]:
     """A pod's containers that run `coldframe`."""
     for container in pod.containers:
-        if container["image"].startswith(IMAGE) and "dynamo.frontend" not in container["args"]:
+        if container["image"].startswith(IMAGE):
             yield container
 
 

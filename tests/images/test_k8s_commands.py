@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import os
 import re
 from pathlib import Path
@@ -22,6 +23,7 @@ from tests.images.k8s import COMBINED, OVERLAYS, Pod, built, environment, one, o
 SETS = [*((name,) for name in OVERLAYS), *COMBINED]
 ROOT = Path(__file__).parents[2]
 IN_A_CLUSTER = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
+ENTRYPOINT = ["/usr/bin/tini", "--", "/opt/coldframe/bin/coldframe"]
 _SLACK_S = 2.0
 """What the front takes for its end behind the last request."""
 
@@ -36,13 +38,9 @@ class Told:
     def __init__(self, pod: Pod, container: dict[str, Any]) -> None:
         self.pod = pod
         self.container = container
-        arguments = [*container.get("command", ()), *container["args"]]
-        # The image's entry point is `coldframe`; an operator puts a shell there, and is overruled.
-        if arguments[0] == "coldframe":
-            arguments = arguments[1:]
-        else:
-            assert "command" not in container, pod.name
-        self.name, *self.arguments = arguments
+        # The image's entry point; only where an operator puts a shell in its place it is said again.
+        assert container.get("command", ENTRYPOINT) == ENTRYPOINT
+        self.name, *self.arguments = container["args"]
         self.environ = {**IN_A_CLUSTER, **environment(container)}
         if pod.kind == "Service":
             (port,) = container["ports"]
@@ -50,7 +48,7 @@ class Told:
 
     def parse(self, patch: pytest.MonkeyPatch) -> argparse.Namespace:
         """Parses its arguments as its process would."""
-        for name in os.environ:
+        for name in list(os.environ):
             if name.startswith("COLDFRAME_"):
                 patch.delenv(name)
         for name, value in self.environ.items():
@@ -129,8 +127,6 @@ def test_servers_listen_where_they_are_asked_and_end_in_time(
     names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for container in told(*names):
-        if container.name != "serve":
-            continue
         with monkeypatch.context() as patch:
             args = container.parse(patch)
         profile = container.platform()
@@ -150,11 +146,54 @@ def test_servers_listen_where_they_are_asked_and_end_in_time(
         )
 
 
+@pytest.mark.parametrize("names", SETS, ids=label)
+def test_what_else_listens_is_a_port_of_the_pods(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for container in told(*names):
+        with monkeypatch.context() as patch:
+            args = container.parse(patch)
+        ports = {
+            entry["name"]: entry["containerPort"]
+            for entry in container.container["ports"]
+            if "name" in entry
+        }
+        listens = {"requests": "listen", "kv": "kv_listen", "peers": "serve_peers"}
+        found = {name: getattr(args, flag, None) for name, flag in listens.items()}
+        assert {name: place for name, place in found.items() if place} == {
+            name: f"0.0.0.0:{ports[name]}" for name in listens if name in ports
+        }
+
+
+def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (container,) = told("scale-out")
+    args = container.parse(monkeypatch)
+    service = one(built("scale-out"), "Service", "coldframe-peers")["spec"]
+    (port,) = service["ports"]
+    assert args.peers_from == [f"dns://coldframe-peers:{port['port']}"]
+    # All addresses, those of replicas that still load among them.
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"] is True
+
+
+def test_decode_workers_are_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = built("prefill-decode")
+    front = next(container for container in told("prefill-decode") if container.name == "serve")
+    args = front.parse(monkeypatch)
+    workers = one(documents, "StatefulSet")
+    service = one(documents, "Service", workers["spec"]["serviceName"])
+    (port,) = service["spec"]["ports"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    name, within = workers["metadata"]["name"], service["metadata"]["name"]
+    called = args.decode.split(",")
+    assert called == [f"tcp://{name}-{n}.{within}:{port['port']}" for n in range(len(called))]
+    assert len(called) >= workers["spec"]["replicas"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_replicas_can_be_made_of_it(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for container in told(overlay):
-        if container.name != "serve":
-            continue
         with monkeypatch.context() as patch:
             patch.setenv("COLDFRAME_DEVICE", "cpu")
             args = container.parse(patch)
@@ -177,3 +216,13 @@ def test_who_waits_in_front_waits_as_long_as_a_request_may() -> None:
     scaled = one(built("keda-http"), "HTTPScaledObject")["spec"]
     assert float(scaled["timeouts"]["responseHeader"].rstrip("s")) > settings.max_wait_s
     assert scaled["scalingMetric"]["concurrency"]["targetValue"] < settings.max_running
+
+
+def test_the_entry_point_is_that_of_the_images() -> None:
+    for path in (ROOT / "images").glob("*.Dockerfile"):
+        for line in path.read_text().splitlines():
+            word, _, rest = line.partition(" ")
+            if word == "ENTRYPOINT":
+                assert json.loads(rest) == ENTRYPOINT
+            if word == "USER":
+                assert rest == "65532:65532"

@@ -208,7 +208,7 @@ def test_probes_ask_ports_that_there_are(names: tuple[str, ...]) -> None:
         for container in ours(pod):
             ports = _ports(pod)
             probes = [value for name, value in container.items() if name.endswith("Probe")]
-            assert probes or pod.kind == "DynamoGraphDeployment"  # whose operator has its own
+            assert probes
             for probe in probes:
                 (how,) = [probe[name] for name in ("httpGet", "tcpSocket") if name in probe]
                 # Knative has one port, and asks it.

@@ -21,7 +21,7 @@ def probes() -> set[tuple[str, str]]:
         for pod in pods(built(overlay)):
             for container in ours(pod):
                 for name, probe in container.items():
-                    if name.endswith("Probe") and "serve" in container["args"]:
+                    if name.endswith("Probe"):
                         found.add((name, probe["httpGet"]["path"]))
     return found
 
@@ -63,15 +63,8 @@ def test_a_cold_server_is_alive_and_not_ready(demo_model: Make, tmp_path: Path) 
 
 
 def test_a_ready_server_is_both(demo_model: Make, tmp_path: Path) -> None:
-    with served(demo_model(), *flags(), **variables(tmp_path)) as server:
-        server.ready()
-        assert {server.get(path).status_code for _, path in probes()} == {200}
-
-
-
-
-def test_what_an_autoscaler_goes_by_is_told(demo_model: Make, tmp_path: Path) -> None:
-    wanted = {
+    # What autoscalers go by is asked on the way.
+    metrics = {
         metric["pods"]["metric"]["name"]
         for overlay in OVERLAYS
         for document in built(overlay)
@@ -79,4 +72,6 @@ def test_what_an_autoscaler_goes_by_is_told(demo_model: Make, tmp_path: Path) ->
         for metric in document["spec"]["metrics"]
     }
     with served(demo_model(), *flags(), **variables(tmp_path)) as server:
-        assert wanted <= set(server.metrics())
+        server.ready()
+        assert {server.get(path).status_code for _, path in probes()} == {200}
+        assert metrics <= set(server.metrics())

@@ -117,17 +117,25 @@ def _all_built() -> dict[tuple[str, ...], tuple[Document, ...]]:
                 "components": components,
             }
             (folder / "kustomization.yaml").write_text(json.dumps(said))
-            folders.append(str(folder))
-        done = subprocess.run(
-            [sys.executable, "-P", "-c", _BUILD],
-            input=json.dumps(folders),
-            capture_output=True,
-            text=True,
-            timeout=100,
-        )
+            folders.append(folder)
+        return dict(zip(sets, build(folders), strict=True))
+
+
+def build(folders: Sequence[Path]) -> list[tuple[Document, ...]]:
+    """The objects that kustomizations stand for.
+
+    Args:
+        folders: Each has a `kustomization.yaml`.
+    """
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", _BUILD],
+        input=json.dumps([str(folder) for folder in folders]),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
     assert done.returncode == 0, done.stderr
-    made = [tuple(yaml.load_all(text, _LOADER)) for text in json.loads(done.stdout)]
-    return dict(zip(sets, made, strict=True))
+    return [tuple(yaml.load_all(text, _LOADER)) for text in json.loads(done.stdout)]
 
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

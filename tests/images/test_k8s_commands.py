@@ -1,4 +1,4 @@
-"""What the manifests tell `coldframe`: flags and variables that there are, ports and times that fit."""
+"""What the manifests tell `coldframe`: flags and variables that it has, times that fit."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from coldframe.runtime import flags
 from coldframe.runtime.cli import COMMANDS
 from coldframe.runtime.flags import Parser
 from coldframe.runtime.gateway.platforms.table import Profile, by_name, detect
@@ -38,7 +39,7 @@ class Told:
     def __init__(self, pod: Pod, container: dict[str, Any]) -> None:
         self.pod = pod
         self.container = container
-        # The image's entry point; only where an operator puts a shell in its place it is said again.
+        # The image's entry point, said again only where an operator puts a shell in its place.
         assert container.get("command", ENTRYPOINT) == ENTRYPOINT
         self.name, *self.arguments = container["args"]
         self.environ = {**IN_A_CLUSTER, **environment(container)}
@@ -98,7 +99,7 @@ def _read_somewhere() -> set[str]:
     """Variables that our code names."""
     found: set[str] = set()
     for folder in ("loader", "snapshot", "runtime"):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (Path(flags.__file__).parents[1] / folder).rglob("*.py"):
             found |= set(re.findall(r'"(COLDFRAME_[A-Z_0-9]+)"', path.read_text()))
     return found
 
@@ -163,32 +164,6 @@ def test_what_else_listens_is_a_port_of_the_pods(
         assert {name: place for name, place in found.items() if place} == {
             name: f"0.0.0.0:{ports[name]}" for name in listens if name in ports
         }
-
-
-def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    (container,) = told("scale-out")
-    args = container.parse(monkeypatch)
-    service = one(built("scale-out"), "Service", "coldframe-peers")["spec"]
-    (port,) = service["ports"]
-    assert args.peers_from == [f"dns://coldframe-peers:{port['port']}"]
-    # All addresses, those of replicas that still load among them.
-    assert service["clusterIP"] == "None"
-    assert service["publishNotReadyAddresses"] is True
-
-
-def test_decode_workers_are_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = built("prefill-decode")
-    front = next(container for container in told("prefill-decode") if container.name == "serve")
-    args = front.parse(monkeypatch)
-    workers = one(documents, "StatefulSet")
-    service = one(documents, "Service", workers["spec"]["serviceName"])
-    (port,) = service["spec"]["ports"]
-    assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["publishNotReadyAddresses"] is True
-    name, within = workers["metadata"]["name"], service["metadata"]["name"]
-    called = args.decode.split(",")
-    assert called == [f"tcp://{name}-{n}.{within}:{port['port']}" for n in range(len(called))]
-    assert len(called) >= workers["spec"]["replicas"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -74,4 +74,5 @@ def test_a_ready_server_is_both(demo_model: Make, tmp_path: Path) -> None:
     with served(demo_model(), *flags(), **variables(tmp_path)) as server:
         server.ready()
         assert {server.get(path).status_code for _, path in probes()} == {200}
+        server.complete(max_tokens=1)
         assert metrics <= set(server.metrics())

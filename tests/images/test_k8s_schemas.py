@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+import re
+from pathlib import Path
 from typing import Any
 
 import jsonschema
@@ -11,7 +14,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.images.k8s import COMBINED, CRDS, FOLDER, OVERLAYS, Document, built, one, pods
+from tests.images.k8s import COMBINED, CRDS, FOLDER, OVERLAYS, Document, build, built, one, pods
 
 VERSION = "1.36"
 """The Kubernetes whose schemas count: the first in which a pod's user namespaces are stable."""
@@ -96,6 +99,20 @@ def test_objects_are_what_their_schemas_say(overlay: str) -> None:
 def test_so_they_are_with_every_component(names: tuple[str, ...]) -> None:
     for document in built(*names):
         check(document)
+
+
+def test_the_guides_own_overlay_is_one(tmp_path: Path) -> None:
+    guide = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
+    (text,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    here = os.path.relpath(FOLDER, tmp_path)
+    (tmp_path / "kustomization.yaml").write_text(text.replace("coldframe/images/k8s", here))
+    (documents,) = build([tmp_path])
+    for document in documents:
+        check(document)
+        assert document["metadata"]["namespace"] == "models"
+    (container,) = one(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "registry.internal/coldframe:cuda"
+    assert container["args"][-1] == "--model-name=llama"
 
 
 def test_every_file_is_part_of_something() -> None:

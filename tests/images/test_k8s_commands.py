@@ -166,6 +166,17 @@ def test_what_else_listens_is_a_port_of_the_pods(
         }
 
 
+def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    (container,) = told("scale-out")
+    args = container.parse(monkeypatch)
+    service = one(built("scale-out"), "Service", "coldframe-peers")["spec"]
+    (port,) = service["ports"]
+    assert args.peers_from == [f"dns://coldframe-peers:{port['port']}"]
+    # All addresses, those of replicas that still load among them.
+    assert service["clusterIP"] == "None"
+    assert service["publishNotReadyAddresses"] is True
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_replicas_can_be_made_of_it(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for container in told(overlay):

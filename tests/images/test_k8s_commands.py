@@ -177,6 +177,21 @@ def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert service["publishNotReadyAddresses"] is True
 
 
+def test_decode_workers_are_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = built("prefill-decode")
+    front = next(container for container in told("prefill-decode") if container.name == "serve")
+    args = front.parse(monkeypatch)
+    workers = one(documents, "StatefulSet")
+    service = one(documents, "Service", workers["spec"]["serviceName"])
+    (port,) = service["spec"]["ports"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["publishNotReadyAddresses"] is True
+    name, within = workers["metadata"]["name"], service["metadata"]["name"]
+    called = args.decode.split(",")
+    assert called == [f"tcp://{name}-{n}.{within}:{port['port']}" for n in range(len(called))]
+    assert len(called) >= workers["spec"]["replicas"]
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_replicas_can_be_made_of_it(overlay: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for container in told(overlay):

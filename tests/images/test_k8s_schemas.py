@@ -136,6 +136,8 @@ def _broken(overlay: str, kind: str, *path: Any, value: Any) -> Document:
 
 
 _POD = ("spec", "template", "spec")
+_GRAPH = ("dynamo", "DynamoGraphDeployment")
+_PART = ("spec", "components", 1)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +151,9 @@ _POD = ("spec", "template", "spec")
         ("knative", "Service", (*_POD, "containers", 0, "ports"), {}),
         ("keda-http", "HTTPScaledObject", ("spec", "host"), "a.example"),
         ("keda-http", "HTTPScaledObject", ("spec", "replicas", "min"), "0"),
+        (*_GRAPH, (*_PART, "replica"), 1),
+        (*_GRAPH, (*_PART, "type"), "prefil"),
+        (*_GRAPH, (*_PART, "podTemplate", "spec", "container"), []),
     ],
 )
 def test_a_wrong_field_is_found(overlay: str, kind: str, path: tuple[Any, ...], value: Any) -> None:

@@ -12,7 +12,7 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN "python${PYTHON}" -m venv /opt/coldframe
 COPY images/install.sh /build/
 # What else it asks for is in the image, but for uvloop; its own word is that pydantic should be older
-# than ours, with which it was tried.
+# than ours, with which it imports as well.
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
     /build/install.sh dynamo --no-deps "ai-dynamo-runtime==${DYNAMO}" uvloop==0.23.0
 

@@ -177,9 +177,14 @@ def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
     assert service["publishNotReadyAddresses"] is True
 
 
-def test_decode_workers_are_called_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    documents = built("prefill-decode")
-    front = next(container for container in told("prefill-decode") if container.name == "serve")
+@pytest.mark.parametrize(
+    "names", [names for names in SETS if names[0] == "prefill-decode"], ids=label
+)
+def test_decode_workers_are_called_by_their_names(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = built(*names)
+    front = next(container for container in told(*names) if container.name == "serve")
     args = front.parse(monkeypatch)
     workers = one(documents, "StatefulSet")
     service = one(documents, "Service", workers["spec"]["serviceName"])

@@ -69,26 +69,29 @@ def test_without_one_that_a_restore_takes_they_are_not(criu: Criu) -> None:
         assert report(left)["namespaces"] != "root", name
 
 
-def create(
-    model: Path, store: Path, capabilities: Iterable[str]
-) -> subprocess.CompletedProcess[str]:
-    """Has a worker frozen with those capabilities."""
-    words = [COLDFRAME, "snapshot", "create", str(model), "--snapshot-store", str(store)]
-    return subprocess.run(
-        [*under(capabilities), *words],
+def coldframe(*words: object, around: Iterable[str] = ()) -> str:
+    """Runs a command with the manifest's capabilities: what it prints.
+
+    Args:
+        words: Of the command.
+        around: A command that runs it.
+    """
+    done = subprocess.run(
+        [*around, *under(given()), COLDFRAME, *map(str, words)],
         capture_output=True,
         text=True,
         timeout=110,
         env=without_settings(),
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_a_worker_is_frozen_and_comes_back_with_them(
     criu: Criu, demo_model: Make, tmp_path: Path
 ) -> None:
     model, store = demo_model(), tmp_path / "images"
-    done = create(model, store, given())
-    assert done.returncode == 0, done.stderr
+    coldframe("snapshot", "create", model, "--snapshot-store", store)
     # SYS_PTRACE is for the freeze alone, as the manifest says.
     restoring = [name for name in given() if name != "sys_ptrace"]
     require = {"COLDFRAME_SNAPSHOT": "require", "COLDFRAME_SNAPSHOT_STORE": str(store)}
@@ -100,3 +103,17 @@ def test_a_worker_is_frozen_and_comes_back_with_them(
         status = Path(f"/proc/{server.gateway().pid}/status").read_text()
         assert "\nUid:\t65532\t65532\t65532\t65532\n" in status
         assert "\nCapPrm:\t0000000000000000\n" in status
+
+
+def test_so_it_does_in_a_user_namespace_of_the_pods_own(
+    criu: Criu, demo_model: Make, tmp_path: Path
+) -> None:
+    # As `hostUsers: false` and an unmasked /proc have it, but for who root is outside.
+    own = ["unshare", "--user", "--map-root-user", "--mount", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*own, "true"], capture_output=True, check=False).returncode != 0:
+        unavailable("user namespaces are not allowed here")
+    model, store = demo_model(), ("--snapshot-store", tmp_path / "images")
+    coldframe("snapshot", "create", model, *store, around=own)
+    asked = ("--prompt-ids", "5,6,7", "-n", "4", "--json")
+    told = json.loads(coldframe("run", model, *asked, "--snapshot", "require", *store, around=own))
+    assert told["snapshot"]["tier"] == "image"

@@ -8,10 +8,12 @@ DEMO   ?= build/demo-model
 
 setup: $(VENV)/.ready
 
+# pykustomize is kustomize as a library; that it wants Python 3.14 is said by its packaging alone.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps --ignore-requires-python -c constraints.txt pykustomize
 	touch $@
 
 PROMPT = -p "Once upon a time, a replica slept at zero, and then a request" -n 48

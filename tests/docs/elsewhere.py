@@ -233,6 +233,33 @@ REASONS: list[tuple[str, Reason]] = [
             ("--engine",),
         ),
     ),
+    # Behind Dynamo and between hosts, in lanes of their own.
+    (
+        r"(make build/dynamo/\.ready|build/dynamo/bin/python -m dynamo\.frontend |coldframe worker --dynamo |curl localhost:8123/)",
+        Tested(
+            "tests/runtime/integrations/dynamo/test_aggregated.py",
+            "test_a_completion_is_that_of_our_gateway",
+            ("Cluster",),
+        ),
+    ),
+    (
+        r"coldframe (worker --role decode --listen |serve MODEL --decode tcp://)",
+        Tested(
+            "tests/runtime/transport/test_remote.py",
+            "test_another_host_decodes",
+            ("--listen", "tcp://"),
+        ),
+    ),
+    (
+        r"images/build\.sh ",
+        Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ()),
+    ),
+    (
+        r"coldframe bench peers ",
+        _bench(
+            "test_fan_out.py", "test_the_last_of_several_is_ready_little_after_one_alone", "peers"
+        ),
+    ),
 ]
 """Lines, as regular expressions of their beginnings, and why they are not run; the first counts."""
 

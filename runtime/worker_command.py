@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             expected="that, or --listen HOST:PORT",
             hint="Give one, or serve without anybody in front by `coldframe serve`.",
         )
-    role = args.role or ("aggregated" if args.dynamo else "decode")
+    role: Role = args.role or ("aggregated" if args.dynamo else "decode")
     if args.listen is not None and role != "decode":
         raise RequestError(
             "whoever takes requests over from other fronts decodes them",

@@ -235,7 +235,8 @@ REASONS: list[tuple[str, Reason]] = [
     ),
     # Behind Dynamo and between hosts, in lanes of their own.
     (
-        r"(make build/dynamo/\.ready|build/dynamo/bin/python -m dynamo\.frontend |coldframe worker --dynamo |curl localhost:8123/)",
+        r"(make build/dynamo/\.(ready|tests)|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
+        r"|coldframe (worker --dynamo|bench dynamo) |curl localhost:8123/)",
         Tested(
             "tests/runtime/integrations/dynamo/test_aggregated.py",
             "test_a_completion_is_that_of_our_gateway",

@@ -235,7 +235,8 @@ REASONS: list[tuple[str, Reason]] = [
     ),
     # Behind Dynamo and between hosts, in lanes of their own.
     (
-        r"(make build/dynamo/\.(ready|tests)|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
+        r"(make build/dynamo/\.(ready|tests)"
+        r"|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
         r"|coldframe (worker --dynamo|bench dynamo) |curl localhost:8123/)",
         Tested(
             "tests/runtime/integrations/dynamo/test_aggregated.py",

@@ -26,6 +26,8 @@ SETTINGS = {
     "COLDFRAME_EXEC_NS": "when the process was started, in nanoseconds of CLOCK_MONOTONIC: for "
     "whoever measures, and knows that better than the kernel's tick of 10 ms",
     "COLDFRAME_HTTP_TOKEN": "a bearer token for `http(s)://` sources; `TOKEN@HOST` for one of them",
+    "COLDFRAME_KV_SECRET": "the secret that replicas which give each other KV have in common",
+    "COLDFRAME_KV_SECRET_FILE": "a file with that secret, 16 bytes or more",
     "COLDFRAME_KV_STEP": "by how many bytes KV on a GPU grows at once (256 MiB)",
     "COLDFRAME_MODEL": "MODEL of `serve` where none is named; several, set apart by commas",
     "COLDFRAME_NODE_KEY": "the key that `plan --node` shows to endpoints; a file of nodes may name "

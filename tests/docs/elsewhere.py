@@ -262,6 +262,14 @@ REASONS: list[tuple[str, Reason]] = [
             "test_fan_out.py", "test_the_last_of_several_is_ready_little_after_one_alone", "peers"
         ),
     ),
+    (
+        r"python -m coldframe\.runtime\.integrations\.dynamo\.peers ",
+        Tested(
+            "tests/runtime/integrations/dynamo/test_peers.py",
+            "test_a_new_replica_is_fed_by_who_is_in_the_discovery",
+            ("coldframe.runtime.integrations.dynamo.peers", "--list", "--serves"),
+        ),
+    ),
 ]
 """Lines, as regular expressions of their beginnings, and why they are not run; the first counts."""
 

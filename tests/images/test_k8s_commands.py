@@ -24,7 +24,7 @@ from tests.images.k8s import COMBINED, OVERLAYS, Pod, built, environment, one, o
 SETS = [*((name,) for name in OVERLAYS), *COMBINED]
 ROOT = Path(__file__).parents[2]
 IN_A_CLUSTER = {"KUBERNETES_SERVICE_HOST": "10.96.0.1", "KUBERNETES_SERVICE_PORT": "443"}
-ENTRYPOINT = ["/usr/bin/tini", "--", "/opt/coldframe/bin/coldframe"]
+ENTRYPOINT = ["/usr/bin/tini", "-s", "--", "/opt/coldframe/bin/coldframe"]
 _SLACK_S = 2.0
 """What the front takes for its end behind the last request."""
 
@@ -225,10 +225,11 @@ def test_who_waits_in_front_waits_as_long_as_a_request_may() -> None:
 
 
 def test_the_entry_point_is_that_of_the_images() -> None:
-    for path in (ROOT / "images").glob("*.Dockerfile"):
-        for line in path.read_text().splitlines():
-            word, _, rest = line.partition(" ")
-            if word == "ENTRYPOINT":
-                assert json.loads(rest) == ENTRYPOINT
-            if word == "USER":
-                assert rest == "65532:65532"
+    for name in ("cpu", "cuda", "vllm"):
+        words = dict(
+            line.split(" ", 1)
+            for line in (ROOT / "images" / f"{name}.Dockerfile").read_text().splitlines()
+            if line.startswith(("ENTRYPOINT ", "USER "))
+        )
+        assert json.loads(words["ENTRYPOINT"]) == ENTRYPOINT
+        assert words["USER"] == "65532:65532"

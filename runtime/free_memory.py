@@ -20,7 +20,8 @@ __all__ = ["add_rest", "is_given_back", "rest_of"]
 _DRIVER = "/sys/bus/virtio/drivers/virtio_balloon"
 _REPORTING = 5
 """The feature's number: VIRTIO_BALLOON_F_REPORTING of virtio 1.2, 5.5.3."""
-_REST_S = 3.0
+_REST_S = 8.0
+"""Not all that is free is reported at once: a share of it every two seconds."""
 
 
 def is_given_back(driver: str = _DRIVER) -> bool:

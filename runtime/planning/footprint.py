@@ -52,8 +52,8 @@ def footprint(pid: int, template: int | None = None) -> Footprint:
 
     Args:
         pid: The front of a replica.
-        template: The process that the replica's workers are forks of, where they are: they descend
-            from it. It is not of the replica itself.
+        template: `coldframe snapshot template`, where workers are forks of what that has made:
+            neither of the two is of the replica.
     """
     own = weights = kv = 0
     processes: dict[str, int] = {}
@@ -73,6 +73,11 @@ def footprint(pid: int, template: int | None = None) -> Footprint:
 def tree(pid: int) -> Iterator[int]:
     """A process and all that descend from it, as they are found."""
     yield pid
+    for child in _children(pid):
+        yield from tree(child)
+
+
+def _children(pid: int) -> Iterator[int]:
     try:
         tasks = list(Path(f"/proc/{pid}/task").iterdir())
     except OSError:
@@ -82,13 +87,15 @@ def tree(pid: int) -> Iterator[int]:
             children = (task / "children").read_text().split()
         except OSError:
             continue
-        for child in children:
-            yield from tree(int(child))
+        yield from map(int, children)
 
 
 def forks_of(template: int | None) -> list[int]:
-    """All that descend from a template, without itself; none where there is none."""
-    return [] if template is None else [each for each in tree(template) if each != template]
+    """The forks of the template that a command has made; none where there is none."""
+    if template is None:
+        return []
+    made = list(_children(template))
+    return [each for one in made for each in tree(one) if each != one]
 
 
 def _name(pid: int) -> str:

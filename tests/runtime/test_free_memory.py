@@ -32,7 +32,7 @@ def test_the_balloon_says_whether_free_pages_go_back(tmp_path: Path) -> None:
 def test_a_rest_is_what_is_asked_for_else_what_the_machine_needs() -> None:
     for asked in (0.0, 2.5):
         assert rest_of(argparse.Namespace(rest=asked)) == asked
-    assert rest_of(argparse.Namespace(rest=None)) == (3.0 if is_given_back() else 0.0)
+    assert rest_of(argparse.Namespace(rest=None)) == (8.0 if is_given_back() else 0.0)
     for wrong in (-1.0, float("inf"), float("nan")):
         with pytest.raises(RequestError, match="no such time"):
             rest_of(argparse.Namespace(rest=wrong))

@@ -205,10 +205,13 @@ def test_what_a_rehearsal_is_called_with_is_kept(monkeypatch: pytest.MonkeyPatch
 def test_forks_of_a_template_are_weighed_with_the_replica() -> None:
     """They descend from the template, not from the front; the template is not the replica's."""
     code = (
-        "import os, sys; held = bytearray(os.urandom(8 << 20))\n"
-        "if os.fork() == 0:\n"
-        "    mine = bytearray(os.urandom(24 << 20)); os.write(1, b'x'); sys.stdin.read()\n"
-        "else: sys.stdin.read(); os.wait()\n"
+        "import os, sys\n"
+        "if os.fork():\n"  # the command
+        "    sys.stdin.read(); os.wait(); sys.exit()\n"
+        "held = bytearray(os.urandom(8 << 20))\n"
+        "if os.fork():\n"  # the template that it has made
+        "    sys.stdin.read(); os.wait(); sys.exit()\n"
+        "mine = bytearray(os.urandom(24 << 20)); os.write(1, b'x'); sys.stdin.read()\n"
     )
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with (

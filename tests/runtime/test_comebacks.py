@@ -146,6 +146,7 @@ def test_vllm_may_take_longer_to_start_than_others() -> None:
             _staffing=SimpleNamespace(tick=quiet),
             _comebacks=SimpleNamespace(tick=quiet),
             bridge=SimpleNamespace(tick=quiet),
+            connect_remotes=quiet,
             _owner=SimpleNamespace(calm=True),
             _bury=lambda worker, why: buried.append(worker.role),
         ),

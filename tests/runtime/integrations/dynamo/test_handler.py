@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from coldframe.runtime.integrations.dynamo.settings import Role
 from tests.runtime.integrations.dynamo.test_requests import CARD, request
 
 EOS = 2
+GIVEN = {"ticket": "of the KV"}
 
 
 def at_once(test: Any) -> Any:
@@ -35,11 +36,12 @@ class Said(Exception):
 
 
 class Stream:
-    """Counts up from the last token of the prompt, as fast as it is read."""
+    """Counts up from the last token of the prompt, as fast as it is read, or gives that away."""
 
     def __init__(self, generations: Sequence[Generation], gate: asyncio.Event | None) -> None:
         self.generations = generations
         self.gone = False
+        self.given: Mapping[str, Any] | None = None
         self._gate = gate
         self._cancelled = asyncio.Event()
 
@@ -62,6 +64,9 @@ class Stream:
                 top = () if own is None else (own, TokenLogprob(9, -1.5, b"\xff"))
                 yield Piece(choice, token, "t", ends, len(generation.prompt), own, top, 2)
                 if ends == "stop":
+                    break
+                if generation.give:
+                    self.given = GIVEN
                     break
 
     def cancel(self) -> None:
@@ -263,6 +268,8 @@ async def test_two_workers_answer_as_one(logprobs: int | None) -> None:
     (stream,) = bench.engine.streams
     (generation,) = stream.generations
     assert generation.generated == (8,)
+    assert generation.kv is not None
+    assert generation.kv.items() >= GIVEN.items()
     bench.check_nothing_left()
 
 
@@ -332,7 +339,8 @@ async def test_a_first_token_of_another_prompt_is_none() -> None:
 @at_once
 async def test_what_cannot_be_understood_is_refused(change: dict[str, Any]) -> None:
     asked = await handed_over()
-    (told,) = asked["prefill_result"]["disaggregated_params"]["kv_transfer_params"].values()
+    params = asked["prefill_result"]["disaggregated_params"]["kv_transfer_params"]
+    (told,) = (value for name, value in params.items() if name not in GIVEN)
     told.update(change)
     with pytest.raises(Said, match="400"):
         await Bench("decode").answer(**asked)

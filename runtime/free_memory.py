@@ -38,7 +38,7 @@ def is_given_back(driver: str = _DRIVER) -> bool:
 def add_rest(parser: Parser) -> None:
     """The flag of commands that measure starts."""
     parser.flag(
-        "--rest",
+        "--at-zero",
         type=float,
         metavar="SECONDS",
         help="before each start, as a replica is at zero for a while before it comes up "
@@ -52,9 +52,9 @@ def rest_of(args: argparse.Namespace) -> float:
     Raises:
         RequestError: For less than no time, or for ever.
     """
-    rest: float | None = args.rest
+    rest: float | None = args.at_zero
     if rest is None:
         return _REST_S if is_given_back() else 0.0
     if not 0 <= rest < math.inf:
-        raise RequestError("no such time", where="--rest", expected="0 or more", got=rest)
+        raise RequestError("no such time", where="--at-zero", expected="0 or more", got=rest)
     return rest

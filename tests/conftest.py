@@ -26,7 +26,7 @@ from tests.turns import Turns
 # files once more, where the user's environment keeps Python from storing that.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # What is measured here means nothing, so that it need not be measured as after a time at zero.
-os.environ["COLDFRAME_REST"] = "0"
+os.environ["COLDFRAME_AT_ZERO"] = "0"
 sys.dont_write_bytecode = False
 
 # How long an example takes says more of what else the machine does than of the code.

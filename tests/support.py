@@ -25,7 +25,7 @@ def without_settings() -> dict[str, str]:
     return {
         name: value
         for name, value in os.environ.items()
-        if "COLDFRAME" not in name or name in ("COLDFRAME_DEVICE", "COLDFRAME_REST")
+        if "COLDFRAME" not in name or name in ("COLDFRAME_DEVICE", "COLDFRAME_AT_ZERO")
     }
 
 

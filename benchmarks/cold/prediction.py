@@ -58,7 +58,7 @@ def plan_of(
         NoPlan: It failed.
     """
     command = [*coldframe_command(), "plan", uri, "--json", "--context", str(prompt + tokens)]
-    command += ["--rehearsals", str(rehearsals), "--rest", str(rest_s)]
+    command += ["--rehearsals", str(rehearsals), "--at-zero", str(rest_s)]
     if cell.throttle is not None:
         command += ["--rate", f"{cell.throttle:.0f}B/s"]
     try:

@@ -25,6 +25,7 @@ def test_the_benchmark_runs_and_ends_in_one_document(
         check=False,
     )
     assert done.returncode in (0, 1), done.stderr
+    assert done.stdout, done.stderr
     *table, last = done.stdout.splitlines()
     document = json.loads(last)
     assert len(table) == len(document["rows"]) + 1

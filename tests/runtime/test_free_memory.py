@@ -31,18 +31,18 @@ def test_the_balloon_says_whether_free_pages_go_back(tmp_path: Path) -> None:
 
 def test_a_rest_is_what_is_asked_for_else_what_the_machine_needs() -> None:
     for asked in (0.0, 2.5):
-        assert rest_of(argparse.Namespace(rest=asked)) == asked
-    assert rest_of(argparse.Namespace(rest=None)) == (8.0 if is_given_back() else 0.0)
+        assert rest_of(argparse.Namespace(at_zero=asked)) == asked
+    assert rest_of(argparse.Namespace(at_zero=None)) == (8.0 if is_given_back() else 0.0)
     for wrong in (-1.0, float("inf"), float("nan")):
         with pytest.raises(RequestError, match="no such time"):
-            rest_of(argparse.Namespace(rest=wrong))
+            rest_of(argparse.Namespace(at_zero=wrong))
 
 
 def test_a_plan_rests_before_each_start(demo_model: Callable[..., Path], tmp_path: Path) -> None:
     began = time.monotonic()
-    document = plan(tmp_path, demo_model(), "--rest", "1.5")
+    document = plan(tmp_path, demo_model(), "--at-zero", "1.5")
     assert document["starts"][0]["ttft_s"] > 0
     # Before a run, a run with a copy, and serve.
     assert time.monotonic() - began >= 3 * 1.5
-    done = subprocess.run([COLDFRAME, "plan", "x", "--rest", "soon"], capture_output=True)
+    done = subprocess.run([COLDFRAME, "plan", "x", "--at-zero", "soon"], capture_output=True)
     assert done.returncode == 2

@@ -25,9 +25,10 @@ def test_it_has_neither_rights_nor_secrets(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("RUNPOD_WEBHOOK_GET_JOB", "http://127.0.0.1:1/job-take/$ID")
     monkeypatch.setenv("RUNPOD_AI_API_KEY", "its own")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not its own")
+    before = psutil.Process().children()
     fetcher = JobFetcher(1, KEY, service_identity(None))
     try:
-        (child,) = psutil.Process().children()
+        (child,) = set(psutil.Process().children()) - set(before)
 
         def confined() -> bool:
             return status_of(child.pid).get("NoNewPrivs") == "1"

@@ -34,7 +34,7 @@ def test_an_image_is_rehearsed_and_stays_as_it_was(
     create = [COLDFRAME, "snapshot", "create", model, "--snapshot-store", store, "--graphs", "off"]
     subprocess.run(create, check=True, capture_output=True, timeout=100, env=without_settings())
     before = {path: path.stat().st_size for path in store.rglob("*") if path.is_file()}
-    document = plan(tmp_path / "cache", model, "--snapshot-store", store)
+    document = plan(tmp_path / "c", model, "--snapshot-store", store)
     assert None not in times(document, "restored")
     assert document["next_start"]["tier"] == "restored"
     replicas = {(r["tier"], r["through"], r["weights"]) for r in document["memory"]["replica"]}
@@ -45,7 +45,7 @@ def test_an_image_is_rehearsed_and_stays_as_it_was(
     # The borrowed names are gone.
     assert all(path.stat().st_nlink == 1 for path in before)
     # Of another model it is none.
-    other = plan(tmp_path / "cache", demo_model("qwen3", "bfloat16"), "--snapshot-store", store)
+    other = plan(tmp_path / "c", demo_model("qwen3", "bfloat16"), "--snapshot-store", store)
     assert times(other, "restored") == [None] * 4
 
 
@@ -59,7 +59,7 @@ def test_a_template_that_is_resident_is_rehearsed(demo_model: Make, tmp_path: Pa
     try:
         assert process.stdout is not None
         assert json.loads(process.stdout.readline())["model"] == str(model)
-        document = plan(tmp_path / "cache", model, COLDFRAME_RUN_DIR=str(runs))
+        document = plan(tmp_path / "c", model, COLDFRAME_RUN_DIR=str(runs))
         assert None not in times(document, "template")
         assert document["next_start"]["tier"] == "template"
         forked = [r for r in document["memory"]["replica"] if r["tier"] == "template"]
@@ -83,7 +83,7 @@ def test_a_model_that_is_elsewhere_is_rehearsed_with_its_small_files(
 ) -> None:
     model = demo_model("llama", "bfloat16")
     with nginx(model.parent) as base:
-        document = plan(tmp_path / "cache", f"{base}/{model.name}")
+        document = plan(tmp_path / "c", f"{base}/{model.name}")
     fresh = [s for s in document["starts"] if s["tier"] == "fresh"]
     assert [s["ttft_s"] is None for s in fresh] == [False, False, True, True]
     assert "no page cache" in fresh[-1]["why"]
@@ -94,7 +94,7 @@ def test_where_there_is_no_room_it_is_said(
     demo_model: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = demo_model("llama", "bfloat16")
-    document = plan(tmp_path / "cache", model, TMPDIR="/proc")
+    document = plan(tmp_path / "c", model, TMPDIR="/proc")
     # No start can be told, and the rest of the plan stands.
     assert times(document, "fresh") == [None] * 4
     assert document["predicted_ttft_s"] >= document["worker_start_s"] > 0

@@ -34,7 +34,7 @@ from coldframe.snapshot.criu import Criu
 from tests.runtime.helpers import ask, expected, finish, prompt_of
 from tests.runtime.snapshots import Commands, flip, resident
 
-pytestmark = pytest.mark.heavy
+pytestmark = [pytest.mark.heavy, pytest.mark.alone, pytest.mark.timeout(300)]
 
 THREADS = 2
 COMPILE = """

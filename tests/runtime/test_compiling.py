@@ -228,6 +228,7 @@ def test_a_compiler_that_takes_too_long_is_ended(
 
 @pytest.mark.heavy
 @pytest.mark.alone
+@pytest.mark.timeout(300)
 def test_what_is_compiled_is_tried_and_kept(
     large: ModelFacts, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def left_in_cache(tmp_path: Path) -> list[Path]:
 
 @pytest.mark.heavy
 @pytest.mark.alone
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("way", ["room", "idle", "parked"])
 def test_who_compiles_holds_no_room(
     model: Path, criu: Criu, no_leaks: Path, tmp_path: Path, way: str

@@ -237,7 +237,7 @@ REASONS: list[tuple[str, Reason]] = [
     (
         r"(make build/dynamo/\.(ready|tests)"
         r"|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
-        r"|coldframe (worker --dynamo|bench dynamo) |curl localhost:8123/)",
+        r"|coldframe (worker (.* )?--dynamo|bench dynamo) |curl localhost:8123/)",
         Tested(
             "tests/runtime/integrations/dynamo/test_aggregated.py",
             "test_a_completion_is_that_of_our_gateway",

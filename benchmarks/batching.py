@@ -23,8 +23,8 @@ from coldframe.benchmarks.in_process import load_model, sequence_of
 from coldframe.benchmarks.pacing import prompt_ids
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.loads import blocks_of
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.replica.loads import blocks_of
 
 __all__ = ["add_arguments", "burst_lengths", "run"]
 
@@ -86,7 +86,7 @@ class _Burst:
     """A model, and bursts of prompts for it."""
 
     def __init__(self, directory: str, prompts: int) -> None:
-        from coldframe.runtime.text import Tokenizer
+        from coldframe.runtime.worker.text import Tokenizer
 
         self._prompts = prompts
         self._model = load_model(directory, prompts * blocks_of(_LONGEST + 1))

@@ -9,8 +9,8 @@ from contextlib import nullcontext
 from importlib import import_module
 from types import ModuleType
 
-from coldframe.runtime.device_choice import CPU, choose_device
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.machine.device_choice import CPU, choose_device
 
 __all__ = ["BENCHMARKS", "add_arguments", "parser_of", "run"]
 

@@ -22,7 +22,7 @@ from coldframe.benchmarks.harness import Row, print_rows
 from coldframe.benchmarks.http_client import FIRST_ID, Answer, Connection, completion, knock
 from coldframe.benchmarks.servers import coldframe_server, dynamo_front, knock_at
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

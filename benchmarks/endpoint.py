@@ -28,8 +28,8 @@ from coldframe.benchmarks.overhead import Overhead, measure_overhead
 from coldframe.benchmarks.servers import Server, coldframe_server, vllm_server
 from coldframe.benchmarks.snapshot_cells import Image
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.demo_model import DemoModel, write_demo_model
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

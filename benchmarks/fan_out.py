@@ -26,7 +26,7 @@ from coldframe.benchmarks.http_client import Connection, completion, token_ids
 from coldframe.benchmarks.servers import Server, coldframe_at
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["Started", "add_arguments", "run", "start_at_once"]
 

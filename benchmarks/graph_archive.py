@@ -22,7 +22,7 @@ from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.graph_calls import GraphCalls
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.packages import add_site_packages
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.snapshot.graph_file import decode, encode
 from coldframe.snapshot.graphs import GraphFingerprint, Kernels, Region, rebuild, save
 

@@ -46,8 +46,8 @@ from coldframe.benchmarks.output import (
     described,
 )
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.replica.sizing import ModelFacts
 
 __all__ = ["add_arguments", "run"]
 

@@ -16,13 +16,13 @@ from coldframe.benchmarks.pacing import prompt_ids
 from coldframe.benchmarks.peers import lacks_vllm
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
-from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.scale_spec import Scale
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 
 __all__ = ["FIRST_ID", "WAYS", "Handed", "Replicated", "cold_handoff", "left_out", "start_replica"]
 

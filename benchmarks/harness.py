@@ -17,7 +17,7 @@ from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.residency import cached_bytes
-from coldframe.runtime.own_command import coldframe_command
+from coldframe.runtime.commands.own import coldframe_command
 
 __all__ = [
     "Row",

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.replica.sizing import ModelFacts
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.model import Model
     from coldframe.runtime.engine.sequence import Sequence
-    from coldframe.runtime.text import Tokenizer
+    from coldframe.runtime.worker.text import Tokenizer
 
 __all__ = ["load_model", "sequence_of"]
 
@@ -22,7 +22,7 @@ def load_model(directory: str, blocks: int) -> Model:
 
     from coldframe.runtime.engine.kv import KVCache
     from coldframe.runtime.engine.model import Model
-    from coldframe.runtime.tensors import torch_dtypes
+    from coldframe.runtime.worker.tensors import torch_dtypes
 
     spec = ModelFacts(directory).spec
     dtype = torch_dtypes()[spec.dtype]
@@ -42,9 +42,9 @@ def sequence_of(
     eos_ids: tuple[int, ...],
 ) -> Sequence:
     """A request of a prompt for so many tokens, its blocks given."""
-    from coldframe.runtime.answer import TextStream
     from coldframe.runtime.engine.params import SamplingParams
     from coldframe.runtime.engine.sequence import Sequence
+    from coldframe.runtime.worker.answer import TextStream
 
     params = SamplingParams(max_tokens=tokens, ignore_eos=True).with_seed()
     text = TextStream(tokenizer, prompt, ())

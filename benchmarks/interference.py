@@ -25,10 +25,10 @@ from coldframe.benchmarks.pacing import Load, Pace, Phase, prompt_ids
 from coldframe.benchmarks.together import measure_together
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["add_arguments", "run"]
 

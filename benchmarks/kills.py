@@ -31,7 +31,7 @@ from coldframe.benchmarks.leaks import Holdings, holdings
 from coldframe.benchmarks.servers import Server, coldframe_server
 from coldframe.benchmarks.traffic.traces import Arrival, read_trace
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

@@ -24,7 +24,7 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.sealing import seal_checkpoint
 from coldframe.loader.sources.directory import DirectoryOrigin
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "evict", "run"]
 

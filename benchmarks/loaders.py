@@ -42,7 +42,7 @@ def touch(tensors):
 
 _COLDFRAME = """
 from coldframe.loader.client import MemoryClient
-from coldframe.runtime.early import MemoryProcess
+from coldframe.runtime.start.early import MemoryProcess
 from coldframe.loader.process import remove_run_dir
 from coldframe.loader.wire import Channel
 def service_cpu(pid):

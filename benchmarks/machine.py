@@ -17,9 +17,9 @@ from typing import Any
 from coldframe.benchmarks.gpu_identity import entry
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.free_memory import is_given_back
-from coldframe.runtime.side_process import ask
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.machine.free_memory import is_given_back
+from coldframe.runtime.machine.side_process import ask
 
 __all__ = ["fingerprint", "settings_forgotten", "vllm_version"]
 

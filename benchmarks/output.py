@@ -9,8 +9,8 @@ from typing import Any
 
 from coldframe.benchmarks.document import print_document
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.replica.sizing import ModelFacts
 
 __all__ = ["add_output_arguments", "check_output", "columns", "deliver", "described"]
 

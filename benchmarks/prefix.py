@@ -20,10 +20,10 @@ from coldframe.benchmarks.http_client import FIRST_ID
 from coldframe.benchmarks.prefix_store import measure_store
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["add_arguments", "run"]
 

@@ -24,10 +24,10 @@ from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.direct import open_direct
 from coldframe.loader.timeline import Span, clock_shift_ns, now
 from coldframe.loader.wire import Channel
-from coldframe.runtime.frozen_worker import FREEZE, freeze_order
+from coldframe.runtime.frozen.worker import FREEZE, freeze_order
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.sizing import ModelFacts
-from coldframe.runtime.workforce import init_message
+from coldframe.runtime.replica.sizing import ModelFacts
+from coldframe.runtime.replica.workforce import init_message
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.identity import Identity
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 _IMPORT = (
-    "import torch, time; import coldframe.runtime.prefill_worker, coldframe.runtime.decode_worker; "
+    "import torch, time; import coldframe.runtime.worker.prefill, coldframe.runtime.worker.decode; "
     "print(time.monotonic_ns())"
 )
 _FREEZE = f"import os; os.closerange(4, 1 << 16); {FREEZE}"  # what our own parent has left open

@@ -19,7 +19,7 @@ from coldframe.benchmarks.harness import Row, print_rows
 from coldframe.benchmarks.restores import Restored
 from coldframe.benchmarks.snapshot_cells import CODECS, SLOW, Cells, Image, cell_name
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

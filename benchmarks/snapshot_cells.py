@@ -29,7 +29,7 @@ from coldframe.benchmarks.restores import (
 )
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.replica.sizing import ModelFacts
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.store import open_store
 

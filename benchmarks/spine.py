@@ -24,10 +24,10 @@ from coldframe.benchmarks.peers import transformers_decode_rates
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["add_arguments", "run"]
 

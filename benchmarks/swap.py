@@ -21,7 +21,7 @@ from coldframe.benchmarks.http_client import Connection, completion, knock
 from coldframe.benchmarks.servers import coldframe_server
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

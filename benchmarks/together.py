@@ -21,8 +21,8 @@ from coldframe.benchmarks.in_process import load_model, sequence_of
 from coldframe.benchmarks.pacing import Load, Pace, Phase, prompt_ids
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.loads import blocks_of
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.replica.loads import blocks_of
+from coldframe.runtime.replica.sizing import ModelFacts
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence
@@ -71,7 +71,7 @@ class _Engine:
     def __init__(self, model: str, load: Load) -> None:
         from coldframe.runtime.engine.decode import Decoder
         from coldframe.runtime.engine.prefill import Prefiller
-        from coldframe.runtime.text import Tokenizer
+        from coldframe.runtime.worker.text import Tokenizer
 
         self._spec = ModelFacts(model).spec
         self._load = load

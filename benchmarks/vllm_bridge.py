@@ -26,11 +26,11 @@ from coldframe.benchmarks.harness import Row, cold_start, print_rows, warm_page_
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.router import TokenEvent
+from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.runtime.units import byte_count
-from coldframe.runtime.vllm_spec import VllmOptions
 
 __all__ = ["add_arguments", "run"]
 
@@ -124,7 +124,7 @@ def _batches(
     Returns:
         Of each, tokens a second, and seconds of processor time of the engine's process a token.
     """
-    from coldframe.runtime.replica import Replica
+    from coldframe.runtime.replica.replica import Replica
 
     vllm = VllmOptions(args.vllm_python, kv_bytes=args.vllm_kv)
     options = ReplicaOptions(str(args.model), vllm=vllm)

@@ -32,7 +32,7 @@ from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.load_options import LoadOptions
 from coldframe.loader.throttle import Throttle
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
 from coldframe.runtime.integrations.vllm.lean import lean_engine_args
 from coldframe.runtime.units import byte_rate

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from coldframe.benchmarks.harness import Row, chosen, print_rows
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
 
 __all__ = ["add_arguments", "run"]

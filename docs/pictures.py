@@ -19,9 +19,9 @@ from coldframe.benchmarks.report.pictures import PICTURES
 from coldframe.benchmarks.report.reading import read_document
 from coldframe.benchmarks.report.runs import chosen_runs
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.runtime.stage_groups import GROUPS
-from coldframe.runtime.svg import element, text, width_of
-from coldframe.runtime.waterfall import waterfall
+from coldframe.runtime.timeline.stage_groups import GROUPS
+from coldframe.runtime.timeline.svg import element, text, width_of
+from coldframe.runtime.timeline.waterfall import waterfall
 
 __all__ = ["draw", "main"]
 

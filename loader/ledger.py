@@ -5,7 +5,7 @@ only when nobody holds them: neither a cancelled request nor an expired lease ev
 under a worker's hands.
 
 Full blocks can be *published* under a key, which stands for all tokens up to the block's end; what
-it is made of is the workers' affair (`coldframe.runtime.prefix`). From then on nobody writes to
+it is made of is the workers' affair (`runtime/worker/prefix.py`). From then on nobody writes to
 them. A request that begins with the same tokens refers to them instead of computing them again,
 and they outlive all requests: a block that none refers to any more is kept until its memory is
 needed. A request refers to blocks from the first one on without a gap, so that blocks nobody

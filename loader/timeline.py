@@ -1,7 +1,7 @@
 """Spans: what each process did from when to when, recorded where it happens.
 
 Recording is all that is here, since the processes on the cold-start path import it; tables,
-pictures and the critical path are made from the spans later (`coldframe.runtime.report`).
+pictures and the critical path are made from the spans later (`runtime/timeline/`).
 Times are CLOCK_MONOTONIC in nanoseconds, in the clock of the process that started the replica.
 """
 

@@ -15,28 +15,31 @@ if TYPE_CHECKING:
     from argparse import Namespace
     from types import ModuleType
 
-    from coldframe.runtime.flags import Parser
+    from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["COMMANDS", "main", "parser_of"]
 
 COMMANDS = {
-    "serve": ("coldframe.runtime.serve", "the container entrypoint and HTTP endpoint"),
+    "serve": ("coldframe.runtime.commands.serve", "the container entrypoint and HTTP endpoint"),
     "worker": (
-        "coldframe.runtime.worker_command",
+        "coldframe.runtime.commands.worker",
         "a replica behind Dynamo or others' fronts",
     ),
-    "run": ("coldframe.runtime.run", "one cold start, one answer, the timeline"),
+    "run": ("coldframe.runtime.commands.run", "one cold start, one answer, the timeline"),
     "batch": (
-        "coldframe.runtime.batch_command",
+        "coldframe.runtime.commands.batch",
         "one cold start, a file of requests, back to zero",
     ),
-    "plan": ("coldframe.runtime.plan_command", "stages, bytes, predicted memory and TTFT"),
+    "plan": ("coldframe.runtime.commands.plan", "stages, bytes, predicted memory and TTFT"),
     "advise": ("coldframe.benchmarks.traffic.advise", "which policy pays for a trace of requests"),
-    "seal": ("coldframe.runtime.seal_command", "hash a model, so that every load can check it"),
-    "pack": ("coldframe.runtime.pack_command", "write a model anew, in the order of its load"),
-    "snapshot": ("coldframe.runtime.snapshot_command", "freeze a warm worker; see what is frozen"),
-    "demo-model": ("coldframe.runtime.demo_model", "make a local checkpoint to try things on"),
-    "doctor": ("coldframe.runtime.doctor", "what this machine can do, and what it lacks"),
+    "seal": ("coldframe.runtime.commands.seal", "hash a model, so that every load can check it"),
+    "pack": ("coldframe.runtime.commands.pack", "write a model anew, in the order of its load"),
+    "snapshot": ("coldframe.runtime.commands.snapshot", "freeze a warm worker; see what is frozen"),
+    "demo-model": (
+        "coldframe.runtime.commands.demo_model",
+        "make a local checkpoint to try things on",
+    ),
+    "doctor": ("coldframe.runtime.commands.doctor", "what this machine can do, and what it lacks"),
     "bench": ("coldframe.benchmarks.command", "measure; a table, then one JSON document"),
 }
 _COLD_STARTS = {"run", "serve", "worker", "batch"}
@@ -109,15 +112,15 @@ def _call(name: str, arguments: list[str]) -> int:
     started: dict[str, object] = {}
     try:
         if cold and name in _SERVERS:
-            from coldframe.runtime.ending import Ending
             from coldframe.runtime.gateway.listen import bind_early, take_secrets
+            from coldframe.runtime.start.ending import Ending
 
             started["profile"], started["listeners"] = bind_early(arguments)
             started["listening_ns"] = time.monotonic_ns()
             started["ending"] = Ending()
             started["secrets"] = take_secrets()
         if cold:
-            from coldframe.runtime.early import GatewayProcess, MemoryProcess, likely_restorer
+            from coldframe.runtime.start.early import GatewayProcess, MemoryProcess, likely_restorer
 
             started["memory"] = MemoryProcess()
             started["restorer"] = likely_restorer(arguments)
@@ -147,7 +150,7 @@ def parser_of(name: str) -> tuple[ModuleType, Parser]:
     """
     from importlib import import_module
 
-    from coldframe.runtime.flags import Parser
+    from coldframe.runtime.flags.parser import Parser
 
     module_name, summary = COMMANDS[name]
     module = import_module(module_name)

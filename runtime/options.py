@@ -8,9 +8,9 @@ from typing import Any
 from coldframe.loader.errors import DeviceError, RequestError
 from coldframe.loader.kv_options import KvStoreOptions
 from coldframe.loader.transport.base import DEFAULT_WAYS
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.scale_spec import Scale
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.replica.scale_spec import Scale
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.snapshot.identity import Identity
 
 __all__ = [

@@ -50,7 +50,7 @@ _OF_GPUS = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_MODULE_LOADING")
 
 
 _ON_GPUS = {
-    # As workers that start fresh have it (`runtime/launch.py`): torch reads these but once.
+    # As workers that start fresh have it (`runtime/replica/launch.py`): torch reads these but once.
     "TORCH_DISABLE_NATIVE_JIT": "1",
     "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
 }

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, settings
 
 from coldframe.loader.cgroup import cpu_count, memory_available
 from coldframe.loader.errors import SnapshotError
-from coldframe.runtime.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
 from coldframe.snapshot.criu import Criu
 from tests.support import unavailable
 from tests.turns import Turns

@@ -21,8 +21,8 @@ from coldframe.benchmarks.cold.matrix import (
 from coldframe.benchmarks.harness import fingerprint, words
 from coldframe.benchmarks.output import add_output_arguments, check_output
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.free_memory import add_rest
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.machine.free_memory import add_rest
 from coldframe.runtime.units import byte_count
 
 __all__ = ["about", "add_arguments", "blocks"]

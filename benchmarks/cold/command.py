@@ -35,7 +35,7 @@ from coldframe.benchmarks.http_client import FIRST_ID
 from coldframe.benchmarks.interruption import Terminated
 from coldframe.benchmarks.output import deliver
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.free_memory import rest_of
+from coldframe.runtime.machine.free_memory import rest_of
 
 __all__ = ["add_arguments", "run", "status"]
 

@@ -33,7 +33,7 @@ from coldframe.benchmarks.peers import lacks_vllm
 from coldframe.benchmarks.servers import VLLM_DTYPES, Server, knock_at, plain_server, vllm_server
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.replica.sizing import ModelFacts
 
 __all__ = ["PEERS", "open_contender"]
 

@@ -6,7 +6,7 @@ import sys
 
 from coldframe.benchmarks.gpu import command
 from coldframe.loader.errors import ColdframeError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 if __name__ == "__main__":
     parser = Parser(prog="make gpu", description=command.__doc__)

@@ -17,7 +17,7 @@ from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.timeline import Span
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 
 __all__ = ["measure", "restored", "row"]
 

@@ -27,7 +27,7 @@ from coldframe.benchmarks.gpu.parts import BUDGET_S, MACHINE, PARTS
 from coldframe.benchmarks.gpu.report import Setting
 from coldframe.benchmarks.gpu.table import into_log, render
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["NO_GPU", "add_arguments", "run"]
 

@@ -20,7 +20,7 @@ from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.timeline import Span
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 
 __all__ = ["CAPTURE_S", "STORE", "bandwidth", "captures", "measure", "together_rate"]
 

@@ -17,7 +17,6 @@ from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.plan import Layout, Plan
-from coldframe.runtime import graphing
 from coldframe.runtime.engine import varlen
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.capture import Capturer
@@ -26,8 +25,9 @@ from coldframe.runtime.engine.graphs import MOST_GRAPHS, StepGraphs
 from coldframe.runtime.engine.kv import KVCache
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.sizing import ModelFacts
-from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
+from coldframe.runtime.graphs import graphing
+from coldframe.runtime.replica.sizing import ModelFacts
+from coldframe.runtime.worker.tensors import tensor_over, tensors_of, torch_dtypes
 from coldframe.snapshot.graphs import Region
 
 __all__ = ["Engine", "chunk"]

@@ -50,7 +50,7 @@ def nodes_of_ours(ordinal: int) -> dict[str, Any]:
     from coldframe.benchmarks.gpu.engine import Engine
     from coldframe.benchmarks.gpu.torch_questions import nodes_of
     from coldframe.loader.devices.graph_calls import Graph
-    from coldframe.runtime.demo_model import DemoModel, write_demo_model
+    from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
     from coldframe.snapshot.graphs import GraphSaver
 
     with tempfile.TemporaryDirectory() as folder:

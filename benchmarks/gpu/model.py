@@ -27,9 +27,9 @@ from coldframe.benchmarks.gpu.machine import FINGERPRINT
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row
 from coldframe.loader.cgroup import memory_available
-from coldframe.runtime import demo_tokenizer
-from coldframe.runtime.demo_weights import DemoModel, Size
-from coldframe.runtime.safetensors_writer import TensorEntry, write_safetensors
+from coldframe.runtime.checkpoints import demo_tokenizer
+from coldframe.runtime.checkpoints.demo_weights import DemoModel, Size
+from coldframe.runtime.checkpoints.safetensors_writer import TensorEntry, write_safetensors
 
 __all__ = ["DIRECTORY", "MODEL", "SHAPES", "Shape", "choose", "measure", "write_shape"]
 

@@ -20,7 +20,7 @@ from coldframe.benchmarks.harness import Row
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.timeline import Span, now
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 
 __all__ = ["Rested", "measure", "rows", "waking"]
 

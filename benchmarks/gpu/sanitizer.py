@@ -12,7 +12,7 @@ from coldframe.benchmarks.gpu.replicas import PROMPT
 from coldframe.benchmarks.gpu.report import Check, LeftOut, Report, Setting
 from coldframe.benchmarks.harness import coldframe_command
 from coldframe.benchmarks.within import run_within
-from coldframe.runtime.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
 
 __all__ = ["errors_in", "measure"]
 

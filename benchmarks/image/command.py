@@ -31,8 +31,8 @@ from coldframe.benchmarks.output import (
 )
 from coldframe.benchmarks.servers import coldframe_server, knock_at
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.replica.sizing import ModelFacts
 from coldframe.runtime.units import human_bytes, human_seconds
 
 __all__ = ["add_arguments", "run"]

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldframe.benchmarks.document import percentile
 from coldframe.benchmarks.report.markup import shown
-from coldframe.runtime.svg import Axis, element, fitted, picture, seconds_ticks, text
+from coldframe.runtime.timeline.svg import Axis, element, fitted, picture, seconds_ticks, text
 
 __all__ = ["boxes", "value_axis"]
 

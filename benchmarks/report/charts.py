@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from coldframe.benchmarks.report.markup import shown
-from coldframe.runtime.svg import Axis, element, number, picture, seconds_ticks, text
+from coldframe.runtime.timeline.svg import Axis, element, number, picture, seconds_ticks, text
 
 __all__ = ["Point", "Scale", "Series", "chart"]
 

@@ -19,8 +19,8 @@ from coldframe.benchmarks.report.markup import (
 )
 from coldframe.benchmarks.report.roofline import roofline
 from coldframe.benchmarks.report.runs import median_start
-from coldframe.runtime.stage_groups import GROUPS
-from coldframe.runtime.waterfall import legend, waterfall
+from coldframe.runtime.timeline.stage_groups import GROUPS
+from coldframe.runtime.timeline.waterfall import legend, waterfall
 
 __all__ = ["cold_section"]
 

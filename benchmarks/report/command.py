@@ -17,7 +17,7 @@ from coldframe.benchmarks.report.runs import chosen_runs
 from coldframe.benchmarks.report.terminal import show_waterfall
 from coldframe.benchmarks.report.trace import chrome_trace
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_arguments", "run"]
 

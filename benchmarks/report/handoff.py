@@ -14,7 +14,7 @@ from coldframe.benchmarks.report.markup import (
     table,
     text_cell,
 )
-from coldframe.runtime.svg import Axis, element, fitted, picture, seconds_ticks, text
+from coldframe.runtime.timeline.svg import Axis, element, fitted, picture, seconds_ticks, text
 
 __all__ = ["handoff_section"]
 

@@ -9,7 +9,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from coldframe.runtime.svg import brief_seconds
+from coldframe.runtime.timeline.svg import brief_seconds
 from coldframe.runtime.units import human_bytes
 
 __all__ = ["Cell", "esc", "figure_html", "number_cell", "section", "shown", "table"]

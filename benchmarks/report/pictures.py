@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from coldframe.runtime.svg import STYLE
+from coldframe.runtime.timeline.svg import STYLE
 
 __all__ = ["PICTURES", "pictures_of"]
 

@@ -20,7 +20,7 @@ from coldframe.benchmarks.report.markup import (
     shown,
     table,
 )
-from coldframe.runtime.svg import Axis, element, fitted, picture, seconds_ticks, text
+from coldframe.runtime.timeline.svg import Axis, element, fitted, picture, seconds_ticks, text
 
 __all__ = ["replay_section"]
 

@@ -12,9 +12,9 @@ import html
 from typing import Any
 
 from coldframe.benchmarks.report.markup import shown
-from coldframe.runtime.stage_groups import GROUPS, group_of
-from coldframe.runtime.svg import element, fitted, picture, text, width_of
-from coldframe.runtime.timeline import UNATTRIBUTED
+from coldframe.runtime.timeline.stage_groups import GROUPS, group_of
+from coldframe.runtime.timeline.svg import element, fitted, picture, text, width_of
+from coldframe.runtime.timeline.timeline import UNATTRIBUTED
 
 __all__ = ["beyond", "roofline"]
 

@@ -11,10 +11,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from coldframe.runtime.stage_groups import GROUPS, group_of
-from coldframe.runtime.svg import brief_seconds
-from coldframe.runtime.timeline import UNATTRIBUTED
-from coldframe.runtime.waterfall import Row, rows_of
+from coldframe.runtime.timeline.stage_groups import GROUPS, group_of
+from coldframe.runtime.timeline.svg import brief_seconds
+from coldframe.runtime.timeline.timeline import UNATTRIBUTED
+from coldframe.runtime.timeline.waterfall import Row, rows_of
 
 if TYPE_CHECKING:
     from rich.console import Console

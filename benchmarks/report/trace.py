@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from coldframe.benchmarks.report.runs import Run
-from coldframe.runtime.timeline_export import trace_events
+from coldframe.runtime.timeline.export import trace_events
 
 __all__ = ["chrome_trace"]
 

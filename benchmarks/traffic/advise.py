@@ -35,8 +35,8 @@ from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen
 from coldframe.benchmarks.traffic.traces import scaled, token_scale
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.units import byte_count, duration, human_seconds
 
 __all__ = ["add_arguments", "run"]

@@ -29,8 +29,8 @@ from coldframe.benchmarks.traffic.arrivals import Ask
 from coldframe.benchmarks.traffic.open_loop import Record
 from coldframe.loader.cgroup import cpu_count, memory_available
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.loads import blocks_of
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.replica.loads import blocks_of
+from coldframe.runtime.replica.sizing import ModelFacts
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.sequence import Sequence as EngineSequence
@@ -107,8 +107,8 @@ class _Engine:
     def __init__(self, model: str, longest: int) -> None:
         from coldframe.runtime.engine.decode import Decoder
         from coldframe.runtime.engine.prefill import Prefiller
-        from coldframe.runtime.tensors import torch_dtypes
-        from coldframe.runtime.text import Tokenizer
+        from coldframe.runtime.worker.tensors import torch_dtypes
+        from coldframe.runtime.worker.text import Tokenizer
 
         self._spec = ModelFacts(model).spec
         self._tokenizer = Tokenizer.load(model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.scaling import FixedKeepAlive, LivePolicy
-from coldframe.runtime.scaling_spec import policy_from
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.scaling.policies import FixedKeepAlive, LivePolicy
+from coldframe.runtime.scaling.spec import policy_from
 
 __all__ = ["NEVER", "Chosen", "fixed", "policy", "seconds_or_never", "served"]
 
@@ -65,8 +65,8 @@ def served(
         RequestError: `coldframe serve` would refuse these flags.
     """
     # Not at the top: `--help` is to come at once.
+    from coldframe.runtime.flags.serve import add_arguments, policy_for, settings_for
     from coldframe.runtime.gateway.platforms.table import PROFILES
-    from coldframe.runtime.serve_flags import add_arguments, policy_for, settings_for
 
     if pool and chosen.keeps is not None:
         # Only by --idle: who is in a pool stays parked, whatever is said of parking.

@@ -47,10 +47,10 @@ from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.checkpoint import read_config
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.free_memory import add_rest, rest_of
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.machine.free_memory import add_rest, rest_of
+from coldframe.runtime.replica.sizing import ModelFacts
 from coldframe.runtime.units import byte_count, human_seconds
 
 __all__ = ["add_arguments", "run"]

@@ -36,8 +36,8 @@ from coldframe.benchmarks.traffic.offered import AUTO, Offered, say
 from coldframe.benchmarks.traffic.traces import read_trace
 from coldframe.benchmarks.traffic.ways import WAYS, left_out, start_way
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.replica.sizing import ModelFacts
 from coldframe.runtime.units import duration, human_seconds
 
 __all__ = ["add_arguments", "run"]

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coldframe.benchmarks.traffic.simulate import Sharing, Takes
-from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.endpoint.served import memory_to_share
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.served import memory_to_share
-from coldframe.runtime.sizing import ModelFacts, context_bytes, kv_blocks
+from coldframe.runtime.replica.sizing import ModelFacts, context_bytes, kv_blocks
 
 __all__ = ["Shared", "sharing", "sharing_of_weights"]
 

@@ -1,9 +1,9 @@
 """What would become of a trace: models that share a front and a device, as discrete events.
 
 Pure and without chance but for a seed: the same arguments give the same answer. It is made of the
-policies that the endpoint follows (`runtime/scaling.py`), of the room that it has them share
-(`runtime/room.py`), of what decides who may be held and who comes before anybody asks
-(`runtime/foresight.py`, with the allotment and the budget), of each model's life
+policies that the endpoint follows (`runtime/scaling/policies.py`), of the room that it has them
+share (`runtime/endpoint/room.py`), of what decides who may be held and who comes before anybody
+asks (`runtime/scaling/foresight.py`, with the allotment and the budget), of each model's life
 (`simulated_model.py`) and of stages as long as they were measured (`stages.py`).
 
 It leaves out what models take from each other by computing at the same time on one device, the
@@ -26,10 +26,10 @@ from coldframe.benchmarks.traffic.simulated_model import SimulatedModel, Takes
 from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.budget import Budget
-from coldframe.runtime.foresight import Foresight
-from coldframe.runtime.room import Room
-from coldframe.runtime.scaling import LivePolicy
+from coldframe.runtime.endpoint.room import Room
+from coldframe.runtime.scaling.budget import Budget
+from coldframe.runtime.scaling.foresight import Foresight
+from coldframe.runtime.scaling.policies import LivePolicy
 
 __all__ = ["Setup", "Sharing", "Takes", "simulate"]
 

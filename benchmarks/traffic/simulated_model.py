@@ -1,9 +1,9 @@
-"""The life of one simulated model: the states of `runtime/supervisor.py`, and what leads to which.
+"""The life of one simulated model: the states of a `Supervisor`, and what leads to which.
 
 It does what a `Supervisor` does when somebody asks, when nobody does, and when another model wants
 its room, and takes for it as long as was measured. It follows its policy by what the endpoint
-itself does so with (`runtime/unasked.py`), on the simulation's clock, and is one of those among
-whom memory and the budget are allotted, as a `Supervisor` is (`runtime/candidate.py`).
+itself does so with (`runtime/scaling/unasked.py`), on the simulation's clock, and is one of those
+among whom memory and the budget are allotted, as a `Supervisor` is (`candidate.py`).
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from coldframe.benchmarks.traffic.played import From, Stay
 from coldframe.benchmarks.traffic.service import Ask, Clock, Service
 from coldframe.benchmarks.traffic.stages import Draw, StartTier, Times
 from coldframe.benchmarks.traffic.traces import Arrival
-from coldframe.runtime.allotment import Need
-from coldframe.runtime.candidate import Candidate
-from coldframe.runtime.room import Room
-from coldframe.runtime.scaling import Level, LivePolicy
-from coldframe.runtime.unasked import Unasked
+from coldframe.runtime.endpoint.room import Room
+from coldframe.runtime.scaling.allotment import Need
+from coldframe.runtime.scaling.candidate import Candidate
+from coldframe.runtime.scaling.policies import Level, LivePolicy
+from coldframe.runtime.scaling.unasked import Unasked
 
 __all__ = ["SimulatedModel", "Takes", "World"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldframe.benchmarks.traffic.traces import Arrival, compressed, cut, read_trace, split
 from coldframe.loader.errors import RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 __all__ = ["add_trace_arguments", "chosen_trace"]
 

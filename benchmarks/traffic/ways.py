@@ -22,8 +22,8 @@ from coldframe.benchmarks.traffic.arrivals import Ask
 from coldframe.benchmarks.traffic.one_process import OneProcess
 from coldframe.benchmarks.traffic.open_loop import Record, offer
 from coldframe.loader.cgroup import cpu_count
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.sizing import ModelFacts
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.replica.sizing import ModelFacts
 
 __all__ = ["WAYS", "Way", "left_out", "start_way"]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from coldframe.benchmarks import command as bench
 from coldframe.runtime import cli
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.units import byte_count
 from docs.generate.markdown import cell, code, table
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from coldframe.runtime.frontstats import FrontStats
+from coldframe.runtime.endpoint.frontstats import FrontStats
 from coldframe.runtime.gateway.metrics import Metrics
 from docs.generate.markdown import cell, code, table
 

@@ -8,9 +8,9 @@ from typing import Any
 from coldframe.loader.devices.report import ENTRY as GPUS
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.checks.finding import Case, Finding
-from coldframe.runtime.device_choice import AUTO, choose_device
-from coldframe.runtime.side_process import ask
-from coldframe.runtime.target import kernel_module
+from coldframe.runtime.machine.device_choice import AUTO, choose_device
+from coldframe.runtime.machine.side_process import ask
+from coldframe.runtime.planning.target import kernel_module
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.check import ENTRY as SNAPSHOTS
 from coldframe.snapshot.reach import may_reach_others

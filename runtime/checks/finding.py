@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError
-from coldframe.runtime.device_choice import AUTO
+from coldframe.runtime.machine.device_choice import AUTO
 
 __all__ = ["FAIL", "OK", "WARNING", "Case", "Finding"]
 

@@ -13,8 +13,8 @@ from coldframe.loader.errors import ColdframeError, DeviceFull, PlatformError
 from coldframe.loader.location import parse_location
 from coldframe.loader.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
-from coldframe.runtime.device_choice import CPU, choose_device
-from coldframe.runtime.target import GPU_OVERHEAD, Target
+from coldframe.runtime.machine.device_choice import CPU, choose_device
+from coldframe.runtime.planning.target import GPU_OVERHEAD, Target
 from coldframe.runtime.units import human_bytes
 from coldframe.snapshot.machine import cpu_here
 

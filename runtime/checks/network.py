@@ -14,7 +14,7 @@ from coldframe.loader.plan import Layout, Plan
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.gateway.listen import bind
 from coldframe.runtime.gateway.platforms.table import by_name, detect
-from coldframe.runtime.probe import probe
+from coldframe.runtime.machine.probe import probe
 from coldframe.runtime.units import human_bytes
 
 __all__ = ["port", "source"]

@@ -19,7 +19,7 @@ from coldframe.loader.errors import PlatformError
 from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.plan import Layout, Plan
 from coldframe.runtime.checks.finding import Case, Finding
-from coldframe.runtime.probe import probe_cold
+from coldframe.runtime.machine.probe import probe_cold
 from coldframe.runtime.units import human_bytes
 
 __all__ = ["cache_disk", "model_disk", "store_disk"]

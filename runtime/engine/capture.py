@@ -20,7 +20,7 @@ from torch import Tensor
 from coldframe.loader.devices.scratch import Scratch
 from coldframe.loader.errors import ColdframeError, DeviceError
 from coldframe.runtime.engine.torch_memory import TorchMemory
-from coldframe.runtime.tensors import tensor_over
+from coldframe.runtime.worker.tensors import tensor_over
 
 __all__ = ["Captured", "Capturer", "CudaCapturer", "Replay"]
 

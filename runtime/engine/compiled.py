@@ -20,8 +20,8 @@ from coldframe.runtime.engine.code_shape import LEAST_KEYS, MOST_KEYS, CodeShape
 from coldframe.runtime.engine.model import Model
 from coldframe.runtime.engine.traced import layer_tensors, logits_tensors
 from coldframe.runtime.engine.weights import Weights
-from coldframe.runtime.tensors import torch_dtypes
 from coldframe.runtime.units import first_line
+from coldframe.runtime.worker.tensors import torch_dtypes
 
 __all__ = ["Code", "CompiledSteps", "Runner", "Sized"]
 

@@ -18,7 +18,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector, CollectorRegistry
 
-from coldframe.runtime.frontstats import SHARED_PROCESSES, FrontStats
+from coldframe.runtime.endpoint.frontstats import SHARED_PROCESSES, FrontStats
 from coldframe.runtime.gateway.metrics import Histogram, Metrics, ModelNumbers
 
 __all__ = ["PREFIX", "render"]

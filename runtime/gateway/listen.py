@@ -11,7 +11,7 @@ import socket
 
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.gateway.platforms.table import by_name, detect
-from coldframe.runtime.guess import said
+from coldframe.runtime.start.guess import said
 
 TYPE_CHECKING = False  # `typing` itself is slow to import
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ class LoadState:
             nothing is held.
         device_why: Why there, where nobody has named it.
         contexts: Where the workers' contexts are while it is parked on a GPU; see
-            `coldframe.runtime.contexts.Contexts.status`.
+            `coldframe.runtime.replica.contexts.Contexts.status`.
     """
 
     phase: str = "starting"

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 # Imported by the first scrape.
 if TYPE_CHECKING:
-    from coldframe.runtime.frontstats import FrontStats
+    from coldframe.runtime.endpoint.frontstats import FrontStats
 
 __all__ = ["Histogram", "Metrics", "ModelNumbers", "RequestTrace"]
 

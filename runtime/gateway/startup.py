@@ -19,7 +19,7 @@
       "error": {"error", "what", "where", "expected", "got", "hint"} or null,
       "failures": how many replicas have died, one soon after the other,
       "queue": {"running": 0, "waiting": 3},
-      "timeline": the document of `coldframe.runtime.timeline.Timeline.to_json`, or null,
+      "timeline": the document of `coldframe.runtime.timeline.timeline.Timeline.to_json`, or null,
       "latest": {"stages" of the latest requests behind the start, in seconds from "began_ns" on,
         which is CLOCK_MONOTONIC},
       "policy": {"name", "why": what the schedule follows from, "idle_s": for how long nobody asks,

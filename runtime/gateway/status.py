@@ -72,7 +72,7 @@ class Status:
         return JsonResponse({"version": 1, "models": dict(zip(names, told, strict=True))})
 
     async def metrics(self, request: Request) -> Response:
-        from coldframe.runtime.frontstats import FrontStats
+        from coldframe.runtime.endpoint.frontstats import FrontStats
 
         models = self._engine.models.values()
         told = await asyncio.gather(*(_stats(model) for model in models))

@@ -10,12 +10,12 @@ from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.plan import Layout, Plan, Rank
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.machine.probe import Bandwidth, probe, probe_cold
 from coldframe.runtime.planning.law import Path
+from coldframe.runtime.planning.prediction import MemoryPrediction
 from coldframe.runtime.planning.rates import Rates
 from coldframe.runtime.planning.starts import replicas, starts
-from coldframe.runtime.prediction import MemoryPrediction
-from coldframe.runtime.probe import Bandwidth, probe, probe_cold
-from coldframe.runtime.target import Target
+from coldframe.runtime.planning.target import Target
 
 __all__ = ["Subject", "paths_of", "plan_document", "ranks_of"]
 

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.sources.base import Origin
-from coldframe.runtime.creating import store_of
-from coldframe.runtime.device_choice import kind_of
+from coldframe.runtime.frozen.creating import store_of
+from coldframe.runtime.machine.device_choice import kind_of
+from coldframe.runtime.machine.side_process import ask
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.side_process import ask
 from coldframe.snapshot.backend import MANIFESTS, OBJECTS
 from coldframe.snapshot.check import ENTRY
 from coldframe.snapshot.choose import choose

@@ -23,9 +23,9 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.loader.location import Peer, parse_location
 from coldframe.loader.opening import open_origin
 from coldframe.loader.plan import Layout, Plan
+from coldframe.runtime.machine.probe import probe
 from coldframe.runtime.planning.law import CACHES
 from coldframe.runtime.planning.nodes import PLACES, STATES, Node, NodeFacts
-from coldframe.runtime.probe import probe
 
 __all__ = ["WAIT_S", "ask_nodes", "facts_of"]
 

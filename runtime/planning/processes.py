@@ -18,8 +18,8 @@ from types import FrameType
 
 from coldframe.loader.errors import PlatformError
 from coldframe.loader.process import die_with_parent
+from coldframe.runtime.commands.own import coldframe_command
 from coldframe.runtime.gateway.platforms.table import PROFILES, SIGNS
-from coldframe.runtime.own_command import coldframe_command
 
 __all__ = ["bare_environment", "end_process", "held", "read_until", "start_process", "terminable"]
 

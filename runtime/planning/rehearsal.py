@@ -186,7 +186,8 @@ def worker_of(stages: Sequence[Mapping[str, Any]], ttft_s: float) -> Worker:
         PlatformError: Something is missing in it.
     """
     try:
-        head = next(s for s in stages if s["name"] == "prefill[head]")
+        # A replica whose gateway is up last has made a token for nobody before the client's.
+        head = max((s for s in stages if s["name"] == "prefill[head]"), key=lambda s: s["end_s"])
         name = head["process"]
         mine = {s["name"]: s for s in stages if s["process"] == name}
         first_byte = _first_byte_s(stages)
@@ -200,7 +201,7 @@ def worker_of(stages: Sequence[Mapping[str, Any]], ttft_s: float) -> Worker:
         layers: list[float] = []
         while f"prefill[{len(layers)}]" in mine:
             layers.append(_length(mine[f"prefill[{len(layers)}]"]))
-    except (KeyError, StopIteration) as error:
+    except (KeyError, ValueError) as error:
         raise PlatformError(
             "a rehearsal's timeline has no such stage", got=repr(error), where="the scale model"
         ) from error

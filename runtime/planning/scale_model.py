@@ -21,8 +21,8 @@ from typing import Any
 from coldframe.loader.companions import COMPANIONS
 from coldframe.loader.errors import CheckpointError, PlatformError, RequestError, SourceNotFound
 from coldframe.loader.sources.base import Origin
+from coldframe.runtime.checkpoints.safetensors_writer import TensorEntry, encode_header
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.safetensors_writer import TensorEntry, encode_header
 
 __all__ = ["ScaleModel", "write_scale_model"]
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.plan import Plan
-from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.spec import ModelSpec
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.planning.law import CACHES, Path, Worker, predict
 from coldframe.runtime.planning.rates import Rates
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.sources.base import Origin
-from coldframe.runtime.device_choice import CPU
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.planning.processes import end_process, read_until, start_process
 from coldframe.runtime.planning.scratch import scratch
 from coldframe.snapshot.model_key import ModelKey

@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from coldframe.loader.errors import RequestError, TransferRefused
 from coldframe.loader.transport.base import Ticket
-from coldframe.runtime.handoff import Handoff, Job
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 __all__ = ["KEY", "Given", "Taken"]
 
@@ -57,7 +57,7 @@ class Given:
         first: Tokens that the sender has made.
         seed: That they were drawn with; whoever goes on with it draws as the sender would have.
         fingerprint: Of the checkpoint whose weights made the KV.
-        kv_format: See `coldframe.runtime.prefix.kv_format`.
+        kv_format: See `coldframe.runtime.worker.prefix.kv_format`.
         ticket: For its KV; None where there is none, so that it has to be computed.
     """
 

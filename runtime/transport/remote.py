@@ -32,9 +32,9 @@ from coldframe.loader.timeline import Recorder
 from coldframe.loader.transport.base import Ticket
 from coldframe.loader.transport.secure import SecureSocket, dial, read_secret
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.handoff import Handoff
-from coldframe.runtime.loads import blocks_of
+from coldframe.runtime.replica.loads import blocks_of
 from coldframe.runtime.transport.base import Given
+from coldframe.runtime.worker.handoff import Handoff
 
 __all__ = ["BEAT_S", "MOST_MESSAGE", "PURPOSE", "SILENCE_S", "main"]
 
@@ -52,7 +52,7 @@ _PASSED_ON = ("tokens", "ack", "failed", "leaving")
 
 
 def main(control_fd: int, spawned_ns: int, first_ns: int) -> NoReturn:
-    """The process's entry; see `worker_process.main`."""
+    """The process's entry; see `worker.process.main`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     recorder = Recorder("worker")
     recorder.add("interpreter", spawned_ns, first_ns)

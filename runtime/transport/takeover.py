@@ -21,12 +21,12 @@ from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError,
 from coldframe.loader.peer_listener import listen
 from coldframe.loader.transport.base import parse_address
 from coldframe.loader.transport.secure import SecureSocket, read_secret, welcome
+from coldframe.runtime.endpoint.supervisor import Supervisor
 from coldframe.runtime.gateway.logs import Log
-from coldframe.runtime.handoff import Job
-from coldframe.runtime.router import TokenEvent
-from coldframe.runtime.supervisor import Supervisor
+from coldframe.runtime.replica.router import TokenEvent
 from coldframe.runtime.transport.base import Given
 from coldframe.runtime.transport.remote import BEAT_S, MOST_MESSAGE, PURPOSE, SILENCE_S
+from coldframe.runtime.worker.handoff import Job
 
 __all__ = ["Takeover", "open_listener"]
 

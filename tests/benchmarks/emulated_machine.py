@@ -55,7 +55,7 @@ def tell():
 
 
 def record():
-    from coldframe.runtime import graphing
+    from coldframe.runtime.graphs import graphing
     from tests.runtime.engine.recording import RecordingCapturer
 
     graphing.capturer_for = lambda *_: RecordingCapturer()

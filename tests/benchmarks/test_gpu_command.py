@@ -16,7 +16,7 @@ from coldframe.benchmarks.gpu.machine import FINGERPRINT
 from coldframe.benchmarks.gpu.model import DIRECTORY
 from coldframe.benchmarks.gpu.table import sections
 from coldframe.loader.errors import PlatformError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from tests.benchmarks.test_gpu_document import MACHINE
 
 SOON = 60.0

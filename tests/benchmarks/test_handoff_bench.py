@@ -14,9 +14,9 @@ import pytest
 from coldframe.benchmarks import handoff, handoff_ways
 from coldframe.benchmarks.document import SCHEMA
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 
 Make = Callable[..., Path]
 

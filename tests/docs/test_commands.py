@@ -15,7 +15,7 @@ import pytest
 
 from coldframe.benchmarks import command as bench
 from coldframe.runtime import cli
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 from tests.docs.commands import PAGES, ROOT, Block, Call, Line, blocks, calls, spans
 from tests.docs.elsewhere import REASONS, reason_for
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.runtime.stage_groups import GROUPS
+from coldframe.runtime.timeline.stage_groups import GROUPS
 from docs.pictures import ROWS, START, main
 from tests.benchmarks.report.drawn import a_timeline, cold, cold_cell
 from tests.docs.commands import ROOT

@@ -25,7 +25,7 @@ import httpx
 import psutil
 import pytest
 
-from coldframe.runtime.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
 from tests.docs.commands import ROOT, Block, Line, calls
 from tests.loader.web.hub_server import FakeHub, Repo
 from tests.loader.web.moto_server import KEY, SECRET, isolate, moto, upload

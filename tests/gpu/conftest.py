@@ -13,8 +13,8 @@ import pytest
 
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.errors import ColdframeError
-from coldframe.runtime.demo_model import DemoModel, write_demo_model
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import options
 
 _CLEAR_UP_S = 10.0

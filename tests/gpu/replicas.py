@@ -11,7 +11,7 @@ from typing import Any
 
 from coldframe.loader.wire import Channel
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.runtime.helpers import wait_for
 
 _ARRIVES_S = 6.0

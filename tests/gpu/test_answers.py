@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import arriving, began_while_loading, expected, logprobs, options
 from tests.runtime.helpers import Client, ask, finish, prompt_of
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.devices.cuda import CudaDevice
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import expected, options, pid_of
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 

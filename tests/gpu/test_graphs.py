@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import expected, options
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 

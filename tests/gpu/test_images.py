@@ -11,7 +11,7 @@ from coldframe.benchmarks.gpu.probes import answer
 from coldframe.benchmarks.gpu.report import LeftOut
 from coldframe.benchmarks.gpu.restored import ABLE, create
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import expected, options
 from tests.runtime.helpers import ask, finish, prompt_of
 

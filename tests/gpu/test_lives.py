@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import arriving, expect_kv_in_pieces, expected, options, pid_of
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 

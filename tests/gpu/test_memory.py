@@ -19,7 +19,7 @@ from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.wire import Channel
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import options
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 

@@ -64,7 +64,11 @@ def test_nothing_that_is_asked_for_is_missing(image: Image) -> None:
 
 def test_byte_code_is_there_and_asks_no_source(image: Image) -> None:
     site = site_of(image)
-    for source in ("coldframe/runtime/serve.py", "torch/nn/modules/module.py", "uvicorn/main.py"):
+    for source in (
+        "coldframe/runtime/commands/serve.py",
+        "torch/nn/modules/module.py",
+        "uvicorn/main.py",
+    ):
         path = site / source
         assert path.is_file()
         (compiled,) = (path.parent / "__pycache__").glob(f"{path.stem}.cpython-*.pyc")

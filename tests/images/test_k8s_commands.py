@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 
-from coldframe.runtime import flags
 from coldframe.runtime.cli import COMMANDS
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.commands.run import replica_options
+from coldframe.runtime.endpoint.served import named_models
+from coldframe.runtime.flags import parser as flags
+from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.flags.serve import settings_for
 from coldframe.runtime.gateway.platforms.table import Profile, by_name, detect
-from coldframe.runtime.run import replica_options
-from coldframe.runtime.serve_flags import settings_for
-from coldframe.runtime.served import named_models
 from tests.images.k8s import COMBINED, OVERLAYS, Pod, built, environment, one, ours, pods
 
 SETS = [*((name,) for name in OVERLAYS), *COMBINED]

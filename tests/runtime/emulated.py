@@ -36,7 +36,9 @@ def emulate(patch: pytest.MonkeyPatch, **faults: Any) -> None:
         faults: By role, `memory`, `worker` or `frozen` (one that is to be frozen, and its clones),
             what `install` is called with there.
     """
-    from coldframe.runtime import early, freezing, launch
+    from coldframe.runtime.frozen import freezing
+    from coldframe.runtime.replica import launch
+    from coldframe.runtime.start import early
 
     entries = (
         (early, "_MAIN", "memory"),
@@ -187,14 +189,14 @@ def _lost() -> Exception:
 
 def _capture_steps(graphs: str, lose_at_capture: str | None, lose_at_replay: bool) -> None:
     """Has workers capture what ATen is asked for (`tests/runtime/engine/recording.py`)."""
-    from coldframe.runtime import frozen_worker
-    from coldframe.runtime.decode_steps import DecodeSteps
+    from coldframe.runtime.frozen import worker as frozen_worker
+    from coldframe.runtime.worker.decode_steps import DecodeSteps
 
     really, really_warm = DecodeSteps.graphs, frozen_worker._warm
 
     def record() -> None:
         # Torch is there only now.
-        from coldframe.runtime import graphing
+        from coldframe.runtime.graphs import graphing
 
         sys.path.insert(0, _ROOT)
         from tests.runtime.engine.recording import RecordingCapturer
@@ -224,11 +226,11 @@ def _capture_steps(graphs: str, lose_at_capture: str | None, lose_at_replay: boo
         return really(steps)
 
     def warm(order: Any) -> Any:
-        from coldframe.runtime.lean_torch import import_torch
+        from coldframe.runtime.worker.lean_torch import import_torch
 
         import_torch()
         record()
-        from coldframe.runtime import graphing
+        from coldframe.runtime.graphs import graphing
 
         # What was written down keeps all that a step makes: an image is to have few of them.
         few = functools.partial(graphing.StepGraphs, limit=_FROZEN)
@@ -244,7 +246,7 @@ def _capture_graphs(counted: str, lose_at_replay: bool) -> None:
 
     See `tests/runtime/engine/emulated_capture.py`.
     """
-    from coldframe.runtime.decode_steps import DecodeSteps
+    from coldframe.runtime.worker.decode_steps import DecodeSteps
 
     really = DecodeSteps.graphs
 
@@ -252,7 +254,8 @@ def _capture_graphs(counted: str, lose_at_replay: bool) -> None:
         # Torch is there only now.
         from coldframe.loader.devices import open_device
         from coldframe.loader.devices.graph_calls import GraphCalls
-        from coldframe.runtime import graph_worker, graphing
+        from coldframe.runtime.graphs import graphing
+        from coldframe.runtime.graphs import worker as graph_worker
 
         sys.path.insert(0, _ROOT)
         from tests.runtime.engine.emulated_capture import EmulatedCapturer, launch

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import pytest
 
-from coldframe.runtime import early, launch
+from coldframe.runtime.replica import launch
+from coldframe.runtime.start import early
 
 _BREAKING = """
 import os, socket

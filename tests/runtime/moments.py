@@ -38,7 +38,7 @@ __all__ = ["MOMENTS", "Ask", "Scene", "Visitor"]
 
 _MODULES = {
     "memory": "coldframe.loader.service",
-    "worker": "coldframe.runtime.worker_process",
+    "worker": "coldframe.runtime.worker.process",
     "gateway": "coldframe.runtime.gateway.process",
     "template": "coldframe.runtime.gateway.template_process",
     "restorer": "coldframe.snapshot.restorer",

@@ -152,7 +152,7 @@ class Server:
 
     def worker(self, role: str) -> psutil.Process:
         """The process of the one worker that is `prefill` or `decode`; the first starts first."""
-        found = self._children("coldframe.runtime.worker_process")
+        found = self._children("coldframe.runtime.worker.process")
         # Both may have been started within one tick of the clock.
         prefill, decode = sorted(found, key=lambda process: (process.create_time(), process.pid))
         return prefill if role == "prefill" else decode

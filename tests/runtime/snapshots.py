@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from coldframe.snapshot import signing
 from coldframe.snapshot.manifest import Manifest
 from tests.runtime.helpers import prompt_of

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.runtime.emulated import emulate
 from tests.runtime.helpers import ask, expected, finish, prompt_of
 

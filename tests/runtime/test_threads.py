@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.runtime.helpers import ask, finish, prompt_of
 from tests.support import unavailable
 
@@ -30,7 +30,7 @@ import json, os, sys
 from pathlib import Path
 Path(sys.argv[3], "cgroup.procs").write_text(str(os.getpid()))
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.runtime.helpers import ask, finish, prompt_of
 with Replica(ReplicaOptions(model=sys.argv[1], run_dir=sys.argv[2])) as replica:
     finish(replica, ask(replica, prompt_of(300), 20))

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.errors import ReplicaError
+from coldframe.benchmarks.harness import evict_files
+from coldframe.loader.errors import PlatformError, ReplicaError
+from coldframe.loader.residency import cached_bytes
+from coldframe.snapshot import places
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.places import (
     default_store,
     expanded,
     images_are_there,
+    read_ahead,
     template_directory,
     templates,
 )
+from tests.runtime.snapshots import eventually
 from tests.support import unavailable
 
 
@@ -81,3 +86,51 @@ def test_a_store_without_a_manifest_has_no_images(tmp_path: Path) -> None:
     (tmp_path / "manifests" / "a.json").touch()
     assert images_are_there(str(tmp_path))
     assert images_are_there("s3://bucket/prefix")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    """A store of one image, of which nothing is in the page cache."""
+    for folder, size in (("manifests", 5000), ("objects", 3 << 20)):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "one.json").write_bytes(os.urandom(size))
+    _evict(tmp_path)
+    return tmp_path
+
+
+def _evict(store: Path) -> None:
+    try:
+        evict_files(store.glob("*/*"))
+    except PlatformError as error:
+        unavailable(str(error))
+
+
+def _cached(path: Path) -> bool:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        size = os.fstat(fd).st_size
+        return cached_bytes(fd, 0, size) >= size
+    finally:
+        os.close(fd)
+
+
+def test_a_small_image_is_on_its_way_before_it_is_asked_for(store: Path) -> None:
+    os.mkfifo(store / "objects" / "nobody-writes")  # and does not hold anybody up
+    (store / "objects" / "elsewhere").symlink_to("/dev/zero")
+    read_ahead(str(store))
+    eventually(lambda: _cached(store / "manifests" / "one.json"))
+    eventually(lambda: _cached(store / "objects" / "one.json"))
+
+
+def test_of_images_that_are_not_small_the_manifests_are(
+    store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(places, "_AHEAD_BYTES", 1 << 20)
+    read_ahead(str(store))
+    eventually(lambda: _cached(store / "manifests" / "one.json"))
+    assert not _cached(store / "objects" / "one.json")
+
+
+@pytest.mark.parametrize("store", ["s3://bucket/prefix", "/nowhere"])
+def test_nothing_is_read_ahead_where_nothing_lies(store: str) -> None:
+    read_ahead(store)

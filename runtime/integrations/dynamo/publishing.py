@@ -38,7 +38,7 @@ class LoadPublisher(Protocol):
 
 
 class KvEvents:
-    """Passes on the events of `coldframe.runtime.kvwatch`.
+    """Passes on the events of `coldframe.runtime.replica.kvwatch`.
 
     Args:
         publisher: Dynamo's.

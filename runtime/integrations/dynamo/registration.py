@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from coldframe.runtime.endpoint.supervisor import Supervisor
 from coldframe.runtime.options import BLOCK_TOKENS
-from coldframe.runtime.supervisor import Supervisor
 
 __all__ = ["registration_of"]
 

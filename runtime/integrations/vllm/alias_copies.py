@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from coldframe.loader.errors import CheckpointError
 from coldframe.loader.plan import Placement, Plan
 from coldframe.runtime.integrations.vllm.plain_copies import copy_all, span_of
-from coldframe.runtime.tensors import Memory, tensor_over, torch_dtypes
+from coldframe.runtime.worker.tensors import Memory, tensor_over, torch_dtypes
 
 __all__ = ["Copies", "Fate", "Reason", "Shown", "shown_tensor"]
 

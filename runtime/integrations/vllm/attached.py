@@ -62,7 +62,7 @@ class OwnMemory:
     """
 
     def __init__(self, options: LoadOptions) -> None:
-        from coldframe.runtime.early import MemoryProcess
+        from coldframe.runtime.start.early import MemoryProcess
 
         self._process = MemoryProcess()
         self._owner = Channel(self._process.socket)

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError, RequestError
 from coldframe.loader.timeline import Recorder, now
-from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.integrations.vllm.params import ENGINE, Asked, refusing
-from coldframe.runtime.vllm_spec import BLOCK_TOKENS, longest_in
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.replica.vllm_spec import BLOCK_TOKENS, longest_in
 
 if TYPE_CHECKING:
     from vllm import LLMEngine

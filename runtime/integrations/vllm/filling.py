@@ -36,7 +36,7 @@ from coldframe.runtime.integrations.vllm.alias_layers import (
     why_apart,
 )
 from coldframe.runtime.integrations.vllm.witness import Witness
-from coldframe.runtime.tensors import tensor_over
+from coldframe.runtime.worker.tensors import tensor_over
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from coldframe.runtime.prefix import kv_format
+from coldframe.runtime.worker.prefix import kv_format
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.spec import ModelSpec

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.runtime.handoff import Handoff
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.integrations.vllm.transfer import Mode, consume, prompt_of
+from coldframe.runtime.worker.handoff import Handoff
 
 __all__ = ["FirstToken", "FirstTokens"]
 

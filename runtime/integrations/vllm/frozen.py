@@ -17,10 +17,8 @@ from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
-from coldframe.runtime.device_choice import CPU
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.frozen_worker import awake, forget_standard_streams
-from coldframe.runtime.handoff import Job
+from coldframe.runtime.frozen.worker import awake, forget_standard_streams
 from coldframe.runtime.integrations.vllm import frozen_limits, frozen_memory
 from coldframe.runtime.integrations.vllm.attached import expect
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
@@ -28,7 +26,9 @@ from coldframe.runtime.integrations.vllm.frozen_groups import begin_groups, end_
 from coldframe.runtime.integrations.vllm.plugin import ask_for_tiles, register
 from coldframe.runtime.integrations.vllm.worker import Frozen, import_engine
 from coldframe.runtime.integrations.vllm.worker_process import work
-from coldframe.runtime.worker import Warm
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.worker.handoff import Job
+from coldframe.runtime.worker.worker import Warm
 from coldframe.snapshot.freeze import freeze_point
 from coldframe.snapshot.hooks import Hooks
 from coldframe.snapshot.privileges import shed
@@ -75,7 +75,7 @@ def _frozen(order: Mapping[str, Any]) -> Frozen:
     frozen_limits.check(order["arguments"])
     _no_semaphores()
     import_engine()
-    from coldframe.runtime.text import Tokenizer
+    from coldframe.runtime.worker.text import Tokenizer
 
     tokenizer = Tokenizer.load(order["arguments"]["model"])
     engine = _engine(order)

@@ -8,13 +8,13 @@ import time
 
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.loader.location import Directory, parse_location
-from coldframe.runtime.creating import prune
+from coldframe.runtime.flags.vllm import engine_settings, interpreter
+from coldframe.runtime.frozen.creating import prune
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
 from coldframe.runtime.integrations.vllm.frozen_key import told
 from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.runtime.units import human_bytes, human_seconds
-from coldframe.runtime.vllm_options import engine_settings, interpreter
-from coldframe.runtime.vllm_spec import VllmOptions
 from coldframe.snapshot.manifest import Manifest
 
 __all__ = ["create", "verify"]

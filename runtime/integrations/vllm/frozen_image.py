@@ -22,8 +22,8 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
 from coldframe.loader.timeline import now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.frozen_worker import room, weights_room
+from coldframe.runtime.frozen.oracle import OracleRun
+from coldframe.runtime.frozen.worker import room, weights_room
 from coldframe.runtime.integrations.vllm.engine import engine_arguments, longest_sequence
 from coldframe.runtime.integrations.vllm.environment import (
     ENGINE_ENVIRONMENT,
@@ -31,11 +31,11 @@ from coldframe.runtime.integrations.vllm.environment import (
 )
 from coldframe.runtime.integrations.vllm.frozen_key import asked_for, engine_variables
 from coldframe.runtime.integrations.vllm.frozen_limits import check
+from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.oracle import OracleRun
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.sizing import ModelFacts
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.sizing import ModelFacts
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.manifest import Manifest
 from coldframe.snapshot.model_key import ModelKey

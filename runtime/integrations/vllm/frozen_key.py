@@ -15,12 +15,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from coldframe.runtime.environment import without_secrets
 from coldframe.runtime.integrations.vllm.environment import (
     ENGINE_ENVIRONMENT,
     NOT_FOR_VLLM,
     SAMPLER_ENVIRONMENT,
 )
+from coldframe.runtime.start.environment import without_secrets
 
 __all__ = ["NAME", "asked_for", "engine_variables", "told"]
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from coldframe.loader.client import MemoryClient
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.integrations.vllm.kv_holds import Hold, Holds, domain_of
 from coldframe.runtime.integrations.vllm.kv_step import Report, Save
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally
 from coldframe.runtime.integrations.vllm.transfer import Outcome, Produce, handed
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 __all__ = ["KvOutgoing"]
 

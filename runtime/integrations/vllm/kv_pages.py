@@ -13,7 +13,7 @@ from coldframe.loader.client import KvArena
 from coldframe.loader.errors import ArenaError
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.options import BLOCK_TOKENS
-from coldframe.runtime.tensors import tensor_over, torch_dtypes
+from coldframe.runtime.worker.tensors import tensor_over, torch_dtypes
 
 __all__ = ["KvPages", "checksum"]
 

@@ -23,16 +23,16 @@ from coldframe.loader.errors import ReplicaError
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.transfer import (
     consume,
     produce,
     prompt_of,
     read_handed,
 )
-from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
-from coldframe.runtime.tensors import torch_dtypes
+from coldframe.runtime.replica.launch import Launch
+from coldframe.runtime.worker.handoff import Job
+from coldframe.runtime.worker.tensors import torch_dtypes
 
 __all__ = ["main"]
 

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import MAX_LOGPROBS, SamplingParams
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.transfer import Mode, mode_of
+from coldframe.runtime.worker.handoff import Job
 
 if TYPE_CHECKING:
     from coldframe.runtime.engine.sampling import Sampled

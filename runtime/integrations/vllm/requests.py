@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.runtime.engine.sequence import Emission, Sequence
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.engine import Engine, Made
 from coldframe.runtime.integrations.vllm.grammars import Grammars
 from coldframe.runtime.integrations.vllm.params import ask, sampled
 from coldframe.runtime.integrations.vllm.transfer import consume
-from coldframe.runtime.prompts import bounded
+from coldframe.runtime.worker.handoff import Handoff, Job
+from coldframe.runtime.worker.prompts import bounded
 
 if TYPE_CHECKING:
     from coldframe.runtime.integrations.vllm.worker import VllmWorker

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 __all__ = [
     "Consume",

@@ -1,14 +1,14 @@
 """A replica's decode worker whose engine is vLLM: hand-offs in, tokens out, as the native one.
 
-It speaks the protocol of `runtime/worker.py`, and makes text, stop strings and the end of an answer
-as all workers do (`runtime/engine/sequence.py`). A hand-off's KV is copied out of the arena by the
-KV connector; what is not there any more vLLM computes from the token ids. What only vLLM can serve
-comes as a `job`, before its prefill.
+It speaks the protocol of `runtime/worker/worker.py`, and makes text, stop strings and the end of an
+answer as all workers do (`runtime/engine/sequence.py`). A hand-off's KV is copied out of the arena
+by the KV connector; what is not there any more vLLM computes from the token ids. What only vLLM can
+serve comes as a `job`, before its prefill.
 
 An engine takes ten seconds and more to start, beside workers that answer meanwhile. So it is
 started by a thread of a low priority, which is a thread's own matter on Linux, and goes on in one
 that has the priority of all others. A clone has its engine already (`frozen`), and only has to get
-its weights. The process around all of it is `worker_process`'s.
+its weights. The process around all of it is `worker.process`'s.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from coldframe.loader.errors import DeviceFull, ReplicaError, RequestError, Snap
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.device_choice import CPU
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.integrations.vllm.plugin import LOAD_FORMAT
-from coldframe.runtime.prefix import kv_format
-from coldframe.runtime.vllm_memory import kv_that_fits
-from coldframe.runtime.worker import Warm, Worker
+from coldframe.runtime.machine.device_choice import CPU
+from coldframe.runtime.replica.vllm_memory import kv_that_fits
+from coldframe.runtime.worker.handoff import Handoff, Job
+from coldframe.runtime.worker.prefix import kv_format
+from coldframe.runtime.worker.worker import Warm, Worker
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import become
 
@@ -285,7 +285,7 @@ class VllmWorker(Worker):
         Raises:
             RequestError: It is none for this model, or too long.
         """
-        from coldframe.runtime.prompts import bounded, token_ids
+        from coldframe.runtime.worker.prompts import bounded, token_ids
 
         ids = token_ids(self, job)
         # vLLM gives KV as it is filled, and its context is what its KV has room for.
@@ -325,12 +325,6 @@ def import_engine() -> None:
             hint="Install vLLM there, or name another.",
         ) from error
     # Now: another user may not be let in where they are.
-    import coldframe.runtime.answer
-    import coldframe.runtime.engine.device_errors
-    import coldframe.runtime.engine.sequence
-    import coldframe.runtime.integrations.vllm.attached
-    import coldframe.runtime.integrations.vllm.engine
-    import coldframe.runtime.integrations.vllm.requests  # noqa: F401
 
 
 def _version() -> str:

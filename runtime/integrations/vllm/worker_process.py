@@ -12,8 +12,8 @@ from typing import NoReturn
 from coldframe.loader.errors import ColdframeError, MemoryServiceGone, ReplicaError
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
-from coldframe.runtime.cores import CORES, keep_to
 from coldframe.runtime.integrations.vllm.worker import Frozen, VllmWorker
+from coldframe.runtime.machine.cores import CORES, keep_to
 from coldframe.snapshot.identity import Identity
 from coldframe.snapshot.privileges import confine
 
@@ -24,7 +24,7 @@ _OOM_SCORE = 500
 
 
 def main(control_fd: int, spawned_ns: int, first_ns: int, user: str | None = None) -> NoReturn:
-    """The process's entry; see `worker_process.main`."""
+    """The process's entry; see `worker.process.main`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     recorder = Recorder("worker")
     recorder.add("interpreter", spawned_ns, first_ns)
@@ -48,7 +48,7 @@ def work(
     user: Identity | None = None,
     frozen: Frozen | None = None,
 ) -> NoReturn:
-    """A worker's whole life; it ends the process. See `worker_process.work`."""
+    """A worker's whole life; it ends the process. See `worker.process.work`."""
     try:
         _go_first()
         keep_to(os.environ.get(CORES))

@@ -17,7 +17,7 @@ from coldframe.benchmarks.cold.explain import (
     rest_timeline,
 )
 from coldframe.loader.timeline import Span
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.timeline.timeline import Timeline
 
 PROCESSES = ("front", "memory", "prefill-0")
 NAMES = ("imports", "weight_read", "prefill[0]", "prefill[1]", "tokenizer", "stage_ready[0]")

@@ -8,7 +8,7 @@ from typing import Any
 
 from coldframe.benchmarks.document import document, figure
 from coldframe.loader.timeline import Span
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.timeline.timeline import Timeline
 
 MODEL = {
     "path": '/models/<demo> & "näme"',

@@ -14,7 +14,7 @@ from coldframe.benchmarks.report.terminal import (
     show_waterfall,
     terminal_waterfall,
 )
-from coldframe.runtime.waterfall import rows_of
+from coldframe.runtime.timeline.waterfall import rows_of
 from tests.benchmarks.report import drawn
 
 

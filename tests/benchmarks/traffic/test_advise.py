@@ -18,7 +18,7 @@ from coldframe.benchmarks.traffic.played import PARKED_SHARE
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.benchmarks.traffic.times import DEFAULTS, of_plan, read_times
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 TIMES = Times(

@@ -8,7 +8,7 @@ import pytest
 from coldframe.benchmarks.traffic.simulate import Setup, simulate
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.benchmarks.traffic.traces import Arrival
-from coldframe.runtime.scaling import FixedKeepAlive, LivePolicy
+from coldframe.runtime.scaling.policies import FixedKeepAlive, LivePolicy
 
 TIMES = Times([4.0], [], [], [], Line(0, 0), Line(0, 0), "made up", beside=1.0)
 

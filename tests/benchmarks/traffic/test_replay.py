@@ -21,7 +21,7 @@ from coldframe.benchmarks.traffic.sharing import Shared, sharing, sharing_of_wei
 from coldframe.benchmarks.traffic.stages import Line, Times
 from coldframe.loader.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.flags.parser import Parser
 
 HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
 ONCE = ["starting", "warm"]

@@ -166,7 +166,7 @@ def test_what_makes_no_sense_is_refused_before_anything_starts(
 ) -> None:
     from coldframe.benchmarks.traffic import serve
     from coldframe.loader.errors import RequestError
-    from coldframe.runtime.flags import Parser
+    from coldframe.runtime.flags.parser import Parser
 
     parser = Parser()
     serve.add_arguments(parser)

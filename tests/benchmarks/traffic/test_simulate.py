@@ -13,7 +13,7 @@ from coldframe.benchmarks.traffic.simulate import Setup, Sharing, Takes, simulat
 from coldframe.benchmarks.traffic.stages import Draw, Line, Times
 from coldframe.benchmarks.traffic.traces import Arrival
 from coldframe.loader.errors import DeviceError, RequestError
-from coldframe.runtime.scaling import FixedKeepAlive, Level, LivePolicy, Schedule
+from coldframe.runtime.scaling.policies import FixedKeepAlive, Level, LivePolicy, Schedule
 
 TIMES = Times(
     fresh=[4.0],

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.graph_calls import Executable, GraphCalls
-from coldframe.runtime.tensors import tensor_over
+from coldframe.runtime.worker.tensors import tensor_over
 from tests.loader.devices.emulated_graphs import KernelCode, Launch
 from tests.runtime.engine.recording import _Call, _storage, _Writing
 

@@ -25,7 +25,7 @@ from coldframe.loader.devices.scratch import Scratch
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import DeviceError
 from coldframe.runtime.engine.capture import CudaCapturer
-from coldframe.runtime.graphing import capturer_for
+from coldframe.runtime.graphs.graphing import capturer_for
 from tests.loader.devices.emulator import Emulator
 
 MIB = 1 << 20

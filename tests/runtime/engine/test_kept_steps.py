@@ -23,8 +23,8 @@ from coldframe.loader.errors import DeviceLost
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.engine.graphs import StepGraphs
 from coldframe.runtime.engine.model import Model
-from coldframe.runtime.graph_archive import KeptSteps
-from coldframe.runtime.graph_lookup import REGIONS, Shelved
+from coldframe.runtime.graphs.archive import KeptSteps
+from coldframe.runtime.graphs.lookup import REGIONS, Shelved
 from coldframe.snapshot.graph_file import decode
 from coldframe.snapshot.graphs import GraphArchive, GraphFingerprint
 from tests.loader.devices.emulator import Emulator

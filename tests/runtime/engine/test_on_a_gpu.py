@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.nn.functional import scaled_dot_product_attention
 
-from coldframe.runtime import warmup
 from coldframe.runtime.engine import attention, sampling, trial
 from coldframe.runtime.engine.decode import Decoder
 from coldframe.runtime.engine.device import fetch
@@ -27,6 +26,7 @@ from coldframe.runtime.engine.saturation import SIZES, SaturationProbe
 from coldframe.runtime.engine.sequence import Sequence
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.varlen import WAYS, Varlen, Way
+from coldframe.runtime.worker import warmup
 from tests.runtime.engine.conftest import small_config
 from tests.runtime.engine.fake_gpu import GPU, Traffic, fake_gpu, real_zeros
 from tests.runtime.engine.test_prefill import Silent

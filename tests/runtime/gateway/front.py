@@ -21,12 +21,12 @@ from openai import OpenAI
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.timeline import Span
 from coldframe.loader.wire import Channel, Message
-from coldframe.runtime.frontstats import FrontStats
+from coldframe.runtime.endpoint.frontstats import FrontStats
 from coldframe.runtime.gateway.api import ModelCard
 from coldframe.runtime.gateway.listen import bind
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.settings import GatewaySettings
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.timeline.timeline import Timeline
 
 _MAIN = "import time; from coldframe.runtime.gateway.process import main; t = time.monotonic_ns(); "
 _END_S = 30.0

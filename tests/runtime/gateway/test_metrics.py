@@ -15,7 +15,7 @@ from prometheus_client import parser
 from prometheus_client.metrics_core import Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as strict_families
 
-from coldframe.runtime.frontstats import FrontStats
+from coldframe.runtime.endpoint.frontstats import FrontStats
 from coldframe.runtime.gateway.metrics import Metrics, RequestTrace
 
 OPENMETRICS = (

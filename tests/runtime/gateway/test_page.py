@@ -20,7 +20,7 @@ from coldframe.loader.timeline import Span
 from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.page import read_page
 from coldframe.runtime.gateway.startup import in_short, startup_document
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.timeline.timeline import Timeline
 from tests.runtime.gateway.browser import Backstage, chromium, until
 
 MS = 1_000_000

@@ -15,7 +15,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 
 from coldframe.loader.timeline import Span as Stage
 from coldframe.runtime.gateway.tracing import ColdStart, RequestRecord, Tracing, open_tracing
-from coldframe.runtime.timeline import Timeline
+from coldframe.runtime.timeline.timeline import Timeline
 from tests.runtime.gateway.collector import Collector, plain, running, values
 
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"

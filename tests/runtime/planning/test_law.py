@@ -162,5 +162,22 @@ def test_a_timeline_gives_the_workers_times() -> None:
         worker_of(stages[:3], 1.26)
 
 
+def test_a_token_for_nobody_is_not_the_clients() -> None:
+    """Where the gateway is up last the worker has answered itself by then."""
+    stages = [
+        span("weight_read", "memory", 0.1, 0.2),
+        span("stage_ready[0]", "memory", 0.2, 0.2),
+        span("ready", "prefill-0", 0.25, 0.25),
+    ]
+    for start, layer in ((0.25, 0.2), (1.0, 0.1)):
+        stages += [
+            span("prefill[embedding]", "prefill-0", start, start + 0.01),
+            span("prefill[0]", "prefill-0", start + 0.01, start + 0.01 + layer),
+            span("prefill[head]", "prefill-0", start + 0.01 + layer, start + 0.02 + layer),
+        ]
+    found = worker_of(stages, 1.15)
+    assert vars_of(found) == pytest.approx(vars_of(Worker(0.1, 1.0, 0.01, 0.1, 0.1, 0.01, 0.03)))
+
+
 def vars_of(worker: Worker) -> list[float]:
     return [getattr(worker, name) for name in Worker.__slots__]

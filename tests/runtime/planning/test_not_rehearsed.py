@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from coldframe.runtime import target
+from coldframe.runtime.planning import target
 from coldframe.runtime.planning.kept import Kept
 from coldframe.runtime.planning.rates import _gpu
-from coldframe.runtime.target import Target, kernel_module
+from coldframe.runtime.planning.target import Target, kernel_module
 from tests.support import without_settings
 
 Make = Callable[..., Path]
@@ -22,7 +22,7 @@ Make = Callable[..., Path]
 # As the command does it, but for the import of torch, of which other tests are.
 _PLAN = """
 import sys, tempfile
-from coldframe.runtime import plan_command
+from coldframe.runtime.commands import plan as plan_command
 from coldframe.runtime.cli import main
 plan_command._worker_start_s = lambda: 1.0
 tempfile._candidate_tempdir_list = lambda: sys.argv[1].split(":")

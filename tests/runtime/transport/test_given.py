@@ -11,8 +11,8 @@ import pytest
 from coldframe.loader.errors import ColdframeError, RequestError, TransferRefused
 from coldframe.loader.transport.base import Ticket, Way, new_token
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.transport.base import KEY, Given
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 PROMPT = tuple(range(100, 140))
 JOB = Job("r1", 2, SamplingParams(seed=7), prompt_ids=PROMPT, generated_ids=(5,))

@@ -9,9 +9,9 @@ import pytest
 from coldframe.loader.errors import ColdframeError, TransferRefused
 from coldframe.loader.transport.base import Ticket, Way, new_token
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.handoff import Handoff, Job
-from coldframe.runtime.router import Router, TokenEvent
+from coldframe.runtime.replica.router import Router, TokenEvent
 from coldframe.runtime.transport.base import Given
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 PROMPT = tuple(range(100))
 TICKET = Ticket(new_token(), "a", "f", "k", 10, 4, 100, 30.0, (Way("tcp", "h:1"),))

@@ -16,11 +16,11 @@ import psutil
 import pytest
 
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.runtime import worker_command
-from coldframe.runtime.flags import Parser
+from coldframe.runtime.commands import worker as worker_command
+from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions, TransferOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.scale_spec import DecodeSpec, Scale
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.scale_spec import DecodeSpec, Scale
 from coldframe.runtime.transport.takeover import open_listener
 from tests.runtime.helpers import ask, expected, finish, prompt_of, wait_for
 from tests.runtime.serving import COLDFRAME, Server

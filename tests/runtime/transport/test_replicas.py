@@ -13,8 +13,8 @@ import pytest
 from coldframe.loader.errors import TransferRefused
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions, TransferOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.scale_spec import Scale
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.scale_spec import Scale
 from coldframe.runtime.transport.base import Given
 from tests.runtime.helpers import Client, expected, finish, prompt_of, wait_for
 

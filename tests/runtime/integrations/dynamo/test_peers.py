@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.runtime.helpers import wait_for
 from tests.runtime.snapshots import eventually
 from tests.support import without_settings

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from tests.runtime.helpers import Client, ask, finish, prompt_of, wait_for
 
 Wish = dict[str, object]

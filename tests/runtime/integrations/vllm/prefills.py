@@ -22,12 +22,12 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.prefill import Prefiller
 from coldframe.runtime.engine.sequence import Sequence as Request
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.handoff import Handoff, Job
-from coldframe.runtime.kvpool import KvPool
-from coldframe.runtime.launch import Launch
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
-from coldframe.runtime.prefix import kv_format
-from coldframe.runtime.tensors import tensor_over, tensors_of, torch_dtypes
+from coldframe.runtime.replica.launch import Launch
+from coldframe.runtime.worker.handoff import Handoff, Job
+from coldframe.runtime.worker.kvpool import KvPool
+from coldframe.runtime.worker.prefix import kv_format
+from coldframe.runtime.worker.tensors import tensor_over, tensors_of, torch_dtypes
 
 
 class Silent:

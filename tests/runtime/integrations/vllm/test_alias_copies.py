@@ -12,7 +12,7 @@ from coldframe.loader.errors import CheckpointError
 from coldframe.loader.load_options import LoadOptions
 from coldframe.runtime.integrations.vllm.alias_copies import Copies, Shown
 from coldframe.runtime.integrations.vllm.attached import OwnMemory, attach, release
-from coldframe.runtime.tensors import tensors_of
+from coldframe.runtime.worker.tensors import tensors_of
 
 LAYER = "model.layers.0"
 

@@ -13,7 +13,7 @@ from coldframe.runtime.integrations.vllm.engine import engine_arguments
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
 from coldframe.runtime.integrations.vllm.frozen_limits import check, check_built
 from coldframe.runtime.options import SnapshotOptions
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 
 
 def of_a_replica(**given: Any) -> dict[str, Any]:

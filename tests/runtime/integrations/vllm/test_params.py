@@ -9,9 +9,9 @@ import pytest
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.params import ask, own_way, sampled
 from coldframe.runtime.integrations.vllm.transfer import mode_of
+from coldframe.runtime.worker.handoff import Job
 
 PROMPT, EOS = (11, 12, 13), (2,)
 

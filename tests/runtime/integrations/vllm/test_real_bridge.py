@@ -12,9 +12,9 @@ import pytest
 
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.router import SILENCE_S
-from coldframe.runtime.vllm_spec import BLOCK_TOKENS, VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.router import SILENCE_S
+from coldframe.runtime.replica.vllm_spec import BLOCK_TOKENS, VllmOptions
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.integrations.vllm.bridges import (
     PROMPTS,

@@ -127,7 +127,7 @@ def test_who_waits_for_an_engine_that_never_comes_up_is_told_so(
     model = demo_model()
     python = python_that_fails(tmp_path, times=3)
     flags = ("--decode", "vllm", "--vllm-kv", "64MiB", "--kv-memory", "64MiB")
-    soon = {"coldframe.runtime.comebacks.AGAIN_S": 0.1}
+    soon = {"coldframe.runtime.replica.comebacks.AGAIN_S": 0.1}
     body = {"prompt": TEXTS[0], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
     with (
         served(model, *flags, "--vllm-python", python, front=soon) as server,

@@ -21,8 +21,8 @@ from coldframe.loader.errors import NoImage, SnapshotError
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.criu import Criu
 from coldframe.snapshot.identity import Identity

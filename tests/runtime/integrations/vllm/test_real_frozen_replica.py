@@ -15,8 +15,8 @@ import pytest
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.snapshot.criu import Criu
 from tests.runtime.helpers import Client, ask, finish, wait_for
 from tests.runtime.integrations.vllm.bridges import (

@@ -12,9 +12,9 @@ import pytest
 from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.grammars import _AT_ONCE, _MOST, Grammars
 from coldframe.runtime.integrations.vllm.params import ENGINE, ask
+from coldframe.runtime.worker.handoff import Job
 from tests.runtime.helpers import prompt_of
 from tests.runtime.integrations.vllm.hosts import host
 

@@ -27,8 +27,8 @@ from pathlib import Path
 model, runs, group, alone = sys.argv[1:]
 Path(group, "cgroup.procs").write_text(str(os.getpid()))
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 alone = alone == "True"
 vllm = VllmOptions(alone=alone, kv_bytes=4 << 30)

@@ -16,8 +16,8 @@ from coldframe.loader.errors import UnsupportedModel
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.vllm_spec import VllmOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.vllm_spec import VllmOptions
 from tests.runtime.gateway.chat_templates import TEMPLATES
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of
 from tests.runtime.integrations.vllm.hosts import host

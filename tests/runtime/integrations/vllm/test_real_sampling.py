@@ -14,12 +14,12 @@ import pytest
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.environment import SAMPLER_ENVIRONMENT
 from coldframe.runtime.integrations.vllm.params import ENGINE, ask, refusing, sampled
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
-from coldframe.runtime.text import Tokenizer
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.worker.handoff import Job
+from coldframe.runtime.worker.text import Tokenizer
 from tests.runtime.helpers import Client, finish, prompt_of
 from tests.runtime.integrations.vllm.hosts import Host, host
 

@@ -12,7 +12,7 @@ import botocore.session
 import pytest
 
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica import Replica
+from coldframe.runtime.replica.replica import Replica
 from tests.loader.web.moto_server import isolate, moto, upload
 from tests.loader.web.servers import nginx
 from tests.runtime.helpers import ask, expected, finish, wait_for

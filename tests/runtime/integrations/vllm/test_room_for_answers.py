@@ -13,14 +13,14 @@ from coldframe.loader.errors import RequestError
 from coldframe.runtime.engine.foreign import foreign_spec
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.engine import Engine
 from coldframe.runtime.integrations.vllm.params import Asked
 from coldframe.runtime.integrations.vllm.requests import Requests
 from coldframe.runtime.integrations.vllm.worker import VllmWorker
-from coldframe.runtime.prompts import bounded
-from coldframe.runtime.text import Tokenizer
-from coldframe.runtime.vllm_spec import BLOCK_TOKENS, VllmOptions
+from coldframe.runtime.replica.vllm_spec import BLOCK_TOKENS, VllmOptions
+from coldframe.runtime.worker.handoff import Handoff, Job
+from coldframe.runtime.worker.prompts import bounded
+from coldframe.runtime.worker.text import Tokenizer
 
 CONTEXT = 2048
 

@@ -10,9 +10,9 @@ import torch
 from coldframe.loader.errors import ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.sampling import SampleInput, sample
-from coldframe.runtime.handoff import Job
 from coldframe.runtime.integrations.vllm.params import ask
 from coldframe.runtime.integrations.vllm.sampler_rows import Row, Rows, row_of
+from coldframe.runtime.worker.handoff import Job
 
 VOCAB = 500
 ASKED = {

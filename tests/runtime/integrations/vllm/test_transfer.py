@@ -11,7 +11,6 @@ from coldframe.loader.errors import ReplicaError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.engine.structure import Structure
-from coldframe.runtime.handoff import Handoff, Job
 from coldframe.runtime.integrations.vllm.fingerprint import (
     Fingerprint,
     differences,
@@ -34,6 +33,7 @@ from coldframe.runtime.integrations.vllm.transfer import (
     prompt_of,
     read_handed,
 )
+from coldframe.runtime.worker.handoff import Handoff, Job
 
 MINE = Fingerprint(
     *("model", "BF16", "form", 4, 2, 32, "theta=1"),

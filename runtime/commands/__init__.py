@@ -1,0 +1,1 @@
+"""The subcommands of `coldframe`, each with its `add_arguments` and `run`."""

@@ -1,0 +1,1 @@
+"""Models behind one gateway: each started when it is asked, watched, and let go again."""

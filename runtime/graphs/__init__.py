@@ -1,0 +1,1 @@
+"""Captured decode steps, kept from one start to the next."""

@@ -1,0 +1,1 @@
+"""Who is warm, parked or at zero, and when: policies, and who gets what is scarce."""

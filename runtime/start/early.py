@@ -1,0 +1,102 @@
+"""The very first step of a cold start: processes that need nothing from the command line.
+
+The memory service, and where there are images the process that restores them. What to load and
+what to restore follows over their sockets. So their interpreters start while the front still reads
+its arguments. The imports here are few for that reason.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from time import monotonic_ns
+
+from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
+from coldframe.runtime.start.environment import without_secrets
+from coldframe.runtime.start.guess import said
+from coldframe.snapshot.places import default_store, expanded, images_are_there
+from coldframe.snapshot.restorer_process import RestorerProcess
+
+__all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
+
+_MAIN = (
+    "from coldframe.loader.service import main; "
+    "from coldframe.snapshot.contexts import open_contexts; "
+    "main(3, sys.argv[1], int(sys.argv[2]), first_ns, open_contexts)"
+)
+_GATEWAY = "from coldframe.runtime.gateway.process import main; main(3, int(sys.argv[1]), first_ns)"
+
+
+class MemoryProcess:
+    """A memory service that has not been told yet what to load.
+
+    Args:
+        parent: Where the run directory is made; None chooses.
+
+    Raises:
+        PlatformError: The process or the run directory cannot be made.
+    """
+
+    def __init__(self, parent: str | None = None) -> None:
+        self.started_ns = monotonic_ns()
+        self.run_dir, self.lock = make_run_dir(parent)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.child: Child = spawn_python(
+                _MAIN,
+                [self.run_dir, str(self.started_ns)],
+                theirs.fileno(),
+                dict(os.environ),
+                site_packages=False,
+            )
+        except BaseException:
+            ours.close()
+            remove_run_dir(self.run_dir)
+            os.close(self.lock)
+            raise
+        finally:
+            theirs.close()
+        self.socket = ours
+        self.spawned_ns = monotonic_ns()
+
+
+class GatewayProcess:
+    """A gateway that has not been told yet where it listens and what it serves.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+
+    def __init__(self) -> None:
+        self.started_ns = monotonic_ns()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.child: Child = spawn_python(
+                _GATEWAY, [str(self.started_ns)], theirs.fileno(), without_secrets()
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.socket = ours
+        self.spawned_ns = monotonic_ns()
+
+
+def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
+    """One where it looks as if it were wanted: a guess, since nothing has been parsed yet.
+
+    Args:
+        arguments: The command's, as they are.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+    mode = said(arguments, "--snapshot") or "auto"
+    store = said(arguments, "--snapshot-store") or default_store()
+    if mode == "off":
+        return None
+    if mode not in ("auto", "require"):
+        store = mode
+    store = expanded(store)
+    return RestorerProcess(store=store) if images_are_there(store) else None

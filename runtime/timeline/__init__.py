@@ -1,0 +1,1 @@
+"""What happened in a start, from all processes: the critical path, and its pictures."""

@@ -1,0 +1,1 @@
+"""A worker: prompts computed, tokens decoded, KV held and handed on."""

@@ -15,7 +15,6 @@ import pytest
 from coldframe.runtime.cli import COMMANDS
 from coldframe.runtime.commands.run import replica_options
 from coldframe.runtime.endpoint.served import named_models
-from coldframe.runtime.flags import parser as flags
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.flags.serve import settings_for
 from coldframe.runtime.gateway.platforms.table import Profile, by_name, detect
@@ -99,7 +98,7 @@ def _read_somewhere() -> set[str]:
     """Variables that our code names."""
     found: set[str] = set()
     for folder in ("loader", "snapshot", "runtime"):
-        for path in (Path(flags.__file__).parents[1] / folder).rglob("*.py"):
+        for path in (ROOT / folder).rglob("*.py"):
             found |= set(re.findall(r'"(COLDFRAME_[A-Z_0-9]+)"', path.read_text()))
     return found
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from coldframe.benchmarks.servers import coldframe_server, free_port
 from coldframe.loader.transport.nixl import nixl_package
-from coldframe.loader.transport.secure import SECRET
+from coldframe.loader.transport.secret import SECRET
 from coldframe.runtime.options import TransferOptions
 
 __all__ = ["decode_host", "lacks_nixl", "transfer_by"]

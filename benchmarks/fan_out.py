@@ -24,7 +24,7 @@ from coldframe.benchmarks.harness import Row, print_rows, warm_page_cache
 from coldframe.benchmarks.hosts import Host, Network, hosts
 from coldframe.benchmarks.http_client import Connection, completion, token_ids
 from coldframe.benchmarks.servers import Server, coldframe_at
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags.parser import Parser
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from coldframe.benchmarks.machine import fingerprint
 from coldframe.benchmarks.within import run_within
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.loader.residency import cached_bytes
 from coldframe.runtime.commands.own import coldframe_command
 
 __all__ = [

@@ -20,9 +20,9 @@ from typing import Any
 from coldframe.benchmarks.harness import Row, evict_files, print_rows, warm_page_cache, words
 from coldframe.benchmarks.loaders import load_once
 from coldframe.benchmarks.nginx import BUCKET, serve
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.sealing import seal_checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.loader.sealing import seal_checkpoint
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.runtime.flags.parser import Parser
 

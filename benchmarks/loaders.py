@@ -41,7 +41,7 @@ def touch(tensors):
 """
 
 _COLDFRAME = """
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.start.early import MemoryProcess
 from coldframe.loader.process import remove_run_dir
 from coldframe.loader.wire import Channel

@@ -19,7 +19,7 @@ from pathlib import Path
 from coldframe.benchmarks.harness import Row, print_rows, warm_page_cache
 from coldframe.benchmarks.http_client import Connection, completion, knock
 from coldframe.benchmarks.servers import coldframe_server
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.runtime.flags.parser import Parser
 

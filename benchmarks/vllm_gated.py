@@ -30,7 +30,7 @@ from typing import Any
 from coldframe.benchmarks.harness import Row, chosen, print_rows, warm_page_cache
 from coldframe.benchmarks.within import run_within
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.loader.throttle import Throttle
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory

@@ -21,7 +21,7 @@ from typing import Any
 from coldframe.benchmarks.harness import Row, chosen, print_rows, warm_page_cache
 from coldframe.benchmarks.load import evict
 from coldframe.loader.errors import PlatformError, RequestError
-from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT

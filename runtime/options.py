@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from coldframe.loader.errors import DeviceError, RequestError
-from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.kv.options import KvStoreOptions
 from coldframe.loader.transport.base import DEFAULT_WAYS
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.replica.scale_spec import Scale
@@ -106,14 +106,14 @@ class ReplicaOptions:
     """One model on one machine.
 
     Args:
-        model: A checkpoint's directory, or another place that has it (`loader.location`).
+        model: A checkpoint's directory, or another place that has it (`loader.sources.location`).
         sources: Places to load from before that one is tried.
         copy: Never map weight files in place.
         cache: A directory that keeps what comes over a network; None keeps nothing.
         cache_bytes: How much it may keep.
         peers: `HOST:PORT` of nodes to take the weights from before any other place, if they have
             them.
-        peers_from: Where more of them are found; see `loader.peer_directory`.
+        peers_from: Where more of them are found; see `loader.peers.directory`.
         peer_readers: How many may take the weights from here at once.
         serve_peers: `HOST:PORT` where the weights are given to peers; None gives none.
         verify: Hold the weights against the checkpoint's seal, where it has one.

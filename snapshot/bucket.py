@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from coldframe.loader.errors import ColdframeError, SnapshotError, SourceNotFound
-from coldframe.loader.location import S3
+from coldframe.loader.sources.location import S3
 from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.ranges import RangeReader
 from coldframe.loader.web.s3 import S3Address

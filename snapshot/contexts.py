@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from coldframe.loader.contextdesk import Contexts
     from coldframe.loader.devices.base import Device
+    from coldframe.loader.memory_service.contextdesk import Contexts
 
 __all__ = ["open_contexts"]
 

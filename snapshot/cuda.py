@@ -21,7 +21,6 @@ from contextlib import suppress
 from typing import Any
 
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.contextdesk import LOCK_S, Frozen
 from coldframe.loader.devices.checkpoint_calls import CheckpointCalls, ProcessState
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.driver_errors import code_of
@@ -33,6 +32,7 @@ from coldframe.loader.errors import (
     NoCheckpoint,
     ReplicaError,
 )
+from coldframe.loader.memory_service.contextdesk import LOCK_S, Frozen
 from coldframe.snapshot.gpu_pairs import KERNEL_GPUS, gpu_pairs, hidden_gpus
 
 __all__ = ["CONTEXT_BYTES", "Checkpoints", "Frozen", "LOCK_S"]

@@ -62,7 +62,11 @@ class ModelKey(NamedTuple):
             SourceError: A file is missing or cannot be read.
         """
         # A restore compares keys that were computed elsewhere, and does without these.
-        from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
+        from coldframe.loader.checkpoints.checkpoint import (
+            Checkpoint,
+            read_config,
+            read_generation_config,
+        )
         from coldframe.loader.files import read_whole
 
         root = os.fspath(directory)

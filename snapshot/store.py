@@ -302,7 +302,7 @@ def open_store(location: str, *, key: bytes | None = None) -> Store:
             expected="a directory or s3://bucket/prefix",
             hint="Name a place that can be written.",
         )
-    from coldframe.loader.location import S3, parse_location
+    from coldframe.loader.sources.location import S3, parse_location
     from coldframe.snapshot.bucket import BucketBackend
 
     place = parse_location(location)

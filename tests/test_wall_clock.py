@@ -20,11 +20,11 @@ CLOCKS = {
 FOR_PEOPLE = "people read it"
 AGES = "the age of something on a disk that outlives processes and reboots"
 ALLOWED = {
-    "loader/cache_folder.py": AGES,
-    "loader/kvdisk.py": AGES,
-    "loader/kvfetch.py": AGES,
-    "loader/kvstore.py": AGES,
-    "loader/peer_http.py": "an HTTP date",
+    "loader/disk_cache/folder.py": AGES,
+    "loader/kv/disk.py": AGES,
+    "loader/kv/fetch.py": AGES,
+    "loader/kv/store.py": AGES,
+    "loader/peers/http.py": "an HTTP date",
     "loader/web/http.py": "Retry-After may be a date; patience, which has another clock, bounds it",
     "runtime/batch/batch.py": "OpenAI's `created`",
     "runtime/checks/kernel.py": "whether it is right is what is looked into",

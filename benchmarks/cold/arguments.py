@@ -170,9 +170,9 @@ def about(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _model(path: Path) -> dict[str, Any]:
-    from coldframe.loader.checkpoint import Checkpoint
-    from coldframe.loader.layouts import Layout
-    from coldframe.loader.plan import Plan
+    from coldframe.loader.checkpoints.checkpoint import Checkpoint
+    from coldframe.loader.checkpoints.layouts import Layout
+    from coldframe.loader.checkpoints.plan import Plan
     from coldframe.loader.sources.directory import DirectoryOrigin
     from coldframe.runtime.engine.spec import ModelSpec
 

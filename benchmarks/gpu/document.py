@@ -12,8 +12,8 @@ from typing import Any
 
 from coldframe.benchmarks.gpu.budget import Outcome
 from coldframe.benchmarks.harness import Row
+from coldframe.loader.checkpoints.whole_file import write_whole
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.whole_file import write_whole
 
 __all__ = ["FORMAT", "build", "file_name", "problems", "read", "succeeded", "write"]
 

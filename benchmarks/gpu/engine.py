@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from coldframe.loader.arena import KV_BASE, SCRATCH_BASE, WEIGHTS_BASE
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.vmm import DeviceReservation
-from coldframe.loader.plan import Layout, Plan
 from coldframe.runtime.engine import varlen
 from coldframe.runtime.engine.batch import Chunk
 from coldframe.runtime.engine.capture import Capturer

@@ -13,12 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from coldframe.benchmarks.gpu.bare import host_buffer, move
+from coldframe.loader.checkpoints.plan import Extent, Plan
 from coldframe.loader.devices.buffers import Buffer
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import ColdframeError, PlatformError
-from coldframe.loader.plan import Extent, Plan
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.direct import BLOCK
 

@@ -25,7 +25,8 @@ from coldframe.benchmarks.gpu.feeding import ConnectedRing, Feed, MemorySource, 
 from coldframe.benchmarks.gpu.model import MODEL
 from coldframe.benchmarks.gpu.report import LeftOut, Report, Setting
 from coldframe.benchmarks.harness import Row, evict_files, warm_page_cache
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
@@ -33,7 +34,6 @@ from coldframe.loader.devices.parked import stretches_of
 from coldframe.loader.devices.pinned import PinnedWeights
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import DeviceError, PlatformError
-from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.direct import BLOCK
 from coldframe.loader.sources.file import FileSource

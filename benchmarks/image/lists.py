@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coldframe.loader.residency import cached_bytes
+from coldframe.loader.checkpoints.residency import cached_bytes
 
 __all__ = ["FORMATS", "File", "cached", "drop_from_cache", "estargz", "kept", "plain", "soci"]
 

@@ -33,7 +33,7 @@ from coldframe.benchmarks.traffic.stages import StartTier, Times
 from coldframe.benchmarks.traffic.times import DEFAULT_CONTEXT, DEFAULTS, predicted, read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
 from coldframe.benchmarks.traffic.traces import scaled, token_scale
-from coldframe.loader.checkpoint import read_config
+from coldframe.loader.checkpoints.checkpoint import read_config
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.machine.device_choice import CPU

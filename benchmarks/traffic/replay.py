@@ -45,7 +45,7 @@ from coldframe.benchmarks.traffic.times import read_times
 from coldframe.benchmarks.traffic.trace_flags import add_trace_arguments, chosen_trace
 from coldframe.benchmarks.traffic.traces import Arrival, scaled, token_scale
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import read_config
+from coldframe.loader.checkpoints.checkpoint import read_config
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.machine.device_choice import CPU

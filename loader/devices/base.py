@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from coldframe.loader.arena import Segment
+from coldframe.loader.checkpoints.extents import Extent
+from coldframe.loader.checkpoints.plan import Layout
 from coldframe.loader.devices.parked import ParkedWeights, Stretch
 from coldframe.loader.errors import ColdframeError
-from coldframe.loader.extents import Extent
 from coldframe.loader.memory import Memory
-from coldframe.loader.plan import Layout
 from coldframe.loader.sources.base import Source
 
 __all__ = ["Arena", "Arrived", "Device", "DeviceReport", "Landing", "Mapping", "Stretches"]

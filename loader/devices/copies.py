@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from coldframe.loader.extents import Extent, Run
+from coldframe.loader.checkpoints.extents import Extent, Run
 
 __all__ = ["Copy", "copies_of"]
 

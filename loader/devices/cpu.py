@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 
 from coldframe.loader.arena import Reservation
 from coldframe.loader.cgroup import memory_available
+from coldframe.loader.checkpoints.extents import Extent
 from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.host_arena import HostArena
 from coldframe.loader.devices.parked import StayingWeights, Stretch
 from coldframe.loader.errors import DeviceFull
-from coldframe.loader.extents import Extent
-from coldframe.loader.placing import Placer
+from coldframe.loader.loads.placing import Placer
 from coldframe.loader.sources.base import Source
 
 __all__ = ["CpuDevice", "HostLanding"]

@@ -12,6 +12,8 @@ from contextlib import suppress
 from typing import Any
 
 from coldframe.loader.cgroup import memory_available
+from coldframe.loader.checkpoints.extents import Extent
+from coldframe.loader.checkpoints.plan import Layout
 from coldframe.loader.devices.base import Arena, Arrived, DeviceReport
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
@@ -22,8 +24,6 @@ from coldframe.loader.devices.ring import Ring
 from coldframe.loader.devices.scratch import Scratch
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceError, DeviceFull
-from coldframe.loader.extents import Extent
-from coldframe.loader.plan import Layout
 from coldframe.loader.sources.base import Source
 
 __all__ = ["CudaDevice"]

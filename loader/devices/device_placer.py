@@ -6,10 +6,10 @@ where they belong, and they are there some time after `fetch` has come back.
 
 from __future__ import annotations
 
+from coldframe.loader.checkpoints.extents import Extent
 from coldframe.loader.devices.base import Arrived
 from coldframe.loader.devices.copies import copies_of
 from coldframe.loader.devices.transfer import Transfer
-from coldframe.loader.extents import Extent
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.direct import BLOCK
 

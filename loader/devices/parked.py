@@ -9,8 +9,8 @@ from collections.abc import Callable
 from typing import Protocol
 
 from coldframe.loader.arena import Segment
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.memory import Memory, copy
-from coldframe.loader.plan import Plan
 
 __all__ = ["Check", "ParkableMemory", "ParkedWeights", "StayingWeights", "Stretch", "stretches_of"]
 

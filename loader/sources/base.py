@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from coldframe.loader.checkpoint import Shard
+    from coldframe.loader.checkpoints.checkpoint import Shard
 
 __all__ = ["SEALED", "Origin", "ShardFile", "Source"]
 

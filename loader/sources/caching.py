@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 
-from coldframe.loader.cache_writer import CacheWriter
+from coldframe.loader.disk_cache.writer import CacheWriter
 from coldframe.loader.sources.base import Source
 
 __all__ = ["CachingSource"]

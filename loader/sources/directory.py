@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from coldframe.loader.errors import CheckpointError
 from coldframe.loader.files import open_regular, pread_exactly, read_whole, source_error, version_of
-from coldframe.loader.location import MODEL_FORMS
+from coldframe.loader.sources.location import MODEL_FORMS
 
 if TYPE_CHECKING:
-    from coldframe.loader.checkpoint import Shard
+    from coldframe.loader.checkpoints.checkpoint import Shard
     from coldframe.loader.sources.file import FileSource
 
 __all__ = ["DirectoryOrigin"]

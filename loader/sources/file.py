@@ -10,10 +10,10 @@ import signal
 import threading
 from collections.abc import Sequence
 
-from coldframe.loader.checkpoint import Shard
+from coldframe.loader.checkpoints.checkpoint import Shard
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.loader.errors import SourceChanged, SourceDenied, SourceError, SourceNotFound
 from coldframe.loader.files import version_of
-from coldframe.loader.residency import cached_bytes
 from coldframe.loader.sources.direct import BLOCK, congruent, cut, open_direct
 
 __all__ = ["FileSource"]

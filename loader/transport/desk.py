@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.connection import Connection
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError, TransferRefused
-from coldframe.loader.kvdesk import KvDesk
-from coldframe.loader.ledger import Blocks
+from coldframe.loader.kv.ledger import Blocks
+from coldframe.loader.kv.runs import runs_of
+from coldframe.loader.memory_service.connection import Connection
+from coldframe.loader.memory_service.kvdesk import KvDesk
 from coldframe.loader.transport.base import (
     DEFAULT_WAYS,
     Ticket,
@@ -26,12 +27,11 @@ from coldframe.loader.transport.base import (
     host_id,
     new_token,
     parse_address,
-    runs_of,
 )
 from coldframe.loader.transport.giver import Giver
 from coldframe.loader.transport.offers import Offer, Offers
 from coldframe.loader.transport.registry import OpenTaker, check_names, open_takers
-from coldframe.loader.transport.secure import read_secret
+from coldframe.loader.transport.secret import read_secret
 from coldframe.loader.transport.takes import Take, TakeThreads, ways_from
 from coldframe.loader.wire import MAX_FDS
 
@@ -404,7 +404,7 @@ def _holder(token: str) -> str:
 
 
 def _bound(host: str, port: int, where: str) -> socket.socket:
-    from coldframe.loader.peer_listener import listen
+    from coldframe.loader.peers.listener import listen
 
     try:
         return listen(host, port)

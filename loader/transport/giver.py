@@ -30,8 +30,9 @@ from coldframe.loader.errors import (
     TransferRefused,
 )
 from coldframe.loader.memory import borrowed
+from coldframe.loader.transport.handshake import welcome
 from coldframe.loader.transport.offers import Offer, Offers
-from coldframe.loader.transport.secure import SecureSocket, welcome
+from coldframe.loader.transport.secure import SecureSocket
 
 __all__ = ["PURPOSE", "Giver"]
 

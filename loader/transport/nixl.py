@@ -22,11 +22,12 @@ from typing import Any
 
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
+from coldframe.loader.kv.runs import Run, stretches_of
 from coldframe.loader.packages import add_site_packages
-from coldframe.loader.transport.base import Run, Ticket, Way, parse_address
+from coldframe.loader.transport.base import Ticket, Way, parse_address
 from coldframe.loader.transport.giver import PURPOSE
-from coldframe.loader.transport.secure import SecureSocket, dial
-from coldframe.loader.transport.shared import stretches_of
+from coldframe.loader.transport.handshake import dial
+from coldframe.loader.transport.secure import SecureSocket
 from coldframe.loader.transport.tcp import has_ended
 
 __all__ = ["NixlAgent", "NixlTaker", "nixl_package"]

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from coldframe.loader.arena import Segment
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, ReplicaError, TransferBroken, TransferRefused
-from coldframe.loader.transport.base import Run, Ticket, Way, host_id
+from coldframe.loader.kv.runs import Run
+from coldframe.loader.transport.base import Ticket, Way, host_id
 from coldframe.loader.wire import Channel, Message
 
 __all__ = ["SharedTaker"]

@@ -12,11 +12,12 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coldframe.loader.connection import Connection
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
-from coldframe.loader.ledger import Blocks
-from coldframe.loader.transport.base import Run, Taker, Ticket, Way
+from coldframe.loader.kv.ledger import Blocks
+from coldframe.loader.kv.runs import Run
+from coldframe.loader.memory_service.connection import Connection
+from coldframe.loader.transport.base import Taker, Ticket, Way
 
 __all__ = ["Take", "TakeThreads", "ways_from"]
 

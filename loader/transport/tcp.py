@@ -14,10 +14,12 @@ from contextlib import suppress
 
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferError
+from coldframe.loader.kv.runs import Run
 from coldframe.loader.memory import borrowed
-from coldframe.loader.transport.base import Run, Ticket, Way, parse_address
+from coldframe.loader.transport.base import Ticket, Way, parse_address
 from coldframe.loader.transport.giver import PURPOSE
-from coldframe.loader.transport.secure import SecureSocket, dial
+from coldframe.loader.transport.handshake import dial
+from coldframe.loader.transport.secure import SecureSocket
 
 __all__ = ["TcpTaker", "has_ended"]
 

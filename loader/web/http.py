@@ -18,7 +18,7 @@ from coldframe.loader.errors import (
     SourceError,
     SourceNotFound,
 )
-from coldframe.loader.location import Http
+from coldframe.loader.sources.location import Http
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.redirects import FoundTarget, Redirects
 from coldframe.loader.web.url import Url

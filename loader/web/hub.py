@@ -22,7 +22,7 @@ from coldframe.loader.errors import (
     SourceError,
     SourceNotFound,
 )
-from coldframe.loader.location import Hub
+from coldframe.loader.sources.location import Hub
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.http import (
     bearer,

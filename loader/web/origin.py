@@ -17,7 +17,7 @@ from coldframe.loader.web.answers import too_large
 from coldframe.loader.web.ranges import Opening, RangeReader
 
 if TYPE_CHECKING:
-    from coldframe.loader.checkpoint import Shard
+    from coldframe.loader.checkpoints.checkpoint import Shard
 
 __all__ = ["Checksums", "Fetch", "WebOrigin", "WebSource"]
 

@@ -1,6 +1,6 @@
 """A warm peer: another memory service that has the checkpoint in its arena, or is filling it.
 
-It speaks HTTP with ranges (`peer_http` says what), so all about retries and resuming is the range
+It speaks HTTP with ranges (`peers.http` says what), so all about retries and resuming is the range
 reader's. What is served is fixed by the first answer: a peer that was started again with another
 model refuses what is asked from then on.
 """
@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
+from coldframe.loader.checkpoints.header import MAX_HEADER_BYTES, PREFIX_BYTES
 from coldframe.loader.errors import (
     SourceChanged,
     SourceCorrupt,
@@ -24,9 +25,7 @@ from coldframe.loader.errors import (
     SourceProtocol,
     SourceUnreachable,
 )
-from coldframe.loader.header import MAX_HEADER_BYTES, PREFIX_BYTES
-from coldframe.loader.location import Peer
-from coldframe.loader.peer_http import (
+from coldframe.loader.peers.http import (
     CHECKPOINT_HEADER,
     FILES,
     PLAN,
@@ -34,6 +33,7 @@ from coldframe.loader.peer_http import (
     SHARDS,
     TOKEN_VARIABLE,
 )
+from coldframe.loader.sources.location import Peer
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.http import bearer, later, other_error, refusal_error, status_of
@@ -42,7 +42,7 @@ from coldframe.loader.web.origin import WebOrigin, WebSource
 from coldframe.loader.web.ranges import Opening, RangeReader
 
 if TYPE_CHECKING:
-    from coldframe.loader.checkpoint import Shard
+    from coldframe.loader.checkpoints.checkpoint import Shard
 
 __all__ = ["PLAN_FILE", "ROW_CONNECTIONS", "PeerAddress", "PeerOrigin", "peer_origin"]
 

@@ -24,8 +24,7 @@ from coldframe.loader.errors import (
     SourceProtocol,
     SourceUnreachable,
 )
-from coldframe.loader.location import Peer, parse_location
-from coldframe.loader.peer_http import (
+from coldframe.loader.peers.http import (
     AVOID_HEADER,
     CHECKPOINT_HEADER,
     DONE_HEADER,
@@ -34,7 +33,8 @@ from coldframe.loader.peer_http import (
     SERVES_HEADER,
     TOKEN_VARIABLE,
 )
-from coldframe.loader.peer_node import CHOOSING, FAILED, LOADED, LOADING, Root
+from coldframe.loader.peers.node import CHOOSING, FAILED, LOADED, LOADING, Root
+from coldframe.loader.sources.location import Peer, parse_location
 from coldframe.loader.web.address import Target
 from coldframe.loader.web.broken import Broken
 from coldframe.loader.web.dial import Dialler, host_header
@@ -53,14 +53,14 @@ _MOST_VIA = 4096
 
 @dataclass(frozen=True, slots=True)
 class NodeFacts:
-    """What a peer says of itself; see `peer_node`.
+    """What a peer says of itself; see `peers.node`.
 
     Attributes:
         node: Its id.
         model: A hash of where its model is, as its user wrote it.
         fingerprint: The checkpoint's, where it has opened it.
         root: Where the weights came from at first, as far as it knows.
-        state: One of `peer_node`'s.
+        state: One of `peers.node`'s.
         seated: Whether it has found a peer to load from.
         whole: Whether it will have all of the weights.
         done: Bytes of them that are in.

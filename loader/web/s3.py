@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from coldframe.loader.errors import SourceElsewhere
-from coldframe.loader.location import S3
+from coldframe.loader.sources.location import S3
 from coldframe.loader.throttle import Throttle
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.limits import Limits

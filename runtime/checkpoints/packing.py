@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 from pathlib import Path
 
-from coldframe.loader.checkpoint import Checkpoint, TensorInfo
+from coldframe.loader.checkpoints.checkpoint import Checkpoint, TensorInfo
+from coldframe.loader.checkpoints.pieces import PieceHasher, cuts_of
+from coldframe.loader.checkpoints.plan import Layout, Plan
+from coldframe.loader.checkpoints.seal import SealedShard, sha256
 from coldframe.loader.errors import CheckpointError
-from coldframe.loader.pieces import PieceHasher, cuts_of
-from coldframe.loader.plan import Layout, Plan
-from coldframe.loader.seal import SealedShard, sha256
 from coldframe.loader.sources.base import Source
 from coldframe.loader.strict_json import describe, parse_object
 from coldframe.runtime.checkpoints.safetensors_writer import ALIGNMENT, TensorEntry, encode_header

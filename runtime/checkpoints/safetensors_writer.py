@@ -17,7 +17,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from coldframe.loader.header import DTYPE_BITS
+from coldframe.loader.checkpoints.header import DTYPE_BITS
 
 __all__ = ["ALIGNMENT", "TensorEntry", "encode_header", "write_safetensors"]
 

@@ -10,10 +10,10 @@ import threading
 from contextlib import closing
 from typing import Any
 
-from coldframe.loader.checkpoint import CONFIG_NAME
+from coldframe.loader.checkpoints.checkpoint import CONFIG_NAME
 from coldframe.loader.errors import ColdframeError, PlatformError, SourceCredentials
-from coldframe.loader.location import S3, Hub, Peer, parse_location
-from coldframe.loader.opening import open_origin
+from coldframe.loader.sources.location import S3, Hub, Peer, parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.gateway.keys import KEYS_FILE_VARIABLE, KEYS_VARIABLE, load_keys
 from coldframe.snapshot.store import open_store

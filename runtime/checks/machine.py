@@ -7,11 +7,11 @@ import os
 from contextlib import closing
 
 from coldframe.loader.cgroup import cpu_count, cpu_quota, meminfo, memory_available, memory_limit
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.devices.hugepages import allocate_huge
 from coldframe.loader.errors import ColdframeError, DeviceFull, PlatformError
-from coldframe.loader.location import parse_location
-from coldframe.loader.opening import open_origin
+from coldframe.loader.sources.location import parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.machine.device_choice import CPU, choose_device
 from coldframe.runtime.planning.target import GPU_OVERHEAD, Target

@@ -6,11 +6,11 @@ import os
 from contextlib import closing
 from pathlib import Path
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.location import Directory, parse_location
-from coldframe.loader.opening import open_origin
-from coldframe.loader.plan import Layout, Plan
+from coldframe.loader.sources.location import Directory, parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.gateway.listen import bind
 from coldframe.runtime.gateway.platforms.table import by_name, detect

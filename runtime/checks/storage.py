@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.location import Directory, parse_location
-from coldframe.loader.plan import Layout, Plan
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.checks.finding import Case, Finding
 from coldframe.runtime.machine.probe import probe_cold
 from coldframe.runtime.units import human_bytes

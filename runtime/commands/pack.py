@@ -22,14 +22,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
-from coldframe.loader.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from coldframe.loader.checkpoints.checkpoint import CONFIG_NAME, INDEX_NAME, Checkpoint
+from coldframe.loader.checkpoints.seal import SEAL_NAME, Seal, SealedShard, sha256
+from coldframe.loader.checkpoints.sealing import read_header
+from coldframe.loader.checkpoints.verify import VerifiedSource
 from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.files import open_regular, source_error
-from coldframe.loader.seal import SEAL_NAME, Seal, SealedShard, sha256
-from coldframe.loader.sealing import read_header
 from coldframe.loader.sources.base import Source
 from coldframe.loader.sources.file import FileSource
-from coldframe.loader.verify import VerifiedSource
 from coldframe.runtime.checkpoints.packing import (
     DATA_ALIGNMENT,
     deal,

@@ -12,14 +12,14 @@ import time
 from contextlib import closing
 from typing import Any
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.layouts import Layout
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.loader.layouts import Layout
-from coldframe.loader.location import parse_location
-from coldframe.loader.opening import open_origin
-from coldframe.loader.plan import Plan
 from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.base import Origin
+from coldframe.loader.sources.location import parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.commands.run import MODEL_HELP
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.flags.parser import Parser
@@ -180,7 +180,7 @@ def _planned(
 def _subject(
     args: argparse.Namespace, model: str, origin: Origin, checkpoint: Checkpoint, target: Target
 ) -> Subject:
-    # As a load lays it out: see `loader.load`.
+    # As a load lays it out: see `loader.loads.load`.
     as_filed = origin.path is not None and target.choice.device == CPU
     layout = Layout.FILE if as_filed else Layout.ALIGNED
     plan = Plan.build(checkpoint, layout=layout)

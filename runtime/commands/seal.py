@@ -1,6 +1,6 @@
 """`coldframe seal`: what a model's bytes are now, kept beside it for every load to check them.
 
-It is against faults, not against attackers: see `loader.seal`.
+It is against faults, not against attackers: see `loader.checkpoints.seal`.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.checkpoint import CONFIG_NAME, Checkpoint
+from coldframe.loader.checkpoints.checkpoint import CONFIG_NAME, Checkpoint
+from coldframe.loader.checkpoints.pieces import ALGORITHM, Pieces
+from coldframe.loader.checkpoints.seal import SEAL_NAME, Seal
+from coldframe.loader.checkpoints.sealing import seal_checkpoint
 from coldframe.loader.errors import RequestError, SourceNotFound
-from coldframe.loader.location import Directory, Hub, parse_location
-from coldframe.loader.opening import open_origin
-from coldframe.loader.pieces import ALGORITHM, Pieces
-from coldframe.loader.seal import SEAL_NAME, Seal
-from coldframe.loader.sealing import seal_checkpoint
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.sources.file import FileSource
+from coldframe.loader.sources.location import Directory, Hub, parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.commands.progress import ProgressBar
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.units import human_bytes, human_seconds

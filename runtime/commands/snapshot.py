@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.errors import ColdframeError, RequestError, SnapshotError
-from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.commands.run import MODEL_HELP, terminate, warn
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.flags.snapshots import add_store_arguments, check_forkable, store_options

@@ -15,7 +15,7 @@ from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import RequestError
-from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.compiled.compiling import COMPILE_S, Compiling
 from coldframe.runtime.frozen.worker import freeze_order, room, weights_room
 from coldframe.runtime.options import ReplicaOptions

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from coldframe.loader.kvtally import StoreUsage
+from coldframe.loader.kv.tally import StoreUsage
 from coldframe.runtime.endpoint.frontstats import (
     BusyClock,
     DeviceState,

@@ -43,7 +43,7 @@ class FrontStats:
         prefill_batch_tokens: In the smallest batch that saturates the device; 0 before that is
             measured.
         kv_store: What the KV store has counted so far, and how much there is in it now; see
-            `coldframe.loader.kvtally.StoreUsage`.
+            `coldframe.loader.kv.tally.StoreUsage`.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.

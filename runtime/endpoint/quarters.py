@@ -6,7 +6,7 @@ import contextlib
 
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, ReplicaError
-from coldframe.loader.kv_room import KvRoom
+from coldframe.loader.kv.room import KvRoom
 from coldframe.runtime.endpoint.room import Room, Tenant
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions

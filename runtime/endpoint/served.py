@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from coldframe.loader.errors import DeviceError, RequestError, SourceNotFound
-from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions, model_name
 

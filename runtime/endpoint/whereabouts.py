@@ -24,10 +24,10 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
-from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.sources.file import FileSource
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.frozen.creating import store_of
 from coldframe.runtime.machine.device_choice import CPU, kind_of
 from coldframe.runtime.machine.probe import MOSTLY

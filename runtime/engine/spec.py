@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from coldframe.loader.checkpoints.stages import stage_of_each, unused
 from coldframe.loader.errors import CheckpointError, UnsupportedModel
-from coldframe.loader.stages import stage_of_each, unused
 from coldframe.runtime.engine.families import (
     attention_windows,
     family_of,

@@ -9,7 +9,7 @@ from typing import Any
 
 from coldframe.loader.cgroup import memory_available
 from coldframe.loader.errors import DeviceError, RequestError
-from coldframe.loader.kv_options import DEFAULT_BYTES, KvStoreOptions
+from coldframe.loader.kv.options import DEFAULT_BYTES, KvStoreOptions
 from coldframe.loader.transport.base import DEFAULT_WAYS, TRANSPORTS
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import TransferOptions
@@ -129,7 +129,7 @@ def kv_options(args: argparse.Namespace) -> dict[str, Any]:
         )
     directory = None
     if args.kv_store:
-        from coldframe.loader.kvdisk import prepare_directory
+        from coldframe.loader.kv.disk import prepare_directory
 
         directory = os.path.abspath(os.path.expanduser(args.kv_store))
         prepare_directory(directory)

@@ -60,7 +60,7 @@ def peer_options(args: argparse.Namespace) -> dict[str, Any]:
         )
     if peers or places:
         # A wrong one is told before anything is started.
-        from coldframe.loader.peer_directory import check_peers
+        from coldframe.loader.peers.directory import check_peers
 
         check_peers(peers, places)
     return {

@@ -12,9 +12,9 @@ import torch
 
 import coldframe.runtime.engine.device_errors  # noqa: F401 - a clone may not be let in where it is
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import SnapshotError
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.wire import Channel
 from coldframe.runtime.engine import device, varlen
 from coldframe.runtime.engine.kv import KVCache

@@ -12,8 +12,8 @@ from math import prod
 from typing import Any, NoReturn
 
 from coldframe.loader.arena import KV_BASE, WEIGHTS_BASE, Reservation, round_up
+from coldframe.loader.checkpoints.header import DTYPE_BITS
 from coldframe.loader.errors import ColdframeError, SnapshotError
-from coldframe.loader.header import DTYPE_BITS
 from coldframe.loader.timeline import Recorder, clock_shift_ns
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.replica.sizing import ModelFacts, StoredTensor

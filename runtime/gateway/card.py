@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from coldframe.loader.checkpoint import read_generation_config
+from coldframe.loader.checkpoints.checkpoint import read_generation_config
 from coldframe.loader.errors import CheckpointError, RequestError, SourceNotFound
 from coldframe.loader.files import read_whole, source_error
 from coldframe.loader.strict_json import describe, parse_object

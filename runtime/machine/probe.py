@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import closing
 from typing import NamedTuple
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.loader.errors import SourceUnreachable
-from coldframe.loader.plan import Plan
-from coldframe.loader.residency import cached_bytes
 from coldframe.loader.sources.base import Origin, Source
 from coldframe.loader.sources.direct import BLOCK
 from coldframe.loader.sources.file import FileSource
@@ -22,7 +22,7 @@ from coldframe.loader.sources.file import FileSource
 __all__ = ["MOSTLY", "Bandwidth", "probe", "probe_cold"]
 
 MOSTLY = 0.9
-"""What has this share in the page cache is mapped where it lies; see `loader.load`."""
+"""What has this share in the page cache is mapped where it lies; see `loader.loads.load`."""
 
 _DISK_BYTES = 64 << 20
 _DISK_S = 0.25

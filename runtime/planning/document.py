@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.plan import Layout, Plan, Rank
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan, Rank
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.machine.probe import Bandwidth, probe, probe_cold

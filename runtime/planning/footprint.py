@@ -17,7 +17,7 @@ __all__ = ["Footprint", "footprint", "forks_of", "tree"]
 
 _KIB = 1024
 _NAMES = {
-    "loader.service": "memory",
+    "loader.memory_service.service": "memory",
     "worker_process": "worker",
     "frozen_worker": "worker",
     "gateway.process": "gateway",

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.frozen.creating import store_of

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.whole_file import write_whole
+from coldframe.loader.checkpoints.whole_file import write_whole
 
 __all__ = ["MOST_KEPT", "Kept", "calibration_directory"]
 

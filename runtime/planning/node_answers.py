@@ -18,11 +18,11 @@ from dataclasses import replace
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.errors import ColdframeError
-from coldframe.loader.location import Peer, parse_location
-from coldframe.loader.opening import open_origin
-from coldframe.loader.plan import Layout, Plan
+from coldframe.loader.sources.location import Peer, parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.machine.probe import probe
 from coldframe.runtime.planning.law import CACHES
 from coldframe.runtime.planning.nodes import PLACES, STATES, Node, NodeFacts

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.plan import Plan
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.runtime.planning.law import Path
 from coldframe.runtime.planning.nodes import NodeFacts
 from coldframe.runtime.planning.rates import Rates

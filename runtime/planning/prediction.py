@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coldframe.loader.plan import Plan
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import BLOCK_TOKENS
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError
 from coldframe.loader.process import spawn_python
 from coldframe.loader.sources.base import Origin

@@ -18,7 +18,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from coldframe.loader.companions import COMPANIONS
+from coldframe.loader.checkpoints.companions import COMPANIONS
 from coldframe.loader.errors import CheckpointError, PlatformError, RequestError, SourceNotFound
 from coldframe.loader.sources.base import Origin
 from coldframe.runtime.checkpoints.safetensors_writer import TensorEntry, encode_header

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.plan import Plan
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.planning.law import CACHES, Path, Worker, predict

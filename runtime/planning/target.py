@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.devices.report import ENTRY
 from coldframe.loader.errors import ColdframeError, NoDevice
-from coldframe.loader.kv_room import KvRoom
-from coldframe.loader.plan import Plan
+from coldframe.loader.kv.room import KvRoom
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.machine.device_choice import CPU, DeviceChoice
 from coldframe.runtime.machine.side_process import ask

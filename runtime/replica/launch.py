@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import SnapshotError
-from coldframe.loader.location import Directory, parse_location
 from coldframe.loader.process import Child, remove_run_dir, spawn_python
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM

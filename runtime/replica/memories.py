@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
-from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, MemoryServiceGone, ReplicaError
-from coldframe.loader.kvtally import StoreUsage
+from coldframe.loader.kv.tally import StoreUsage
+from coldframe.loader.memory_service.board import BoardView
 from coldframe.loader.wire import Message
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica.launch import Launch, Memory
@@ -236,7 +236,7 @@ class Memories:
     def order(
         self, device: str, message: Mapping[str, Any], done: Callable[[dict[str, Any]], None]
     ) -> None:
-        """Has one of them move a process's context; see `loader.contextdesk`.
+        """Has one of them move a process's context; see `loader.memory_service.contextdesk`.
 
         Args:
             device: That of the process.

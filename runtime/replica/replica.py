@@ -16,8 +16,8 @@ from functools import partial
 from typing import Any
 
 from coldframe.loader.awake import AwakeClock
-from coldframe.loader.board import BoardView
 from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
+from coldframe.loader.memory_service.board import BoardView
 from coldframe.loader.process import sweep_run_dirs
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.loader.transport.base import Ticket

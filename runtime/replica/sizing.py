@@ -1,6 +1,6 @@
 """What a replica must know of its model before a worker is up: its spec, and room for KV.
 
-How much memory a GPU has is not known here: there the memory service decides (`loader.kv_room`).
+How much memory a GPU has is not known here: there the memory service decides (`loader.kv.room`).
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from coldframe.loader.cgroup import memory_available
-from coldframe.loader.checkpoint import Checkpoint, read_config, read_generation_config
+from coldframe.loader.checkpoints.checkpoint import Checkpoint, read_config, read_generation_config
 from coldframe.loader.errors import CheckpointError, DeviceError, UnsupportedModel
-from coldframe.loader.kv_room import KvRoom
-from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.kv.room import KvRoom
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.engine.foreign import foreign_spec
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.machine.device_choice import CPU

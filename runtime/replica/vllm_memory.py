@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import prod
 
+from coldframe.loader.checkpoints.header import DTYPE_BITS
+from coldframe.loader.checkpoints.stages import is_embedding, layer_of
 from coldframe.loader.errors import DeviceFull
-from coldframe.loader.header import DTYPE_BITS
-from coldframe.loader.stages import is_embedding, layer_of
 from coldframe.runtime.engine.spec import ModelSpec, TensorLike
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.replica.sizing import CONTEXT_BYTES

@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.whole_file import write_whole
+from coldframe.loader.checkpoints.whole_file import write_whole
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.scaling.late_writer import LateWriter
 from coldframe.runtime.scaling.unasked import Unasked

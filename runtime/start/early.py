@@ -20,7 +20,7 @@ from coldframe.snapshot.restorer_process import RestorerProcess
 __all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
 
 _MAIN = (
-    "from coldframe.loader.service import main; "
+    "from coldframe.loader.memory_service.service import main; "
     "from coldframe.snapshot.contexts import open_contexts; "
     "main(3, sys.argv[1], int(sys.argv[2]), first_ns, open_contexts)"
 )

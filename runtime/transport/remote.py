@@ -30,7 +30,9 @@ from coldframe.loader.errors import (
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.transport.base import Ticket
-from coldframe.loader.transport.secure import SecureSocket, dial, read_secret
+from coldframe.loader.transport.handshake import dial
+from coldframe.loader.transport.secret import read_secret
+from coldframe.loader.transport.secure import SecureSocket
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.replica.loads import blocks_of
 from coldframe.runtime.transport.base import Given

@@ -18,9 +18,11 @@ from typing import Any
 
 from coldframe.loader.awake import AwakeClock
 from coldframe.loader.errors import ColdframeError, PlatformError, ReplicaError, TransferError
-from coldframe.loader.peer_listener import listen
+from coldframe.loader.peers.listener import listen
 from coldframe.loader.transport.base import parse_address
-from coldframe.loader.transport.secure import SecureSocket, read_secret, welcome
+from coldframe.loader.transport.handshake import welcome
+from coldframe.loader.transport.secret import read_secret
+from coldframe.loader.transport.secure import SecureSocket
 from coldframe.runtime.endpoint.supervisor import Supervisor
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.replica.router import TokenEvent

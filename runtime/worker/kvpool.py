@@ -11,8 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import ColdframeError, RequestError
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.worker.prefix import PrefixKeys
 
 if TYPE_CHECKING:

@@ -11,8 +11,8 @@ import ctypes
 from functools import cache
 from typing import TYPE_CHECKING, Any, Protocol
 
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.errors import DeviceError, NoDevice
-from coldframe.loader.plan import Plan
 
 # Torch is on its way while this is imported.
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.client import KvArena
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.devices import Device
-from coldframe.loader.plan import Plan
+from coldframe.loader.memory_client.client import KvArena
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.engine.device import reserved
 

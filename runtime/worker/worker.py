@@ -27,11 +27,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from coldframe.loader.client import KvArena, MemoryClient
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.devices import open_device
 from coldframe.loader.devices.base import Mapping
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.plan import Plan
+from coldframe.loader.memory_client.client import KvArena, MemoryClient
 from coldframe.loader.process import collect_garbage, die_with_parent
 from coldframe.loader.timeline import Recorder, clock_shift_ns, now
 from coldframe.loader.wire import Channel, Message

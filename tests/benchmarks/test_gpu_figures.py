@@ -25,12 +25,12 @@ from coldframe.benchmarks.gpu.model import choose, shape_of, write_shape
 from coldframe.benchmarks.gpu.report import Found, LeftOut, Report, Setting
 from coldframe.benchmarks.gpu.sanitizer import errors_in
 from coldframe.benchmarks.harness import Row
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.driver import Driver
 from coldframe.loader.errors import DeviceError, DeviceLost, PlatformError
-from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.sources.file import FileSource
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 

@@ -13,8 +13,8 @@ import pytest
 from coldframe.benchmarks.harness import warm_page_cache
 from coldframe.benchmarks.load import evict
 from coldframe.benchmarks.loaders import load_once
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.loader.errors import PlatformError
-from coldframe.loader.residency import cached_bytes
 from tests.loader.web.servers import nginx
 
 

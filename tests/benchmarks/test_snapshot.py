@@ -12,7 +12,7 @@ import pytest
 
 from coldframe.benchmarks.harness import evict_files
 from coldframe.benchmarks.restores import files_in, read_direct_s, read_s
-from coldframe.loader.residency import cached_bytes
+from coldframe.loader.checkpoints.residency import cached_bytes
 
 
 def bench(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:

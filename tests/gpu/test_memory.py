@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.arena import Segment
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.vmm import DeviceReservation
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.wire import Channel
 from coldframe.runtime.replica.replica import Replica
 from tests.gpu.replicas import options

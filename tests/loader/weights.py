@@ -8,12 +8,12 @@ from pathlib import Path
 
 import safetensors
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.plan import Plan
-from coldframe.loader.sealing import seal_checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
+from coldframe.loader.checkpoints.sealing import seal_checkpoint
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.loader.sources.file import FileSource
-from tests.loader.checkpoints import Tensor, write_model
+from tests.loader.checkpoints.written import Tensor, write_model
 
 
 def layered(root: Path, *, layers: int = 3, nbytes: int = 20_000, shards: int = 2) -> Path:

@@ -37,7 +37,7 @@ from tests.runtime.snapshots import eventually
 __all__ = ["MOMENTS", "Ask", "Scene", "Visitor"]
 
 _MODULES = {
-    "memory": "coldframe.loader.service",
+    "memory": "coldframe.loader.memory_service.service",
     "worker": "coldframe.runtime.worker.process",
     "gateway": "coldframe.runtime.gateway.process",
     "template": "coldframe.runtime.gateway.template_process",

@@ -147,7 +147,7 @@ class Server:
 
     def memory_services(self) -> list[psutil.Process]:
         """The processes that hold weights, in the order of their starts."""
-        found = self._children("coldframe.loader.service")
+        found = self._children("coldframe.loader.memory_service.service")
         return sorted(found, key=lambda process: process.create_time())
 
     def worker(self, role: str) -> psutil.Process:

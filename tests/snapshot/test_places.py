@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from coldframe.benchmarks.harness import evict_files
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.loader.errors import PlatformError, ReplicaError
-from coldframe.loader.residency import cached_bytes
 from coldframe.snapshot import places
 from coldframe.snapshot.cloner import Cloner
 from coldframe.snapshot.places import (

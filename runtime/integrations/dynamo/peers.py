@@ -21,9 +21,9 @@ from contextlib import suppress
 from typing import Any
 
 from coldframe.loader.errors import ColdframeError, PlatformError
-from coldframe.loader.location import parse_location
-from coldframe.loader.peer_directory import parse_peer
-from coldframe.loader.peer_node import hashed
+from coldframe.loader.peers.directory import parse_peer
+from coldframe.loader.peers.node import hashed
+from coldframe.loader.sources.location import parse_location
 
 __all__ = ["PeerRegister", "endpoint_of", "main"]
 

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from coldframe.loader.checkpoints.plan import Placement, Plan
 from coldframe.loader.errors import CheckpointError
-from coldframe.loader.plan import Placement, Plan
 from coldframe.runtime.integrations.vllm.plain_copies import copy_all, span_of
 from coldframe.runtime.worker.tensors import Memory, tensor_over, torch_dtypes
 

@@ -19,7 +19,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.checkpoints.plan import Layout
+from coldframe.loader.checkpoints.residency import cached_bytes
+from coldframe.loader.checkpoints.slices import WHOLE, Rank
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import (
     ColdframeError,
@@ -28,12 +30,10 @@ from coldframe.loader.errors import (
     RequestError,
     SourceNotFound,
 )
-from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.location import Directory, parse_location
-from coldframe.loader.plan import Layout
+from coldframe.loader.loads.options import LoadOptions
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.process import remove_run_dir
-from coldframe.loader.residency import cached_bytes
-from coldframe.loader.slices import WHOLE, Rank
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.integrations.vllm.load_settings import LoadSettings
 

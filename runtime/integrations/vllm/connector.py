@@ -37,9 +37,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.v1.request import RequestStatus
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.client import KvArena
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import ArenaError, ColdframeError, RequestError
+from coldframe.loader.memory_client.client import KvArena
 from coldframe.runtime.integrations.vllm.attached import attach_late
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint, of_engine
 from coldframe.runtime.integrations.vllm.kv_copier import Layer

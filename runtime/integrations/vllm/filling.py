@@ -24,10 +24,10 @@ from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.model_loader.utils import process_weights_after_loading
 from vllm.model_executor.model_loader.weight_tying import maybe_retie_word_embeddings
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.checkpoints.plan import Placement
+from coldframe.loader.checkpoints.stages import EMBEDDING, is_embedding, layer_of
 from coldframe.loader.errors import CheckpointError, ColdframeError
-from coldframe.loader.plan import Placement
-from coldframe.loader.stages import EMBEDDING, is_embedding, layer_of
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.integrations.vllm.alias_copies import Copies, Fate, Reason, Shown
 from coldframe.runtime.integrations.vllm.alias_layers import (
     is_packed,

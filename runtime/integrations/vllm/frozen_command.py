@@ -7,7 +7,7 @@ import json
 import time
 
 from coldframe.loader.errors import ColdframeError, RequestError
-from coldframe.loader.location import Directory, parse_location
+from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.runtime.flags.vllm import engine_settings, interpreter
 from coldframe.runtime.frozen.creating import prune
 from coldframe.runtime.integrations.vllm.frozen_image import EngineImage

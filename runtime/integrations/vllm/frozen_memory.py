@@ -61,7 +61,7 @@ def register_empty() -> None:
 def import_filling() -> None:
     """Imports what `fill` needs, and what it leads to: a clone may not be let in where that is."""
     import coldframe.loader.devices.cpu
-    import coldframe.loader.placing
+    import coldframe.loader.loads.placing
     import coldframe.runtime.integrations.vllm.connector
     import coldframe.runtime.integrations.vllm.gated
     import coldframe.runtime.integrations.vllm.loader  # noqa: F401

@@ -12,8 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.client import STALL_S, MemoryClient
 from coldframe.loader.errors import CheckpointError, RequestError
+from coldframe.loader.memory_client.client import STALL_S, MemoryClient
 from coldframe.loader.timeline import Recorder, Span, now
 from coldframe.runtime.integrations.vllm.gates import Gates
 from coldframe.runtime.integrations.vllm.staged import Staged

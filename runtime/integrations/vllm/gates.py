@@ -17,8 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from coldframe.loader.awake import AwakeClock
-from coldframe.loader.client import STALL_S
 from coldframe.loader.errors import ColdframeError, ReplicaError
+from coldframe.loader.memory_client.client import STALL_S
 from coldframe.loader.timeline import Recorder, now
 from coldframe.runtime.integrations.vllm.staged import Staged
 

@@ -17,8 +17,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import ColdframeError
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally
 from coldframe.runtime.integrations.vllm.kv_thread import LateThread
 from coldframe.runtime.options import BLOCK_TOKENS

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.integrations.vllm.kv_holds import Hold, Holds, domain_of
 from coldframe.runtime.integrations.vllm.kv_step import Report, Save

@@ -9,8 +9,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from coldframe.loader.client import KvArena
 from coldframe.loader.errors import ArenaError
+from coldframe.loader.memory_client.client import KvArena
 from coldframe.runtime.integrations.vllm.fingerprint import Fingerprint
 from coldframe.runtime.options import BLOCK_TOKENS
 from coldframe.runtime.worker.tensors import tensor_over, torch_dtypes

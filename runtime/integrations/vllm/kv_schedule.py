@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import ColdframeError
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.integrations.vllm.fingerprint import (
     Fingerprint,
     differences,

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from coldframe.loader.checkpoints.plan import Layout
+from coldframe.loader.checkpoints.slices import WHOLE, Rank
 from coldframe.loader.errors import RequestError
-from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.plan import Layout
-from coldframe.loader.slices import WHOLE, Rank
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.units import byte_count, byte_rate
 
 __all__ = ["ALIAS", "KEYS", "LoadSettings"]
@@ -31,7 +31,7 @@ class LoadSettings:
 
     Attributes:
         memory_service: The socket of a memory service that runs already, or None.
-        source: The place to load from, as `location.parse_location` takes it; None is the model
+        source: The place to load from, as `sources.location.parse_location` takes it; None is the model
             that vLLM was given.
         options: Further fields of `LoadOptions`.
         alias: `on` where vLLM's parameters are to be the arena itself, `off` where they are to be

@@ -15,10 +15,10 @@ from vllm.logger import init_logger
 from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 from vllm.utils.torch_utils import set_default_torch_dtype
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.checkpoints.plan import Plan
+from coldframe.loader.checkpoints.slices import WHOLE, Rank
 from coldframe.loader.errors import RequestError
-from coldframe.loader.plan import Plan
-from coldframe.loader.slices import WHOLE, Rank
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.runtime.integrations.vllm.attached import attach, own_memory, release
 from coldframe.runtime.integrations.vllm.filling import Filling, import_post_processing
 from coldframe.runtime.integrations.vllm.gated import GatedLoad, gated_load, may_gate, refusal

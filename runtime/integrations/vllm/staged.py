@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from coldframe.loader.stages import stage_names, stage_of_each
+from coldframe.loader.checkpoints.stages import stage_names, stage_of_each
 
 __all__ = ["Staged"]
 

@@ -18,12 +18,12 @@ import os
 from collections.abc import Callable, Iterable
 from math import prod
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.header import TensorInfo
+from coldframe.loader.checkpoints.plan import Placement, Plan
 from coldframe.loader.errors import CheckpointError, ColdframeError, RequestError, SourceNotFound
 from coldframe.loader.files import open_regular, pread_exactly
-from coldframe.loader.header import TensorInfo
-from coldframe.loader.location import Directory, Hub, parse_location
-from coldframe.loader.plan import Placement, Plan
+from coldframe.loader.sources.location import Directory, Hub, parse_location
 
 __all__ = ["Witness"]
 

@@ -19,7 +19,7 @@ from coldframe.benchmarks.traffic.played import Asked, Played, Stay
 from coldframe.benchmarks.traffic.policies import Chosen, fixed, policy, served
 from coldframe.benchmarks.traffic.sharing import Shared, sharing, sharing_of_weights
 from coldframe.benchmarks.traffic.stages import Line, Times
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
 from coldframe.runtime.flags.parser import Parser
 

@@ -17,7 +17,7 @@ from coldframe.loader.devices.driver import Driver
 from coldframe.loader.devices.pinned import PinnedWeights
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ColdframeError, DeviceLost
-from coldframe.loader.parking import Parking
+from coldframe.loader.memory_service.parking import Parking
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 
 __all__ = ["CONTENT", "MEMORY", "SIZE", "STAGES", "ParkingLot", "TestWorker"]

@@ -19,7 +19,7 @@ from coldframe.loader.errors import (
     MemoryServiceGone,
     ReplicaError,
 )
-from coldframe.loader.ledger import Blocks
+from coldframe.loader.kv.ledger import Blocks
 from tests.loader.devices.emulator import Emulator
 from tests.loader.devices.test_service_cuda import Served, Worker, in_threads, until
 from tests.loader.weights import layered, reference

@@ -13,20 +13,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Extent, Layout, Plan
+from coldframe.loader.checkpoints.slices import Rank
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.copies import copies_of
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.device_placer import DevicePlacer, buffer_bytes
 from coldframe.loader.devices.ring import Ring
 from coldframe.loader.errors import ColdframeError, SourceError
-from coldframe.loader.plan import Extent, Layout, Plan
-from coldframe.loader.slices import Rank
 from coldframe.loader.sources.direct import congruent
 from coldframe.loader.sources.file import FileSource
-from tests.loader.checkpoints import write_model
+from tests.loader.checkpoints.drawn import extents
+from tests.loader.checkpoints.written import write_model
 from tests.loader.devices.emulator import Emulator
-from tests.loader.extents import extents
 from tests.loader.weights import arena_tensors, layered, reference
 
 DATA = random.Random(5).randbytes(4000)

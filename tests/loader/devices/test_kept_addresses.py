@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader import client as client_module
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.vmm import DeviceReservation
 from coldframe.loader.errors import ArenaError
+from coldframe.loader.memory_client import client as client_module
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.wire import Channel
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 from tests.loader.devices.test_service_cuda import Served, in_threads, until

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from coldframe.loader.arena import Segment
-from coldframe.loader.board import StageState
+from coldframe.loader.checkpoints.plan import Layout
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.errors import (
     ColdframeError,
@@ -22,9 +22,9 @@ from coldframe.loader.errors import (
     NoDevice,
     SourceError,
 )
-from coldframe.loader.load import Load
-from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.plan import Layout
+from coldframe.loader.loads.load import Load
+from coldframe.loader.loads.options import LoadOptions
+from coldframe.loader.memory_service.board import StageState
 from coldframe.loader.sources.base import SEALED
 from coldframe.loader.timeline import Recorder
 from tests.loader.devices.emulator import LOST, Emulator

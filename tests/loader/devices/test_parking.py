@@ -18,7 +18,7 @@ from hypothesis.stateful import (
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.parked import StayingWeights
 from coldframe.loader.errors import ColdframeError, DeviceFull, ReplicaError
-from coldframe.loader.parking import Parking
+from coldframe.loader.memory_service.parking import Parking
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 from tests.loader.devices.parkinglot import MEMORY, SIZE, STAGES, ParkingLot, TestWorker
 

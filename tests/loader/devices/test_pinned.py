@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.arena import HUGE_PAGE
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
 from coldframe.loader.devices.context import Context
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.devices.locked import LockedMemory
 from coldframe.loader.devices.parked import StayingWeights, stretches_of
 from coldframe.loader.devices.pinned import PinnedWeights
 from coldframe.loader.errors import ArenaError, DeviceError, DeviceFull, DeviceLost
-from coldframe.loader.plan import Layout, Plan
 from coldframe.loader.wire import Channel
 from tests.loader.devices.emulator import GRANULARITY, Emulator
 from tests.loader.weights import layered

@@ -14,16 +14,16 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader import service as service_module
 from coldframe.loader.arena import WEIGHTS_BASE
-from coldframe.loader.client import MemoryClient
-from coldframe.loader.contextdesk import OpenContexts
 from coldframe.loader.devices import Device, open_device
 from coldframe.loader.devices.cuda import CudaDevice
 from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.errors import ColdframeError, DeviceFull, DeviceLost
+from coldframe.loader.memory_client.client import MemoryClient
+from coldframe.loader.memory_service import service as service_module
+from coldframe.loader.memory_service.contextdesk import OpenContexts
+from coldframe.loader.memory_service.service import SOCKET_NAME, MemoryService
 from coldframe.loader.process import make_run_dir, remove_run_dir
-from coldframe.loader.service import SOCKET_NAME, MemoryService
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel, Message
 from tests.loader.devices.emulator import Emulator

@@ -13,7 +13,9 @@ import pytest
 from coldframe.loader.errors import TransferBroken, TransferDenied
 from coldframe.loader.transport import secure
 from coldframe.loader.transport.base import parse_address
-from coldframe.loader.transport.secure import SecureSocket, dial, greet, read_secret, welcome
+from coldframe.loader.transport.handshake import dial, greet, welcome
+from coldframe.loader.transport.secret import read_secret
+from coldframe.loader.transport.secure import SecureSocket
 from tests.support import no_threads_left
 
 SECRET = b"a secret that both of them have"

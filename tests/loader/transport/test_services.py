@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import (
     ColdframeError,
     PlatformError,
@@ -21,12 +20,14 @@ from coldframe.loader.errors import (
     TransferDenied,
     TransferRefused,
 )
-from coldframe.loader.ledger import Blocks
+from coldframe.loader.kv.ledger import Blocks
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.process import remove_run_dir
 from coldframe.loader.transport.base import DEFAULT_WAYS, new_token
+from coldframe.loader.transport.handshake import dial
 from coldframe.loader.transport.nixl import nixl_package
-from coldframe.loader.transport.secure import SecureSocket, dial
-from tests.loader.test_service import Service, failed, until
+from coldframe.loader.transport.secure import SecureSocket
+from tests.loader.memory_service.test_service import Service, failed, until
 from tests.loader.weights import layered
 from tests.support import unavailable
 
@@ -333,7 +334,7 @@ class Slow:
         return f"127.0.0.1:{self._listener.getsockname()[1]}"
 
     def _serve(self) -> None:
-        from coldframe.loader.transport.secure import welcome
+        from coldframe.loader.transport.handshake import welcome
 
         sock, _ = self._listener.accept()
         with sock:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coldframe.loader.errors import RequestError, TransferRefused
-from coldframe.loader.transport.base import Ticket, Way, host_id, new_token, runs_of
+from coldframe.loader.kv.runs import runs_of, stretches_of
+from coldframe.loader.transport.base import Ticket, Way, host_id, new_token
 from coldframe.loader.transport.registry import check_names
-from coldframe.loader.transport.shared import stretches_of
 from coldframe.loader.transport.tcp import _parts
 
 TICKET = Ticket(

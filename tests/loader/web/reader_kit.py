@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from coldframe.loader.location import Http, parse_location
+from coldframe.loader.sources.location import Http, parse_location
 from coldframe.loader.web.http import HttpAddress
 from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.ranges import Opening, RangeReader

@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import closing
 from pathlib import Path
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.location import parse_location
-from coldframe.loader.opening import open_origin
-from tests.loader.checkpoints import tensor, write_model
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.sources.location import parse_location
+from coldframe.loader.sources.opening import open_origin
+from tests.loader.checkpoints.written import tensor, write_model
 
 __all__ = ["read_model", "sharded_model", "weights_of"]
 

@@ -15,7 +15,7 @@ from coldframe.loader.errors import (
     SourceNotFound,
     SourceProtocol,
 )
-from coldframe.loader.location import Http, parse_location
+from coldframe.loader.sources.location import Http, parse_location
 from coldframe.loader.web.address import Again, Refusal
 from coldframe.loader.web.http import HttpAddress
 from coldframe.loader.web.redirects import FoundTarget, Redirects

@@ -19,7 +19,7 @@ from coldframe.loader.errors import (
     SourceError,
     SourceNotFound,
 )
-from coldframe.loader.location import Hub
+from coldframe.loader.sources.location import Hub
 from coldframe.loader.web.hub import HubAddress
 from coldframe.loader.web.hub_cache import cache_directory, find_cached, find_token, is_offline
 from tests.loader.web.asking import ask, refusal

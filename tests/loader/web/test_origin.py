@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.checkpoint import Checkpoint, Shard
+from coldframe.loader.checkpoints.checkpoint import Checkpoint, Shard
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.errors import (
     CheckpointError,
     SourceChanged,
@@ -16,10 +17,9 @@ from coldframe.loader.errors import (
     SourceError,
     SourceNotFound,
 )
-from coldframe.loader.plan import Plan
 from coldframe.loader.sources.base import Origin, Source
 from coldframe.loader.web.origin import Checksums, Fetch, WebOrigin
-from tests.loader.checkpoints import tensor, write_model
+from tests.loader.checkpoints.written import tensor, write_model
 from tests.loader.web.reader_kit import FAST, nothing_left, reader_of, write_random
 from tests.loader.web.servers import Fault, FaultProxy, Request, nginx
 from tests.loader.weights import layered, reference

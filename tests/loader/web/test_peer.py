@@ -16,11 +16,11 @@ from coldframe.loader.errors import (
     SourceNotFound,
     SourceUnreachable,
 )
-from coldframe.loader.location import Peer
-from coldframe.loader.peer_server import ServerLimits
+from coldframe.loader.peers.server import ServerLimits
+from coldframe.loader.sources.location import Peer
 from coldframe.loader.web.address import Again, Refusal, Target
 from coldframe.loader.web.peer import PLAN_FILE, PeerAddress
-from tests.loader.peers import TOKEN, Serving, serving
+from tests.loader.peers.peer import TOKEN, Serving, serving
 from tests.loader.weights import layered
 
 SHARD = "model-00001-of-00002.safetensors"

@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.board import Board, StageState
-from coldframe.loader.chain import ChainSource, Opened
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.devices.cpu import HostLanding
 from coldframe.loader.errors import (
     ColdframeError,
@@ -21,20 +20,21 @@ from coldframe.loader.errors import (
     SourceProtocol,
     SourceUnreachable,
 )
-from coldframe.loader.location import Peer
+from coldframe.loader.loads.chain import ChainSource, Opened
+from coldframe.loader.loads.placing import Placer
+from coldframe.loader.loads.stream import Stream
 from coldframe.loader.memory import HostMemory
-from coldframe.loader.peer_listener import listen
-from coldframe.loader.peer_server import PeerServer, ServerLimits
-from coldframe.loader.placing import Placer
-from coldframe.loader.plan import Plan
-from coldframe.loader.serving import Offer
+from coldframe.loader.memory_service.board import Board, StageState
+from coldframe.loader.peers.listener import listen
+from coldframe.loader.peers.server import PeerServer, ServerLimits
+from coldframe.loader.peers.serving import Offer
 from coldframe.loader.sources.directory import DirectoryOrigin
-from coldframe.loader.stream import Stream
+from coldframe.loader.sources.location import Peer
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.peer import PeerOrigin, peer_origin
-from tests.loader.checkpoints import tensor, write_model
-from tests.loader.peers import TOKEN, Serving, offer_of, serving
+from tests.loader.checkpoints.written import tensor, write_model
+from tests.loader.peers.peer import TOKEN, Serving, offer_of, serving
 from tests.loader.web.servers import nginx
 from tests.loader.weights import arena_tensors, layered, reference
 

@@ -19,7 +19,7 @@ from boto3.s3.transfer import TransferConfig
 from botocore.awsrequest import AWSResponse
 
 import coldframe.loader
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import (
     ColdframeError,
     SourceChanged,
@@ -31,12 +31,12 @@ from coldframe.loader.errors import (
     SourceNotFound,
     SourceUntrusted,
 )
-from coldframe.loader.location import S3
+from coldframe.loader.sources.location import S3
 from coldframe.loader.web.address import Again, Target
 from coldframe.loader.web.limits import Limits
 from coldframe.loader.web.origin import WebOrigin
 from coldframe.loader.web.s3 import S3Address, s3_origin
-from tests.loader.checkpoints import tensor, write_model
+from tests.loader.checkpoints.written import tensor, write_model
 from tests.loader.web.asking import ask, refusal
 from tests.loader.web.moto_server import KEY, SECRET, isolate, moto, only_allowed, upload
 from tests.loader.web.servers import Fault, FaultProxy, Request
@@ -222,7 +222,7 @@ def test_a_key_is_the_prefix_and_the_name(prefix: str, uri: str, key: str) -> No
 def test_nothing_is_imported_before_the_first_request() -> None:
     code = (
         "import sys; from coldframe.loader.web.s3 import S3Address;"
-        "from coldframe.loader.location import S3; S3Address(S3('b', 'p'));"
+        "from coldframe.loader.sources.location import S3; S3Address(S3('b', 'p'));"
         "print([m for m in ('botocore', 'boto3', 'awscrt', 'http.client', 'ssl')"
         " if m in sys.modules])"
     )
@@ -234,7 +234,7 @@ def test_it_works_in_a_process_that_knows_no_packages(server: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {[p for p in sys.path if 'site-packages' not in p]!r};"
         "from coldframe.loader.web.s3 import S3Address;"
-        "from coldframe.loader.location import S3; print(S3Address(S3('b', 'p')).target('x', {}))"
+        "from coldframe.loader.sources.location import S3; print(S3Address(S3('b', 'p')).target('x', {}))"
     )
     root = Path(next(iter(coldframe.loader.__path__))).parent
     done = subprocess.run(

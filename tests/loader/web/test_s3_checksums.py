@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coldframe.loader.errors import SourceCorrupt, SourceUnreachable
-from coldframe.loader.location import S3
+from coldframe.loader.sources.location import S3
 from coldframe.loader.web import s3_checksums
 from coldframe.loader.web.crc import crcs
 from coldframe.loader.web.s3 import S3Address

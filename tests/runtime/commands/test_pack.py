@@ -20,18 +20,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
+from coldframe.loader.checkpoints.seal import SEAL_NAME
 from coldframe.loader.errors import (
     CheckpointError,
     PlatformError,
     RequestError,
     SourceCorrupt,
 )
-from coldframe.loader.plan import Plan
-from coldframe.loader.seal import SEAL_NAME
 from coldframe.runtime.cli import main
 from coldframe.runtime.commands.pack import pack
-from tests.loader.checkpoints import tensor, write_index, write_model
+from tests.loader.checkpoints.written import tensor, write_index, write_model
 from tests.runtime.helpers import expected, prompt_of
 from tests.support import unavailable
 

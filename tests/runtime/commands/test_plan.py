@@ -18,15 +18,15 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.plan import Layout, Plan
-from coldframe.loader.residency import cached_bytes
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.runtime.cli import main
 from coldframe.runtime.machine import probe
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica.replica import Replica
 from coldframe.runtime.units import human_bytes
-from tests.loader.peers import TOKEN, serving
+from tests.loader.peers.peer import TOKEN, serving
 from tests.loader.web.hub_server import FakeHub, Repo
 from tests.loader.web.moto_server import KEY, SECRET, isolate, moto, upload
 from tests.loader.web.reader_kit import nothing_left

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 from safetensors import safe_open
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.seal import SEAL_NAME, Seal
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.seal import SEAL_NAME, Seal
 from coldframe.loader.sources.directory import DirectoryOrigin
 from coldframe.runtime.cli import main
 from tests.support import unavailable

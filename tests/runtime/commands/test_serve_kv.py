@@ -93,7 +93,7 @@ def test_the_memory_service_dies_and_the_prefix_stays(model: Path, tmp_path: Pat
     with served(model, "--kv-store", tmp_path / "kv") as server:
         assert ask(server, model) == 0
         eventually(lambda: server.metrics()[STORED] == 3, seconds=60)
-        (memory,) = server._children("loader.service")
+        (memory,) = server._children("loader.memory_service.service")
         memory.kill()
         eventually(lambda: "died" in server.log, seconds=60)
         assert ask(server, model) == 96

@@ -131,7 +131,7 @@ def test_it_sleeps_and_wakes_as_it_is_told(model: Path) -> None:
 def test_all_that_it_has_may_die_and_it_stays_ready(model: Path) -> None:
     with served(model) as server:
         assert complete(server) == greedy(model, tuple(PROMPT), 8)
-        (memory,) = server._children("loader.service")
+        (memory,) = server._children("loader.memory_service.service")
         memory.kill()
         eventually(lambda: "died" in server.log)
         assert server.get("/readyz").status_code == 200

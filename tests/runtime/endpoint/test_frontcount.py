@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.kv.options import KvStoreOptions
 from coldframe.loader.timeline import now
 from coldframe.runtime.endpoint.frontcount import FrontCount
 from coldframe.runtime.options import ReplicaOptions

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.runtime.endpoint import whereabouts
 from coldframe.runtime.endpoint.whereabouts import Whereabouts
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions

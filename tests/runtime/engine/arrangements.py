@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from coldframe.loader.checkpoint import Checkpoint
-from coldframe.loader.plan import Plan
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
 
 ARRANGEMENTS = ("apart", "file", "aligned")
 """Each weight in memory of its own, or all in one arena under a layout of the load plan."""

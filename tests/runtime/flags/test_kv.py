@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.errors import ColdframeError, DeviceError, PlatformError, RequestError
-from coldframe.loader.kv_options import DEFAULT_BYTES, KvStoreOptions
+from coldframe.loader.kv.options import DEFAULT_BYTES, KvStoreOptions
 from coldframe.runtime.commands.run import add_replica_arguments, replica_options
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.errors import RequestError
-from coldframe.loader.plan import Plan
 from coldframe.runtime.planning import node_answers
 from coldframe.runtime.planning.footprint import Footprint
 from coldframe.runtime.planning.law import Worker
@@ -25,7 +25,7 @@ from coldframe.runtime.planning.node_answers import ask_nodes, facts_of
 from coldframe.runtime.planning.nodes import PLACES, STATES, Node, NodeFacts, read_nodes
 from coldframe.runtime.planning.placement import Here, of_node, ranked
 from coldframe.runtime.planning.rates import Cell, Rates
-from tests.loader.peers import TOKEN, serving
+from tests.loader.peers.peer import TOKEN, serving
 
 Make = Callable[..., Path]
 

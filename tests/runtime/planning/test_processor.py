@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from coldframe.loader.cgroup import cpu_count
-from coldframe.loader.residency import cached_bytes
+from coldframe.loader.checkpoints.residency import cached_bytes
 from coldframe.runtime.planning.processor import (
     busy_processors,
     drop_files,

@@ -12,7 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.runtime.planning.footprint import footprint
 from tests.runtime.planning.plans import plan
 from tests.runtime.serving import Server, served

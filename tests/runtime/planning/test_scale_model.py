@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import RequestError
-from coldframe.loader.location import parse_location
-from coldframe.loader.opening import open_origin
+from coldframe.loader.sources.location import parse_location
+from coldframe.loader.sources.opening import open_origin
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.planning import scale_model
 from coldframe.runtime.planning.scale_model import ScaleModel, write_scale_model

@@ -21,11 +21,11 @@ from tests.runtime.test_prefix_reuse import (
     variant,
 )
 
-from coldframe.loader.kv_options import KvStoreOptions
+from coldframe.loader.kv.options import KvStoreOptions
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica.replica import Replica
 from coldframe.runtime.replica.sizing import ModelFacts, kv_blocks
-from tests.loader.test_kvdisk import mounted
+from tests.loader.kv.test_disk import mounted
 from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 
 pytestmark = pytest.mark.timeout(300)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from coldframe.loader.checkpoint import read_config
+from coldframe.loader.checkpoints.checkpoint import read_config
 from coldframe.loader.errors import (
     CheckpointError,
     DeviceError,

@@ -20,14 +20,14 @@ import botocore.session
 import pytest
 from huggingface_hub import hf_hub_download
 
-from coldframe.loader.board import StageState
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import (
     ColdframeError,
     ReplicaError,
     SourceChanged,
     SourceCorrupt,
 )
+from coldframe.loader.memory_service.board import StageState
 from coldframe.loader.sources.base import SEALED
 from coldframe.runtime.cli import main
 from coldframe.runtime.options import ReplicaOptions

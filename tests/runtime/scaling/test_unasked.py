@@ -436,7 +436,7 @@ def test_nobody_who_knows_the_name_has_it_written_elsewhere(tmp_path: Path) -> N
 def test_many_writers_leave_one_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     script = (
-        "import sys; from coldframe.loader.whole_file import write_whole\n"
+        "import sys; from coldframe.loader.checkpoints.whole_file import write_whole\n"
         "for _ in range(40): write_whole(sys.argv[1], sys.argv[2].encode() * 50000)"
     )
     writers = [subprocess.Popen([sys.executable, "-c", script, path, word]) for word in "abc"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from coldframe.loader.client import MemoryClient
 from coldframe.loader.errors import RequestError
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
 from coldframe.runtime.engine.params import SamplingParams

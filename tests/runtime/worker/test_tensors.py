@@ -16,9 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 from coldframe.loader.arena import PAGE, Reservation, Segment
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Plan
 from coldframe.loader.errors import DeviceError, NoDevice
-from coldframe.loader.plan import Plan
 from coldframe.runtime.worker import tensors
 from coldframe.runtime.worker.tensors import tensor_over, tensors_of
 from tests.snapshot.frozen import ROOT

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from coldframe.loader.stages import stage_of_each
+from coldframe.loader.checkpoints.stages import stage_of_each
 
 _PIECE = 16 << 10
 

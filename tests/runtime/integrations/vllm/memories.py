@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.timeline import Recorder
 from coldframe.loader.wire import Channel
 from coldframe.runtime.engine.decode import Decoder

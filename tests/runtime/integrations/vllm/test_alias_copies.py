@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from coldframe.loader.errors import CheckpointError
-from coldframe.loader.load_options import LoadOptions
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.integrations.vllm.alias_copies import Copies, Shown
 from coldframe.runtime.integrations.vllm.attached import OwnMemory, attach, release
 from coldframe.runtime.worker.tensors import tensors_of

@@ -7,14 +7,14 @@ import signal
 
 import pytest
 
+from coldframe.loader.checkpoints.slices import Rank
 from coldframe.loader.errors import (
     CheckpointError,
     MemoryServiceGone,
     RequestError,
     SourceNotFound,
 )
-from coldframe.loader.load_options import LoadOptions
-from coldframe.loader.slices import Rank
+from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.integrations.vllm import attached
 from coldframe.runtime.integrations.vllm.attached import (
     OwnMemory,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.wire import Channel
 from coldframe.runtime.integrations.vllm.kv_holds import Holds
 from coldframe.runtime.integrations.vllm.kv_tally import KvTally

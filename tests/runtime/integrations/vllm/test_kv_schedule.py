@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from coldframe.loader.client import MemoryClient
+from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.wire import Channel
 from coldframe.runtime.integrations.vllm import fingerprint
 from coldframe.runtime.integrations.vllm.kv_copier import Layer

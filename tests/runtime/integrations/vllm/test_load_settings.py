@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from coldframe.loader.checkpoints.slices import Rank
 from coldframe.loader.errors import RequestError
-from coldframe.loader.slices import Rank
 from coldframe.runtime.integrations.vllm.load_settings import KEYS, LoadSettings
 
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.runtime.test_batch import Files, batch, chat, completion, many, started
 
 from tests.runtime.helpers import prompt_of
 from tests.runtime.snapshots import eventually
-from tests.runtime.test_batch import Files, batch, chat, completion, many, started
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.stages import stage_names
+from coldframe.loader.checkpoints.stages import stage_names
 from tests.runtime.integrations.vllm.held import Held
 from tests.runtime.integrations.vllm.hosts import HostError, host
 
@@ -150,7 +150,9 @@ def engine_children(engine):
     import psutil
 
     found = psutil.Process(engine.process.pid).children(recursive=True)
-    return [child for child in found if "loader.service" in " ".join(child.cmdline())]
+    return [
+        child for child in found if "loader.memory_service.service" in " ".join(child.cmdline())
+    ]
 
 
 def test_an_engine_that_ends_while_a_gate_waits(demo_model):

@@ -40,7 +40,9 @@ def test_vllm_alone_in_its_three_processes(model, plain):
         assert engine.generate(PROMPTS, max_tokens=12) == plain
         family = psutil.Process(engine.process.pid).children(recursive=True)
         # Where vLLM computes with packed copies of its own, nothing of ours is left behind.
-        assert not [p for p in family if "coldframe.loader.service" in " ".join(p.cmdline())]
+        assert not [
+            p for p in family if "coldframe.loader.memory_service.service" in " ".join(p.cmdline())
+        ]
         assert family
         engine.kill()
     # Nor is anything left of vLLM's where it had no chance to see to that.

@@ -63,7 +63,7 @@ def test_the_command_with_weights_from_a_web_server(
             assert "parameters are the arena itself" in server.log
             names = [" ".join(one.cmdline()) for one in server.family()]
             # What linear layers compute with is packed; the arena was let go when it was of no use.
-            assert not [name for name in names if "coldframe.loader.service" in name]
+            assert not [name for name in names if "coldframe.loader.memory_service.service" in name]
 
 
 def test_the_command_beside_a_replica_that_has_the_weights(

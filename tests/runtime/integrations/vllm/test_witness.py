@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from coldframe.loader.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.checkpoint import Checkpoint
+from coldframe.loader.checkpoints.plan import Layout, Plan
+from coldframe.loader.checkpoints.slices import WHOLE, Rank
 from coldframe.loader.errors import CheckpointError
-from coldframe.loader.placing import Placer
-from coldframe.loader.plan import Layout, Plan
-from coldframe.loader.slices import WHOLE, Rank
+from coldframe.loader.loads.placing import Placer
 from coldframe.loader.sources.file import FileSource
 from coldframe.runtime.cli import main
 from coldframe.runtime.integrations.vllm import witness

@@ -1,0 +1,1 @@
+"""A cache on disk of checkpoints that came over a network."""

@@ -1,0 +1,1 @@
+"""KV blocks: whose they are, what memory they have, and where they go when they leave it."""

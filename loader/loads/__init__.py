@@ -1,0 +1,1 @@
+"""A checkpoint on its way into an arena, and the weights once they are there."""

@@ -1,0 +1,1 @@
+"""Weights given to other replicas, and taken from them."""

@@ -1,0 +1,184 @@
+"""Where peers are to be found: a list, a name that stands for all of them, or a file.
+
+What is found are addresses and no more. Whether anybody is there, and what they have, they are
+asked themselves, each time anew.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+from urllib.parse import unquote
+
+from coldframe.loader.errors import RequestError, SourceError, SourceUnreachable
+from coldframe.loader.sources.location import Peer, parse_location
+
+__all__ = [
+    "DIRECTORY_FORMS",
+    "GivenPeers",
+    "JointPeers",
+    "ListedPeers",
+    "NamedPeers",
+    "PeerDirectory",
+    "check_peers",
+    "open_directory",
+    "parse_peer",
+]
+
+DIRECTORY_FORMS = "dns://NAME:PORT (all addresses of a name), or file:///PATH (HOST:PORT lines)"
+_MOST_BYTES = 1 << 20
+
+
+class PeerDirectory(Protocol):
+    """Knows where peers may be. Safe for several threads."""
+
+    def peers(self) -> Sequence[Peer]:
+        """All that it knows of now; this node may be among them.
+
+        Raises:
+            SourceError: It cannot tell.
+        """
+        ...
+
+
+class GivenPeers:
+    """A list that does not change.
+
+    Args:
+        peers: The peers.
+    """
+
+    def __init__(self, peers: Sequence[Peer]) -> None:
+        self._peers = tuple(peers)
+
+    def peers(self) -> Sequence[Peer]:
+        return self._peers
+
+
+class NamedPeers:
+    """All addresses of a name, such as that of a headless service of Kubernetes.
+
+    Args:
+        name: The name.
+        port: Where each of them serves peers.
+    """
+
+    def __init__(self, name: str, port: int) -> None:
+        self._name = name
+        self._port = port
+
+    def peers(self) -> Sequence[Peer]:
+        try:
+            found = socket.getaddrinfo(self._name, self._port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            # A headless service without a ready pod is a name that nobody knows.
+            why = getattr(error, "strerror", None) or str(error)
+            raise SourceUnreachable(
+                "the name of the peers says nothing", where=f"dns://{self._name}", got=why
+            ) from None
+        return tuple(dict.fromkeys(Peer(str(one[4][0]), self._port) for one in found))
+
+
+class ListedPeers:
+    """The lines of a file, which somebody else keeps right: `HOST:PORT`, and `#` before remarks.
+
+    Args:
+        path: The file. Without it there are none.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def peers(self) -> Sequence[Peer]:
+        try:
+            with open(self._path, encoding="utf-8") as file:
+                text = file.read(_MOST_BYTES)
+        except FileNotFoundError:
+            return ()
+        except (OSError, UnicodeDecodeError) as error:
+            raise SourceError(
+                "the list of peers cannot be read", where=self._path, got=error
+            ) from None
+        lines = (line.partition("#")[0].strip() for line in text.splitlines())
+        try:
+            return tuple(dict.fromkeys(parse_peer(line) for line in lines if line))
+        except RequestError as error:
+            raise SourceError(error.what, where=self._path, got=error.got) from None
+
+
+class JointPeers:
+    """Several directories as one. One that cannot tell is left out, unless all of them are.
+
+    Args:
+        directories: At least one.
+    """
+
+    def __init__(self, directories: Sequence[PeerDirectory]) -> None:
+        self._directories = tuple(directories)
+
+    def peers(self) -> Sequence[Peer]:
+        found: dict[Peer, None] = {}
+        error: SourceError | None = None
+        for directory in self._directories:
+            try:
+                found |= dict.fromkeys(directory.peers())
+            except SourceError as failure:
+                error = failure
+        if not found and error is not None:
+            raise error
+        return tuple(found)
+
+
+def parse_peer(text: str) -> Peer:
+    """A peer as `HOST:PORT` or `peer://HOST:PORT`.
+
+    Raises:
+        RequestError: It is neither.
+    """
+    place = parse_location(text if text.startswith("peer://") else f"peer://{text}")
+    assert isinstance(place, Peer)
+    return place
+
+
+def open_directory(peers: Iterable[str], places: Iterable[str]) -> PeerDirectory:
+    """The directory that flags stand for.
+
+    Args:
+        peers: `HOST:PORT` of each.
+        places: As `DIRECTORY_FORMS` has them.
+
+    Raises:
+        RequestError: One of them is none.
+    """
+    given = [parse_peer(peer) for peer in peers]
+    found: list[PeerDirectory] = [GivenPeers(given)] if given else []
+    found += [_directory(place) for place in places]
+    return found[0] if len(found) == 1 else JointPeers(found)
+
+
+def check_peers(peers: Iterable[str], places: Iterable[str]) -> None:
+    """Makes sure that they can be meant.
+
+    Raises:
+        RequestError: One of them is nothing that could be a peer, or a directory of peers.
+    """
+    open_directory(peers, places)
+
+
+def _directory(text: str) -> PeerDirectory:
+    scheme, _, rest = text.partition("://")
+    if scheme == "dns":
+        name, colon, port = rest.rstrip("/").rpartition(":")
+        if name and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
+            return NamedPeers(name, int(port))
+    if scheme == "file" and rest.startswith("/") and os.path.basename(rest):
+        return ListedPeers(unquote(rest))
+    raise RequestError(
+        "peers cannot be found there",
+        where="--peers-from",
+        expected=DIRECTORY_FORMS,
+        got=text,
+        hint="Give a list of addresses with --peers, or one of these.",
+    )

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from coldframe.loader.errors import RequestError, SourceError, SourceUnreachable
+from coldframe.loader.peers.directory import (
+    JointPeers,
+    ListedPeers,
+    NamedPeers,
+    check_peers,
+    open_directory,
+)
+from coldframe.loader.sources.location import Peer
+
+
+def test_a_list() -> None:
+    found = open_directory(["10.0.0.1:9400", "peer://[::1]:7", "node-2:1"], [])
+    assert list(found.peers()) == [Peer("10.0.0.1", 9400), Peer("::1", 7), Peer("node-2", 1)]
+
+
+def test_all_addresses_of_a_name() -> None:
+    found = open_directory([], ["dns://localhost:9400"]).peers()
+    assert Peer("127.0.0.1", 9400) in found or Peer("::1", 9400) in found
+    assert len(set(found)) == len(found)
+
+
+def test_a_name_that_nobody_knows() -> None:
+    with pytest.raises(SourceUnreachable) as caught:
+        NamedPeers("peers.invalid", 9400).peers()
+    assert caught.value.where == "dns://peers.invalid"
+
+
+def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
+    path = tmp_path / "some peers"
+    found = open_directory([], [f"file://{path}".replace(" ", "%20")])
+    assert list(found.peers()) == []
+    path.write_text("# who is there\n10.0.0.1:1\n\n10.0.0.2:2  # the second\n10.0.0.1:1\n")
+    assert list(found.peers()) == [Peer("10.0.0.1", 1), Peer("10.0.0.2", 2)]
+    path.write_text("nonsense\n")
+    with pytest.raises(SourceError):
+        found.peers()
+
+
+def test_several_are_one(tmp_path: Path) -> None:
+    path = tmp_path / "peers"
+    path.write_text("10.0.0.2:2\n10.0.0.1:1\n")
+    places = [f"file://{path}", "dns://peers.invalid:1"]
+    found = open_directory(["10.0.0.1:1"], places)
+    assert list(found.peers()) == [Peer("10.0.0.1", 1), Peer("10.0.0.2", 2)]
+    with pytest.raises(SourceUnreachable):
+        JointPeers([ListedPeers(str(tmp_path / "none")), NamedPeers("peers.invalid", 1)]).peers()
+
+
+@pytest.mark.parametrize(
+    ("peers", "places"),
+    [
+        (["10.0.0.1"], []),
+        (["http://10.0.0.1:1"], []),
+        ([], ["dns://name"]),
+        ([], ["dns://:1"]),
+        ([], ["dns://name:99999"]),
+        ([], ["file://relative"]),
+        ([], ["consul://x:1"]),
+        ([], ["name:1"]),
+    ],
+)
+def test_what_is_none(peers: list[str], places: list[str]) -> None:
+    with pytest.raises(RequestError):
+        check_peers(peers, places)

@@ -14,7 +14,16 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.loader.memory import Memory
 from coldframe.loader.sources.base import Source
 
-__all__ = ["Arena", "Arrived", "Device", "DeviceReport", "Landing", "Mapping", "Stretches"]
+__all__ = [
+    "Arena",
+    "Arrived",
+    "Device",
+    "DeviceReport",
+    "Landing",
+    "Mapping",
+    "Stretches",
+    "kind_of",
+]
 
 Arrived = Callable[[ColdframeError | None], None]
 """Told once of each chunk: nothing where it is in, or the error for which it will not be."""
@@ -301,3 +310,8 @@ class Device(Protocol):
     def close(self) -> None:
         """Lets the device go; arenas, mappings and landings must be closed."""
         ...
+
+
+def kind_of(device: Device) -> str:
+    """What kind of device it is, `cpu` or `cuda`: one maps the memory of others of its kind."""
+    return device.name.partition(":")[0]

@@ -129,11 +129,11 @@ class KvPreparer:
         """Begins to prepare a request, where there is something to do."""
         if self._disk_hangs:
             return False
-        found = self._ledger.found(keys)
+        found = self._ledger.pool.found(keys)
         fetch = keys[found:]
-        if not fetch and not (self._ledger.forgets(count - found) and self._store.saves()):
+        if not fetch and not (self._ledger.pool.forgets(count - found) and self._store.saves()):
             return False
-        got = self._ledger.reserve(count, keys)
+        got = self._ledger.pool.reserve(count, keys)
         if got is None:
             return False
         reserved, blocks = got
@@ -150,11 +150,11 @@ class KvPreparer:
     def _fetched(self, known: _Preparation, count: int) -> None:
         known.running = False
         self._moved = time.monotonic()
-        new = self._ledger.fill(known.reserved, known.keys[:count])
+        new = self._ledger.pool.fill(known.reserved, known.keys[:count])
         self._store.published(new, fetched=True)
         if known in self._left:
             self._left.remove(known)
-            self._ledger.give_back(known.reserved)
+            self._ledger.pool.give_back(known.reserved)
         self._done()
 
     def _leave(self, known: _Preparation) -> None:
@@ -163,4 +163,4 @@ class KvPreparer:
         if known.running:
             self._left.append(known)
         else:
-            self._ledger.give_back(known.reserved)
+            self._ledger.pool.give_back(known.reserved)

@@ -13,13 +13,15 @@ import time
 from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 
-from coldframe.loader.devices.base import Arena, Stretches
-from coldframe.loader.devices.parked import stretches_of
+from coldframe.loader.devices.base import Arena, Device
+from coldframe.loader.devices.parked import stretches_of as stretches_of_stages
 from coldframe.loader.errors import ColdframeError, ReplicaError
-from coldframe.loader.loads.load import Load
+from coldframe.loader.kv.runs import runs_of, stretches_of
+from coldframe.loader.loads.base import LoadEvents
+from coldframe.loader.loads.weights import Weights
 from coldframe.loader.memory_client.client import STALL_S, MemoryClient
 from coldframe.loader.memory_service.board import Board, StageState
-from coldframe.loader.timeline import now
+from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
 
 __all__ = ["LoadBeside"]
@@ -27,23 +29,38 @@ __all__ = ["LoadBeside"]
 _TRY_AGAIN_S = 0.005
 
 
-class LoadBeside(Load):
-    """A load whose bytes come from another device; see `Load` for what it is given and tells.
+class LoadBeside:
+    """A load whose bytes come from another device; see `AnyLoad`.
 
-    `LoadOptions.beside` is the socket of the memory service of that device.
+    Whether they are the right ones, and where they are kept, is the affair of the first device.
+
+    Args:
+        path: The socket of the memory service of that device.
+        device: Whose memory they go to.
+        recorder: Where its spans go.
+        events: Told how it goes.
     """
 
+    weights: Weights
+    board: Board
     local = True
-    identity = None
+    identity: str | None = None
     proven = False
-    must_verify = False
-    may_realign = False
-    writer_waits = False
+    peers_at: str | None = None
 
-    _client: MemoryClient | None = None
-    _following: threading.Thread | None = None
-    _bringing: threading.Thread | None = None
-    _orders: SimpleQueue[Callable[[MemoryClient], None] | None]
+    def __init__(self, path: str, device: Device, recorder: Recorder, events: LoadEvents) -> None:
+        self._path = path
+        self._device = device
+        self._recorder = recorder
+        self._events = events
+        self._news = threading.Event()
+        self._orders: SimpleQueue[Callable[[MemoryClient], None] | None] = SimpleQueue()
+        self._client: MemoryClient | None = None
+        self._following: threading.Thread | None = None
+        self._bringing: threading.Thread | None = None
+        self._opened = False
+        """Whether there are `weights`."""
+        self._closing = False
 
     def run(self) -> None:
         """Attaches, and has a thread copy.
@@ -52,19 +69,18 @@ class LoadBeside(Load):
             ColdframeError: The other service is not there, or has nothing to give.
             DeviceError: The devices cannot reach each other's memory, or this one is full.
         """
-        self.mode, self.verified = "copied", "by the first device's memory service"
-        self._news = threading.Event()
-        self._orders = SimpleQueue()
         channel = self._connect()
         self._client = client = MemoryClient(
             channel, "beside", on_event=self._news.set, device=self._device
         )
         plan, _ = client.wait_weights()
-        self.plan = plan
+        self.weights = weights = Weights(plan, self._device)
+        self._opened = True
+        weights.verified = "by the first device's memory service"
         self.board = Board([stage.nbytes for stage in plan.stages])
-        self._arena = arena = self._device.arena("weights", plan.arena_bytes, now=True)
-        self.segments = arena.segments
-        self._on_plan()
+        arena = self._device.arena("weights", plan.arena_bytes, now=True)
+        weights.lie_in(arena)
+        self._events.on_plan()
 
         def follow() -> None:
             error: ColdframeError | None = None
@@ -80,7 +96,7 @@ class LoadBeside(Load):
             self._recorder.add("weight_read", started, note="from the first device")
             if error is not None:
                 self._fail_stages()
-            self._on_end(error)
+            self._events.on_end(error)
             if error is None:
                 self._keep_to(client)
 
@@ -92,12 +108,10 @@ class LoadBeside(Load):
         self._bringing.start()
 
     def _connect(self) -> Channel:
-        path = self._options.beside
-        assert path is not None
         deadline = time.monotonic() + STALL_S
         while True:
             try:
-                return Channel.connect(path)
+                return Channel.connect(self._path)
             except ReplicaError:  # it starts at the same moment
                 if self._closing or time.monotonic() > deadline:
                     raise
@@ -105,19 +119,20 @@ class LoadBeside(Load):
 
     def _copy_stages(self, client: MemoryClient, arena: Arena) -> None:
         """Each stage, as soon as it is in over there."""
-        weights = client.weights
-        assert weights is not None
-        for stage, stretches in zip(self.plan.stages, stretches_of(self.plan), strict=True):
+        theirs, plan = client.weights, self.weights.plan
+        assert theirs is not None
+        for stage, stretches in zip(plan.stages, stretches_of_stages(plan), strict=True):
             client.wait_stage(stage.index)
-            self._check_open()
-            arena.take(weights, [(offset, offset, length) for offset, length in stretches])
+            if self._closing:
+                raise ReplicaError("the load is being closed")
+            arena.take(theirs, [(offset, offset, length) for offset, length in stretches])
             self.board.advance(stage.index, stage.nbytes)
             self.board.settle(stage.index, StageState.READY)
             self._recorder.add(f"stage_ready[{stage.index}]", now())
-            self._on_stage(stage.index)
+            self._events.on_stage(stage.index)
 
     def _fail_stages(self) -> None:
-        for stage in self.plan.stages:
+        for stage in self.weights.plan.stages:
             if self.board.state(stage.index) is StageState.PENDING:
                 self.board.settle(stage.index, StageState.FAILED)
 
@@ -128,7 +143,7 @@ class LoadBeside(Load):
             self._news.clear()
             if client.error is not None:
                 if not self._closing:
-                    self._on_end(client.error)
+                    self._events.on_end(client.error)
                 return
             if client.is_to_let_go:
                 client.let_go()
@@ -164,7 +179,8 @@ class LoadBeside(Load):
             try:
                 kv = client.kv
                 assert kv is not None
-                arena.take(kv.reservation, _runs(blocks, there, reused, kv.block_bytes))
+                runs = runs_of(blocks, reused, len(blocks))
+                arena.take(kv.reservation, stretches_of(runs, there, kv.block_bytes))
                 copied = True
             finally:
                 client.finish(request)
@@ -183,8 +199,13 @@ class LoadBeside(Load):
             else:
                 continue
             if not self._closing:
-                self._on_end(error)
+                self._events.on_end(error)
             return
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def landed(self) -> None:
+        """Nothing is kept for the copy alone."""
 
     def close(self) -> None:
         self._closing = True
@@ -196,18 +217,5 @@ class LoadBeside(Load):
                 if thread is not None:
                     thread.join()
             self._client.close()
-        super().close()
-
-
-def _runs(here: Sequence[int], there: Sequence[int], first: int, size: int) -> Stretches:
-    """Blocks to be copied: to, from and length in bytes, neighbours as one."""
-    runs: list[tuple[int, int, int]] = []
-    for mine, theirs in zip(here[first:], there[first : len(here)], strict=True):
-        to, source = mine * size, theirs * size
-        if runs:
-            last_to, last_source, length = runs[-1]
-            if (last_to + length, last_source + length) == (to, source):
-                runs[-1] = (last_to, last_source, length + size)
-                continue
-        runs.append((to, source, size))
-    return runs
+        if self._opened:
+            self.weights.close()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from coldframe.loader.errors import ReplicaError
 from coldframe.loader.wire import Channel
 
-__all__ = ["Connection"]
+__all__ = ["OWNER", "Connection"]
+
+OWNER = "owner"
+"""The key of the one that started the service, and ends it."""
 
 
 class Connection:
@@ -32,6 +36,18 @@ class Connection:
         """What is written for it elsewhere than by itself: its blocks stay its own meanwhile."""
         self.waits_for_blocks = False
         self._held: list[tuple[dict[str, Any], tuple[int, ...]]] | None = None
+
+    def require_owner(self, does: str) -> None:
+        """Refuses what only the owner may ask.
+
+        Args:
+            does: What that is: "loads", for example.
+
+        Raises:
+            ReplicaError: This is not the owner.
+        """
+        if self.key != OWNER:
+            raise ReplicaError(f"only the owner {does}", where=self.key)
 
     def send(self, body: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """Sends a message, or keeps it with copies of its descriptors, where all is held back.

@@ -13,8 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from coldframe.loader.errors import ColdframeError, DeviceError, NoCheckpoint, ReplicaError
+from coldframe.loader.errors import ColdframeError, DeviceError, NoCheckpoint
 from coldframe.loader.memory_service.connection import Connection
+from coldframe.loader.memory_service.reactor import Reactor
+from coldframe.loader.memory_service.reporter import Reporter
 from coldframe.loader.timeline import Recorder, now
 
 # What only a service needs that has been given an order.
@@ -66,10 +68,8 @@ class ContextDesk:
     """Answers every message about contexts; each order is answered once.
 
     Args:
-        owner: Whose orders count.
-        send: Sends a message to a connection.
-        post: Has something done by the loop; any thread may call it.
-        hold: Has what is sent to a worker, by its name, wait until it is called with False.
+        reactor: The loop.
+        reporter: Tells the owner.
         device: The service's.
         recorder: Gets a span for each order.
         open_contexts: See `OpenContexts`; None where nobody has handed it in.
@@ -77,18 +77,14 @@ class ContextDesk:
 
     def __init__(
         self,
-        owner: Connection,
-        send: Callable[..., None],
-        post: Callable[[Callable[[], None]], None],
-        hold: Callable[[str, bool], None],
+        reactor: Reactor,
+        reporter: Reporter,
         device: Callable[[], Device],
         recorder: Recorder,
         open_contexts: OpenContexts | None,
     ) -> None:
-        self._owner = owner
-        self._send = send
-        self._post = post
-        self._hold = hold
+        self._reactor = reactor
+        self._reporter = reporter
         self._device = device
         self._recorder = recorder
         self._open_contexts = open_contexts
@@ -155,11 +151,10 @@ class ContextDesk:
         work: Callable[[Contexts], dict[str, Any]],
         nothing: dict[str, Any],
     ) -> None:
-        if connection is not self._owner:
-            raise ReplicaError("only the owner moves contexts", where=connection.key)
+        connection.require_owner("moves contexts")
 
         if order == "checkpoint":
-            self._hold(name, True)
+            self._reactor.hold(name, True)
 
         def run() -> None:
             started = now()
@@ -171,7 +166,7 @@ class ContextDesk:
                 error = failure
             except Exception as failure:  # noqa: BLE001 - who waits must hear of it
                 error = DeviceError("the context's way broke", where=name, got=repr(failure))
-            self._post(lambda: self._ended(order, name, started, found, error))
+            self._reactor.post(lambda: self._ended(order, name, started, found, error))
 
         if self._orders is None:
             from queue import SimpleQueue
@@ -199,7 +194,7 @@ class ContextDesk:
         error: ColdframeError | None,
     ) -> None:
         if order == "checkpoint":
-            self._hold(name, False)
+            self._reactor.hold(name, False)
         if order != "probe":
             said = f"{found['bytes']:,} bytes" if error is None else str(error)
             self._recorder.add(f"cuda_{order}", started, note=f"{name}: {said}")
@@ -207,9 +202,8 @@ class ContextDesk:
             "type": _ANSWERS[order],
             "name": name,
             "error": error and error.to_wire(),
-            "spans": [span.to_wire() for span in self._recorder.drain()],
         }
-        self._send(self._owner, body | found)
+        self._reporter.tell(body | found)
 
 
 def _follow(orders: SimpleQueue[Callable[[], None] | None]) -> None:

@@ -1,14 +1,19 @@
-"""The memory service's desk for rest: orders to park and to wake, and the messages that follow."""
+"""The memory service's desk for rest: orders to park and to wake, and the messages that follow.
+
+Messages in:  `keep`, `park`, `wake` (from the owner), `detached` (from workers).
+Messages out: `detach`, `attach`, `stage` (to workers), `parked`, `woken` (to the owner).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coldframe.loader.arena import Segment
 from coldframe.loader.devices.parked import ParkedWeights
 from coldframe.loader.errors import ColdframeError, DeviceLost, ReplicaError
 from coldframe.loader.memory_service.connection import Connection
+from coldframe.loader.memory_service.reactor import Reactor
+from coldframe.loader.memory_service.reporter import Reporter
 from coldframe.loader.timeline import Recorder, now
 
 # What only a replica needs that rests.
@@ -22,31 +27,14 @@ class ParkDesk:
     """Answers every message about weights that leave and come back; see `parking` for the rules.
 
     Args:
-        owner: Whose orders count.
-        send: Sends a message to a connection.
-        send_segments: Sends segments to a connection, as a message of a kind.
-        connections: All that there are.
-        post: Has something done by the loop; any thread may call it.
-        fail: Told when the device is lost.
+        reactor: The loop.
+        reporter: Tells the owner.
         recorder: Gets a span for each way there and back.
     """
 
-    def __init__(
-        self,
-        owner: Connection,
-        send: Callable[..., None],
-        send_segments: Callable[[Connection, str, list[Segment]], None],
-        connections: Callable[[], Iterable[Connection]],
-        post: Callable[[Callable[[], None]], None],
-        fail: Callable[[ColdframeError], None],
-        recorder: Recorder,
-    ) -> None:
-        self._owner = owner
-        self._send = send
-        self._send_segments = send_segments
-        self._connections = connections
-        self._post = post
-        self._fail = fail
+    def __init__(self, reactor: Reactor, reporter: Reporter, recorder: Recorder) -> None:
+        self._reactor = reactor
+        self._reporter = reporter
         self._recorder = recorder
         self._open: Callable[[], ParkedWeights] | None = None
         self._stages = 0
@@ -111,27 +99,26 @@ class ParkDesk:
         self._parking.detached(connection)
 
     def _ordered(self, connection: Connection) -> Parking[Connection] | None:
-        if connection is not self._owner:
-            raise ReplicaError("only the owner parks and wakes", where=connection.key)
+        connection.require_owner("parks and wakes")
         if self._parking is None and self._open is not None:
             from coldframe.loader.memory_service.parking import Parking
 
             self._weights = self._open()
-            workers = [worker for worker in self._connections() if worker.attached]
-            self._parking = Parking(self._weights, self._stages, self, self._post, workers)
+            workers = self._reactor.workers
+            self._parking = Parking(self._weights, self._stages, self, self._reactor.post, workers)
         return self._parking
 
     # -- what parking has done -------------------------------------------------------------------
 
     def detach(self, worker: Connection) -> None:
-        self._send(worker, {"type": "detach"})
+        self._reactor.send(worker, {"type": "detach"})
 
     def attach(self, worker: Connection) -> None:
         assert self._weights is not None
-        self._send_segments(worker, "attach", self._weights.segments)
+        self._reactor.send_segments(worker, "attach", self._weights.segments)
 
     def stage(self, worker: Connection, stage: int) -> None:
-        self._send(worker, {"type": "stage", "stage": stage})
+        self._reactor.send(worker, {"type": "stage", "stage": stage})
 
     def parked(self, error: ColdframeError | None) -> None:
         self._tell("parked", error)
@@ -140,7 +127,7 @@ class ParkDesk:
         self._tell("woken", error)
 
     def lost(self, error: DeviceLost) -> None:
-        self._fail(error)
+        self._reporter.fail(error)
 
     def _tell(self, what: str, error: ColdframeError | None) -> None:
         body: dict[str, Any] = {"type": what, "error": error and error.to_wire()}
@@ -149,5 +136,4 @@ class ParkDesk:
             body |= {"left": self._weights.leaves, "seconds": seconds, "note": note}
             name = "weights_leave" if what == "parked" else "weights_return"
             self._recorder.add(name, self._ordered_ns, note=note if error is None else str(error))
-        body["spans"] = [span.to_wire() for span in self._recorder.drain()]
-        self._send(self._owner, body)
+        self._reporter.tell(body)

@@ -20,28 +20,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from coldframe.loader.checkpoints.checkpoint import Checkpoint
 from coldframe.loader.errors import (
     ColdframeError,
     SourceBusy,
     SourceChanged,
     SourceError,
-    SourceUnreachable,
 )
-from coldframe.loader.loads.chain import Opened, Places, first_that_opens
+from coldframe.loader.loads.chain import Opened, Places
 from coldframe.loader.peers.choice import Candidate, Wanted, is_awaited, others, ranked
 from coldframe.loader.peers.directory import PeerDirectory
-from coldframe.loader.peers.node import LOADED, LOADING, Node, Root, hashed
+from coldframe.loader.peers.fallback import Fallback, root_of
+from coldframe.loader.peers.node import LOADED, LOADING, Node
 from coldframe.loader.peers.pace import Pace
+from coldframe.loader.peers.survey import MOST_ASKED, Survey
 from coldframe.loader.sources.base import Origin
 from coldframe.loader.sources.location import Peer
 from coldframe.loader.web.peer import PeerOrigin
 from coldframe.loader.web.peer_talk import Elsewhere, NodeFacts, PeerTalk, Seat
-from coldframe.loader.web.pool import cancelled_error
 
-__all__ = ["Following", "FollowingLimits", "root_of"]
+__all__ = ["Following", "FollowingLimits"]
 
-_MOST_ASKED = 64
 _MOST_STEPS = 256
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.02, 0.5
 
@@ -105,7 +103,7 @@ class Following:
         self._serves = serves
         self._limits = limits
         self._make_pace = pace
-        self._probe = _Probe(fallback)
+        self._behind = Fallback(fallback)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._seat: Seat | None = None
@@ -134,7 +132,7 @@ class Following:
 
     def spare(self) -> Origin | None:
         """What stands behind the peers, as far as it can be had, for what is small."""
-        opened = self._probe.wait(self._limits.probe_s)
+        opened = self._behind.wait(self._limits.probe_s)
         return None if opened is None else opened.origin
 
     def ended(self) -> None:
@@ -144,7 +142,7 @@ class Following:
     def close(self) -> None:
         """Ends what goes on. Whoever has the seat to give back is not waited for."""
         self._stop.set()
-        self._probe.close()
+        self._behind.close()
 
     def _peers(self) -> Places:
         while not self._stop.is_set():
@@ -166,7 +164,7 @@ class Following:
 
     def _fall_back(self) -> Opened:
         self._reads_from(None, None)
-        opened = self._probe.take()
+        opened = self._behind.take()
         self._node.comes_from(root_of(opened))
         return opened
 
@@ -220,66 +218,19 @@ class Following:
 
     def _wanted(self) -> Wanted:
         fingerprint = self._node.fingerprint  # in mid-load it is known
-        opened = self._probe.wait(self._limits.probe_s)
+        opened = self._behind.wait(self._limits.probe_s)
         if opened is None:
             return Wanted(self._node.model, fingerprint)
         return Wanted(
-            self._node.model, fingerprint or opened.checkpoint.fingerprint, self._probe.root
+            self._node.model, fingerprint or opened.checkpoint.fingerprint, self._behind.root
         )
 
     def _ask_all(self) -> list[Candidate]:
         """What all peers say of themselves, as far as they do in time."""
-        found: list[Candidate] = []
-        failures: list[ColdframeError] = []
-        asked = threading.Condition()
-        open_questions = 1
-
-        def answered(candidate: Candidate | None, error: ColdframeError | None) -> None:
-            nonlocal open_questions
-            with asked:
-                open_questions -= 1
-                if candidate is not None:
-                    found.append(candidate)
-                if error is not None:
-                    failures.append(error)
-                asked.notify()
-
-        def ask(peer: Peer) -> None:
-            try:
-                answered(Candidate(peer, self._talk.node(peer)), None)
-            except ColdframeError as error:
-                answered(None, error)
-
-        def ask_each() -> None:
-            nonlocal open_questions
-            try:
-                peers = list(self._directory.peers())
-            except ColdframeError as error:
-                answered(None, error)
-                return
-            # Of very many a few will do.
-            peers = random.sample(peers, min(len(peers), _MOST_ASKED))
-            with asked:
-                open_questions += len(peers)
-            for peer in peers:
-                # Daemons, since one that a name server or a dead host holds is left behind.
-                threading.Thread(target=ask, args=(peer,), name="peer-ask", daemon=True).start()
-            answered(None, None)
-
-        threading.Thread(target=ask_each, name="peer-ask", daemon=True).start()
-        deadline = time.monotonic() + self._limits.ask_s
-        useful = False
-        with asked:
-            while open_questions and (left := deadline - time.monotonic()) > 0:
-                asked.wait(left)
-                if not useful and any(each.facts.state in (LOADING, LOADED) for each in found):
-                    useful = True
-                    deadline = min(deadline, time.monotonic() + self._limits.more_s)
-            self._failures += failures
-            if open_questions:
-                what = f"{open_questions} of them said nothing in time"
-                self._failures.append(SourceUnreachable(what, where="peers"))
-            return list(found)
+        survey = Survey(self._directory, lambda peer: Candidate(peer, self._talk.node(peer)))
+        found, failures = survey.wait(self._limits.ask_s, self._limits.more_s)
+        self._failures += failures
+        return found
 
     def _sit(self, first: Peer, wanted: Wanted, done: int | None) -> Seat:
         """Takes a seat at a peer, or at the end of the row behind it.
@@ -299,7 +250,7 @@ class Following:
                     self._node.id,
                     fingerprint=wanted.fingerprint,
                     serves=self._serves,
-                    avoid=sorted(avoid)[:_MOST_ASKED],
+                    avoid=sorted(avoid)[:MOST_ASKED],
                     done=done,
                 )
             except SourceError as error:
@@ -360,81 +311,3 @@ class Following:
             return None
         self._node.reads_from(said.via)
         return said.facts
-
-
-class _Probe:
-    """The first place behind the peers that opens, opened in a thread of its own."""
-
-    def __init__(self, places: Places) -> None:
-        self._places = places
-        self._opened: Opened | None = None
-        self._error: ColdframeError | None = None
-        self._taken = False
-        self._opening: Origin | None = None
-        self._closed = False
-        self._over = threading.Event()
-        threading.Thread(target=self._run, name="peer-probe", daemon=True).start()
-
-    @property
-    def root(self) -> Root | None:
-        """Its place and versions, where they tell more than a seal does."""
-        return None if self._opened is None else root_of(self._opened)
-
-    def wait(self, timeout: float) -> Opened | None:
-        """What was opened; None where nothing was, or not yet."""
-        self._over.wait(timeout)
-        return self._opened
-
-    def take(self) -> Opened:
-        """What was opened, for whoever closes it.
-
-        Raises:
-            ColdframeError: Nothing was.
-        """
-        self._over.wait()
-        if self._opened is None:
-            assert self._error is not None
-            raise self._error
-        self._taken = True
-        return self._opened
-
-    def close(self) -> None:
-        """Closes what nobody has taken, and ends what still waits for a network."""
-        self._closed = True
-        if not self._over.is_set():
-            if self._opening is not None:
-                self._opening.close()
-        elif self._opened is not None and not self._taken:
-            self._opened.origin.close()
-
-    def _run(self) -> None:
-        try:
-            self._opened = first_that_opens(map(self._noting, self._places), [])
-        except ColdframeError as error:
-            self._error = error
-        except Exception as error:  # noqa: BLE001 - who waits must hear of it
-            self._error = SourceError("the place behind the peers broke", got=repr(error))
-        self._over.set()
-
-    def _noting(self, make: Callable[[], Origin | Opened]) -> Callable[[], Origin | Opened]:
-        def noted() -> Origin | Opened:
-            if self._closed:
-                raise cancelled_error()
-            made = make()
-            self._opening = made.origin if isinstance(made, Opened) else made
-            return made
-
-        return noted
-
-
-def root_of(opened: Opened) -> Root | None:
-    """Where a checkpoint is at first, for those who load it from a peer.
-
-    None where that tells nothing: a seal knows better, a local file's times differ from machine to
-    machine, and some servers tell no versions.
-    """
-    checkpoint: Checkpoint = opened.checkpoint
-    versions = [shard.version for shard in checkpoint.shards]
-    if checkpoint.seal is not None or opened.origin.path is not None or not all(versions):
-        return None
-    return Root(hashed(opened.origin.uri), hashed(*versions))

@@ -21,22 +21,26 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import TransferRefused
+
+# The front knows tickets, and no device.
+if TYPE_CHECKING:
+    from coldframe.loader.devices.base import Arena, Device
+    from coldframe.loader.kv.runs import Run
 
 __all__ = [
     "DEFAULT_WAYS",
     "TRANSPORTS",
-    "Run",
     "Taker",
     "Ticket",
+    "Transfer",
+    "Watch",
     "Way",
     "host_id",
     "new_token",
     "parse_address",
-    "runs_of",
 ]
 
 TRANSPORTS = ("shared", "nixl", "tcp")
@@ -49,9 +53,6 @@ _MOST_BLOCK_BYTES = 1 << 30
 _MOST_TTL_S = 3600.0
 _TOKEN_BYTES = 16
 _TEXT = 512
-
-Run = tuple[int, int, int]
-"""Neighbouring blocks: the first here, the first in the ticket's order, and how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +164,32 @@ class Ticket:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """The KV of one request that is to be brought here.
+
+    Args:
+        ticket: For it.
+        runs: Which of the ticket's blocks, and where to.
+        arena: Of the receiver.
+        device: Where that is.
+    """
+
+    ticket: Ticket
+    runs: Sequence[Run]
+    arena: Arena
+    device: Device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are to come."""
+        return self.ticket.block_bytes * sum(count for _, _, count in self.runs)
+
+
+Watch = Callable[[Callable[[], None]], None]
+"""Given what breaks off whatever waits for the sender; any thread may call that."""
+
+
 class Taker(Protocol):
     """One way of taking KV, on the receiver's side. For several threads."""
 
@@ -170,28 +197,21 @@ class Taker(Protocol):
         """Why this way cannot be gone from here; None where it looks as if it could."""
         ...
 
-    def take(
-        self,
-        ticket: Ticket,
-        way: Way,
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
-        watch: Callable[[Callable[[], None]], None],
-    ) -> None:
+    def take(self, transfer: Transfer, way: Way, watch: Watch) -> None:
         """Copies blocks into an arena; returns when they are there and the sender knows it.
 
         Args:
-            ticket: Whose.
+            transfer: What is to be brought.
             way: Of those of the ticket.
-            runs: Which blocks, and where to.
-            arena: Of the receiver.
-            device: Where that is.
-            watch: Given what breaks off whatever waits for the sender; any thread may call that.
+            watch: See `Watch`.
 
         Raises:
             TransferError: They could not be had. Nothing is written to the arena any more.
         """
+        ...
+
+    def close(self) -> None:
+        """Lets go of what is kept for the next request. Nobody is in a `take`."""
         ...
 
 
@@ -222,25 +242,6 @@ def host_id() -> str:
             return file.read().strip()
     except OSError:  # then nobody is on the same one
         return ""
-
-
-def runs_of(blocks: Sequence[int], first: int, end: int) -> list[Run]:
-    """Neighbours among a request's blocks here, as runs.
-
-    Args:
-        blocks: All that it has here, in order.
-        first: The first that is wanted.
-        end: Behind the last.
-    """
-    runs: list[Run] = []
-    for place in range(first, end):
-        if runs:
-            here, there, count = runs[-1]
-            if here + count == blocks[place]:
-                runs[-1] = (here, there, count + 1)
-                continue
-        runs.append((blocks[place], place, 1))
-    return runs
 
 
 def _object(data: Any, where: str) -> Mapping[str, Any]:

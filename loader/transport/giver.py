@@ -29,6 +29,7 @@ from coldframe.loader.errors import (
     TransferError,
     TransferRefused,
 )
+from coldframe.loader.kv.runs import cut, places_of
 from coldframe.loader.memory import borrowed
 from coldframe.loader.transport.handshake import welcome
 from coldframe.loader.transport.offers import Offer, Offers
@@ -173,9 +174,8 @@ class Giver:
         client.send({"nbytes": size * sum(count for _, count in places)})
         hashed = client.keyed(outgoing=True) if keyed else None
         for block, count in places:
-            start, end = block * size, (block + count) * size
-            for offset in range(start, end, _PIECE):
-                with borrowed(arena, offset, min(_PIECE, end - offset)) as view:
+            for offset, length in cut(block, count, size, _PIECE):
+                with borrowed(arena, offset, length) as view:
                     client.sock.sendall(view)
                     if hashed is not None:
                         hashed.update(view)
@@ -189,7 +189,7 @@ def _places(offer: Offer, runs: Any) -> list[tuple[int, int]]:
     Raises:
         TransferRefused: Some of it is not in the offer.
     """
-    places: list[tuple[int, int]] = []
+    wanted: list[int] = []
     blocks = offer.blocks
     if not isinstance(runs, list) or len(runs) > _MOST_RUNS:
         raise _not_there()
@@ -199,12 +199,8 @@ def _places(offer: Offer, runs: Any) -> list[tuple[int, int]]:
         first, count = run
         if first < 0 or count < 1 or first + count > len(blocks):
             raise _not_there()
-        for block in blocks[first : first + count]:
-            if places and sum(places[-1]) == block:
-                places[-1] = (places[-1][0], places[-1][1] + 1)
-            else:
-                places.append((block, 1))
-    return places
+        wanted += blocks[first : first + count]
+    return places_of(wanted, 0, len(wanted))
 
 
 def _not_there() -> TransferRefused:

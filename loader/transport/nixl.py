@@ -22,21 +22,16 @@ from typing import Any
 
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
-from coldframe.loader.kv.runs import Run, stretches_of
+from coldframe.loader.kv.runs import stretches_of
 from coldframe.loader.packages import add_site_packages
-from coldframe.loader.transport.base import Ticket, Way, parse_address
-from coldframe.loader.transport.giver import PURPOSE
-from coldframe.loader.transport.handshake import dial
-from coldframe.loader.transport.secure import SecureSocket
-from coldframe.loader.transport.tcp import has_ended
+from coldframe.loader.transport.asking import ask, call, refusal_of
+from coldframe.loader.transport.base import Transfer, Watch, Way
 
 __all__ = ["NixlAgent", "NixlTaker", "nixl_package"]
 
 _PACKAGES = ("nixl_cu13", "nixl_cu12")
 _BACKEND = "UCX"
-_TIMEOUT_S = 10.0
 _MOST_METADATA = 768 << 10
-_MOST_BLOCKS = 1 << 20
 _LEAST_WAIT_S = 20e-6
 _MOST_WAIT_S = 1e-3
 _ABORT_S = 30.0
@@ -241,43 +236,23 @@ class NixlTaker:
         """The agent ends with the process."""
 
     def refusal(self, way: Way) -> str | None:
-        if self._secret is None:
-            return "there is no secret here to show (COLDFRAME_KV_SECRET_FILE)"
-        if parse_address(way.address) is None:
-            return "its address is none"
-        return None if nixl_package() is not None else "it is not installed here"
+        refused = refusal_of(way, self._secret)
+        if refused is None and nixl_package() is None:
+            return "it is not installed here"
+        return refused
 
-    def take(
-        self,
-        ticket: Ticket,
-        way: Way,
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
-        watch: Callable[[Callable[[], None]], None],
-    ) -> None:
-        assert self._secret is not None
-        sender = dial(way.address, self._secret, PURPOSE, timeout_s=_TIMEOUT_S)
+    def take(self, transfer: Transfer, way: Way, watch: Watch) -> None:
+        ticket = transfer.ticket
+        sender = call(way.address, self._secret)
         try:
             watch(sender.hang_up)
-            told = _ask(sender, {"do": "lend", "token": ticket.token})
+            told = ask(sender, {"do": "lend", "token": ticket.token})
             blocks = told["blocks"]
             if not isinstance(blocks, list) or len(blocks) != ticket.blocks:
                 raise TransferRefused("the sender lends other blocks than those of the ticket")
-            stretches = stretches_of(runs, blocks, ticket.block_bytes)
+            stretches = stretches_of(transfer.runs, blocks, ticket.block_bytes)
             if stretches:
-                self._agent.read(told, stretches, lambda: not has_ended(sender))
-            _ask(sender, {"do": "taken", "token": ticket.token})
+                self._agent.read(told, stretches, lambda: not sender.has_ended())
+            ask(sender, {"do": "taken", "token": ticket.token})
         finally:
             sender.close()
-
-
-def _ask(sender: SecureSocket, asked: dict[str, Any]) -> dict[str, Any]:
-    sender.send(asked)
-    answer = sender.recv()
-    if answer is None:
-        raise TransferBroken("the sender is gone")
-    error = answer.get("error")
-    if isinstance(error, dict):
-        raise ColdframeError.from_wire(error)
-    return answer

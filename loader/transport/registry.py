@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from coldframe.loader.devices.base import Device
 from coldframe.loader.errors import RequestError
@@ -12,15 +12,7 @@ from coldframe.loader.transport.base import TRANSPORTS, Taker
 if TYPE_CHECKING:
     from coldframe.loader.transport.nixl import NixlAgent
 
-__all__ = ["OpenTaker", "check_names", "open_takers"]
-
-
-class OpenTaker(Taker, Protocol):
-    """A `Taker` that may keep connections."""
-
-    def close(self) -> None:
-        """Lets go of what it keeps. Nobody is in a `take`."""
-        ...
+__all__ = ["check_names", "open_takers"]
 
 
 def check_names(names: Sequence[str], where: str) -> tuple[str, ...]:
@@ -47,7 +39,7 @@ def open_takers(
     agent: NixlAgent | None,
     *,
     keyed: bool,
-) -> dict[str, OpenTaker]:
+) -> dict[str, Taker]:
     """Those that are to be used.
 
     Args:
@@ -57,7 +49,7 @@ def open_takers(
         agent: Of this process, for NIXL.
         keyed: Whether blocks from there are held against a hash of theirs.
     """
-    found: dict[str, OpenTaker] = {}
+    found: dict[str, Taker] = {}
     if "shared" in names:
         from coldframe.loader.transport.shared import SharedTaker
 

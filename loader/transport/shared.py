@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Sequence
 
 from coldframe.loader.arena import Segment
-from coldframe.loader.devices.base import Arena, Device
+from coldframe.loader.devices.base import Device, kind_of
 from coldframe.loader.errors import ColdframeError, ReplicaError, TransferBroken, TransferRefused
-from coldframe.loader.kv.runs import Run
-from coldframe.loader.transport.base import Ticket, Way, host_id
+from coldframe.loader.kv.runs import stretches_of
+from coldframe.loader.transport.base import Transfer, Watch, Way, host_id
 from coldframe.loader.wire import Channel, Message
 
 __all__ = ["SharedTaker"]
@@ -51,102 +50,84 @@ class SharedTaker:
             return "what the sender calls its socket is none of this user's"
         return None
 
-    def take(
-        self,
-        ticket: Ticket,
-        way: Way,
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
-        watch: Callable[[Callable[[], None]], None],
-    ) -> None:
+    def take(self, transfer: Transfer, way: Way, watch: Watch) -> None:
+        runs = transfer.runs
         try:
             channel = Channel.connect(way.address)
         except ReplicaError as error:
-            raise TransferBroken("the sender is gone", where=way.address, got=error.got) from None
+            raise _gone(way, error) from None
         try:
             watch(channel.hang_up)
-            channel.send({"type": "lend", "token": ticket.token})
-            blocks, size, segments = self._lent(channel, way)
+            channel.send({"type": "lend", "token": transfer.ticket.token})
+            lent = _lent(channel, way)
             try:
-                if runs and len(blocks) < max(there + count for _, there, count in runs):
-                    raise TransferRefused("the sender has fewer blocks", got=len(blocks))
-                self._copy(blocks, size, segments, ticket, runs, arena, device)
+                if runs and len(lent.blocks) < max(there + count for _, there, count in runs):
+                    raise TransferRefused("the sender has fewer blocks", got=len(lent.blocks))
+                lent.copy(transfer)
             finally:
-                for segment in segments:
-                    os.close(segment.fd)
+                lent.close()
             channel.send({"type": "lent_back"})
         except ReplicaError as error:
-            raise TransferBroken("the sender is gone", where=way.address, got=error.got) from None
+            raise _gone(way, error) from None
         finally:
             channel.close()
 
-    def _lent(self, channel: Channel, way: Way) -> tuple[list[int], int, list[Segment]]:
-        segments: list[Segment] = []
-        try:
-            while True:
-                body, fds = self._hear(channel, way)
-                for fd, data in zip(fds, body.get("segments", ()), strict=True):
-                    segments.append(Segment.from_wire(fd, data))
-                if "error" in body:
-                    raise ColdframeError.from_wire(body["error"])
-                if body["last"]:
-                    return body["blocks"], body["size"], segments
-        except BaseException:
-            for segment in segments:
-                os.close(segment.fd)
-            raise
 
-    def _hear(self, channel: Channel, way: Way) -> Message:
-        try:
-            message = channel.recv(_ANSWER_S)
-        except TimeoutError:
-            raise TransferBroken("the sender does not answer", where=way.address) from None
-        if message is None:
-            raise TransferBroken("the sender is gone", where=way.address)
-        return message
+class _Lent:
+    """What the sender has lent: the segments of its arena, and which of its blocks are meant."""
 
-    @staticmethod
-    def _copy(
-        blocks: list[int],
-        size: int,
-        segments: list[Segment],
-        ticket: Ticket,
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
-    ) -> None:
-        mapping = device.mapping(size)
+    def __init__(self) -> None:
+        self.blocks: list[int] = []
+        self._size = 0
+        self._segments: list[Segment] = []
+
+    def take(self, message: Message) -> bool:
+        """Takes a message of it; whether that was the last.
+
+        Raises:
+            ColdframeError: What the sender says instead.
+        """
+        body, fds = message
+        for fd, data in zip(fds, body.get("segments", ()), strict=True):
+            self._segments.append(Segment.from_wire(fd, data))
+        if "error" in body:
+            raise ColdframeError.from_wire(body["error"])
+        if body["last"]:
+            self.blocks, self._size = body["blocks"], body["size"]
+        return bool(body["last"])
+
+    def copy(self, transfer: Transfer) -> None:
+        """Brings what is wanted of it to where that is to go."""
+        mapping = transfer.device.mapping(self._size)
         try:
-            mapping.attach(segments)
-            arena.take(mapping, stretches_of(runs, blocks, ticket.block_bytes))
+            mapping.attach(self._segments)
+            block_bytes = transfer.ticket.block_bytes
+            transfer.arena.take(mapping, stretches_of(transfer.runs, self.blocks, block_bytes))
         finally:
             mapping.close()
 
+    def close(self) -> None:
+        for segment in self._segments:
+            os.close(segment.fd)
 
-def kind_of(device: Device) -> str:
-    """What kind of device it is: one reads the memory of another of its kind."""
-    return device.name.partition(":")[0]
+
+def _lent(channel: Channel, way: Way) -> _Lent:
+    lent = _Lent()
+    try:
+        last = False
+        while not last:
+            try:
+                message = channel.recv(_ANSWER_S)
+            except TimeoutError:
+                raise TransferBroken("the sender does not answer", where=way.address) from None
+            if message is None:
+                raise TransferBroken("the sender is gone", where=way.address)
+            last = lent.take(message)
+    except BaseException:
+        lent.close()
+        raise
+    return lent
 
 
-def stretches_of(
-    runs: Sequence[Run], blocks: Sequence[int], block_bytes: int
-) -> list[tuple[int, int, int]]:
-    """Where bytes go, where they come from and how many, neighbours on both sides as one.
-
-    Args:
-        runs: Blocks here, and their places among those there.
-        blocks: Those there, in order.
-        block_bytes: Of one.
-    """
-    found: list[tuple[int, int, int]] = []
-    for here, there, count in runs:
-        for step in range(count):
-            to, source = (here + step) * block_bytes, blocks[there + step] * block_bytes
-            if found:
-                last_to, last_source, length = found[-1]
-                if (last_to + length, last_source + length) == (to, source):
-                    found[-1] = (last_to, last_source, length + block_bytes)
-                    continue
-            found.append((to, source, block_bytes))
-    return found
+def _gone(way: Way, error: ReplicaError) -> TransferBroken:
+    return TransferBroken("the sender is gone", where=way.address, got=error.got)

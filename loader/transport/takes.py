@@ -12,12 +12,10 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
 from coldframe.loader.kv.ledger import Blocks
-from coldframe.loader.kv.runs import Run
 from coldframe.loader.memory_service.connection import Connection
-from coldframe.loader.transport.base import Taker, Ticket, Way
+from coldframe.loader.transport.base import Taker, Ticket, Transfer, Way
 
 __all__ = ["Take", "TakeThreads", "ways_from"]
 
@@ -45,6 +43,11 @@ class Take:
     error: ColdframeError | None = None
     stop: Callable[[], None] | None = None
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells it from all others: the worker's connection and the request."""
+        return self.connection.key, self.request
+
     def watch(self, stop: Callable[[], None]) -> None:
         """What breaks it off from now on."""
         self.stop = stop
@@ -70,48 +73,25 @@ class TakeThreads:
     def run(
         self,
         take: Take,
-        ticket: Ticket,
+        transfer: Transfer,
         ways: Sequence[tuple[Taker, Way]],
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
         done: Callable[[ColdframeError | None], None],
     ) -> None:
         """Brings blocks by the first way that works.
 
         Args:
             take: What is abandoned where nobody waits for it any more.
-            ticket: For the blocks.
+            transfer: What is brought.
             ways: In the order in which they are tried.
-            runs: What goes where.
-            arena: Gets them.
-            device: Where that is.
             done: Told by the thread when nothing is written to the arena any more.
         """
-
-        def job() -> None:
-            error: ColdframeError | None = None
-            for taker, way in ways:
-                try:
-                    taker.take(ticket, way, runs, arena, device, take.watch)
-                except ColdframeError as failure:
-                    error = failure
-                except Exception as failure:  # noqa: BLE001 - the sender may say anything
-                    error = TransferBroken("the sender cannot be understood", got=repr(failure))
-                else:
-                    error = None
-                    break
-                if take.abandoned or isinstance(error, TransferRefused):
-                    break  # it would say the same by any other way
-            done(error)
-
         with self._lock:
             self._busy += 1
             if self._busy > len(self._threads) and len(self._threads) < _THREADS:
                 thread = threading.Thread(target=self._work, name="kv-take", daemon=True)
                 self._threads.append(thread)
                 thread.start()
-        self._jobs.put(job)
+        self._jobs.put(lambda: done(_bring(take, transfer, ways)))
 
     def close(self) -> None:
         """Waits for what runs, which is to be abandoned before."""
@@ -127,6 +107,25 @@ class TakeThreads:
             finally:
                 with self._lock:
                     self._busy -= 1
+
+
+def _bring(
+    take: Take, transfer: Transfer, ways: Sequence[tuple[Taker, Way]]
+) -> ColdframeError | None:
+    """Brings blocks; why that could not be done, where it could not."""
+    error: ColdframeError | None = None
+    for taker, way in ways:
+        try:
+            taker.take(transfer, way, take.watch)
+        except ColdframeError as failure:
+            error = failure
+        except Exception as failure:  # noqa: BLE001 - the sender may say anything
+            error = TransferBroken("the sender cannot be understood", got=repr(failure))
+        else:
+            return None
+        if take.abandoned or isinstance(error, TransferRefused):
+            break  # it would say the same by any other way
+    return error
 
 
 def ways_from(

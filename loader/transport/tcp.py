@@ -9,26 +9,23 @@ from __future__ import annotations
 import hmac
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 
-from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferError
-from coldframe.loader.kv.runs import Run
+from coldframe.loader.kv.runs import Run, cut, deal
 from coldframe.loader.memory import borrowed
-from coldframe.loader.transport.base import Ticket, Way, parse_address
-from coldframe.loader.transport.giver import PURPOSE
-from coldframe.loader.transport.handshake import dial
+from coldframe.loader.transport.asking import ask, call, refusal_of
+from coldframe.loader.transport.base import Transfer, Watch, Way
 from coldframe.loader.transport.secure import SecureSocket
 
-__all__ = ["TcpTaker", "has_ended"]
+__all__ = ["TcpTaker"]
 
 STREAMS = 4
 """Connections for one request's KV, at most: one alone does not fill a fast link."""
 _LEAST = 8 << 20
 """Bytes that are worth a connection more."""
 _PIECE = 4 << 20
-_TIMEOUT_S = 10.0
 _KEPT_S = 30.0
 _HASH_BYTES = 32
 
@@ -52,40 +49,26 @@ class TcpTaker:
         self._kept: list[tuple[float, str, SecureSocket]] = []
 
     def close(self) -> None:
-        """Ends the connections that are kept for the next request."""
         with self._lock:
             kept, self._kept = self._kept, []
         for _, _, connection in kept:
             connection.close()
 
     def refusal(self, way: Way) -> str | None:
-        if self._secret is None:
-            return "there is no secret here to show (COLDFRAME_KV_SECRET_FILE)"
-        if parse_address(way.address) is None:
-            return "its address is none"
-        return None
+        return refusal_of(way, self._secret)
 
-    def take(
-        self,
-        ticket: Ticket,
-        way: Way,
-        runs: Sequence[Run],
-        arena: Arena,
-        device: Device,
-        watch: Callable[[Callable[[], None]], None],
-    ) -> None:
-        if not runs:
-            self._say_taken(ticket, way)
+    def take(self, transfer: Transfer, way: Way, watch: Watch) -> None:
+        if not transfer.runs:
+            self._say_taken(transfer, way)
             return
-        nbytes = ticket.block_bytes * sum(count for _, _, count in runs)
-        streams = max(1, min(self._streams, nbytes // _LEAST))
-        parts = _parts(runs, streams)
+        streams = max(1, min(self._streams, transfer.nbytes // _LEAST))
+        parts = deal(transfer.runs, streams)
         errors: list[ColdframeError] = []
         hanging = _Connections()
 
         def fetch(part: Sequence[Run]) -> None:
             try:
-                self._fetch(ticket, way, part, arena, hanging)
+                self._fetch(transfer, way, part, hanging)
             except ColdframeError as error:
                 errors.append(error)
                 hanging.stop()  # of what is missing a part, the rest is of no use
@@ -102,31 +85,24 @@ class TcpTaker:
             thread.join()
         if errors:
             raise errors[0]
-        self._say_taken(ticket, way)
+        self._say_taken(transfer, way)
 
     def _fetch(
-        self,
-        ticket: Ticket,
-        way: Way,
-        runs: Sequence[Run],
-        arena: Arena,
-        hanging: _Connections,
+        self, transfer: Transfer, way: Way, runs: Sequence[Run], hanging: _Connections
     ) -> None:
+        token, size = transfer.ticket.token, transfer.ticket.block_bytes
         connection = self._connection(way.address)
         try:
             hanging.add(connection)
             wanted = [[there, count] for _, there, count in runs]
-            asked = {"do": "blocks", "token": ticket.token, "runs": wanted, "keyed": self._keyed}
-            nbytes = self._ask(connection, asked).get("nbytes")
-            size = ticket.block_bytes
+            asked = {"do": "blocks", "token": token, "runs": wanted, "keyed": self._keyed}
+            nbytes = ask(connection, asked).get("nbytes")
             if nbytes != size * sum(count for _, _, count in runs):
                 raise TransferBroken("the sender's blocks have another size", got=nbytes)
             hashed = connection.keyed(outgoing=False) if self._keyed else None
             for here, _, count in runs:
-                start, end = here * size, (here + count) * size
-                for offset in range(start, end, _PIECE):
-                    length = min(_PIECE, end - offset)
-                    with borrowed(arena, offset, length, write=True) as view:
+                for offset, length in cut(here, count, size, _PIECE):
+                    with borrowed(transfer.arena, offset, length, write=True) as view:
                         connection.recv_into(view)
                         if hashed is not None:
                             hashed.update(view)
@@ -142,26 +118,16 @@ class TcpTaker:
             hanging.remove(connection)
         self._keep(way.address, connection)
 
-    def _say_taken(self, ticket: Ticket, way: Way) -> None:
+    def _say_taken(self, transfer: Transfer, way: Way) -> None:
         """The sender may have its blocks back; if it does not hear that, it has them later."""
         with suppress(TransferError):
             connection = self._connection(way.address)
             try:
-                self._ask(connection, {"do": "taken", "token": ticket.token})
+                ask(connection, {"do": "taken", "token": transfer.ticket.token})
             except BaseException:
                 connection.close()
                 raise
             self._keep(way.address, connection)
-
-    def _ask(self, connection: SecureSocket, asked: dict[str, object]) -> dict[str, object]:
-        connection.send(asked)
-        answer = connection.recv()
-        if answer is None:
-            raise TransferBroken("the sender is gone")
-        error = answer.get("error")
-        if isinstance(error, dict):
-            raise ColdframeError.from_wire(error)
-        return answer
 
     def _connection(self, address: str) -> SecureSocket:
         late = time.monotonic() - _KEPT_S
@@ -170,14 +136,11 @@ class TcpTaker:
             for entry in list(self._kept):
                 if entry[0] < late or (found is None and entry[1] == address):
                     self._kept.remove(entry)
-                    if entry[0] < late or has_ended(entry[2]):
+                    if entry[0] < late or entry[2].has_ended():
                         entry[2].close()
                     else:
                         found = entry[2]
-        if found is not None:
-            return found
-        assert self._secret is not None
-        return dial(address, self._secret, PURPOSE, timeout_s=_TIMEOUT_S)
+        return call(address, self._secret) if found is None else found
 
     def _keep(self, address: str, connection: SecureSocket) -> None:
         with self._lock:
@@ -214,29 +177,3 @@ class _Connections:
             self._stopped = True
             for connection in self._open:
                 connection.hang_up()
-
-
-def has_ended(connection: SecureSocket) -> bool:
-    """Whether the other side has hung up; nobody says anything between two questions."""
-    import select
-
-    poll = select.poll()
-    poll.register(connection.sock, select.POLLIN)
-    return bool(poll.poll(0))
-
-
-def _parts(runs: Sequence[Run], count: int) -> list[list[Run]]:
-    """Runs dealt out to so many, each about the same number of blocks."""
-    total = sum(blocks for _, _, blocks in runs)
-    each = -(-total // count)
-    parts: list[list[Run]] = [[]]
-    room = each
-    for here, there, blocks in runs:
-        while blocks:
-            if not room:
-                parts.append([])
-                room = each
-            some = min(blocks, room)
-            parts[-1].append((here, there, some))
-            here, there, blocks, room = here + some, there + some, blocks - some, room - some
-    return parts

@@ -1,7 +1,8 @@
 """The front's side of contexts that leave a GPU behind the weights, and come back with them.
 
 A worker that rests has a context on its device, which takes hundreds of megabytes. The memory
-service can have it leave (`loader.memory_service.contextdesk`), once the worker has let go of all that it shares:
+service can have it leave (`loader.memory_service.contextdesk`), once the worker has let go of all
+that it shares:
 
     here ── rest ─> asked ── rested ─> ready ── checkpoint ─> leaving ── checkpointed ─> away
     here <──────────────── restored ── coming <── restore ──────────────────────────────── away

@@ -1,4 +1,4 @@
-"""The front's side of weights that leave a device while nobody asks; see `loader.memory_service.parking`."""
+"""Weights that leave a device while nobody asks, from the front: see `memory_service.parking`."""
 
 from __future__ import annotations
 

@@ -31,8 +31,8 @@ class LoadSettings:
 
     Attributes:
         memory_service: The socket of a memory service that runs already, or None.
-        source: The place to load from, as `sources.location.parse_location` takes it; None is the model
-            that vLLM was given.
+        source: The place to load from, as `sources.location.parse_location` takes it; None is the
+            model that vLLM was given.
         options: Further fields of `LoadOptions`.
         alias: `on` where vLLM's parameters are to be the arena itself, `off` where they are to be
             copies, `auto` where whatever measures best is to be done.

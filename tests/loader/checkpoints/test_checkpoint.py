@@ -394,7 +394,8 @@ def test_a_bad_checkpoint_leaves_no_file_open(sharded: Path) -> None:
 def test_opening_imports_nothing_heavy(sharded: Path) -> None:
     code = (
         "import sys; from coldframe.loader.checkpoints.checkpoint import Checkpoint;"
-        "from coldframe.loader.checkpoints.plan import Plan; Plan.build(Checkpoint.open(sys.argv[1]));"
+        "from coldframe.loader.checkpoints.plan import Plan;"
+        "Plan.build(Checkpoint.open(sys.argv[1]));"
         "print(*sorted({'torch', 'numpy', 'safetensors', 'asyncio', 'ssl'} & sys.modules.keys()))"
     )
     ran = subprocess.run(

@@ -202,7 +202,7 @@ def test_a_worker_that_dies_meanwhile_keeps_its_blocks_until_they_are_written(
     written(one, "r", 4)
     before = emulator.calls["cuMemcpyDtoDAsync"]
     emulator.hold()
-    two.client._channel.send(
+    two.client._link.send(
         {"type": "bring", "request": "r", "attempt": 1, "count": 4, "written": 4, "keys": []}
     )
     until(lambda: emulator.calls["cuMemcpyDtoDAsync"] > before)
@@ -271,9 +271,9 @@ def test_the_end_of_the_first_is_the_end_of_the_second(
 def test_segments_are_of_the_second_gpu(pair: Callable[[], tuple[Served, Served]]) -> None:
     _, second = pair()
     second.expect("loaded")
-    load = second.service._load
+    load = second.service._weights.load
     assert load is not None
-    (segment,) = load.segments
+    (segment,) = load.weights.segments
     assert isinstance(segment, Segment)
     assert not segment.writable
 

@@ -22,8 +22,10 @@ from coldframe.loader.errors import (
     NoDevice,
     SourceError,
 )
+from coldframe.loader.loads.base import LoadEvents
 from coldframe.loader.loads.load import Load
 from coldframe.loader.loads.options import LoadOptions
+from coldframe.loader.loads.source import SourceOpener
 from coldframe.loader.memory_service.board import StageState
 from coldframe.loader.sources.base import SEALED
 from coldframe.loader.timeline import Recorder
@@ -53,16 +55,18 @@ class Loading:
             LoadOptions(model, device="cuda:0", **options),
             self.device,
             self.recorder,
+            LoadEvents(
+                on_files=lambda path: None,
+                on_plan=self._plan,
+                on_stage=self.stages.append,
+                on_end=self.ends.append,
+                on_kept=self.kept.append,
+            ),
             files_dir=str(files),
-            on_files=lambda path: None,
-            on_plan=self._plan,
-            on_stage=self.stages.append,
-            on_end=self.ends.append,
-            on_kept=self.kept.append,
         )
 
     def _plan(self) -> None:
-        assert self.load.segments
+        assert self.load.weights.segments
         assert not self.stages
         self.planned = True
 
@@ -75,16 +79,16 @@ class Loading:
 
     def tensors(self) -> dict[str, bytes]:
         """What a worker sees that maps the segments."""
-        plan = self.load.plan
+        plan = self.load.weights.plan
         found = self.device.mapping(plan.arena_bytes)
-        found.attach(self.load.segments)
+        found.attach(self.load.weights.segments)
         memory = memoryview(ctypes.string_at(found.address, plan.arena_bytes))
         found.close()
         return arena_tensors(plan, memory)
 
     @property
     def states(self) -> set[StageState]:
-        return {self.load.board.state(stage.index) for stage in self.load.plan.stages}
+        return {self.load.board.state(stage.index) for stage in self.load.weights.plan.stages}
 
     def close(self) -> None:
         self.load.close()
@@ -122,12 +126,12 @@ def test_a_checkpoint_lands_stage_by_stage(
     one = loading(model)
     assert one.run() is None
     assert one.planned
-    assert sorted(one.stages) == [stage.index for stage in one.load.plan.stages]
+    assert sorted(one.stages) == [stage.index for stage in one.load.weights.plan.stages]
     assert one.states == {StageState.READY}
     assert one.tensors() == reference(model)
     # In the page cache or not: nothing is mapped, and q, k and v lie behind one another.
-    assert (one.load.mode, one.load.plan.layout) == ("copied", Layout.ALIGNED)
-    assert (one.load.verified == SEALED) is seal
+    assert (one.load.weights.mode, one.load.weights.plan.layout) == ("copied", Layout.ALIGNED)
+    assert (one.load.weights.verified == SEALED) is seal
     (span,) = [span for span in one.recorder.drain() if span.name == "weight_read"]
     assert "from locked memory" in (span.note or "")
     one.load.landed()
@@ -241,16 +245,18 @@ def test_a_driver_that_refuses(
     assert "CUDA_ERROR_INVALID_VALUE" in str(error)
 
 
-def test_a_file_that_ends_early(model: Path, loading: Callable[..., Loading]) -> None:
+def test_a_file_that_ends_early(
+    model: Path, loading: Callable[..., Loading], monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = loading(model)
-    opened = one.load._open_source
+    opened = SourceOpener.open
 
     def cut(*arguments: Any) -> Any:
         source = opened(*arguments)
         shard_files(model)[1].write_bytes(b"short")
         return source
 
-    one.load._open_source = cut  # type: ignore[method-assign]
+    monkeypatch.setattr(SourceOpener, "open", cut)
     assert isinstance(one.run(), SourceError)
 
 
@@ -294,7 +300,7 @@ def test_peers_get_bytes_out_of_it_and_the_cache_is_written_beside_it(
 def test_segments_are_the_gpus(model: Path, loading: Callable[..., Loading]) -> None:
     one = loading(model)
     assert one.run() is None
-    (segment,) = one.load.segments
+    (segment,) = one.load.weights.segments
     assert isinstance(segment, Segment)
     assert (segment.offset, segment.writable) == (0, False)
-    assert segment.length >= one.load.plan.arena_bytes
+    assert segment.length >= one.load.weights.plan.arena_bytes

@@ -21,6 +21,7 @@ from coldframe.loader.devices.device_arena import DeviceArena
 from coldframe.loader.errors import ColdframeError, DeviceFull, DeviceLost
 from coldframe.loader.memory_client.client import MemoryClient
 from coldframe.loader.memory_service import service as service_module
+from coldframe.loader.memory_service import weightsdesk
 from coldframe.loader.memory_service.contextdesk import OpenContexts
 from coldframe.loader.memory_service.service import SOCKET_NAME, MemoryService
 from coldframe.loader.process import make_run_dir, remove_run_dir
@@ -137,7 +138,7 @@ def in_threads(patch: pytest.MonkeyPatch, emulator: Emulator) -> None:
         kind, _, ordinal = name.partition(":")
         return open_device(name) if kind == "cpu" else CudaDevice(int(ordinal), emulator)
 
-    patch.setattr(service_module, "open_device", device)
+    patch.setattr(weightsdesk, "open_device", device)
     patch.setattr(service_module.signal, "signal", lambda *_: None)  # no main thread's
 
 
@@ -267,7 +268,7 @@ def test_who_lets_go_unasked_is_shown_out(served: Served, emulator: Emulator) ->
     worker.tensors()
     other.tensors()
     served.order("keep")
-    worker.client._channel.send({"type": "detached"})
+    worker.client._link.send({"type": "detached"})
     until(lambda: worker.client.error is not None)
     assert other.client.error is None
     served.order("park")
@@ -293,5 +294,5 @@ def test_blocks_of_a_worker_that_died_are_nobodys_for_a_while(
     desk = served.service._kv
     until(lambda: bool(desk._lingering))
     _, worker = desk._lingering[0]
-    served.service._post(lambda: desk._lingering.__setitem__(0, (0.0, worker)))
+    served.service._reactor.post(lambda: desk._lingering.__setitem__(0, (0.0, worker)))
     until(lambda: second.client.assign("s", 0, 1) is not None)

@@ -13,6 +13,7 @@ import pytest
 
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, SourceCorrupt, SourceUnreachable
+from coldframe.loader.loads.base import LoadEvents
 from coldframe.loader.loads.load import Load
 from coldframe.loader.loads.options import LoadOptions
 from coldframe.loader.sources.base import SEALED
@@ -50,12 +51,14 @@ class Kept(Watched):
             LoadOptions(uri, cache=str(tmp_path / "cache"), cache_bytes=1 << 30, **options),
             open_device("cpu"),
             Recorder("memory"),
+            LoadEvents(
+                on_files=self.said.append,
+                on_plan=lambda: None,
+                on_stage=lambda stage: None,
+                on_end=self.ends.append,
+                on_kept=self._on_kept,
+            ),
             files_dir=str(self.files),
-            on_files=self.said.append,
-            on_plan=lambda: None,
-            on_stage=lambda stage: None,
-            on_end=self.ends.append,
-            on_kept=self._on_kept,
         )
         self.load.run()
         self.wait()
@@ -96,8 +99,8 @@ def flip(entry: Path, *, cached: bool) -> None:
 def test_what_is_in_the_cache_is_read_there(entry: Path, base: str, tmp_path: Path) -> None:
     again = Kept(f"{base}/m", tmp_path)
     assert again.done.wait(20)
-    assert again.load.why is not None
-    assert again.load.why.startswith("from the cache")
+    assert again.load.weights.why is not None
+    assert again.load.weights.why.startswith("from the cache")
     assert again.kept == again.ends == [None]
     assert again.tensors() == reference(entry)
     # Another process may take the entry away at any time: what workers need is not in it.
@@ -114,7 +117,7 @@ def test_an_entry_that_has_gone_bad_is_taken_away_and_the_weights_come_from_afar
     assert again.done.wait(20)
     assert again.ends == [None]
     assert again.tensors() == reference(model)
-    assert again.load.verified == SEALED
+    assert again.load.weights.verified == SEALED
     assert not entry.exists()
     assert again.kept == ["what was there was bad, and is taken away"]
     assert (again.files / "tokenizer.json").exists()
@@ -126,10 +129,10 @@ def test_a_mapped_entry_that_has_gone_bad_is_found_and_taken_away(
 ) -> None:
     flip(entry, cached=True)
     again = Kept(f"{base}/m", tmp_path)
-    assert again.load.mode == "mapped"
-    assert again.load.must_verify
+    assert again.load.weights.mode == "mapped"
+    assert again.load.weights.must_verify
     with pytest.raises(SourceCorrupt, match="in the cache, and is taken away"):
-        again.load.verify()
+        again.load.weights.verify()
     assert not entry.exists()
     again.close()
 
@@ -144,7 +147,7 @@ def test_a_bad_entry_that_nothing_stands_behind_is_taken_away(
         assert len(list(places)) == 1
         raise SourceUnreachable("no such host", where=uri)
 
-    monkeypatch.setattr("coldframe.loader.loads.load.first_that_opens", unreachable)
+    monkeypatch.setattr("coldframe.loader.loads.resolving.first_that_opens", unreachable)
     again = Kept(uri, tmp_path, copy=True)
     (error,) = again.ends
     assert isinstance(error, SourceCorrupt)
@@ -162,7 +165,7 @@ def test_a_network_is_given_up_soon_only_where_the_cache_has_something(
         hurried.append(hurry_last)
         raise SourceUnreachable("far enough")
 
-    monkeypatch.setattr("coldframe.loader.loads.load.origins_of", origins)
+    monkeypatch.setattr("coldframe.loader.loads.resolving.origins_of", origins)
     for uri in (f"{base}/m", f"{base}/other"):
         with pytest.raises(SourceUnreachable, match="far enough"):
             Kept(uri, tmp_path)

@@ -104,9 +104,9 @@ def test_what_was_written_outlives_its_worker(ledger: BlockLedger) -> None:
 def test_a_new_attempt_replaces_what_the_old_one_left(ledger: BlockLedger) -> None:
     ledger.assign("w", "r", 0, 3)
     ledger.worker_gone("w", 0.0)
-    assert ledger.free == 1
+    assert ledger.pool.free == 1
     assert ledger.assign("x", "r", 1, 1) == Blocks([0], 0)
-    assert ledger.free == 3
+    assert ledger.pool.free == 3
 
 
 def test_an_old_attempt_comes_too_late(ledger: BlockLedger) -> None:
@@ -128,7 +128,7 @@ def test_a_lease_begins_when_the_holder_lets_go(ledger: BlockLedger) -> None:
     ledger.drop("w", "r", 100.0)
     assert ledger.expire(100.0 + LEASE - 0.001) == []
     assert ledger.expire(100.0 + LEASE) == ["r"]
-    assert ledger.free == 4
+    assert ledger.pool.free == 4
     assert ledger.expire(1e9) == []
     assert ledger.claim("x", "r", 0) is None
     assert ledger.requests == 1  # it lives on, without KV
@@ -161,14 +161,14 @@ def test_a_lease_is_renewed_while_it_runs(ledger: BlockLedger) -> None:
 def test_a_release_while_held_waits_for_the_holder(ledger: BlockLedger) -> None:
     ledger.assign("w", "r", 0, 2)
     ledger.release("r")
-    assert ledger.free == 2
+    assert ledger.pool.free == 2
     assert ledger.claim("w", "r", 0) is None
     assert ledger.assign("w", "r", 1, 1) is None
     ledger.drop("w", "r", 0.0)
-    assert (ledger.free, ledger.requests) == (4, 0)
+    assert (ledger.pool.free, ledger.requests) == (4, 0)
     ledger.release("r")
     ledger.drop("w", "r", 0.0)
-    assert (ledger.free, ledger.requests) == (4, 0)
+    assert (ledger.pool.free, ledger.requests) == (4, 0)
 
 
 def test_requests_die_with_their_gateway_alone(ledger: BlockLedger) -> None:
@@ -182,7 +182,7 @@ def test_requests_die_with_their_gateway_alone(ledger: BlockLedger) -> None:
     assert ledger.claim("w", "r", 0) == [0, 1]
     ledger.drop("w", "r", 0.0)
     ledger.gateway_gone("g")
-    assert (ledger.free, ledger.requests) == (4, 0)
+    assert (ledger.pool.free, ledger.requests) == (4, 0)
 
 
 # -- blocks that outlive their request ------------------------------------------------------------
@@ -285,9 +285,9 @@ def test_nothing_is_found_after_a_reset() -> None:
     serve(ledger, "a", 3, "xy")
     ledger.open("b", "g")
     assert ledger.assign("w", "b", 0, 1) is not None
-    assert not ledger.reset()
+    assert not ledger.pool.reset()
     ledger.finish("w", "b")
-    assert ledger.reset()
+    assert ledger.pool.reset()
     assert ledger.usage == KvUsage(total=4)
     assert ledger.assign("w", "b", 0, 4, keys("xy")) == Blocks([0, 1, 2, 3], 0)
 
@@ -319,14 +319,14 @@ def test_keys_that_are_not_those_of_the_blocks_are_refused(text: str, ledger: Bl
 
 def test_what_was_brought_in_is_found_by_who_asks_then() -> None:
     ledger = BlockLedger(4)
-    found = ledger.reserve(3, keys("ab"))
+    found = ledger.pool.reserve(3, keys("ab"))
     assert found is not None
     reserved, got = found
     assert got == Blocks([0, 1, 2], 0)
     assert ledger.usage == KvUsage(used=3, cached=0, total=4, reused=0)
-    assert ledger.fill(reserved, keys("ab")) == [("a", 0), ("ab", 1)]
-    ledger.give_back(reserved)
-    ledger.give_back(reserved)
+    assert ledger.pool.fill(reserved, keys("ab")) == [("a", 0), ("ab", 1)]
+    ledger.pool.give_back(reserved)
+    ledger.pool.give_back(reserved)
     assert ledger.usage == KvUsage(used=0, cached=2, total=4, reused=0)
     ledger.open("r", "g")
     assert ledger.assign("w", "r", 0, 3, keys("abc")) == Blocks([0, 1, 2], 2)
@@ -336,10 +336,10 @@ def test_what_was_brought_in_is_found_by_who_asks_then() -> None:
 def test_what_is_forgotten_is_told() -> None:
     ledger = BlockLedger(3)
     serve(ledger, "r", 3, "ab")
-    assert ledger.kept == [("ab", 1), ("a", 0)]
-    assert not ledger.forgets(1)
-    assert ledger.forgets(2)
-    found = ledger.reserve(2, keys("x"))
+    assert ledger.pool.kept == [("ab", 1), ("a", 0)]
+    assert not ledger.pool.forgets(1)
+    assert ledger.pool.forgets(2)
+    found = ledger.pool.reserve(2, keys("x"))
     assert found is not None
     assert found[1] == Blocks([2, 1], 0, [("ab", 1)])
     ledger.open("s", "g")
@@ -351,20 +351,20 @@ def test_nothing_is_reserved_where_not_all_of_it_is_free() -> None:
     serve(ledger, "r", 2, "ab")
     ledger.open("s", "g")
     ledger.assign("w", "s", 0, 1)
-    assert ledger.reserve(3, keys("ab")) is None
-    assert ledger.kept == [("ab", 1), ("a", 0)]
-    assert ledger.reserve(2, keys("ab")) is not None
+    assert ledger.pool.reserve(3, keys("ab")) is None
+    assert ledger.pool.kept == [("ab", 1), ("a", 0)]
+    assert ledger.pool.reserve(2, keys("ab")) is not None
 
 
 def test_two_that_bring_in_the_same_keep_one_of_it() -> None:
     ledger = BlockLedger(4)
-    both = [ledger.reserve(2, keys("ab")) for _ in range(2)]
+    both = [ledger.pool.reserve(2, keys("ab")) for _ in range(2)]
     for found in both:
         assert found is not None
-        ledger.fill(found[0], keys("ab"))
-        ledger.give_back(found[0])
+        ledger.pool.fill(found[0], keys("ab"))
+        ledger.pool.give_back(found[0])
     assert ledger.usage == KvUsage(used=0, cached=2, total=4, reused=0)
-    assert ledger.free == 4
+    assert ledger.pool.free == 4
 
 
 # -- any order of events --------------------------------------------------------------------------
@@ -510,8 +510,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(text=TEXTS, more=st.integers(0, 3))
     def reserve(self, text: str, more: int) -> None:
         count, known = len(text) + more, Known("")
-        forgets = self.ledger.forgets(count - self.ledger.found(keys(text)))
-        found = self.ledger.reserve(count, keys(text))
+        forgets = self.ledger.pool.forgets(count - self.ledger.pool.found(keys(text)))
+        found = self.ledger.pool.reserve(count, keys(text))
         reserved, got = (Reserved(), None) if found is None else found
         self.reserved.append((reserved, known))
         if self.gets(known, got, text, count):
@@ -527,7 +527,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         reserved, known = self.reserved[which]
         wanted = keys(known.text)[: len(known.keys) + read]
-        new = self.ledger.fill(reserved, wanted)
+        new = self.ledger.pool.fill(reserved, wanted)
         expected = []
         for place, key in list(enumerate(wanted))[len(known.keys) :]:
             if key not in self.kept:
@@ -543,7 +543,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.events += 1
             for key in known.keys:
                 self.kept[key].used = self.events
-            self.ledger.give_back(reserved)
+            self.ledger.pool.give_back(reserved)
 
     @rule(worker=WORKERS, request=REQUESTS, text=TEXTS, more=st.integers(0, 3), end=TEXTS)
     def serve(self, worker: str, request: str, text: str, more: int, end: str) -> None:
@@ -646,7 +646,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def reset(self) -> None:
         used = self.ledger.usage.used
-        assert self.ledger.reset() == (used == 0)
+        assert self.ledger.pool.reset() == (used == 0)
         if not used:
             self.kept.clear()
 
@@ -669,7 +669,7 @@ class LedgerMachine(RuleBasedStateMachine):
         unused = [key for key in self.kept if not self.referring(key)]
         used = len(self.taken()) - len(unused)
         assert self.ledger.usage == KvUsage(used, len(unused), BLOCKS, self.reused)
-        assert self.ledger.free == BLOCKS - used
+        assert self.ledger.pool.free == BLOCKS - used
         assert self.ledger.requests == len(self.known)
 
     @invariant()
@@ -688,8 +688,8 @@ class LedgerMachine(RuleBasedStateMachine):
         for gateway in ("g", "h"):
             self.ledger.gateway_gone(gateway)
         for reserved, _ in self.reserved:
-            self.ledger.give_back(reserved)
-        assert self.ledger.free == BLOCKS
+            self.ledger.pool.give_back(reserved)
+        assert self.ledger.pool.free == BLOCKS
         self.ledger.open("heir", "g")
         got = self.ledger.assign("heir", "heir", 0, BLOCKS)
         assert got is not None
@@ -710,22 +710,26 @@ TestLedgerMachine = LedgerMachine.TestCase
 
 def test_nobody_watches_and_nothing_is_kept(ledger: BlockLedger) -> None:
     serve(ledger, "s", 2, "xy")
-    assert ledger.take_changes() == {}
+    assert ledger.pool.take_changes() == {}
 
 
 def test_changes_are_what_is_published_now_and_was_not() -> None:
     ledger = BlockLedger(4, lease_s=LEASE)
     serve(ledger, "a", 2, "xx")
-    ledger.watch()
-    assert ledger.take_changes() == {"x": True, "xx": True}
+    ledger.pool.watch()
+    assert ledger.pool.take_changes() == {"x": True, "xx": True}
     serve(ledger, "b", 2, "xx")
-    assert ledger.take_changes() == {}
+    assert ledger.pool.take_changes() == {}
     serve(ledger, "c", 3, "yyy")
-    changes = ledger.take_changes()
+    changes = ledger.pool.take_changes()
     assert changes == {"xx": False, "y": True, "yy": True, "yyy": True}
-    assert ledger.found(keys("xx")) == 1
-    assert ledger.found(keys("yyy")) == 3
+    assert ledger.pool.found(keys("xx")) == 1
+    assert ledger.pool.found(keys("yyy")) == 3
     serve(ledger, "d", 4, "xyxy")
-    assert {key for key, there in ledger.take_changes().items() if there} == {"xy", "xyx", "xyxy"}
-    assert ledger.reset()
-    assert set(ledger.take_changes().values()) == {False}
+    assert {key for key, there in ledger.pool.take_changes().items() if there} == {
+        "xy",
+        "xyx",
+        "xyxy",
+    }
+    assert ledger.pool.reset()
+    assert set(ledger.pool.take_changes().values()) == {False}

@@ -102,7 +102,7 @@ def test_what_is_in_the_arena_is_not_asked_for(desk: Desk) -> None:
     assert got is not None
     assert got.reused == 3
     assert desk.ask("t", "abcd", 5) is None
-    assert desk.store.asked[-1] == ([], ["abcd"], [desk.ledger.blocks - 4])
+    assert desk.store.asked[-1] == ([], ["abcd"], [desk.ledger.pool.blocks - 4])
 
 
 def test_prompts_without_a_full_block_wait_for_nothing(desk: Desk) -> None:
@@ -142,7 +142,7 @@ def test_who_goes_leaves_no_block_behind(desk: Desk, ends: str, how: str) -> Non
         assert desk.ledger.usage.used == 6  # somebody still writes to them
         desk.store.end()
     assert desk.ledger.usage == KvUsage(used=0, cached=3, total=BLOCKS, reused=0)
-    assert desk.ledger.free == BLOCKS
+    assert desk.ledger.pool.free == BLOCKS
 
 
 def test_another_worker_takes_up_what_a_dead_one_has_left(desk: Desk) -> None:
@@ -325,8 +325,8 @@ class PreparerMachine(RuleBasedStateMachine):
             self.worker_gone(worker)
         for request in "rstu":
             self.release(request)
-        assert self.desk.ledger.free == BLOCKS
-        for key, block in self.desk.ledger.kept:
+        assert self.desk.ledger.pool.free == BLOCKS
+        for key, block in self.desk.ledger.pool.kept:
             assert self.memory[block] == key
 
 

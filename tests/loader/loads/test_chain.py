@@ -193,8 +193,8 @@ def test_a_load_takes_the_next_place_and_says_so(tmp_path: Path) -> None:
     watched.wait()
     assert watched.ends == [None]
     assert watched.tensors() == reference(model)
-    assert watched.load.why is not None
-    assert str(tmp_path / "none") in watched.load.why
+    assert watched.load.weights.why is not None
+    assert str(tmp_path / "none") in watched.load.weights.why
     watched.close()
 
 

@@ -22,6 +22,7 @@ from coldframe.loader.errors import (
     SourceChanged,
     SourceCorrupt,
 )
+from coldframe.loader.loads.base import LoadEvents
 from coldframe.loader.loads.load import Load
 from coldframe.loader.loads.options import LoadOptions
 from coldframe.loader.memory_service.board import StageState
@@ -60,11 +61,13 @@ class Watched:
             LoadOptions(str(root), **options),
             open_device("cpu"),
             Recorder("memory"),
+            LoadEvents(
+                on_files=lambda path: self.said.append(f"files in {path}"),
+                on_plan=lambda: self.said.append("plan"),
+                on_stage=self._stage,
+                on_end=self.ends.append,
+            ),
             files_dir=str(files or Path(root, "unused")),
-            on_files=lambda path: self.said.append(f"files in {path}"),
-            on_plan=lambda: self.said.append("plan"),
-            on_stage=self._stage,
-            on_end=self.ends.append,
         )
 
     def _stage(self, stage: int) -> None:
@@ -73,9 +76,9 @@ class Watched:
 
     def tensors(self) -> dict[str, bytes]:
         """What a worker sees that maps the segments."""
-        arena = Reservation(self.load.plan.arena_bytes)
-        arena.attach(self.load.segments)
-        found = arena_tensors(self.load.plan, arena.view())
+        arena = Reservation(self.load.weights.plan.arena_bytes)
+        arena.attach(self.load.weights.segments)
+        found = arena_tensors(self.load.weights.plan, arena.view())
         arena.close()
         return found
 
@@ -101,8 +104,8 @@ def test_a_mapped_load_is_ready_and_closes_whole(model: Path) -> None:
     watched = Watched(model)
     watched.load.run()
     watched.wait()
-    stages = [stage.index for stage in watched.load.plan.stages]
-    assert watched.load.mode == "mapped"
+    stages = [stage.index for stage in watched.load.weights.plan.stages]
+    assert watched.load.weights.mode == "mapped"
     assert watched.said[:2] == [f"files in {model}", "plan"]
     assert sorted(watched.said[2:]) == stages  # type: ignore[type-var]
     assert watched.ends == [None]
@@ -124,7 +127,7 @@ def test_what_the_page_cache_has_dropped_is_read_before_it_is_given_out(tmp_path
         watched = Watched(root)
         watched.load.run()
         watched.wait()
-        assert watched.load.mode == "mapped"
+        assert watched.load.weights.mode == "mapped"
         assert cached_bytes(file.fileno(), 0, size) == size
     assert watched.tensors() == reference(root)
     watched.close()
@@ -135,12 +138,12 @@ def test_moved_out_weights_are_the_same_at_the_same_places(model: Path) -> None:
     expected = reference(model)
     watched = Watched(model)
     watched.load.run()
-    (segment,) = watched.load.move_out()
+    (segment,) = watched.load.weights.move_out()
     assert (segment.offset, segment.writable) == (0, False)
-    assert watched.load.mode == "mapped"
-    watched.load.adopt([segment])
-    assert watched.load.mode == "copied"
-    watched.load.let_go()
+    assert watched.load.weights.mode == "mapped"
+    watched.load.weights.adopt([segment])
+    assert watched.load.weights.mode == "copied"
+    watched.load.weights.let_go()
     for path in shard_files(model):
         os.truncate(path, 0)
     assert watched.tensors() == expected
@@ -162,18 +165,18 @@ def test_what_a_writer_interrupted_is_verified_where_it_was_moved_to(
     watched.wait()
     with pytest.raises(BlockingIOError):
         os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-    watched.load.verify()  # gives way at once
-    assert watched.load.verified != SEALED
-    watched.load.adopt(watched.load.move_out())
-    watched.load.let_go()
-    assert watched.load.must_verify
+    watched.load.weights.verify()  # gives way at once
+    assert watched.load.weights.verified != SEALED
+    watched.load.weights.adopt(watched.load.weights.move_out())
+    watched.load.weights.let_go()
+    assert watched.load.weights.must_verify
     if flipped:
         with pytest.raises(SourceCorrupt, match="bytes"):
-            watched.load.verify()
+            watched.load.weights.verify()
     else:
-        watched.load.verify()
-        assert watched.load.verified == SEALED
-        assert not watched.load.must_verify
+        watched.load.weights.verify()
+        assert watched.load.weights.verified == SEALED
+        assert not watched.load.weights.must_verify
     watched.close()
 
 
@@ -185,9 +188,9 @@ def test_what_is_moved_out_and_laid_out_anew_is_verified_before(model: Path) -> 
     watched = Watched(model)
     watched.load.run()
     watched.wait()
-    watched.load.adopt(watched.load.move_out())
+    watched.load.weights.adopt(watched.load.weights.move_out())
     with pytest.raises(SourceCorrupt):
-        watched.load.realign()
+        watched.load.weights.realign()
     watched.close()
 
 
@@ -198,7 +201,7 @@ def test_nobody_touches_weights_of_a_load_that_is_closed(what: str, model: Path)
     watched.wait()
     watched.close()
     with pytest.raises(ReplicaError, match="closed"):
-        getattr(watched.load, what)()
+        getattr(watched.load.weights, what)()
 
 
 def test_closing_waits_until_weights_are_no_longer_copied(model: Path) -> None:
@@ -206,18 +209,18 @@ def test_closing_waits_until_weights_are_no_longer_copied(model: Path) -> None:
     watched.load.run()
     watched.wait()
     started, ended = threading.Event(), threading.Event()
-    check = watched.load._check_open
+    check = watched.load.weights._check_open
 
     def slow() -> None:
         started.set()
         time.sleep(0.01)
         check()
 
-    watched.load._check_open = slow  # type: ignore[method-assign]
+    watched.load.weights._check_open = slow  # type: ignore[method-assign]
 
     def realign() -> None:
         with pytest.raises(ReplicaError, match="closed"):
-            watched.load.realign()
+            watched.load.weights.realign()
         ended.set()
 
     thread = threading.Thread(target=realign)
@@ -233,16 +236,16 @@ def test_a_writer_that_got_in_before_the_copy_was_done_is_noticed(model: Path) -
     watched = Watched(model)
     watched.load.run()
     # As the kernel does when the time for breaking a lease is over.
-    watched.load.let_go()
+    watched.load.weights.let_go()
     path = shard_files(model)[1]
     with open(path, "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(b"x")
     os.utime(path, ns=(0, path.stat().st_mtime_ns + 1))
     with pytest.raises(SourceChanged) as caught:
-        watched.load.move_out()
+        watched.load.weights.move_out()
     assert caught.value.where == str(path)
-    assert watched.load.mode == "mapped"
+    assert watched.load.weights.mode == "mapped"
     watched.close()
     assert len(os.listdir("/proc/self/fd")) == fds
 
@@ -285,9 +288,9 @@ def test_without_memory_for_a_copy_the_mapping_stays(model: Path) -> None:
     fds = len(os.listdir("/proc/self/fd"))
     watched = Watched(model)
     watched.load.run()
-    watched.load._device = FullDevice()
+    watched.load.weights._device = FullDevice()
     with pytest.raises(DeviceError, match="full"):
-        watched.load.move_out()
+        watched.load.weights.move_out()
     assert watched.tensors() == reference(model)
     watched.close()
     assert len(os.listdir("/proc/self/fd")) == fds

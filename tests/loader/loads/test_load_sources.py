@@ -203,7 +203,7 @@ def fails(place: Store | str, files: Path, **options: Any) -> tuple[ColdframeErr
         assert ended is not None
         found = ended
         # Some stage is missing for good, and was never given out.
-        stages = range(len(watched.load.plan.stages))
+        stages = range(len(watched.load.weights.plan.stages))
         missing = {s for s in stages if watched.load.board.state(s) is StageState.FAILED}
         assert missing
         assert not missing & set(watched.said)
@@ -227,14 +227,14 @@ def test_the_bytes_are_those_of_the_files(publish: Publish, model: Path, tmp_pat
     assert found == reference(model)
     assert watched.load.local == (store.proxy is None)
     assert watched.said[0] == f"files in {store.uri}" or store.proxy is not None
-    assert watched.load.why is None
+    assert watched.load.weights.why is None
 
 
 def test_a_sealed_one_is_verified(publish: Publish, model: Path, tmp_path: Path) -> None:
     seal(model)
     watched, found = load(publish(), tmp_path / "files", copy=True)
     assert found == reference(model)
-    assert watched.load.verified == SEALED
+    assert watched.load.weights.verified == SEALED
     if not watched.load.local:
         # Not among the small files that a replica reads.
         assert SEAL_NAME not in os.listdir(tmp_path / "files")
@@ -245,10 +245,10 @@ def test_what_nobody_vouches_for_is_called_so(
     publish: Publish, model: Path, tmp_path: Path
 ) -> None:
     watched, _ = load(publish(), tmp_path / "files")
-    assert watched.load.verified.startswith("unverified: the checkpoint is not sealed")
+    assert watched.load.weights.verified.startswith("unverified: the checkpoint is not sealed")
     seal(model)
     watched, _ = load(publish(), tmp_path / "files", verify=False)
-    assert watched.load.verified == "unverified, as asked"
+    assert watched.load.weights.verified == "unverified, as asked"
 
 
 @over_s3
@@ -257,7 +257,7 @@ def test_s3s_own_checksums_vouch_where_there_is_no_seal(
 ) -> None:
     watched, found = load(publish(ChecksumAlgorithm="CRC64NVME"), tmp_path / "files")
     assert found == reference(model)
-    assert watched.load.verified == "verified by S3's crc64nvme"
+    assert watched.load.weights.verified == "verified by S3's crc64nvme"
 
 
 # -- bad checkpoints, wherever they are -----------------------------------------------------------
@@ -356,7 +356,7 @@ def test_only_what_was_lost_is_asked_for_again(
         assert [r.range for r in asked if r.path == request.path].count(again) >= 1
     # Not a byte came twice.
     assert sum(request.sent for request in asked if request.status == 206) == (
-        watched.load.plan.read_bytes
+        watched.load.weights.plan.read_bytes
     )
 
 
@@ -379,7 +379,7 @@ def test_a_byte_that_flips_on_the_way_is_mended(
     watched, found = load(store, tmp_path / "files")
     assert flipped
     assert found == reference(model)
-    assert watched.load.verified == SEALED
+    assert watched.load.weights.verified == SEALED
 
 
 def always_flipped(store: Store, model: Path, tensor: str) -> int:
@@ -449,10 +449,10 @@ def test_a_byte_that_flipped_on_the_disk(
         watched = Watched(model)
         watched.load.run()
         watched.wait()
-        assert watched.load.mode == "mapped"
-        assert watched.load.must_verify
+        assert watched.load.weights.mode == "mapped"
+        assert watched.load.weights.must_verify
         with pytest.raises(SourceCorrupt) as caught:
-            watched.load.verify()
+            watched.load.weights.verify()
         watched.close()
         error = caught.value
     assert type(error) is SourceCorrupt
@@ -501,7 +501,7 @@ def test_a_local_file_that_is_written_while_it_is_loaded(
     (error,) = watched.ends
     assert type(error) is SourceChanged
     assert error.where == str(path)
-    assert len(watched.load.plan.stages) - 1 not in watched.said
+    assert len(watched.load.weights.plan.stages) - 1 not in watched.said
     watched.close()
 
 
@@ -685,10 +685,10 @@ def test_another_place_goes_on_with_what_is_missing(
         Store(str(copy), "", None, store.change), tmp_path / "files", sources=(store.uri,)
     )
     assert found == reference(model)
-    assert watched.load.why is not None
-    assert f"went on with {copy}" in watched.load.why
-    assert ", bytes " in watched.load.why
-    assert PASSWORD not in watched.load.why
+    assert watched.load.weights.why is not None
+    assert f"went on with {copy}" in watched.load.weights.why
+    assert ", bytes " in watched.load.weights.why
+    assert PASSWORD not in watched.load.weights.why
 
 
 @network
@@ -698,4 +698,4 @@ def test_a_place_that_cannot_be_reached_hands_over(
     impatient(monkeypatch, replace(LIMITS, patience_s=0.1))
     watched, found = load(publish(), tmp_path / "files", sources=("http://127.0.0.1:9/m",))
     assert found == reference(model)
-    assert "http://127.0.0.1:9/m" in str(watched.load.why)
+    assert "http://127.0.0.1:9/m" in str(watched.load.weights.why)

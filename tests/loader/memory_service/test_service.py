@@ -40,7 +40,10 @@ from tests.loader.checkpoints.written import tensor, write_model, write_shard
 from tests.loader.weights import arena_tensors, evict, layered, reference, sealed, shard_files
 from tests.support import no_threads_left
 
-SERVICE = "from coldframe.loader.memory_service.service import main; main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
+SERVICE = (
+    "from coldframe.loader.memory_service.service import main; "
+    "main(3, sys.argv[1], int(sys.argv[2]), first_ns)"
+)
 # Attaches, prints what the tensors hold, and stays until its input ends.
 CLIENT = """
 import hashlib, json, os, sys
@@ -977,6 +980,6 @@ def test_only_the_owner_has_weights_laid_out_anew(service: Service, model: Path)
     client = service.client()
     client.wait_arenas()
     service.expect("loaded")
-    client._channel.send({"type": "settle", "realign": True})
+    client._link.send({"type": "settle", "realign": True})
     with pytest.raises(ReplicaError):
         until(lambda: client.is_ready(99))

@@ -66,7 +66,7 @@ def test_who_gives_orders_that_are_not_his_is_shown_out(
     service.expect("loaded")
     worker, rogue = service.client(), service.client("rogue")
     assert wait_all(worker) == wait_all(rogue)
-    rogue._channel.send({"type": order})
+    rogue._link.send({"type": order})
     until(lambda: isinstance(rogue.error, MemoryServiceGone))
     assert worker.complete
     assert wait_all(service.client()) == reference(model)

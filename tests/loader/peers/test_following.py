@@ -17,6 +17,7 @@ import pytest
 from coldframe.loader.arena import Reservation
 from coldframe.loader.devices import open_device
 from coldframe.loader.errors import ColdframeError, RequestError, SourceError
+from coldframe.loader.loads.base import LoadEvents
 from coldframe.loader.loads.load import Load
 from coldframe.loader.loads.options import LoadOptions
 from coldframe.loader.memory_service.board import StageState
@@ -64,11 +65,13 @@ class Replica:
             ),
             open_device("cpu"),
             Recorder("memory"),
+            LoadEvents(
+                on_files=lambda path: None,
+                on_plan=lambda: None,
+                on_stage=lambda stage: self.there[stage].set(),
+                on_end=self._end,
+            ),
             files_dir=str(scratch / f"files-{id(self)}"),
-            on_files=lambda path: None,
-            on_plan=lambda: None,
-            on_stage=lambda stage: self.there[stage].set(),
-            on_end=self._end,
         )
 
     def _end(self, error: ColdframeError | None) -> None:
@@ -88,9 +91,9 @@ class Replica:
         assert self.error is None, self.error
 
     def tensors(self) -> dict[str, bytes]:
-        arena = Reservation(self.load.plan.arena_bytes)
-        arena.attach(self.load.segments)
-        found = arena_tensors(self.load.plan, arena.view())
+        arena = Reservation(self.load.weights.plan.arena_bytes)
+        arena.attach(self.load.weights.segments)
+        found = arena_tensors(self.load.weights.plan, arena.view())
         arena.close()
         return found
 
@@ -167,8 +170,8 @@ def test_a_new_node_takes_its_weights_from_a_warm_one(
     warm.finish()
     new = start(warm.at)
     new.finish()
-    assert new.load.why == f"from peer://{warm.at}"
-    assert new.load.mode == "copied"
+    assert new.load.weights.why == f"from peer://{warm.at}"
+    assert new.load.weights.mode == "copied"
     assert new.tensors() == reference(model)
     assert new.facts().state == LOADED
     until(lambda: warm.facts().readers == 0)  # it has given its seat back
@@ -182,8 +185,8 @@ def test_dead_addresses_and_its_own_are_passed_over(
     own = f"127.0.0.1:{free_port()}"
     new = start(f"127.0.0.1:{free_port()}", own, warm.at, serve_peers=own)
     new.finish()
-    assert new.load.why is not None
-    assert new.load.why.startswith(f"from peer://{warm.at}; peer://127.0.0.1:")
+    assert new.load.weights.why is not None
+    assert new.load.weights.why.startswith(f"from peer://{warm.at}; peer://127.0.0.1:")
 
 
 def test_one_that_says_nothing_keeps_nobody_from_a_warm_one(
@@ -199,14 +202,14 @@ def test_one_that_says_nothing_keeps_nobody_from_a_warm_one(
         new.finish()
         silent.accept()[0].close()
     why = f"from peer://{warm.at}; peers: 1 of them said nothing in time"
-    assert new.load.why == why
+    assert new.load.weights.why == why
 
 
 def test_without_any_peer_the_place_itself(model: Path, start: Callable[..., Replica]) -> None:
     new = start(f"127.0.0.1:{free_port()}")
     new.finish()
-    assert new.load.why is not None
-    assert new.load.why.startswith("from no peer; ")
+    assert new.load.weights.why is not None
+    assert new.load.weights.why.startswith("from no peer; ")
     assert new.tensors() == reference(model)
     assert new.facts().state == LOADED
 
@@ -220,7 +223,7 @@ def test_a_file_says_where_they_are(
     listed.write_text(f"{warm.at}  # warm\n")
     new = start(peers_from=(f"file://{listed}",))
     new.finish()
-    assert new.load.why == f"from peer://{warm.at}"
+    assert new.load.weights.why == f"from peer://{warm.at}"
 
 
 def test_another_model_gives_not_a_byte(
@@ -230,8 +233,8 @@ def test_another_model_gives_not_a_byte(
     with peer_of(other, node=Node(str(other))) as peer:
         new = start(place_of(peer))
         new.finish()
-        assert str(new.load.why).startswith("from no peer; ")
-        assert "has another model" in str(new.load.why)
+        assert str(new.load.weights.why).startswith("from no peer; ")
+        assert "has another model" in str(new.load.weights.why)
         assert new.tensors() == reference(model)
 
 
@@ -243,7 +246,7 @@ def test_a_place_that_is_out_of_reach_is_no_hindrance(
     with peer_of(model, node=Node(gone)) as peer, peer_of(model, node=Node("else")) as other:
         new = start(place_of(other), place_of(peer), root=gone)
         new.finish()
-        assert str(new.load.why).startswith(
+        assert str(new.load.weights.why).startswith(
             f"from peer://{place_of(peer)}; peer://{place_of(other)}"
         )
         assert new.tensors() == reference(model)
@@ -263,7 +266,7 @@ def test_those_who_start_together_stand_in_a_row(
     with peer_of(model, loaded=False, limits=BEAT, node=Node(str(model))) as first:
         row = [start(place_of(first)) for _ in range(3)]
         places = [place_of(first), *(each.at for each in row)]
-        assert [each.load.why for each in row] == [f"from peer://{at}" for at in places[:3]]
+        assert [each.load.weights.why for each in row] == [f"from peer://{at}" for at in places[:3]]
         for stage in range(STAGES):
             first.bring(stage)
             # The last of them has it before the first has the next one.
@@ -307,8 +310,8 @@ def test_more_readers_at_once_where_that_is_asked_for(
     node = Node(str(model), readers=2)
     with peer_of(model, loaded=False, limits=BEAT, node=node) as first:
         row = [start(place_of(first)) for _ in range(3)]
-        assert [each.load.why for each in row[:2]] == [f"from peer://{place_of(first)}"] * 2
-        assert row[2].load.why in [f"from peer://{each.at}" for each in row[:2]]
+        assert [each.load.weights.why for each in row[:2]] == [f"from peer://{place_of(first)}"] * 2
+        assert row[2].load.weights.why in [f"from peer://{each.at}" for each in row[:2]]
         first.bring(*range(STAGES))
         first.finish()
         for each in row:
@@ -319,7 +322,7 @@ def test_a_reader_that_serves_nobody_is_no_end(model: Path, start: Callable[...,
     with peer_of(model, loaded=False, limits=BEAT, node=Node(str(model))) as first:
         quiet = start(place_of(first), serve_peers=None)
         new = start(place_of(first))
-        assert new.load.why == quiet.load.why == f"from peer://{place_of(first)}"
+        assert new.load.weights.why == quiet.load.weights.why == f"from peer://{place_of(first)}"
         first.bring(*range(STAGES))
         first.finish()
         quiet.finish()
@@ -349,7 +352,7 @@ def test_all_start_cold(model: Path, start: Callable[..., Replica], tmp_path: Pa
     for each in made:
         each.finish()
         assert each.tensors() == reference(model)
-    sources = [str(each.load.why).partition(";")[0] for each in made]
+    sources = [str(each.load.weights.why).partition(";")[0] for each in made]
     assert 1 <= sources.count("from no peer") <= 4
 
 
@@ -365,9 +368,9 @@ def test_after_a_death_the_place_itself_goes_on(model: Path, start: Callable[...
         for each in (new, last):
             each.finish()
             assert each.tensors() == reference(model)
-        assert f"went on with {model}" in str(new.load.why)
+        assert f"went on with {model}" in str(new.load.weights.why)
         # Who was behind it has not noticed.
-        assert last.load.why == f"from peer://{new.at}"
+        assert last.load.weights.why == f"from peer://{new.at}"
         until(lambda: not new.facts().seated)
 
 
@@ -387,7 +390,7 @@ def test_after_a_death_another_peer_goes_on_where_it_was(
         first.server.close()
         new.finish()
         assert new.tensors() == reference(model)
-        assert f"went on with peer://{place_of(second)}" in str(new.load.why)
+        assert f"went on with peer://{place_of(second)}" in str(new.load.weights.why)
         done = sum(stage.nbytes for stage in first.plan.stages[:2])
         total = first.plan.weights_bytes
         assert second.server.served_bytes < total - done + 100_000
@@ -399,7 +402,7 @@ def test_a_dead_end_of_the_row_is_gone_around(model: Path, start: Callable[..., 
         dead = f"127.0.0.1:{free_port()}"
         assert first.node.seats.take("d" * 32, dead) is None
         new = start(place_of(first))
-        assert new.load.why == f"from peer://{place_of(first)}"
+        assert new.load.weights.why == f"from peer://{place_of(first)}"
         first.bring(*range(STAGES))
         first.finish()
         new.finish()
@@ -416,7 +419,7 @@ def test_a_peer_that_hangs_is_given_up(
         first._done = first.plan.weights_bytes  # it says that it has all of it, and gives nothing
         new.finish()
         assert new.tensors() == reference(model)
-        assert "the peer gave nothing for" in str(new.load.why)
+        assert "the peer gave nothing for" in str(new.load.weights.why)
         until(lambda: facts_at(place_of(first)).readers == 0)
 
 
@@ -462,7 +465,7 @@ def test_it_can_be_ended_while_it_waits_for_others(
         thread.start()
         time.sleep(0.1)
         assert thread.is_alive()
-        made.load._peers.close()  # type: ignore[union-attr]
+        made.load._resolver.stop()  # type: ignore[union-attr]
         thread.join(30)
         assert not thread.is_alive()
         made.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.errors import TransferBroken, TransferDenied
-from coldframe.loader.transport import secure
+from coldframe.loader.transport import handshake
 from coldframe.loader.transport.base import parse_address
 from coldframe.loader.transport.handshake import dial, greet, welcome
 from coldframe.loader.transport.secret import read_secret
@@ -148,7 +148,7 @@ def test_a_server_that_does_not_know_the_secret_learns_nothing_and_is_not_believ
 def test_a_silent_stranger_is_given_up(
     ends: tuple[socket.socket, socket.socket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(secure, "_HANDSHAKE_S", 0.1)
+    monkeypatch.setattr(handshake, "_HANDSHAKE_S", 0.1)
     ends[0].sendall(b"cold")
     with pytest.raises(TransferBroken):
         welcome(ends[1], SECRET, "kv")

@@ -8,10 +8,9 @@ from typing import Any
 import pytest
 
 from coldframe.loader.errors import RequestError, TransferRefused
-from coldframe.loader.kv.runs import runs_of, stretches_of
+from coldframe.loader.kv.runs import deal, runs_of, stretches_of
 from coldframe.loader.transport.base import Ticket, Way, host_id, new_token
 from coldframe.loader.transport.registry import check_names
-from coldframe.loader.transport.tcp import _parts
 
 TICKET = Ticket(
     new_token(),
@@ -92,7 +91,7 @@ def test_stretches_join_where_both_sides_do() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 def test_parts_are_all_there_is(count: int) -> None:
     runs = [(10, 0, 3), (40, 3, 1), (20, 4, 5)]
-    parts = _parts(runs, count)
+    parts = deal(runs, count)
     assert len(parts) <= count
     places = [
         (here + step, there + step)

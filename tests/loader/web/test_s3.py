@@ -234,7 +234,8 @@ def test_it_works_in_a_process_that_knows_no_packages(server: str) -> None:
     code = (
         f"import sys; sys.path[:0] = {[p for p in sys.path if 'site-packages' not in p]!r};"
         "from coldframe.loader.web.s3 import S3Address;"
-        "from coldframe.loader.sources.location import S3; print(S3Address(S3('b', 'p')).target('x', {}))"
+        "from coldframe.loader.sources.location import S3;"
+        "print(S3Address(S3('b', 'p')).target('x', {}))"
     )
     root = Path(next(iter(coldframe.loader.__path__))).parent
     done = subprocess.run(

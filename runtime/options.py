@@ -141,6 +141,7 @@ class ReplicaOptions:
         kv_store: Where KV is kept that leaves its memory; None keeps none.
         transfer: How KV goes to other replicas, and comes from them.
         remotes: `HOST:PORT` of each decode worker on another host.
+        remotes_from: Where more of them are listed; see `loader.peers.directory`.
         lease_s: How long KV blocks are kept while no worker holds them, in seconds.
         threads: Threads of each worker's kernels; None follows the cgroup's CPU quota, and what a
             worker has of it where they are pinned.
@@ -188,6 +189,7 @@ class ReplicaOptions:
     kv_store: KvStoreOptions | None = None
     transfer: TransferOptions = TransferOptions()
     remotes: tuple[str, ...] = ()
+    remotes_from: tuple[str, ...] = ()
     lease_s: float = 30.0
     threads: int | None = None
     device: str = "cpu"

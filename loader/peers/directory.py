@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Protocol
 from urllib.parse import unquote
 
-from coldframe.loader.errors import RequestError, SourceError, SourceUnreachable
+from coldframe.loader.errors import RequestError, SourceError, SourceNotFound, SourceUnreachable
 from coldframe.loader.sources.location import Peer, parse_location
 
 __all__ = [
@@ -24,11 +24,14 @@ __all__ = [
     "PeerDirectory",
     "check_peers",
     "open_directory",
+    "open_place",
     "parse_peer",
 ]
 
 DIRECTORY_FORMS = "dns://NAME:PORT (all addresses of a name), or file:///PATH (HOST:PORT lines)"
 _MOST_BYTES = 1 << 20
+# A name that there is not, or without an address; anything else may be over in a moment.
+_NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 
 
 class PeerDirectory(Protocol):
@@ -38,6 +41,7 @@ class PeerDirectory(Protocol):
         """All that it knows of now; this node may be among them.
 
         Raises:
+            SourceNotFound: There is nobody, as far as can be told.
             SourceError: It cannot tell.
         """
         ...
@@ -73,9 +77,11 @@ class NamedPeers:
         try:
             found = socket.getaddrinfo(self._name, self._port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError) as error:
-            # A headless service without a ready pod is a name that nobody knows.
             why = getattr(error, "strerror", None) or str(error)
-            raise SourceUnreachable(
+            # As the name of a headless service is that has no pod that is ready.
+            nobody = isinstance(error, socket.gaierror) and error.errno in _NOBODY
+            kind = SourceNotFound if nobody else SourceUnreachable
+            raise kind(
                 "the name of the peers says nothing", where=f"dns://{self._name}", got=why
             ) from None
         return tuple(dict.fromkeys(Peer(str(one[4][0]), self._port) for one in found))
@@ -154,7 +160,7 @@ def open_directory(peers: Iterable[str], places: Iterable[str]) -> PeerDirectory
     """
     given = [parse_peer(peer) for peer in peers]
     found: list[PeerDirectory] = [GivenPeers(given)] if given else []
-    found += [_directory(place) for place in places]
+    found += [open_place(place) for place in places]
     return found[0] if len(found) == 1 else JointPeers(found)
 
 
@@ -167,14 +173,24 @@ def check_peers(peers: Iterable[str], places: Iterable[str]) -> None:
     open_directory(peers, places)
 
 
-def _directory(text: str) -> PeerDirectory:
+def open_place(text: str) -> PeerDirectory:
+    """The directory that one place is.
+
+    Args:
+        text: As `DIRECTORY_FORMS` has it.
+
+    Raises:
+        RequestError: It is none.
+    """
     scheme, _, rest = text.partition("://")
     if scheme == "dns":
         name, colon, port = rest.rstrip("/").rpartition(":")
         if name and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
             return NamedPeers(name, int(port))
     if scheme == "file" and rest.startswith("/") and os.path.basename(rest):
-        return ListedPeers(unquote(rest))
+        path = unquote(rest)
+        if "\0" not in path:
+            return ListedPeers(path)
     raise RequestError(
         "peers cannot be found there",
         where="--peers-from",

@@ -140,6 +140,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         PlatformError: A directory cannot be used.
     """
     workers = worker_options(args)
+    elsewhere = bool(workers["remotes"] or workers["remotes_from"])
     return ReplicaOptions(
         model=args.model,
         sources=tuple(args.source or ()),
@@ -153,7 +154,7 @@ def replica_options(args: argparse.Namespace) -> ReplicaOptions:
         overlap=not args.no_overlap,
         snapshot=snapshot_options(args),
         **peer_options(args),
-        transfer=transfer_options(args, remotes=bool(workers["remotes"])),
+        transfer=transfer_options(args, remotes=elsewhere),
         **kv_options(args),
         **workers,
     )

@@ -101,6 +101,7 @@ class FrontCount:
             kv_blocks_cached=usage.get("kv_cached", 0),
             kv_blocks_total=usage.get("kv_total", 0),
             kv_blocks_reused=self._reused_before + usage.get("kv_reused", 0),
+            prefill_tokens_waiting=0 if replica is None else replica.prefill_tokens,
             prefilled_by_decode=self._by_decode_before + by_decode,
             prefill_batch_tokens=facts.get("prefill_batch", {}).get("tokens", 0),
             kv_store=self._stored(usage),

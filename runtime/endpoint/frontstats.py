@@ -39,6 +39,7 @@ class FrontStats:
         kv_blocks_cached: Blocks that belong to none, and are kept for requests that begin alike.
         kv_blocks_total: Blocks that there are; 0 before the KV is sized and at zero.
         kv_blocks_reused: Blocks of prompts that were found instead of computed, so far.
+        prefill_tokens_waiting: Prompt tokens of requests that prefill has not done with.
         prefilled_by_decode: Requests the rest of whose prompt a decode worker was given, so far.
         prefill_batch_tokens: In the smallest batch that saturates the device; 0 before that is
             measured.
@@ -71,6 +72,7 @@ class FrontStats:
     kv_blocks_cached: int = 0
     kv_blocks_total: int = 0
     kv_blocks_reused: int = 0
+    prefill_tokens_waiting: int = 0
     prefilled_by_decode: int = 0
     prefill_batch_tokens: int = 0
     kv_store: Mapping[str, int] = field(default_factory=dict)

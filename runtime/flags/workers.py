@@ -25,9 +25,11 @@ def add_worker_arguments(parser: Parser) -> None:
         ("prefill", "", ""),
         (
             "decode",
-            "|vllm|native,vllm|tcp://HOST:PORT",
+            "|vllm|native,vllm|tcp://HOST:PORT|dns://NAME:PORT|file:///PATH",
             "; vllm has a vLLM engine decode, native,vllm once that is up; tcp://HOST:PORT a "
-            "worker on another host, beside others where commas are between them",
+            "worker on another host, dns://NAME:PORT those at all addresses of a name, "
+            "file:///PATH those of a file of HOST:PORT lines, as long as they are listed; beside "
+            "others where commas are between them",
         ),
     ):
         flag(
@@ -115,6 +117,7 @@ def worker_options(args: argparse.Namespace) -> dict[str, Any]:
         "prefill": prefill,
         "decode": decode.scale,
         "remotes": decode.remotes,
+        "remotes_from": decode.listed,
         "vllm": vllm_options(args, decode),
         "device": choice.device,
         "device_why": choice.why,

@@ -209,6 +209,12 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
         ["model"],
         {(model,): told.kv_blocks_reused for model, told in stats.items()},
     )
+    yield _gauge(
+        "prefill_tokens_waiting",
+        "Prompt tokens that are still to be computed, of the requests that the workers were given.",
+        ["model"],
+        {(model,): told.prefill_tokens_waiting for model, told in stats.items()},
+    )
     yield _counter(
         "requests_prefilled_by_decode",
         "Requests the rest of whose prompt was left to a decode worker.",

@@ -279,6 +279,11 @@ class Replica:
         return self._router.prefilled_by_decode
 
     @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens that are still to be computed, as far as they are known."""
+        return self._router.load("prefill")
+
+    @property
     def remotes_up(self) -> int:
         """Decode workers on other hosts that are connected."""
         workers = self._workforce.workers.values()

@@ -16,6 +16,7 @@ MOST_WORKERS = 256
 _VLLM = re.compile(r"vllm(?:@(.*))?", re.DOTALL)
 _NATIVE = "native"
 _REMOTE = "tcp://"
+_LISTED = ("dns://", "file://")
 _SPEC = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9}))?(?:@(.*))?", re.DOTALL)
 
 
@@ -86,12 +87,14 @@ class DecodeSpec:
             is up.
         vllm_device: Where that computes; None for where the replica does.
         remotes: `HOST:PORT` of decode workers on other hosts.
+        listed: Where more of them are listed; see `loader.peers.directory`.
     """
 
     native: Scale | None
     vllm: bool = False
     vllm_device: str | None = None
     remotes: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
 
     @property
     def scale(self) -> Scale:
@@ -102,7 +105,8 @@ class DecodeSpec:
     def parse(cls, text: str, where: str = "--decode") -> DecodeSpec:
         """Reads what `Scale` does, `vllm`, `vllm@cuda:0`, or both as `native,vllm` or `1-4,vllm`.
 
-        Beside them, or alone, `tcp://HOST:PORT` for each decode worker on another host.
+        Beside them, or alone, decode workers on other hosts: `tcp://HOST:PORT` for each, and
+        `dns://NAME:PORT` or `file:///PATH` where they are listed.
 
         Args:
             text: What to read.
@@ -115,11 +119,14 @@ class DecodeSpec:
         vllm: re.Match[str] | None = None
         parts = [part.strip() for part in text.split(",")]
         remotes = tuple(part[len(_REMOTE) :] for part in parts if part.startswith(_REMOTE))
-        if any(parse_address(remote) is None for remote in remotes):
+        listed = tuple(part for part in parts if part.startswith(_LISTED))
+        if any(parse_address(remote) is None for remote in remotes) or not _are_places(listed):
             raise _no_engines(text, where)
         for part in parts:
-            if part.startswith(_REMOTE):
+            if part.startswith((_REMOTE, *_LISTED)):
                 continue
+            if "://" in part:
+                raise _no_engines(text, where)
             engine = _VLLM.fullmatch(part)
             if (vllm if engine else native) is not None:
                 raise _no_engines(text, where)
@@ -128,16 +135,31 @@ class DecodeSpec:
             else:
                 native = Scale() if part == _NATIVE else Scale.parse(part, where)
         if vllm is None:
-            return cls(native, remotes=remotes)
+            return cls(native, remotes=remotes, listed=listed)
         device = None if vllm[1] is None else parse_device(vllm[1], where)
-        return cls(native, True, device, remotes)
+        return cls(native, True, device, remotes, listed)
+
+
+def _are_places(texts: tuple[str, ...]) -> bool:
+    """Whether decode workers may be listed there."""
+    if not texts:
+        return True
+    from coldframe.loader.peers.directory import check_peers  # each worker imports this module
+
+    try:
+        check_peers((), texts)
+    except RequestError:
+        return False
+    return True
 
 
 def _no_engines(text: str, where: str) -> RequestError:
     return RequestError(
         "this does not say who decodes",
         where=where,
-        expected="native workers, a vLLM engine, or one of each; and tcp://HOST:PORT",
+        expected="native workers, a vLLM engine, or one of each; and tcp://HOST:PORT, "
+        "dns://NAME:PORT or file:///PATH of those on other hosts",
         got=repr(text),
-        hint="Write 2, 1-4, vllm, vllm@cuda:0, native,vllm or native,tcp://HOST:PORT.",
+        hint="Write 2, 1-4, vllm, vllm@cuda:0, native,vllm, native,tcp://HOST:PORT or "
+        "dns://NAME:PORT.",
     )

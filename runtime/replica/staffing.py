@@ -132,12 +132,15 @@ class Staffing:
 
     def counts(self) -> dict[str, dict[str, int]]:
         """By role: how many workers start, are up, and are to go."""
-        found = {role: {"starting": 0, "up": 0, "leaving": 0} for role in self._roles}
-        for role, counts in found.items():
-            for worker in self._of(role):
-                leaving = self._router.is_leaving(worker.name)
-                counts["leaving" if leaving else "up" if worker.up else "starting"] += 1
-        return found
+        return {role: self.counts_of(role) for role in self._roles}
+
+    def counts_of(self, role: str) -> dict[str, int]:
+        """The same of one role."""
+        counts = {"starting": 0, "up": 0, "leaving": 0}
+        for worker in self._of(role):
+            leaving = self._router.is_leaving(worker.name)
+            counts["leaving" if leaving else "up" if worker.up else "starting"] += 1
+        return counts
 
     def _of(self, role: str) -> list[WorkerProcess]:
         workers = self._employer.workers.values()

@@ -148,7 +148,10 @@ class Workforce:
         self.awaits_engine = vllm is not None
         """Whether there is to be a vLLM engine, and none has been up yet."""
         self._vllm = vllm
-        self._remotes = Remotes(self, launch.options.remotes, recorder, warn)
+        named, listed = launch.options.remotes, launch.options.remotes_from
+        self._remotes = Remotes(self, router, named, listed, recorder, warn)
+        if self._remotes.fd is not None:
+            selector.register(self._remotes.fd, selectors.EVENT_READ, self._on_lists)
         router.longest = None  # what another start's engine had room for
         self._staffing = Staffing(
             *(self, router, recorder, launch.options), stands_in_for=self.bridge.stands_in_for
@@ -157,7 +160,11 @@ class Workforce:
     @property
     def counts(self) -> dict[str, dict[str, int]]:
         """By role: how many workers start, are up, and are to go."""
-        return self._staffing.counts()
+        found = self._staffing.counts()
+        options = self._launch.options
+        if options.remotes or options.remotes_from:
+            found[ROLE] = self._staffing.counts_of(ROLE)
+        return found
 
     @property
     def tiers(self) -> Tiers:
@@ -171,7 +178,10 @@ class Workforce:
 
     def close(self) -> list[str]:
         """Ends all of them: their names."""
+        if self._remotes.fd is not None and not self._closed:
+            self._selector.unregister(self._remotes.fd)
         self._closed = True
+        self._remotes.close()
         for clones in self._all_clones():
             clones.end_idle()
         names = list(self.workers)
@@ -201,6 +211,14 @@ class Workforce:
         """Connects to the decode workers on other hosts that are due."""
         if not self._vllm_alone:
             self._remotes.step()
+
+    def end_remote(self, name: str) -> None:
+        """Ends the process that stands for a decode worker that is not wanted any more."""
+        self._remove(self.workers[name], "it is not listed any more")
+
+    def _on_lists(self) -> None:
+        self._remotes.take()
+        self.connect_remotes()
 
     def end(self, worker: WorkerProcess, why: str) -> None:
         """Ends a worker that has nothing to do."""
@@ -509,6 +527,7 @@ class Workforce:
                 case kind:
                     if kind == "leaving":
                         self._router.retire(worker.name)
+                        self._remotes.leaves(worker.name)
                     if kind == "up" and worker.role == ROLE:
                         self._remotes.is_up(worker.name)
                         domain = f"tcp://{worker.address}"

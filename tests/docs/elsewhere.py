@@ -253,6 +253,14 @@ REASONS: list[tuple[str, Reason]] = [
         ),
     ),
     (
+        r"coldframe serve MODEL --decode (dns|file)://",
+        Tested(
+            "tests/runtime/transport/test_listed.py",
+            "test_the_command_finds_them_too",
+            ("--decode", "dns://", "file://"),
+        ),
+    ),
+    (
         r"images/build\.sh ",
         Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ()),
     ),

@@ -179,21 +179,43 @@ def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     "names", [names for names in SETS if names[0] == "prefill-decode"], ids=label
 )
-def test_decode_workers_are_called_by_their_names(
+def test_decode_workers_are_found_by_their_service(
     names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     documents = built(*names)
     front = next(container for container in told(*names) if container.name == "serve")
     args = front.parse(monkeypatch)
-    workers = one(documents, "StatefulSet")
-    service = one(documents, "Service", workers["spec"]["serviceName"])
+    service = one(documents, "Service", "coldframe-decode")
     (port,) = service["spec"]["ports"]
+    # All addresses of those that can decode, whatever they are called.
     assert service["spec"]["clusterIP"] == "None"
-    assert service["spec"]["publishNotReadyAddresses"] is True
-    name, within = workers["metadata"]["name"], service["metadata"]["name"]
-    called = args.decode.split(",")
-    assert called == [f"tcp://{name}-{n}.{within}:{port['port']}" for n in range(len(called))]
-    assert len(called) >= workers["spec"]["replicas"]
+    assert service["spec"]["publishNotReadyAddresses"] is False
+    assert args.decode.split(",")[0] == f"dns://coldframe-decode:{port['port']}"
+    workers = one(documents, "Deployment", "coldframe-decode")["spec"]["template"]
+    assert service["spec"]["selector"] == workers["metadata"]["labels"]
+
+
+@pytest.mark.parametrize(
+    "names", [names for names in SETS if names[0] == "prefill-decode"], ids=label
+)
+def test_prefill_and_decode_are_scaled_by_what_our_own_scaler_goes_by(
+    names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    documents = built(*names)
+    shares = {
+        "coldframe": ("coldframe_prefill_tokens_waiting", None, "prefill_share"),
+        "coldframe-decode": ("coldframe_kv_blocks", {"state": "used"}, "decode_share"),
+    }
+    for container in told(*names):
+        with monkeypatch.context() as patch:
+            args = container.parse(patch)
+        metric, labels, flag = shares.pop(container.pod.name)
+        scaler = one(documents, "HorizontalPodAutoscaler", container.pod.name)["spec"]
+        (by,) = scaler["metrics"]
+        chosen = {} if labels is None else {"selector": {"matchLabels": labels}}
+        assert by["pods"]["metric"] == {"name": metric, **chosen}
+        assert by["pods"]["target"]["averageValue"] == str(getattr(args, flag))
+    assert not shares
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

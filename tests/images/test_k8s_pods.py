@@ -189,10 +189,12 @@ def test_services_policies_and_budgets_mean_pods_and_ports_that_there_are(
             wanted = {port["port"] for rule in spec["ingress"] for port in rule.get("ports", ())}
             for rule in spec["ingress"]:
                 for peer in rule.get("from", ()):
+                    if "namespaceSelector" in peer:  # others' pods
+                        continue
                     assert _selected(documents, peer["podSelector"]["matchLabels"])
         elif document["kind"] == "PodDisruptionBudget":
             chosen, wanted = _selected(documents, spec["selector"]["matchLabels"]), set()
-        elif document["kind"] in ("Deployment", "StatefulSet"):
+        elif document["kind"] == "Deployment":
             labels = spec["selector"]["matchLabels"]
             chosen, wanted = _selected(documents, labels), set()
             assert [pod.name for pod in chosen] == [document["metadata"]["name"]]
@@ -228,3 +230,16 @@ def test_scalers_mean_what_there_is() -> None:
     # What says how many there are is KEDA alone; an update must not start or end any.
     assert "replicas" not in deployment["spec"]
     assert scaled["replicas"]["min"] == 0
+
+
+@pytest.mark.parametrize("names", SETS, ids=label)
+def test_autoscalers_mean_what_there_is_and_are_alone(names: tuple[str, ...]) -> None:
+    documents = built(*names)
+    for document in documents:
+        if document["kind"] != "HorizontalPodAutoscaler":
+            continue
+        spec = document["spec"]
+        target = one(documents, spec["scaleTargetRef"]["kind"], spec["scaleTargetRef"]["name"])
+        assert target["apiVersion"] == spec["scaleTargetRef"]["apiVersion"]
+        assert "replicas" not in target["spec"]
+        assert 1 <= spec["minReplicas"] <= spec["maxReplicas"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tests.images.k8s import OVERLAYS, built, environment, ours, pods
 from tests.runtime.serving import served
@@ -62,10 +63,17 @@ def test_a_cold_server_is_alive_and_not_ready(demo_model: Make, tmp_path: Path) 
         assert '"platform": "kubernetes"' in server.log
 
 
+def _as_asked(metric: dict[str, Any]) -> str:
+    """What `Server.metrics` calls it."""
+    labels = metric.get("selector", {}).get("matchLabels", {})
+    name = str(metric["name"])
+    return f"{name}{{{','.join(labels.values())}}}" if labels else name
+
+
 def test_a_ready_server_is_both(demo_model: Make, tmp_path: Path) -> None:
     # What autoscalers go by is asked on the way.
     metrics = {
-        metric["pods"]["metric"]["name"]
+        _as_asked(metric["pods"]["metric"])
         for overlay in OVERLAYS
         for document in built(overlay)
         if document["kind"] == "HorizontalPodAutoscaler"

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import pytest
 
-from coldframe.loader.errors import RequestError, SourceError, SourceUnreachable
+from coldframe.loader.errors import RequestError, SourceError, SourceNotFound, SourceUnreachable
 from coldframe.loader.peers.directory import (
     JointPeers,
     ListedPeers,
@@ -27,9 +28,29 @@ def test_all_addresses_of_a_name() -> None:
 
 
 def test_a_name_that_nobody_knows() -> None:
-    with pytest.raises(SourceUnreachable) as caught:
+    with pytest.raises((SourceNotFound, SourceUnreachable)) as caught:
         NamedPeers("peers.invalid", 9400).peers()
     assert caught.value.where == "dns://peers.invalid"
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (socket.EAI_NONAME, SourceNotFound),
+        (socket.EAI_NODATA, SourceNotFound),
+        (socket.EAI_AGAIN, SourceUnreachable),
+        (socket.EAI_FAIL, SourceUnreachable),
+    ],
+)
+def test_that_nobody_is_there_is_not_that_nobody_answers(
+    code: int, kind: type[SourceError], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise socket.gaierror(code, "as the resolver says")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(kind):
+        NamedPeers("peers", 9400).peers()
 
 
 def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
@@ -49,7 +70,7 @@ def test_several_are_one(tmp_path: Path) -> None:
     places = [f"file://{path}", "dns://peers.invalid:1"]
     found = open_directory(["10.0.0.1:1"], places)
     assert list(found.peers()) == [Peer("10.0.0.1", 1), Peer("10.0.0.2", 2)]
-    with pytest.raises(SourceUnreachable):
+    with pytest.raises((SourceNotFound, SourceUnreachable)):
         JointPeers([ListedPeers(str(tmp_path / "none")), NamedPeers("peers.invalid", 1)]).peers()
 
 
@@ -62,6 +83,7 @@ def test_several_are_one(tmp_path: Path) -> None:
         ([], ["dns://:1"]),
         ([], ["dns://name:99999"]),
         ([], ["file://relative"]),
+        ([], ["file:///run/a%00b"]),
         ([], ["consul://x:1"]),
         ([], ["name:1"]),
     ],

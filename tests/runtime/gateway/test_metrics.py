@@ -35,6 +35,7 @@ FRONT = FrontStats(
     kv_blocks_reused=1,
     prefilled_by_decode=4,
     prefill_batch_tokens=128,
+    prefill_tokens_waiting=512,
     kv_store={"disk_stored": 4, "memory_loaded": 2, "disk_bytes": 9, "corrupt": 1, "paused": 1},
     weights_bytes=1000,
     bytes_loaded=3000,
@@ -232,6 +233,7 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_store_paused", model="m") == 1
     assert one(found, "requests_prefilled_by_decode_total", model="m") == 4
     assert one(found, "prefill_batch_tokens", model="m") == 128
+    assert one(found, "prefill_tokens_waiting", model="m") == 512
     assert one(found, "coldstarts_total", model="m", tier="image") == 2
     assert one(found, "coldstarts_total", model="m", tier="template") == 0
     assert one(found, "coldstart_stage_seconds", model="m", stage="prefill") == 0.25

@@ -8,8 +8,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tests.support import unavailable
@@ -52,6 +53,10 @@ class Host:
     def ask(self, url: str, body: Any = None, seconds: float = 120.0) -> tuple[int, str]:
         return answer(self.start(url, body, seconds))
 
+    def add(self, address: str) -> None:
+        """It has one more address."""
+        _ip("-n", self.name, "address", "add", f"{address}/24", "dev", self.device)
+
     def unplug(self) -> None:
         """Its link is down from now on."""
         _ip("-n", self.name, "link", "set", self.device, "down")
@@ -93,6 +98,36 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     finally:
         for name in made:
             _ip("netns", "delete", name)
+
+
+@contextmanager
+def names(host: Host, records: Path) -> Iterator[None]:
+    """What is started on the host meanwhile knows the names that a file has, and no others.
+
+    Args:
+        host: One of `two_hosts`.
+        records: Lines `NAME ADDRESS`, read anew for each question.
+    """
+    # What `ip netns exec` puts in the place of the files in /etc.
+    own = Path("/etc/netns") / host.name
+    own.mkdir(parents=True)
+    (own / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1\n")
+    (own / "nsswitch.conf").write_text("hosts: files dns\n")
+    program = Path(__file__).with_name("name_server.py")
+    try:
+        with subprocess.Popen(
+            [*host.under, sys.executable, str(program), str(records)], stdout=subprocess.PIPE
+        ) as server:
+            try:
+                assert server.stdout is not None
+                assert server.stdout.readline() == b"ready\n"
+                yield
+            finally:
+                server.kill()
+    finally:
+        shutil.rmtree(own)
+        with suppress(OSError):  # others have some there
+            own.parent.rmdir()
 
 
 def _ip(*words: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from coldframe.loader.errors import ColdframeError, RequestError
 from coldframe.runtime.commands import worker as worker_command
+from coldframe.runtime.commands.run import add_replica_arguments, replica_options
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import ReplicaOptions, TransferOptions
 from coldframe.runtime.replica.replica import Replica
@@ -206,9 +207,48 @@ def test_what_decode_says() -> None:
     assert spec.remotes == ("10.0.0.1:7000", "[::1]:7001")
     assert DecodeSpec.parse("tcp://h:1") == DecodeSpec(None, remotes=("h:1",))
     assert DecodeSpec.parse("tcp://h:1").scale == Scale(0, 0)
-    for text in ("tcp://", "tcp://h", "tcp://h:x", "udp://h:1", "tcp://h:1,"):
-        with pytest.raises(RequestError):
-            DecodeSpec.parse(text)
+    found = DecodeSpec.parse("1-2,dns://decode:7000,tcp://h:1, file:///run/decode")
+    assert found.native == Scale(1, 2)
+    assert found.remotes == ("h:1",)
+    assert found.listed == ("dns://decode:7000", "file:///run/decode")
+    assert DecodeSpec.parse("dns://decode:7000").scale == Scale(0, 0)
+    assert DecodeSpec.parse("vllm,dns://decode:7000").listed == ("dns://decode:7000",)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("tcp://", "tcp://h", "tcp://h:x", "udp://h:1", "tcp://h:1,"),
+        *("dns://", "dns://name", "dns://name:0", "dns://:1", "dns://name:99999"),
+        *("file://", "file://relative", "file:///", "file:///a%00b"),
+        *("etcd://x:1", "native,consul://x:1", "dns://name:1,"),
+    ],
+)
+def test_what_says_nothing_of_who_decodes(text: str) -> None:
+    with pytest.raises(RequestError) as raised:
+        DecodeSpec.parse(text)
+    assert raised.value.where == "--decode"
+
+
+@pytest.mark.parametrize(
+    ("decode", "remotes", "places", "listen"),
+    [
+        ("native", (), (), None),
+        ("tcp://h:1", ("h:1",), (), "0.0.0.0:0"),
+        ("dns://decode:1", (), ("dns://decode:1",), "0.0.0.0:0"),
+        ("native,file:///run/decode", (), ("file:///run/decode",), "0.0.0.0:0"),
+    ],
+)
+def test_who_decodes_elsewhere_can_fetch_kv(
+    decode: str, remotes: tuple[str, ...], places: tuple[str, ...], listen: str | None
+) -> None:
+    parser = Parser()
+    add_replica_arguments(parser)
+    args = parser.parse(["--decode", decode])
+    args.model = "m"
+    options = replica_options(args)
+    assert (options.remotes, options.remotes_from) == (remotes, places)
+    assert options.transfer.listen == listen
 
 
 @pytest.mark.parametrize(

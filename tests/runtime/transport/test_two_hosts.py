@@ -10,13 +10,15 @@ import pytest
 
 from tests.runtime.serving import greedy, ids_of, served
 from tests.runtime.snapshots import eventually
-from tests.runtime.transport.hosts import Host, answer, two_hosts
+from tests.runtime.transport.hosts import Host, answer, names, two_hosts
 from tests.runtime.transport.test_remote import SECRET, decode_worker
 
 pytestmark = pytest.mark.heavy
 
 PROMPT = "Once upon a time, a replica slept at zero"
 COUNT = 24
+OTHER = "10.79.3.9"
+"""Another address of the second host."""
 
 
 @pytest.fixture
@@ -56,6 +58,40 @@ def test_what_one_host_begins_the_other_ends(check: bool, model: Path) -> None:
                 assert "computed again" not in text
                 assert server.process.poll() is None
             assert worker.process.poll() is None
+
+
+def test_decode_workers_are_all_addresses_of_a_name(model: Path, tmp_path: Path) -> None:
+    """As a headless Service has them, whose name there is not while no pod is ready."""
+    expected = greedy(model, ids_of(model, PROMPT), COUNT)
+    records = tmp_path / "records"
+    records.write_text("")
+    with two_hosts() as (first, second), names(first, records):
+        front = served(
+            model,
+            *("--port", 8000, "--decode", "dns://decode.test:7000"),
+            under=first.under,
+            COLDFRAME_KV_SECRET=SECRET,
+        )
+        place = {"port": 7000, "under": second.under}
+        with front as server:
+            eventually(lambda: "none is listed there" in server.log, seconds=60)
+            body = {"prompt": PROMPT, "temperature": 0, "max_tokens": COUNT, "ignore_eos": True}
+            client = first.start("http://127.0.0.1:8000/v1/completions", body)
+            with decode_worker(model, listen=second.address, **place) as worker:
+                assert not ready(first)
+                records.write_text(f"decode.test {second.address}\n")
+                status, text = answer(client)
+                assert status == 200, text
+                assert json.loads(text)["choices"][0]["text"] == expected
+                eventually(lambda: ready(first), seconds=60)
+                # Another one is behind the name, and this one is not any more.
+                second.add(OTHER)
+                with decode_worker(model, listen=OTHER, **place) as other:
+                    records.write_text(f"decode.test {OTHER}\n")
+                    eventually(lambda: "a replica came" in other.log, seconds=60)
+                    eventually(lambda: "a replica went" in worker.log, seconds=60)
+                    assert complete(first, COUNT) == (200, expected)
+            assert server.process.poll() is None
 
 
 def test_a_cable_that_is_pulled_is_a_pause(model: Path) -> None:

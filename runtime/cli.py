@@ -120,12 +120,19 @@ def _call(name: str, arguments: list[str]) -> int:
             started["ending"] = Ending()
             started["secrets"] = take_secrets()
         if cold:
-            from coldframe.runtime.start.early import GatewayProcess, MemoryProcess, likely_restorer
+            from coldframe.runtime.start.early import (
+                GatewayProcess,
+                MemoryProcess,
+                likely_peers,
+                likely_restorer,
+            )
 
+            if name == "worker":  # before the rest: a load may have to wait for what it finds
+                started["peers_process"] = likely_peers(arguments)
             started["memory"] = MemoryProcess()
             started["restorer"] = likely_restorer(arguments)
             if name in _SERVERS:
-                started["gateway"] = GatewayProcess()
+                started["gateway"] = GatewayProcess(dynamo=name == "worker")
         module, args = _parse(name, arguments)
         for key, value in started.items():
             setattr(args, key, value)

@@ -164,6 +164,8 @@ class MemoryService:
         client.require_owner("asks what is in use")
         kv = {f"kv_{name}": count for name, count in asdict(self._kv.usage()).items()}
         kv |= self._kv.store_usage().to_wire()
+        if self._transfers is not None:
+            kv |= self._transfers.take.usage.to_wire()
         used = {"type": "usage", **kv, "bytes_done": self._weights.bytes_done}
         self._reactor.send(client, used)
 

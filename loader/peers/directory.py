@@ -6,8 +6,10 @@ asked themselves, each time anew.
 
 from __future__ import annotations
 
+import math
 import os
 import socket
+import time
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 from urllib.parse import unquote
@@ -17,6 +19,7 @@ from coldframe.loader.sources.location import Peer, parse_location
 
 __all__ = [
     "DIRECTORY_FORMS",
+    "AwaitedPeers",
     "GivenPeers",
     "JointPeers",
     "ListedPeers",
@@ -28,14 +31,24 @@ __all__ = [
     "parse_peer",
 ]
 
-DIRECTORY_FORMS = "dns://NAME:PORT (all addresses of a name), or file:///PATH (HOST:PORT lines)"
+DIRECTORY_FORMS = (
+    "dns://NAME:PORT (all addresses of a name), file:///PATH (HOST:PORT lines), or "
+    "awaited://SECONDS/PATH (such a file that somebody is about to write)"
+)
 _MOST_BYTES = 1 << 20
 # A name that there is not, or without an address; anything else may be over in a moment.
 _NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
+_MOST_WAIT_S = 3600.0
+_LOOK_S = 0.01
 
 
 class PeerDirectory(Protocol):
     """Knows where peers may be. Safe for several threads."""
+
+    @property
+    def waits_s(self) -> float:
+        """How long it may take before it answers, by its own doing."""
+        ...
 
     def peers(self) -> Sequence[Peer]:
         """All that it knows of now; this node may be among them.
@@ -54,6 +67,8 @@ class GivenPeers:
         peers: The peers.
     """
 
+    waits_s = 0.0
+
     def __init__(self, peers: Sequence[Peer]) -> None:
         self._peers = tuple(peers)
 
@@ -68,6 +83,8 @@ class NamedPeers:
         name: The name.
         port: Where each of them serves peers.
     """
+
+    waits_s = 0.0
 
     def __init__(self, name: str, port: int) -> None:
         self._name = name
@@ -94,6 +111,8 @@ class ListedPeers:
         path: The file. Without it there are none.
     """
 
+    waits_s = 0.0
+
     def __init__(self, path: str) -> None:
         self._path = path
 
@@ -114,6 +133,35 @@ class ListedPeers:
             raise SourceError(error.what, where=self._path, got=error.got) from None
 
 
+class AwaitedPeers:
+    """The lines of a file that somebody is about to write: who asks before it is there waits.
+
+    That is for a program beside the node that has only just been started. What it finds out later
+    it writes into the same file.
+
+    Args:
+        path: The file. It has to appear as a whole, by a rename.
+        seconds: How long it is waited for, from now on.
+    """
+
+    def __init__(self, path: str, seconds: float) -> None:
+        self.waits_s = seconds
+        self._path = path
+        self._until = time.monotonic() + seconds
+        self._listed = ListedPeers(path)
+
+    def peers(self) -> Sequence[Peer]:
+        while not os.path.exists(self._path):
+            if time.monotonic() >= self._until:
+                raise SourceUnreachable(
+                    "nobody has said in time where peers are",
+                    where=self._path,
+                    expected=f"a list within {self.waits_s:g} s",
+                )
+            time.sleep(_LOOK_S)
+        return self._listed.peers()
+
+
 class JointPeers:
     """Several directories as one. One that cannot tell is left out, unless all of them are.
 
@@ -123,6 +171,7 @@ class JointPeers:
 
     def __init__(self, directories: Sequence[PeerDirectory]) -> None:
         self._directories = tuple(directories)
+        self.waits_s = max((each.waits_s for each in self._directories), default=0.0)
 
     def peers(self) -> Sequence[Peer]:
         found: dict[Peer, None] = {}
@@ -187,6 +236,11 @@ def open_place(text: str) -> PeerDirectory:
         name, colon, port = rest.rstrip("/").rpartition(":")
         if name and colon and port.isascii() and port.isdigit() and 0 < int(port) < 65536:
             return NamedPeers(name, int(port))
+    if scheme == "awaited":
+        seconds, slash, path = rest.partition("/")
+        wait_s = _seconds(seconds)
+        if wait_s is not None and slash and os.path.basename(path):
+            return AwaitedPeers(f"/{unquote(path)}", wait_s)
     if scheme == "file" and rest.startswith("/") and os.path.basename(rest):
         path = unquote(rest)
         if "\0" not in path:
@@ -198,3 +252,11 @@ def open_place(text: str) -> PeerDirectory:
         got=text,
         hint="Give a list of addresses with --peers, or one of these.",
     )
+
+
+def _seconds(text: str) -> float | None:
+    try:
+        found = float(text)
+    except ValueError:
+        return None
+    return found if math.isfinite(found) and 0 <= found <= _MOST_WAIT_S else None

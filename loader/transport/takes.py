@@ -32,12 +32,14 @@ class Take:
         request: Whose.
         attempt: The worker's.
         got: Its blocks here.
+        nbytes: What of it is to come.
     """
 
     connection: Connection
     request: str
     attempt: int
     got: Blocks
+    nbytes: int
     running: bool = True
     abandoned: bool = False
     error: ColdframeError | None = None

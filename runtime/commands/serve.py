@@ -136,6 +136,7 @@ def run(args: argparse.Namespace, listen: str | None = None) -> int:
                 args.chat_template,
                 jobs,
                 takeover=takeover,
+                peers=getattr(args, "peer_finder", None),
                 exit_at_zero=args.on_idle == "exit",
             )
             args.ending.follow(loop.watch, endpoint.drain)

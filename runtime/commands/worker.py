@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags.parser import Parser
@@ -18,6 +19,9 @@ from coldframe.runtime.integrations.dynamo.settings import (
     Role,
     check_installed,
 )
+
+if TYPE_CHECKING:
+    from coldframe.runtime.integrations.dynamo.peer_finder import PeerFinder
 
 __all__ = ["add_arguments", "run"]
 
@@ -63,13 +67,13 @@ def add_arguments(parser: Parser) -> None:
         "--request-plane",
         metavar="NAME",
         group=group,
-        help="how requests come: tcp, http or nats ($DYN_REQUEST_PLANE, else tcp)",
+        help="how requests come: tcp or nats ($DYN_REQUEST_PLANE, else tcp)",
     )
     parser.flag(
         "--event-plane",
         metavar="NAME",
         group=group,
-        help="how KV events go: zmq or nats ($DYN_EVENT_PLANE, else what goes with the discovery)",
+        help="how KV events go: zmq or nats ($DYN_EVENT_PLANE, else zmq)",
     )
     add_serve_arguments(parser)
 
@@ -108,7 +112,34 @@ def run(args: argparse.Namespace) -> int:
         check_installed()
     from coldframe.runtime.commands import serve
 
-    return serve.run(args, args.listen)
+    args.peer_finder = finder = _peer_finder(args) if args.dynamo else None
+    try:
+        return serve.run(args, args.listen)
+    finally:
+        if finder is not None:
+            finder.close()
+
+
+def _peer_finder(args: argparse.Namespace) -> PeerFinder | None:
+    """What finds peers in Dynamo's discovery, where they are looked for there.
+
+    `args.peers_from` has its list afterwards.
+    """
+    if not args.peers_from:
+        return None
+    from coldframe.runtime.endpoint.served import named_models
+    from coldframe.runtime.integrations.dynamo.peer_finder import PeerFinder, wait_of
+
+    waits = [wait_of(place) for place in args.peers_from]
+    if all(wait is None for wait in waits):
+        return None
+    (model,) = named_models(args, args.profile).values()
+    finder = PeerFinder(args.dynamo_settings, model, args.serve_peers, args.peers_process)
+    args.peers_from = [
+        place if wait is None else finder.place(wait)
+        for place, wait in zip(args.peers_from, waits, strict=True)
+    ]
+    return finder
 
 
 def _dynamo_settings(args: argparse.Namespace, role: Role) -> DynamoSettings:

@@ -30,6 +30,7 @@ from coldframe.runtime.start.early import GatewayProcess
 
 if TYPE_CHECKING:
     from coldframe.runtime.endpoint.whereabouts import Whereabouts
+    from coldframe.runtime.integrations.dynamo.peer_finder import PeerFinder
     from coldframe.runtime.transport.takeover import Takeover
 
 __all__ = ["Endpoint"]
@@ -66,6 +67,7 @@ class Endpoint:
         chat_template: A file with the operator's own, in place of the checkpoint's.
         jobs: Fetches requests from a queue.
         takeover: Takes requests from other replicas.
+        peers: Finds peers in Dynamo's discovery.
         exit_at_zero: Whether this ends where nobody asks any more, instead of waiting at zero.
     """
 
@@ -81,6 +83,7 @@ class Endpoint:
         jobs: JobFetcher | None = None,
         *,
         takeover: Takeover | None = None,
+        peers: PeerFinder | None = None,
         exit_at_zero: bool = False,
     ) -> None:
         self._fleet = fleet
@@ -92,6 +95,7 @@ class Endpoint:
         self._exit_at_zero = exit_at_zero
         self._jobs = jobs
         self._takeover = takeover
+        self._peers = peers
         self._phase: str | None = None
         """`draining` or `failed`, where this is about to end."""
         self._error: ColdframeError | None = None
@@ -169,7 +173,7 @@ class Endpoint:
     def _replace_gateway(self) -> None:
         if self._gateway_at is not None and time.monotonic() >= self._gateway_at:
             self._gateway_at = None
-            self._take_gateway(GatewayProcess())
+            self._take_gateway(GatewayProcess(dynamo=self._settings.dynamo is not None))
 
     def _on_message(self, message: Message) -> None:
         match message.kind:
@@ -235,6 +239,8 @@ class Endpoint:
         self._fleet.drain()
         if self._takeover is not None:
             self._takeover.drain()
+        if self._peers is not None:
+            self._peers.leave()
         if self._settings.dynamo is not None:
             grace_s = float(self._settings.dynamo["grace_s"])
             self._leave_until = time.monotonic() + grace_s + _LEAVE_S
@@ -289,6 +295,8 @@ class Endpoint:
         self._desk.watch()
         if self._takeover is not None:
             self._takeover.step()
+        if self._peers is not None:
+            self._peers.step(self._log)
         self._replace_gateway()
         self._fleet.step()
         if self._fleet.error is not None and self._error is None:

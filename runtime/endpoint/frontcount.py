@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from coldframe.loader.kv.tally import StoreUsage
+from coldframe.loader.transport.usage import TakeUsage
 from coldframe.runtime.endpoint.frontstats import (
     BusyClock,
     DeviceState,
@@ -45,6 +46,7 @@ class FrontCount:
         self._reused_before = 0
         self._by_decode_before = 0
         self._stored_before: Counter[str] = Counter()
+        self._tickets_before: Counter[str] = Counter()
         self._faults_before: Counter[str] = Counter()
         self._vllm_before: Counter[str] = Counter()
         self._told: tuple[Timeline, dict[str, float], dict[str, float]] | None = None
@@ -76,6 +78,7 @@ class FrontCount:
         self._reused_before += replica.usage.get("kv_reused", 0)
         self._by_decode_before += replica.prefilled_by_decode
         self._stored_before = self._stored(replica.usage, now=False)
+        self._tickets_before = self._tickets(replica.usage)
         self._faults_before += replica.faults.counts
         self._vllm_before += replica.bridge.counts
         self._replica, self._answered = None, False
@@ -105,6 +108,7 @@ class FrontCount:
             prefilled_by_decode=self._by_decode_before + by_decode,
             prefill_batch_tokens=facts.get("prefill_batch", {}).get("tokens", 0),
             kv_store=self._stored(usage),
+            kv_tickets=self._tickets(usage),
             weights_bytes=facts.get("weights_bytes", 0),
             bytes_loaded=self._loaded_before + (0 if board is None else board.progress.done),
             load_s=self._load_s_before + (0.0 if replica is None else replica.load_s),
@@ -128,6 +132,11 @@ class FrontCount:
             if now or not state:
                 found[name] += usage.get(f"kv_store_{name}", 0)
         return found
+
+    def _tickets(self, usage: Mapping[str, int]) -> Counter[str]:
+        """What has become of the tickets for KV that came with requests, of all replicas."""
+        found = {name: usage.get(name, 0) for name in TakeUsage.names()}
+        return self._tickets_before + Counter(found)
 
     def _of_start(self, timeline: Timeline | None) -> tuple[dict[str, float], dict[str, float]]:
         if timeline is None or timeline.first_token_ns is None:

@@ -45,6 +45,8 @@ class FrontStats:
             measured.
         kv_store: What the KV store has counted so far, and how much there is in it now; see
             `coldframe.loader.kv.tally.StoreUsage`.
+        kv_tickets: What has become of requests with a ticket for KV in another replica; see
+            `coldframe.loader.transport.usage.TakeUsage`.
         weights_bytes: Bytes of the model's weights.
         bytes_loaded: Bytes of weights that were loaded so far, in all cold starts.
         load_s: Seconds from the start of a load to its last byte, summed over the loads.
@@ -76,6 +78,7 @@ class FrontStats:
     prefilled_by_decode: int = 0
     prefill_batch_tokens: int = 0
     kv_store: Mapping[str, int] = field(default_factory=dict)
+    kv_tickets: Mapping[str, int] = field(default_factory=dict)
     weights_bytes: int = 0
     bytes_loaded: int = 0
     load_s: float = 0.0

@@ -9,7 +9,10 @@ from typing import Any
 from coldframe.loader.errors import RequestError
 from coldframe.runtime.flags.parser import Parser
 
-__all__ = ["add_peer_arguments", "peer_options"]
+__all__ = ["DYNAMO", "add_peer_arguments", "peer_options"]
+
+DYNAMO = "dynamo"
+"""Where workers of Dynamo's find their peers, in its discovery."""
 
 
 def add_peer_arguments(parser: Parser) -> None:
@@ -31,8 +34,9 @@ def add_peer_arguments(parser: Parser) -> None:
         "--peers-from",
         metavar="WHERE",
         action="append",
-        help="find such replicas there: dns://NAME:PORT, all addresses of a name, or "
-        "file:///PATH, a file of HOST:PORT lines; may be given again",
+        help="find such replicas there: dns://NAME:PORT, all addresses of a name, "
+        "file:///PATH, a file of HOST:PORT lines, or, of a worker of Dynamo's, dynamo, its "
+        "discovery (dynamo:SECONDS, how long a load may wait for that: 2); may be given again",
     )
     flag(
         "--peer-readers",
@@ -57,6 +61,13 @@ def peer_options(args: argparse.Namespace) -> dict[str, Any]:
             where="--peer-readers",
             expected="at least 1",
             got=args.peer_readers,
+        )
+    if any(place.partition(":")[0] == DYNAMO for place in places):
+        raise RequestError(
+            "only a worker of Dynamo's is in its discovery",
+            where="--peers-from",
+            got=DYNAMO,
+            hint="Start it with `coldframe worker --dynamo`.",
         )
     if peers or places:
         # A wrong one is told before anything is started.

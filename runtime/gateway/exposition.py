@@ -29,6 +29,7 @@ _TIERS = ("image", "template", "fresh")
 _FAULTS = ("lost", "fallback")
 _PREWARMS = ("begun", "used", "late", "vain")
 _VLLM = ("takeover", "failed_start", "died", "clone")
+_OUTCOMES = ("taken", "lost")
 
 _Labels = Mapping[tuple[str, ...], float]
 
@@ -229,6 +230,21 @@ def _resources(stats: Mapping[str, FrontStats]) -> Iterator[Metric]:
     )
     yield from _kv_store(stats)
     yield _counter(
+        "kv_tickets",
+        "Requests with a ticket for KV in another replica: it was taken, or was lost.",
+        ["model", "outcome"],
+        _each(stats, _tickets),
+    )
+    yield _counter(
+        "kv_taken_bytes",
+        "KV that was taken from other replicas.",
+        ["model"],
+        {
+            (model,): told.kv_tickets.get("kv_ticket_taken_bytes", 0)
+            for model, told in stats.items()
+        },
+    )
+    yield _counter(
         "device_seconds",
         "Time that devices were held: used while a request was open, else idle.",
         ["model", "device", "state"],
@@ -284,6 +300,10 @@ def _each(
     return {
         (model, key): value for model, told in stats.items() for key, value in pick(told).items()
     }
+
+
+def _tickets(told: FrontStats) -> Mapping[str, float]:
+    return {name: told.kv_tickets.get(f"kv_ticket_{name}", 0) for name in _OUTCOMES}
 
 
 def _kv_blocks(told: FrontStats) -> Mapping[str, float]:

@@ -9,6 +9,8 @@
       "eta_s": seconds until the weights are in, or null,
       "tier": "image" | "template" | "fresh" | null,
       "no_clone": why workers are none of a better tier, or null,
+      "load_mode": "mapped" | "copied" | null, what was made of the weights, and
+      "load_mode_reason": where they came from, and why so, or null,
       "device": "cpu" | "cuda:N" | "cuda:N, cuda:M", where it computes, or null at zero,
       "device_why": why there, where nobody has named it, or null,
       "contexts": of the workers, while parked on a GPU: {"away": 2, "of": 2, "bytes" they took,
@@ -82,6 +84,8 @@ class Startup(TypedDict):
     timeline: Mapping[str, Any] | None
     latest: NotRequired[Mapping[str, Any] | None]
     no_clone: NotRequired[str | None]
+    load_mode: NotRequired[str | None]
+    load_mode_reason: NotRequired[str | None]
     policy: NotRequired[Mapping[str, Any] | None]
     states: NotRequired[Mapping[str, Any] | None]
     models: NotRequired[Mapping[str, InShort]]

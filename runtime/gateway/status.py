@@ -62,6 +62,8 @@ class Status:
         document["policy"], document["states"] = told.get("policy"), told.get("states")
         document["latest"] = told.get("latest")
         document["no_clone"] = (told.get("snapshot") or {}).get("why")
+        document["load_mode"] = told.get("load_mode")
+        document["load_mode_reason"] = told.get("load_mode_reason")
         return JsonResponse(document)
 
     async def placement(self, _: Request) -> Response:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from coldframe.loader.errors import ColdframeError, MemoryServiceGone, ReplicaError
 from coldframe.loader.kv.tally import StoreUsage
 from coldframe.loader.memory_service.board import BoardView
+from coldframe.loader.transport.usage import TakeUsage
 from coldframe.loader.wire import Message
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica.launch import Launch, Memory
@@ -27,7 +28,11 @@ from coldframe.runtime.worker.prefix import kv_format
 
 __all__ = ["Memories", "Owner", "USAGE"]
 
-USAGE = ("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done", *StoreUsage.names())
+USAGE = (
+    *("kv_used", "kv_cached", "kv_total", "kv_reused", "bytes_done"),
+    *StoreUsage.names(),
+    *TakeUsage.names(),
+)
 
 _END_S = 3.0
 """For how long a memory service that has left a worker is given to end."""
@@ -342,7 +347,8 @@ class Memories:
             case "gives_at":
                 self._facts["gives_at"] = body["address"]
             case "usage":
-                link.usage = {name: body[name] for name in USAGE}
+                # Who takes no KV from elsewhere says nothing of that.
+                link.usage = {name: body.get(name, 0) for name in USAGE}
                 self._add_up()
             case "loaded":
                 self._add_spans(link, body["spans"])

@@ -17,7 +17,7 @@ from coldframe.runtime.start.guess import said
 from coldframe.snapshot.places import default_store, expanded, images_are_there
 from coldframe.snapshot.restorer_process import RestorerProcess
 
-__all__ = ["GatewayProcess", "MemoryProcess", "likely_restorer"]
+__all__ = ["GatewayProcess", "MemoryProcess", "PeersProcess", "likely_peers", "likely_restorer"]
 
 _MAIN = (
     "from coldframe.loader.memory_service.service import main; "
@@ -25,6 +25,10 @@ _MAIN = (
     "main(3, sys.argv[1], int(sys.argv[2]), first_ns, open_contexts)"
 )
 _GATEWAY = "from coldframe.runtime.gateway.process import main; main(3, int(sys.argv[1]), first_ns)"
+_PEERS = "from coldframe.runtime.integrations.dynamo.peers import main; main(3, int(sys.argv[1]))"
+_STORES = ("ETCD_", "NATS_")
+_OF_THE_WORKER = frozenset(["DYN_SYSTEM_ENABLED", "DYN_SYSTEM_PORT", "DYN_TCP_RPC_PORT"])
+"""Ports of Dynamo's that the worker itself is to listen on."""
 
 
 class MemoryProcess:
@@ -63,16 +67,23 @@ class MemoryProcess:
 class GatewayProcess:
     """A gateway that has not been told yet where it listens and what it serves.
 
+    Args:
+        dynamo: Whether it may be one that registers with Dynamo: what opens etcd or NATS is not
+            kept from it then.
+
     Raises:
         PlatformError: It cannot be started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, dynamo: bool = False) -> None:
         self.started_ns = monotonic_ns()
+        environment = without_secrets()
+        if dynamo:
+            environment |= {k: v for k, v in os.environ.items() if k.startswith(_STORES)}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.child: Child = spawn_python(
-                _GATEWAY, [str(self.started_ns)], theirs.fileno(), without_secrets()
+                _GATEWAY, [str(self.started_ns)], theirs.fileno(), environment
             )
         except BaseException:
             ours.close()
@@ -81,6 +92,42 @@ class GatewayProcess:
             theirs.close()
         self.socket = ours
         self.spawned_ns = monotonic_ns()
+
+
+class PeersProcess:
+    """What finds peers in Dynamo's discovery, not told yet of which model.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+
+    def __init__(self) -> None:
+        # The discovery may ask for a password.
+        environment = {k: v for k, v in os.environ.items() if k not in _OF_THE_WORKER}
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self.child: Child = spawn_python(
+                _PEERS, [str(os.getpid())], theirs.fileno(), environment
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
+        self.socket = ours
+
+
+def likely_peers(arguments: list[str]) -> PeersProcess | None:
+    """One where it looks as if it were wanted, likewise a guess.
+
+    Args:
+        arguments: The command's, as they are.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+    place = said(arguments, "--peers-from") or ""
+    return PeersProcess() if place.partition(":")[0] == "dynamo" else None
 
 
 def likely_restorer(arguments: list[str]) -> RestorerProcess | None:

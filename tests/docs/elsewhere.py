@@ -235,6 +235,14 @@ REASONS: list[tuple[str, Reason]] = [
     ),
     # Behind Dynamo and between hosts, in lanes of their own.
     (
+        r"coldframe worker .*--peers-from dynamo",
+        Tested(
+            "tests/runtime/integrations/dynamo/test_peers.py",
+            "test_workers_feed_one_another",
+            ("--serve-peers", "--peers-from", "PATIENCE"),
+        ),
+    ),
+    (
         r"(make build/dynamo/\.(ready|tests)"
         r"|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
         r"|coldframe (worker (.* )?--dynamo|bench dynamo) |curl localhost:8123/)",
@@ -268,14 +276,6 @@ REASONS: list[tuple[str, Reason]] = [
         r"coldframe bench peers ",
         _bench(
             "test_fan_out.py", "test_the_last_of_several_is_ready_little_after_one_alone", "peers"
-        ),
-    ),
-    (
-        r"python -m coldframe\.runtime\.integrations\.dynamo\.peers ",
-        Tested(
-            "tests/runtime/integrations/dynamo/test_peers.py",
-            "test_a_new_replica_is_fed_by_who_is_in_the_discovery",
-            ("coldframe.runtime.integrations.dynamo.peers", "--list", "--serves"),
         ),
     ),
 ]

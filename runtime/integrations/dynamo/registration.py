@@ -18,7 +18,7 @@ def registration_of(model: Supervisor) -> dict[str, Any]:
 
     Returns:
         `directory`; `lasting`, whether it outlives the replica; `block_tokens`; `kv_blocks`, None
-        where that is known once the weights are there.
+        where that is not known; `soon`, whether it will be in a moment, as with a GPU.
     """
     facts, replica = model.model, model.replica
     kv_bytes = None if replica is None else replica.kv_bytes
@@ -28,4 +28,5 @@ def registration_of(model: Supervisor) -> dict[str, Any]:
         "lasting": facts.directory == model.options.model,
         "block_tokens": BLOCK_TOKENS,
         "kv_blocks": None if kv_bytes is None else kv_bytes // block_bytes,
+        "soon": replica is not None and kv_bytes is None,
     }

@@ -25,8 +25,11 @@ _COMPONENTS: Mapping[Role, str] = {
     "decode": "backend",
 }
 _DISCOVERIES = ("kubernetes", "etcd", "file", "mem")
-_REQUEST_PLANES = ("tcp", "http", "nats")
+_REQUEST_PLANES = ("tcp", "nats")
 _EVENT_PLANES = ("zmq", "nats")
+_SUFFIX = "DYN_NAMESPACE_WORKER_SUFFIX"
+"""Dynamo's operator sets it, another one for each generation of a graph's workers: front ends serve
+all of them, and none pairs a prefill worker with a decode worker of another generation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,11 @@ class DynamoSettings:
         role: `aggregated` answers requests as a whole, `prefill` makes the first token of each,
             `decode` the others.
         namespace, component, endpoint: Where it is found: `namespace.component.endpoint`.
+        suffix: Tells its generation of workers from others of that namespace: what is found is
+            `namespace-suffix` then. None where it is empty.
         discovery: Where it registers: `kubernetes`, `etcd`, `file` or `mem`.
-        request_plane: How requests come: `tcp`, `http` or `nats`.
-        event_plane: How KV events go: `zmq` or `nats`; None for what goes with the discovery.
+        request_plane: How requests come: `tcp` or `nats`.
+        event_plane: How KV events go: `zmq` or `nats`; None for Dynamo's default.
         chat_template: A file with the operator's own, in place of the checkpoint's.
         most_running: Sequences that the workers get at once.
         grace_s: How long requests are taken still after it has left the discovery, in seconds:
@@ -48,6 +53,7 @@ class DynamoSettings:
 
     role: Role = "aggregated"
     namespace: str = "dynamo"
+    suffix: str = ""
     component: str = "backend"
     endpoint: str = "generate"
     discovery: str = "etcd"
@@ -60,7 +66,8 @@ class DynamoSettings:
     @property
     def path(self) -> str:
         """Where it is found."""
-        return f"{self.namespace}.{self.component}.{self.endpoint}"
+        namespace = f"{self.namespace}-{self.suffix}" if self.suffix else self.namespace
+        return f"{namespace}.{self.component}.{self.endpoint}"
 
     @classmethod
     def of(
@@ -82,9 +89,11 @@ class DynamoSettings:
             RequestError: There is no such discovery or plane, or a name cannot be part of a path.
         """
         env = os.environ if environ is None else environ
+        suffix = env.get(_SUFFIX)
         found = cls(
             role,
             _name("--namespace", namespace or env.get("DYN_NAMESPACE") or "dynamo"),
+            _name(_SUFFIX, suffix) if suffix else "",
             _name("--component", component or env.get("DYN_COMPONENT") or _COMPONENTS[role]),
             _name("--endpoint", endpoint or env.get("DYN_ENDPOINT_NAME") or "generate"),
             discovery or env.get("DYN_DISCOVERY_BACKEND") or "etcd",

@@ -12,6 +12,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +27,8 @@ from coldframe.runtime.integrations.dynamo.settings import DynamoSettings
 __all__ = ["DynamoWorker"]
 
 _RETRY_S = 1.0
+_SIZED_S = 5.0
+_LOOK_S = 0.05
 _LAST_S = 3.0
 """How long Dynamo's runtime may take to let go, in seconds."""
 _SMALL_FILES = (
@@ -70,7 +73,7 @@ class DynamoWorker:
         """
         bindings = await asyncio.to_thread(Bindings)
         card = await self._card()
-        facts = await self._engine.default.ask("registration")
+        facts = await self._facts()
         if self._leaving:
             return
         settings = self._settings
@@ -144,6 +147,18 @@ class DynamoWorker:
                 if error.retry_after_s is None and error.code != "deadline":
                     raise
             await asyncio.sleep(_RETRY_S)
+
+    async def _facts(self) -> dict[str, Any]:
+        """What the front tells of the model, with the number of its KV blocks where there is one.
+
+        A router cannot know how full a worker is that has not said how much there is.
+        """
+        late = time.monotonic() + _SIZED_S
+        while True:
+            facts = await self._engine.default.ask("registration")
+            if self._leaving or not facts["soon"] or time.monotonic() > late:
+                return facts
+            await asyncio.sleep(_LOOK_S)
 
     def _place(self, bindings: Bindings, card: ModelCard) -> dict[str, Any]:
         """What kind of worker it is, and whom it needs beside it."""

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
 
 from coldframe.loader.errors import RequestError, SourceError, SourceNotFound, SourceUnreachable
 from coldframe.loader.peers.directory import (
+    AwaitedPeers,
     JointPeers,
     ListedPeers,
     NamedPeers,
@@ -64,6 +66,35 @@ def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
         found.peers()
 
 
+def test_a_file_that_is_about_to_be_written_is_waited_for(tmp_path: Path) -> None:
+    path = tmp_path / "the peers"
+    found = open_directory([], [f"awaited://60{path}".replace(" ", "%20")])
+    assert found.waits_s == 60
+
+    def write() -> None:
+        beside = tmp_path / "beside"
+        beside.write_text("10.0.0.1:1\n")
+        beside.rename(path)
+
+    writer = threading.Timer(0.1, write)
+    writer.start()
+    assert list(found.peers()) == [Peer("10.0.0.1", 1)]
+    writer.join()
+    path.write_text("10.0.0.2:2\n")
+    assert list(found.peers()) == [Peer("10.0.0.2", 2)]
+
+
+def test_who_waits_for_a_file_does_so_for_a_while(tmp_path: Path) -> None:
+    path = tmp_path / "peers"
+    found = AwaitedPeers(str(path), 0.05)
+    with pytest.raises(SourceUnreachable) as caught:
+        found.peers()
+    assert caught.value.where == str(path)
+    path.write_text("10.0.0.1:1\n")  # it has come late, and is there for the next who asks
+    assert list(found.peers()) == [Peer("10.0.0.1", 1)]
+    assert JointPeers([ListedPeers(str(path)), found]).waits_s == 0.05
+
+
 def test_several_are_one(tmp_path: Path) -> None:
     path = tmp_path / "peers"
     path.write_text("10.0.0.2:2\n10.0.0.1:1\n")
@@ -84,6 +115,12 @@ def test_several_are_one(tmp_path: Path) -> None:
         ([], ["dns://name:99999"]),
         ([], ["file://relative"]),
         ([], ["file:///run/a%00b"]),
+        ([], ["awaited://60"]),
+        ([], ["awaited:///run/peers"]),
+        ([], ["awaited://soon/run/peers"]),
+        ([], ["awaited://-1/run/peers"]),
+        ([], ["awaited://nan/run/peers"]),
+        ([], ["awaited://60/run/"]),
         ([], ["consul://x:1"]),
         ([], ["name:1"]),
     ],

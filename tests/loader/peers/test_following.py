@@ -226,6 +226,34 @@ def test_a_file_says_where_they_are(
     assert new.load.weights.why == f"from peer://{warm.at}"
 
 
+def test_a_list_that_comes_late_is_waited_for(
+    start: Callable[..., Replica], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the time that peers get to answer."""
+    brief(monkeypatch, ask_s=5.0)
+    warm = start()
+    warm.finish()
+    listed = tmp_path / "peers"
+    beside = tmp_path / "beside"
+    beside.write_text(f"{warm.at}\n")
+    writer = threading.Timer(0.3, beside.rename, (listed,))
+    writer.start()
+    new = start(peers_from=(f"awaited://60{listed}",))
+    new.finish()
+    writer.join()
+    assert new.load.why == f"from peer://{warm.at}"
+
+
+def test_a_list_that_never_comes_holds_nothing_up_for_ever(
+    model: Path, start: Callable[..., Replica], tmp_path: Path
+) -> None:
+    new = start(peers_from=(f"awaited://0.05{tmp_path}/peers",))
+    new.finish()
+    assert str(new.load.why).startswith("from no peer; ")
+    assert "nobody has said in time where peers are" in str(new.load.why)
+    assert new.tensors() == reference(model)
+
+
 def test_another_model_gives_not_a_byte(
     model: Path, start: Callable[..., Replica], tmp_path: Path
 ) -> None:

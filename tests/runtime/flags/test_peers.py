@@ -40,6 +40,8 @@ def test_a_list_and_places(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("--peers", "10.0.0.1"),
         ("--peers-from", "etcd://x"),
+        ("--peers-from", "dynamo"),
+        ("--peers-from", "dynamo:10"),
         ("--peer-readers", "0"),
     ],
 )

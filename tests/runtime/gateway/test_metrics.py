@@ -37,6 +37,7 @@ FRONT = FrontStats(
     prefill_batch_tokens=128,
     prefill_tokens_waiting=512,
     kv_store={"disk_stored": 4, "memory_loaded": 2, "disk_bytes": 9, "corrupt": 1, "paused": 1},
+    kv_tickets={"kv_ticket_taken": 5, "kv_ticket_taken_bytes": 4096},
     weights_bytes=1000,
     bytes_loaded=3000,
     load_s=1.5,
@@ -231,6 +232,9 @@ def test_what_the_front_says_is_told() -> None:
     assert one(found, "kv_store_lost_blocks_total", model="m", reason="unwritten") == 0
     assert one(found, "kv_store_pauses_total", model="m") == 0
     assert one(found, "kv_store_paused", model="m") == 1
+    assert one(found, "kv_tickets_total", model="m", outcome="taken") == 5
+    assert one(found, "kv_tickets_total", model="m", outcome="lost") == 0
+    assert one(found, "kv_taken_bytes_total", model="m") == 4096
     assert one(found, "requests_prefilled_by_decode_total", model="m") == 4
     assert one(found, "prefill_batch_tokens", model="m") == 128
     assert one(found, "prefill_tokens_waiting", model="m") == 512

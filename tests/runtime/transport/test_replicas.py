@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from coldframe.loader.errors import TransferRefused
+from coldframe.loader.transport.usage import TakeUsage
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions, TransferOptions
 from coldframe.runtime.replica.replica import Replica
@@ -90,6 +91,16 @@ def take(
     return client
 
 
+def tickets(replica: Replica) -> tuple[int, int, int]:
+    """Of requests that came with a ticket: taken, lost, and bytes taken."""
+    for _ in range(2):  # the first answer may be one to a question from before
+        before = replica.usage
+        replica.ask_usage()
+        wait_for(replica, lambda before=before: replica.usage is not before)  # type: ignore[misc]
+    taken, lost, nbytes = (replica.usage[name] for name in TakeUsage.names())
+    return taken, lost, nbytes
+
+
 def handoffs(replica: Replica) -> list[str | None]:
     return [span.note for span in replica.spans if span.name == "handoff"]
 
@@ -98,6 +109,7 @@ def handoffs(replica: Replica) -> list[str | None]:
 def test_the_answer_goes_on_elsewhere(way: str, model: Path, pair: tuple[Replica, Replica]) -> None:
     first, second = pair
     before = len(handoffs(second))
+    taken, lost, nbytes = tickets(second)
     for length in (1, 32, 77):
         prompt = prompt_of(length, seed=length + len(way))
         client = give(first, prompt)
@@ -113,6 +125,11 @@ def test_the_answer_goes_on_elsewhere(way: str, model: Path, pair: tuple[Replica
         wait_for(first, lambda: first.given == 0)
     wait_for(second, lambda: len(handoffs(second)) == before + 3)
     assert handoffs(second)[before:] == ["from another replica"] * 3
+    after = tickets(second)
+    assert after[:2] == (taken + 3, lost)
+    # Blocks of 32 tokens: one, one and three.
+    assert (after[2] - nbytes) % 5 == 0
+    assert after[2] > nbytes
     assert not any(span.name == "prefill" for span in second.spans)
 
 
@@ -135,6 +152,7 @@ def test_kv_that_is_gone_is_computed_again(
 ) -> None:
     first, second = pair
     before = len(handoffs(second))
+    taken, lost, nbytes = tickets(second)
     prompt = prompt_of(50, seed=4 + len(way))
     client = give(first, prompt)
     assert client.given is not None
@@ -148,6 +166,7 @@ def test_kv_that_is_gone_is_computed_again(
     note = handoffs(second)[-1]
     assert note is not None
     assert note.startswith("computed again: there is no such KV")
+    assert tickets(second) == (taken, lost + 1, nbytes)
 
 
 def test_a_request_can_be_taken_back(pair: tuple[Replica, Replica]) -> None:

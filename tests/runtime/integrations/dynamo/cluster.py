@@ -12,10 +12,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import httpx
 import psutil
@@ -64,8 +66,7 @@ class Cluster:
             *("--request-plane", "tcp", "--event-plane", "zmq"),
             *flags,
             verb="worker",
-            **self.environment,
-            **env,
+            **(self.environment | env),
         )
 
     # -- clients ---------------------------------------------------------------------------------
@@ -85,6 +86,12 @@ class Cluster:
 
     def models(self) -> list[str]:
         return [model["id"] for model in self.http.get("/v1/models").json()["data"]]
+
+    def registered(self, namespace: str = "dynamo") -> list[str]:
+        """What is in the discovery of a namespace, by component and endpoint."""
+        names = [unquote(path.name) for path in (self.base / "kv" / "v1" / "instances").iterdir()]
+        mine = [name.split("/")[1:3] for name in names if name.startswith(f"{namespace}/")]
+        return sorted("/".join(parts) for parts in mine)
 
     def answers(self) -> bool:
         """Whether there is a worker that does. It takes a moment until one is known."""
@@ -116,17 +123,26 @@ def environment(base: Path) -> dict[str, str]:
     }
 
 
+def installed() -> None:
+    """Makes sure that Dynamo is."""
+    if importlib.util.find_spec("dynamo") is None:
+        unavailable("there is no NVIDIA Dynamo in this environment: make test-dynamo")
+
+
 @contextmanager
-def cluster(*flags: object, migrations: int = 3) -> Iterator[Cluster]:
+def cluster(
+    *flags: object, migrations: int = 3, beside: Cluster | None = None
+) -> Iterator[Cluster]:
     """A front end with a KV-aware router while the context lasts.
 
     Args:
         flags: Further ones.
         migrations: How many workers may die under a request.
+        beside: Another front end, whose workers are this one's, too.
     """
-    if importlib.util.find_spec("dynamo") is None:
-        unavailable("there is no NVIDIA Dynamo in this environment: make test-dynamo")
+    installed()
     base = Path(tempfile.mkdtemp(prefix="dyn-"))
+    shared = environment(base if beside is None else beside.base)
     port, log = free_port(), base / "frontend.log"
     command = [
         *(PYTHON, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", port),
@@ -136,7 +152,7 @@ def cluster(*flags: object, migrations: int = 3) -> Iterator[Cluster]:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(word) for word in command],
-            env=without_settings() | environment(base),
+            env=without_settings() | shared,
             stdout=out,
             stderr=out,
             cwd=base,
@@ -193,6 +209,35 @@ def requests_of(worker: Server) -> int:
     """How many requests a worker has answered so far."""
     name = "coldframe_request_success_total"
     return int(sum(n for key, n in worker.metrics().items() if key.startswith(name)))
+
+
+class Tickets(NamedTuple):
+    """Of requests that came with a ticket for their KV, so far."""
+
+    taken: int
+    lost: int
+    nbytes: int
+
+
+def tickets(worker: Server) -> Tickets:
+    """What became of the KV that requests were to come with, once that is all told."""
+    before = None
+    while (found := _tickets(worker)) != before:
+        before = found
+        time.sleep(1.5)  # the front asks for these numbers once a second
+    return found
+
+
+def _tickets(worker: Server) -> Tickets:
+    told = worker.metrics()
+    outcomes = [int(told.get(f"coldframe_kv_tickets_total{{{o}}}", 0)) for o in ("taken", "lost")]
+    return Tickets(*outcomes, int(told.get("coldframe_kv_taken_bytes_total", 0)))
+
+
+def stages(worker: Server) -> list[tuple[str, str, str]]:
+    """What was done for requests behind the start: name, process and note of each span."""
+    told = worker.get("/startup").json()["latest"]["stages"]
+    return [(stage["name"], stage["process"], stage.get("note", "")) for stage in told]
 
 
 def running(worker: Server) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -18,6 +19,8 @@ from tests.runtime.integrations.dynamo.cluster import (
     kill,
     running,
     served_by,
+    stages,
+    tickets,
 )
 from tests.runtime.integrations.dynamo.test_aggregated import LONG, stream
 from tests.runtime.serving import Server, greedy, together
@@ -91,6 +94,31 @@ def test_a_chat_comes_from_both(front: Cluster, pair: list[Server]) -> None:
     assert found["message"]["content"] == mine["message"]["content"]
 
 
+def test_the_decode_worker_takes_the_kv_and_computes_no_prompt(
+    front: Cluster, pair: list[Server], model: Path
+) -> None:
+    _, decode = pair
+    before, seen = tickets(decode), len(stages(decode))
+    prompt = prompt_of(200, 77)
+    assert front.text(prompt, 12) == greedy(model, tuple(prompt), 12)
+    eventually(lambda: tickets(decode).taken == before.taken + 1)
+    after = tickets(decode)
+    assert after.lost == before.lost
+    assert after.nbytes - before.nbytes == 7 * block_bytes(model)  # of 32 tokens each
+    done = stages(decode)[seen:]
+    assert [note for name, _, note in done if name == "handoff"] == ["from another replica"]
+    assert not [name for name, _, _ in done if name.startswith("prefill")]
+
+
+def test_who_hangs_up_frees_both(front: Cluster, pair: list[Server]) -> None:
+    body = {"model": MODEL, "stream": True, **asked("Once", LONG)}
+    with front.http.stream("POST", "/v1/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        assert next(lines).startswith("data: {")
+        eventually(lambda: running(pair[1]) == 1)
+    eventually(lambda: [running(worker) for worker in pair] == [0, 0])
+
+
 def test_many_at_once(front: Cluster, pair: list[Server], model: Path) -> None:
     prompts = [prompt_of(40 + 10 * seed, seed) for seed in range(8)]
     texts = together([lambda p=p: front.text(p, 10) for p in prompts])
@@ -104,12 +132,13 @@ def test_a_decode_worker_that_dies_in_mid_answer_is_stood_in_for(
     with front.worker(model, role="decode") as second:
         second.ready()
         eventually(lambda: both_decode(front, [pair[1], second]), seconds=60)
-        while True:
+        for _ in range(100):
             parts = stream(front, prompt, LONG)
             text = next(parts)
             if running(second) == 1:
                 break
             parts.close()
+        assert running(second) == 1
         kill(second)
         text += "".join(parts)
     assert text == greedy(model, tuple(prompt), LONG)
@@ -139,6 +168,13 @@ def test_a_prefill_worker_that_dies_under_a_request_is_stood_in_for(
 
         together([ask, watch])
     assert answers == [expected] * len(answers)
+
+
+def block_bytes(model: Path) -> int:
+    """Of 32 tokens' keys and values in float32."""
+    config = json.loads((model / "config.json").read_text())
+    per_layer = 2 * config["num_key_value_heads"] * config["head_dim"] * 4
+    return int(32 * per_layer * config["num_hidden_layers"])
 
 
 def waiting(worker: Server) -> int:

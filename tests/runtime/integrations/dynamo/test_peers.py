@@ -2,101 +2,170 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 
-from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica.replica import Replica
-from tests.runtime.helpers import wait_for
+from coldframe.loader.errors import RequestError, SourceUnreachable
+from coldframe.loader.peers.directory import PeerDirectory, open_directory
+from coldframe.loader.peers.node import LOADED, LOADING
+from coldframe.loader.sources.location import Peer
+from coldframe.loader.web.peer_talk import NodeFacts, PeerTalk
+from coldframe.runtime.gateway.logs import Log
+from coldframe.runtime.integrations.dynamo.peer_finder import PeerFinder, wait_of
+from coldframe.runtime.integrations.dynamo.settings import DynamoSettings
+from tests.runtime.integrations.dynamo.cluster import Cluster, environment, free_port, installed
+from tests.runtime.serving import Server, greedy
 from tests.runtime.snapshots import eventually
-from tests.support import without_settings
 
 pytestmark = pytest.mark.dynamo
 
-MODULE = "coldframe.runtime.integrations.dynamo.peers"
+FILE = DynamoSettings(discovery="file", suffix="old")
+PATIENCE = "dynamo:60"
+Make = Callable[..., Path]
 
 
-class Cluster:
-    """Where nodes find each other.
-
-    Args:
-        base: A folder for all that is kept.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self._environment = {
-            **without_settings(),
-            "DYN_FILE_KV": str(base / "kv"),
-            "DYN_TCP_RPC_HOST": "127.0.0.1",
-            "DYN_DISCOVERY_BACKEND": "file",
-            "DYN_REQUEST_PLANE": "tcp",
-        }
-
-    @contextmanager
-    def member(self, model: object, listed: Path, *flags: str) -> Iterator[None]:
-        """A process that keeps a list of the nodes, while the context lasts; it ends well."""
-        command = [sys.executable, "-m", MODULE, str(model), "--list", str(listed), *flags]
-        with open(f"{listed}.log", "wb") as log:
-            process = subprocess.Popen(command, env=self._environment, stdout=log, stderr=log)
-            try:
-                yield
-                process.send_signal(signal.SIGTERM)
-                assert process.wait(30) == 0, Path(f"{listed}.log").read_text()
-            finally:
-                process.kill()
-                process.wait()
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, no_leaks: Path) -> Path:
+    """What every process is told; nothing is left afterwards."""
+    installed()
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("COLDFRAME_RUN_DIR", str(no_leaks))
+    return tmp_path
 
 
-def lines(path: Path) -> list[str] | None:
-    return path.read_text().split() if path.exists() else None
+def told(finder: PeerFinder) -> PeerDirectory:
+    return open_directory([], [finder.place(60)])
 
 
-def test_nodes_of_a_model_are_listed_while_they_are_there(tmp_path: Path) -> None:
-    cluster = Cluster(tmp_path)
-    first, second, other = (tmp_path / name for name in ("first", "second", "other"))
+def test_nodes_of_a_model_are_listed_while_they_are_there(here: Path) -> None:
+    newer = DynamoSettings(discovery="file", suffix="new")
+    one, two = Peer("127.0.0.1", 9401), Peer("127.0.0.1", 9402)
     with (
-        cluster.member("s3://b/m", first, "--serves", "127.0.0.1:9401"),
-        cluster.member("s3://b/n", other),
+        closing(PeerFinder(FILE, "s3://b/m", "127.0.0.1:9401")) as first,
+        closing(PeerFinder(FILE, "s3://b/n", "127.0.0.1:9403")) as other,
+        closing(PeerFinder(FILE, "s3://b/m", None)) as looks,
     ):
-        with cluster.member("s3://b/m", second, "--serves", "127.0.0.1:9402"):
-            both = ["127.0.0.1:9401", "127.0.0.1:9402"]
-            eventually(lambda: lines(first) == both and lines(second) == both, seconds=60)
-        eventually(lambda: lines(first) == both[:1], seconds=60)
-        eventually(lambda: lines(other) == [], seconds=60)
+        # Who is first finds nobody, and knows that.
+        assert list(told(first).peers()) == []
+        assert list(told(other).peers()) == []
+        # The first list that there is has whoever was there before.
+        with closing(PeerFinder(newer, "s3://b/m", "127.0.0.1:9402")) as second:
+            assert list(told(second).peers()) == [one]
+            eventually(lambda: list(told(first).peers()) == [two], seconds=60)
+            eventually(lambda: list(told(looks).peers()) == [one, two], seconds=60)
+        eventually(lambda: list(told(first).peers()) == [], seconds=60)
+        eventually(lambda: list(told(looks).peers()) == [one], seconds=60)
 
 
-def test_an_address_for_others_is_none_for_all(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", MODULE, "m", "--list", str(tmp_path / "list")]
-    done = subprocess.run(
-        [*command, "--serves", "0.0.0.0:9400"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 1
-    assert "others must be told an address" in done.stderr
+def test_one_that_dies_is_started_anew(here: Path) -> None:
+    log = Log("text", process="test")
+    with closing(PeerFinder(FILE, "s3://b/m", None)) as first:
+        assert list(told(first).peers()) == []
+        process = first._process.child
+        os.kill(process.pid, signal.SIGKILL)
+        eventually(lambda: first.step(log) or first._process.child is not process, seconds=60)
+        with closing(PeerFinder(FILE, "s3://b/m", "127.0.0.1:9402")):
+            eventually(lambda: len(told(first).peers()) == 1, seconds=60)
 
 
-def test_a_new_replica_is_fed_by_who_is_in_the_discovery(
-    demo_model: Callable[..., Path], tmp_path: Path, no_leaks: Path
+def test_all_addresses_are_told_as_that_of_the_pod(
+    here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, cluster = demo_model(), Cluster(tmp_path)
-    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    monkeypatch.setenv("POD_IP", "10.1.2.3")
+    with (
+        closing(PeerFinder(FILE, "s3://b/m", "0.0.0.0:9400")) as _,
+        closing(PeerFinder(FILE, "s3://b/m", None)) as looks,
+    ):
+        eventually(lambda: list(told(looks).peers()) == [Peer("10.1.2.3", 9400)], seconds=60)
 
-    def replica(**more: object) -> Replica:
-        wanted = {"run_dir": str(no_leaks), "serve_peers": "127.0.0.1:0", **more}
-        return Replica(ReplicaOptions(str(model), prefill=0, decode=0, **wanted))  # type: ignore[arg-type]
+
+@pytest.mark.parametrize(
+    ("discovery", "serves", "where"),
+    [
+        ("kubernetes", "10.0.0.7:9400", "--peers-from"),
+        ("file", "10.0.0.7:0", "--serve-peers"),
+        ("file", "10.0.0.7", "--serve-peers"),
+    ],
+)
+def test_what_cannot_be_told_is_refused(
+    here: Path, discovery: str, serves: str, where: str
+) -> None:
+    with pytest.raises(RequestError) as raised:
+        PeerFinder(DynamoSettings(discovery=discovery), "s3://b/m", serves)
+    assert raised.value.where == where
+
+
+def test_how_long_a_load_waits() -> None:
+    assert wait_of("dynamo") == 2
+    assert wait_of("dynamo:0.5") == 0.5
+    assert wait_of("dns://dynamo:9400") is None
+    for wrong in ("dynamo:", "dynamo:soon", "dynamo:-1", "dynamo:nan", "dynamo://etcd"):
+        with pytest.raises(RequestError):
+            wait_of(wrong)
+
+
+def test_without_a_discovery_a_load_waits_no_longer_than_that(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocked = here / "file"
+    blocked.touch()
+    monkeypatch.setenv("DYN_FILE_KV", str(blocked / "kv"))  # no folder can be there
+    with closing(PeerFinder(FILE, "s3://b/m", None)) as finder:
+        eventually(lambda: finder._process.child.poll() is not None, seconds=60)
+        with pytest.raises(SourceUnreachable, match="nobody has said in time"):
+            open_directory([], [finder.place(0.1)]).peers()
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Iterator[Cluster]:
+    """Workers without a front end: they find each other by the discovery alone."""
+    installed()
+    made = Cluster(tmp_path, free_port(), tmp_path / "none")
+    yield made
+    made.http.close()
+
+
+def test_workers_feed_one_another(cluster: Cluster, demo_model: Make) -> None:
+    """The second one from the first; the third is started while the second one still loads."""
+    model = demo_model("qwen3", "float32")
+    at = [f"127.0.0.1:{free_port()}" for _ in range(3)]
+
+    def worker(number: int, *flags: str) -> Server:
+        peers = ("--serve-peers", at[number], "--peers-from", PATIENCE)
+        return stack.enter_context(cluster.worker(model, *peers, *flags))
 
     with ExitStack() as stack:
-        warm = stack.enter_context(replica())
-        wait_for(warm, lambda: warm.loaded)
-        at = warm.facts["peers_at"]
-        stack.enter_context(cluster.member(model, theirs, "--serves", at))
-        stack.enter_context(cluster.member(model, ours))
-        eventually(lambda: lines(ours) == [at], seconds=60)
-        new = stack.enter_context(replica(peers_from=(f"file://{ours}",)))
-        wait_for(new, lambda: new.loaded)
-        assert new.facts["why"] == f"from peer://{at}"
+        first = worker(0)
+        first.ready()
+        assert source(first) == "from no peer"
+        second = worker(1, "--throttle", "2MB/s")
+        eventually(lambda: state(at[1]) in (LOADING, LOADED), seconds=60)
+        third = worker(2)
+        for started in (second, third):
+            started.ready()
+        assert source(second) == f"from peer://{at[0]}"
+        assert source(third) in (f"from peer://{at[0]}", f"from peer://{at[1]}")
+        prompt = (5, 6, 7)
+        texts = [each.complete(prompt=list(prompt), max_tokens=4) for each in (second, third)]
+        assert texts == [greedy(model, prompt, 4)] * 2
+
+
+def source(worker: Server) -> str:
+    """Where its weights came from."""
+    return str(worker.get("/startup").json()["load_mode_reason"])
+
+
+def state(at: str) -> str | None:
+    """What a node says of its load; None where it says nothing yet."""
+    host, _, port = at.rpartition(":")
+    try:
+        facts: NodeFacts = PeerTalk().node(Peer(host, int(port)))
+    except Exception:  # noqa: BLE001 - it does not listen yet
+        return None
+    return facts.state

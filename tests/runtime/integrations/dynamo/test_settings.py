@@ -56,6 +56,22 @@ def test_what_the_operator_sets_is_gone_by_and_flags_win() -> None:
     assert (found.discovery, found.request_plane) == ("file", "tcp")
 
 
+def test_a_generation_of_workers_has_a_namespace_of_its_own() -> None:
+    suffixed = {**OPERATORS, "DYN_NAMESPACE_WORKER_SUFFIX": "3f2a91bc"}
+    found = DynamoSettings.of("prefill", environ=suffixed)
+    assert found.path == "team-llm-3f2a91bc.workers.generate"
+    assert found.namespace == "team-llm"  # of the peers: old and new ones feed one another
+    assert DynamoSettings.from_wire(found.to_wire()) == found
+    # The flag names the namespace, and not the generation.
+    found = DynamoSettings.of("prefill", namespace="n", environ=suffixed)
+    assert found.path == "n-3f2a91bc.workers.generate"
+    none = {**OPERATORS, "DYN_NAMESPACE_WORKER_SUFFIX": ""}
+    assert DynamoSettings.of("prefill", environ=none).path == "team-llm.workers.generate"
+    with pytest.raises(RequestError) as raised:
+        DynamoSettings.of("prefill", environ={"DYN_NAMESPACE_WORKER_SUFFIX": "a.b"})
+    assert raised.value.where == "DYN_NAMESPACE_WORKER_SUFFIX"
+
+
 @pytest.mark.parametrize(
     ("where", "given"),
     [
@@ -64,6 +80,7 @@ def test_what_the_operator_sets_is_gone_by_and_flags_win() -> None:
         ("--endpoint", {"endpoint": " "}),
         ("--discovery-backend", {"discovery": "consul"}),
         ("--request-plane", {"request_plane": "udp"}),
+        ("--request-plane", {"request_plane": "http"}),
         ("--event-plane", {"event_plane": "kafka"}),
     ],
 )
@@ -86,6 +103,7 @@ def test_without_dynamo_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch)
         (["--dynamo", "other"], "a worker has one model"),
         (["--dynamo", "--discovery-backend", "consul"], "kubernetes, etcd, file, mem"),
         (["--dynamo", "--role", "both"], "invalid choice"),
+        (["--role", "decode", "--listen", "127.0.0.1:0", "--peers-from", "dynamo"], "--dynamo"),
     ],
 )
 def test_the_command_says_what_is_wrong(tmp_path: Path, arguments: list[str], said: str) -> None:

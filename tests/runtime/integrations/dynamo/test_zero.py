@@ -91,3 +91,17 @@ def test_a_gateway_that_dies_registers_again(front: Cluster, model: Path) -> Non
         worker.gateway().kill()
         eventually(lambda: front.answers() and worker.get("/readyz").status_code == 200, seconds=90)
         assert front.text(PROMPT, 8) == greedy(model, tuple(PROMPT), 8)
+
+
+def test_prefill_and_decode_both_come_back(front: Cluster, model: Path) -> None:
+    idle = ("--idle", "0.5")
+    with (
+        front.worker(model, *idle, role="prefill") as prefill,
+        front.worker(model, *idle, role="decode") as decode,
+    ):
+        front.ready()
+        eventually(lambda: rests(prefill) and rests(decode), seconds=60)
+        assert MODEL in front.models()
+        assert front.text(PROMPT, 8) == greedy(model, tuple(PROMPT), 8)
+        for worker in (prefill, decode):
+            assert worker.metrics()["coldframe_coldstarts_total{fresh}"] == 2

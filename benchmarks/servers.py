@@ -20,6 +20,7 @@ from coldframe.benchmarks.interruption import end, guarded, unbroken
 from coldframe.benchmarks.memory import process_memory
 from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import PlatformError
+from coldframe.runtime.integrations.vllm.environment import own_places
 
 __all__ = [
     "VLLM_DTYPES",
@@ -204,17 +205,19 @@ def vllm_server(
         *("--dtype", dtype, "--max-model-len", str(context)),
         *(() if compiled else ("--enforce-eager",)),
     ]
-    changed = {
-        **os.environ,
-        **_visible(device),
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
-        **({} if cache is None else {name: str(cache) for name in _COMPILED}),
-    }
-    with _process(command, port, changed) as server:
-        yield server
+    with own_places(os.environ) as places:
+        changed = {
+            **os.environ,
+            **_visible(device),
+            **places,
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB
+            **({} if cache is None else {name: str(cache) for name in _COMPILED}),
+        }
+        with _process(command, port, changed) as server:
+            yield server
 
 
 @contextmanager

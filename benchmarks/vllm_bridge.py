@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from coldframe.benchmarks.harness import Row, cold_start, print_rows, warm_page_cache
@@ -27,6 +28,7 @@ from coldframe.loader.cgroup import cpu_count
 from coldframe.loader.errors import ColdframeError, PlatformError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.flags.parser import Parser
+from coldframe.runtime.integrations.vllm.environment import own_places
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica.router import TokenEvent
 from coldframe.runtime.replica.vllm_spec import VllmOptions
@@ -212,22 +214,26 @@ class _Plain:
         }
         asked = {"engine": engine, "prompts": prompts, "tokens": args.tokens}
         threads = str(cpu_count())
-        self._process = subprocess.Popen(
-            [args.vllm_python, "-P", "-c", _PLAIN, json.dumps(asked)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={
-                **os.environ,
-                "OMP_NUM_THREADS": threads,
-                "OMP_WAIT_POLICY": "PASSIVE",
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-                "VLLM_LOGGING_LEVEL": "ERROR",
-                "HF_HUB_OFFLINE": "1",
-            },
-        )
+        with ExitStack() as stack:
+            places = stack.enter_context(own_places(os.environ))
+            self._process = subprocess.Popen(
+                [args.vllm_python, "-P", "-c", _PLAIN, json.dumps(asked)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                env={
+                    **os.environ,
+                    "OMP_NUM_THREADS": threads,
+                    "OMP_WAIT_POLICY": "PASSIVE",
+                    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                    "VLLM_NO_USAGE_STATS": "1",
+                    "VLLM_LOGGING_LEVEL": "ERROR",
+                    "HF_HUB_OFFLINE": "1",
+                    **places,
+                },
+            )
+            self._places = stack.pop_all()
         self._number = 0
 
     def __enter__(self) -> _Plain:
@@ -236,6 +242,7 @@ class _Plain:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+        self._places.close()
 
     @property
     def pid(self) -> int:

@@ -34,6 +34,7 @@ from coldframe.loader.loads.options import LoadOptions
 from coldframe.loader.throttle import Throttle
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
+from coldframe.runtime.integrations.vllm.environment import own_places
 from coldframe.runtime.integrations.vllm.lean import lean_engine_args
 from coldframe.runtime.units import byte_rate
 
@@ -143,9 +144,10 @@ def _fetch(source: Path, target: Path, rate: float) -> None:
 
 def _ask(python: str, asked: dict[str, Any], began: int) -> dict[str, Any]:
     command = [python, "-P", "-m", "coldframe.runtime.integrations.vllm.cold_start"]
-    environment = {**os.environ, "COLDFRAME_EXEC_NS": str(began)}
     try:
-        done = run_within([*command, json.dumps(asked)], _LIMIT_S, environment)
+        with own_places(os.environ) as places:
+            environment = {**os.environ, **places, "COLDFRAME_EXEC_NS": str(began)}
+            done = run_within([*command, json.dumps(asked)], _LIMIT_S, environment)
     except subprocess.TimeoutExpired as error:
         raise PlatformError(
             "an engine did not end", where=python, expected=f"within {_LIMIT_S:g} s"

@@ -15,7 +15,7 @@ from pathlib import Path
 from coldframe.benchmarks.harness import Row, chosen, print_rows
 from coldframe.loader.errors import PlatformError
 from coldframe.runtime.flags.parser import Parser
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, own_places
 
 __all__ = ["add_arguments", "run"]
 
@@ -82,11 +82,16 @@ def _measure(args: argparse.Namespace, load: str) -> list[dict[str, float]]:
         str(args.model),
         *numbers,
     ]
-    environment = {**os.environ, **_ENVIRONMENT}
     try:
-        done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=_MOST_S, check=False
-        )
+        with own_places(os.environ) as places:
+            done = subprocess.run(
+                command,
+                env={**os.environ, **_ENVIRONMENT, **places},
+                capture_output=True,
+                text=True,
+                timeout=_MOST_S,
+                check=False,
+            )
     except OSError as error:
         raise PlatformError("no such interpreter", where=args.vllm_python) from error
     if done.returncode:

@@ -24,7 +24,7 @@ from coldframe.loader.errors import PlatformError, RequestError
 from coldframe.loader.loads.options import LoadOptions
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.attached import OwnMemory
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT
+from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, own_places
 
 __all__ = ["add_arguments", "run"]
 
@@ -159,14 +159,15 @@ def _engine(args: argparse.Namespace, extra: dict[str, Any] | None) -> dict[str,
         extra = {"gated": False, **extra}
         arguments |= {"load_format": "coldframe", "model_loader_extra_config": extra}
     command = [str(args.vllm_python), "-W", "ignore", "-c", _START]
-    done = subprocess.run(
-        [*command, str(args.model), json.dumps(arguments), "speed" if args.speed else ""],
-        env={**os.environ, **_ENVIRONMENT},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=_START_S,
-    )
+    with own_places(os.environ) as places:
+        done = subprocess.run(
+            [*command, str(args.model), json.dumps(arguments), "speed" if args.speed else ""],
+            env={**os.environ, **_ENVIRONMENT, **places},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_START_S,
+        )
     if done.returncode:
         last = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         raise PlatformError("a start of vLLM failed", where=json.dumps(arguments), got=last)

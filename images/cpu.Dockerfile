@@ -37,10 +37,15 @@ FROM ${BASE} AS runtime
 ARG PYTHON
 # CRIU is the distribution's, and so is PID 1, which reaps what its children leave behind. Their
 # versions are those of the release: security fixes come with each build.
+# The base image has no byte code of Python's own library: without it each process of each start would
+# compile what it imports of that, and could keep none of it.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends criu tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
+    && PYTHONHASHSEED=0 "python${PYTHON}" -m compileall -q -f -j 0 --invalidation-mode unchecked-hash \
+        -x '/(site-packages|dist-packages|test|tests)/' \
+        "$("python${PYTHON}" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
     && "python${PYTHON}" -m venv --without-pip /opt/coldframe \
     && groupadd --gid 65532 coldframe \
     && useradd --uid 65532 --gid 65532 --no-log-init --no-create-home --home-dir /tmp \

@@ -42,6 +42,9 @@ ARG PYTHON
 RUN apt-get update \
     && apt-get install -y --no-install-recommends criu tini \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/log/apt /var/log/dpkg.log \
+    && PYTHONHASHSEED=0 "python${PYTHON}" -m compileall -q -f -j 0 --invalidation-mode unchecked-hash \
+        -x '/(site-packages|dist-packages|test|tests)/' \
+        "$("python${PYTHON}" -c 'import sysconfig; print(sysconfig.get_path("stdlib"))')" \
     && "python${PYTHON}" -m venv --without-pip /opt/coldframe \
     && groupadd --gid 65532 coldframe \
     && useradd --uid 65532 --gid 65532 --no-log-init --no-create-home --home-dir /tmp \

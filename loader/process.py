@@ -30,6 +30,8 @@ _INHERITED_FD = 3
 _VOICE_FD = 4
 _PREFIX = "coldframe-"
 _MOST_PATH_BYTES = 107 - len("/memory.sock")  # what the kernel takes for a socket
+_MOST_PID_BYTES = len("4194304")
+_RANDOM_BYTES = 4
 _OPEN_DIR = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -202,7 +204,8 @@ def make_run_dir(parent: str | None = None) -> tuple[str, int]:
     """A private directory for one replica's sockets.
 
     Args:
-        parent: Where; by default XDG_RUNTIME_DIR, else the temporary directory.
+        parent: Where; by default COLDFRAME_RUN_DIR, else the first of XDG_RUNTIME_DIR, TMPDIR and
+            /tmp that can be written to and is short enough.
 
     Returns:
         Its path and a descriptor whose lock says that it is in use (see `sweep_run_dirs`).
@@ -212,7 +215,8 @@ def make_run_dir(parent: str | None = None) -> tuple[str, int]:
     """
     base = parent or _run_base()
     while True:
-        path = os.path.join(base, f"{_PREFIX}{os.getuid()}-{os.getpid()}-{os.urandom(4).hex()}")
+        random = os.urandom(_RANDOM_BYTES).hex()
+        path = os.path.join(base, f"{_PREFIX}{os.getuid()}-{os.getpid()}-{random}")
         if len(os.fsencode(path)) > _MOST_PATH_BYTES:
             raise PlatformError(
                 "the run directory's path is too long for sockets in it",
@@ -273,9 +277,15 @@ def _run_base() -> str:
         return wanted
     for name in ("XDG_RUNTIME_DIR", "TMPDIR"):
         base = os.environ.get(name)
-        if base and os.access(base, os.W_OK):
+        if base and _has_room(base) and os.access(base, os.W_OK):
             return base
     return "/tmp"
+
+
+def _has_room(base: str) -> bool:
+    """Whether sockets can be in a run directory there, whichever process makes it."""
+    name = len(f"/{_PREFIX}{os.getuid()}--") + _MOST_PID_BYTES + 2 * _RANDOM_BYTES
+    return len(os.fsencode(base)) + name <= _MOST_PATH_BYTES
 
 
 def _lock(path: str) -> int | None:

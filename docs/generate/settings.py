@@ -34,8 +34,9 @@ SETTINGS = {
     "another variable that begins with `COLDFRAME_`",
     "COLDFRAME_NVIDIA_PROC": "a folder that says what `/proc/driver/nvidia` would",
     "COLDFRAME_PEER_TOKEN": "the secret that replicas which give each other weights have in common",
-    "COLDFRAME_RUN_DIR": "where a replica makes its private directory "
-    "(`XDG_RUNTIME_DIR`, `TMPDIR`, `/tmp`)",
+    "COLDFRAME_RUN_DIR": "where a replica makes its private directory (the first of "
+    "`XDG_RUNTIME_DIR`, `TMPDIR` and `/tmp` that can be written to and whose path leaves room for "
+    "sockets)",
     "COLDFRAME_S3_UNSIGNED": "`1` for public buckets: no credentials are looked for, nothing is "
     "signed",
 }

@@ -53,6 +53,7 @@ _WAIT_S = 120.0
 _LOOK_S = 0.1
 _LOCK = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
 _KEY = re.compile("[0-9a-f]{32}")
+_SAID = re.compile(r"^[^\n]+: (?:fatal )?error: (.+)$", re.MULTILINE)
 
 
 def main(control_fd: int, parent: int) -> None:
@@ -75,11 +76,18 @@ def main(control_fd: int, parent: int) -> None:
         _fill_cache(order)
         answer = {"type": "compiled"}
     except Exception as error:  # noqa: BLE001 - a compiler may fail in any way
-        kind = type(error).__name__
-        why = str(error) if isinstance(error, ColdframeError) else f"{kind}: {first_line(error)}"
-        answer = {"type": "failed", "why": why}
+        answer = {"type": "failed", "why": _why(error)}
     with contextlib.suppress(ReplicaError):  # who asked is gone
         control.send(answer)
+
+
+def _why(error: Exception) -> str:
+    """What went wrong, on one line; a compiler says that below what it was called with."""
+    if isinstance(error, ColdframeError):
+        return str(error)
+    said = _SAID.search(str(error))
+    why = f"{type(error).__name__}: {first_line(error)}"
+    return why if said is None else f"{why}: {said[1].strip()}"
 
 
 def _end_of_time(*_: object) -> None:

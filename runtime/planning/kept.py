@@ -76,7 +76,7 @@ class Kept:
         self._entries = []
 
     def add(self, figures: Mapping[str, Any]) -> None:
-        """Keeps another measurement: nested mappings of numbers, each time the same.
+        """Keeps another measurement: nested mappings of numbers and words, each time the same.
 
         Where the file cannot be written it is kept by this object alone.
         """
@@ -89,7 +89,7 @@ class Kept:
             write_whole(self.path, json.dumps(document).encode())
 
     def medians(self) -> Any:
-        """The same figures, of each its median over what is kept.
+        """The same figures, of each its median over what is kept; of words the newest.
 
         Raises:
             LookupError: There is none.
@@ -114,11 +114,13 @@ class Kept:
 
 
 def _shape(value: object) -> object:
-    """The keys without the numbers."""
+    """The keys without what they are for."""
     return {k: _shape(v) for k, v in value.items()} if isinstance(value, Mapping) else None
 
 
 def _median(values: list[Any]) -> Any:
     if isinstance(values[0], Mapping):
         return {key: _median([value[key] for value in values]) for key in values[0]}
+    if isinstance(values[0], str):
+        return values[-1]
     return statistics.median(values)

@@ -154,7 +154,7 @@ def measure_rates(
         rehearsal = _Rehearsal(origin, checkpoint, spec, tokens, device, maps, rest_s, free, tell)
         _warm_imports()
         for _ in range(times):
-            kept.add(rehearsal.hold(image, snapshot, template=template.why is None, why=rates.why))
+            kept.add(rehearsal.hold(image, snapshot, template=template.why is None))
         rates.seconds = time.monotonic() - started
     _fill(rates, kept.medians())
     rates.age_s, rates.count = kept.age_s or 0.0, kept.count
@@ -171,6 +171,7 @@ def _fill(rates: Rates, figures: Mapping[str, Any]) -> None:
     if "device_bytes" in figures:
         rates.device_bytes = int(figures["device_bytes"])
     rates.rests = dict(figures["rests"])
+    rates.why |= figures["why"]
     for name, cell in figures["cells"].items():
         memory = {k: int(v) for k, v in cell["memory"].items() if k != "processes"}
         processes = {k: int(v) for k, v in cell["memory"]["processes"].items()}
@@ -221,16 +222,13 @@ class _Rehearsal:
     free: Callable[[], int] | None
     tell: Callable[[str], None]
 
-    def hold(
-        self, image: Found, snapshot: SnapshotOptions, *, template: bool, why: dict[str, str]
-    ) -> dict[str, Any]:
+    def hold(self, image: Found, snapshot: SnapshotOptions, *, template: bool) -> dict[str, Any]:
         """Holds all of them: figures to be kept.
 
         Args:
             image: What workers can be restored from.
             snapshot: Where that is.
             template: Whether a template of the model is resident.
-            why: Gets why a tier could not be rehearsed.
         """
         with ExitStack() as stack:
             base = tempfile.gettempdir()
@@ -243,11 +241,14 @@ class _Rehearsal:
             prompt = [(5 + _STEP * i) % scale.spec.vocab_size for i in range(self.tokens)]
             device = ["--device", self.device]
             cells: dict[str, Any] = {}
+            # Kept with the rest: the next plan is to tell, too.
+            why: dict[str, str] = {}
             found: dict[str, Any] = {
                 "layers": scale.spec.layers,
                 "nbytes": scale.nbytes,
                 "head_share": scale.head_share,
                 "cells": cells,
+                "why": why,
             }
             before = None if self.free is None else self.free()
 

@@ -251,7 +251,11 @@ def _process(
             said.seek(0)
             words = said.read()[-2000:].decode(errors="replace").strip().rstrip(".")
             raise PlatformError(
-                error.what, where=error.where, got=f"{error.got}; it said: {words}"
+                error.what,
+                where=error.where,
+                expected=error.expected,
+                got=f"{error.got}; it said: {words or 'nothing'}",
+                hint=error.hint,
             ) from error
         finally:
             end_process(process)

@@ -56,7 +56,7 @@ def _cold(
         return _none(path)
     worker = _worker(rates, tier, through, mapped=path.rate == math.inf)
     if worker is None:
-        return _none(rates.why.get(tier, "it was not rehearsed"))
+        return _none(_why_none(rates, tier))
     stages = [stage.nbytes for stage in plan.stages]
     found = predict(
         replace(worker, head_s=worker.head_s / rates.head_share),
@@ -98,7 +98,7 @@ def _rest(rates: Rates, plan: Plan, tier: str, through: str, device: str) -> dic
     copied = rates.cells.get("fresh/run/copied")
     rest = rates.rests.get(tier)
     if rest is None or copied is None:
-        return _none(rates.why.get("fresh", "it was not rehearsed"))
+        return _none(_why_none(rates, tier))
     parts = {"replica": rest}
     if tier == "parked" and device != CPU:
         # The bytes of the scale model came over the link, too.
@@ -108,6 +108,11 @@ def _rest(rates: Rates, plan: Plan, tier: str, through: str, device: str) -> dic
     further = len(plan.stages) - 2 - rates.layers
     parts["prefill"] = further * worker.layer_s + worker.head_s * (1 / rates.head_share - 1)
     return {"ttft_s": sum(parts.values()), "parts": parts, "why": None}
+
+
+def _why_none(rates: Rates, tier: str) -> str:
+    """Why nothing was measured of a tier: where fresh starts could not be, none was."""
+    return rates.why.get(tier) or rates.why.get("fresh") or "it was not rehearsed"
 
 
 def _none(why: str) -> dict[str, Any]:

@@ -80,6 +80,9 @@ def _time(document: dict[str, Any]) -> list[str]:
         kept = document["calibration"]
         age = f", {human_seconds(kept['age_s'])} ago" if kept["source"] == "kept" else ""
         lines.append(f"by {kept['rehearsals']} rehearsals of a scale model{age}")
+    else:
+        whys = dict.fromkeys(s["why"] for (tier, *_), s in starts.items() if tier == "fresh")
+        lines += ["", f"no start can be told: {'; '.join(whys)}"]
     lines += [
         "",
         f"a fresh worker up after {human_seconds(document['worker_start_s'])}:",

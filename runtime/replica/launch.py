@@ -19,7 +19,11 @@ from coldframe.loader.process import Child, remove_run_dir, spawn_python
 from coldframe.loader.sources.location import Directory, parse_location
 from coldframe.loader.timeline import Recorder, now
 from coldframe.loader.wire import Channel
-from coldframe.runtime.integrations.vllm.environment import ENGINE_ENVIRONMENT, NOT_FOR_VLLM
+from coldframe.runtime.integrations.vllm.environment import (
+    ENGINE_ENVIRONMENT,
+    NOT_FOR_VLLM,
+    places_in,
+)
 from coldframe.runtime.machine.cores import CORES, split_cores, to_environment
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions, TransferOptions
 from coldframe.runtime.replica.tiers import Tiers
@@ -447,9 +451,7 @@ class Launch:
     def _environment(self, role: str) -> dict[str, str]:
         if role == "vllm":
             found = {**ENGINE_ENVIRONMENT, **self._environment_of_ours("decode")}
-            # vLLM leaves files behind, and sockets. What torch has compiled is to be found again.
-            found.setdefault("TORCHINDUCTOR_CACHE_DIR", _inductor_cache())
-            found["TMPDIR"] = self.run_dir
+            found |= places_in(self.run_dir, found)
             return {name: value for name, value in found.items() if name not in NOT_FOR_VLLM}
         return self._environment_of_ours(role)
 
@@ -476,15 +478,3 @@ class Launch:
 def _of_engine(snapshot: SnapshotOptions) -> bool:
     """Whether the one image that is to be used is of an engine that is not ours."""
     return snapshot.manifest is not None and snapshot.manifest["engine"] is not None
-
-
-def _inductor_cache() -> str:
-    """Where torch keeps what it compiles unless it is told; it goes by the temporary directory."""
-    import getpass
-    import tempfile
-
-    try:
-        user = getpass.getuser()
-    except (KeyError, OSError):  # one without a name
-        user = f"uid_{os.getuid()}"
-    return os.path.join(tempfile.gettempdir(), f"torchinductor_{user}")

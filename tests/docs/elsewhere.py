@@ -269,7 +269,7 @@ REASONS: list[tuple[str, Reason]] = [
         ),
     ),
     (
-        r"images/build\.sh ",
+        r"(BUILDER_FLAGS=\S+ )?images/build\.sh ",
         Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ()),
     ),
     (

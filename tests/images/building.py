@@ -119,30 +119,48 @@ class Builder:
         inputs = digest(*(REPOSITORY / name for name in _INPUTS))
         image = f"localhost/coldframe:cpu-{inputs}-{base[-16:]}"
         if not self.has(image):
-            config, folders = pip_settings()
-            pip = self._cache / "pip.conf"
-            pip.write_text(config)
-            volumes = [f"--volume={folder}:{folder}:ro" for folder in folders]
-            environment = {
-                **os.environ,
-                "BUILDER": "buildah",
-                "BUILDER_GLOBALS": " ".join(self.flags),
-                "BUILDER_FLAGS": " ".join(
-                    ["--isolation=chroot", "--layers", "--pull-never", *volumes]
-                ),
-                "BASE": base,
-                "PIP_CONF": str(pip),
-            }
-            done = subprocess.run(
-                [IMAGES / "build.sh", "cpu", image],
-                capture_output=True,
-                text=True,
-                check=False,
-                env=environment,
-                timeout=_BUILD_S,
-            )
-            assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
+            self._build("cpu", image, BASE=base)
         return image
+
+    def compiler(self) -> str:
+        """The image of compiler.Dockerfile, on the one for a CPU; made where that has changed."""
+        cpu, name = self.cpu(), "localhost/coldframe"
+        inputs = digest(IMAGES / "compiler.Dockerfile")
+        image = f"{name}:compiler-{inputs}-{cpu.rpartition(':')[2]}"
+        if not self.has(image):
+            torch = f"{name}:torch"
+            self._build("cpu", torch, "--target=torch", BASE=self.base())
+            arguments = (f"--build-arg=IMAGE={cpu}", f"--build-arg=TORCH={torch}")
+            self._build("compiler", image, *arguments)
+            # buildah leaves one of a stage behind that it has but copied from.
+            for left in self.call("containers", "--quiet", "--filter", f"ancestor={torch}").split():
+                self.call("rm", left)
+        return image
+
+    def _build(self, kind: str, image: str, *flags: str, **settings: str) -> None:
+        """Has build.sh build an image."""
+        config, folders = pip_settings()
+        pip = self._cache / "pip.conf"
+        pip.write_text(config)
+        volumes = [f"--volume={folder}:{folder}:ro" for folder in folders]
+        all_flags = ["--isolation=chroot", "--layers", "--pull-never", *volumes, *flags]
+        environment = {
+            **os.environ,
+            "BUILDER": "buildah",
+            "BUILDER_GLOBALS": " ".join(self.flags),
+            "BUILDER_FLAGS": " ".join(all_flags),
+            "PIP_CONF": str(pip),
+            **settings,
+        }
+        done = subprocess.run(
+            [IMAGES / "build.sh", kind, image],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+            timeout=_BUILD_S,
+        )
+        assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-6000:]
 
     def baked(self, image: str, store: Path, name: str) -> str:
         """An image with the snapshots of a store in it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +58,26 @@ def image(builder: Builder, mounted: Callable[[str], Image]) -> Image:
 @pytest.fixture(scope="session")
 def model(demo_model: Callable[..., Path]) -> Iterator[Path]:
     """A tiny model in a folder that everybody may read."""
-    # pytest's own folders are closed to others.
+    with readable(demo_model("llama", "float32")) as place:
+        yield place
+
+
+@contextmanager
+def readable(model: Path) -> Iterator[Path]:
+    """A copy of a model in a folder that everybody may read; pytest's own are closed to others."""
     base = Path(tempfile.mkdtemp(prefix="cf-"))
     place = base / "demo"
-    shutil.copytree(demo_model("llama", "float32"), place)
+    shutil.copytree(model, place)
     for path in (base, place, *place.iterdir()):
         path.chmod(0o755 if path.is_dir() else 0o644)
     yield place
     shutil.rmtree(base)
+
+
+@pytest.fixture(scope="session")
+def expected(model: Path) -> str:
+    """What Transformers answers to the tests' prompt."""
+    from tests.images.platforms import COUNT, PROMPT
+    from tests.runtime.serving import greedy, ids_of
+
+    return greedy(model, ids_of(model, PROMPT), COUNT)

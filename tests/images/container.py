@@ -6,12 +6,10 @@ so from a thread that has entered that network.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import subprocess
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,11 +19,11 @@ from typing import Any
 
 import httpx
 
+from tests.images.networks import within
 from tests.runtime.snapshots import eventually
 
-__all__ = ["FOR_CRIU", "Container", "Platform", "container"]
+__all__ = ["FOR_CRIU", "Container", "Platform", "container", "layers_of"]
 
-_NEW_NETWORK = 0x40000000
 _END_S = 60.0
 _DEFAULT = (
     *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "MKNOD", "NET_BIND_SERVICE", "SETFCAP"),
@@ -62,6 +60,9 @@ class Platform:
             CAP_SYS_ADMIN: mounts, and namespaces of its own.
         memory: Bytes.
         cpus: CPUs, of each period.
+        network: A descriptor of the network that it is in; None makes one for it.
+        masked: Whether parts of /proc are hidden or read-only, as in most containers: then no
+            process in it may mount another one in a user namespace.
     """
 
     env: Mapping[str, str] = field(default_factory=dict)
@@ -73,6 +74,8 @@ class Platform:
     confined: bool = True
     memory: int = 3 << 30
     cpus: float = 1.5
+    network: int | None = None
+    masked: bool = True
 
 
 class Container:
@@ -102,22 +105,7 @@ class Container:
     def inside(self, ask: Callable[[], Any]) -> Any:
         """Calls something in a thread that is in the container's network."""
         assert self._network is not None, self.log
-        found: list[Any] = []
-
-        def work() -> None:
-            try:
-                libc = ctypes.CDLL(None, use_errno=True)
-                assert libc.setns(self._network, _NEW_NETWORK) == 0, os.strerror(ctypes.get_errno())
-                found.extend((True, ask()))
-            except BaseException as error:  # noqa: BLE001 - raised below
-                found[:] = [False, error]
-
-        thread = threading.Thread(target=work)
-        thread.start()
-        thread.join()
-        if not found[0]:
-            raise found[1]
-        return found[1]
+        return within(self._network, ask)
 
     def get(self, port: int, path: str) -> httpx.Response:
         return self.inside(lambda: httpx.get(f"http://127.0.0.1:{port}{path}", timeout=30))
@@ -194,7 +182,10 @@ def _copied(root: Path, base: Path) -> Iterator[Path]:
     upper, work, merged = (base / name for name in ("upper", "work", "root"))
     for folder in (upper, work, merged):
         folder.mkdir()
-    layers = f"lowerdir={_layers(root)},upperdir={upper},workdir={work}"
+    # One overlay over another is what no container has; there a mapped file has a mount that its
+    # process does not know, and CRIU cannot tell where it is.
+    lower = ":".join(map(str, layers_of(root)))
+    layers = f"lowerdir={lower},upperdir={upper},workdir={work}"
     subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=True)
     try:
         yield merged
@@ -202,19 +193,15 @@ def _copied(root: Path, base: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", merged], check=True)
 
 
-def _layers(root: Path) -> str:
-    """The folders that an image's root file system lies over, the uppermost first.
-
-    One overlay over another is what no container has; there a mapped file has a mount that its
-    process does not know, and CRIU cannot tell where it is.
-    """
+def layers_of(root: Path) -> list[Path]:
+    """The folders that an image's root file system lies over, the uppermost first."""
     for line in Path("/proc/self/mountinfo").read_text().splitlines():
         mount, _, rest = line.partition(" - ")
         if mount.split()[4] == str(root):
             options = dict(part.partition("=")[::2] for part in rest.split()[2].split(","))
             # Where they are many, buildah names them from its own folder on.
             layers = [options["upperdir"], *options["lowerdir"].split(":")]
-            return ":".join(str(root.parents[1] / layer) for layer in layers)
+            return [root.parents[1] / layer for layer in layers]
     raise AssertionError(f"{root} is no mount")
 
 
@@ -289,7 +276,8 @@ def _spec(root: Path, config: Mapping[str, Any], platform: Platform, name: str) 
         ],
         "linux": {
             "namespaces": [
-                {"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount", "cgroup")
+                *({"type": kind} for kind in ("pid", "ipc", "uts", "mount", "cgroup")),
+                {"type": "network", **_path_of(platform.network)},
             ],
             "cgroupsPath": f"/{name}",
             "resources": {
@@ -298,12 +286,16 @@ def _spec(root: Path, config: Mapping[str, Any], platform: Platform, name: str) 
                 "pids": {"limit": 512},
                 "devices": [{"allow": False, "access": "rwm"}],
             },
-            "maskedPaths": _MASKED,
-            "readonlyPaths": _READ_ONLY,
+            "maskedPaths": _MASKED if platform.masked else [],
+            "readonlyPaths": _READ_ONLY if platform.masked else [],
             "sysctl": {"net.ipv4.ip_unprivileged_port_start": "0"},
             **({"seccomp": _filter()} if platform.confined else {}),
         },
     }
+
+
+def _path_of(network: int | None) -> dict[str, str]:
+    return {} if network is None else {"path": f"/proc/{os.getpid()}/fd/{network}"}
 
 
 _SYSTEM_MOUNTS: list[dict[str, Any]] = [

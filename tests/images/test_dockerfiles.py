@@ -16,6 +16,7 @@ from tests.support import unavailable
 
 DOCKERFILES = sorted(IMAGES.glob("*.Dockerfile"))
 SERVING = [IMAGES / f"{name}.Dockerfile" for name in ("cpu", "cuda", "vllm")]
+DERIVED = [path for path in DOCKERFILES if path not in SERVING]
 SCRIPTS = sorted(IMAGES.glob("*.sh"))
 
 
@@ -26,6 +27,11 @@ def pinned(file: str) -> dict[str, str]:
 
 def name_of(path: Path) -> str:
     return path.name
+
+
+def base_of(path: Path) -> str:
+    (line,) = re.findall(r"^ARG BASE=.*$", path.read_text(), re.M)
+    return str(line)
 
 
 def test_hadolint_finds_nothing() -> None:
@@ -58,13 +64,49 @@ def test_bases_are_pinned_and_entrypoints_in_exec_form(path: Path) -> None:
     assert re.search(r'^ENTRYPOINT \[.*"/opt/coldframe/bin/coldframe"\]$', last, re.M)
     assert re.search(r'^CMD \["serve"\]$', last, re.M)
     assert "VOLUME" not in last
-    # This project changes most often, so its layer is the last one.
-    assert re.findall(r"^COPY .*$", last, re.M)[-1].startswith("COPY --from=code ")
+
+
+@pytest.mark.parametrize("path", SERVING, ids=name_of)
+def test_layers_come_in_the_order_of_how_rarely_they_change(path: Path) -> None:
+    last = path.read_text().rpartition("\nFROM ")[2]
+    steps = re.findall(r"^(?:RUN|COPY --from=\w+) .*$", last, re.M)
+    # What the distribution has comes first, and by itself; nothing is run behind it.
+    assert steps[0].startswith("RUN apt-get update")
+    layers = [re.fullmatch(r"COPY --from=\w+ /layers/(\w+)/ /opt/coldframe/", s) for s in steps[1:]]
+    found = [layer[1] for layer in layers if layer is not None]
+    assert len(found) == len(steps) - 1, steps
+    rare_first = ["cudnn", "nvidia", "triton", "torch", "vllm", "engine", "wheels", "code"]
+    assert found == [name for name in rare_first if name in found]
+    assert {"torch", "wheels", "code"} <= set(found)
+
+
+def test_one_system_below_all() -> None:
+    """The same packages, user and byte code, whatever is laid over them."""
+    found = set()
+    for path in SERVING:
+        last = path.read_text().rpartition("\nFROM ")[2]
+        step = re.search(r"^RUN (?:.*\\\n)+.*$", last, re.M)
+        assert step is not None
+        assert "install -y --no-install-recommends criu tini" in step[0]
+        assert "-m compileall" in step[0]
+        found.add(step[0].replace("criu tini gcc libc6-dev", "criu tini"))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("path", DERIVED, ids=name_of)
+def test_derived_images_run_as_those_below_them(path: Path) -> None:
+    text = path.read_text()
+    last = text.rpartition("\nFROM ")[2]
+    assert last.startswith("${IMAGE}\n")
+    assert "ENTRYPOINT" not in last
+    users = re.findall(r"^USER (\S+)$", last, re.M)
+    assert not users or users[-1] == "65532:65532"
+    # One that brings stages of its own has them on the same base.
+    assert set(re.findall(r"^ARG BASE=.*$", text, re.M)) <= {base_of(SERVING[0])}
 
 
 def test_one_base_below_all() -> None:
-    bases = {re.search(r"^ARG BASE=(\S+)$", path.read_text(), re.M) for path in SERVING}
-    assert len({base[1] for base in bases if base is not None}) == 1
+    assert len({base_of(path) for path in SERVING}) == 1
 
 
 def test_versions_are_those_that_the_tests_run_with() -> None:

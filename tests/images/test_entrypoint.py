@@ -6,132 +6,30 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import pytest
 from openai import OpenAI
 
-from tests.images.building import Builder
 from tests.images.conftest import Image
-from tests.images.container import FOR_CRIU, Container, Platform
-from tests.runtime.serving import greedy, ids_of
+from tests.images.container import Container, Platform
+from tests.images.platforms import (
+    ASK,
+    COUNT,
+    LIMIT,
+    PLATFORMS,
+    ready,
+    startup,
+    text_of,
+    without_rights,
+)
 from tests.runtime.snapshots import eventually
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
-
-PROMPT = "Once upon a time a replica slept"
-COUNT = 6
-ASK: dict[str, Any] = {"prompt": PROMPT, "max_tokens": COUNT, "temperature": 0, "ignore_eos": True}
-LIMIT = 3 << 30
-
-
-class Contract(NamedTuple):
-    """What a platform sets, asks and grants (docs/platforms.md).
-
-    Args:
-        place: Where it puts the model.
-        env: Variables that it sets.
-        args: What it starts the image with.
-        port: Where it asks.
-        health: Its route, which says 503 while weights load and 200 then.
-        route: To which it sends requests.
-        body: Makes one of OpenAI's.
-        text: The answer's.
-        grace_s: Between SIGTERM and SIGKILL.
-    """
-
-    place: str
-    env: Mapping[str, str]
-    args: list[str] | None
-    port: int
-    health: str
-    route: str
-    body: Callable[[dict[str, Any]], Any]
-    text: Callable[[Any], str]
-    grace_s: float
-
-
-def _text(answer: Any) -> str:
-    return str(answer["choices"][0]["text"])
-
-
-PLATFORMS = {
-    "docker": Contract(
-        "/models/demo",
-        {"COLDFRAME_MODEL": "/models/demo"},
-        None,
-        8000,
-        "/readyz",
-        "/v1/completions",
-        dict,
-        _text,
-        10,
-    ),
-    "cloud-run": Contract(
-        "/models/demo",
-        {"COLDFRAME_MODEL": "/models/demo", "K_SERVICE": "demo", "PORT": "8080"},
-        None,
-        8080,
-        "/readyz",
-        "/v1/completions",
-        dict,
-        _text,
-        10,
-    ),
-    "sagemaker": Contract(
-        "/opt/ml/model",
-        {"SAGEMAKER_BIND_TO_PORT": "8080"},
-        ["serve"],
-        8080,
-        "/ping",
-        "/invocations",
-        dict,
-        _text,
-        30,
-    ),
-    "vertex": Contract(
-        "/models/demo",
-        {
-            "AIP_HTTP_PORT": "8085",
-            "AIP_HEALTH_ROUTE": "/alive",
-            "AIP_PREDICT_ROUTE": "/answer",
-            "COLDFRAME_MODEL": "/models/demo",
-        },
-        ["serve"],
-        8085,
-        "/alive",
-        "/answer",
-        lambda fields: {"instances": [fields]},
-        lambda answer: str(answer["predictions"][0]),
-        30,
-    ),
-}
-
-
-def without_rights(contract: Contract, model: Path, **more: Any) -> Platform:
-    """A container of the platform's that has no right to anything."""
-    env = {**contract.env, **more.pop("env", {})}
-    mounts = {contract.place: model}
-    return Platform(env=env, args=contract.args, mounts=mounts, memory=LIMIT, **more)
-
-
-def ready(container: Container, contract: Contract) -> None:
-    eventually(lambda: container.get(contract.port, contract.health).status_code == 200, seconds=90)
-
-
-def startup(container: Container, port: int) -> Any:
-    return container.get(port, "/startup").json()
-
-
-@pytest.fixture(scope="module")
-def expected(model: Path) -> str:
-    return greedy(model, ids_of(model, PROMPT), COUNT)
-
 
 # -- contracts ------------------------------------------------------------------------------------
 
@@ -167,7 +65,7 @@ def test_a_replica_without_rights_stays_in_its_bounds(
         assert client.usage is not None
         assert client.usage.completion_tokens == COUNT
         answer = container.post(contract.port, "/v1/completions", ASK).json()
-        assert _text(answer) == expected
+        assert text_of(answer) == expected
         pids = container.pids()
         assert len(pids) >= 6  # PID 1, front, gateway, memory service and two workers
         for pid in pids:
@@ -287,7 +185,8 @@ def test_who_dies_is_replaced_and_nobody_stays_a_zombie(
         def answers() -> bool:
             with suppress(httpx.TransportError):
                 return (
-                    _text(container.post(contract.port, "/v1/completions", ASK).json()) == expected
+                    text_of(container.post(contract.port, "/v1/completions", ASK).json())
+                    == expected
                 )
             return False
 
@@ -311,68 +210,3 @@ def _zombies(container: Container) -> list[int]:
             if container.status(pid)["State"].startswith("Z"):
                 found.append(pid)
     return found
-
-
-# -- snapshots in the image -----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def baked(
-    builder: Builder,
-    image: Image,
-    mounted: Callable[[str], Image],
-    model: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Image:
-    """The image with a snapshot in it, made in a container of that very image."""
-    store = tmp_path_factory.mktemp("store")
-    platform = Platform(
-        args=["snapshot", "create", "/models/demo"],
-        mounts={"/models/demo": model},
-        writable={"/var/lib/coldframe/snapshots": store},
-        user=(0, 0),
-        capabilities=FOR_CRIU,
-        confined=False,
-    )
-    with image.run(platform) as container:
-        assert container.end(240) == 0, container.log
-    assert any(store.iterdir())
-    name = "localhost/coldframe:cpu-baked"
-    return mounted(builder.baked(image.name, store, name))
-
-
-@contextmanager
-def served(image: Image, model: Path, **rights: Any) -> Iterator[Container]:
-    contract = PLATFORMS["docker"]
-    with image.run(without_rights(contract, model, **rights)) as container:
-        container.listens(contract.port)
-        yield container
-
-
-def test_clones_of_a_snapshot_in_the_image_answer(baked: Image, model: Path, expected: str) -> None:
-    rights = {"user": (0, 0), "capabilities": FOR_CRIU, "confined": False}
-    with served(baked, model, env={"COLDFRAME_SNAPSHOT": "require"}, **rights) as container:
-        answer = container.post(8000, "/v1/completions", ASK)
-        assert answer.status_code == 200, answer.text
-        assert _text(answer.json()) == expected
-        told = startup(container, 8000)
-        assert told["tier"] == "image"
-        # Who answers has no rights, whatever the container has.
-        owners = {container.status(pid)["Uid"].split()[0] for pid in container.pids()}
-        assert "65532" in owners
-        container.signal("TERM")
-        assert container.end(PLATFORMS["docker"].grace_s) == 0, container.log
-
-
-def test_without_the_rights_for_it_workers_start_fresh_and_say_why(
-    baked: Image, model: Path, expected: str
-) -> None:
-    with served(baked, model) as container:
-        answer = container.post(8000, "/v1/completions", ASK)
-        assert answer.status_code == 200, answer.text
-        assert _text(answer.json()) == expected
-        told = startup(container, 8000)
-        assert told["tier"] == "fresh"
-        assert "namespace" in told["no_clone"] or "mounts of its own" in told["no_clone"]
-        container.signal("TERM")
-        assert container.end(PLATFORMS["docker"].grace_s) == 0, container.log

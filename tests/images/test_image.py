@@ -7,16 +7,21 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from tests.images.building import IMAGES, requirements_unmet
 from tests.images.conftest import Image
+from tests.images.container import layers_of
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
 CHECK = [sys.executable, IMAGES / "check_budget.py"]
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}
 
 
 def site_of(image: Image) -> Path:
@@ -26,7 +31,8 @@ def site_of(image: Image) -> Path:
 
 def test_it_serves_as_nobody_without_a_shell(image: Image) -> None:
     assert image.config["User"] == "65532:65532"
-    assert image.config["Entrypoint"][-1] == "/opt/coldframe/bin/coldframe"
+    coldframe = "/opt/coldframe/bin/coldframe"
+    assert image.config["Entrypoint"] == ["/usr/bin/tini", "-s", "--", coldframe]
     assert image.config["Cmd"] == ["serve"]
     assert "Volumes" not in image.config
     assert "8000/tcp" in image.config["ExposedPorts"]
@@ -62,21 +68,38 @@ def test_nothing_that_is_asked_for_is_missing(image: Image) -> None:
     assert all(line.startswith("tokenizers wants huggingface-hub") for line in missing), missing
 
 
+def code_of(source: Path, tag: str) -> bytes | None:
+    """A source's byte code; None where there is none."""
+    path = source.parent / "__pycache__" / f"{source.stem}.{tag}.pyc"
+    return path.read_bytes() if path.is_file() else None
+
+
 def test_byte_code_is_there_and_asks_no_source(image: Image) -> None:
     site = site_of(image)
-    for source in (
-        "coldframe/runtime/commands/serve.py",
-        "torch/nn/modules/module.py",
-        "uvicorn/main.py",
-    ):
-        path = site / source
-        assert path.is_file()
-        (compiled,) = (path.parent / "__pycache__").glob(f"{path.stem}.cpython-*.pyc")
-        data = compiled.read_bytes()
-        assert int.from_bytes(data[4:8], "little") == 1  # by hash, unchecked: PEP 552
-        if f"cpython-{sys.version_info[0]}{sys.version_info[1]}" in compiled.name:
-            code = marshal.loads(data[16:])
-            assert code.co_filename == f"/{path.relative_to(image.root)}"
+    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '')}"
+    places = (image.root / "usr/lib", image.root / "usr/local/lib")  # a distribution's, the image's
+    (library,) = (p / site.parent.name for p in places if (p / site.parent.name / "os.py").exists())
+    for place in (site, library):
+        # Nobody imports tests, and what others have put there is not the image's.
+        sources = [
+            path for path in place.rglob("*.py") if not _LEFT_OUT & {*path.relative_to(place).parts}
+        ]
+        assert len(sources) > 500
+        without = []
+        for source in sources:
+            data = code_of(source, tag)
+            if data is None:
+                without.append(source)
+                continue
+            assert int.from_bytes(data[4:8], "little") == 1, source  # by hash, unchecked: PEP 552
+        for source in without:
+            with pytest.raises(SyntaxError):
+                compile(source.read_bytes(), source, "exec")
+    source = site / "coldframe/runtime/commands/serve.py"
+    data = code_of(source, tag)
+    assert data is not None
+    if tag == sys.implementation.cache_tag:
+        assert marshal.loads(data[16:]).co_filename == f"/{source.relative_to(image.root)}"
 
 
 def test_what_nothing_reads_is_not_there(image: Image) -> None:
@@ -102,3 +125,53 @@ def test_criu_is_the_distributions(image: Image) -> None:
     )
     assert found is not None
     assert (int(found[1]), int(found[2])) >= (4, 1)
+    release = (image.root / "etc/os-release").read_text()
+    number = re.search(r'^VERSION_ID="(\d+)"$', release, re.M)
+    assert number is not None
+    assert "ID=debian" in release
+    assert int(number[1]) >= 13  # trixie
+
+
+def test_each_layer_has_what_changes_together(image: Image) -> None:
+    """What is above another layer may change without it, and has nothing of it."""
+    site = site_of(image).relative_to(image.root)
+    layers = [found for layer in layers_of(image.root) if (found := contents(layer / site))]
+    code, wheels, torch = layers  # the uppermost first
+    assert code == {"coldframe", *(name for name in code if name.startswith("coldframe-"))}
+    assert {"torch", "sympy"} <= torch
+    assert {"fastapi", "tokenizers", "safetensors"} <= wheels
+    # Of one distribution nothing is in two.
+    assert not torch & wheels
+    assert not code & (torch | wheels)
+
+
+def test_layers_tell_nothing_of_when_they_were_built(image: Image) -> None:
+    site = site_of(image)
+    times = {path.lstat().st_mtime for path in site.rglob("*")}
+    assert times == {0.0}
+
+
+def contents(folder: Path) -> set[str]:
+    """Names in a folder, but for that of modules' byte code, which several layers have."""
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names - {"__pycache__"}
+
+
+def test_nothing_is_there_that_nobody_asks_for(image: Image) -> None:
+    """Each distribution is one that coldframe needs, by what they say themselves."""
+    found = {
+        canonicalize_name(one.metadata["Name"]): one
+        for one in distributions(path=[str(site_of(image))])
+    }
+    wanted, needed = [("coldframe", "s3")], set[tuple[str, str]]()
+    while wanted:
+        name, extra = wanted.pop()
+        if (name, extra) in needed or name not in found:
+            continue
+        needed.add((name, extra))
+        for text in found[name].requires or ():
+            asked = Requirement(text)
+            if asked.marker is None or asked.marker.evaluate({"extra": extra}):
+                plain = canonicalize_name(asked.name)
+                wanted += [(plain, each) for each in ("", *asked.extras)]
+    assert set(found) - {name for name, _ in needed} == set()

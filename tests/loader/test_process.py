@@ -304,6 +304,26 @@ def test_where_it_is_made_by_default(base: Path, monkeypatch: pytest.MonkeyPatch
     remove_run_dir(path)
 
 
+@pytest.mark.parametrize("spare", [0, 1])
+def test_one_that_is_too_long_for_sockets_is_not_the_default(
+    base: Path, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    # A process with a longer number is to look in the same place, so that it sweeps there.
+    name = len(f"/coldframe-{os.getuid()}-4194304-01234567/memory.sock")
+    folder = base / ("x" * (107 - name - len(f"{base}/") + spare))
+    folder.mkdir()
+    monkeypatch.delenv("COLDFRAME_RUN_DIR", raising=False)
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(folder))
+    path, lock = make_run_dir()
+    assert Path(path).parent == (Path("/tmp") if spare else folder)
+    os.close(lock)
+    remove_run_dir(path)
+    monkeypatch.setenv("COLDFRAME_RUN_DIR", str(folder / "y"))
+    with pytest.raises(PlatformError, match="the run directory"):
+        make_run_dir()  # that was asked for
+
+
 def test_a_sweep_removes_what_nobody_uses_and_nothing_else(base: Path) -> None:
     used, lock = make_run_dir(str(base))
     left, left_lock = make_run_dir(str(base))

@@ -20,7 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coldframe.loader.errors import ColdframeError, PlatformError, SnapshotError
+from coldframe.loader.errors import ColdframeError, ImageDamaged, PlatformError, SnapshotError
 from coldframe.snapshot import lz4_codec
 from coldframe.snapshot.directory import DirectoryBackend
 from coldframe.snapshot.image_files import PIECE_BYTES
@@ -824,3 +824,26 @@ def test_what_is_not_there_cannot_be_removed(image: Path, root: Path) -> None:
     with pytest.raises(SnapshotError, match="no such image"):
         store.remove("0" * 32)
     assert store.manifests() == ([kept], [])
+
+
+def test_hashes_of_a_manifest_that_is_vouched_for_say_enough(
+    image: Path, root: Path, into: Path
+) -> None:
+    """As in a user namespace, where root's store seems to be nobody's."""
+    store = open_store(str(root))
+    manifest = store.put(image, draft(), compress="none")
+    for path in (root, root / "objects", *(root / "objects").iterdir()):
+        give_away(path)
+    with pytest.raises(SnapshotError, match="others could put images there"):
+        store.fetch(manifest, into)
+    store.fetch(manifest, into, vouched=True)
+    assert same_files(image, into)
+    for path in into.iterdir():
+        path.unlink()
+    largest = max((root / "objects").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    with pytest.raises(ImageDamaged):
+        store.fetch(manifest, into, vouched=True)
+    assert list(into.iterdir()) == []

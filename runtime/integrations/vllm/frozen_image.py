@@ -28,6 +28,7 @@ from coldframe.runtime.integrations.vllm.engine import engine_arguments, longest
 from coldframe.runtime.integrations.vllm.environment import (
     ENGINE_ENVIRONMENT,
     SAMPLER_ENVIRONMENT,
+    places_in,
 )
 from coldframe.runtime.integrations.vllm.frozen_key import asked_for, engine_variables
 from coldframe.runtime.integrations.vllm.frozen_limits import check
@@ -82,6 +83,7 @@ class EngineImage:
         order = self._order(snapshot, compress, name or self.model)
         with _run_dir() as run_dir:
             order["work"] = os.path.join(run_dir, "freezer")
+            order["environment"] |= places_in(run_dir, order["environment"])
             ours, theirs = Channel.pair()
             child = self._spawn(theirs)
             theirs.close()

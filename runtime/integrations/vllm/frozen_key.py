@@ -29,7 +29,7 @@ _PACKAGES = ("vllm", "transformers", "tokenizers")
 _OURS = frozenset([*ENGINE_ENVIRONMENT, *NOT_FOR_VLLM, *SAMPLER_ENVIRONMENT])
 _OF_A_SERVICE = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_\d+_|$)")
 """What Kubernetes sets in each pod for a service whose name begins with vllm."""
-_NO_MATTER = ("VLLM_LOGGING_", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT")
+_NO_MATTER = ("VLLM_LOGGING_", "VLLM_CACHE_ROOT", "VLLM_CONFIG_ROOT", "VLLM_RPC_BASE_PATH")
 """How those begin that decide no answer."""
 
 

@@ -106,7 +106,8 @@ class VllmWorker(Worker):
             os.chdir("/")
             become(self._user)
             # Not the run directory, where it is not let in.
-            os.environ.pop("TMPDIR", None)
+            for name in ("TMPDIR", "VLLM_RPC_BASE_PATH"):
+                os.environ.pop(name, None)
             tempfile.tempdir = None
             assert self._setup is not None
             die_with_parent(self._setup.parent)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from coldframe.runtime.commands import template as template_command
-from coldframe.runtime.compiled import compiling
+from coldframe.runtime.compiled import compiler, compiling
 from coldframe.runtime.compiled.compiling import SEQUENCES, Compiling
 from coldframe.runtime.compiled.folder import CodeFolder, key_of
 from coldframe.runtime.engine.code_shape import CodeShape
@@ -265,3 +265,16 @@ def test_a_child_that_is_killed(
     assert "was ended" in found.wait()["why"]
     eventually(lambda: not group_of(group))
     assert nothing_left(root)
+
+
+def test_what_a_compiler_says_is_told_on_one_line() -> None:
+    said = (
+        "C++ compile error\n\nCommand:\ng++ -x c++-header /tmp/a.h -o /tmp/a.h.gch\n\nOutput:\n"
+        "In file included from /a/vec.h:5:\n/a/sleef.h:191:10: warning: anonymous structs\n"
+        "/a/cpp_prefix.h:1490:2: fatal error: cannot write PCH file: No space left on device\n"
+    )
+    found = compiler._why(RuntimeError(said))
+    assert found == (
+        "RuntimeError: C++ compile error: cannot write PCH file: No space left on device"
+    )
+    assert compiler._why(ValueError("no such thing\nat all")) == "ValueError: no such thing"

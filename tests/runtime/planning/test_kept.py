@@ -66,3 +66,9 @@ def test_where_nothing_can_be_written_it_is_kept_here(tmp_path: Path) -> None:
     kept = Kept("key", str(tmp_path / "file" / "below"))
     kept.add({"a": 1})
     assert kept.medians() == {"a": 1}
+
+
+def test_words_are_kept_as_they_were_said_last(tmp_path: Path) -> None:
+    for number, why in ((1, "no room"), (5, "no CRIU")):
+        Kept("key", str(tmp_path)).add({"a": number, "why": {"restored": why}})
+    assert Kept("key", str(tmp_path)).medians() == {"a": 3, "why": {"restored": "no CRIU"}}

@@ -99,3 +99,39 @@ def test_where_there_is_no_room_it_is_said(
     assert times(document, "fresh") == [None] * 4
     assert document["predicted_ttft_s"] >= document["worker_start_s"] > 0
     assert document["memory"]["overhead_source"] == "assumed"
+
+
+def test_a_long_temporary_directory_is_in_nobodys_way(demo_model: Make, tmp_path: Path) -> None:
+    long = tmp_path / ("t" * 100)
+    long.mkdir()
+    document = plan(tmp_path / "c", demo_model("llama", "bfloat16"), TMPDIR=str(long))
+    assert None not in times(document, "fresh")
+    assert list(long.iterdir()) == []
+
+
+def test_what_kept_a_rehearsal_from_its_sockets_is_said_with_the_remedy(
+    demo_model: Make, tmp_path: Path
+) -> None:
+    long = tmp_path / ("r" * 100)
+    long.mkdir()
+    model = demo_model("llama", "bfloat16")
+    document = plan(tmp_path / "c", model, COLDFRAME_RUN_DIR=str(long))
+    (why,) = {start["why"] for start in document["starts"] if start["tier"] == "fresh"}
+    assert "the run directory's path is too long for sockets in it" in why
+    assert "Set COLDFRAME_RUN_DIR to a directory with a shorter path" in why
+
+
+def test_why_an_image_was_not_rehearsed_is_kept_with_the_rates(
+    demo_model: Make, tmp_path: Path, criu: Criu
+) -> None:
+    model, store = demo_model("llama", "bfloat16"), tmp_path / "store"
+    create = [COLDFRAME, "snapshot", "create", model, "--snapshot-store", store, "--graphs", "off"]
+    subprocess.run(create, check=True, capture_output=True, timeout=100, env=without_settings())
+    for path in (store / "objects").iterdir():
+        path.write_bytes(bytes(len(path.read_bytes())))
+    for _ in range(2):  # rehearsed, and then kept
+        document = plan(tmp_path / "c", model, "--snapshot-store", store)
+        assert None not in times(document, "fresh")
+        (why,) = {start["why"] for start in document["starts"] if start["tier"] == "restored"}
+        assert "a rehearsal failed" in why
+    assert document["calibration"]["source"] == "kept"

@@ -5,6 +5,9 @@ What starts once for all of them is here: an engine takes seconds, wherever it c
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +21,29 @@ if TYPE_CHECKING:
 
 # Elsewhere only those that need none of it, and which say so by their name.
 collect_ignore_glob = [] if find_spec("vllm") is not None else ["test_real_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_of_vllm_is_left(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The temporary directory of all tests is one of their own, and in the end looked at."""
+    if find_spec("vllm") is None:
+        yield
+        return
+    from tests.runtime.integrations.vllm.hosts import ENVIRONMENT
+    from tests.runtime.integrations.vllm.leftovers import leftovers
+
+    tmp_path_factory.getbasetemp()  # which stays where it is
+    folder = tempfile.mkdtemp(prefix="cf-")  # a socket's path is short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        # What is compiled is for the next session, too.
+        name = "TORCHINDUCTOR_CACHE_DIR"
+        patch.setenv(name, os.environ.get(name, ENVIRONMENT[name]))
+        yield
+    left = leftovers(Path(folder))
+    shutil.rmtree(folder)
+    assert left == []
 
 
 @pytest.fixture(scope="session")

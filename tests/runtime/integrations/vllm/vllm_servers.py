@@ -17,6 +17,7 @@ from typing import Any
 import httpx
 import psutil
 
+from coldframe.runtime.integrations.vllm.environment import places_in
 from tests.runtime.integrations.vllm.hosts import ENVIRONMENT
 
 _COMMAND = str(Path(sys.executable).parent / "vllm")
@@ -100,7 +101,14 @@ def vllm_serve(
         with log.open("wb") as output:
             process = psutil.Popen(
                 [*command, *flags],
-                env={**os.environ, **ENVIRONMENT, **mine, **_named(folder), **environment},
+                env={
+                    **os.environ,
+                    **ENVIRONMENT,
+                    **mine,
+                    **places_in(folder, ENVIRONMENT),
+                    **_named(folder),
+                    **environment,
+                },
                 stdout=output,
                 stderr=output,
             )

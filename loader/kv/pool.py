@@ -1,7 +1,7 @@
 """The pool of KV blocks: which are free, and what the others hold.
 
 Full blocks can be *published* under a key, which stands for all tokens up to the block's end; what
-it is made of is the workers' affair (`coldframe.runtime.worker.prefix`). From then on nobody writes to
+it is made of is the workers' affair (`runtime/worker/prefix.py`). From then on nobody writes to
 them. Whoever begins with the same tokens refers to them instead of computing them again, and they
 outlive all requests: a block that none refers to any more is kept until its memory is needed. One
 refers to blocks from the first one on without a gap, so that blocks nobody refers to are never

@@ -38,6 +38,8 @@ class Survey:
         self._ask = ask
         self._changed = threading.Condition()
         self._open_questions = 1
+        self._known_at: float | None = None
+        """Since when it is known where peers may be."""
         # Daemons, since one that a name server or a dead host holds is left behind.
         threading.Thread(target=self._ask_all, name="peer-ask", daemon=True).start()
 
@@ -45,14 +47,16 @@ class Survey:
         """What all peers say of themselves, as far as they do in time, and what was in the way.
 
         Args:
-            ask_s: Seconds at most,
+            ask_s: Seconds at most, from when it is known where they may be,
             more_s: and once one of them can be read from.
         """
-        deadline = time.monotonic() + ask_s
+        deadline = time.monotonic() + self._directory.waits_s + ask_s
         useful = False
         with self._changed:
             while self._open_questions and (left := deadline - time.monotonic()) > 0:
                 self._changed.wait(left)
+                if self._known_at is not None:
+                    deadline = min(deadline, self._known_at + ask_s)
                 if not useful and any(each.facts.state in (LOADING, LOADED) for each in self.found):
                     useful = True
                     deadline = min(deadline, time.monotonic() + more_s)
@@ -71,6 +75,8 @@ class Survey:
         peers = random.sample(peers, min(len(peers), MOST_ASKED))
         with self._changed:
             self._open_questions += len(peers)
+            self._known_at = time.monotonic()
+            self._changed.notify()
         for peer in peers:
             threading.Thread(
                 target=self._ask_one, args=(peer,), name="peer-ask", daemon=True

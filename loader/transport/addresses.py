@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import socket
 
 from coldframe.loader.errors import PlatformError
+from coldframe.loader.own_address import own_address
 from coldframe.loader.transport.base import parse_address
 
 __all__ = ["address_of", "bound", "place_of"]
@@ -56,26 +56,5 @@ def address_of(listener: socket.socket, advertise: str | None) -> str:
     host, port, *_ = listener.getsockname()
     if advertise == "":
         return f":{port}"
-    host = advertise or _reachable(host)
+    host = advertise or own_address(host, "Name it with --kv-advertise, or set POD_IP.")
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _reachable(host: str) -> str:
-    if host not in ("0.0.0.0", "::"):
-        return host
-    pod = os.environ.get("POD_IP")
-    if pod:
-        return pod
-    family, far = (
-        (socket.AF_INET, "192.0.2.1") if host == "0.0.0.0" else (socket.AF_INET6, "2001:db8::1")
-    )
-    with socket.socket(family, socket.SOCK_DGRAM) as sock:
-        try:
-            sock.connect((far, 9))  # nothing is sent: it asks which way that would be
-            return str(sock.getsockname()[0])
-        except OSError:
-            raise PlatformError(
-                "it cannot be told by which address others reach this machine",
-                where=host,
-                hint="Name it with --kv-advertise, or set POD_IP.",
-            ) from None

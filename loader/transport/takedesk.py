@@ -20,6 +20,7 @@ from coldframe.loader.transport.base import DEFAULT_WAYS, Taker, Ticket, Transfe
 from coldframe.loader.transport.registry import open_takers
 from coldframe.loader.transport.secret import read_secret
 from coldframe.loader.transport.takes import Take, TakeThreads, ways_from
+from coldframe.loader.transport.usage import TakeUsage
 
 if TYPE_CHECKING:
     from coldframe.loader.transport.nixl import NixlAgent
@@ -39,6 +40,7 @@ class TakeDesk:
         names: The ways that may be gone, in the order in which they are tried.
         keyed: Whether blocks from other hosts are held against a hash of theirs.
         agent: Takes what comes by NIXL, where it may come that way.
+        usage: What has become of the tickets that workers came with, so far.
     """
 
     def __init__(self, reactor: Reactor, kv: KvDesk, device: Callable[[], Device]) -> None:
@@ -48,6 +50,7 @@ class TakeDesk:
         self.names: Sequence[str] = DEFAULT_WAYS
         self.keyed = False
         self.agent: NixlAgent | None = None
+        self.usage = TakeUsage()
         self._takers: dict[str, Taker] | None = None
         self._takes: dict[tuple[str, str], Take] = {}
         self._threads = TakeThreads()
@@ -95,6 +98,8 @@ class TakeDesk:
         if known is not None:
             del self._takes[known.key]
             if known.attempt == attempt:
+                if known.error is None:
+                    self.usage = self.usage.with_taken(known.nbytes)
                 self._answer(connection, None if known.error else known.got, error=known.error)
                 return
         try:
@@ -108,7 +113,8 @@ class TakeDesk:
         if got is None:
             self._answer(connection, None)
             return
-        take = Take(connection, request, attempt, got)
+        nbytes = max(0, written - got.reused) * self._kv.block_bytes
+        take = Take(connection, request, attempt, got, nbytes)
         self._takes[take.key] = take
         connection.busy += 1
         runs = runs_of(got.blocks, got.reused, written)
@@ -153,6 +159,7 @@ class TakeDesk:
             "pending": pending,
         }
         if error is not None:
+            self.usage = self.usage.with_lost()
             body["error"] = error.to_wire()
         self._reactor.send(connection, body)
 

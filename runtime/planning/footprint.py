@@ -18,8 +18,9 @@ __all__ = ["Footprint", "footprint", "forks_of", "tree"]
 _KIB = 1024
 _NAMES = {
     "loader.memory_service.service": "memory",
-    "worker_process": "worker",
-    "frozen_worker": "worker",
+    "runtime.worker.process": "worker",
+    "vllm.worker_process": "worker",
+    "runtime.frozen.worker": "worker",
     "gateway.process": "gateway",
     "template_process": "templates",
     "snapshot.restorer": "restorer",

@@ -244,14 +244,14 @@ def test_a_clone_that_is_killed_is_replaced_by_another(
             replica.run_until(lambda: len(client.events) > 20)
         victim = pid(replica, role)
         inside = psutil.Process(victim)
-        assert "frozen_worker" in " ".join(inside.cmdline())
+        assert "runtime.frozen.worker" in " ".join(inside.cmdline())
         os.kill(victim, signal.SIGKILL)
         replica.run_until(lambda: pid(replica, role) not in (0, victim))
         finish(replica, client)
         assert tier(replica) == "image"
         assert replica.facts["snapshot"]["why"] is None
         successor = psutil.Process(pid(replica, role))
-        assert "frozen_worker" in " ".join(successor.cmdline())
+        assert "runtime.frozen.worker" in " ".join(successor.cmdline())
     assert client.tokens == expected(made.model, tuple(PROMPT), 200)
 
 

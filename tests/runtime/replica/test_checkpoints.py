@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.runtime.test_resident import KV, PROMPT, all_up, answered, device_bytes, kill
-from tests.runtime.test_supervisor import answers, supervised, until
 
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.endpoint.fleet import Fleet
@@ -32,7 +30,9 @@ from coldframe.runtime.replica.sizing import context_bytes
 from coldframe.runtime.scaling.policies import FixedKeepAlive
 from tests.loader.devices import emulated_checkpoint as states
 from tests.runtime.emulated import emulate
+from tests.runtime.endpoint.test_supervisor import answers, supervised, until
 from tests.runtime.helpers import Client, ask, expected, finish, wait_for
+from tests.runtime.replica.test_resident import KV, PROMPT, all_up, answered, device_bytes, kill
 from tests.snapshot.target import target
 
 pytestmark = pytest.mark.heavy

@@ -10,7 +10,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tests.runtime.test_prefix_reuse import (
+
+from coldframe.loader.kv.options import KvStoreOptions
+from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.replica.sizing import ModelFacts, kv_blocks
+from tests.loader.kv.test_disk import mounted
+from tests.runtime.helpers import ask, finish, prompt_of, wait_for
+from tests.runtime.worker.test_prefix_reuse import (
     SHARED,
     cached,
     check,
@@ -20,13 +27,6 @@ from tests.runtime.test_prefix_reuse import (
     usage,
     variant,
 )
-
-from coldframe.loader.kv.options import KvStoreOptions
-from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.sizing import ModelFacts, kv_blocks
-from tests.loader.kv.test_disk import mounted
-from tests.runtime.helpers import ask, finish, prompt_of, wait_for
 
 pytestmark = pytest.mark.timeout(300)
 

@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from tests.runtime.test_supervisor import answers, is_in, supervised, until
 
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.endpoint.fleet import Fleet
@@ -30,6 +29,7 @@ from coldframe.runtime.replica.sizing import context_bytes
 from coldframe.runtime.scaling.policies import FixedKeepAlive
 from tests.loader.devices.emulator import MEMFD
 from tests.runtime.emulated import emulate
+from tests.runtime.endpoint.test_supervisor import answers, is_in, supervised, until
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 
 pytestmark = pytest.mark.heavy

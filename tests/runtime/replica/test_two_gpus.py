@@ -10,10 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.runtime.test_hangs import LIMIT_S, short
-from tests.runtime.test_resident import device_bytes
-from tests.runtime.test_supervisor import answers, is_in, kill, supervised, until
-from tests.runtime.test_supervisor import ask as ask_supervisor
 
 from coldframe.runtime.options import ReplicaOptions
 from coldframe.runtime.replica import memories
@@ -21,7 +17,11 @@ from coldframe.runtime.replica.replica import Replica
 from coldframe.runtime.replica.scale_spec import Scale
 from coldframe.runtime.scaling.policies import FixedKeepAlive
 from tests.runtime.emulated import emulate
+from tests.runtime.endpoint.test_supervisor import answers, is_in, kill, supervised, until
+from tests.runtime.endpoint.test_supervisor import ask as ask_supervisor
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
+from tests.runtime.replica.test_hangs import LIMIT_S, short
+from tests.runtime.replica.test_resident import device_bytes
 
 Make = Callable[..., Path]
 FIRST, SECOND = "cuda:0", "cuda:1"

@@ -13,8 +13,8 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.runtime.test_batch import Files, batch, chat, completion, many, started
 
+from tests.runtime.batch.test_batch import Files, batch, chat, completion, many, started
 from tests.runtime.helpers import prompt_of
 from tests.runtime.snapshots import eventually
 

@@ -3,7 +3,8 @@
 One worker, asked in turns: through the front end with its KV-aware router, and at the gateway that
 the worker has itself. So both ways end at the same replica, and what lies between their times is
 the front end, its router and its request plane. Prompts are token ids, and no two are the same:
-neither way finds more in KV than the other. It runs where both are installed, as in build/dynamo.
+neither way finds more in KV than the other. The client acknowledges at once what comes, else half
+of the streams wait for its kernel. It runs where both are installed, as in build/dynamo.
 """
 
 from __future__ import annotations
@@ -129,9 +130,10 @@ def _measured(model: Path, pairs: int) -> _Found:
             coldframe_server(model, *flags, environment=environment, name=_NAME, command="worker")
         )
         deadline = time.monotonic_ns() + int(_WAIT_S * 1e9)
+        sockets = {"dynamo": knock_at(front, deadline), "gateway": knock(worker.port, deadline)}
         ways = {
-            "dynamo": stack.enter_context(Connection(knock_at(front, deadline), _WAIT_S)),
-            "gateway": stack.enter_context(Connection(knock(worker.port, deadline), _WAIT_S)),
+            way: stack.enter_context(Connection(sock, _WAIT_S, quick_ack=True))
+            for way, sock in sockets.items()
         }
         _until_known(ways["dynamo"], deadline)
         prompts = _prompts()

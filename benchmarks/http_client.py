@@ -135,10 +135,14 @@ class Connection:
     Args:
         sock: Connected already.
         wait_s: How long the next part of an answer may take.
+        quick_ack: Whether what comes is acknowledged at once. Else the kernel does so 40 ms later
+            on a connection that was idle, and a server that waits for that (Nagle's algorithm)
+            holds back the second of two small packets.
     """
 
-    def __init__(self, sock: socket.socket, wait_s: float) -> None:
+    def __init__(self, sock: socket.socket, wait_s: float, *, quick_ack: bool = False) -> None:
         self._sock = sock
+        self._quick_ack = quick_ack
         sock.settimeout(wait_s)
 
     def __enter__(self) -> Self:
@@ -206,6 +210,8 @@ class Connection:
         return Answer(sent_ns, first_ns or last_ns, last_ns, headers, body)
 
     def _receive(self, received: bytearray) -> None:
+        if self._quick_ack:  # the kernel forgets that again and again
+            self._sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
         part = self._sock.recv(1 << 16)
         if not part:
             raise ConnectionError("the connection was closed")

@@ -241,7 +241,7 @@ def test_a_list_that_comes_late_is_waited_for(
     new = start(peers_from=(f"awaited://60{listed}",))
     new.finish()
     writer.join()
-    assert new.load.why == f"from peer://{warm.at}"
+    assert new.load.weights.why == f"from peer://{warm.at}"
 
 
 def test_a_list_that_never_comes_holds_nothing_up_for_ever(
@@ -249,8 +249,8 @@ def test_a_list_that_never_comes_holds_nothing_up_for_ever(
 ) -> None:
     new = start(peers_from=(f"awaited://0.05{tmp_path}/peers",))
     new.finish()
-    assert str(new.load.why).startswith("from no peer; ")
-    assert "nobody has said in time where peers are" in str(new.load.why)
+    assert str(new.load.weights.why).startswith("from no peer; ")
+    assert "nobody has said in time where peers are" in str(new.load.weights.why)
     assert new.tensors() == reference(model)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -188,10 +188,10 @@ def test_a_worker_that_dies_in_mid_answer_is_stood_in_for(
         prompt = [*prompt_of(96, 4), 9]
 
         def began() -> bool:
-            parts = stream(front, prompt, 4)
+            parts = stream(front, prompt, LONG)
             next(parts)
             with_third = running(third) == 1
-            list(parts)
+            parts.close()
             return with_third
 
         eventually(began, seconds=30)
@@ -233,7 +233,7 @@ def test_workers_come_and_go_under_load(front: Cluster, workers: list[Server], m
 SUCCESS = "coldframe_request_success_total{length}"
 
 
-def stream(front: Cluster, prompt: list[int], count: int) -> Iterator[str]:
+def stream(front: Cluster, prompt: list[int], count: int) -> Generator[str, None, None]:
     """The parts of an answer as they come."""
     body = {"model": MODEL, "temperature": 0, "stream": True, **asked(prompt, count)}
     with front.http.stream("POST", "/v1/completions", json=body) as answer:

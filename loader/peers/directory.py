@@ -145,10 +145,14 @@ class AwaitedPeers:
     """
 
     def __init__(self, path: str, seconds: float) -> None:
-        self.waits_s = seconds
+        self._seconds = seconds
         self._path = path
         self._until = time.monotonic() + seconds
         self._listed = ListedPeers(path)
+
+    @property
+    def waits_s(self) -> float:
+        return max(0.0, self._until - time.monotonic())
 
     def peers(self) -> Sequence[Peer]:
         while not os.path.exists(self._path):
@@ -156,7 +160,7 @@ class AwaitedPeers:
                 raise SourceUnreachable(
                     "nobody has said in time where peers are",
                     where=self._path,
-                    expected=f"a list within {self.waits_s:g} s",
+                    expected=f"a list within {self._seconds:g} s",
                 )
             time.sleep(_LOOK_S)
         return self._listed.peers()
@@ -171,7 +175,10 @@ class JointPeers:
 
     def __init__(self, directories: Sequence[PeerDirectory]) -> None:
         self._directories = tuple(directories)
-        self.waits_s = max((each.waits_s for each in self._directories), default=0.0)
+
+    @property
+    def waits_s(self) -> float:
+        return max((each.waits_s for each in self._directories), default=0.0)
 
     def peers(self) -> Sequence[Peer]:
         found: dict[Peer, None] = {}

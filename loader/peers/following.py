@@ -179,11 +179,13 @@ class Following:
     def _choose(self) -> Seat | None:
         """A peer to read from, with a seat there; None where there is none."""
         again = self._node.state == LOADING
-        deadline = time.monotonic() + self._limits.choose_s
+        deadline = None
         pause = _FIRST_PAUSE_S
         while not self._stop.is_set():
             self._failures.clear()
             found = others(self._ask_all(), self._node.id)
+            if deadline is None:  # it may have taken long to know where peers may be
+                deadline = time.monotonic() + self._limits.choose_s
             found = [each for each in found if each.facts.node not in self._left]
             seat = self._best_seat(found, again) if found else None
             if seat is not None or again:

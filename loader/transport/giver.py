@@ -200,6 +200,8 @@ def _places(offer: Offer, runs: Any) -> list[tuple[int, int]]:
         if first < 0 or count < 1 or first + count > len(blocks):
             raise _not_there()
         wanted += blocks[first : first + count]
+        if len(wanted) > len(blocks):  # nobody needs one twice, and lists have no end else
+            raise _not_there()
     return places_of(wanted, 0, len(wanted))
 
 

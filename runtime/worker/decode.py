@@ -131,7 +131,7 @@ class _DecodeRole:
         if self._seen.get(job.request, -1) < job.attempt:
             self._seen[job.request] = job.attempt
             if not self._admit(handoff):
-                self._waiting[job.request] = handoff
+                self._waiting.setdefault(job.request, handoff)
         self._worker.control.send({"type": "ack", "request": job.request, "attempt": job.attempt})
 
     def _checked(self, handoff: Handoff) -> Handoff:
@@ -189,6 +189,9 @@ class _DecodeRole:
         if not claimed:
             try:
                 if not self._pool.take(sequence):
+                    if handoff.ticket is not None:  # which has been tried, and was no good
+                        tried = replace(handoff, kv_tokens=0, ticket=None)
+                        self._waiting[job.request] = tried
                     return False
             except RequestError as error:
                 self._seen.pop(job.request)

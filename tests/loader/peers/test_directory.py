@@ -69,7 +69,7 @@ def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
 def test_a_file_that_is_about_to_be_written_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "the peers"
     found = open_directory([], [f"awaited://60{path}".replace(" ", "%20")])
-    assert found.waits_s == 60
+    assert 59 < found.waits_s <= 60
 
     def write() -> None:
         beside = tmp_path / "beside"
@@ -92,7 +92,7 @@ def test_who_waits_for_a_file_does_so_for_a_while(tmp_path: Path) -> None:
     assert caught.value.where == str(path)
     path.write_text("10.0.0.1:1\n")  # it has come late, and is there for the next who asks
     assert list(found.peers()) == [Peer("10.0.0.1", 1)]
-    assert JointPeers([ListedPeers(str(path)), found]).waits_s == 0.05
+    assert JointPeers([ListedPeers(str(path)), found]).waits_s <= 0.05
 
 
 def test_several_are_one(tmp_path: Path) -> None:

@@ -414,7 +414,18 @@ def test_a_sender_that_takes_it_back_stops_giving(open_service: Open) -> None:
 
 
 @pytest.mark.parametrize(
-    "runs", [[[0, 4]], [[-1, 2]], [[0, 0]], [[3, 1]], "all", [[0]], [[0, "1"]], [[0, True]]]
+    "runs",
+    [
+        [[0, 4]],
+        [[0, 3], [0, 1]],
+        [[-1, 2]],
+        [[0, 0]],
+        [[3, 1]],
+        "all",
+        [[0]],
+        [[0, "1"]],
+        [[0, True]],
+    ],
 )
 def test_nothing_but_the_offer_is_given(runs: Any, open_service: Open) -> None:
     sender = open_service(ways=("tcp",))

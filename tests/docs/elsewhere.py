@@ -139,6 +139,8 @@ REASONS: list[tuple[str, Reason]] = [
     (r"make test$", Lane("test")),
     (r"make test-heavy$", Lane("test-heavy")),
     (r"make test-vllm$", Lane("test-vllm")),
+    (r"make test-images$", Lane("test-images")),
+    (r"make test-dynamo$", Lane("test-dynamo")),
     (r"make docs$", Lane("docs")),
     (r"make format$", Recipe("format", "ruff format .", Lane("lint"))),
     (

@@ -60,7 +60,7 @@ def pair(model: Path, front: Cluster) -> Iterator[list[Server]]:
 
 @contextmanager
 def load(front: Cluster, model: Path) -> Iterator[None]:
-    """Several clients ask one request after another meanwhile; each one is answered, and rightly."""
+    """Several clients ask one request after another meanwhile; each is answered, and rightly."""
     prompts = [tuple(prompt_of(60, seed)) for seed in range(4)]
     expected = [greedy(model, prompt, 12) for prompt in prompts]
     wrong: list[str] = []

@@ -121,8 +121,8 @@ def _call(name: str, arguments: list[str]) -> int:
             started["secrets"] = take_secrets()
         if cold:
             from coldframe.runtime.start.early import (
-                GatewayProcess,
                 MemoryProcess,
+                likely_gateway,
                 likely_peers,
                 likely_restorer,
             )
@@ -132,7 +132,7 @@ def _call(name: str, arguments: list[str]) -> int:
             started["memory"] = MemoryProcess()
             started["restorer"] = likely_restorer(arguments)
             if name in _SERVERS:
-                started["gateway"] = GatewayProcess(dynamo=name == "worker")
+                started["gateway"] = likely_gateway(name, arguments)
         module, args = _parse(name, arguments)
         for key, value in started.items():
             setattr(args, key, value)

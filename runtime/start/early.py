@@ -13,11 +13,18 @@ from time import monotonic_ns
 
 from coldframe.loader.process import Child, make_run_dir, remove_run_dir, spawn_python
 from coldframe.runtime.start.environment import without_secrets
-from coldframe.runtime.start.guess import said
+from coldframe.runtime.start.guess import is_set, said
 from coldframe.snapshot.places import default_store, expanded, images_are_there
 from coldframe.snapshot.restorer_process import RestorerProcess
 
-__all__ = ["GatewayProcess", "MemoryProcess", "PeersProcess", "likely_peers", "likely_restorer"]
+__all__ = [
+    "GatewayProcess",
+    "MemoryProcess",
+    "PeersProcess",
+    "likely_gateway",
+    "likely_peers",
+    "likely_restorer",
+]
 
 _MAIN = (
     "from coldframe.loader.memory_service.service import main; "
@@ -79,7 +86,7 @@ class GatewayProcess:
         self.started_ns = monotonic_ns()
         environment = without_secrets()
         if dynamo:
-            environment |= {k: v for k, v in os.environ.items() if k.startswith(_STORES)}
+            environment |= _opens_stores()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.child: Child = spawn_python(
@@ -97,13 +104,15 @@ class GatewayProcess:
 class PeersProcess:
     """What finds peers in Dynamo's discovery, not told yet of which model.
 
+    It gets what opens that, as a gateway that registers there does, and no other secret.
+
     Raises:
         PlatformError: It cannot be started.
     """
 
     def __init__(self) -> None:
-        # The discovery may ask for a password.
-        environment = {k: v for k, v in os.environ.items() if k not in _OF_THE_WORKER}
+        told = without_secrets() | _opens_stores()
+        environment = {name: value for name, value in told.items() if name not in _OF_THE_WORKER}
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             self.child: Child = spawn_python(
@@ -115,6 +124,19 @@ class PeersProcess:
         finally:
             theirs.close()
         self.socket = ours
+
+
+def likely_gateway(command: str, arguments: list[str]) -> GatewayProcess:
+    """One that may open Dynamo's discovery where it looks as if it were to: a guess.
+
+    Args:
+        command: Its name; of a worker's alone.
+        arguments: The command's, as they are.
+
+    Raises:
+        PlatformError: It cannot be started.
+    """
+    return GatewayProcess(dynamo=command == "worker" and is_set(arguments, "--dynamo"))
 
 
 def likely_peers(arguments: list[str]) -> PeersProcess | None:
@@ -147,3 +169,8 @@ def likely_restorer(arguments: list[str]) -> RestorerProcess | None:
         store = mode
     store = expanded(store)
     return RestorerProcess(store=store) if images_are_there(store) else None
+
+
+def _opens_stores() -> dict[str, str]:
+    """The variables that Dynamo opens etcd or NATS with, passwords among them."""
+    return {name: value for name, value in os.environ.items() if name.startswith(_STORES)}

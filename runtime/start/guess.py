@@ -12,7 +12,10 @@ TYPE_CHECKING = False  # `typing` itself is slow to import
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-__all__ = ["said"]
+__all__ = ["is_set", "said"]
+
+_TRUE = frozenset(["1", "true", "yes", "on"])
+"""As the parser of flags takes it."""
 
 
 def said(arguments: Sequence[str], *flags: str) -> str | None:
@@ -31,3 +34,13 @@ def said(arguments: Sequence[str], *flags: str) -> str | None:
         if value is not None:
             return value
     return os.environ.get("COLDFRAME_" + flags[0].removeprefix("--").replace("-", "_").upper())
+
+
+def is_set(arguments: Sequence[str], flag: str) -> bool:
+    """Whether a flag without a value is given, or its twin in the environment says so.
+
+    Args:
+        arguments: The command's, as they are.
+        flag: Its name, such as `--dynamo`.
+    """
+    return flag in arguments or (said((), flag) or "").lower() in _TRUE

@@ -66,8 +66,20 @@ class Lane:
         wanted = line.text.removeprefix("make ").split()[0]
         if wanted == self.target:
             return None
-        needs = re.search(rf"^{self.target}:(.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        return None if needs and wanted in needs[1].split() else f"{self.target} needs no {wanted}"
+        return None if wanted in _needed(self.target) else f"{self.target} needs no {wanted}"
+
+
+def _needed(target: str) -> set[str]:
+    """What the Makefile makes before a target, and before that."""
+    found: set[str] = set()
+    left = [target]
+    while left:
+        rule = rf"^{re.escape(left.pop())}:(.*)$"
+        line = re.search(rule, (ROOT / "Makefile").read_text(), re.MULTILINE)
+        more = set(line[1].split()) - found if line else set()
+        found |= more
+        left += more
+    return found
 
 
 @dataclass(frozen=True)
@@ -125,6 +137,7 @@ def _bench(file: str, test: str, name: str) -> Tested:
 
 _WHOLE = "test_the_benchmark_runs_and_ends_in_one_document"
 _SPINE = _bench("test_spine.py", _WHOLE, "spine")
+_DYNAMO = "tests/runtime/integrations/dynamo"
 _VLLM = "tests/runtime/integrations/vllm"
 _GPU = Tested(
     "tests/benchmarks/test_gpu_budget.py",
@@ -239,19 +252,50 @@ REASONS: list[tuple[str, Reason]] = [
     (
         r"coldframe worker .*--peers-from dynamo",
         Tested(
-            "tests/runtime/integrations/dynamo/test_peers.py",
+            f"{_DYNAMO}/test_peers.py",
             "test_workers_feed_one_another",
             ("--serve-peers", "--peers-from", "PATIENCE"),
         ),
     ),
+    (r"make build/dynamo/\.ready$", Lane("test-dynamo")),
     (
-        r"(make build/dynamo/\.(ready|tests)"
-        r"|build/dynamo/bin/(python -m dynamo\.frontend|coldframe bench) "
-        r"|coldframe (worker (.* )?--dynamo|bench dynamo) |curl localhost:8123/)",
+        r"build/dynamo/bin/python -m dynamo\.frontend ",
         Tested(
-            "tests/runtime/integrations/dynamo/test_aggregated.py",
+            f"{_DYNAMO}/cluster.py",
+            "cluster",
+            ('"dynamo.frontend"', '"--http-port"', '"--router-mode", "kv"', '"--migration-limit"'),
+        ),
+    ),
+    (
+        r"(build/dynamo/bin/)?coldframe bench dynamo ",
+        Tested(
+            "tests/benchmarks/test_dynamo_benchmark.py",
+            _WHOLE,
+            ('"bench", "dynamo"', "mark.dynamo"),
+        ),
+    ),
+    (
+        r"coldframe worker --dynamo --role prefill --kv-listen ",
+        Tested(
+            f"{_DYNAMO}/test_kv.py",
+            "test_a_ticket_is_taken_and_one_whose_sender_is_gone_is_not_needed",
+            ('"--kv-listen"', "front.worker(model, *WAY, role=role", "mark.dynamo"),
+        ),
+    ),
+    (
+        r"coldframe worker --dynamo --role (prefill|decode) ",
+        Tested(
+            f"{_DYNAMO}/test_apart.py",
+            "test_both_have_their_part_of_an_answer",
+            ("front.worker(model, role=role)", '("prefill", "decode")', "mark.dynamo"),
+        ),
+    ),
+    (
+        r"(coldframe worker (.* )?--dynamo |curl localhost:8123/v1/completions )",
+        Tested(
+            f"{_DYNAMO}/test_aggregated.py",
             "test_a_completion_is_that_of_our_gateway",
-            ("Cluster",),
+            ("front.worker(model)", 'front.post("/v1/completions"', "mark.dynamo"),
         ),
     ),
     (

@@ -165,15 +165,35 @@ def test_what_else_listens_is_a_port_of_the_pods(
         }
 
 
-def test_peers_are_looked_for_where_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    (container,) = told("scale-out")
-    args = container.parse(monkeypatch)
-    service = one(built("scale-out"), "Service", "coldframe-peers")["spec"]
+@pytest.mark.parametrize(
+    ("overlay", "name"),
+    [("scale-out", "coldframe-peers"), ("dynamo", "coldframe-worker-peers")],
+)
+def test_peers_are_looked_for_where_they_are(
+    overlay: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = one(built(overlay), "Service", name)["spec"]
     (port,) = service["ports"]
-    assert args.peers_from == [f"dns://coldframe-peers:{port['port']}"]
     # All addresses, those of replicas that still load among them.
     assert service["clusterIP"] == "None"
     assert service["publishNotReadyAddresses"] is True
+    for container in told(overlay):
+        with monkeypatch.context() as patch:
+            args = container.parse(patch)
+        assert args.peers_from == [f"dns://{name}:{port['port']}"]
+        assert args.serve_peers.rpartition(":")[2] == str(port["port"])
+        assert service["selector"].items() <= container.pod.labels.items()
+        (token,) = [e for e in container.container["env"] if e["name"] == "COLDFRAME_PEER_TOKEN"]
+        assert token["valueFrom"]["secretKeyRef"] == {"name": "coldframe-peers", "key": "token"}
+
+
+def test_dynamos_router_has_workers_to_choose_from() -> None:
+    parts = one(built("dynamo"), "DynamoGraphDeployment")["spec"]["components"]
+    assert {part["type"]: part["replicas"] for part in parts} == {
+        "frontend": 1,
+        "prefill": 2,
+        "decode": 2,
+    }
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from openai import OpenAI
 
 from tests.runtime.helpers import prompt_of
 from tests.runtime.integrations.dynamo.cluster import (
@@ -92,6 +93,31 @@ def test_a_chat_comes_from_both(front: Cluster, pair: list[Server]) -> None:
     (mine,) = pair[1].post("/v1/chat/completions", body).json()["choices"]
     (found,) = front.post("/v1/chat/completions", **body).json()["choices"]
     assert found["message"]["content"] == mine["message"]["content"]
+
+
+def test_a_streamed_chat_is_that_which_is_not(front: Cluster, pair: list[Server]) -> None:
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "What is Python?"}],
+        "max_tokens": 24,
+        "temperature": 0,
+        "extra_body": {"ignore_eos": True},
+    }
+    with OpenAI(base_url=f"{front.url}/v1", api_key="none", timeout=60) as client:
+        (whole,) = client.chat.completions.create(**body).choices
+        before = tickets(pair[1])
+        chunks = list(client.chat.completions.create(**body, stream=True))
+    choices = [choice for chunk in chunks for choice in chunk.choices]
+    assert choices[0].delta.role == "assistant"
+    assert {choice.delta.role for choice in choices} <= {"assistant", None}
+    parts = [choice.delta.content for choice in choices if choice.delta.content]
+    assert len(parts) > 5
+    assert "".join(parts) == whole.message.content
+    reasons = [choice.finish_reason for choice in choices if choice.finish_reason]
+    assert reasons == [whole.finish_reason] == ["length"]
+    assert choices[-1].finish_reason == "length"
+    assert len({chunk.id for chunk in chunks}) == 1
+    assert tickets(pair[1]).taken == before.taken + 1
 
 
 def test_the_decode_worker_takes_the_kv_and_computes_no_prompt(

@@ -132,7 +132,10 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def test_workers_feed_one_another(cluster: Cluster, demo_model: Make) -> None:
-    """The second one from the first; the third is started while the second one still loads."""
+    """The second one from the first; the third one from the second, which has little itself yet.
+
+    The first is the best of all, having everything: it has a reader, and sends the next one on.
+    """
     model = demo_model("qwen3", "float32")
     at = [f"127.0.0.1:{free_port()}" for _ in range(3)]
 
@@ -144,13 +147,15 @@ def test_workers_feed_one_another(cluster: Cluster, demo_model: Make) -> None:
         first = worker(0)
         first.ready()
         assert source(first) == "from no peer"
-        second = worker(1, "--throttle", "2MB/s")
-        eventually(lambda: state(at[1]) in (LOADING, LOADED), seconds=60)
+        second = worker(1, "--throttle", "300kB/s")  # the third one has 15 s to find it
+        eventually(lambda: state(at[1]) == (LOADING, 0) and state(at[0]) == (LOADED, 1), seconds=60)
         third = worker(2)
+        eventually(lambda: state(at[1]) == (LOADING, 1), seconds=60)
+        assert state(at[0]) == (LOADED, 1)
         for started in (second, third):
             started.ready()
         assert source(second) == f"from peer://{at[0]}"
-        assert source(third) in (f"from peer://{at[0]}", f"from peer://{at[1]}")
+        assert source(third) == f"from peer://{at[1]}"
         prompt = (5, 6, 7)
         texts = [each.complete(prompt=list(prompt), max_tokens=4) for each in (second, third)]
         assert texts == [greedy(model, prompt, 4)] * 2
@@ -161,11 +166,11 @@ def source(worker: Server) -> str:
     return str(worker.get("/startup").json()["load_mode_reason"])
 
 
-def state(at: str) -> str | None:
-    """What a node says of its load; None where it says nothing yet."""
+def state(at: str) -> tuple[str, int] | None:
+    """What a node says of its load, and how many read from it; None where it says nothing yet."""
     host, _, port = at.rpartition(":")
     try:
         facts: NodeFacts = PeerTalk().node(Peer(host, int(port)))
     except Exception:  # noqa: BLE001 - it does not listen yet
         return None
-    return facts.state
+    return facts.state, facts.readers

@@ -85,10 +85,14 @@ def test_who_has_left_is_not_asked(front: Cluster, model: Path) -> None:
 
 
 def test_a_gateway_that_dies_registers_again(front: Cluster, model: Path) -> None:
-    with front.worker(model) as worker:
+    password = "ETCD_AUTH_PASSWORD"  # what a discovery may be opened with: the next one may, too
+    with front.worker(model, **{password: "x", "HF_TOKEN": "x"}) as worker:
         front.ready()
-        worker.gateway().kill()
+        gateway = worker.gateway()
+        assert {password, "HF_TOKEN"} & set(gateway.environ()) == {password}
+        gateway.kill()
         eventually(lambda: front.answers() and worker.get("/readyz").status_code == 200, seconds=90)
+        assert {password, "HF_TOKEN"} & set(worker.gateway().environ()) == {password}
         assert front.text(PROMPT, 8) == greedy(model, tuple(PROMPT), 8)
 
 

@@ -34,7 +34,7 @@ from tests.support import unavailable
 BLOCK = 60_000
 BLOCKS = 32
 SECRET = "the secret of these two services"
-WAYS = ("shared", "tcp")
+WAYS = ("shared", "tcp", "nixl")
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +162,20 @@ class Side(Service):
 Open = Callable[..., Side]
 
 
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way that KV may go."""
+    if request.param == "nixl" and nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    return str(request.param)
+
+
 @pytest.mark.parametrize(
-    ("way", "keyed"), [("shared", False), ("tcp", False), ("tcp", True), ("nixl", False)]
+    ("way", "keyed"),
+    [("shared", False), ("tcp", False), ("tcp", True), ("nixl", False)],
+    indirect=["way"],
 )
 def test_blocks_come_over_as_they_are(way: str, keyed: bool, open_service: Open) -> None:
-    if way == "nixl" and nixl_package() is None:
-        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,), keyed=keyed)
     receiver.open("before")
     first, second = receiver.assign("before", 2), None
@@ -223,7 +231,6 @@ def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -
         assert bytes(whole[block * size : (block + 1) * size]) == bytes([place + 1]) * size
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_ticket_is_good_once(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)
@@ -237,7 +244,6 @@ def test_a_ticket_is_good_once(way: str, open_service: Open) -> None:
     until(lambda: receiver.used() == 3)  # those of the one that came
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_time_runs_out(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)
@@ -308,7 +314,6 @@ def test_a_ticket_that_does_not_fit_here_is_refused(
     assert receiver.used() == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_dead_sender_is_an_error_and_no_wait(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)

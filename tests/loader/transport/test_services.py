@@ -212,6 +212,30 @@ def test_the_cheapest_way_that_can_be_gone_is(open_service: Open) -> None:
     assert sender.over() == ("c", True)
 
 
+def test_where_nixl_reaches_nobody_tcp_does(
+    open_service: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    ways = ("nixl", "tcp")
+    receiver = open_service(ways=ways)
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_NET_DEVICES", "none-such")
+    sender = open_service(ways=ways)
+    data = sender.write("a", 3)
+    ticket = sender.offer("a", 3)
+    assert [way["transport"] for way in ticket["ways"]] == ["nixl", "tcp"]
+    got = receiver.bring("b", ticket, 3)
+    assert [bytes(receiver.view(block)) for block in got.blocks] == data
+    assert sender.over() == ("a", True)
+    # By NIXL alone it is lost, and an error says so.
+    sender.write("c", 3)
+    ticket = sender.offer("c", 3)
+    ticket["ways"] = ticket["ways"][:1]
+    with pytest.raises(ColdframeError, match="NIXL"):
+        receiver.bring("d", ticket, 3)
+
+
 def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -> None:
     size = 1 << 20
     sender = open_service(ways=("tcp",), blocks=40, block_bytes=size)

@@ -296,12 +296,14 @@ REASONS: list[tuple[str, Reason]] = [
     ),
     (
         r"images/build\.sh cpu\b",
-        Tested("tests/images/building.py", "cpu", ('self._build("cpu"',)),
+        Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ('"cpu"',)),
     ),
     (
         r"BUILDER_FLAGS=--target=torch images/build\.sh cpu |images/build\.sh compiler\b",
         Tested(
-            "tests/images/building.py", "compiler", ("--target=torch", 'self._build("compiler"')
+            "tests/images/test_snapshots.py",
+            "test_steps_that_a_compiler_beside_the_image_made_are_used_in_it",
+            ("builder.compiler()",),
         ),
     ),
     (r"images/build\.sh cuda\b", Unbuilt("cuda", "gigabytes of CUDA's libraries, for a GPU")),

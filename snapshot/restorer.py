@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from coldframe.loader.errors import (
@@ -34,7 +34,7 @@ from coldframe.snapshot.model_key import ModelKey
 from coldframe.snapshot.restoring import begin, go_on
 from coldframe.snapshot.service import CloneService
 from coldframe.snapshot.signing import read_key
-from coldframe.snapshot.store import Store, open_store
+from coldframe.snapshot.store import Skipped, Store, open_store
 
 __all__ = ["ImageSource", "main"]
 
@@ -97,10 +97,15 @@ class ImageSource:
         store = open_store(wanted["store"], key=None if key_file is None else read_key(key_file))
         exclude: set[str] = set()
         failure: SnapshotError | None = None
+        listed: tuple[Sequence[Manifest], Sequence[Skipped]] = (), ()
+        started = now()
+        if wanted["manifest"] is None:
+            # Once, and before anything is mounted: the user namespace that this may take makes a
+            # stranger's store of root's (see `_read`).
+            listed = store.manifests()
         while True:
-            started = now()
             try:
-                manifest = self._choose(store, wanted, exclude)
+                manifest = self._choose(listed, wanted, exclude)
             except NoImage:
                 if failure is None:
                     raise
@@ -126,6 +131,7 @@ class ImageSource:
                 # Another one of this model may be whole.
                 failure = failure or error
                 exclude.add(manifest.id)
+                started = now()
                 continue
             return {"id": manifest.id, "manifest": manifest.to_json()}
 
@@ -177,12 +183,17 @@ class ImageSource:
             store, manifest, _ = self._image
             store.touch(manifest.id)
 
-    def _choose(self, store: Store, wanted: dict[str, Any], exclude: set[str]) -> Manifest:
+    def _choose(
+        self,
+        listed: tuple[Sequence[Manifest], Sequence[Skipped]],
+        wanted: dict[str, Any],
+        exclude: set[str],
+    ) -> Manifest:
         if wanted["manifest"] is not None:
             return Manifest.from_json(wanted["manifest"])
         directory = wanted["directory"]
         engine = wanted.get("engine")
-        manifests, skipped = store.manifests()
+        manifests, skipped = listed
         if (only := wanted.get("image")) is not None:
             manifests = [manifest for manifest in manifests if manifest.id == only]
         choice = choose(

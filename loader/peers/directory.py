@@ -36,6 +36,7 @@ DIRECTORY_FORMS = (
     "awaited://SECONDS/PATH (such a file that somebody is about to write)"
 )
 _MOST_BYTES = 1 << 20
+_MOST_SHOWN = 80
 # A name that there is not, or without an address; anything else may be over in a moment.
 _NOBODY = {socket.EAI_NONAME, getattr(socket, "EAI_NODATA", socket.EAI_NONAME)}
 _MOST_WAIT_S = 3600.0
@@ -126,11 +127,20 @@ class ListedPeers:
             raise SourceError(
                 "the list of peers cannot be read", where=self._path, got=error
             ) from None
-        lines = (line.partition("#")[0].strip() for line in text.splitlines())
-        try:
-            return tuple(dict.fromkeys(parse_peer(line) for line in lines if line))
-        except RequestError as error:
-            raise SourceError(error.what, where=self._path, got=error.got) from None
+        found: dict[Peer, None] = {}
+        for line in text.splitlines():
+            if not (address := line.partition("#")[0].strip()):
+                continue
+            try:
+                found[parse_peer(address)] = None
+            except RequestError as error:
+                raise SourceError(
+                    error.what,
+                    where=self._path,
+                    expected="HOST:PORT",
+                    got=repr(address[:_MOST_SHOWN]),
+                ) from None
+        return tuple(found)
 
 
 class AwaitedPeers:
@@ -245,13 +255,11 @@ def open_place(text: str) -> PeerDirectory:
             return NamedPeers(name, int(port))
     if scheme == "awaited":
         seconds, slash, path = rest.partition("/")
-        wait_s = _seconds(seconds)
-        if wait_s is not None and slash and os.path.basename(path):
-            return AwaitedPeers(f"/{unquote(path)}", wait_s)
-    if scheme == "file" and rest.startswith("/") and os.path.basename(rest):
-        path = unquote(rest)
-        if "\0" not in path:
-            return ListedPeers(path)
+        wait_s, file = _seconds(seconds), _file(f"{slash}{path}")
+        if wait_s is not None and file is not None:
+            return AwaitedPeers(file, wait_s)
+    if scheme == "file" and (file := _file(rest)) is not None:
+        return ListedPeers(file)
     raise RequestError(
         "peers cannot be found there",
         where="--peers-from",
@@ -259,6 +267,13 @@ def open_place(text: str) -> PeerDirectory:
         got=text,
         hint="Give a list of addresses with --peers, or one of these.",
     )
+
+
+def _file(text: str) -> str | None:
+    """The file that a URI's path names; None where it cannot name one."""
+    path = unquote(text)
+    named = text.startswith("/") and os.path.basename(text) and "\0" not in path
+    return path if named else None
 
 
 def _seconds(text: str) -> float | None:

@@ -156,8 +156,12 @@ class Giver:
     def _lend(self, client: SecureSocket, token: str) -> None:
         try:
             if self._lend_by is None:
-                raise TransferRefused("KV is not lent here")
+                raise TransferBroken("KV is not lent here")
             told = self._lend_by()
+        except TransferError as error:
+            client.send({"error": error.to_wire()})
+            return
+        try:
             # Who reads is not to be stopped from here: it is waited for, though not for ever.
             with self._offers.reading(token, _let_read) as offer:
                 client.send({**told, "blocks": list(offer.blocks)})

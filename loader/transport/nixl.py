@@ -70,7 +70,7 @@ class NixlAgent:
         """What another agent has to know to read the arena, as JSON values.
 
         Raises:
-            TransferRefused: There is no NIXL here, or it cannot be used.
+            TransferBroken: There is no NIXL here, or it cannot be used; other ways may lead there.
         """
         with self._lock:
             self._start()
@@ -96,13 +96,13 @@ class NixlAgent:
             may_go_on: Whether the other one still keeps them.
 
         Raises:
-            TransferRefused: There is no NIXL here, or what was told is nothing.
-            TransferBroken: They could not be had.
+            TransferBroken: They could not be had, or there is no NIXL here, or what was told is
+                nothing.
         """
         metadata = base64.b64decode(str(told["metadata"]), validate=True)
         far, kind, number = int(told["address"]), str(told["kind"]), int(told["number"])
         if len(metadata) > _MOST_METADATA or kind not in ("cpu", "cuda"):
-            raise TransferRefused("a NIXL agent says nothing that can be understood", got=kind)
+            raise TransferBroken("a NIXL agent says nothing that can be understood", got=kind)
         try:
             with self._lock:
                 self._start()
@@ -180,12 +180,12 @@ class NixlAgent:
         except ColdframeError:
             raise
         except Exception as error:  # noqa: BLE001 - the bindings have a class for each of UCX's
-            raise TransferRefused("NIXL cannot be used here", got=repr(error)) from None
+            raise TransferBroken("NIXL cannot be used here", got=repr(error)) from None
 
     def _load(self) -> None:
         package = nixl_package()
         if package is None:
-            raise TransferRefused(
+            raise TransferBroken(
                 "there is no NIXL here", hint="Install it: pip install 'coldframe[nixl]'."
             )
         self._bindings = bindings = importlib.import_module(f"{package}._bindings")

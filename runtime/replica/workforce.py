@@ -555,10 +555,12 @@ class Workforce:
         end = why or worker.last_words or self._ending(worker, code)
         if worker.trying is not None:
             self._shelf.lost(worker.name, worker.trying)
+        if worker.role == ROLE:
+            # Whatever becomes of the replica: what it does next goes by who is there.
+            self._remotes.died(worker.name, end)
         if self._owner.died(worker, code):
             return
         if worker.role == ROLE:
-            self._remotes.died(worker.name, end)
             self._router.worker_gone(worker.name, end)
             return
         if self._bury_engine(worker, end):

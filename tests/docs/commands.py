@@ -41,6 +41,7 @@ _PROGRAMS = {
     *("pip", "python", "python3", "vllm"),
 }
 """What an indented block begins with, if it is one of commands."""
+_IN_SENTENCES = ("coldframe ", "make ", "pip ")
 _ASSIGNED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _SUBSTITUTED = re.compile(r"\$\([^()]*\)")
 
@@ -105,11 +106,11 @@ def blocks() -> list[Block]:
 
 
 def spans() -> Iterator[tuple[str, str]]:
-    """Each span of code that begins with `coldframe`, with where it is."""
+    """Each span of code that is one of our commands, `make` or `pip`, with where it is."""
     for page in PAGES:
         for token in MarkdownIt("commonmark").enable("table").parse(page.read_text()):
             for child in token.children or ():
-                if child.type == "code_inline" and child.content.startswith("coldframe "):
+                if child.type == "code_inline" and child.content.startswith(_IN_SENTENCES):
                     number = token.map[0] + 1 if token.map else 0
                     yield f"{page.relative_to(ROOT)}:{number}", " ".join(child.content.split())
 

@@ -131,6 +131,32 @@ class Foreign:
         return None if self.why else "what else does it need?"
 
 
+@dataclass(frozen=True)
+class Unbuilt:
+    """An image that nothing builds here; its Dockerfile is held against rules, step by step.
+
+    Args:
+        kind: As `images/build.sh` has it.
+        why: What building it takes.
+    """
+
+    kind: str
+    why: str
+
+    def problem(self, line: Line) -> str | None:
+        if line.text.split()[:2] != ["images/build.sh", self.kind]:
+            return f"it does not build {self.kind}"
+        if not (ROOT / "images" / f"{self.kind}.Dockerfile").exists():
+            return f"there is no images/{self.kind}.Dockerfile"
+        folder = ROOT / "tests" / "images"
+        checked = re.search(r"^SERVING = .*$", (folder / "test_dockerfiles.py").read_text(), re.M)
+        if checked is None or f'"{self.kind}"' not in checked[0]:
+            return f"no test looks at images/{self.kind}.Dockerfile"
+        if f'_build("{self.kind}"' in (folder / "building.py").read_text():
+            return f"a test builds {self.kind}: name it"
+        return None if self.why else "what does it take?"
+
+
 def _bench(file: str, test: str, name: str) -> Tested:
     return Tested(f"tests/benchmarks/{file}", test, (f'"bench", "{name}"',))
 
@@ -315,9 +341,19 @@ REASONS: list[tuple[str, Reason]] = [
         ),
     ),
     (
-        r"(BUILDER_FLAGS=\S+ )?images/build\.sh ",
-        Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ()),
+        r"images/build\.sh cpu\b",
+        Tested("tests/images/test_image.py", "test_it_is_within_its_budget", ('"cpu"',)),
     ),
+    (
+        r"BUILDER_FLAGS=--target=torch images/build\.sh cpu |images/build\.sh compiler\b",
+        Tested(
+            "tests/images/test_snapshots.py",
+            "test_steps_that_a_compiler_beside_the_image_made_are_used_in_it",
+            ("builder.compiler()",),
+        ),
+    ),
+    (r"images/build\.sh cuda\b", Unbuilt("cuda", "gigabytes of CUDA's libraries, for a GPU")),
+    (r"images/build\.sh vllm\b", Unbuilt("vllm", "the same, and vLLM")),
     (
         r"coldframe bench peers ",
         _bench(

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import subprocess
+import tomllib
 
 import pytest
 
@@ -21,6 +22,10 @@ from tests.docs.elsewhere import REASONS, reason_for
 
 BLOCKS = blocks()
 LINES = [(block, line) for block in BLOCKS for line in block.lines]
+TEXTS = [*(line.text for _, line in LINES), *(text for _, text in spans())]
+EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+    "optional-dependencies"
+].keys()
 RUN_HERE = {
     "coldframe",
     "curl",
@@ -104,6 +109,9 @@ def test_what_a_sentence_names_is_there(where: str, text: str) -> None:
     """It may be a part of a command; then what it has must be of that command."""
     for call in calls(text) or [Call((), "coldframe", tuple(text.split()[1:]))]:
         arguments = [word for word in call.arguments if not word.isupper()]
+        extras = re.findall(r"coldframe\[([a-z0-9,]+)\]", text) if call.program == "pip" else []
+        unknown = {name for names in extras for name in names.split(",")} - EXTRAS
+        assert not unknown, f"{where}: {text}"
         if call.program != "coldframe" or not arguments or arguments[0] in ("--help", "--version"):
             continue
         if arguments == ["bench"]:
@@ -123,7 +131,7 @@ def test_a_flag_that_there_is_not_is_found() -> None:
 
 @pytest.mark.parametrize(
     "target",
-    sorted({c.arguments[0] for _, n in LINES for c in calls(n.text) if c.program == "make"}),
+    sorted({c.arguments[0] for text in TEXTS for c in calls(text) if c.program == "make"}),
 )
 def test_the_makefile_has_the_target(target: str) -> None:
     done = subprocess.run(

@@ -231,7 +231,11 @@ def test_prefill_and_decode_are_scaled_by_what_our_own_scaler_goes_by(
             args = container.parse(patch)
         metric, labels, flag = shares.pop(container.pod.name)
         scaler = one(documents, "HorizontalPodAutoscaler", container.pod.name)["spec"]
-        (by,) = scaler["metrics"]
+        by, *more = scaler["metrics"]
+        # Before a front's prompts are counted they wait for --max-running.
+        front = container.pod.name == "coldframe"
+        names_of_more = [one_more["pods"]["metric"]["name"] for one_more in more]
+        assert names_of_more == (["coldframe_num_requests_waiting"] if front else [])
         chosen = {} if labels is None else {"selector": {"matchLabels": labels}}
         assert by["pods"]["metric"] == {"name": metric, **chosen}
         assert by["pods"]["target"]["averageValue"] == str(getattr(args, flag))

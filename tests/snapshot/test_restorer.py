@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -443,6 +444,47 @@ def test_in_a_user_namespace(stored: Stored, tmp_path: Path, under: list[str]) -
         for pid in (report["restorer"], *report["clones"]):
             until(lambda pid=pid: gone(pid))  # type: ignore[misc]
     assert mounts(tmp_path) == before
+
+
+def test_behind_a_damaged_image_a_user_namespace_takes_a_whole_one(image: Image) -> None:
+    """The store is root's: a stranger's, for who is in there when the second one is chosen."""
+    user = "1234"
+    if os.geteuid() != 0:
+        unavailable("it takes root to be two users")
+    allowed(["setpriv", "--reuid", user, "--regid", user, "--clear-groups", "unshare", "--user"])
+    with tempfile.TemporaryDirectory(prefix="cf-") as folder:  # pytest's own is for root alone
+        place = Path(folder)
+        place.chmod(0o755)
+        store, work = place / "store", place / "work"
+        # The user need not be able to read this interpreter's files.
+        without = image._replace(said={**image.said, "libraries": []})
+        whole = without.stored(store)
+        damaged = without.stored(store, compress="none")
+        assert damaged.created > whole.created  # so that it is tried first
+        work.mkdir()
+        os.chown(work, int(user), int(user))
+        for path in (store, *store.rglob("*")):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        shared = {each.digest for each in whole.objects}
+        spoil(store, {each.digest for each in damaged.objects} - shared)
+        asked = json.dumps(wanted(store, None, work))
+        with running("choose_as", user, asked) as (_, told):
+            assert told == {"id": whole.id}
+        # Where none is whole, that is what is said.
+        spoil(store, shared)
+        with running("choose_as", user, asked) as (_, told):
+            error = ColdframeError.from_wire(told["error"])
+            assert isinstance(error, NoImage)
+            assert error.what == "no image is whole"
+
+
+def spoil(store: Path, digests: set[str]) -> None:
+    """The largest of these objects is another one than its name says."""
+    paths = [store / "objects" / digest for digest in digests]
+    largest = max(paths, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
 
 
 @pytest.mark.parametrize("under", [NO_ADMIN, ["unshare", "--user", "--map-root-user"]])

@@ -61,9 +61,11 @@ def test_a_file_is_read_anew_each_time(tmp_path: Path) -> None:
     assert list(found.peers()) == []
     path.write_text("# who is there\n10.0.0.1:1\n\n10.0.0.2:2  # the second\n10.0.0.1:1\n")
     assert list(found.peers()) == [Peer("10.0.0.1", 1), Peer("10.0.0.2", 2)]
-    path.write_text("nonsense\n")
-    with pytest.raises(SourceError):
+    path.write_text("10.0.0.1:1\nnonsense  # of somebody\n")
+    with pytest.raises(SourceError) as caught:
         found.peers()
+    assert caught.value.where == str(path)
+    assert caught.value.got == "'nonsense'"
 
 
 def test_a_file_that_is_about_to_be_written_is_waited_for(tmp_path: Path) -> None:
@@ -121,6 +123,7 @@ def test_several_are_one(tmp_path: Path) -> None:
         ([], ["awaited://-1/run/peers"]),
         ([], ["awaited://nan/run/peers"]),
         ([], ["awaited://60/run/"]),
+        ([], ["awaited://60/%00"]),
         ([], ["consul://x:1"]),
         ([], ["name:1"]),
     ],

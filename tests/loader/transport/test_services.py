@@ -34,7 +34,7 @@ from tests.support import unavailable
 BLOCK = 60_000
 BLOCKS = 32
 SECRET = "the secret of these two services"
-WAYS = ("shared", "tcp")
+WAYS = ("shared", "tcp", "nixl")
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +162,20 @@ class Side(Service):
 Open = Callable[..., Side]
 
 
+@pytest.fixture(params=WAYS)
+def way(request: pytest.FixtureRequest) -> str:
+    """Each way that KV may go."""
+    if request.param == "nixl" and nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    return str(request.param)
+
+
 @pytest.mark.parametrize(
-    ("way", "keyed"), [("shared", False), ("tcp", False), ("tcp", True), ("nixl", False)]
+    ("way", "keyed"),
+    [("shared", False), ("tcp", False), ("tcp", True), ("nixl", False)],
+    indirect=["way"],
 )
 def test_blocks_come_over_as_they_are(way: str, keyed: bool, open_service: Open) -> None:
-    if way == "nixl" and nixl_package() is None:
-        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,), keyed=keyed)
     receiver.open("before")
     first, second = receiver.assign("before", 2), None
@@ -204,6 +212,30 @@ def test_the_cheapest_way_that_can_be_gone_is(open_service: Open) -> None:
     assert sender.over() == ("c", True)
 
 
+def test_where_nixl_reaches_nobody_tcp_does(
+    open_service: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    ways = ("nixl", "tcp")
+    receiver = open_service(ways=ways)
+    monkeypatch.setenv("UCX_TLS", "tcp")
+    monkeypatch.setenv("UCX_NET_DEVICES", "none-such")
+    sender = open_service(ways=ways)
+    data = sender.write("a", 3)
+    ticket = sender.offer("a", 3)
+    assert [way["transport"] for way in ticket["ways"]] == ["nixl", "tcp"]
+    got = receiver.bring("b", ticket, 3)
+    assert [bytes(receiver.view(block)) for block in got.blocks] == data
+    assert sender.over() == ("a", True)
+    # By NIXL alone it is lost, and an error says so.
+    sender.write("c", 3)
+    ticket = sender.offer("c", 3)
+    ticket["ways"] = ticket["ways"][:1]
+    with pytest.raises(ColdframeError, match="NIXL"):
+        receiver.bring("d", ticket, 3)
+
+
 def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -> None:
     size = 1 << 20
     sender = open_service(ways=("tcp",), blocks=40, block_bytes=size)
@@ -223,7 +255,6 @@ def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -
         assert bytes(whole[block * size : (block + 1) * size]) == bytes([place + 1]) * size
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_ticket_is_good_once(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)
@@ -237,7 +268,6 @@ def test_a_ticket_is_good_once(way: str, open_service: Open) -> None:
     until(lambda: receiver.used() == 3)  # those of the one that came
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_time_runs_out(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)
@@ -308,7 +338,6 @@ def test_a_ticket_that_does_not_fit_here_is_refused(
     assert receiver.used() == 0
 
 
-@pytest.mark.parametrize("way", WAYS)
 def test_a_dead_sender_is_an_error_and_no_wait(way: str, open_service: Open) -> None:
     sender, receiver = open_service(ways=(way,)), open_service(ways=(way,))
     sender.write("a", 3)

@@ -57,6 +57,13 @@ class Host:
         """It has one more address."""
         _ip("-n", self.name, "address", "add", f"{address}/24", "dev", self.device)
 
+    @property
+    def received(self) -> int:
+        """Bytes that have come over its link so far."""
+        command = ["ip", "-n", self.name, "-s", "-j", "link", "show", "dev", self.device]
+        told = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+        return int(json.loads(told.stdout)[0]["stats64"]["rx"]["bytes"])
+
     def unplug(self) -> None:
         """Its link is down from now on."""
         _ip("-n", self.name, "link", "set", self.device, "down")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -9,7 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from coldframe.loader.errors import RequestError
 from coldframe.runtime.replica.replica import Replica
+from coldframe.runtime.transport.remotes import ROLE
 from tests.runtime.helpers import Client, ask, expected, finish, prompt_of, wait_for
 from tests.runtime.serving import greedy, ids_of, served
 from tests.runtime.transport.test_remote import SECRET, Worker, connected, decode_worker, front
@@ -83,6 +86,24 @@ def test_a_worker_is_found_when_it_is_listed(
     wait_for(replica, lambda: connected(replica, 0))
     wait_for(replica, lambda: "a replica went" in worker.log)
     assert sum(replica.staff["remote"].values()) == 0
+
+
+def test_one_that_dies_behind_its_replica_is_known_to_be_gone(
+    model: Path, listed: Path, no_leaks: Path, stack: ExitStack
+) -> None:
+    silent = stack.enter_context(socket.create_server(("127.0.0.1", 0)))  # it is connected to
+    listed.write_text(f"127.0.0.1:{silent.getsockname()[1]}\n")
+    replica = front(stack, model, no_leaks, remotes_from=(f"file://{listed}",))
+    there, places = replica._workforce.workers, replica._workforce._remotes._places
+    wait_for(replica, lambda: any(worker.role == ROLE for worker in there.values()))
+    (remote,) = (worker for worker in there.values() if worker.role == ROLE)
+    replica.fail(RequestError("this replica cannot go on"))
+    assert replica.error is not None
+    remote.child.kill()
+    wait_for(replica, lambda: remote.name not in there)
+    assert [place.name for place in places.values()] == [None]
+    write(listed)
+    wait_for(replica, lambda: not places)
 
 
 @pytest.mark.heavy

@@ -245,6 +245,7 @@ def test_a_list_that_cannot_be_read_says_nothing(house: House, listed: Path) -> 
     assert list(house.there.values()) == ["a:1"]
     assert len(house.warnings) == 1
     assert "it cannot be asked" in house.warnings[0]
+    assert "('half a li')" in house.warnings[0]
     write(listed, "a:1")
     house.pass_looks()
     write(listed)

@@ -7,11 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from coldframe.loader.transport.nixl import nixl_package
 from tests.runtime.serving import greedy, ids_of, served
 from tests.runtime.snapshots import eventually
 from tests.runtime.transport.hosts import Host, answer, names, two_hosts
 from tests.runtime.transport.test_remote import SECRET, decode_worker
+from tests.support import unavailable
 
 pytestmark = pytest.mark.heavy
 
@@ -36,28 +39,57 @@ def ready(host: Host, port: int = 8000) -> bool:
     return host.ask(f"http://127.0.0.1:{port}/readyz", seconds=5)[0] == 200
 
 
-@pytest.mark.parametrize("check", [False, True])
-def test_what_one_host_begins_the_other_ends(check: bool, model: Path) -> None:
-    flags = ["--kv-check"] if check else []
+@pytest.mark.parametrize(
+    ("way", "more"),
+    [("tcp", ()), ("tcp", ("--kv-check",)), ("nixl", ())],
+    ids=["tcp", "tcp-checked", "nixl"],
+)
+def test_what_one_host_begins_the_other_ends(
+    way: str, more: tuple[str, ...], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "nixl" and nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    # Both have one kernel, so that UCX would take shared memory.
+    monkeypatch.setenv("UCX_TLS", "tcp")
     expected = greedy(model, ids_of(model, PROMPT), COUNT)
     with two_hosts() as (first, second):
         place = {"listen": second.address, "port": 7000, "under": second.under}
-        with decode_worker(model, *flags, **place) as worker:
+        with decode_worker(model, "--kv-ways", way, *more, **place) as worker:
             front = served(
                 model,
-                *("--port", 8000, "--decode", f"tcp://{second.address}:7000"),
+                *("--port", 8000, "--decode", f"tcp://{second.address}:7000", "--kv-ways", way),
                 under=first.under,
                 COLDFRAME_KV_SECRET=SECRET,
+                UCX_NET_DEVICES=first.device,
             )
             with front as server:
+                before = second.received
                 eventually(lambda: ready(first), seconds=60)
                 assert complete(first, COUNT) == (200, expected)
                 startup = json.loads(second.ask(f"http://{second.address}:8000/startup")[1])
                 text = json.dumps(startup)
                 assert "from another replica" in text, text
                 assert "computed again" not in text
+                # All of it has come over the link, by the one way that both have named.
+                eventually(lambda: tickets(second)["taken"] >= 1, seconds=60)
+                told = tickets(second)
+                assert told["lost"] == 0
+                assert second.received - before > told["bytes"] > 0
                 assert server.process.poll() is None
             assert worker.process.poll() is None
+
+
+def tickets(host: Host) -> dict[str, int]:
+    """What has become of KV that was to come here: requests by outcome, and bytes."""
+    text = host.ask(f"http://{host.address}:8000/metrics")[1]
+    found = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "coldframe_kv_tickets_total":
+                found[sample.labels["outcome"]] = int(sample.value)
+            elif sample.name == "coldframe_kv_taken_bytes_total":
+                found["bytes"] = int(sample.value)
+    return found
 
 
 def test_decode_workers_are_all_addresses_of_a_name(model: Path, tmp_path: Path) -> None:

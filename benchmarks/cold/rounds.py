@@ -47,7 +47,7 @@ class Rounds:
         rivals: Contenders, and what was measured of them.
         left_out: Gets what cannot be measured, for the document.
         rehearsals: Of how many `coldframe plan` predicts; 0: it is not asked.
-        rest_s: How long to rest before each start; see `runtime.free_memory`.
+        rest_s: How long to rest before each start; see `runtime.machine.free_memory`.
         lost: Gets the ids of such cells.
         failed: Gets the ids of those that could be and have failed, contenders' cells among them.
         done: Rounds that are finished.

@@ -44,7 +44,7 @@ def measure(fleet: Fleet, context: int, cycles: int, rest_s: float = 0.0) -> Tim
         fleet: The models; the first alone is asked, and with it the second once in each cycle.
         context: The longest prompt that is asked with, in tokens.
         cycles: How often each stage is measured.
-        rest_s: How long a model is at zero before it is asked; see `runtime.free_memory`.
+        rest_s: How long a model is at zero before it is asked; see `runtime.machine.free_memory`.
 
     Raises:
         RequestError: There are no cycles.

@@ -170,7 +170,7 @@ def _fetch(node: Node, wait_s: float) -> bytes:
 
 
 def facts_of(node: Node, body: bytes, fingerprint: str) -> NodeFacts:
-    """What a running `coldframe serve` tells; see `runtime.whereabouts`.
+    """What a running `coldframe serve` tells; see `runtime.endpoint.whereabouts`.
 
     Args:
         node: Who was asked.

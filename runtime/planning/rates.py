@@ -123,7 +123,7 @@ def measure_rates(
         snapshot: Where images are.
         anew: Forget what is kept.
         times: How often to rehearse, where that is done.
-        rest_s: How long to rest before each start; see `runtime.free_memory`.
+        rest_s: How long to rest before each start; see `runtime.machine.free_memory`.
         free: Bytes of the GPU that nobody has, now.
         gpu: What its driver says of it; see `loader.devices.report`.
         tell: Gets what is being rehearsed.

@@ -1,7 +1,7 @@
 """A worker's answer to being told to rest: that it has nothing of the device that is not its own.
 
-Then its context can leave the device (`runtime.contexts`). Weights and KV go by what the memory
-service says; here is only waited for that, and for what is queued on the device.
+Then its context can leave the device (`runtime.replica.contexts`). Weights and KV go by what the
+memory service says; here is only waited for that, and for what is queued on the device.
 """
 
 from __future__ import annotations

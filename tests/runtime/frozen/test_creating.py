@@ -60,7 +60,9 @@ def close(supervisor: Supervisor) -> None:
 
 def compilers() -> list[psutil.Process]:
     children = psutil.Process().children(recursive=True)
-    return [c for c in children if any("runtime.compiler" in part for part in command_of(c))]
+    return [
+        c for c in children if any("runtime.compiled.compiler" in part for part in command_of(c))
+    ]
 
 
 def command_of(process: psutil.Process) -> list[str]:

@@ -187,17 +187,19 @@ def test_a_worker_that_dies_in_mid_answer_is_stood_in_for(
         assert third.post("/v1/completions", warm).status_code == 200
         prompt = [*prompt_of(96, 4), 9]
 
-        def began() -> bool:
-            parts = stream(front, prompt, LONG)
-            next(parts)
-            with_third = running(third) == 1
-            parts.close()
-            return with_third
+        begun: list[tuple[Generator[str, None, None], str]] = []
 
-        eventually(began, seconds=30)
-        parts = stream(front, prompt, LONG)
-        text = next(parts)
-        assert running(third) == 1
+        def began() -> bool:
+            eventually(lambda: not any(running(each) for each in (*workers, third)))
+            parts = stream(front, prompt, LONG)
+            begun[:] = [(parts, next(parts))]
+            if running(third) == 1:
+                return True
+            parts.close()  # the router did not know of it yet
+            return False
+
+        eventually(began, seconds=60)
+        ((parts, text),) = begun
         kill(third)
         text += "".join(parts)
     assert text == greedy(model, tuple(prompt), LONG)

@@ -17,6 +17,8 @@ __all__ = ["Fields", "Refusal", "parse"]
 
 _HINT = "Remove the image; a new one is made in its place."
 
+_MOST = (1 << 64) - 1
+
 
 class Refusal(NamedTuple):
     """Why an image does not fit.
@@ -71,16 +73,17 @@ class Fields:
     def integer(self, name: str, least: int = 0) -> int:
         """An integer that is not less than `least`."""
         value = self._take(name)
-        if type(value) is not int or value < least:  # a bool is an int to isinstance
+        if not _is_integer(value) or value < least:
             raise self.wrong(name, f"an integer of at least {least}", value)
-        return value
+        return int(value)
 
     def number(self, name: str) -> float:
         """A finite number."""
         value = self._take(name)
-        if type(value) is not int and type(value) is not float:
+        if not _is_integer(value) and type(value) is not float:
             raise self.wrong(name, "a number", value)
-        return value
+        found: float = value
+        return found
 
     def flag(self, name: str) -> bool:
         """True or false."""
@@ -106,14 +109,14 @@ class Fields:
     def integers(self, name: str) -> tuple[int, ...]:
         """A list of integers that are not negative."""
         values = self.items(name)
-        if not all(type(value) is int and value >= 0 for value in values):
+        if not all(_is_integer(value) and value >= 0 for value in values):
             raise self.wrong(name, "a list of integers", values)
         return tuple(values)
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of finite numbers."""
         values = self.items(name)
-        if not all(type(value) is int or type(value) is float for value in values):
+        if not all(_is_integer(value) or type(value) is float for value in values):
             raise self.wrong(name, "a list of numbers", values)
         return tuple(values)
 
@@ -171,3 +174,9 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         raise SnapshotError(
             error.what, where=where, expected=error.expected, got=error.got, hint=_HINT
         ) from None
+
+
+def _is_integer(value: object) -> bool:
+    """Whether it is one that a file may have, as it is read; see `loader.strict_json`."""
+    # A bool is an int to isinstance.
+    return type(value) is int and -_MOST <= value <= _MOST

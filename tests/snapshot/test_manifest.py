@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from coldframe.loader.errors import SnapshotError
@@ -133,6 +133,8 @@ VALUES = st.recursive(
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(PATHS), VALUES)
+@example(("created",), 10**20)
+@example(("process", "pid"), 10**20)
 def test_whatever_a_field_is_it_is_a_manifest_or_an_error_of_ours(
     path: tuple[Any, ...], value: Any
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from coldframe.loader.errors import CheckpointError, SnapshotError
 from coldframe.loader.strict_json import describe, parse_object
 
-__all__ = ["Fields", "Refusal", "parse"]
+__all__ = ["Fields", "Refusal", "is_integer", "parse"]
 
 _HINT = "Remove the image; a new one is made in its place."
 
@@ -73,14 +73,14 @@ class Fields:
     def integer(self, name: str, least: int = 0) -> int:
         """An integer that is not less than `least`."""
         value = self._take(name)
-        if not _is_integer(value) or value < least:
+        if not is_integer(value) or value < least:
             raise self.wrong(name, f"an integer of at least {least}", value)
         return int(value)
 
     def number(self, name: str) -> float:
         """A finite number."""
         value = self._take(name)
-        if not _is_integer(value) and type(value) is not float:
+        if not is_integer(value) and type(value) is not float:
             raise self.wrong(name, "a number", value)
         found: float = value
         return found
@@ -109,14 +109,14 @@ class Fields:
     def integers(self, name: str) -> tuple[int, ...]:
         """A list of integers that are not negative."""
         values = self.items(name)
-        if not all(_is_integer(value) and value >= 0 for value in values):
+        if not all(is_integer(value) and value >= 0 for value in values):
             raise self.wrong(name, "a list of integers", values)
         return tuple(values)
 
     def numbers(self, name: str) -> tuple[float, ...]:
         """A list of finite numbers."""
         values = self.items(name)
-        if not all(_is_integer(value) or type(value) is float for value in values):
+        if not all(is_integer(value) or type(value) is float for value in values):
             raise self.wrong(name, "a list of numbers", values)
         return tuple(values)
 
@@ -176,7 +176,7 @@ def parse(raw: bytes, where: str) -> dict[str, Any]:
         ) from None
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
     """Whether it is one that a file may have, as it is read; see `loader.strict_json`."""
     # A bool is an int to isinstance.
-    return type(value) is int and -_MOST <= value <= _MOST
+    return type(value) is int and -(1 << 63) <= value <= _MOST

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from coldframe.snapshot.fields import Fields
+from coldframe.snapshot.fields import Fields, is_integer
 
 __all__ = ["GpuImage"]
 
@@ -69,7 +69,7 @@ def _gpu(fields: Fields, value: object) -> tuple[str, str]:
 
 def _graph(fields: Fields, value: object) -> tuple[int, int]:
     match value:
-        case [sequences, blocks] if type(sequences) is type(blocks) is int:
+        case [int(sequences), int(blocks)] if is_integer(sequences) and is_integer(blocks):
             if sequences > 0 and blocks > 0:
                 return sequences, blocks
     raise fields.wrong("graphs", "sequences and blocks of each", value)

@@ -135,6 +135,8 @@ VALUES = st.recursive(
 @given(st.sampled_from(PATHS), VALUES)
 @example(("created",), 10**20)
 @example(("process", "pid"), 10**20)
+@example(("gpu", "graphs", 0, 0), 10**20)
+@example(("created",), 1 - (1 << 64))
 def test_whatever_a_field_is_it_is_a_manifest_or_an_error_of_ours(
     path: tuple[Any, ...], value: Any
 ) -> None:

@@ -231,6 +231,11 @@ class Supervisor(Candidate):
         self.life.asked(before)
         return name
 
+    def is_lost_to(self, error: ColdframeError) -> bool:
+        """Whether an error is the end of what serves requests, and not of the one that got it."""
+        died = None if self.replica is None else self.replica.error
+        return any(error is of for of in (self.error, self._last_error, died))
+
     @property
     def given(self) -> int:
         """Requests that were given away, and whose KV nobody has taken yet."""

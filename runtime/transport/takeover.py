@@ -4,6 +4,9 @@ A listener on the front's loop. Whoever comes has to know the secret; from there
 is one replica, whose requests are this one's like any other, and end with it. What is said on it
 stands in `remote`. Beside tokens, that this is there goes out every few seconds, and who says
 nothing for as long as that is looked at is given up.
+
+A request that fails of itself is said to have failed. Where all fail since what serves them is
+lost, the connections end: over there they go on elsewhere, as behind a machine that is gone.
 """
 
 from __future__ import annotations
@@ -278,9 +281,12 @@ class _Front:
             self._owner.wake()  # all of a step go together
 
     def failed(self, request: str, attempt: int, error: ColdframeError) -> None:
-        """One of its requests has failed."""
+        """One of its requests has failed, or what serves all of them is lost."""
         self._names.pop(request, None)
         self.flush()
+        if self._model.is_lost_to(error):
+            self._break(f"its requests cannot go on here: {error}")
+            return
         body = {"type": "failed", "request": request, "attempt": attempt}
         self.say({**body, "error": error.to_wire()})
 
@@ -297,7 +303,11 @@ class _Front:
         try:
             self.channel.send(body)
         except TransferError as error:
-            self.broken = str(error)
+            self._break(str(error))
+
+    def _break(self, why: str) -> None:
+        if self.broken is None:
+            self.broken = why
             self._owner.wake()  # it is ended when nobody is in the middle of something
 
     def step(self, *, up: bool) -> None:

@@ -58,8 +58,14 @@ def wait_for(replica: Replica, done: Callable[[], bool], seconds: float = 60) ->
     """Polls the replica until something is so; a test that waits in vain fails."""
     deadline = time.monotonic() + seconds
     while not done():
-        assert time.monotonic() < deadline, "it never came"
+        assert time.monotonic() < deadline, f"it never came: {state_of(replica)}"
         replica.poll(0.05)
+
+
+def state_of(replica: Replica) -> str:
+    """What a failure is understood by."""
+    told = {"loaded": replica.loaded, "error": replica.error, "staff": replica.staff}
+    return str({**told, "pids": replica.pids, "facts": replica.facts})
 
 
 def finish(replica: Replica, *clients: Client, seconds: float = 60) -> None:

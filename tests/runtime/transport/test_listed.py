@@ -64,8 +64,9 @@ def held(worker: Worker) -> Iterator[None]:
                 process.resume()
 
 
-def is_right(model: Path, prompt: list[int], client: Client, count: int) -> bool:
-    return client.tokens == expected(model, tuple(prompt), count)
+def check(model: Path, prompt: list[int], client: Client, count: int) -> None:
+    assert client.error is None
+    assert client.tokens == expected(model, tuple(prompt), count)
 
 
 def test_a_worker_is_found_when_it_is_listed(
@@ -80,7 +81,7 @@ def test_a_worker_is_found_when_it_is_listed(
     worker = stack.enter_context(decode_worker(model))
     write(listed, worker)
     finish(replica, client)
-    assert is_right(model, prompt, client, COUNT)
+    check(model, prompt, client, COUNT)
     assert replica.staff["remote"] == {"starting": 0, "up": 1, "leaving": 0}
     write(listed)
     wait_for(replica, lambda: connected(replica, 0))
@@ -122,7 +123,7 @@ def test_workers_come_and_go_under_running_streams(
     def end(clients: dict[int, Client]) -> None:
         finish(replica, *clients.values())
         for seed, client in clients.items():
-            assert is_right(model, prompt_of(50, seed=seed), client, LONG)
+            check(model, prompt_of(50, seed=seed), client, LONG)
 
     # One is added, and takes requests.
     write(listed, first, second)

@@ -178,6 +178,27 @@ def test_its_death_is_a_pause(model: Path, no_leaks: Path, stack: ExitStack) -> 
 
 
 @pytest.mark.heavy
+def test_one_that_loses_what_decodes_passes_on_what_it_has(
+    model: Path, no_leaks: Path, stack: ExitStack
+) -> None:
+    """Its process lives, and has no answer any more: to the client that is a pause, too."""
+    worker = stack.enter_context(decode_worker(model))
+    replica = front(stack, model, no_leaks, f"127.0.0.1:{worker.listens_at}")
+    wait_for(replica, lambda: connected(replica))
+    prompts = [prompt_of(50, seed=seed) for seed in (1, 2)]
+    clients = [ask(replica, prompt, 400) for prompt in prompts]
+    wait_for(replica, lambda: all(len(client.events) > 3 for client in clients))
+    (memory,) = worker._children("coldframe.loader.memory_service")
+    memory.kill()
+    assert not any(client.done for client in clients)
+    finish(replica, *clients)
+    assert "its requests cannot go on here" in worker.log
+    for prompt, client in zip(prompts, clients, strict=True):
+        assert client.error is None
+        assert client.tokens == expected(model, tuple(prompt), 400)
+
+
+@pytest.mark.heavy
 def test_one_that_is_told_to_go_ends_what_it_has(
     model: Path, no_leaks: Path, stack: ExitStack
 ) -> None:

@@ -188,7 +188,7 @@ def test_one_that_loses_what_decodes_passes_on_what_it_has(
     prompts = [prompt_of(50, seed=seed) for seed in (1, 2)]
     clients = [ask(replica, prompt, 400) for prompt in prompts]
     wait_for(replica, lambda: all(len(client.events) > 3 for client in clients))
-    (memory,) = worker._children("coldframe.loader.memory_service")
+    (memory,) = worker.memory_services()
     memory.kill()
     assert not any(client.done for client in clients)
     finish(replica, *clients)

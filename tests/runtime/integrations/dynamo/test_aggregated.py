@@ -177,8 +177,15 @@ def test_who_hangs_up_frees_the_worker(front: Cluster, workers: list[Server]) ->
     assert gone == 1
 
 
+def lose_replica(worker: Server) -> None:
+    """Its front lives, and has no answer any more."""
+    (memory,) = worker.memory_services()
+    memory.kill()
+
+
+@pytest.mark.parametrize("dies", [kill, lose_replica])
 def test_a_worker_that_dies_in_mid_answer_is_stood_in_for(
-    front: Cluster, workers: list[Server], model: Path
+    front: Cluster, workers: list[Server], model: Path, dies: Callable[[Server], None]
 ) -> None:
     with front.worker(model) as third:
         third.ready()
@@ -200,7 +207,7 @@ def test_a_worker_that_dies_in_mid_answer_is_stood_in_for(
 
         eventually(began, seconds=60)
         ((parts, text),) = begun
-        kill(third)
+        dies(third)
         text += "".join(parts)
     assert text == greedy(model, tuple(prompt), LONG)
 

@@ -19,8 +19,8 @@ from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 from coldframe.runtime.replica.scale_spec import Scale
 from coldframe.runtime.replica.vllm_spec import VllmOptions
 

@@ -10,8 +10,8 @@ from coldframe.loader.errors import ColdframeError
 from coldframe.loader.timeline import now
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions, SnapshotOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["Served", "serve"]
 

@@ -26,8 +26,8 @@ from coldframe.benchmarks.servers import coldframe_server
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["Overhead", "measure_overhead"]
 

@@ -22,8 +22,8 @@ from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["add_arguments", "run"]
 

@@ -30,7 +30,7 @@ from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.flags.parser import Parser
 from coldframe.runtime.integrations.vllm.environment import own_places
 from coldframe.runtime.options import ReplicaOptions
-from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.vllm_spec import VllmOptions
 from coldframe.runtime.units import byte_count
 

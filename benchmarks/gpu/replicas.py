@@ -8,8 +8,8 @@ from typing import Any
 from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["PROMPT", "Answer", "ask", "options"]
 

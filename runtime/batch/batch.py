@@ -25,8 +25,8 @@ from coldframe.runtime.gateway.openai.prepare import (
     prepare_chat,
     prepare_completion,
 )
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["Batch"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from coldframe.runtime.gateway.api import Piece, TokenLogprob
-from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
 
 __all__ = ["piece"]
 

@@ -27,8 +27,8 @@ from coldframe.runtime.units import byte_count, byte_rate
 # The rest is imported when the processes are on their way: see `run`.
 if TYPE_CHECKING:
     from coldframe.runtime.engine.params import SamplingParams
+    from coldframe.runtime.replica.answers import TokenEvent
     from coldframe.runtime.replica.replica import Replica
-    from coldframe.runtime.replica.router import TokenEvent
 
 __all__ = ["add_arguments", "for_one_answer", "run", "terminate", "warn"]
 

@@ -9,8 +9,8 @@ from typing import cast
 
 from coldframe.loader.errors import ColdframeError, ReplicaError, TransferRefused
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.replica.answers import Listener, TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import Listener, TokenEvent
 from coldframe.runtime.transport.base import Given, Taken
 
 __all__ = ["SOON_S", "Asks", "FirstToken"]

@@ -17,7 +17,7 @@ from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.endpoint.fleet import Fleet
 from coldframe.runtime.endpoint.supervisor import Supervisor
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.transport.base import Given
 
 __all__ = ["FrontDesk"]

@@ -41,11 +41,11 @@ from coldframe.runtime.gateway.loadstate import LoadState
 from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.machine.device_choice import CPU
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import Listener
 from coldframe.runtime.replica.kvwatch import KvWatch
 from coldframe.runtime.replica.launch import Launch
 from coldframe.runtime.replica.loop import Loop
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import Listener
 from coldframe.runtime.replica.sizing import ModelFacts
 from coldframe.runtime.scaling.allotment import Need
 from coldframe.runtime.scaling.candidate import Candidate

@@ -25,8 +25,8 @@ from coldframe.runtime.frozen.oracle import OracleRun
 from coldframe.runtime.frozen.worker import FREEZE, freeze_order, room, weights_room
 from coldframe.runtime.machine.device_choice import CPU, kind_of
 from coldframe.runtime.options import SnapshotOptions
+from coldframe.runtime.replica.answers import Listener
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import Listener
 from coldframe.runtime.replica.workforce import ending
 from coldframe.snapshot.freezer import freezing_environment
 from coldframe.snapshot.identity import Identity

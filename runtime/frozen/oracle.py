@@ -12,7 +12,7 @@ from typing import Any
 
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.router import Listener, TokenEvent
+from coldframe.runtime.replica.answers import Listener, TokenEvent
 
 __all__ = ["OracleRun", "compare"]
 

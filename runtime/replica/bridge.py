@@ -77,7 +77,7 @@ class Bridge:
         self._started_ns = 0
         self._hurried = False
         """Whether a request has cut this wait for the next start short already."""
-        router.natives_help = self.wanted
+        router.placement.natives_help = self.wanted
 
     def tick(self, *, calm: bool) -> None:
         """Starts an engine where one is due; to be called about once a second.

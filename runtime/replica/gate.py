@@ -7,8 +7,8 @@ from collections.abc import Callable
 from coldframe.loader.errors import ColdframeError, SnapshotError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frozen.oracle import OracleRun
+from coldframe.runtime.replica.answers import Listener
 from coldframe.runtime.replica.launch import WorkerProcess
-from coldframe.runtime.replica.router import Listener
 
 __all__ = ["Gate"]
 

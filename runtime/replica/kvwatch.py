@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.options import BLOCK_TOKENS
-from coldframe.runtime.replica.router import Listener, TokenEvent
+from coldframe.runtime.replica.answers import Listener, TokenEvent
 from coldframe.runtime.transport.base import Given, Taken
 from coldframe.runtime.worker.prefix import PrefixKeys
 

@@ -25,6 +25,7 @@ from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.spec import ModelSpec
 from coldframe.runtime.options import BLOCK_TOKENS, ReplicaOptions, SnapshotOptions
+from coldframe.runtime.replica.answers import Listener
 from coldframe.runtime.replica.bridge import Bridge
 from coldframe.runtime.replica.contexts import Contexts
 from coldframe.runtime.replica.device_faults import DeviceFaults
@@ -35,7 +36,7 @@ from coldframe.runtime.replica.loads import blocks_of
 from coldframe.runtime.replica.loop import Loop
 from coldframe.runtime.replica.memories import Memories
 from coldframe.runtime.replica.resting import RestingTogether
-from coldframe.runtime.replica.router import Listener, Router
+from coldframe.runtime.replica.router import Router
 from coldframe.runtime.replica.sizing import ModelFacts, StoredTensor, facts_at_hand
 from coldframe.runtime.replica.workforce import Workforce
 from coldframe.runtime.transport.base import Given

@@ -9,25 +9,25 @@ Decode workers are of two engines. Where there is a vLLM engine beside native wo
 until it is up, and again when it is gone; what they have in hand then stays with them, or is told
 to move (`move`).
 
-What is given to a worker stays there. So where others may come to help, prompts wait here beyond
-what a worker has to do for a while (`share`), in the order in which they came.
+Which worker a request goes to is settled in `placement`; what is to wait waits here, in the order
+in which it came.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Protocol, cast
 
 from coldframe.loader.errors import ColdframeError, ReplicaError
 from coldframe.loader.transport.base import Ticket
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.loads import TextGauge, blocks_of
+from coldframe.runtime.replica.answers import Listener, TokenEvent
+from coldframe.runtime.replica.placement import Placement, Request, Worker
 from coldframe.runtime.transport.base import Given, Taken
 from coldframe.runtime.worker.handoff import Handoff, Job
 
-__all__ = ["Listener", "Router", "TokenEvent", "Transport"]
+__all__ = ["Router", "Transport"]
 
 ACK_S = 30.0
 """How long a worker that is up may take to acknowledge a hand-off, in seconds."""
@@ -37,34 +37,6 @@ SILENCE_S = {"prefill": 300.0, "decode": 60.0, "vllm": 300.0}
 """How long a worker with requests may go without a word, in seconds. A decode worker speaks with
 every step, a prefill worker between any two layers, and a layer over a long prompt takes time. A
 step of vLLM's may compute a whole prompt again, or compile kernels for it."""
-MOST_ATTEMPTS = 4
-"""How many workers may die under a request before it is given up."""
-MOST_STARTS = 2
-"""The same where one engine alone serves a request, and has made no token of it: its grammar may
-be what kills it, and each engine takes long to start."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
-    """A token for the client; see `coldframe.runtime.engine.sequence.Emission`."""
-
-    index: int
-    token: int
-    text: str
-    finish: str | None
-    logprob: float | None
-    top: tuple[tuple[int, float], ...]
-    prompt_tokens: int = 0
-    spellings: tuple[bytes, ...] = ()
-    cached_tokens: int = 0
-
-
-class Listener(Protocol):
-    """Who asked."""
-
-    def on_token(self, event: TokenEvent) -> None: ...
-
-    def on_error(self, error: ColdframeError) -> None: ...
 
 
 class Transport(Protocol):
@@ -83,60 +55,6 @@ class Transport(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class _Worker:
-    role: str
-    group: str = ""
-    domain: str = ""
-    """Whose KV it reaches: that of its device."""
-    engine: str = "native"
-    up: bool = False
-    heard: float = 0.0
-    leaving: bool = False
-    context: int | None = None
-    """The longest sequence that it takes, in tokens; None where it takes what prefill lets in."""
-
-
-@dataclass(slots=True)
-class _Request:
-    job: Job
-    listener: Listener
-    group: str = ""
-    engine: str | None = None
-    """The only one that serves it, prefill and all; None where each does."""
-    generated: list[int] = field(default_factory=list)
-    handoff: Handoff | None = None
-    worker: str | None = None
-    acked: bool = False
-    elsewhere: bool = False
-    """Whether its last tokens were made in KV that no other worker reaches."""
-    sender: str | None = None
-    """The prefill worker that renews the lease until the `ack`."""
-    give: bool = False
-    """Whether another replica is to go on with it behind its first token."""
-    offered: bool = False
-    """Whether it waits for a ticket to be given away with."""
-    blameless: int = 0
-    """Attempts that ended with engines which never were up, and so never saw it."""
-
-    @property
-    def role(self) -> str:
-        """Of the workers that it needs next."""
-        return "prefill" if self.handoff is None and self.engine is None else "decode"
-
-    @property
-    def most_attempts(self) -> int:
-        """How many workers may die under it."""
-        return MOST_ATTEMPTS if self.engine is None or self.generated else MOST_STARTS
-
-    @property
-    def most_tokens(self) -> int:
-        """Tokens that prompt and answer may come to; 0 before that is known."""
-        if self.handoff is None:
-            return 0
-        return len(self.handoff.job.prompt_ids or ()) + (self.job.params.max_tokens or 0)
-
-
 class Router:
     """Requests and workers.
 
@@ -148,15 +66,12 @@ class Router:
     def __init__(self, transport: Transport, clock: Callable[[], float]) -> None:
         self._transport = transport
         self._clock = clock
-        self._workers: dict[str, _Worker] = {}
-        self._requests: dict[str, _Request] = {}
-        self._gauge = TextGauge()
-        self.share: int | None = None
-        """Prompt tokens that a prefill worker may have to compute; None gives it all there is."""
+        self.placement = Placement()
+        """Where requests go; what it goes by is others' to set."""
+        self._workers = self.placement.workers
+        self._requests: dict[str, Request] = {}
         self.longest: int | None = None
         """Tokens in the longest sequence that vLLM takes, where nobody else decodes."""
-        self.natives_help = False
-        """Whether native workers can be had for what vLLM has no room for."""
         self._only: str | None = None
         self.prefilled_by_decode = 0
         """Requests the rest of whose prompt was left to a decode worker, so far."""
@@ -173,7 +88,7 @@ class Router:
     @property
     def too_long_for_vllm(self) -> bool:
         """Whether a request waits for a native decode worker, since vLLM has no room for it."""
-        return any(r.worker is None and self._is_long(r) for r in self._requests.values())
+        return any(r.worker is None and self.placement.is_long(r) for r in self._requests.values())
 
     def load(self, role: str) -> int:
         """What the workers of a role have to do, and what waits for them.
@@ -184,7 +99,7 @@ class Router:
             worker's and does not count.
         """
         return sum(
-            self._work(r)
+            self.placement.work(r)
             for r in self._requests.values()
             if (r.role, r.group, r.engine) == (role, "", None)
         )
@@ -225,7 +140,7 @@ class Router:
         seeded = params.with_seed()
         job = Job(request, 0, seeded, prompt, prompt_ids, generated_ids, add_special)
         engine = params.needs or self._only
-        found = _Request(job, listener, group, engine, list(generated_ids), give=give)
+        found = Request(job, listener, group, engine, list(generated_ids), give=give)
         found.handoff = None if kv is None else kv.handoff(job)
         self._requests[request] = found
         self._transport.to_memory({"type": "open", "request": request})
@@ -291,7 +206,7 @@ class Router:
             domain: Workers of the same one reach the same KV.
             engine: `native`, `vllm`, or `remote` for one that is in another replica.
         """
-        self._workers[worker] = _Worker(role, group, domain, engine, heard=self._clock())
+        self._workers[worker] = Worker(role, group, domain, engine, heard=self._clock())
         self._give_out()
 
     def retire(self, worker: str) -> None:
@@ -322,7 +237,7 @@ class Router:
             if found.worker == worker
             and found.acked
             and found.handoff is not None
-            and not self._is_long(found)
+            and not self.placement.is_long(found)
         ]
         for request in theirs:
             self._transport.to_worker(worker, {"type": "move", "request": request})
@@ -338,7 +253,7 @@ class Router:
 
     def work_of(self, worker: str) -> int:
         """What a worker has to do; see `load`."""
-        return self._loads()[worker]
+        return self.placement.loads(self._requests.values())[worker]
 
     def worker_gone(self, worker: str, why: str = "it died") -> None:
         """A worker is dead: its requests go on elsewhere, or wait for its successor.
@@ -382,7 +297,7 @@ class Router:
         match body["type"]:
             case "up":
                 state.up, state.context = True, body.get("context")
-                if state.engine == "vllm" and not self.natives_help:
+                if state.engine == "vllm" and not self.placement.natives_help:
                     self.longest = state.context
                 self._give_out()
             case "tokens":
@@ -429,82 +344,21 @@ class Router:
         ]
         if not waiting:
             return
-        loads = self._loads()
+        loads = self.placement.loads(self._requests.values())
         full: set[tuple[str, str, str | None, bool]] = set()
         for request in waiting:
             found = self._requests[request]
-            wanted = (found.role, found.group, found.engine, self._is_long(found))
-            worker = None if wanted in full else self._choose(found, loads)
+            wanted = (found.role, found.group, found.engine, self.placement.is_long(found))
+            worker = None if wanted in full else self.placement.choose(found, loads)
             if worker is None:
                 full.add(wanted)  # whoever came later does not pass
                 continue
             if not loads[worker]:
                 self._workers[worker].heard = self._clock()
-            loads[worker] += self._work(found)
+            loads[worker] += self.placement.work(found)
             self._give(found, worker)
 
-    def _loads(self) -> Counter[str]:
-        """What each worker has to do."""
-        loads: Counter[str] = Counter()
-        for found in self._requests.values():
-            if found.worker is not None:
-                loads[found.worker] += self._work(found)
-        return loads
-
-    def _choose(self, found: _Request, loads: Counter[str]) -> str | None:
-        """The worker with the least to do for it to be through, or None where it is to wait.
-
-        A request's KV is as near to one worker of its domain as to another, so there the load
-        decides. Elsewhere it would have to be moved or computed again, which is work, too.
-        """
-        names = [
-            name
-            for name, state in self._workers.items()
-            if (state.role, state.group) == (found.role, found.group)
-            and found.engine in (None, state.engine)
-        ]
-        if self._is_long(found):
-            # A native worker that is about to go stays for it.
-            able = [name for name in names if self._workers[name].engine == "native"]
-            names = [name for name in able if not self._workers[name].leaving] or able
-        else:
-            names = [name for name in names if not self._workers[name].leaving]
-        # One that is up comes first whatever its load: the other may take a while. And a vLLM
-        # engine that is not takes longer than any native worker.
-        engines = [[n for n in names if self._workers[n].engine == e] for e in ("vllm", "native")]
-        if engines[0] and engines[1]:
-            names = [n for n in engines[0] if self._workers[n].up] or engines[1]
-        names = [name for name in names if self._workers[name].up] or names
-        if not names:
-            return None
-        best = min(names, key=lambda name: loads[name] + self._missing(found, name))
-        if found.role == "prefill" and self.share is not None and loads[best]:
-            return best if loads[best] + self._work(found) <= self.share else None
-        return best
-
-    def _is_long(self, found: _Request) -> bool:
-        """Whether vLLM is up and has no room for a request, which native workers decode then."""
-        if not self.natives_help or found.handoff is None or found.engine is not None:
-            return False
-        engines = [
-            state
-            for state in self._workers.values()
-            if (state.engine, state.group) == ("vllm", found.group)
-            and (state.up and not state.leaving)
-        ]
-        most = found.most_tokens
-        return bool(engines) and all(
-            state.context is not None and most > state.context for state in engines
-        )
-
-    def _missing(self, found: _Request, worker: str) -> int:
-        """What of a request's KV a worker does not reach, in blocks."""
-        handoff = found.handoff
-        if handoff is None or self._workers[worker].domain == handoff.domain:
-            return 0
-        return blocks_of(handoff.kv_tokens)
-
-    def _give(self, found: _Request, worker: str) -> None:
+    def _give(self, found: Request, worker: str) -> None:
         found.worker, found.acked = worker, False
         if found.handoff is None:
             message: dict[str, Any] = {"type": "job", "job": found.job.to_wire()}
@@ -514,18 +368,7 @@ class Router:
             message = {"type": "handoff", "handoff": found.handoff.to_wire()}
         self._transport.to_worker(worker, message)
 
-    def _work(self, found: _Request) -> int:
-        """What there is to do for a request, in the unit of its role; see `load`."""
-        job, generated = found.job, len(found.generated)
-        if found.handoff is not None:
-            return blocks_of(len(found.handoff.job.prompt_ids or ()) + generated)
-        if job.prompt_ids is None:
-            tokens = self._gauge.guess(job.prompt or "") + generated
-        else:
-            tokens = max(1, len(job.prompt_ids) + generated)
-        return tokens if found.role == "prefill" else blocks_of(tokens)
-
-    def _advance_attempt(self, found: _Request) -> None:
+    def _advance_attempt(self, found: Request) -> None:
         """Makes the request's job or hand-off say all that the client has seen."""
         generated = tuple(found.generated)
         found.job = replace(found.job, attempt=found.job.attempt + 1, generated_ids=generated)
@@ -557,7 +400,7 @@ class Router:
             domain = self._workers[worker].domain
             found.handoff = replace(found.handoff, domain=domain, ticket=None)
         if index == 0 and found.job.prompt is not None:
-            self._gauge.learn(found.job.prompt, prompt_tokens)
+            self.placement.gauge.learn(found.job.prompt, prompt_tokens)
         if finish is not None:
             self._end(request)
         found.listener.on_token(
@@ -617,14 +460,14 @@ class Router:
             self._end(body["request"])
             found.listener.on_error(ColdframeError.from_wire(body["error"]))
 
-    def _current(self, worker: str, request: str, attempt: int) -> _Request | None:
+    def _current(self, worker: str, request: str, attempt: int) -> Request | None:
         """The request, if that worker's attempt at it is the one that counts."""
         found = self._requests.get(request)
         if found is None or found.worker != worker or found.job.attempt != attempt:
             return None
         return found
 
-    def _thank_sender(self, request: str, found: _Request) -> None:
+    def _thank_sender(self, request: str, found: Request) -> None:
         if found.sender in self._workers:
             self._transport.to_worker(found.sender, {"type": "ack", "request": request})
         found.sender = None

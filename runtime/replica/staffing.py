@@ -75,7 +75,7 @@ class Staffing:
         }
         self._going = False
         # A start with other processes, whose first token is still to come.
-        router.share = None
+        router.placement.share = None
 
     def forget(self, role: str) -> None:
         """There are to be no workers of a role, whatever there is to do."""
@@ -86,7 +86,7 @@ class Staffing:
         if not self._going:
             self._going = True
             scaler = self._scalers.get("prefill")
-            self._router.share = None if scaler is None else scaler.share
+            self._router.placement.share = None if scaler is None else scaler.share
 
     def tick(self) -> None:
         """Looks what there is to do; to be called about once a second."""

@@ -28,7 +28,7 @@ from coldframe.loader.transport.secret import read_secret
 from coldframe.loader.transport.secure import SecureSocket
 from coldframe.runtime.endpoint.supervisor import Supervisor
 from coldframe.runtime.gateway.logs import Log
-from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.transport.base import Given
 from coldframe.runtime.transport.remote import BEAT_S, MOST_MESSAGE, PURPOSE, SILENCE_S
 from coldframe.runtime.worker.handoff import Job

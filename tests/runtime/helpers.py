@@ -10,8 +10,8 @@ from pathlib import Path
 
 from coldframe.loader.errors import ColdframeError
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 
 
 class Client:

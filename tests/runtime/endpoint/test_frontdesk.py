@@ -15,7 +15,7 @@ from coldframe.loader.errors import RequestError
 from coldframe.loader.wire import Channel, Message
 from coldframe.runtime.endpoint.frontdesk import FrontDesk
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.router import TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
 
 GOOD = {
     "type": "submit",

@@ -9,7 +9,7 @@ import pytest
 from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.frozen.oracle import OracleRun, compare, prompt_for
-from coldframe.runtime.replica.router import Listener, TokenEvent
+from coldframe.runtime.replica.answers import Listener, TokenEvent
 
 TOKENS = (5, 9, 2)
 LOGPROBS = (-0.5, -1.25, -2.0)

@@ -12,9 +12,10 @@ from coldframe.loader.timeline import Recorder
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.structure import Structure
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.bridge import AGAIN_S, Bridge
 from coldframe.runtime.replica.launch import WorkerProcess
-from coldframe.runtime.replica.router import SILENCE_S, VLLM_ACK_S, Router, TokenEvent
+from coldframe.runtime.replica.router import SILENCE_S, VLLM_ACK_S, Router
 from coldframe.runtime.replica.scale_spec import Scale
 from coldframe.runtime.replica.staffing import Staffing
 from coldframe.runtime.replica.vllm_spec import VllmOptions

@@ -10,9 +10,9 @@ from coldframe.loader.errors import ColdframeError, ReplicaError, SnapshotError
 from coldframe.loader.process import Child
 from coldframe.loader.wire import Channel
 from coldframe.runtime.engine.params import SamplingParams
+from coldframe.runtime.replica.answers import Listener, TokenEvent
 from coldframe.runtime.replica.gate import Gate
 from coldframe.runtime.replica.launch import WorkerProcess
-from coldframe.runtime.replica.router import Listener, TokenEvent
 from coldframe.snapshot.cloner import Cloner
 
 ORACLE = {"prompt_ids": [1, 2], "token_ids": [5, 9], "logprobs": [-0.5, -1.0]}

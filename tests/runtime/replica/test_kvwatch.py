@@ -12,9 +12,9 @@ import pytest
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.engine.ropespec import RopeSpec
 from coldframe.runtime.options import ReplicaOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.kvwatch import KvWatch, block_hash
 from coldframe.runtime.replica.replica import Replica
-from coldframe.runtime.replica.router import TokenEvent
 from coldframe.runtime.replica.sizing import ModelFacts, kv_blocks
 from coldframe.runtime.worker.prefix import PrefixKeys
 from tests.runtime.helpers import Client, finish, prompt_of, wait_for

@@ -23,7 +23,9 @@ from hypothesis.stateful import (
 
 from coldframe.loader.errors import ColdframeError, ReplicaError, RequestError
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.router import ACK_S, MOST_ATTEMPTS, SILENCE_S, Router, TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
+from coldframe.runtime.replica.placement import MOST_ATTEMPTS
+from coldframe.runtime.replica.router import ACK_S, SILENCE_S, Router
 from coldframe.runtime.worker.handoff import Handoff, Job
 
 Wire = dict[str, Any]
@@ -225,9 +227,9 @@ class Machine(RuleBasedStateMachine):
             holders = [w.name for w in self.workers.values() if w.holds(body["request"])]
             assert holders == [], "a request that another worker still has"
             assert not self.router.is_leaving(worker), "a new request for one that is to go"
-        if message["type"] == "job" and self.router.share is not None:
+        if message["type"] == "job" and self.router.placement.share is not None:
             queued = [r for r in self.router._requests.values() if r.worker == worker]
-            assert len(queued) == 1 or self.router.work_of(worker) <= self.router.share
+            assert len(queued) == 1 or self.router.work_of(worker) <= self.router.placement.share
         if self.workers[worker].alive:  # else it is lost, as what is sent to a dead socket
             self.workers[worker].inbox.append(over_the_wire(message))
 
@@ -262,7 +264,7 @@ class Machine(RuleBasedStateMachine):
         prefill=st.integers(0, 2), decode=st.integers(0, 2), share=st.sampled_from([None, 1, 4])
     )
     def begin(self, prefill: int, decode: int, share: int | None = None) -> None:
-        self.router.share = share
+        self.router.placement.share = share
         for _ in range(prefill):
             self._add("prefill")
         for _ in range(decode):
@@ -571,7 +573,7 @@ def test_hand_offs_go_where_the_least_kv_is(machine: Machine) -> None:
 
 
 def test_prompts_wait_in_their_order_for_who_has_done_its_share(machine: Machine) -> None:
-    machine.router.share = 100
+    machine.router.placement.share = 100
     first = one(machine, "prefill")
     for length in (90, 300, 5, 4):
         machine.submit([14] * length, 1)
@@ -587,7 +589,7 @@ def test_prompts_wait_in_their_order_for_who_has_done_its_share(machine: Machine
 def test_prompts_wait_for_a_worker_that_is_up_and_go_to_the_one_that_comes_up(
     machine: Machine,
 ) -> None:
-    machine.router.share = 100
+    machine.router.placement.share = 100
     first = one(machine, "prefill")
     for _ in range(3):
         machine.submit([14] * 80, 1)

@@ -12,9 +12,10 @@ from coldframe.loader.errors import ColdframeError, PlatformError
 from coldframe.loader.timeline import Recorder
 from coldframe.runtime.engine.params import SamplingParams
 from coldframe.runtime.options import ReplicaOptions, ScalingOptions
+from coldframe.runtime.replica.answers import TokenEvent
 from coldframe.runtime.replica.headcount import RETRY_S
 from coldframe.runtime.replica.launch import WorkerProcess
-from coldframe.runtime.replica.router import Router, TokenEvent
+from coldframe.runtime.replica.router import Router
 from coldframe.runtime.replica.scale_spec import Scale
 from coldframe.runtime.replica.staffing import Staffing
 

@@ -9,7 +9,8 @@ import pytest
 from coldframe.loader.errors import ColdframeError, TransferRefused
 from coldframe.loader.transport.base import Ticket, Way, new_token
 from coldframe.runtime.engine.params import SamplingParams
-from coldframe.runtime.replica.router import Router, TokenEvent
+from coldframe.runtime.replica.answers import TokenEvent
+from coldframe.runtime.replica.router import Router
 from coldframe.runtime.transport.base import Given
 from coldframe.runtime.worker.handoff import Handoff, Job
 

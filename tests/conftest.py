@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from coldframe.loader.cgroup import cpu_count, memory_available
 from coldframe.loader.errors import SnapshotError
 from coldframe.runtime.commands.demo_model import DemoModel, write_demo_model
 from coldframe.snapshot.criu import Criu
-from tests.support import unavailable
+from tests.support import held_in_memory, unavailable
 from tests.turns import Turns
 
 # Tests start a thousand interpreters: each would compile what it imports, and pytest all of its own
@@ -86,19 +87,34 @@ def _fresh_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
     """Makes (once) a demo model: `demo_model(family="llama", dtype="float32")`."""
     made: dict[DemoModel, Path] = {}
+    stack = ExitStack()
 
     def make(family: str = "llama", dtype: str = "float32", size: str = "tiny") -> Path:
         model = DemoModel(size=size, family=family, dtype=dtype)
         if model not in made:
             path = tmp_path_factory.mktemp("demo") / f"{size}-{family}-{dtype}"
             write_demo_model(path, model)
+            stack.enter_context(held_in_memory(path))
             made[model] = path
         return made[model]
 
-    return make
+    with stack:
+        yield make
+
+
+@pytest.fixture
+def in_memory() -> Iterator[Callable[[Path], Path]]:
+    """Holds a folder's files in the page cache until the test's end, and gives the folder back."""
+    with ExitStack() as stack:
+
+        def hold(folder: Path) -> Path:
+            stack.enter_context(held_in_memory(folder))
+            return folder
+
+        yield hold
 
 
 @pytest.fixture(scope="session")

@@ -316,13 +316,12 @@ class Replica:
             prompt: The prompt as text, or
             prompt_ids: as token ids.
             add_special: Whether the tokenizer puts its own tokens around the text.
-            generated_ids: Tokens of the answer that the client has from elsewhere, behind
-                `prompt_ids`: it goes on from there.
             group: Of the workers that are to serve it; see `add_clones`.
             give: Whether another replica goes on with it behind its first token; see
                 `coldframe.runtime.transport.base`.
             kv: What another replica has given with it.
-            generated_ids: Tokens that the client has; only with `kv`, or where nobody computes
+            generated_ids: Tokens of the answer that the client has from elsewhere, behind
+                `prompt_ids`: it goes on from there. Only with `kv`, or where nobody computes
                 prompts as such.
 
         Raises:

@@ -336,7 +336,10 @@ def test_a_byte_that_stays_wrong_gives_no_token(
 
 
 def test_a_byte_that_flipped_in_a_mapped_file_ends_the_replica(
-    model: Path, no_leaks: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    in_memory: Callable[[Path], Path],
+    no_leaks: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     seal(model, capsys)
     checkpoint = Checkpoint.open(model)
@@ -345,7 +348,7 @@ def test_a_byte_that_flipped_in_a_mapped_file_ends_the_replica(
     content = bytearray(path.read_bytes())
     content[found.offset] ^= 1
     path.write_bytes(content)
-    with Replica(options(model, no_leaks)) as replica:
+    with Replica(options(in_memory(model), no_leaks)) as replica:
         client = ask_once_known(replica, 400)
         wait_for(replica, lambda: replica.error is not None, seconds=30)
         assert replica.facts["mode"] == "mapped"

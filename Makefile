@@ -102,6 +102,7 @@ lint: setup build/types/coldframe
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run */*.sh
 
 # The site, in build/docs: with all warnings errors, and without a network.
 docs: setup

@@ -3,7 +3,7 @@
 
     images/check_budget.py cpu ROOT            its root file system, as `buildah mount` shows it
     images/check_budget.py cpu --wheels DIR    wheels as `pip download` leaves them, not trimmed yet
-    images/check_budget.py cuda --sizes        what sizes/cuda.txt says of its wheels (wheel_sizes.py)
+    images/check_budget.py cuda --sizes        what its wheels hold, by sizes/cuda.txt
 
 A distribution's size is that of its files with their byte code. What it would take as its wheel
 installs it is in its RECORD, also where files have been left out since: that is what "torch and its

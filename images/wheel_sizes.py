@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What the wheels of an image install, by their tables of contents: none of them is fetched.
 
-    images/wheel_sizes.py cuda        asks pip for the wheels of its lists, and writes sizes/cuda.txt
+    images/wheel_sizes.py cuda        asks pip where those of its lists are; writes sizes/cuda.txt
 
 A wheel is a zip file, and ends with its table of contents: a range of some 100 KB of a wheel of a
 gigabyte. Where wheels lie is pip's to say, in a dry run that fetches nothing more either (pip 26 or
@@ -220,7 +220,10 @@ def write(image: str, found: Iterable[Wheel]) -> None:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = []
     for row in rows:
-        words = [w.ljust(n) if i < 2 else w.rjust(n) for i, (w, n) in enumerate(zip(row, widths))]
+        words = [
+            w.ljust(n) if i < 2 else w.rjust(n)
+            for i, (w, n) in enumerate(zip(row, widths, strict=True))
+        ]
         lines.append(" ".join(words))
     lines[0] = f"# {lines[0]}"
     SIZES.mkdir(exist_ok=True)

@@ -54,7 +54,7 @@ def pinned(image: str) -> dict[str, str]:
 def test_what_was_measured_is_what_is_installed(image: str) -> None:
     assert {wheel.name: wheel.version for wheel in read(image)} == pinned(image)
     for wheel in read(image):
-        assert 0 < wheel.wheel
+        assert wheel.wheel > 0
         assert 0 <= wheel.python <= wheel.kept <= wheel.files, wheel
 
 

@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import pytest
 
 from images.wheel_sizes import BYTE_CODE, Wheel, installed_as, kept, measured, read, requirements
-from tests.images.building import IMAGES
+from tests.images.building import IMAGES, REPOSITORY
 
 MEASURED = ("cuda", "vllm")
 MARGIN = 1.05
@@ -50,6 +50,14 @@ def pinned(image: str) -> dict[str, str]:
     return found
 
 
+def summed(image: str) -> dict[str, float]:
+    """What its layers take, in MB, as the check of the budget has it."""
+    words = [sys.executable, IMAGES / "check_budget.py", image, "--sizes"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+
+
 @pytest.mark.parametrize("image", MEASURED)
 def test_what_was_measured_is_what_is_installed(image: str) -> None:
     assert {wheel.name: wheel.version for wheel in read(image)} == pinned(image)
@@ -60,15 +68,34 @@ def test_what_was_measured_is_what_is_installed(image: str) -> None:
 
 @pytest.mark.parametrize("image", MEASURED)
 def test_they_are_within_its_budget(image: str) -> None:
-    words = [sys.executable, IMAGES / "check_budget.py", image, "--sizes"]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    taken = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
+    taken = summed(image)
     for name, rule in rules(image).items():
         # A limit is what was measured and a margin, and grants nothing besides.
         assert taken[name] <= rule["limit"] <= math.ceil(taken[name] * MARGIN / 5) * 5, name
     measured_mb = sum(wheel.kept + wheel.python * BYTE_CODE for wheel in read(image)) / MB
     assert taken["all"] == pytest.approx(measured_mb, abs=1)
+
+
+def test_the_guide_says_the_same() -> None:
+    text = (REPOSITORY / "docs" / "images.md").read_text()
+    rows = {
+        name: [cell.strip().replace(",", "") for cell in cells.split("|")]
+        for name, cells in re.findall(r"^\| ([^|]+) \|([^|]*\|[^|]*)\|$", text, re.M)
+    }
+    for column, image in enumerate(MEASURED):
+        assert rows["layer, MB"][column] == image
+        taken = summed(image)
+        for name, layer in (
+            ("cuDNN", "cudnn"),
+            ("NVIDIA's other libraries", "nvidia"),
+            ("torch", "torch"),
+            ("Triton", "triton"),
+        ):
+            said = rows[name][column]
+            assert said == (f"{taken[layer]:.0f}" if layer in taken else "")
+        assert rows["other wheels, coldframe"][column].startswith(f"{taken['wheels']:.0f}")
+    needs, engine = (f"{summed('vllm')[layer]:.0f}" for layer in ("vllm", "engine"))
+    assert rows["vLLM's needs, vLLM"] == ["", f"{needs} {engine}"]
 
 
 @pytest.mark.parametrize("image", MEASURED)

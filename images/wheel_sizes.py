@@ -36,9 +36,10 @@ _WAIT_S = 60
 _AT_ONCE = 4
 _PIP = 26
 _HEADER = """\
-# What the wheels of images/{image}.Dockerfile install; made by images/wheel_sizes.py {image}.
+# What the wheels of images/{image}.Dockerfile install, on x86-64 with Python 3.11; made by
+# images/wheel_sizes.py {image}.
 # Bytes of the wheel, of its files, of those that install.sh keeps, and of the Python among these:
-# byte code, about as much again, comes on top.
+# byte code, 1.3 times these, comes on top.
 """
 _WITHOUT_TESTS = ("mpmath", "networkx", "psutil", "sympy")
 _SERVICES = ("s3", "signin", "sso", "sso-oidc", "sts")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from images.wheel_sizes import BYTE_CODE, kept
+from images.wheel_sizes import BYTE_CODE, kept, normalised, read
 from tests.images.building import IMAGES
 from tests.images.conftest import Image
 from tests.images.container import layers_of
@@ -150,3 +150,19 @@ def test_what_is_kept_of_wheels_is_what_is_said_of_them(image: Image) -> None:
                 python += path.stat().st_size
                 code += len(code_of(path, tag_of(image)) or b"")
     assert 0.5 < code / python < BYTE_CODE
+
+
+def test_wheels_hold_what_was_read_of_them(image: Image) -> None:
+    """What both this image and one that nothing builds here have takes here what is said there."""
+    said = {wheel.name: wheel for wheel in read("cuda")}
+    common = 0
+    for found in distributions(path=[str(site_of(image))]):
+        wheel = said.get(normalised(found.metadata["Name"]))
+        if wheel is None or wheel.version != found.version:  # torch is another build
+            continue
+        paths = [Path(str(found.locate_file(file))) for file in found.files or ()]
+        there = sum(path.stat().st_size for path in paths if path.exists())
+        # RECORD is pip's own, and so is who has installed it.
+        assert abs(there - wheel.kept) < 1000 + wheel.kept / 100, (there, wheel)
+        common += 1
+    assert common > 30

@@ -126,6 +126,11 @@ def test_versions_are_those_that_the_tests_run_with() -> None:
     ):
         text = (REPOSITORY / "benchmarks" / f"install-{script}.sh").read_text()
         assert re.findall(rf" {package}==(\S+)", text) == [found]
+    # Dynamo's runtime is laid over any of the images.
+    dynamo = pinned("dynamo.txt")
+    for file in ("wheels.txt", "vllm.txt"):
+        below = pinned(file)
+        assert all(version == below.get(name, version) for name, version in dynamo.items())
 
 
 def argument_of(path: Path, name: str) -> str:

@@ -1,8 +1,7 @@
 #!/usr/bin/env python3
 """Makes the lists anew of what torch and vLLM ask for, as pip resolves it today.
 
-    python -m venv /tmp/pip && /tmp/pip/bin/pip install packaging -U pip
-    /tmp/pip/bin/python images/pins.py        then images/wheel_sizes.py cuda, and vllm
+    images/pins.py        then images/wheel_sizes.py cuda, and vllm: `make images-sizes`
 
 Written are nvidia.txt, triton.txt, vllm.txt and wheels-vllm.txt, each below the comment that it has
 already. What our own tests run with stays as it is, in torch.txt and constraints.txt.

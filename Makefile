@@ -4,7 +4,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 DEMO   ?= build/demo-model
 
-.PHONY: setup system images-system criu demo docs docs-pictures test test-heavy test-vllm test-dynamo test-images lint format bench bench-peers bench-vllm gpu gpu-wheels clean
+.PHONY: setup system images-system images-sizes criu demo docs docs-pictures test test-heavy test-vllm test-dynamo test-images lint format bench bench-peers bench-vllm gpu gpu-wheels clean
 
 setup: $(VENV)/.ready
 
@@ -65,6 +65,15 @@ images-system:
 	for program in buildah runc mmdebstrap; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
 	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
+# What torch and vLLM ask for today, into the images' lists, and what their wheels hold, of which no whole one is
+# fetched: that takes a newer pip than Python comes with.
+images-sizes:
+	$(PYTHON) -m venv build/pip
+	build/pip/bin/python -m pip install --quiet 'pip>=26' packaging
+	build/pip/bin/python images/pins.py
+	build/pip/bin/python images/wheel_sizes.py cuda
+	build/pip/bin/python images/wheel_sizes.py vllm
+
 # With the real vLLM, in its environment: what it says on the way is not ours to mend.
 test-vllm: setup build/vllm/.tests
 	build/vllm/bin/python -m pytest -m vllm -o filterwarnings=default tests/runtime/integrations/vllm \
@@ -102,6 +111,7 @@ lint: setup build/types/coldframe
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/shellcheck .ci/run */*.sh
 
 # The site, in build/docs: with all warnings errors, and without a network.
 docs: setup

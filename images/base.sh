@@ -51,6 +51,7 @@ export inside='
     apt-get install -y -qq --no-install-recommends python3-pip-whl python3-setuptools-whl /tmp/debs/*.deb &&
     dpkg-deb -x /tmp/unpacked/*.deb / && rm -rf /tmp/debs /tmp/unpacked'
 
+# shellcheck disable=SC2016 # the hook's own shell expands what is in it
 mmdebstrap --quiet --mode=root --variant=minbase --format=tar --keyring="$keyring" \
     --include=ca-certificates,netbase,tzdata \
     --aptopt="$work/acquire" \

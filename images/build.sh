@@ -1,13 +1,13 @@
 #!/bin/sh
 # Builds an image with the builder that there is: docker, podman or buildah.
 #
-#     images/build.sh cpu|cuda|vllm|compiler [TAG]        TAG is coldframe:cpu, ... where none is given
+#     images/build.sh cpu|cuda|vllm|compiler|dynamo [TAG]     TAG is coldframe:cpu, ... where none is given
 #
 # BUILDER names the program, BUILDER_FLAGS more of its flags, PIP_CONF a pip.conf that says where
 # packages are (torch's build for the CPU is not on PyPI), BASE another base image.
 set -eu
 
-kind=${1:?usage: images/build.sh cpu|cuda|vllm|compiler [TAG]}
+kind=${1:?usage: images/build.sh cpu|cuda|vllm|compiler|dynamo [TAG]}
 tag=${2:-coldframe:$kind}
 here=$(cd "$(dirname "$0")" && pwd)
 file=$here/$kind.Dockerfile

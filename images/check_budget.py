@@ -3,6 +3,7 @@
 
     images/check_budget.py cpu ROOT            its root file system, as `buildah mount` shows it
     images/check_budget.py cpu --wheels DIR    wheels as `pip download` leaves them, not trimmed yet
+    images/check_budget.py cuda --sizes        what its wheels hold, by sizes/cuda.txt
 
 A distribution's size is that of its files with their byte code. What it would take as its wheel
 installs it is in its RECORD, also where files have been left out since: that is what "torch and its
@@ -19,10 +20,12 @@ import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 from typing import Any
+
+import wheel_sizes
+from wheel_sizes import normalised
 
 HERE = Path(__file__).parent
 MB = 1e6
@@ -44,11 +47,6 @@ class Part:
     size: int
     whole: int
     needs: tuple[str, ...]
-
-
-def normalised(name: str) -> str:
-    """A distribution's name as PEP 503 has it."""
-    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def installed(root: Path) -> list[Part]:
@@ -97,6 +95,14 @@ def wheels(folder: Path) -> list[Part]:
     return found
 
 
+def expected(image: str) -> list[Part]:
+    """The distributions of an image that has not been built, by what their wheels hold."""
+    return [
+        Part(one.name, one.kept + int(one.python * wheel_sizes.BYTE_CODE), one.files, ())
+        for one in wheel_sizes.read(image)
+    ]
+
+
 def closure(parts: Sequence[Part], of: str) -> list[Part]:
     """A distribution and all that it needs, as far as it is there."""
     known = {part.name: part for part in parts}
@@ -123,19 +129,22 @@ def whole_tree(root: Path) -> int:
     return total
 
 
+def layers_of(budget: Mapping[str, Any], image: str) -> dict[str, Any]:
+    """An image's layers: those of the one below it, and its own."""
+    below = budget[image].get("below")
+    return {**(layers_of(budget, below) if below else {}), **budget[image]["layers"]}
+
+
 def layer_of(name: str, layers: Mapping[str, Any]) -> str | None:
-    """The first layer that a distribution is named in."""
-    for layer, rule in layers.items():
-        if isinstance(rule, dict):
-            if any(fnmatch(name, normalised_pattern(p)) for p in rule.get("names", ())):
-                return layer
-            if any(name in listed(HERE / file) for file in rule.get("lists", ())):
-                return layer
+    """The layer that a distribution is in: the one that names it, else the one with its list."""
+    rules = [(layer, rule) for layer, rule in layers.items() if isinstance(rule, dict)]
+    for layer, rule in rules:
+        if name in rule.get("names", ()):
+            return layer
+    for layer, rule in rules:
+        if any(name in listed(HERE / file) for file in rule.get("lists", ())):
+            return layer
     return None
-
-
-def normalised_pattern(pattern: str) -> str:
-    return "*".join(normalised(piece) if piece else "" for piece in pattern.split("*"))
 
 
 def listed(file: Path) -> set[str]:
@@ -150,12 +159,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("image", help="which one, as in budget.toml")
     parser.add_argument("root", type=Path, nargs="?", help="its root file system")
     parser.add_argument("--wheels", type=Path, help="a folder of wheels in its place")
+    parser.add_argument("--sizes", action="store_true", help="or what is known of its wheels")
     args = parser.parse_args(argv)
     budget = tomllib.loads((HERE / "budget.toml").read_text())
-    if args.image not in budget or (args.root is None) == (args.wheels is None):
-        parser.error(f"one of {', '.join(budget)}, and ROOT or --wheels DIR")
-    layers = budget[args.image]["layers"]
-    parts = installed(args.root) if args.root is not None else wheels(args.wheels)
+    given = [args.root is not None, args.wheels is not None, args.sizes]
+    if args.image not in budget or sum(given) != 1:
+        parser.error(f"one of {', '.join(budget)}, and ROOT, --wheels DIR or --sizes")
+    layers = layers_of(budget, args.image)
+    if args.root is not None:
+        parts = installed(args.root)
+    else:
+        parts = expected(args.image) if args.sizes else wheels(args.wheels)
     sizes, wrong = dict.fromkeys(layers, 0), list[str]()
     for part in parts:
         layer = layer_of(part.name, layers)
@@ -170,9 +184,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{layer:<8} {size / MB:>8.1f} MB of {limit:>5} MB")
         if size > limit * MB:
             wrong.append(f"{layer}: {size / MB:.1f} MB are more than {limit} MB")
-    own = sum(part.whole for part in closure(parts, "torch"))
     total = sum(sizes.values())
-    print(f"{'all':<8} {total / MB:>8.1f} MB; torch and its own needs {own / MB:.1f} MB", end="")
+    print(f"{'all':<8} {total / MB:>8.1f} MB", end="")
+    own = sum(part.whole for part in closure(parts, "torch"))
+    if not args.sizes:  # which do not say who needs whom
+        print(f"; torch and its own needs {own / MB:.1f} MB", end="")
     if args.root is not None and own:
         print(f", {total / own:.3f} of that", end="")
         ratio = budget[args.image].get("torch_ratio")

@@ -13,12 +13,12 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN "python${PYTHON}" -m venv /opt/coldframe
 COPY images/install.sh images/split-nvidia.sh /build/
 
-# PyPI's build, with what it asks for: which libraries those are is torch's to say.
+# PyPI's build, with the libraries that it is linked with, and without Triton (nvidia.txt says why).
 FROM tools AS torch
 ARG TORCH=2.13.0
-COPY images/torch.txt /build/
+COPY images/torch.txt images/nvidia.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /build/install.sh torch -c /build/torch.txt "torch==${TORCH}" \
+    /build/install.sh torch --no-deps -r /build/torch.txt -r /build/nvidia.txt "torch==${TORCH}" \
     && /build/split-nvidia.sh
 
 FROM tools AS wheels
@@ -52,7 +52,6 @@ RUN apt-get update \
     && install -d /var/lib/coldframe/snapshots
 COPY --from=torch /layers/cudnn/ /opt/coldframe/
 COPY --from=torch /layers/nvidia/ /opt/coldframe/
-COPY --from=torch /layers/triton/ /opt/coldframe/
 COPY --from=torch /layers/torch/ /opt/coldframe/
 COPY --from=wheels /layers/wheels/ /opt/coldframe/
 COPY --from=code /layers/code/ /opt/coldframe/

@@ -2,7 +2,7 @@
 # the repository's root: images/build.sh vllm, docs/images.md.
 #
 # As cuda.Dockerfile, with vLLM and its needs as layers between torch and this project. Versions of
-# what both need are vLLM's to say here.
+# what both need are vLLM's to say here: images/pins.py writes them down.
 ARG PYTHON=3.11
 ARG BASE=python:3.11-slim-trixie@sha256:9534e5a8e315485d4061ed659af0fd78a284c015f9b73661b41d6bab25604534
 
@@ -12,29 +12,29 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 RUN "python${PYTHON}" -m venv /opt/coldframe
 COPY images/install.sh images/split-nvidia.sh /build/
 
+# As in cuda.Dockerfile, so that a node with both images has the layers once; and Triton.
 FROM tools AS torch
 ARG TORCH=2.13.0
+COPY images/torch.txt images/nvidia.txt images/triton.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    /build/install.sh torch "torch==${TORCH}"
+    /build/install.sh torch --no-deps -r /build/torch.txt -r /build/nvidia.txt \
+        -r /build/triton.txt "torch==${TORCH}" \
+    && /build/split-nvidia.sh
 
-# pip takes what lies on PYTHONPATH for installed, and so leaves torch where it is.
-FROM torch AS vllm
-ARG PYTHON
+FROM tools AS vllm
+COPY images/vllm.txt /build/
+RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
+    /build/install.sh vllm --no-deps -r /build/vllm.txt
+
+FROM tools AS engine
 ARG VLLM=0.32.0
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    PYTHONPATH="/layers/torch/lib/python${PYTHON}/site-packages" \
-    /build/install.sh vllm "vllm==${VLLM}" \
-    && mkdir -p "/layers/engine/lib/python${PYTHON}/site-packages" \
-    && mv "/layers/vllm/lib/python${PYTHON}/site-packages/vllm" \
-        "/layers/engine/lib/python${PYTHON}/site-packages/"
+    /build/install.sh engine --no-deps "vllm==${VLLM}"
 
-FROM vllm AS wheels
-ARG PYTHON
-COPY constraints.txt /build/
+FROM tools AS wheels
+COPY images/wheels-vllm.txt /build/
 RUN --mount=type=secret,id=pip,target=/etc/pip.conf \
-    PYTHONPATH="/layers/torch/lib/python${PYTHON}/site-packages:/layers/vllm/lib/python${PYTHON}/site-packages" \
-    /build/install.sh wheels -c /build/constraints.txt awscrt boto3 cuda-bindings lz4 xxhash \
-    && /build/split-nvidia.sh
+    /build/install.sh wheels --no-deps -r /build/wheels-vllm.txt
 
 FROM tools AS code
 COPY pyproject.toml README.md LICENSE /src/
@@ -60,12 +60,12 @@ RUN apt-get update \
     && useradd --uid 65532 --gid 65532 --no-log-init --no-create-home --home-dir /tmp \
         --shell /usr/sbin/nologin coldframe \
     && install -d /var/lib/coldframe/snapshots
-COPY --from=wheels /layers/cudnn/ /opt/coldframe/
-COPY --from=wheels /layers/nvidia/ /opt/coldframe/
-COPY --from=wheels /layers/triton/ /opt/coldframe/
-COPY --from=wheels /layers/torch/ /opt/coldframe/
-COPY --from=wheels /layers/vllm/ /opt/coldframe/
-COPY --from=wheels /layers/engine/ /opt/coldframe/
+COPY --from=torch /layers/cudnn/ /opt/coldframe/
+COPY --from=torch /layers/nvidia/ /opt/coldframe/
+COPY --from=torch /layers/triton/ /opt/coldframe/
+COPY --from=torch /layers/torch/ /opt/coldframe/
+COPY --from=vllm /layers/vllm/ /opt/coldframe/
+COPY --from=engine /layers/engine/ /opt/coldframe/
 COPY --from=wheels /layers/wheels/ /opt/coldframe/
 COPY --from=code /layers/code/ /opt/coldframe/
 ENV PATH=/opt/coldframe/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \

@@ -13,6 +13,7 @@ release=trixie
 
 # 4.1 or later, as snapshot/criu.py wants it.
 have=$(criu --version 2>/dev/null | sed -n 's/^Version: \([0-9]*\)\.\([0-9]*\).*/\1 \2/p')
+# shellcheck disable=SC2086 # two numbers
 set -- $have
 if test "${1:-0}" -gt 4 || { test "${1:-0}" -eq 4 && test "${2:-0}" -ge 1; }; then
     echo "install-criu: this system's own CRIU $1.$2 will do"
@@ -22,11 +23,11 @@ fi
 mkdir -p "$dir"
 dir=$(cd "$dir" && pwd)
 
-command -v apt-get >/dev/null && command -v dpkg >/dev/null || {
+if ! command -v apt-get >/dev/null || ! command -v dpkg >/dev/null; then
     echo "install-criu: this needs Debian's apt and dpkg; install CRIU 4.1 or later yourself and" >&2
     echo "install-criu: name it in COLDFRAME_CRIU" >&2
     exit 1
-}
+fi
 
 packages="criu libcompel1 libc6 libnftables1 libnftnl11 libxtables12 libjansson4 libnl-3-200 libnet1
 libprotobuf-c1 libuuid1 libgnutls30t64 libnettle8t64 libhogweed6t64 libbsd0 libmd0 libp11-kit0
@@ -66,14 +67,18 @@ apt() {
 }
 
 apt update
-(cd "$work/debs" && apt download $(for name in $packages; do echo "$name/$release"; done))
+set --
+for name in $packages; do
+    set -- "$@" "$name/$release"
+done
+(cd "$work/debs" && apt download "$@")
 for deb in "$work"/debs/*.deb; do
     dpkg -x "$deb" "$dir/root.new"
 done
 
 rm -rf "$dir/root" && mv "$dir/root.new" "$dir/root"
 cd "$dir"
-loader=$(ls root/usr/lib*/ld-linux-*.so.* root/usr/lib/*/ld-linux-*.so.* 2>/dev/null | head -n 1)
+loader=$(find root/usr/lib* -name 'ld-linux-*.so.*' | sort | head -n 1)
 libraries=$(dirname "$(ls root/usr/lib/*/libcompel.so.1)")
 mkdir -p bin
 # By its own place: the folder may be carried elsewhere, to another machine.

@@ -1,10 +1,10 @@
 """What a lazy puller is told: the files of an image that a start opens, in the order of use.
 
-- *Plain*: a path a line, absolute. `nydusify convert --prefetch-patterns` and `nydus-image
-  --prefetch-policy fs` read it from their standard input.
-- *eStargz*: a JSON object a line, `{"path": ...}`, relative to the image's root: what `ctr-remote
-  optimize --record-out` writes and `nerdctl image convert --estargz-record-in` reads, and
-  `--zstdchunked-record-in` too.
+- *Plain*: a path a line, absolute, else it is skipped. `nydusify convert --prefetch-patterns` and
+  `nydus-image --prefetch-policy fs` read it from their standard input.
+- *eStargz*: JSON objects one after the other, `{"path": ...}`, relative to the image's root: what
+  `ctr-remote optimize --record-out` writes and `nerdctl image convert --estargz-record-in` reads,
+  and `--zstdchunked-record-in` too. What a layer has not is skipped in it.
 - *SOCI*: a JSON array of absolute paths, for `soci convert --prefetch-files-json`.
 """
 

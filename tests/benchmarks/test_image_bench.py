@@ -16,15 +16,47 @@ from coldframe.benchmarks.image.watching import Openings, parent_of
 from tests.support import unavailable
 
 BENCH = [Path(sys.executable).parent / "coldframe", "bench", "image"]
-PATHS = ["/usr/bin/python3.11", "/opt/coldframe/lib/a file.so"]
+PATHS = ["/usr/bin/python3.11", "/opt/coldframe/lib/a file.so", '/opt/coldframe/lib/ä".pyc']
 
 
-def test_lists_are_what_pullers_read() -> None:
-    assert FORMATS["plain"](PATHS).splitlines() == PATHS
-    records = [json.loads(line) for line in FORMATS["estargz"](PATHS).splitlines()]
-    assert records == [{"path": path.lstrip("/")} for path in PATHS]
-    assert json.loads(FORMATS["soci"](PATHS)) == PATHS
-    assert all(form([]) in ("", "[]\n") for form in FORMATS.values())
+def read_by_nydus(text: str) -> list[str]:
+    """Lines, of which those count that are absolute and below none before them."""
+    found: list[str] = []
+    for line in text.splitlines():
+        path = line.strip()
+        if path.startswith("/") and not any(path.startswith(f"{other}/") for other in found):
+            found.append(path)
+    return found
+
+
+def read_by_nerdctl(text: str) -> list[str]:
+    """A stream of JSON objects; their paths are below the root, and each counts once."""
+    found: dict[str, None] = {}
+    decoder, at = json.JSONDecoder(), 0
+    while at < len(text):
+        entry, at = decoder.raw_decode(text, at)
+        found[f"/{os.path.normpath(entry['path']).lstrip('/')}"] = None
+        while text[at : at + 1].isspace():
+            at += 1
+    return list(found)
+
+
+def read_by_soci(text: str) -> list[str]:
+    """One JSON array of strings, of which those count that are not blank."""
+    found = json.loads(text)
+    assert isinstance(found, list)
+    assert all(isinstance(path, str) for path in found)
+    return [path.strip() for path in found if path.strip()]
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [("plain", read_by_nydus), ("estargz", read_by_nerdctl), ("soci", read_by_soci)],
+)
+def test_lists_are_what_pullers_read(name: str, read: Callable[[str], list[str]]) -> None:
+    """In the order of use, which is that of their fetching."""
+    assert read(FORMATS[name](PATHS)) == PATHS
+    assert read(FORMATS[name]([])) == []
 
 
 def test_what_others_open_is_left_out() -> None:

@@ -352,6 +352,10 @@ REASONS: list[tuple[str, Reason]] = [
             ("builder.compiler()",),
         ),
     ),
+    (
+        r"images/build\.sh dynamo\b",
+        Tested("tests/images/test_dynamo_image.py", "test_it_is_within_its_budget", ('"dynamo"',)),
+    ),
     (r"images/build\.sh cuda\b", Unbuilt("cuda", "gigabytes of CUDA's libraries, for a GPU")),
     (r"images/build\.sh vllm\b", Unbuilt("vllm", "the same, and vLLM")),
     (

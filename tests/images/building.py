@@ -31,6 +31,7 @@ _INPUTS = (
     *(f"images/{name}" for name in ("cpu.Dockerfile", "install.sh", "torch.txt", "wheels.txt")),
     *("pyproject.toml", "README.md", "LICENSE", "loader", "snapshot", "runtime", "benchmarks"),
 )
+_DYNAMO_INPUTS = ("dynamo.Dockerfile", "dynamo.txt", "install.sh")
 _BUILD_S = 1500
 _LEFT_OUT = ("__pycache__", "k8s")
 
@@ -137,6 +138,15 @@ class Builder:
                 self.call("rm", left)
         return image
 
+    def dynamo(self) -> str:
+        """The image of dynamo.Dockerfile, on the one for a CPU; made where that has changed."""
+        cpu = self.cpu()
+        inputs = digest(*(IMAGES / name for name in _DYNAMO_INPUTS))
+        image = f"localhost/coldframe:dynamo-{inputs}-{cpu.rpartition(':')[2]}"
+        if not self.has(image):
+            self._build("dynamo", image, f"--build-arg=IMAGE={cpu}", BASE=self.base())
+        return image
+
     def _build(self, kind: str, image: str, *flags: str, **settings: str) -> None:
         """Has build.sh build an image."""
         config, folders = pip_settings()
@@ -204,23 +214,3 @@ def pip_settings() -> tuple[str, list[str]]:
 def _folder(path: Path, *, index: bool) -> Path:
     """What a build needs to see of a place: of an index also the files beside it."""
     return path if path.is_dir() and not index else path.parent
-
-
-def requirements_unmet(site: Path) -> set[str]:
-    """What the distributions of an image ask for and do not find there."""
-    from importlib.metadata import distributions
-
-    from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-
-    found = {canonicalize_name(d.metadata["Name"]): d for d in distributions(path=[str(site)])}
-    missing: set[str] = set()
-    for name, distribution in found.items():
-        for text in distribution.requires or ():
-            requirement = Requirement(text)
-            if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-                continue
-            there = found.get(canonicalize_name(requirement.name))
-            if there is None or not requirement.specifier.contains(there.version, prereleases=True):
-                missing.add(f"{name} wants {requirement}")
-    return missing

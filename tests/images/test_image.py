@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import marshal
+import os
 import re
 import shutil
 import subprocess
@@ -11,22 +12,16 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
-from packaging.requirements import Requirement
-from packaging.utils import canonicalize_name
 
-from tests.images.building import IMAGES, requirements_unmet
+from images.wheel_sizes import BYTE_CODE, kept, normalised, read
+from tests.images.building import IMAGES
 from tests.images.conftest import Image
 from tests.images.container import layers_of
+from tests.images.contents import code_of, compiled, nobodys, requirements_unmet, site_of, tag_of
 
 pytestmark = [pytest.mark.images, pytest.mark.timeout(1800)]
 
 CHECK = [sys.executable, IMAGES / "check_budget.py"]
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests"}
-
-
-def site_of(image: Image) -> Path:
-    (site,) = image.root.glob("opt/coldframe/lib/python3*/site-packages")
-    return site
 
 
 def test_it_serves_as_nobody_without_a_shell(image: Image) -> None:
@@ -68,33 +63,12 @@ def test_nothing_that_is_asked_for_is_missing(image: Image) -> None:
     assert all(line.startswith("tokenizers wants huggingface-hub") for line in missing), missing
 
 
-def code_of(source: Path, tag: str) -> bytes | None:
-    """A source's byte code; None where there is none."""
-    path = source.parent / "__pycache__" / f"{source.stem}.{tag}.pyc"
-    return path.read_bytes() if path.is_file() else None
-
-
 def test_byte_code_is_there_and_asks_no_source(image: Image) -> None:
-    site = site_of(image)
-    tag = f"cpython-{site.parent.name.removeprefix('python').replace('.', '')}"
+    site, tag = site_of(image), tag_of(image)
     places = (image.root / "usr/lib", image.root / "usr/local/lib")  # a distribution's, the image's
     (library,) = (p / site.parent.name for p in places if (p / site.parent.name / "os.py").exists())
     for place in (site, library):
-        # Nobody imports tests, and what others have put there is not the image's.
-        sources = [
-            path for path in place.rglob("*.py") if not _LEFT_OUT & {*path.relative_to(place).parts}
-        ]
-        assert len(sources) > 500
-        without = []
-        for source in sources:
-            data = code_of(source, tag)
-            if data is None:
-                without.append(source)
-                continue
-            assert int.from_bytes(data[4:8], "little") == 1, source  # by hash, unchecked: PEP 552
-        for source in without:
-            with pytest.raises(SyntaxError):
-                compile(source.read_bytes(), source, "exec")
+        assert compiled(place, tag) > 500
     source = site / "coldframe/runtime/commands/serve.py"
     data = code_of(source, tag)
     assert data is not None
@@ -159,19 +133,36 @@ def contents(folder: Path) -> set[str]:
 
 def test_nothing_is_there_that_nobody_asks_for(image: Image) -> None:
     """Each distribution is one that coldframe needs, by what they say themselves."""
-    found = {
-        canonicalize_name(one.metadata["Name"]): one
-        for one in distributions(path=[str(site_of(image))])
-    }
-    wanted, needed = [("coldframe", "s3")], set[tuple[str, str]]()
-    while wanted:
-        name, extra = wanted.pop()
-        if (name, extra) in needed or name not in found:
+    assert nobodys(site_of(image), ("coldframe", "s3")) == set()
+
+
+def test_what_is_kept_of_wheels_is_what_is_said_of_them(image: Image) -> None:
+    """The rules by which images are summed that nothing builds here, held against one that is."""
+    site = site_of(image)
+    prefix, python, code = site.parents[2], 0, 0
+    for found in distributions(path=[str(site)]):
+        for file in found.files or ():
+            path = Path(os.path.normpath(str(found.locate_file(file))))
+            inside = path.relative_to(prefix).as_posix()
+            inside = inside.replace(f"lib/{site.parent.name}/", "", 1)
+            assert kept(inside) == path.exists(), inside
+            if path.suffix == ".py" and path.exists():
+                python += path.stat().st_size
+                code += len(code_of(path, tag_of(image)) or b"")
+    assert 0.5 < code / python < BYTE_CODE
+
+
+def test_wheels_hold_what_was_read_of_them(image: Image) -> None:
+    """What both this image and one that nothing builds here have takes here what is said there."""
+    said = {wheel.name: wheel for wheel in read("cuda")}
+    common = 0
+    for found in distributions(path=[str(site_of(image))]):
+        wheel = said.get(normalised(found.metadata["Name"]))
+        if wheel is None or wheel.version != found.version:  # torch is another build
             continue
-        needed.add((name, extra))
-        for text in found[name].requires or ():
-            asked = Requirement(text)
-            if asked.marker is None or asked.marker.evaluate({"extra": extra}):
-                plain = canonicalize_name(asked.name)
-                wanted += [(plain, each) for each in ("", *asked.extras)]
-    assert set(found) - {name for name, _ in needed} == set()
+        paths = [Path(str(found.locate_file(file))) for file in found.files or ()]
+        there = sum(path.stat().st_size for path in paths if path.exists())
+        # RECORD is pip's own, and so is who has installed it.
+        assert abs(there - wheel.kept) < 1000 + wheel.kept / 100, (there, wheel)
+        common += 1
+    assert common > 30

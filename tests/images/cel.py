@@ -1,7 +1,7 @@
 """The Common Expression Language as the API server has it, by the implementation of its makers.
 
-Numbers, strings, lists and maps are those of JSON; an object has the fields that it has, `has()` tells of the
-others. Strings have Kubernetes' further functions, such as `lowerAscii`.
+Numbers, strings, lists and maps are those of JSON; an object has the fields that it has, and
+`has()` tells of the others. Strings have Kubernetes' further functions, such as `lowerAscii`.
 """
 
 from __future__ import annotations

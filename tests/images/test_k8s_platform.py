@@ -1,4 +1,4 @@
-"""What a cluster does to pods of images/k8s: nodes are emptied, pods moved, hung, updated, and cut off."""
+"""What a cluster does to pods: nodes are emptied, disks fill, processes hang, rollouts wait."""
 
 from __future__ import annotations
 

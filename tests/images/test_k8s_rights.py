@@ -173,6 +173,10 @@ def restricts_ptrace() -> bool:
     return scope.exists() and scope.read_text().strip() != "0"
 
 
+def test_to_end_others_is_not_for_criu(warm: Warm) -> None:
+    assert restored(warm, "kill").returncode == 0
+
+
 def test_tracing_is_for_the_freeze_and_where_yama_is_on(warm: Warm, tmp_path: Path) -> None:
     assert restored(warm, "sys_ptrace").returncode == 0
     words = ("snapshot", "create", warm.model, "--snapshot-store", tmp_path / "images")

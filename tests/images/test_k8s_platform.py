@@ -154,14 +154,12 @@ def test_under_dynamo_nothing_goes_by_labels_that_grove_writes() -> None:
     assert keys == {"coldframe/graph", "coldframe/part", "coldframe/worker"}
 
 
-def test_dynamos_front_end_ends_what_it_has_begun() -> None:
+def test_dynamos_front_end_has_as_long_for_its_end_as_workers() -> None:
     (front,) = [pod for pod in pods(built("dynamo")) if pod.name == "coldframe/Frontend"]
     (container,) = front.containers
-    given = {entry["name"]: entry.get("value") for entry in container["env"]}
-    drain_s = float(given["DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS"])
-    stop = container["lifecycle"]["preStop"]["sleep"]["seconds"]
-    assert drain_s >= 120
-    assert drain_s + stop + 5 <= front.spec["terminationGracePeriodSeconds"]
+    assert container["lifecycle"]["preStop"]["sleep"]["seconds"] == 5
+    workers = {pod.spec["terminationGracePeriodSeconds"] for pod in in_a_deployment("dynamo")}
+    assert workers == {front.spec["terminationGracePeriodSeconds"]}
 
 
 @pytest.mark.parametrize("names", SETS, ids=label)

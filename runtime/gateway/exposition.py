@@ -73,7 +73,7 @@ class _Families(Collector):
     def _requests(self) -> Iterator[Metric]:
         models, metrics = self._models, self._metrics
         # Whom nobody has asked yet has none: without a number autoscalers would keep the pod.
-        unasked = {(model,): 0 for model in self._stats}
+        unasked: dict[tuple[str, ...], float] = {(model,): 0 for model in self._stats}
         yield _gauge(
             "num_requests_running",
             "Requests that a worker has.",

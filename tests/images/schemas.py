@@ -24,6 +24,7 @@ from tests.images.cel import holds
 from tests.images.k8s import CRDS, Document, pods
 
 __all__ = [
+    "OLDEST",
     "VERSION",
     "Broken",
     "Rule",
@@ -36,6 +37,8 @@ __all__ = [
 
 VERSION = "1.36"
 """The Kubernetes whose schemas count: the first in which a pod's user namespaces are stable."""
+OLDEST = "1.30"
+"""The first that has all fields which ours use: AppArmor's profile is the latest of them."""
 
 _KNATIVE_ONLY = (
     "containerConcurrency",
@@ -73,8 +76,12 @@ class Broken(Exception):
     """An object breaks rules, or has an entry twice; the messages are its arguments."""
 
 
-def check(document: Document) -> None:
+def check(document: Document, version: str = VERSION) -> None:
     """Holds an object against its schema and the rules in it.
+
+    Args:
+        document: The object.
+        version: The Kubernetes whose own kinds are meant.
 
     Raises:
         jsonschema.ValidationError: It has what its schema has not.
@@ -83,7 +90,7 @@ def check(document: Document) -> None:
     """
     found = _crd(document["apiVersion"], document["kind"])
     if found is None:
-        kubernetes_validate.validate(document, VERSION, strict=True)
+        kubernetes_validate.validate(document, version, strict=True)
         return
     schema, validator = found
     validator.validate(document)

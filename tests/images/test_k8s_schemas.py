@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import pytest
 import yaml
 
 from tests.images.k8s import COMBINED, FOLDER, OVERLAYS, Document, build, built, one
-from tests.images.schemas import Schema, check, crd_schemas, kubernetes_types
+from tests.images.schemas import OLDEST, Schema, check, crd_schemas, kubernetes_types
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -30,6 +31,19 @@ def test_objects_are_what_their_schemas_say(overlay: str) -> None:
 def test_so_they_are_with_every_component(names: tuple[str, ...]) -> None:
     for document in built(*names):
         check(document)
+
+
+def test_all_of_it_is_in_the_oldest_kubernetes_that_the_guide_names_and_in_none_before() -> None:
+    sets = [*((overlay,) for overlay in OVERLAYS), *COMBINED]
+    documents = [document for names in sets for document in built(*names)]
+    for text in dict.fromkeys(json.dumps(document, sort_keys=True) for document in documents):
+        check(json.loads(text), OLDEST)
+    deployment = one(built("deployment-snapshots"), "Deployment")
+    major, minor = OLDEST.split(".")
+    with pytest.raises(kubernetes_validate.ValidationError, match="appArmorProfile"):
+        check(deployment, f"{major}.{int(minor) - 1}")
+    guide = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
+    assert f"Kubernetes {OLDEST} or newer" in guide
 
 
 def test_the_guides_own_overlay_is_one(tmp_path: Path) -> None:

@@ -59,10 +59,12 @@ test-heavy: setup
 test-images: setup images-system
 	$(BIN)/python -m pytest -m images tests/images tests/benchmarks/test_image_bench.py
 
-# buildah carries Dockerfiles out, mmdebstrap makes what they begin with, runc runs what comes of it.
+# buildah carries Dockerfiles out, mmdebstrap makes what they begin with, runc runs what comes of it; with buildah comes
+# the seccomp profile that CRI-O has.
 images-system:
 	@missing=""; \
 	for program in buildah runc mmdebstrap; do command -v $$program >/dev/null || missing="$$missing $$program"; done; \
+	test -e /usr/share/containers/seccomp.json || missing="$$missing golang-github-containers-common"; \
 	test -z "$$missing" || (apt-get update -qq && apt-get install -y -qq --no-install-recommends $$missing)
 
 # What torch and vLLM ask for today, into the images' lists, and what their wheels hold, of which no whole one is

@@ -72,17 +72,19 @@ class _Families(Collector):
 
     def _requests(self) -> Iterator[Metric]:
         models, metrics = self._models, self._metrics
+        # Whom nobody has asked yet has none: without a number autoscalers would keep the pod.
+        unasked: dict[tuple[str, ...], float] = {(model,): 0 for model in self._stats}
         yield _gauge(
             "num_requests_running",
             "Requests that a worker has.",
             ["model"],
-            {(model,): numbers.running for model, numbers in models},
+            {**unasked, **{(model,): numbers.running for model, numbers in models}},
         )
         yield _gauge(
             "num_requests_waiting",
             "Requests that wait for a worker, also while there is none.",
             ["model"],
-            {(model,): numbers.waiting for model, numbers in models},
+            {**unasked, **{(model,): numbers.waiting for model, numbers in models}},
         )
         yield _counter(
             "prompt_tokens",

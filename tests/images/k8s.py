@@ -35,9 +35,10 @@ OVERLAYS = [name for name in _kustomizations("Kustomization") if name != "base"]
 """What is there to be applied as it is."""
 COMPONENTS = _kustomizations("Component")
 
+_READ_ONLY = "components/snapshots-read-only"
 _RIGHTS = ("components/snapshots", "components/user-namespace")
 _MODELS = ("components/model-volume", "components/model-s3")
-_PLAIN = [name for name in COMPONENTS if name not in (*_RIGHTS, *_MODELS)]
+_PLAIN = [name for name in COMPONENTS if name not in (*_RIGHTS, _READ_ONLY, *_MODELS)]
 
 
 def _combined() -> list[tuple[str, ...]]:
@@ -51,6 +52,7 @@ def _combined() -> list[tuple[str, ...]]:
         rights = [name for name in _RIGHTS if name not in inside]
         if not rights[1:]:  # it has snapshots
             found.append((overlay, *plain, *rights))
+            found.append((overlay, _READ_ONLY))
         else:
             found += [(overlay, *plain), (overlay, *plain, *rights)]
     return found

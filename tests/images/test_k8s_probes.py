@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from tests.images.k8s import OVERLAYS, built, environment, ours, pods
 from tests.runtime.serving import served
@@ -63,24 +62,8 @@ def test_a_cold_server_is_alive_and_not_ready(demo_model: Make, tmp_path: Path) 
         assert '"platform": "kubernetes"' in server.log
 
 
-def _as_asked(metric: dict[str, Any]) -> str:
-    """What `Server.metrics` calls it."""
-    labels = metric.get("selector", {}).get("matchLabels", {})
-    name = str(metric["name"])
-    return f"{name}{{{','.join(labels.values())}}}" if labels else name
-
-
 def test_a_ready_server_is_both(demo_model: Make, tmp_path: Path) -> None:
-    # What autoscalers go by is asked on the way.
-    metrics = {
-        _as_asked(metric["pods"]["metric"])
-        for overlay in OVERLAYS
-        for document in built(overlay)
-        if document["kind"] == "HorizontalPodAutoscaler"
-        for metric in document["spec"]["metrics"]
-    }
     with served(demo_model(), *flags(), **variables(tmp_path)) as server:
         server.ready()
         assert {server.get(path).status_code for _, path in probes()} == {200}
-        server.complete(max_tokens=1)
-        assert metrics <= set(server.metrics())
+        assert server.complete(max_tokens=1)

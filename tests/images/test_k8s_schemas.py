@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-import functools
+import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,77 +15,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.images.k8s import COMBINED, CRDS, FOLDER, OVERLAYS, Document, build, built, one, pods
-
-VERSION = "1.36"
-"""The Kubernetes whose schemas count: the first in which a pod's user namespaces are stable."""
-
-_KNATIVE_ONLY = (
-    "containerConcurrency",
-    "idleTimeoutSeconds",
-    "responseStartTimeoutSeconds",
-    "timeoutSeconds",
-)
-_METADATA = {"name": "test"}
-
-
-def closed(schema: Any) -> Any:
-    """A CRD's schema that takes no field it does not name, as `kubectl apply` does not."""
-    if isinstance(schema, list):
-        return [closed(item) for item in schema]
-    if not isinstance(schema, dict):
-        return schema
-    made = {
-        key: {name: closed(part) for name, part in value.items()}
-        if key == "properties"
-        else closed(value)
-        for key, value in schema.items()
-    }
-    if "properties" in schema and not schema.get("x-kubernetes-preserve-unknown-fields"):
-        made["additionalProperties"] = False
-    return made
-
-
-@functools.cache
-def crd(api_version: str, kind: str) -> jsonschema.Draft202012Validator | None:
-    """What holds a custom resource against its definition; None where it is no custom one."""
-    for path in sorted(CRDS.glob("*.yaml")):
-        spec = yaml.safe_load(path.read_text())["spec"]
-        for version in spec["versions"]:
-            if (api_version, kind) == (f"{spec['group']}/{version['name']}", spec["names"]["kind"]):
-                schema = closed(version["schema"]["openAPIV3Schema"])
-                jsonschema.Draft202012Validator.check_schema(schema)
-                return jsonschema.Draft202012Validator(schema)
-    return None
-
-
-def check(document: Document) -> None:
-    """Holds an object against its schema, and pods in it against Kubernetes'."""
-    validator = crd(document["apiVersion"], document["kind"])
-    if validator is None:
-        kubernetes_validate.validate(document, VERSION, strict=True)
-        return
-    validator.validate(document)
-    for pod in pods([document]):
-        spec = {name: value for name, value in pod.spec.items() if name not in _KNATIVE_ONLY}
-        spec = copy.deepcopy(spec)
-        for container in spec["containers"]:
-            container.setdefault("name", "main")
-            for probe in ("startupProbe", "livenessProbe", "readinessProbe"):
-                # Knative fills in its one port, and lets probes be as often as can be.
-                if document["kind"] == "Service" and probe in container:
-                    container[probe]["httpGet"].setdefault("port", 8080)
-        template = {"metadata": {"labels": pod.labels}, "spec": spec}
-        kubernetes_validate.validate(
-            {
-                "apiVersion": "v1",
-                "kind": "PodTemplate",
-                "metadata": _METADATA,
-                "template": template,
-            },
-            VERSION,
-            strict=True,
-        )
+from tests.images.k8s import COMBINED, FOLDER, OVERLAYS, Document, build, built, one
+from tests.images.schemas import OLDEST, Schema, check, crd_schemas, kubernetes_types
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -101,9 +33,23 @@ def test_so_they_are_with_every_component(names: tuple[str, ...]) -> None:
         check(document)
 
 
+def test_all_of_it_is_in_the_oldest_kubernetes_that_the_guide_names_and_in_none_before() -> None:
+    sets = [*((overlay,) for overlay in OVERLAYS), *COMBINED]
+    documents = [document for names in sets for document in built(*names)]
+    for text in dict.fromkeys(json.dumps(document, sort_keys=True) for document in documents):
+        check(json.loads(text), OLDEST)
+    deployment = one(built("deployment-snapshots"), "Deployment")
+    major, minor = OLDEST.split(".")
+    with pytest.raises(kubernetes_validate.ValidationError, match="appArmorProfile"):
+        check(deployment, f"{major}.{int(minor) - 1}")
+    guide = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
+    assert f"Kubernetes {OLDEST} or newer" in guide
+
+
 def test_the_guides_own_overlay_is_one(tmp_path: Path) -> None:
     guide = (FOLDER.parents[1] / "docs" / "kubernetes.md").read_text()
-    (text,) = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    blocks = re.findall(r"```yaml\n(.*?)```", guide, re.DOTALL)
+    (text,) = [block for block in blocks if "kind: Kustomization" in block]
     here = os.path.relpath(FOLDER, tmp_path)
     (tmp_path / "kustomization.yaml").write_text(text.replace("coldframe/images/k8s", here))
     (documents,) = build([tmp_path])
@@ -111,7 +57,7 @@ def test_the_guides_own_overlay_is_one(tmp_path: Path) -> None:
         check(document)
         assert document["metadata"]["namespace"] == "models"
     (container,) = one(documents, "Deployment")["spec"]["template"]["spec"]["containers"]
-    assert container["image"] == "registry.internal/coldframe:cuda"
+    assert container["image"].startswith("registry.internal/coldframe@sha256:")
     assert container["args"][-1] == "--model-name=llama"
 
 
@@ -154,8 +100,71 @@ _PART = ("spec", "components", 1)
         (*_GRAPH, (*_PART, "replica"), 1),
         (*_GRAPH, (*_PART, "type"), "prefil"),
         (*_GRAPH, (*_PART, "podTemplate", "spec", "container"), []),
+        (*_GRAPH, (*_PART, "podTemplate", "metadata", "uid"), "1"),
+        (*_GRAPH, ("spec", "env", 0, "valuefrom"), {}),
+        (*_GRAPH, ("spec", "providerOverride"), {"value": {}}),
+        (*_GRAPH, ("spec", "topologyConstraint"), {"packDomain": "zone"}),
+        (*_GRAPH, ("spec", "experimental"), {"kvTransferPolicies": {}}),
+        (*_GRAPH, ("spec", "experimental"), {"componentGroups": [{"name": "a", "replicas": 0}]}),
+        (*_GRAPH, (*_PART, "experimental"), {"failover": {"numShadows": 2}}),
+        (*_GRAPH, (*_PART, "experimental"), {"checkpoint": {"enabled": True, "mode": "auto"}}),
+        (*_GRAPH, (*_PART, "eppConfig"), {"configMapRef": {"name": "no-key"}}),
+        (*_GRAPH, (*_PART, "multinode"), {"nodeCount": 1}),
     ],
 )
 def test_a_wrong_field_is_found(overlay: str, kind: str, path: tuple[Any, ...], value: Any) -> None:
     with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
         check(_broken(overlay, kind, *path, value=value))
+
+
+def _places(schema: Schema, place: str = "") -> Iterator[tuple[str, Schema]]:
+    """All that a schema describes."""
+    yield place, schema
+    for name, part in schema.get("properties", {}).items():
+        yield from _places(part, f"{place}.{name}".lstrip("."))
+    if "items" in schema:
+        yield from _places(schema["items"], f"{place}[]")
+
+
+def test_what_dynamos_definition_leaves_open_is_open_there_or_one_of_kubernetes_types() -> None:
+    (graph,) = [schema for _, kind, schema in crd_schemas() if kind == "DynamoGraphDeployment"]
+    places = dict(_places(graph))
+    part, node = "spec.components[]", "spec.components[].multinode"
+    services = f"{part}.experimental"
+    assert {
+        place: schema["x-coldframe-type"]
+        for place, schema in places.items()
+        if "x-coldframe-type" in schema
+    } == {
+        f"{part}.podTemplate.spec": "io.k8s.api.core.v1.PodSpec",
+        "spec.env[]": "io.k8s.api.core.v1.EnvVar",
+    }
+    assert {
+        place
+        for place, schema in places.items()
+        if schema.get("x-kubernetes-preserve-unknown-fields")
+    } == {
+        f"{part}.eppConfig.config",
+        f"{part}.eppConfig.config.plugins[].parameters",
+        f"{services}.checkpoint.job.podTemplate",
+        f"{services}.gpuMemoryService.extraClientPods[].podTemplate",
+        "spec.providerOverride.value",
+        f"{part}.providerOverride.value",
+        f"{node}.leader.providerOverride.value",
+        f"{node}.worker.providerOverride.value",
+    }
+    for place, schema in places.items():
+        if schema.get("type") == "object" and place not in ("", "metadata"):
+            known = {"properties", "additionalProperties", "x-kubernetes-preserve-unknown-fields"}
+            assert known & set(schema), place
+
+
+def test_kubernetes_types_are_looked_into() -> None:
+    known = kubernetes_types()
+    for _, _, schema in crd_schemas():
+        for _, part in _places(schema):
+            assert part.get("x-coldframe-type", "io.k8s.api.core.v1.Pod") in known
+    graph = copy.deepcopy(one(built("dynamo"), "DynamoGraphDeployment"))
+    graph["spec"]["components"][1]["podTemplate"]["spec"]["containers"][0]["ports"] = "http"
+    with pytest.raises(jsonschema.ValidationError, match="is not of type 'array'"):
+        check(graph)

@@ -40,10 +40,12 @@ class Cluster:
         base: A folder for all that it keeps.
         port: The front end listens there.
         log: What the front end writes.
+        process: The front end's.
     """
 
-    def __init__(self, base: Path, port: int, log: Path) -> None:
+    def __init__(self, base: Path, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
         self.base = base
+        self.process = process
         self.url = f"http://127.0.0.1:{port}"
         self.http = httpx.Client(base_url=self.url, timeout=90)
         self._log = log
@@ -131,7 +133,7 @@ def installed() -> None:
 
 @contextmanager
 def cluster(
-    *flags: object, migrations: int = 3, beside: Cluster | None = None
+    *flags: object, migrations: int = 3, beside: Cluster | None = None, **env: str
 ) -> Iterator[Cluster]:
     """A front end with a KV-aware router while the context lasts.
 
@@ -139,6 +141,7 @@ def cluster(
         flags: Further ones.
         migrations: How many workers may die under a request.
         beside: Another front end, whose workers are this one's, too.
+        env: Further variables of the front end's.
     """
     installed()
     base = Path(tempfile.mkdtemp(prefix="dyn-"))
@@ -152,12 +155,12 @@ def cluster(
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(word) for word in command],
-            env=without_settings() | shared,
+            env=without_settings() | shared | env,
             stdout=out,
             stderr=out,
             cwd=base,
         )
-    made = Cluster(base, port, log)
+    made = Cluster(base, port, log, process)
     try:
         eventually(lambda: _listens(process, port, made), seconds=_START_S)
         yield made

@@ -58,7 +58,7 @@ class Rule(NamedTuple):
 
     Args:
         place: What it is a rule of, as `spec.components[]`.
-        message: What the API server says.
+        message: What it is called in our copy.
         text: In CEL.
     """
 

@@ -19,9 +19,9 @@ _PART = ("spec", "components", 1)
 _FRONT = ("spec", "components", 0)
 _METADATA = (*_PART, "podTemplate", "metadata")
 _TRIAL = (*_PART, "experimental")
-_PORT = "must define either the 'portName' or the 'port'"
+_PORT = "one port"
 _POLICY = {"domain": "zone", "labelKey": "topology.kubernetes.io/zone"}
-_LATER = "extraClientPods is reserved for inter-pod GMS and is not implemented yet"
+_LATER = "no pods yet"
 _CLIENTS = [{"name": "a", "podTemplate": {}}]
 
 
@@ -37,19 +37,19 @@ def _memory(**fields: Any) -> list[Edit]:
 BREAKS: dict[tuple[str, str], list[Edit]] = {
     (
         "spec.components[].eppConfig",
-        "exactly one of configMapRef or config must be specified",
+        "one config",
     ): [((*_PART, "type"), "epp"), ((*_PART, "eppConfig"), {})],
     (
         "spec.components[].experimental.checkpoint",
-        "checkpoint.job cannot be set when checkpointRef is specified",
+        "no job beside a reference",
     ): [(_TRIAL, {"checkpoint": {"enabled": True, "checkpointRef": "warm", "job": {}}})],
     (
         "spec.components[].experimental.gpuMemoryService",
-        "extraClientContainers is only supported with mode=IntraPod",
+        "containers within a pod",
     ): _memory(mode="InterPod", extraClientContainers=["a"]),
     (
         "spec.components[].experimental.gpuMemoryService",
-        "extraClientPods is only supported with mode=InterPod",
+        "pods between pods",
     ): _memory(extraClientPods=_CLIENTS),  # the mode is a default's
     (
         "spec.components[].experimental.gpuMemoryService",
@@ -57,39 +57,39 @@ BREAKS: dict[tuple[str, str], list[Edit]] = {
     ): _memory(mode="InterPod", extraClientPods=_CLIENTS),
     (
         "spec.components[].podTemplate.metadata.annotations",
-        "podTemplate backend annotation must be mp or ray, case-insensitively",
+        "a backend that there is",
     ): [((*_METADATA, "annotations"), {"nvidia.com/vllm-distributed-executor-backend": "Uni"})],
     (
         "spec.components[]",
-        "eppConfig may only be set when type is epp",
+        "an epp's config",
     ): [((*_PART, "eppConfig"), {"configMapRef": {"key": "config"}})],
     (
         "spec.components[]",
-        "minAvailable must be less than or equal to replicas unless replicas is 0",
+        "no more available than there are",
     ): [((*_PART, "minAvailable"), 3)],
     (
         "spec.components",
-        "at most one component may have type epp",
+        "one epp",
     ): [((*_FRONT, "type"), "epp"), ((*_PART, "type"), "epp")],
     (
         "spec.components",
-        "component names must be unique case-insensitively",
+        "each name once",
     ): [((*_FRONT, "name"), "Prefill")],
     (
         "spec.experimental.kvTransferPolicy.labelKey",
-        "labelKey prefix must be 253 characters or less",
+        "a short prefix",
     ): _policy(labelKey=f"{'a.' * 126}ab/zone"),
     (
         "spec.experimental.kvTransferPolicy",
-        "exactly one of labelKey or clusterTopologyName is required",
+        "one topology",
     ): _policy(clusterTopologyName="racks"),
     (
         "spec.experimental.kvTransferPolicy",
-        "preferredWeight is required when enforcement is preferred",
+        "a preference has a weight",
     ): _policy(enforcement="preferred"),
     (
         "spec.experimental.kvTransferPolicy",
-        "preferredWeight may only be set when enforcement is preferred",
+        "a weight is a preference's",
     ): _policy(preferredWeight=0.5),
     ("spec.coldStartTimeoutFailoverRef", _PORT): [
         (("spec", "coldStartTimeoutFailoverRef"), {"service": "other"})
@@ -98,9 +98,9 @@ BREAKS: dict[tuple[str, str], list[Edit]] = {
 }
 # What goes by what there was before: a manifest alone cannot break it.
 TRANSITIONS = {
-    "minAvailable is immutable after creation",
-    "type is immutable after it is set",
-    "spec.restart must be unset on create; set spec.restart.id after creation to request a restart",
+    "minAvailable stays",
+    "type stays",
+    "no restart of what is new",
 }
 # What stands to these as they do to the broken ones, and breaks nothing.
 KEEPS: list[list[Edit]] = [

@@ -141,7 +141,7 @@ def test_what_breaks_a_rule_is_refused_by_it(kind: str, rule: Rule) -> None:
     # Its schema has nothing against it.
     with pytest.raises(Broken) as refused:
         check(_edited(kind, BREAKS[rule.place, rule.message]))
-    also = {_LATER} if rule.message.startswith("extraClientPods is only") else set()
+    also = {_LATER} if rule.message == "pods between pods" else set()
     assert set(refused.value.args) == {rule.message, *also}
 
 

@@ -35,6 +35,8 @@ _MOST_METADATA = 768 << 10
 _LEAST_WAIT_S = 20e-6
 _MOST_WAIT_S = 1e-3
 _ABORT_S = 30.0
+_READ_S = 100.0
+"""Less than a sender keeps what it lends: one that stands still is not waited for for ever."""
 
 
 def nixl_package() -> str | None:
@@ -52,19 +54,38 @@ class NixlAgent:
     Args:
         arena: Tells where blocks are.
         device: On which device that is.
+        patience_s: How long one request's KV may take.
     """
 
-    def __init__(self, arena: Callable[[], Arena], device: Callable[[], Device]) -> None:
+    def __init__(
+        self,
+        arena: Callable[[], Arena],
+        device: Callable[[], Device],
+        patience_s: float = _READ_S,
+    ) -> None:
         self._arena = arena
         self._device = device
+        self._patience_s = patience_s
         self._lock = threading.Lock()
         self._bindings: Any = None
         self._agent: Any = None
         self._backend: Any = None
+        self._closed = False
         self._registered = 0
         """Bytes of the arena, from its start."""
         self._known: dict[str, int] = {}
         """Other agents, and how many transfers are under way with each."""
+
+    def close(self) -> None:
+        """Ends it, and its thread: nobody is in a `read`, and nobody reads the arena behind this.
+
+        What others still ask for is answered by that thread, out of memory that would not be there
+        any more: UCX, where it goes by messages, does not look before it reads.
+        """
+        with self._lock:
+            self._closed = True
+            self._known.clear()
+            self._backend = self._agent = None  # the last references to either
 
     def offer(self) -> dict[str, Any]:
         """What another agent has to know to read the arena, as JSON values.
@@ -138,9 +159,12 @@ class NixlAgent:
         )
         try:
             status, wait_s = self._agent.postXferReq(handle, ""), _LEAST_WAIT_S
+            deadline = time.monotonic() + self._patience_s
             while status == bindings.NIXL_IN_PROG:
                 if not may_go_on():
                     raise TransferBroken("the sender is gone")
+                if time.monotonic() > deadline:
+                    raise TransferBroken("the sender takes too long", got=f"{self._patience_s:g} s")
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, _MOST_WAIT_S)
                 status = self._agent.getXferStatus(handle)
@@ -173,6 +197,8 @@ class NixlAgent:
 
     def _start(self) -> None:
         """Loads NIXL, and registers what has memory of the arena."""
+        if self._closed:
+            raise TransferBroken("this replica is ending")
         try:
             if self._agent is None:
                 self._load()

@@ -22,7 +22,7 @@ from typing import Any
 
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
-from coldframe.loader.kv.runs import stretches_of
+from coldframe.loader.kv.runs import portions, stretches_of
 from coldframe.loader.packages import add_site_packages
 from coldframe.loader.transport.asking import ask, call, refusal_of
 from coldframe.loader.transport.base import Transfer, Watch, Way
@@ -35,8 +35,9 @@ _MOST_METADATA = 768 << 10
 _LEAST_WAIT_S = 20e-6
 _MOST_WAIT_S = 1e-3
 _ABORT_S = 30.0
-_READ_S = 100.0
-"""Less than a sender keeps what it lends: one that stands still is not waited for for ever."""
+_PORTION = 64 << 20
+_PORTION_S = 20.0
+"""What is read at once, and how long that may take: a sender that stands still says nothing."""
 
 
 def nixl_package() -> str | None:
@@ -54,14 +55,14 @@ class NixlAgent:
     Args:
         arena: Tells where blocks are.
         device: On which device that is.
-        patience_s: How long one request's KV may take.
+        patience_s: How long a portion of it (64 MiB) may take.
     """
 
     def __init__(
         self,
         arena: Callable[[], Arena],
         device: Callable[[], Device],
-        patience_s: float = _READ_S,
+        patience_s: float = _PORTION_S,
     ) -> None:
         self._arena = arena
         self._device = device
@@ -129,7 +130,8 @@ class NixlAgent:
                 self._start()
                 name = self._meet(metadata)
             try:
-                self._read(name, far, (kind, number), stretches, may_go_on)
+                for portion in portions(stretches, _PORTION):
+                    self._read(name, far, (kind, number), portion, may_go_on)
             finally:
                 with self._lock:
                     self._part(name)

@@ -66,6 +66,11 @@ class Relay:
         for sock in self._open:
             sock.close()
 
+    def hold(self) -> None:
+        """Holds the next such answer back, where `pass_on` has been called before."""
+        self.held.clear()
+        self._passing.clear()
+
     def pass_on(self) -> None:
         """Lets the answer go that is held back, and all that come behind it."""
         self._passing.set()

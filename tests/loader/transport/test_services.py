@@ -96,12 +96,14 @@ def test_where_nixl_reaches_nobody_tcp_does(
         receiver.bring("d", ticket, 3)
 
 
-def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -> None:
-    size = 1 << 20
-    sender = open_service(ways=("tcp",), blocks=40, block_bytes=size)
-    receiver = open_service(ways=("tcp",), blocks=40, block_bytes=size)
+@pytest.mark.parametrize(("way", "count"), [("tcp", 36), ("nixl", 70)], indirect=["way"])
+def test_what_is_large_comes_in_several_parts(way: str, count: int, open_service: Open) -> None:
+    """Over several connections, or in portions."""
+    size, room = 1 << 20, count + 4
+    sender = open_service(ways=(way,), blocks=room, block_bytes=size)
+    receiver = open_service(ways=(way,), blocks=room, block_bytes=size)
     sender.open("a")
-    got = sender.assign("a", 36)
+    got = sender.assign("a", count)
     assert sender.worker.kv is not None
     assert receiver.worker.kv is not None
     whole = sender.worker.kv.reservation.view()
@@ -109,7 +111,7 @@ def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -
         whole[block * size : (block + 1) * size] = bytes([place + 1]) * size
     sender.worker.publish("a", [])
     sender.worker.drop("a")
-    there = receiver.bring("b", sender.offer("a", 36), 36)
+    there = receiver.bring("b", sender.offer("a", count), count)
     whole = receiver.worker.kv.reservation.view()
     for place, block in enumerate(there.blocks):
         assert bytes(whole[block * size : (block + 1) * size]) == bytes([place + 1]) * size

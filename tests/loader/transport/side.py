@@ -102,6 +102,25 @@ class Side(Service):
         until(ask)
         return found[0]
 
+    def start(
+        self, request: str, ticket: Any, written: int, by: MemoryClient | None = None
+    ) -> None:
+        """Begins to bring a request's KV; it is on its way when this returns.
+
+        Who opens it and who brings it have connections of their own, so that it may be asked for
+        before the service knows of it: then it is asked for again.
+        """
+        worker = self.worker if by is None else by
+        self.open(request)
+
+        def ask() -> bool:
+            if worker.may_assign and not worker.is_on_its_way(request):
+                assert worker.bring(request, 0, written, written, (), ticket) is None
+                assert worker.lost_why is None
+            return worker.is_on_its_way(request)
+
+        until(ask)
+
     def used(self) -> int:
         self.owner.send({"type": "usage"})
         return int(self.expect("usage").body["kv_used"])

@@ -49,9 +49,7 @@ def reading(open_service: Open, *ways: str) -> Iterator[Reading]:
     (place,) = (way for way in ticket["ways"] if way["transport"] == "nixl")
     with Relay(place["address"]) as relay:
         place["address"] = relay.address
-        receiver.open("b")
-        until(lambda: receiver.worker.may_assign)
-        assert receiver.worker.bring("b", 0, BLOCKS, BLOCKS, (), ticket) is None
+        receiver.start("b", ticket, BLOCKS)
         assert relay.held.wait(20)
         os.kill(sender.child.pid, signal.SIGSTOP)
         try:

@@ -252,10 +252,7 @@ def test_who_has_no_use_for_it_any_more_breaks_it_off(open_service: Open) -> Non
     try:
         ticket = sender.offer("a", 3)
         ticket["ways"][0]["address"] = slow.address
-        receiver.open("b")
-        until(lambda: receiver.worker.may_assign)
-        assert receiver.worker.bring("b", 0, 3, 3, (), ticket) is None
-        assert receiver.worker.is_on_its_way("b")
+        receiver.start("b", ticket, 3)
         assert slow.giving.wait(20)
         assert receiver.used() == 3
         receiver.worker.finish("b")
@@ -274,9 +271,7 @@ def test_a_worker_that_dies_leaves_nothing(open_service: Open) -> None:
         ticket["ways"][0]["address"] = slow.address
         other = receiver.client("other")
         other.wait_arenas()
-        receiver.open("b")
-        until(lambda: other.may_assign)
-        assert other.bring("b", 0, 3, 3, (), ticket) is None
+        receiver.start("b", ticket, 3, by=other)
         assert slow.giving.wait(20)
         other.hang_up()
         assert slow.gone.wait(20)

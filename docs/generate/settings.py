@@ -50,12 +50,17 @@ OTHERS = {
     "([S3](sources.md#s3))",
     "CUDA_VISIBLE_DEVICES": "which GPUs there are for us; `--device auto` looks at it, too",
     "CXX": "the C++ compiler that decode steps are compiled with (`g++`)",
+    "DYN_*": "how a worker is known to NVIDIA Dynamo ([Dynamo](dynamo.md#how-it-is-known)), and "
+    "what Dynamo's own runtime reads",
+    "ETCD_*": "what opens Dynamo's discovery: for `worker --dynamo` alone",
     "HF_ENDPOINT": "the hub's address, for mirrors",
     "HF_HOME": "where the hub's cache and token are; `HF_HUB_CACHE` and `HF_TOKEN_PATH` for one of "
     "them",
-    "HF_HUB_OFFLINE": "`1`: only the local cache",
+    "HF_HUB_OFFLINE": "`1`: only the local cache; so with `TRANSFORMERS_OFFLINE`",
     "HF_TOKEN": "for gated and private repositories; `HF_HUB_DISABLE_IMPLICIT_TOKEN=1` sends none",
+    "NATS_*": "what opens Dynamo's queues: for `worker --dynamo` alone",
     "OTEL_EXPORTER_OTLP_ENDPOINT": "switches tracing on, with OpenTelemetry's other variables",
+    "POD_IP": "by which address others reach this replica, where it listens at all of them",
     "SSL_CERT_FILE": "certificates to trust in place of the system's",
     "XDG_CACHE_HOME": "where images, compiled steps and a plan's rates are kept (`~/.cache`)",
     "XDG_RUNTIME_DIR": "where the run directory is made, unless `COLDFRAME_RUN_DIR` says it",
@@ -83,7 +88,7 @@ def read_by_code() -> set[str]:
 
 def named(name: str) -> bool:
     """Whether the sources name a variable; `AWS_*` is any of those that begin so."""
-    wanted = re.escape(name).replace(r"\*", "[A-Z]")
+    wanted = re.escape(name).replace(r"\*", "([A-Z]|\\b)")
     return any(re.search(rf"\b{wanted}", text, re.IGNORECASE) for text in _sources())
 
 

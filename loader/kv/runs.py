@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-__all__ = ["Run", "cut", "deal", "places_of", "runs_of", "stretches_of"]
+__all__ = ["Run", "cut", "deal", "places_of", "portions", "runs_of", "stretches_of"]
 
 Run = tuple[int, int, int]
 """Neighbouring blocks: the first here, the first in the order of those there, and how many."""
@@ -55,6 +55,29 @@ def stretches_of(
                     continue
             found.append((to, source, block_bytes))
     return found
+
+
+def portions(
+    stretches: Sequence[tuple[int, int, int]], most: int
+) -> Iterator[list[tuple[int, int, int]]]:
+    """The same bytes, so many at once; what is longer is cut.
+
+    Args:
+        stretches: As `stretches_of` gives them.
+        most: Bytes of a portion, at most.
+    """
+    portion: list[tuple[int, int, int]] = []
+    room = most
+    for to, source, length in stretches:
+        while length:
+            some = min(length, room)
+            portion.append((to, source, some))
+            to, source, length, room = to + some, source + some, length - some, room - some
+            if not room:
+                yield portion
+                portion, room = [], most
+    if portion:
+        yield portion
 
 
 def cut(block: int, count: int, block_bytes: int, most: int) -> Iterator[tuple[int, int]]:

@@ -55,6 +55,8 @@ class TransferDesk:
         """Breaks off what is under way, and waits until nobody looks at the arena."""
         self.give.close()
         self.take.close()
+        if self.take.agent is not None:
+            self.take.agent.close()
 
     def gone(self, connection: Connection) -> None:
         """A connection has ended."""

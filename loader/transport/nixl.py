@@ -22,7 +22,7 @@ from typing import Any
 
 from coldframe.loader.devices.base import Arena, Device
 from coldframe.loader.errors import ColdframeError, TransferBroken, TransferRefused
-from coldframe.loader.kv.runs import stretches_of
+from coldframe.loader.kv.runs import portions, stretches_of
 from coldframe.loader.packages import add_site_packages
 from coldframe.loader.transport.asking import ask, call, refusal_of
 from coldframe.loader.transport.base import Transfer, Watch, Way
@@ -35,6 +35,11 @@ _MOST_METADATA = 768 << 10
 _LEAST_WAIT_S = 20e-6
 _MOST_WAIT_S = 1e-3
 _ABORT_S = 30.0
+_GRACE_S = 1.0
+"""For a read that nobody waits for to end by itself: most are through long before."""
+_PORTION = 64 << 20
+_PORTION_S = 20.0
+"""What is read at once, and how long that may take: a sender that stands still says nothing."""
 
 
 def nixl_package() -> str | None:
@@ -52,19 +57,41 @@ class NixlAgent:
     Args:
         arena: Tells where blocks are.
         device: On which device that is.
+        patience_s: How long a portion of it (64 MiB) may take.
     """
 
-    def __init__(self, arena: Callable[[], Arena], device: Callable[[], Device]) -> None:
+    def __init__(
+        self,
+        arena: Callable[[], Arena],
+        device: Callable[[], Device],
+        patience_s: float = _PORTION_S,
+    ) -> None:
         self._arena = arena
         self._device = device
-        self._lock = threading.Lock()
+        self._patience_s = patience_s
+        self._lock = threading.Condition()
         self._bindings: Any = None
         self._agent: Any = None
         self._backend: Any = None
+        self._closed = False
         self._registered = 0
         """Bytes of the arena, from its start."""
         self._known: dict[str, int] = {}
         """Other agents, and how many transfers are under way with each."""
+        self._reading = 0
+        self._retiring = False
+        """A read could not be ended: all end, and the agent with them."""
+
+    def close(self) -> None:
+        """Ends it, and its thread: nobody is in a `read`, and nobody reads the arena behind this.
+
+        What others still ask for is answered by that thread, out of memory that would not be there
+        any more: UCX, where it goes by messages, does not look before it reads.
+        """
+        with self._lock:
+            self._closed = True
+            self._known.clear()
+            self._backend = self._agent = None  # the last references to either
 
     def offer(self) -> dict[str, Any]:
         """What another agent has to know to read the arena, as JSON values.
@@ -73,6 +100,7 @@ class NixlAgent:
             TransferBroken: There is no NIXL here, or it cannot be used; other ways may lead there.
         """
         with self._lock:
+            self._lock.wait_for(lambda: not self._retiring)
             self._start()
             metadata = self._agent.getLocalMD()
             address = self._arena().address
@@ -105,13 +133,19 @@ class NixlAgent:
             raise TransferBroken("a NIXL agent says nothing that can be understood", got=kind)
         try:
             with self._lock:
+                self._lock.wait_for(lambda: not self._retiring)
                 self._start()
                 name = self._meet(metadata)
+                self._reading += 1
             try:
-                self._read(name, far, (kind, number), stretches, may_go_on)
+                for portion in portions(stretches, _PORTION):
+                    self._read(name, far, (kind, number), portion, may_go_on)
             finally:
                 with self._lock:
-                    self._part(name)
+                    try:
+                        self._part(name)
+                    finally:
+                        self._leave()
         except ColdframeError:
             raise
         except Exception as error:  # noqa: BLE001 - the bindings have a class for each of UCX's
@@ -138,26 +172,57 @@ class NixlAgent:
         )
         try:
             status, wait_s = self._agent.postXferReq(handle, ""), _LEAST_WAIT_S
-            while status == bindings.NIXL_IN_PROG:
-                if not may_go_on():
-                    raise TransferBroken("the sender is gone")
+            deadline = time.monotonic() + self._patience_s
+            broken: TransferBroken | None = None
+            while status == bindings.NIXL_IN_PROG and not self._retiring:
+                moment = time.monotonic()
+                if broken is not None and moment > deadline:
+                    self._retiring = True
+                elif broken is None:
+                    if not may_go_on():
+                        broken = TransferBroken("the sender is gone")
+                    elif moment > deadline:
+                        limit = f"{self._patience_s:g} s"
+                        broken = TransferBroken("the sender takes too long", got=limit)
+                    if broken is not None:
+                        deadline = moment + _GRACE_S
                 time.sleep(wait_s)
                 wait_s = min(2 * wait_s, _MOST_WAIT_S)
                 status = self._agent.getXferStatus(handle)
+            if broken is not None:
+                raise broken
+            if self._retiring:
+                raise TransferBroken("NIXL is started anew here: another read had no end")
             if status != bindings.NIXL_SUCCESS:
                 raise TransferBroken("NIXL could not bring it", got=status)
         finally:
             self._release(handle)
 
+    def _leave(self) -> None:
+        """One reads less. Where a read could not be ended it returns once nothing can be written.
+
+        A read that was given up is none that has ended: NIXL lets go of it, and what the sender
+        answers in the end is written all the same. Only without the agent it is not.
+        """
+        self._reading -= 1
+        if self._retiring and not self._reading:
+            self._backend = self._agent = None
+            self._registered = 0
+            self._known.clear()
+            self._retiring = False
+            self._lock.notify_all()
+        self._lock.wait_for(lambda: not self._retiring)
+
     def _release(self, handle: Any) -> None:
-        """Ends a transfer; nothing is written for it behind that."""
+        """Lets go of a transfer; one that cannot be let go of goes with the agent."""
         deadline = time.monotonic() + _ABORT_S
         while True:
             try:
                 self._agent.releaseXferReq(handle)
-            except Exception:  # it is under way still, and is told to end by each such call
-                if time.monotonic() > deadline:
-                    raise
+            except Exception:  # noqa: BLE001 - it is under way still, of no type that is told
+                if self._retiring or time.monotonic() > deadline:
+                    self._retiring = True
+                    return
                 time.sleep(_MOST_WAIT_S)
             else:
                 return
@@ -173,6 +238,8 @@ class NixlAgent:
 
     def _start(self) -> None:
         """Loads NIXL, and registers what has memory of the arena."""
+        if self._closed:
+            raise TransferBroken("this replica is ending")
         try:
             if self._agent is None:
                 self._load()

@@ -16,30 +16,32 @@ from coldframe.runtime.replica.scale_spec import DecodeSpec, Scale
 
 __all__ = ["add_worker_arguments", "worker_options"]
 
+_COUNT = (
+    "how many {} workers: so many, or as many between two numbers as there is work for; where, "
+    "behind an @, as 1-4@cuda:0, also each role on a GPU of its own"
+)
+_DECODERS = "vllm|native,vllm|tcp://HOST:PORT|dns://NAME:PORT|file:///PATH"
+
 
 def add_worker_arguments(parser: Parser) -> None:
     """The flags that say which workers there are to be."""
     add_device_argument(parser)
     flag = partial(parser.flag, group=parser.add_argument_group("workers"))
-    for role, engines, more in (
-        ("prefill", "", ""),
-        (
-            "decode",
-            "|vllm|native,vllm|tcp://HOST:PORT|dns://NAME:PORT|file:///PATH",
-            "; vllm has a vLLM engine decode, native,vllm once that is up; tcp://HOST:PORT a "
-            "worker on another host, dns://NAME:PORT those at all addresses of a name, "
-            "file:///PATH those of a file of HOST:PORT lines, as long as they are listed; beside "
-            "others where commas are between them",
-        ),
-    ):
-        flag(
-            f"--{role}",
-            metavar=f"N|MIN-MAX{engines}",
-            default="1",
-            help=f"how many {role} workers: so many, or as many between two numbers as there is "
-            "work for; where, behind an @, as 1-4@cuda:0, also each role on a GPU of its own"
-            f"{more} (1)",
-        )
+    flag(
+        "--prefill",
+        metavar="N|MIN-MAX",
+        default="1",
+        help=f"{_COUNT.format('prefill')} (1)",
+    )
+    flag(
+        "--decode",
+        metavar=f"N|MIN-MAX|{_DECODERS}",
+        default="1",
+        help=f"{_COUNT.format('decode')}; vllm has a vLLM engine decode, native,vllm once that is "
+        "up; tcp://HOST:PORT a worker on another host, dns://NAME:PORT those at all addresses of a "
+        "name, file:///PATH those of a file of HOST:PORT lines, as long as they are listed; beside "
+        "others where commas are between them (1)",
+    )
     flag(
         "--prefill-share",
         metavar="TOKENS",

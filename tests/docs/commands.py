@@ -1,7 +1,8 @@
 """The commands that the README and the pages show, as they stand there.
 
 A command is a line of a block of shell (fenced as `sh`, `bash` or `console`, or indented and
-beginning with a program), or a span of code in a sentence that begins with `coldframe`.
+beginning with a program), or a span of code in a sentence that begins with a program of ours, or
+with one that the pages ask to be called.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _PROGRAMS = {
     *("pip", "python", "python3", "vllm"),
 }
 """What an indented block begins with, if it is one of commands."""
-_IN_SENTENCES = ("coldframe ", "make ", "pip ")
+_IN_SENTENCES = re.compile(r"(coldframe|make|pip|kubectl|(images|build|snapshot)/[\w./-]+) ")
 _ASSIGNED = re.compile(r"[A-Za-z_][A-Za-z0-9_]*=")
 _SUBSTITUTED = re.compile(r"\$\([^()]*\)")
 
@@ -106,11 +107,11 @@ def blocks() -> list[Block]:
 
 
 def spans() -> Iterator[tuple[str, str]]:
-    """Each span of code that is one of our commands, `make` or `pip`, with where it is."""
+    """Each span of code in a sentence that is a command, with where it is."""
     for page in PAGES:
         for token in MarkdownIt("commonmark").enable("table").parse(page.read_text()):
             for child in token.children or ():
-                if child.type == "code_inline" and child.content.startswith(_IN_SENTENCES):
+                if child.type == "code_inline" and _IN_SENTENCES.match(child.content):
                     number = token.map[0] + 1 if token.map else 0
                     yield f"{page.relative_to(ROOT)}:{number}", " ".join(child.content.split())
 

@@ -13,7 +13,7 @@ from typing import Protocol
 
 from tests.docs.commands import ROOT, Line
 
-__all__ = ["REASONS", "Reason", "reason_for"]
+__all__ = ["EXAMPLES", "REASONS", "SENTENCES", "Reason", "Tested", "reason_for"]
 
 
 class Reason(Protocol):
@@ -311,9 +311,9 @@ REASONS: list[tuple[str, Reason]] = [
     (
         r"coldframe worker --dynamo --role (prefill|decode) ",
         Tested(
-            f"{_DYNAMO}/test_apart.py",
-            "test_both_have_their_part_of_an_answer",
-            ("front.worker(model, role=role)", '("prefill", "decode")', "mark.dynamo"),
+            f"{_DYNAMO}/conftest.py",
+            "pair",
+            ("front.worker(model, role=role)", '("prefill", "decode")'),
         ),
     ),
     (
@@ -359,6 +359,22 @@ REASONS: list[tuple[str, Reason]] = [
     (r"images/build\.sh cuda\b", Unbuilt("cuda", "gigabytes of CUDA's libraries, for a GPU")),
     (r"images/build\.sh vllm\b", Unbuilt("vllm", "the same, and vLLM")),
     (
+        r"kubectl ",
+        Tested(
+            "tests/docs/test_kubectl.py",
+            "test_secrets_are_those_that_pods_ask_for",
+            ('line.program == "kubectl"', "applied(block)"),
+        ),
+    ),
+    (
+        r"docker (run|build) .*coldframe:cpu",
+        Tested(
+            "tests/images/test_guide.py",
+            "test_what_docker_is_told_to_do_is_done",
+            ('line.program == "docker"',),
+        ),
+    ),
+    (
         r"coldframe bench peers ",
         _bench(
             "test_fan_out.py", "test_the_last_of_several_is_ready_little_after_one_alone", "peers"
@@ -368,6 +384,49 @@ REASONS: list[tuple[str, Reason]] = [
 """Lines, as regular expressions of their beginnings, and why they are not run; the first counts."""
 
 
+SENTENCES: dict[str, Reason] = {
+    "bench graphs": Tested(
+        "tests/benchmarks/test_graph_archive.py",
+        "test_every_figure_is_taken",
+        ("benchmarks.graph_archive import run",),
+    ),
+    **{
+        f"bench vllm-{name}": Tested(
+            "tests/benchmarks/test_vllm_benchmarks.py", test, (f'"vllm-{name}"',)
+        )
+        for name, test in {
+            "bridge": "test_a_bridge",
+            "gated": "test_gates",
+            "handoff": "test_a_handoff",
+            "load": "test_a_load",
+        }.items()
+    },
+    "snapshot template": Tested(
+        "tests/runtime/planning/test_tiers_rehearsed.py",
+        "test_a_template_that_is_resident_is_rehearsed",
+        ('"snapshot", "template"',),
+    ),
+    "images/base.sh": Tested("tests/images/building.py", "base", ('"base.sh"',)),
+    "images/check_budget.py": Tested(
+        "tests/images/test_image.py", "test_it_is_within_its_budget", ('*CHECK, "cpu"',)
+    ),
+}
+"""Commands of ours that pages name in sentences, and in no block of commands."""
+
+EXAMPLES: dict[str, Reason] = {
+    "docs/serving.md python": Tested(
+        "tests/runtime/commands/test_serving_doc.py", "test_the_example", ("serving.md",)
+    ),
+    "docs/vllm.md python": Tested(
+        f"{_VLLM}/test_real_doc.py", "test_the_connectors_settings", ("vllm.md",)
+    ),
+    "docs/kubernetes.md yaml": Tested(
+        "tests/images/test_k8s_schemas.py", "test_the_guides_own_overlay_is_one", ("kubernetes.md",)
+    ),
+}
+"""Blocks of other languages than the shell's, by page: their tests read them there."""
+
+
 FOREIGN: dict[str, Reason] = {
     program: Foreign(program, why)
     for program, why in {
@@ -375,7 +434,6 @@ FOREIGN: dict[str, Reason] = {
         "docker": "an engine",
         "gcloud": "an account",
         "helm": "a cluster",
-        "kubectl": "a cluster",
         "podman": "an engine",
     }.items()
 }

@@ -13,12 +13,14 @@ import subprocess
 import tomllib
 
 import pytest
+from markdown_it import MarkdownIt
 
 from coldframe.benchmarks import command as bench
 from coldframe.runtime import cli
 from coldframe.runtime.flags.parser import Parser
+from tests.docs import elsewhere
 from tests.docs.commands import PAGES, ROOT, Block, Call, Line, blocks, calls, spans
-from tests.docs.elsewhere import REASONS, reason_for
+from tests.docs.elsewhere import EXAMPLES, REASONS, SENTENCES, reason_for
 
 BLOCKS = blocks()
 LINES = [(block, line) for block in BLOCKS for line in block.lines]
@@ -68,6 +70,17 @@ def complaint(arguments: list[str]) -> str | None:
     return None
 
 
+def is_ours(call: Call) -> bool:
+    """Whether it is `coldframe`, or that of an environment."""
+    return call.program.rpartition("/")[2] == "coldframe"
+
+
+def name_of(call: Call) -> str:
+    """What of coldframe is called: a command, and which part of it where it has some."""
+    words = [word for word in call.arguments if not word.startswith("-")]
+    return " ".join(words[: 2 if words[:1] in (["bench"], ["snapshot"]) else 1])
+
+
 def ids(cases: list[tuple[Block, Line]]) -> list[str]:
     return [f"{block.where} {line.text}"[:100] for block, line in cases]
 
@@ -112,7 +125,9 @@ def test_what_a_sentence_names_is_there(where: str, text: str) -> None:
         extras = re.findall(r"coldframe\[([a-z0-9,]+)\]", text) if call.program == "pip" else []
         unknown = {name for names in extras for name in names.split(",")} - EXTRAS
         assert not unknown, f"{where}: {text}"
-        if call.program != "coldframe" or not arguments or arguments[0] in ("--help", "--version"):
+        if call.program.startswith(("images/", "snapshot/")):
+            assert os.access(ROOT / call.program, os.X_OK), f"{where}: {text}"
+        if not is_ours(call) or not arguments or arguments[0] in ("--help", "--version"):
             continue
         if arguments == ["bench"]:
             continue
@@ -159,3 +174,44 @@ def test_no_reason_is_left_over() -> None:
     used = {id(reason_for(line)) for _, line in LINES}
     left = [pattern for pattern, reason in REASONS if id(reason) not in used]
     assert left == []
+
+
+def test_what_stands_in_sentences_alone_is_run_as_well() -> None:
+    """The same command is in a block, or a test is named."""
+    named = {
+        name_of(call)
+        for _, text in spans()
+        for call in calls(text)
+        if is_ours(call) and not any(word.isupper() for word in call.arguments[:1])
+    }
+    programs = {call.program for _, text in spans() for call in calls(text)}
+    shown = {name_of(call) for text in TEXTS[: len(LINES)] for call in calls(text) if is_ours(call)}
+    alone = (named - shown - {"", "bench"}) | {
+        name for name in programs if name.startswith(("images/", "snapshot/"))
+    }
+    assert alone == set(SENTENCES)
+    problems = {name: reason.problem(Line(name)) for name, reason in SENTENCES.items()}
+    assert not any(problems.values()), problems
+
+
+def test_every_benchmark_is_run_by_a_test() -> None:
+    """Also those that no page shows: the reference has them all."""
+    shown = {name_of(call) for text in TEXTS[: len(LINES)] for call in calls(text)}
+    left = {f"bench {name}" for name in bench.BENCHMARKS} - shown - set(SENTENCES)
+    assert left == {"bench snapshot"}
+    reason = elsewhere.Tested(
+        "tests/benchmarks/test_snapshot.py", "test_eviction_is_real", ('"snapshot"',)
+    )
+    assert reason.problem(Line("")) is None
+
+
+def test_examples_in_other_languages_are_tested() -> None:
+    """Python and YAML are run or built by tests of their own."""
+    found = []
+    for page in PAGES:
+        for token in MarkdownIt("commonmark").parse(page.read_text()):
+            if token.type == "fence" and token.info.strip() in ("python", "yaml", "json", "toml"):
+                found.append(f"{page.relative_to(ROOT)} {token.info.strip()}")
+    assert sorted(found) == sorted(EXAMPLES)
+    problems = {name: reason.problem(Line(name)) for name, reason in EXAMPLES.items()}
+    assert not any(problems.values()), problems

@@ -73,6 +73,19 @@ def test_variables_of_others_are_read(name: str) -> None:
     assert named(name)
 
 
+def test_what_is_read_of_others_is_told() -> None:
+    found = set()
+    for folder in ("loader", "snapshot", "runtime"):
+        for path in (ROOT / folder).rglob("*.py"):
+            read = r"\benviron(?:\.get\(|\.pop\(|\[)\s*\"(\w+)\""
+            found |= set(re.findall(read, path.read_text()))
+    told = " ".join([*OTHERS, *OTHERS.values()])
+    for name in sorted(found - {"PATH"}):
+        if not name.startswith("COLDFRAME_"):
+            family = f"{name.partition('_')[0]}_*"
+            assert re.search(rf"\b{name}\b", told) or family in OTHERS, name
+
+
 # -- metrics ----------------------------------------------------------------------------------
 
 

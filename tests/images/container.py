@@ -22,7 +22,7 @@ import httpx
 from tests.images.networks import within
 from tests.runtime.snapshots import eventually
 
-__all__ = ["FOR_CRIU", "Container", "Platform", "container", "layers_of"]
+__all__ = ["DEFAULT", "FOR_CRIU", "Container", "Platform", "container", "layers_of"]
 
 _END_S = 60.0
 _DEFAULT = (
@@ -30,8 +30,10 @@ _DEFAULT = (
     *("SETGID", "SETPCAP", "SETUID", "SYS_CHROOT", "AUDIT_WRITE"),
 )
 _MORE = ("SYS_ADMIN", "SYS_PTRACE", "NET_ADMIN", "SYS_TIME", "CHECKPOINT_RESTORE")
-FOR_CRIU = tuple(f"CAP_{name}" for name in (*_DEFAULT, *_MORE))
-"""What root has in a container by default, and what docs/snapshots.md asks for besides."""
+DEFAULT = tuple(f"CAP_{name}" for name in _DEFAULT)
+"""What root has in a container by default."""
+FOR_CRIU = (*DEFAULT, *(f"CAP_{name}" for name in _MORE))
+"""That, and what docs/snapshots.md asks for besides."""
 _OWN_NAMESPACES = 0x7E020000  # of clone(2): mounts, cgroups, hostname, IPC, users, PIDs, network
 _REFUSED = [
     *("mount", "umount2", "move_mount", "open_tree", "fsopen", "fsmount", "pivot_root"),

@@ -150,6 +150,10 @@ class Server:
         found = self._children("coldframe.loader.memory_service.service")
         return sorted(found, key=lambda process: process.create_time())
 
+    def peer_finders(self) -> list[psutil.Process]:
+        """The process that finds peers in Dynamo's discovery, where there is one."""
+        return self._children("coldframe.runtime.integrations.dynamo.peers")
+
     def worker(self, role: str) -> psutil.Process:
         """The process of the one worker that is `prefill` or `decode`; the first starts first."""
         found = self._children("coldframe.runtime.worker.process")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,154 +19,15 @@ from coldframe.loader.errors import (
     TransferDenied,
     TransferRefused,
 )
-from coldframe.loader.kv.ledger import Blocks
-from coldframe.loader.memory_client.client import MemoryClient
-from coldframe.loader.process import remove_run_dir
-from coldframe.loader.transport.base import DEFAULT_WAYS, new_token
+from coldframe.loader.transport.base import new_token
 from coldframe.loader.transport.handshake import dial
 from coldframe.loader.transport.nixl import nixl_package
 from coldframe.loader.transport.secure import SecureSocket
 from tests.loader.memory_service.test_service import Service, failed, until
-from tests.loader.weights import layered
+from tests.loader.transport.side import BLOCK, SECRET, Side
 from tests.support import unavailable
 
-BLOCK = 60_000
-BLOCKS = 32
-SECRET = "the secret of these two services"
-WAYS = ("shared", "tcp", "nixl")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return layered(tmp_path_factory.mktemp("m") / "m")
-
-
-@pytest.fixture
-def open_service(
-    model: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Callable[..., Side]]:
-    monkeypatch.setenv("COLDFRAME_KV_SECRET", SECRET)
-    made: list[Side] = []
-
-    def begin(**options: Any) -> Side:
-        made.append(Side(tmp_path_factory.mktemp("r")))
-        made[-1].begin(model, **options)
-        return made[-1]
-
-    try:
-        yield begin
-        for side in made:
-            side.close()
-            assert side.child.wait() in (0, -9)
-    finally:
-        for side in made:
-            side.child.kill()
-            side.close()
-            remove_run_dir(side.run_dir)
-
-
-class Side(Service):
-    """A service, and one worker."""
-
-    worker: MemoryClient
-    address = ""
-
-    def begin(
-        self,
-        model: Path,
-        *,
-        ways: tuple[str, ...] = DEFAULT_WAYS,
-        listen: str | None = "127.0.0.1:0",
-        blocks: int = BLOCKS,
-        block_bytes: int = BLOCK,
-        lease_s: float = 30.0,
-        keyed: bool = False,
-    ) -> None:
-        self.load(model)
-        how = {"advertise": None, "transports": list(ways), "keyed": keyed}
-        self.owner.send({"type": "transfer", "listen": listen, **how})
-        if listen is not None and "tcp" in ways:
-            self.address = self.expect("gives_at").body["address"]
-        self.kv(blocks, block_bytes, lease_s)
-        self.worker = self.client()
-        self.worker.wait_arenas()
-
-    def view(self, block: int, count: int = 1) -> memoryview:
-        assert self.worker.kv is not None
-        return self.worker.kv.reservation.view()[block * BLOCK : (block + count) * BLOCK]
-
-    def open(self, request: str) -> None:
-        self.owner.send({"type": "open", "request": request})
-
-    def assign(self, request: str, count: int, attempt: int = 0) -> Blocks:
-        found: list[Blocks] = []
-
-        def ask() -> bool:
-            got = self.worker.assign(request, attempt, count) if self.worker.may_assign else None
-            found.extend([] if got is None else [got])
-            return got is not None
-
-        until(ask)
-        return found[0]
-
-    def write(self, request: str, count: int, room: int = 0) -> list[bytes]:
-        """A request's blocks, written and let go: what is in them."""
-        self.open(request)
-        got = self.assign(request, count + room)
-        data = [secrets.token_bytes(BLOCK) for _ in range(count)]
-        for block, content in zip(got.blocks, data, strict=False):
-            self.view(block)[:] = content
-        self.worker.publish(request, [])
-        self.worker.drop(request)
-        return data
-
-    def offer(self, request: str, written: int, ttl_s: float = 30.0) -> Any:
-        """A ticket for it."""
-        told = {"kv_tokens": written * 32, "fingerprint": "f", "kv_format": "k", "ttl_s": ttl_s}
-        body = {"type": "offer", "request": request, "attempt": 0, "written": written, **told}
-        self.owner.send(body)
-        return self.expect("offered").body["ticket"]
-
-    def bring(self, request: str, ticket: Any, written: int, count: int = 0) -> Blocks:
-        """A request's blocks here, once its KV is in them.
-
-        Raises:
-            ColdframeError: It is lost.
-        """
-        self.open(request)
-        found: list[Blocks] = []
-
-        def ask() -> bool:
-            if self.worker.is_on_its_way(request) or not self.worker.may_assign:
-                return False
-            got = self.worker.bring(request, 0, max(count, written), written, (), ticket)
-            if got is not None:
-                found.append(got)
-            elif self.worker.lost_why is not None:
-                raise self.worker.lost_why
-            return got is not None
-
-        until(ask)
-        return found[0]
-
-    def used(self) -> int:
-        self.owner.send({"type": "usage"})
-        return int(self.expect("usage").body["kv_used"])
-
-    def over(self) -> tuple[str, bool]:
-        body = self.expect("offer_over").body
-        return body["request"], body["taken"]
-
-
 Open = Callable[..., Side]
-
-
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    """Each way that KV may go."""
-    if request.param == "nixl" and nixl_package() is None:
-        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
-    return str(request.param)
 
 
 @pytest.mark.parametrize(
@@ -236,12 +96,14 @@ def test_where_nixl_reaches_nobody_tcp_does(
         receiver.bring("d", ticket, 3)
 
 
-def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -> None:
-    size = 1 << 20
-    sender = open_service(ways=("tcp",), blocks=40, block_bytes=size)
-    receiver = open_service(ways=("tcp",), blocks=40, block_bytes=size)
+@pytest.mark.parametrize(("way", "count"), [("tcp", 36), ("nixl", 70)], indirect=["way"])
+def test_what_is_large_comes_in_several_parts(way: str, count: int, open_service: Open) -> None:
+    """Over several connections, or in portions."""
+    size, room = 1 << 20, count + 4
+    sender = open_service(ways=(way,), blocks=room, block_bytes=size)
+    receiver = open_service(ways=(way,), blocks=room, block_bytes=size)
     sender.open("a")
-    got = sender.assign("a", 36)
+    got = sender.assign("a", count)
     assert sender.worker.kv is not None
     assert receiver.worker.kv is not None
     whole = sender.worker.kv.reservation.view()
@@ -249,7 +111,7 @@ def test_many_connections_bring_what_is_large(open_service: Open, model: Path) -
         whole[block * size : (block + 1) * size] = bytes([place + 1]) * size
     sender.worker.publish("a", [])
     sender.worker.drop("a")
-    there = receiver.bring("b", sender.offer("a", 36), 36)
+    there = receiver.bring("b", sender.offer("a", count), count)
     whole = receiver.worker.kv.reservation.view()
     for place, block in enumerate(there.blocks):
         assert bytes(whole[block * size : (block + 1) * size]) == bytes([place + 1]) * size
@@ -390,10 +252,7 @@ def test_who_has_no_use_for_it_any_more_breaks_it_off(open_service: Open) -> Non
     try:
         ticket = sender.offer("a", 3)
         ticket["ways"][0]["address"] = slow.address
-        receiver.open("b")
-        until(lambda: receiver.worker.may_assign)
-        assert receiver.worker.bring("b", 0, 3, 3, (), ticket) is None
-        assert receiver.worker.is_on_its_way("b")
+        receiver.start("b", ticket, 3)
         assert slow.giving.wait(20)
         assert receiver.used() == 3
         receiver.worker.finish("b")
@@ -412,9 +271,7 @@ def test_a_worker_that_dies_leaves_nothing(open_service: Open) -> None:
         ticket["ways"][0]["address"] = slow.address
         other = receiver.client("other")
         other.wait_arenas()
-        receiver.open("b")
-        until(lambda: other.may_assign)
-        assert other.bring("b", 0, 3, 3, (), ticket) is None
+        receiver.start("b", ticket, 3, by=other)
         assert slow.giving.wait(20)
         other.hang_up()
         assert slow.gone.wait(20)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coldframe.loader.errors import RequestError, TransferRefused
-from coldframe.loader.kv.runs import deal, runs_of, stretches_of
+from coldframe.loader.kv.runs import deal, portions, runs_of, stretches_of
 from coldframe.loader.transport.base import Ticket, Way, host_id, new_token
 from coldframe.loader.transport.registry import check_names
 
@@ -112,3 +112,25 @@ def test_names_of_transports() -> None:
 
 def test_a_machine_knows_itself() -> None:
     assert host_id() == host_id() != ""
+
+
+@pytest.mark.parametrize("most", [1, 7, 10, 25, 30, 100])
+def test_portions_are_the_same_bytes(most: int) -> None:
+    stretches = [(70, 10, 20), (200, 90, 10), (0, 300, 3)]
+    parts = list(portions(stretches, most))
+    sizes = [sum(length for _, _, length in part) for part in parts]
+    assert sizes[:-1] == [most] * (len(parts) - 1)
+    assert 0 < sizes[-1] <= most
+    moved = [
+        (to + step, source + step)
+        for part in parts
+        for to, source, length in part
+        for step in range(length)
+    ]
+    assert moved == [
+        (to + step, source + step) for to, source, length in stretches for step in range(length)
+    ]
+
+
+def test_of_nothing_there_are_no_portions() -> None:
+    assert list(portions([], 10)) == []

@@ -59,14 +59,28 @@ class Cluster:
         return self._log.read_text(errors="replace")
 
     def worker(
-        self, model: Path, *flags: object, role: str = "aggregated", **env: str
+        self,
+        model: Path,
+        *flags: object,
+        role: str = "aggregated",
+        under: Sequence[str] = (),
+        **env: str,
     ) -> AbstractContextManager[Server]:
-        """A worker while the context lasts; it ends well, and leaves nothing."""
+        """A worker while the context lasts; it ends well, and leaves nothing.
+
+        Args:
+            model: What it serves.
+            flags: Further ones.
+            role: What it does of a request.
+            under: A command that runs it, on a host of its own for example.
+            env: Further variables of its environment.
+        """
         return served(
             model,
             *("--dynamo", "--role", role, "--model-name", MODEL, "--discovery-backend", "file"),
             *("--request-plane", "tcp", "--event-plane", "zmq"),
             *flags,
+            under=under,
             verb="worker",
             **(self.environment | env),
         )
@@ -111,13 +125,13 @@ def asked(prompt: object, count: int) -> dict[str, Any]:
     return {"prompt": prompt, "max_tokens": count, "ignore_eos": True}
 
 
-def environment(base: Path) -> dict[str, str]:
-    """What every process of a cluster finds."""
+def environment(base: Path, host: str = "127.0.0.1") -> dict[str, str]:
+    """What every process of a cluster finds, on the host of that address."""
     return {
         "DYN_FILE_KV": str(base / "kv"),
-        "DYN_TCP_RPC_HOST": "127.0.0.1",
-        "DYN_TCP_RESPONSE_STREAM_HOST": "127.0.0.1",
-        "DYN_EVENT_PLANE_HOST": "127.0.0.1",
+        "DYN_TCP_RPC_HOST": host,
+        "DYN_TCP_RESPONSE_STREAM_HOST": host,
+        "DYN_EVENT_PLANE_HOST": host,
         "DYN_LOG": "info",
         "HF_HUB_OFFLINE": "1",
         "HOME": str(base),  # it keeps what models' files it has read

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,6 @@ from tests.runtime.integrations.dynamo.cluster import (
     MODEL,
     Cluster,
     asked,
-    cluster,
     kill,
     running,
     served_by,
@@ -27,14 +26,8 @@ from tests.runtime.snapshots import eventually
 
 pytestmark = pytest.mark.dynamo
 
-Make = Callable[..., Path]
 LONG = 900
 """So many tokens take long enough to do something meanwhile."""
-
-
-@pytest.fixture(scope="module")
-def model(demo_model: Make) -> Path:
-    return demo_model("qwen3", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +40,6 @@ def workers(model: Path, front: Cluster) -> Iterator[list[Server]]:
         # Both are known to the router.
         eventually(lambda: all(served_by(found, lambda: several(front))), seconds=60)
         yield found
-
-
-@pytest.fixture(scope="module")
-def front() -> Iterator[Cluster]:
-    with cluster() as made:
-        yield made
 
 
 def several(front: Cluster) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -16,7 +14,6 @@ from tests.runtime.integrations.dynamo.cluster import (
     MODEL,
     Cluster,
     asked,
-    cluster,
     kill,
     running,
     served_by,
@@ -28,32 +25,6 @@ from tests.runtime.serving import Server, greedy, together
 from tests.runtime.snapshots import eventually
 
 pytestmark = pytest.mark.dynamo
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def model(demo_model: Make) -> Path:
-    return demo_model("qwen3", "float32")
-
-
-@pytest.fixture(scope="module")
-def front() -> Iterator[Cluster]:
-    with cluster() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def pair(model: Path, front: Cluster) -> Iterator[list[Server]]:
-    """A prefill worker and a decode worker."""
-    with ExitStack() as stack:
-        roles = ("prefill", "decode")
-        found = [stack.enter_context(front.worker(model, role=role)) for role in roles]
-        for worker in found:
-            worker.ready()
-        front.ready()
-        eventually(lambda: served_by(found, lambda: front.text("Once", 4)) == [1, 1], seconds=60)
-        yield found
 
 
 def test_both_have_their_part_of_an_answer(front: Cluster, pair: list[Server], model: Path) -> None:

@@ -37,12 +37,6 @@ def model(demo_model: Make) -> Path:
 
 
 @pytest.fixture(scope="module")
-def front() -> Iterator[Cluster]:
-    with cluster() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
 def worker(front: Cluster, model: Path) -> Iterator[Server]:
     with front.worker(model, DYN_NAMESPACE_WORKER_SUFFIX="old") as found:
         found.ready()

@@ -1,4 +1,4 @@
-"""KV goes from prefill to decode over TCP, by its ticket, or it is computed again."""
+"""KV goes from prefill to decode by its ticket, over TCP or NIXL, or it is computed again."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from coldframe.loader.transport.nixl import nixl_package
+from tests.loader.transport.relay import Relay
 from tests.runtime.helpers import prompt_of
 from tests.runtime.integrations.dynamo.cluster import (
     cluster,
+    free_port,
     kill,
     requests_of,
     running,
@@ -22,6 +25,7 @@ from tests.runtime.integrations.dynamo.cluster import (
 )
 from tests.runtime.serving import greedy
 from tests.runtime.snapshots import eventually
+from tests.support import unavailable
 
 pytestmark = pytest.mark.dynamo
 
@@ -72,3 +76,44 @@ def test_a_ticket_is_taken_and_one_whose_sender_is_gone_is_not_needed(demo_model
         (note,) = [note for name, _, note in done if name == "handoff"]
         assert note.startswith("computed again: ")
         assert [note for name, _, note in done if name == "prefill"] == ["between decode steps"]
+
+
+def test_a_prefill_worker_that_dies_while_its_kv_is_read_is_not_needed(demo_model: Make) -> None:
+    """By NIXL, which has told the decode worker where to read, and then brings nothing."""
+    if nixl_package() is None:
+        unavailable("there is no NIXL: pip install 'coldframe[nixl]'")
+    model = demo_model("qwen3", "float32")
+    at, elsewhere = free_port(), "127.0.0.2"
+    # By shared memory nothing would be needed of who is read from.
+    env = {"COLDFRAME_KV_SECRET": SECRET, "UCX_TLS": "tcp"}
+    ways = ("--kv-ways", "nixl")
+    given = (*ways, "--kv-listen", f"127.0.0.1:{at}", "--kv-advertise", elsewhere)
+    with cluster() as front, ExitStack() as stack:
+        relay = stack.enter_context(Relay(f"127.0.0.1:{at}", host=elsewhere, port=at))
+        relay.pass_on()
+        prefill = stack.enter_context(front.worker(model, *given, role="prefill", **env))
+        decode = stack.enter_context(front.worker(model, *ways, role="decode", **env))
+        for worker in (prefill, decode):
+            worker.ready()
+        front.ready()
+        both = [prefill, decode]
+        eventually(lambda: served_by(both, lambda: front.text("Once", 4)) == [1, 1], seconds=60)
+        before, seen = tickets(decode), len(stages(decode))
+        assert before.taken > 0
+        assert before.lost == 0
+
+        relay.hold()
+        prompt, texts = prompt_of(150, 4), []
+        asking = threading.Thread(target=lambda: texts.append(front.text(prompt, 12)))
+        asking.start()
+        assert relay.held.wait(60)
+        (memory,) = prefill.memory_services()
+        memory.suspend()
+        relay.pass_on()
+        memory.kill()
+        kill(prefill)
+        asking.join()
+        assert texts == [greedy(model, tuple(prompt), 12)]
+        assert tickets(decode) == before._replace(lost=before.lost + 1)
+        (note,) = [note for name, _, note in stages(decode)[seen:] if name == "handoff"]
+        assert note.startswith("computed again: ")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,13 +24,6 @@ from tests.runtime.serving import greedy
 from tests.runtime.snapshots import eventually
 
 pytestmark = pytest.mark.dynamo
-
-Make = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def model(demo_model: Make) -> Path:
-    return demo_model("qwen3", "float32")
 
 
 @pytest.fixture(scope="module")

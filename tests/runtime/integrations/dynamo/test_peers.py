@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -19,6 +20,7 @@ from coldframe.runtime.gateway.logs import Log
 from coldframe.runtime.integrations.dynamo.peer_finder import PeerFinder, wait_of
 from coldframe.runtime.integrations.dynamo.settings import DynamoSettings
 from tests.runtime.integrations.dynamo.cluster import Cluster, environment, free_port, installed
+from tests.runtime.listening import ports
 from tests.runtime.serving import Server, greedy
 from tests.runtime.snapshots import eventually
 
@@ -159,6 +161,26 @@ def test_workers_feed_one_another(cluster: Cluster, demo_model: Make) -> None:
         prompt = (5, 6, 7)
         texts = [each.complete(prompt=list(prompt), max_tokens=4) for each in (second, third)]
         assert texts == [greedy(model, prompt, 4)] * 2
+
+
+def test_what_listens_is_what_the_page_on_security_says(cluster: Cluster, demo_model: Make) -> None:
+    at = f"127.0.0.1:{free_port()}"
+    flags = ("--serve-peers", at, "--peers-from", "dynamo:0")
+    with cluster.worker(demo_model("qwen3", "float32"), *flags) as worker:
+        worker.ready()
+        # Who asks gets answers at a port of its own; who publishes is heard at all addresses.
+        told = Counter({"front": 1, "memory": 1, "gateway": 1, "peers": 2})
+        eventually(lambda: listeners(worker) == (told, Counter({"gateway": 2})), seconds=60)
+
+
+def listeners(worker: Server) -> tuple[Counter[str], Counter[str]]:
+    """How many each process has at the address that it was told, and at all of them."""
+    found = [(who, ip) for who, (ip, _) in ports(worker)]
+    here, everywhere = (
+        Counter(who for who, ip in found if ip == address) for address in ("127.0.0.1", "0.0.0.0")
+    )
+    assert len(found) == here.total() + everywhere.total(), found
+    return here, everywhere
 
 
 def source(worker: Server) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -15,7 +15,6 @@ from tests.runtime.helpers import prompt_of
 from tests.runtime.integrations.dynamo.cluster import (
     Cluster,
     asked,
-    cluster,
     kill,
     requests_of,
     served_by,
@@ -37,25 +36,6 @@ BEGUN_S = 0.1
 @pytest.fixture(scope="module")
 def model(demo_model: Make) -> Path:
     return demo_model("qwen3", "float32", "small")
-
-
-@pytest.fixture(scope="module")
-def front() -> Iterator[Cluster]:
-    with cluster() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def pair(model: Path, front: Cluster) -> Iterator[list[Server]]:
-    """A prefill worker that stays, and a decode worker."""
-    with ExitStack() as stack:
-        roles = ("prefill", "decode")
-        found = [stack.enter_context(front.worker(model, role=role)) for role in roles]
-        for worker in found:
-            worker.ready()
-        front.ready()
-        eventually(lambda: served_by(found, lambda: front.text("Once", 4)) == [1, 1], seconds=60)
-        yield found
 
 
 @contextmanager

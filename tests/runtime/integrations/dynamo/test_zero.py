@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -10,25 +9,13 @@ import psutil
 import pytest
 
 from tests.runtime.helpers import prompt_of
-from tests.runtime.integrations.dynamo.cluster import MODEL, Cluster, cluster
+from tests.runtime.integrations.dynamo.cluster import MODEL, Cluster
 from tests.runtime.serving import Server, greedy, together
 from tests.runtime.snapshots import eventually
 
 pytestmark = pytest.mark.dynamo
 
-Make = Callable[..., Path]
 PROMPT = prompt_of(70)
-
-
-@pytest.fixture(scope="module")
-def model(demo_model: Make) -> Path:
-    return demo_model("qwen3", "float32")
-
-
-@pytest.fixture(scope="module")
-def front() -> Iterator[Cluster]:
-    with cluster() as made:
-        yield made
 
 
 def state(worker: Server) -> str:

@@ -423,8 +423,13 @@ EXAMPLES: dict[str, Reason] = {
     "docs/kubernetes.md yaml": Tested(
         "tests/images/test_k8s_schemas.py", "test_the_guides_own_overlay_is_one", ("kubernetes.md",)
     ),
+    "docs/kubernetes.md yaml 2": Tested(
+        "tests/images/test_k8s_metrics.py",
+        "test_the_guides_adapter_brings_each_of_them",
+        ("kubernetes.md",),
+    ),
 }
-"""Blocks of other languages than the shell's, by page: their tests read them there."""
+"""Blocks of other languages than the shell's, by page, and which there: tests read them."""
 
 
 FOREIGN: dict[str, Reason] = {

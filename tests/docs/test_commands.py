@@ -207,11 +207,13 @@ def test_every_benchmark_is_run_by_a_test() -> None:
 
 def test_examples_in_other_languages_are_tested() -> None:
     """Python and YAML are run or built by tests of their own."""
-    found = []
+    found: list[str] = []
     for page in PAGES:
         for token in MarkdownIt("commonmark").parse(page.read_text()):
             if token.type == "fence" and token.info.strip() in ("python", "yaml", "json", "toml"):
-                found.append(f"{page.relative_to(ROOT)} {token.info.strip()}")
+                name = f"{page.relative_to(ROOT)} {token.info.strip()}"
+                before = sum(other.startswith(name) for other in found)
+                found.append(f"{name} {before + 1}" if before else name)
     assert sorted(found) == sorted(EXAMPLES)
     problems = {name: reason.problem(Line(name)) for name, reason in EXAMPLES.items()}
     assert not any(problems.values()), problems

@@ -72,7 +72,7 @@ def applied(block: Block) -> tuple[Document, ...]:
 @cache
 def guides_own() -> tuple[Document, ...]:
     """Those of the overlay that the guide shows."""
-    (text,) = re.findall(r"```yaml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
+    (text,) = re.findall(r"```yaml\n(# kustomization.yaml\n.*?)```", GUIDE.read_text(), re.DOTALL)
     with tempfile.TemporaryDirectory() as scratch:
         here = os.path.relpath(FOLDER, scratch)
         (Path(scratch) / "kustomization.yaml").write_text(

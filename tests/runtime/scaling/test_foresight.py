@@ -44,6 +44,7 @@ class Script:
         steps: The schedule; before somebody has asked, and where it is started for nobody, it stays
             warm.
         chance: How likely it says that somebody asks, whenever that is.
+        times: How often it goes by that schedule; then it stays warm.
     """
 
     name = "script"
@@ -51,9 +52,12 @@ class Script:
     parks = True
     always = False
 
-    def __init__(self, *steps: tuple[float, Level], chance: float = 1.0) -> None:
+    def __init__(
+        self, *steps: tuple[float, Level], chance: float = 1.0, times: int = 1_000_000
+    ) -> None:
         self._schedule = Schedule(steps)
         self._chance = chance
+        self._times = times
         self._asked = False
 
     def arrived(self, at_s: float) -> None:
@@ -61,7 +65,10 @@ class Script:
 
     def idle(self, at_s: float) -> Schedule:
         asked, self._asked = self._asked, False
-        return self._schedule if asked else Schedule(((0.0, "warm"),))
+        if not asked or not self._times:
+            return Schedule(((0.0, "warm"),))
+        self._times -= 1
+        return self._schedule
 
     def started(self, level: Level, seconds: float) -> None: ...
 
@@ -196,7 +203,7 @@ def test_parked_first_then_warm_and_gone_again_where_nobody_comes(
 def test_who_comes_while_it_is_on_its_way_waits_for_what_is_left(
     models: dict[str, Path], no_leaks: Path
 ) -> None:
-    policy = Script((0.0, "zero"), (0.1, "parked"))
+    policy = Script((0.0, "zero"), (0.1, "parked"), times=1)
     with fleet_of(models, {"llama": policy}, no_leaks) as fleet:
         llama = fleet["llama"]
         answers(fleet, "llama", models["llama"])

@@ -111,7 +111,7 @@ class Asks:
                 or ask.deaths >= _TRIES
             ):
                 del self._open[name]
-                ask.listener.on_error(error)
+                ask.listener.on_error(error if for_good or ask.tokens else _of(ask, error))
 
     def given_up(self, name: str, error: ColdframeError) -> None:
         """A request has failed; it is held for the next replica where it is this one that died."""
@@ -127,6 +127,23 @@ class Asks:
     def answered(self, name: str) -> None:
         """A request is done."""
         del self._open[name]
+
+
+def _of(ask: _Ask, error: ColdframeError) -> ColdframeError:
+    """What a request is told that has had no token: it may be the cause, where it was tried often.
+
+    That is an error of its own then, and not the replica's (`Supervisor.is_lost_to`): nobody is to
+    try it elsewhere.
+    """
+    if ask.deaths < _TRIES or not isinstance(error, ReplicaError):
+        return error
+    return ReplicaError(
+        "replicas die under this request again and again",
+        where=ask.name,
+        expected=f"fewer than {_TRIES} deaths",
+        got=error.what,
+        hint="What they said last is on standard error.",
+    )
 
 
 @dataclass(slots=True)

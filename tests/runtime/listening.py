@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,11 @@ def ports(server: Server) -> set[tuple[str, tuple[str, int]]]:
     found: dict[tuple[str, int], str] = {}
     for process in _family(server):
         who = "front" if process.pid == server.process.pid else named.get(process.pid, "another")
-        for each in process.net_connections("inet"):
+        try:
+            connections = process.net_connections("inet")
+        except psutil.NoSuchProcess:  # it has just ended
+            continue
+        for each in connections:
             if each.status == psutil.CONN_LISTEN or each.type is socket.SOCK_DGRAM:
                 found.setdefault((each.laddr.ip, each.laddr.port), who)
     return {(who, place) for place, who in found.items()}
@@ -53,9 +58,8 @@ def _family(server: Server) -> list[psutil.Process]:
 def _links(pid: int) -> list[str]:
     """What a process has open."""
     found = []
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        try:
-            found.append(str(entry.readlink()))
-        except FileNotFoundError:  # it was just closed
-            continue
+    with suppress(FileNotFoundError, ProcessLookupError):  # the process has just ended
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # it was just closed
+                found.append(str(entry.readlink()))
     return found

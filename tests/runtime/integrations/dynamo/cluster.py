@@ -40,10 +40,12 @@ class Cluster:
         base: A folder for all that it keeps.
         port: The front end listens there.
         log: What the front end writes.
-        process: The front end's.
+        process: The front end's, where there is one.
     """
 
-    def __init__(self, base: Path, port: int, log: Path, process: subprocess.Popen[bytes]) -> None:
+    def __init__(
+        self, base: Path, port: int, log: Path, process: subprocess.Popen[bytes] | None = None
+    ) -> None:
         self.base = base
         self.process = process
         self.url = f"http://127.0.0.1:{port}"

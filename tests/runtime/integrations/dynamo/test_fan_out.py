@@ -28,7 +28,7 @@ from tests.support import unavailable
 pytestmark = [pytest.mark.dynamo, pytest.mark.timeout(600)]
 
 NODES = 3
-LOAD_S = 8.0
+LOAD_S = 12.0
 """What a link takes for all weights."""
 PORT, PEERS = 8000, 9400
 PROMPT = prompt_of(20)

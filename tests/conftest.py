@@ -87,27 +87,27 @@ def _fresh_workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Path]]:
+def demo_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes (once) a demo model: `demo_model(family="llama", dtype="float32")`."""
     made: dict[DemoModel, Path] = {}
-    stack = ExitStack()
 
     def make(family: str = "llama", dtype: str = "float32", size: str = "tiny") -> Path:
         model = DemoModel(size=size, family=family, dtype=dtype)
         if model not in made:
             path = tmp_path_factory.mktemp("demo") / f"{size}-{family}-{dtype}"
             write_demo_model(path, model)
-            stack.enter_context(held_in_memory(path))
             made[model] = path
         return made[model]
 
-    with stack:
-        yield make
+    return make
 
 
 @pytest.fixture
 def in_memory() -> Iterator[Callable[[Path], Path]]:
-    """Holds a folder's files in the page cache until the test's end, and gives the folder back."""
+    """Holds a folder's files in the page cache until the test's end, and gives the folder back.
+
+    Whoever wants to see them mapped takes it; nobody can evict them meanwhile.
+    """
     with ExitStack() as stack:
 
         def hold(folder: Path) -> Path:

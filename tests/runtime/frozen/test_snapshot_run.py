@@ -70,8 +70,10 @@ def test_a_clone_answers_as_a_fresh_worker(
     ]
 
 
-def test_the_answers_are_those_of_transformers(made: Made, commands: Commands) -> None:
-    answer = expected(made.model, tuple(PROMPT), 24)
+def test_the_answers_are_those_of_transformers(
+    made: Made, commands: Commands, in_memory: Callable[[Path], Path]
+) -> None:
+    answer = expected(in_memory(made.model), tuple(PROMPT), 24)
     mapped = commands.run(made, "-n", 24)
     assert (mapped["token_ids"], mapped["load_mode"]) == (answer, "mapped")
     size = sum(file.stat().st_size for file in made.model.glob("*.safetensors"))

@@ -113,8 +113,10 @@ def test_answers_are_those_of_transformers(demo_model: Make, no_leaks: Path, fam
             assert client.tokens == expected(model, tuple(prompt), 12)
 
 
-def test_cached_weights_are_mapped_and_not_copied(demo_model: Make, no_leaks: Path) -> None:
-    model = demo_model("llama")
+def test_cached_weights_are_mapped_and_not_copied(
+    demo_model: Make, in_memory: Hold, no_leaks: Path
+) -> None:
+    model = in_memory(demo_model("llama"))
     with Replica(options(model, no_leaks)) as replica:
         client = ask(replica, prompt_of(7), 5)
         finish(replica, client)
@@ -412,9 +414,9 @@ def test_cancelled_requests_free_what_they_had(demo_model: Make, no_leaks: Path)
 
 @pytest.mark.parametrize("role", [pytest.param("prefill", marks=pytest.mark.heavy), "decode"])
 def test_a_worker_whose_mapped_file_is_cut_means_a_start_with_a_copy(
-    role: str, demo_model: Make, no_leaks: Path
+    role: str, demo_model: Make, in_memory: Hold, no_leaks: Path
 ) -> None:
-    model = demo_model("llama")
+    model = in_memory(demo_model("llama"))
     with Replica(options(model, no_leaks)) as replica:
         wait_for(replica, lambda: replica.loaded)
         assert replica.facts["mode"] == "mapped"

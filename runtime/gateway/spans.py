@@ -110,13 +110,14 @@ class SpanExport:
             attributes["coldframe.tier"] = start.tier
         if start.device is not None:
             attributes["coldframe.device"] = start.device
+        # The front notes the first token behind its sending: the gateway may have heard it before.
+        ended = start.end_ns if record.first_ns is None else min(start.end_ns, record.first_ns)
         told = self._told.get(start.model)
         if told is not None and told[0] is start:
             begin = max(start.exec_ns, record.arrived_ns)
             links = [Link(told[1])]
             span = self._open("cold_start", inside, begin, attributes, links=links)
-            waited = start.end_ns if record.first_ns is None else record.first_ns
-            self._close(span, max(begin, min(start.end_ns, waited)))
+            self._close(span, max(begin, ended))
             return
         span = self._open("cold_start", inside, start.exec_ns, attributes)
         if parent.is_recording():
@@ -124,7 +125,7 @@ class SpanExport:
             within = set_span_in_context(span, Context())
             for stage in start.timeline.get("stages", ()):
                 self._add_stage(stage, start.exec_ns, within)
-        self._close(span, start.end_ns)
+        self._close(span, max(start.exec_ns, ended))
 
     def _add_stage(self, stage: Mapping[str, Any], exec_ns: int, within: Context) -> None:
         attributes: _Attributes = {"coldframe.process": str(stage["process"])}

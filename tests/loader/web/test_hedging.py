@@ -75,12 +75,12 @@ def test_the_loser_never_touches_the_buffer_again(proxy: FaultProxy, content: by
     buffer = memoryview(bytearray(100_000))
     with reader_of(proxy.url, LIMITS) as reader:
         opening = warmed(reader)
-        once(proxy, SLOW, Fault(stall_after=30_000, stall_s=0.6))
+        once(proxy, SLOW, Fault(stall_after=30_000, stall_s=2.0))
         reader.read_into("file", opening.version, SIZE, 100_000, [buffer])
         assert reader.counters.hedges_won == 1
         assert buffer == content[100_000:200_000]
         buffer[:] = bytes(100_000)
-        time.sleep(0.8)  # meanwhile the first answer goes on, to nobody
+        time.sleep(2.2)  # meanwhile the first answer goes on, to nobody
         assert buffer == bytes(100_000)
 
 
@@ -92,7 +92,7 @@ def test_the_first_request_wins_against_a_slower_second(proxy: FaultProxy, conte
             return None
         requests.append(request)
         if len(requests) == 1:
-            return Fault(stall_after=30_000, stall_s=0.6)
+            return Fault(stall_after=30_000, stall_s=1.5)
         return Fault(stall_after=1000)
 
     with reader_of(proxy.url, LIMITS) as reader:
@@ -112,7 +112,7 @@ def test_a_second_request_that_fails_harms_nobody(proxy: FaultProxy, content: by
             return None
         requests.append(request)
         if len(requests) == 1:
-            return Fault(stall_after=30_000, stall_s=0.6)
+            return Fault(stall_after=30_000, stall_s=1.5)
         return Fault(status=403)
 
     with reader_of(proxy.url, LIMITS) as reader:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -101,6 +101,7 @@ class Handler:
         """
         self._open += 1
         self._idle.clear()
+        loop = asyncio.get_running_loop()
         try:
             async with aclosing(self._answer(request, context)) as answer:
                 async for chunk in answer:
@@ -108,9 +109,12 @@ class Handler:
         except ApiError as error:
             raise self._error(error) from None  # Dynamo logs it with all that is behind it
         finally:
-            self._open -= 1
-            if not self._open:
-                self._idle.set()
+            _on(loop, self._ended)
+
+    def _ended(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._idle.set()
 
     async def _answer(
         self, request: Mapping[str, Any], context: Context | None
@@ -174,6 +178,13 @@ class Handler:
         size = _TOKEN_BYTES * sum(len(generation.prompt) for generation in generations)
         stream = self._engine.submit(self._model, generations, size=size)
         numbers = [self._load.begin(len(generation.prompt)) for generation in generations]
+        loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            stream.cancel()
+            for number in numbers:
+                self._load.end(number)
+
         try:
             with _cancelled_with(context, stream):
                 async for piece in stream:
@@ -181,9 +192,24 @@ class Handler:
                     yield piece
             given(stream.given)
         finally:
-            stream.cancel()
-            for number in numbers:
-                self._load.end(number)
+            _on(loop, end)
+
+
+def _on(loop: asyncio.AbstractEventLoop, do: Callable[[], object]) -> None:
+    """Does something on the loop: at once, where this is it.
+
+    Dynamo lets go of an answer in a thread of its own, without a loop, where nobody reads it any
+    more; what is behind a generator's last `yield` is run there then.
+    """
+    try:
+        here = asyncio.get_running_loop()
+    except RuntimeError:
+        here = None
+    if here is loop:
+        do()
+    else:
+        with suppress(RuntimeError):  # all is over
+            loop.call_soon_threadsafe(do)
 
 
 def _as_asked(piece: Piece, generation: Generation) -> Piece:
@@ -213,8 +239,8 @@ def _cancelled_with(context: Context | None, stream: Stream) -> Iterator[None]:
         await context.async_killed_or_stopped()
         stream.cancel()
 
-    following = asyncio.ensure_future(follow())
+    following, loop = asyncio.ensure_future(follow()), asyncio.get_running_loop()
     try:
         yield
     finally:
-        following.cancel()
+        _on(loop, following.cancel)

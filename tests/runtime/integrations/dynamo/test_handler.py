@@ -218,6 +218,23 @@ async def test_who_reads_no_further_frees_it() -> None:
 
 
 @at_once
+async def test_what_is_let_go_of_in_another_thread_is_freed_on_the_loop() -> None:
+    """As Dynamo does it: its threads have no loop, and there is nobody who closes a generator."""
+    bench = Bench()
+    answers = [bench.handler.generate(request(), Context())]
+    # What is asked for first in a thread without a loop is not the loop's to close.
+    step = await asyncio.to_thread(lambda: answers[0].__anext__())
+    assert (await step)["token_ids"] == [8]
+    del step
+    while bench.published.calls != [1]:
+        await asyncio.sleep(0.01)
+    await asyncio.to_thread(answers.clear)
+    await bench.handler.until_idle()
+    await asyncio.sleep(0)
+    bench.check_nothing_left()
+
+
+@at_once
 async def test_the_load_is_the_blocks_of_what_is_open() -> None:
     bench = Bench()
     bench.engine.gate = asyncio.Event()
